@@ -1,0 +1,25 @@
+"""Group rewards -> advantages. Pure NumPy."""
+
+import chex
+import numpy as np
+
+NORMALIZATIONS = ("std", "none")
+EPSILON = 1e-4
+
+
+def group_advantages(rewards_NG: np.ndarray, normalization: str = "std") -> np.ndarray:
+    """A_ng = (r_ng - mean_g r) / (std_g r + 1e-4), the standard deviation with G - 1 in its denominator (GRPO, arXiv:2402.03300, 4.1.2;
+    epsilon and denominator as TRL has them). With "none" the division is left out (Dr. GRPO, arXiv:2503.20783).
+
+    rewards_NG [N, G] with G >= 2 -> float32 [N, G]. A group of equal rewards has zero advantages. Raises ValueError for G < 2.
+    """
+    chex.assert_rank(rewards_NG, 2)
+    if rewards_NG.shape[1] < 2:
+        raise ValueError("a group needs at least 2 episodes: with one, every advantage is zero")
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
+    rewards = np.asarray(rewards_NG, np.float64)
+    centred = rewards - rewards.mean(axis=1, keepdims=True)
+    if normalization == "std":
+        centred = centred / (rewards.std(axis=1, ddof=1, keepdims=True) + EPSILON)
+    return centred.astype(np.float32)

@@ -1,0 +1,302 @@
+"""Qwen2.5 in Flax (NNX): one decoder layer as a module, scanned over stacked weights.
+
+The logical parameter tree (`Params`), with the layer axis L in front of every layer's tensor:
+
+    embed/embedding [V, D]
+    layers/input_norm/scale [L, D]              layers/post_attention_norm/scale [L, D]
+    layers/attention/{q,k,v}/kernel [L, D, *]   layers/attention/{q,k,v}/bias [L, *]     layers/attention/o/kernel [L, H*h, D]
+    layers/mlp/{gate,up}/kernel [L, D, F]       layers/mlp/down/kernel [L, F, D]
+    norm/scale [D]
+    lm_head/embedding [V, D]                    only when the embeddings are not tied
+
+Every function takes `load`: how a leaf of the tree becomes the weight that is computed with. Here it is a cast; in the sharded update it is
+the gather of jaxgrpo.sharding. Architecture: Qwen2.5 technical report (arXiv:2412.15115).
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxgrpo.attention import apply_rope, attend, causal_mask
+
+Params = dict[str, Any]
+Load = Callable[[Any], Any]
+
+_REFUSED = {
+    "rope_scaling": "rope scaling is not supported",
+    "quantization_config": "quantised weights are not supported: dequantise the checkpoint first",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The sizes of a Qwen2 model, read from a Hugging Face `config.json` by `from_hf`."""
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    mlp_width: int
+    context_length: int
+    rope_theta: float
+    norm_epsilon: float
+    tied_embeddings: bool
+    eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
+        """Read a `config.json`. Raises ValueError by name for what this port does not compute."""
+        _refuse_unsupported(config)
+        heads = config["num_attention_heads"]
+        rope = config.get("rope_parameters") or {}
+        eos = config.get("eos_token_id")
+        return cls(
+            vocab_size=config["vocab_size"],
+            width=config["hidden_size"],
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_size=config.get("head_dim") or config["hidden_size"] // heads,
+            mlp_width=config["intermediate_size"],
+            context_length=config.get("max_position_embeddings", 32768),
+            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+            norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        )
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "ModelConfig":
+        """Read `config.json` of a Hugging Face folder."""
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"no config.json in {folder}: a model folder holds config.json, the weights and the tokenizer")
+        return cls.from_hf(json.loads(path.read_text()))
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    if config.get("model_type") != "qwen2":
+        raise ValueError(f"model_type is {config.get('model_type')!r}; only 'qwen2' (Qwen2 and Qwen2.5) is supported")
+    for key, why in _REFUSED.items():
+        if config.get(key):
+            raise ValueError(f"{key} is set: {why}")
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_parameters asks for {rope['rope_type']!r}: rope scaling is not supported")
+    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
+        raise ValueError("sliding-window attention is in use (use_sliding_window): it is not supported")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act is {config['hidden_act']!r}; only 'silu' is supported")
+
+
+class Linear(nnx.Module):
+    """x [..., in] -> x @ kernel [in, out] (+ bias [out])."""
+
+    def __init__(self, in_size: int, out_size: int, *, bias: bool, rngs: nnx.Rngs, stddev: float = 0.02):
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (in_size, out_size)) * stddev)
+        self.bias = nnx.Param(jnp.zeros(out_size)) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = x @ self.kernel[...]
+        return y if self.bias is None else y + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square layer normalisation in float32 (arXiv:1910.07467, eq. 4)."""
+
+    def __init__(self, width: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Array) -> Array:
+        return rms_norm(x, self.scale[...], self.epsilon)
+
+
+def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
+    """x [..., D] over its root mean square, times scale [D]; the statistics in float32, the result in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
+    return normed.astype(x.dtype) * scale
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention's projections; how queries and keys meet is the caller's."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        c = config
+        self.config = config
+        self.q = Linear(c.width, c.heads * c.head_size, bias=True, rngs=rngs)
+        self.k = Linear(c.width, c.kv_heads * c.head_size, bias=True, rngs=rngs)
+        self.v = Linear(c.width, c.kv_heads * c.head_size, bias=True, rngs=rngs)
+        self.o = Linear(c.heads * c.head_size, c.width, bias=False, rngs=rngs)
+
+    def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
+        """x [..., T, D], positions [..., T] -> rotated queries [..., T, H, h], rotated keys [..., T, K, h], values [..., T, K, h]."""
+        c = self.config
+        split = lambda y, heads: y.reshape(*y.shape[:-1], heads, c.head_size)  # noqa: E731
+        q, k, v = split(self.q(x), c.heads), split(self.k(x), c.kv_heads), split(self.v(x), c.kv_heads)
+        return apply_rope(q, positions, c.rope_theta), apply_rope(k, positions, c.rope_theta), v
+
+    def output(self, x: Array) -> Array:
+        """x [..., T, H, h] -> [..., T, D]."""
+        return self.o(x.reshape(*x.shape[:-2], -1))
+
+
+class MLP(nnx.Module):
+    """SwiGLU (arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.gate = Linear(config.width, config.mlp_width, bias=False, rngs=rngs)
+        self.up = Linear(config.width, config.mlp_width, bias=False, rngs=rngs)
+        self.down = Linear(config.mlp_width, config.width, bias=False, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class DecoderLayer(nnx.Module):
+    """One pre-norm decoder layer, in the three pieces that every way of attending shares."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.input_norm = RMSNorm(config.width, config.norm_epsilon)
+        self.attention = Attention(config, rngs=rngs)
+        self.post_attention_norm = RMSNorm(config.width, config.norm_epsilon)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys and values of the normed input."""
+        return self.attention.project(self.input_norm(x), positions)
+
+    def finish(self, x: Array, attended: Array) -> Array:
+        """The residual stream [..., T, D] after the attended values [..., T, H, h] and the MLP."""
+        x = x + self.attention.output(attended)
+        return x + self.mlp(self.post_attention_norm(x))
+
+
+class Embedding(nnx.Module):
+    """A table [V, D]."""
+
+    def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, width)) * 0.02)
+
+
+@functools.cache
+def layer_graph(config: ModelConfig) -> nnx.GraphDef:
+    """The structure of a DecoderLayer, to be merged with one layer's weights."""
+    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, rngs=nnx.Rngs(0))))[0]
+
+
+def merge_layer(config: ModelConfig, weights: Params) -> DecoderLayer:
+    """One layer's weights (no L axis) as the module."""
+    return nnx.merge(layer_graph(config), nnx.State(jax.tree.map(nnx.Param, weights)))
+
+
+def init_params(config: ModelConfig, key: Array) -> Params:
+    """Random float32 weights in the logical tree (normal of 0.02, zero biases, unit norms)."""
+    embed_key, head_key, *layer_keys = jax.random.split(key, config.layers + 2)
+
+    def one_layer(layer_key: Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(DecoderLayer(config, rngs=nnx.Rngs(params=layer_key))))
+
+    def table(table_key: Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(Embedding(config.vocab_size, config.width, rngs=nnx.Rngs(params=table_key))))
+
+    params: Params = {
+        "embed": table(embed_key),
+        "layers": jax.vmap(one_layer)(jnp.stack(layer_keys)),
+        "norm": {"scale": jnp.ones(config.width)},
+    }
+    if not config.tied_embeddings:
+        params["lm_head"] = table(head_key)
+    return params
+
+
+def param_shapes(config: ModelConfig) -> Params:
+    """The logical tree as float32 ShapeDtypeStructs; nothing is computed."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def head_table(params: Params) -> Any:
+    """The output head's table leaf [V, D]: the embedding's own when tied."""
+    return params["lm_head"]["embedding"] if "lm_head" in params else params["embed"]["embedding"]
+
+
+def cast_to(dtype: Any) -> Load:
+    """The plain `load`: leaves are whole weights, cast to the compute dtype."""
+    return lambda leaf: leaf.astype(dtype)
+
+
+def default_embed(params: Params, ids: Array, load: Load) -> Array:
+    """Look token ids up: [...] -> [..., D]."""
+    return load(params["embed"]["embedding"][ids])
+
+
+def forward_shared_prompt(
+    config: ModelConfig,
+    params: Params,
+    prompt_NP: Array,
+    prompt_lengths_N: Array,
+    completions_NGC: Array,
+    *,
+    load: Load,
+    embed: Callable[[Params, Array], Array],
+    load_layer: Load | None = None,
+) -> Array:
+    """Final normed hidden states [N, G, C, D]; position c predicts `completions_NGC[..., c]`. The prompt of a group is computed once.
+
+    Row g of group n is the prompt's last token followed by its completion less the last token: its keys are the prompt before that last
+    token, shared by the group, and the row's own. Padding is on the right of prompts and of completions; padded positions hold garbage.
+    `load_layer` maps one layer's subtree of leaves to its weights (default: `load` on every leaf). Layers are rematerialised.
+    """
+    chex.assert_rank([prompt_NP, prompt_lengths_N, completions_NGC], [2, 1, 3])
+    load_layer = load_layer or functools.partial(jax.tree.map, load)
+    _, p = prompt_NP.shape
+    n, g, c = completions_NGC.shape
+    last_N11 = jnp.take_along_axis(prompt_NP, prompt_lengths_N[:, None] - 1, axis=1)[:, :, None]
+    rows_NGC = jnp.concatenate([jnp.broadcast_to(last_N11, (n, g, 1)), completions_NGC[:, :, :-1]], axis=2)
+    prompt_positions = jnp.broadcast_to(jnp.arange(p), (n, p))
+    row_positions = jnp.broadcast_to((prompt_lengths_N[:, None] - 1 + jnp.arange(c))[:, None], (n, g, c))
+    context_NP = jnp.arange(p) < prompt_lengths_N[:, None] - 1
+    mask_prompt = causal_mask(p)
+    mask_row = causal_mask(c)
+
+    def layer(carry: tuple[Array, Array], leaves: Params) -> tuple[tuple[Array, Array], None]:
+        x_prompt, x_rows = carry
+        block = merge_layer(config, load_layer(leaves))
+        q_p, k_p, v_p = block.project(x_prompt, prompt_positions)
+        q_r, k_r, v_r = block.project(x_rows, row_positions)
+        attended_prompt = attend(q_p[:, None], k_p[:, None], v_p[:, None], mask_prompt)[:, 0]
+        attended_rows = attend(q_r, k_r, v_r, mask_row, k_p, v_p, context_NP)
+        return (block.finish(x_prompt, attended_prompt), block.finish(x_rows, attended_rows)), None
+
+    x = embed(params, jnp.concatenate([prompt_NP, rows_NGC.reshape(n, g * c)], axis=1))
+    carry = (x[:, :p], x[:, p:].reshape(n, g, c, -1))
+    (_, x_rows), _ = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), carry, params["layers"])
+    return rms_norm(x_rows, load(params["norm"]["scale"]), config.norm_epsilon)
+
+
+def forward(config: ModelConfig, params: Params, ids_BT: Array, *, load: Load) -> Array:
+    """Plain causal forward: final normed hidden states [B, T, D]; padding, if any, on the right. For tests, warm starts and comparisons."""
+    chex.assert_rank(ids_BT, 2)
+    b, t = ids_BT.shape
+    positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+    mask = causal_mask(t)
+
+    def layer(x: Array, leaves: Params) -> tuple[Array, None]:
+        block = merge_layer(config, jax.tree.map(load, leaves))
+        q, k, v = block.project(x, positions)
+        return block.finish(x, attend(q[:, None], k[:, None], v[:, None], mask)[:, 0]), None
+
+    x, _ = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), default_embed(params, ids_BT, load), params["layers"])
+    return rms_norm(x, load(params["norm"]["scale"]), config.norm_epsilon)

@@ -1,0 +1,185 @@
+"""The records that cross rooms, and the legend of axes.
+
+Axes, used as suffixes of arrays at a boundary: N groups (tasks) in a batch, G samples a group, P prompt tokens, C completion tokens,
+T any token axis, L layers, D width, H query heads, K key/value heads, h head size, F intermediate width, V vocabulary.
+
+Example: `completion_ids_C` is one row of token ids, `loss_weights_NGC` is one weight for each completion token of a batch.
+
+Log-probabilities carry the name of who computed them: `train_` (the policy inside the update), `sampler_` (who generated the token),
+`reference_` (the KL anchor), `behaviour_` (the policy at the first iteration on a batch).
+"""
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+
+import numpy as np
+
+
+class StopReason(enum.StrEnum):
+    """Why an episode ended."""
+
+    FINISHED = "finished"  # the policy declared the task done
+    GAVE_UP = "gave_up"  # the policy declared that it cannot do the task
+    FAILED = "failed"  # the environment ended the episode: it cannot succeed any more
+    TOKEN_LIMIT = "token_limit"  # the episode's completion tokens ran out (overlong)
+    CONTEXT_LIMIT = "context_limit"  # the model's context ran out (overlong)
+    STEP_LIMIT = "step_limit"  # the policy's turns ran out (overlong)
+    ENVIRONMENT_ERROR = "environment_error"  # the environment raised: no reward is known
+
+    @property
+    def overlong(self) -> bool:
+        """True when a limit, not the policy or the environment, ended the episode."""
+        return self in (StopReason.TOKEN_LIMIT, StopReason.CONTEXT_LIMIT, StopReason.STEP_LIMIT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One chat message, e.g. `Message("user", "Book the flight.")`. The role is one that the model's chat template knows."""
+
+    role: str
+    content: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One task of a suite, e.g. `Task("lookup_7", labels=("Lookup",))`.
+
+    `labels` are the classes under which evaluation reports it (BFCL: the API classes). `payload` belongs to the suite that made it.
+    """
+
+    id: str
+    labels: tuple[str, ...] = ()
+    payload: object = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolCall:
+    """One tool call that an environment saw, e.g. `ToolCall("add", '{"a": 1, "b": 2}', "3", ok=True)`.
+
+    `arguments` is the JSON text of the arguments, `result` the text that the policy was shown.
+    """
+
+    name: str
+    arguments: str
+    result: str
+    ok: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """The outcome of an episode: the reward, whether the task counts as passed, the reward's parts, and notes for a human reader."""
+
+    reward: float
+    passed: bool
+    parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """One episode, exactly as it was sampled.
+
+    `completion_ids_C` holds everything after the prompt: tokens that the policy sampled and tokens that the environment (or the chat
+    template between turns) put there. For a two-turn episode, with s a sampled token and e one of the environment's:
+
+        completion_ids_C      [17, 4, 9, 80, 81, 82, 5, 2]
+        sampled_C             [ s, s, s,  e,  e,  e, s, s] = [1, 1, 1, 0, 0, 0, 1, 1]
+        sampler_logprobs_C    [-.1, -2., -.3, 0, 0, 0, -.5, -.1]      zero where not sampled
+        weight_versions_C     [3, 3, 3, -1, -1, -1, 4, 4]             -1 where not sampled
+    """
+
+    task_id: str
+    sample_index: int
+    prompt_ids_P: np.ndarray
+    completion_ids_C: np.ndarray
+    sampled_C: np.ndarray
+    sampler_logprobs_C: np.ndarray
+    weight_versions_C: np.ndarray
+    messages: tuple[Message, ...]
+    calls: tuple[ToolCall, ...]
+    turns: int
+    stop_reason: StopReason
+    score: Score | None
+    error: str = ""
+
+    def __post_init__(self) -> None:
+        lengths = {
+            name: len(getattr(self, name))
+            for name in ("completion_ids_C", "sampled_C", "sampler_logprobs_C", "weight_versions_C")
+        }
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"a trajectory's token arrays must be of one length, got {lengths}")
+        if len(self.prompt_ids_P) == 0:
+            raise ValueError(f"the prompt of task {self.task_id!r} is empty")
+        if self.score is None and self.stop_reason is not StopReason.ENVIRONMENT_ERROR:
+            raise ValueError(f"only an environment error leaves an episode without a score, not {self.stop_reason}")
+
+    @property
+    def overlong(self) -> bool:
+        return self.stop_reason.overlong
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The G episodes of one task, which share one prompt: `Group(task, trajectories)`; rewards are known for all of them."""
+
+    task: Task
+    trajectories: tuple[Trajectory, ...]
+
+    def __post_init__(self) -> None:
+        if not self.trajectories:
+            raise ValueError(f"the group of task {self.task.id!r} is empty")
+        first = self.trajectories[0].prompt_ids_P
+        for trajectory in self.trajectories:
+            if not np.array_equal(trajectory.prompt_ids_P, first):
+                raise ValueError(f"the episodes of task {self.task.id!r} do not share one prompt")
+            if trajectory.score is None:
+                raise ValueError(f"an episode of task {self.task.id!r} has no score: drop its group instead")
+
+    @property
+    def prompt_ids_P(self) -> np.ndarray:
+        return self.trajectories[0].prompt_ids_P
+
+    @property
+    def rewards_G(self) -> np.ndarray:
+        return np.array([t.score.reward for t in self.trajectories if t.score is not None], np.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupBatch:
+    """One micro-batch as the update takes it: N groups, padded on the right to one P and one C.
+
+    `prompt_lengths_N` and `completion_lengths_NG` say what is real. Every real token is attended; `loss_weights_NGC` is zero where a
+    token carries no loss and otherwise one over the global denominator, so that a plain sum over all micro-batches is the loss.
+    One group, G = 2, P = 4 with three real tokens, C = 3, the second row overlong (no loss), four tokens with loss in the whole batch:
+
+        prompt_NP              [[11, 12, 13, 0]]      prompt_lengths_N       [3]
+        completions_NGC        [[[5, 6, 2], [7, 8, 0]]]  completion_lengths_NG [[3, 2]]
+        loss_weights_NGC       [[[.25, .25, .25], [0, 0, 0]]]
+        advantages_NG          [[1., -1.]]
+    """
+
+    prompt_NP: np.ndarray
+    prompt_lengths_N: np.ndarray
+    completions_NGC: np.ndarray
+    completion_lengths_NG: np.ndarray
+    sampled_NGC: np.ndarray
+    loss_weights_NGC: np.ndarray
+    advantages_NG: np.ndarray
+    sampler_logprobs_NGC: np.ndarray
+
+    def __post_init__(self) -> None:
+        n, g, c = self.completions_NGC.shape
+        expected = {
+            "prompt_NP": (n, self.prompt_NP.shape[-1]),
+            "prompt_lengths_N": (n,),
+            "completion_lengths_NG": (n, g),
+            "sampled_NGC": (n, g, c),
+            "loss_weights_NGC": (n, g, c),
+            "advantages_NG": (n, g),
+            "sampler_logprobs_NGC": (n, g, c),
+        }
+        for name, shape in expected.items():
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} has shape {getattr(self, name).shape}, the batch's axes say {shape}")

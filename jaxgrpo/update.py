@@ -1,0 +1,222 @@
+"""TrainState, the optimizer, and the jitted, sharded train step.
+
+A batch is a list of micro-batches. On it `mu` optimizer steps are taken; each adds up the gradients of all micro-batches and applies them
+once. On the first step the ratio is one: its log-probabilities come from that very forward and are kept as the behaviour of the later ones.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxgrpo.losses import Head, LossSettings, LossSums, grpo_loss, token_logprobs
+from jaxgrpo.model import ModelConfig, Params, forward_shared_prompt, head_table
+from jaxgrpo.sharding import AXIS, Layout, Sharded, embed, make_layout, specs, store
+from jaxgrpo.types import GroupBatch
+
+_BATCH_FIELDS = tuple(field.name for field in dataclasses.fields(GroupBatch))
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW (arXiv:1711.05101) with a constant learning rate after a linear warm-up, and clipping by the global norm."""
+
+    learning_rate: float = 1e-6
+    warmup_steps: int = 20
+    b1: float = 0.9
+    b2: float = 0.99
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.2
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes, in the flat layout: float32 master weights, the optimizer's state, the reference policy in
+    the compute dtype, that is bfloat16 on accelerators (None when there is no KL term), and the number of optimizer steps taken."""
+
+    params: Params
+    opt_state: Any
+    reference: Params | None
+    step: int
+
+
+def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
+    """The first of `warmup_steps` steps has 1 / warmup_steps of the learning rate."""
+    warmup = max(settings.warmup_steps, 1)
+    schedule = optax.linear_schedule(settings.learning_rate / warmup, settings.learning_rate, warmup - 1 if warmup > 1 else 1)
+    if warmup == 1:
+        schedule = optax.constant_schedule(settings.learning_rate)
+    adamw = optax.adamw(schedule, settings.b1, settings.b2, settings.epsilon, weight_decay=settings.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), adamw)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """One optimizer step: the sums of its micro-batches and the gradient's global norm before clipping."""
+
+    sums: LossSums
+    grad_norm: float
+
+
+class Update:
+    """The compiled functions of the train step for one model on one mesh.
+
+    Shapes are compiled as they come; `compilations` counts the distinct ones over all functions.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        loss: LossSettings,
+        optimizer: OptimizerSettings,
+        *,
+        compute_dtype: Any,
+        temperature: float = 1.0,
+        head_chunk: int = 1024,
+    ):
+        self.config = config
+        self.mesh = mesh
+        self.loss = loss
+        self.layout: Layout = make_layout(config, mesh.size)
+        self.optimizer = make_optimizer(optimizer)
+        storage = Sharded(mesh.size, jnp.dtype(compute_dtype))
+        self._head = Head((config.vocab_size, config.width), storage, head_chunk, temperature)
+        self._shapes: set[tuple] = set()
+        specification = specs(self.layout)
+        data, replicated = PartitionSpec(AXIS), PartitionSpec()
+        shard = functools.partial(jax.shard_map, mesh=mesh)
+        self._score = jax.jit(shard(self._local_score, in_specs=(specification, data), out_specs=data))
+        self._accumulate = jax.jit(
+            shard(
+                self._local_accumulate,
+                in_specs=(specification, specification, data, data, data, replicated),
+                out_specs=(specification, data, LossSums(*[replicated] * len(LossSums._fields))),
+            ),
+            donate_argnums=1,
+        )
+        self._apply = jax.jit(self._apply_gradients, donate_argnums=(0, 1))
+        self._zeros = jax.jit(functools.partial(jax.tree.map, jnp.zeros_like))
+        self._copy_as_reference = jax.jit(functools.partial(jax.tree.map, lambda x: x.astype(storage.dtype)))
+
+    @property
+    def compilations(self) -> int:
+        return len(self._shapes)
+
+    def init(self, params: Params) -> TrainState:
+        """The state of step 0 from logical weights (NumPy or jax arrays, whole)."""
+        stored = store(params, self.layout, self.mesh)
+        reference = self._copy_as_reference(stored) if self.loss.kl_beta else None
+        return TrainState(stored, self.optimizer.init(stored), reference, 0)
+
+    def replace_reference(self, state: TrainState) -> TrainState:
+        """The policy becomes the reference."""
+        return state if state.reference is None else state._replace(reference=self._copy_as_reference(state.params))
+
+    def logprobs(self, params: Params, batch: GroupBatch) -> Array:
+        """Log-probabilities of the completions under stored `params` [N, G, C], on the devices; no gradients."""
+        self._count("score", batch, jax.tree.leaves(params)[0].dtype)
+        return self._score(params, self._put(batch))
+
+    def reference_logprobs(self, state: TrainState, batches: Sequence[GroupBatch]) -> list[Array | None]:
+        """The reference's log-probabilities of each micro-batch, once a batch; None where there is no KL term."""
+        return [None if state.reference is None else self.logprobs(state.reference, batch) for batch in batches]
+
+    def optimizer_step(
+        self,
+        state: TrainState,
+        batches: Sequence[GroupBatch],
+        behaviour: Sequence[Array] | None,
+        reference: Sequence[Array | None],
+    ) -> tuple[TrainState, list[Array], StepReport]:
+        """One optimizer step on all micro-batches. `behaviour` is None on the first step on a batch.
+
+        Returns the new state (the old one's buffers are donated), each micro-batch's train log-probabilities [N, G, C], and the report.
+        """
+        gradients = self._zeros(state.params)
+        train_logprobs, sums = [], []
+        for i, batch in enumerate(batches):
+            self._count("accumulate", batch)
+            placed = self._put(batch)
+            ours = placed.sampler_logprobs_NGC if behaviour is None else behaviour[i]
+            gradients, logprobs, micro_sums = self._accumulate(state.params, gradients, placed, ours, reference[i], behaviour is None)
+            train_logprobs.append(logprobs)
+            sums.append(micro_sums)
+        params, opt_state, grad_norm = self._apply(state.params, state.opt_state, gradients)
+        total = functools.reduce(LossSums.add, (LossSums(*map(float, s)) for s in jax.device_get(sums)))
+        return TrainState(params, opt_state, state.reference, state.step + 1), train_logprobs, StepReport(total, float(grad_norm))
+
+    def _put(self, batch: GroupBatch) -> GroupBatch:
+        """Groups split over the devices."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        arrays = {name: np.asarray(getattr(batch, name)) for name in _BATCH_FIELDS}
+        if arrays["prompt_NP"].shape[0] % self.mesh.size:
+            raise ValueError(f"{arrays['prompt_NP'].shape[0]} groups in a micro-batch do not divide over {self.mesh.size} devices")
+        return GroupBatch(**jax.device_put(arrays, sharding))
+
+    def _count(self, function: str, batch: GroupBatch, *more: Any) -> None:
+        self._shapes.add((function, batch.prompt_NP.shape, batch.completions_NGC.shape, *more))
+
+    def _local_logprobs(self, params: Params, batch: GroupBatch) -> tuple[Array, Array]:
+        """This device's groups: log-probabilities and entropies of the completions, [N, G, C] each."""
+        storage = self._head.storage
+
+        def load_layer(leaves: Params) -> Params:
+            return jax.tree.map(lambda leaf, layout: storage.load(leaf, layout.shape), leaves, self.layout["layers"])
+
+        hidden = forward_shared_prompt(
+            self.config,
+            params,
+            batch.prompt_NP,
+            batch.prompt_lengths_N,
+            batch.completions_NGC,
+            load=lambda leaf: storage.load(leaf, (self.config.width,)),
+            embed=lambda tree, ids: embed(tree["embed"]["embedding"], ids, self._head.shape, storage),
+            load_layer=load_layer,
+        )
+        shape = batch.completions_NGC.shape
+        logprobs, entropies = token_logprobs(
+            hidden.reshape(-1, self.config.width), head_table(params), batch.completions_NGC.reshape(-1), self._head
+        )
+        return logprobs.reshape(shape), entropies.reshape(shape)
+
+    def _local_score(self, params: Params, batch: GroupBatch) -> Array:
+        return self._local_logprobs(params, batch)[0]
+
+    def _local_accumulate(
+        self, params: Params, gradients: Params, batch: GroupBatch, behaviour: Array, reference: Array | None, on_policy: Array
+    ) -> tuple[Params, Array, LossSums]:
+        def loss(p: Params) -> tuple[Array, tuple[Array, LossSums]]:
+            train, entropies = self._local_logprobs(p, batch)
+            ours = jnp.where(on_policy, lax.stop_gradient(train), behaviour)
+            value, sums = grpo_loss(
+                train,
+                ours,
+                reference,
+                batch.sampler_logprobs_NGC,
+                entropies,
+                batch.advantages_NG,
+                batch.loss_weights_NGC,
+                batch.sampled_NGC,
+                self.loss,
+            )
+            return value, (train, sums)
+
+        (_, (train, sums)), new = jax.value_and_grad(loss, has_aux=True)(params)
+        totals = [lax.psum(x, AXIS) for x in sums[:-1]]
+        totals.append(lax.pmax(sums.mismatch_max, AXIS))
+        return jax.tree.map(jnp.add, gradients, new), train, LossSums(*totals)
+
+    def _apply_gradients(self, params: Params, opt_state: Any, gradients: Params) -> tuple[Params, Any, Array]:
+        updates, opt_state = self.optimizer.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, optax.global_norm(gradients)
+
+
+jax.tree_util.register_dataclass(GroupBatch, data_fields=list(_BATCH_FIELDS), meta_fields=[])
