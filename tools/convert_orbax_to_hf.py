@@ -1,0 +1,37 @@
+"""Convert an orbax folder (of tools.convert_hf_to_orbax) to a Hugging Face folder that transformers and vLLM load, bit for bit.
+
+    python -m tools.convert_orbax_to_hf /models/qwen-7b-orbax /models/qwen-7b-hf
+
+Weights above the shard size are sharded with their index. Tensors are streamed: memory holds about two of the largest.
+"""
+
+import argparse
+import resource
+import time
+from pathlib import Path
+
+from jaxgrpo import hf_mapping, pretrained
+
+
+def main() -> None:
+    """Read the arguments, convert, say what was written. Exits with the reason when it cannot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="an orbax folder")
+    parser.add_argument("destination", type=Path, help="the Hugging Face folder to make; it must not exist")
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest weights file, in 10^9 bytes (default: 5)")
+    args = parser.parse_args()
+    started = time.monotonic()
+    try:
+        if not pretrained.is_orbax(args.source):
+            raise ValueError(f"{args.source} is no orbax folder: it has no {pretrained.ORBAX_SUBFOLDER}/_METADATA")
+        source = pretrained.open_weights(args.source)
+        pretrained.write_hf(source, args.destination, round(args.shard_gb * 1e9))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"convert_orbax_to_hf: {error}") from error
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    count = hf_mapping.parameter_count(source.config)
+    print(f"{args.destination}: {count:,} parameters in {time.monotonic() - started:.1f} s, peak memory {peak:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Compare two model folders, of either kind, tensor by tensor and bit for bit.
+
+    python -m tools.verify_conversion /models/Qwen2.5-7B-Instruct /models/qwen-7b-orbax
+    python -m tools.verify_conversion /models/Qwen2.5-0.5B-Instruct /models/qwen-0.5b-orbax --logits
+
+Exits 1 and names the tensors when any differ. `--logits` also runs the second folder through this project's forward pass and the first
+through transformers (torch must be installed), both in float32 and whole in memory.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxgrpo import hf_mapping, pretrained
+from jaxgrpo.model import ModelConfig
+
+_PROMPTS = ("def quicksort(items):", "The capital of France is", "1 2 3 5 8 13 21")
+_SHOWN = 20
+
+
+def differing_tensors(first: pretrained.WeightSource, second: pretrained.WeightSource) -> list[str]:
+    """The Hugging Face names of the tensors that are not the same bits in both. Raises ValueError when the models differ in size."""
+    if hf_mapping.leaf_shapes(first.config) != hf_mapping.leaf_shapes(second.config):
+        raise ValueError(f"{first.folder} and {second.folder} are not models of one size: {first.config} and {second.config}")
+    tensors = hf_mapping.hf_tensors(first.config)
+    return [tensor.name for tensor in tensors if not hf_mapping.same_bits(first.read(tensor), second.read(tensor))]
+
+
+def our_logits(folder: Path, ids_T: np.ndarray) -> np.ndarray:
+    """Float32 logits [T, V] of one sequence through `jaxgrpo.model.forward`."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxgrpo.model import cast_to, forward, head_table
+
+    config = ModelConfig.from_folder(folder)
+    params = jax.tree.map(jnp.asarray, pretrained.load_params(folder, config, np.float32))
+    with jax.default_matmul_precision("highest"):
+        hidden = forward(config, params, jnp.asarray(ids_T)[None], load=cast_to(jnp.float32))[0]
+        return np.asarray(hidden @ head_table(params).T)
+
+
+def their_logits(folder: Path, ids_T: np.ndarray) -> np.ndarray:
+    """Float32 logits [T, V] of one sequence through transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    with torch.no_grad():
+        return model(torch.tensor(ids_T, dtype=torch.long)[None]).logits[0].numpy()
+
+
+def compare_logits(hf_folder: Path, folder: Path, prompts: Sequence[str] = _PROMPTS) -> float:
+    """Largest absolute difference of the logits at any position of any prompt. The prompts are run as one sequence."""
+    tokenizer = pretrained.load_tokenizer(hf_folder)
+    ids_T = np.array(tokenizer("\n".join(prompts))["input_ids"], np.int32)
+    return float(np.abs(our_logits(folder, ids_T) - their_logits(hf_folder, ids_T)).max())
+
+
+def main() -> None:
+    """Read the arguments, compare, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("first", type=Path, help="a Hugging Face folder (or an orbax folder)")
+    parser.add_argument("second", type=Path, help="an orbax folder (or a Hugging Face folder)")
+    parser.add_argument("--logits", action="store_true", help="compare logits with transformers too (needs torch)")
+    parser.add_argument("--logits-bound", type=float, default=1e-2, help="largest difference that passes (default: 0.01)")
+    args = parser.parse_args()
+    try:
+        first, second = pretrained.open_weights(args.first), pretrained.open_weights(args.second)
+        differing = differing_tensors(first, second)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"verify_conversion: {error}") from error
+    count = len(hf_mapping.hf_tensors(first.config))
+    if differing:
+        more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+        raise SystemExit(f"{len(differing)} of {count} tensors differ: {', '.join(differing[:_SHOWN])}{more}")
+    print(f"{count} tensors, {hf_mapping.parameter_count(first.config):,} parameters: every bit is the same")
+    if args.logits:
+        difference = compare_logits(args.first, args.second)
+        print(f"logits: largest absolute difference from transformers in float32 is {difference:.3g}")
+        if not difference <= args.logits_bound:
+            raise SystemExit(f"the logits differ by more than {args.logits_bound}")
+
+
+if __name__ == "__main__":
+    main()
