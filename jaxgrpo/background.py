@@ -1,0 +1,108 @@
+"""Bridges between threads and an event loop: blocking calls awaited with a deadline, and a loop that a synchronous program drives."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, Self, TypeVar
+
+T = TypeVar("T")
+
+
+class BlockingCalls:
+    """Runs blocking functions in threads, at most `threads` at once, each with a deadline counted from its start.
+
+    Every call has a daemon thread of its own: one that outlives its deadline is abandoned, gives its place to the next, and does not keep
+    the process from ending. A call that never releases the interpreter lock (a power of huge integers) cannot be abandoned by anybody.
+    """
+
+    def __init__(self, threads: int, deadline_seconds: float):
+        self._places = asyncio.Semaphore(threads)
+        self._deadline_seconds = deadline_seconds
+
+    async def run(self, function: Callable[..., T], *args: object) -> T:
+        """Await `function(*args)`; its exception is raised here. Raises TimeoutError when the deadline passes."""
+        async with self._places:
+            result = asyncio.get_running_loop().create_future()
+            threading.Thread(target=_deliver, args=(result, function, args), daemon=True).start()
+            try:
+                async with asyncio.timeout(self._deadline_seconds) as deadline:
+                    return await result
+            except TimeoutError as error:
+                if deadline.expired():
+                    name = getattr(function, "__qualname__", repr(function))
+                    raise TimeoutError(f"{name} took longer than the deadline of {self._deadline_seconds} seconds") from error
+                raise
+
+
+def _deliver(result: asyncio.Future, function: Callable, args: tuple) -> None:
+    """In the thread: call, and hand the outcome to the loop, which may have stopped waiting or be gone."""
+    hand_over: Callable[[], None]
+    try:
+        hand_over = functools.partial(result.set_result, function(*args))
+    except BaseException as error:  # whatever it is, it belongs to the one who awaits; nothing would see it in this thread
+        hand_over = functools.partial(result.set_exception, _awaitable(error))
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for an abandoned call
+        result.get_loop().call_soon_threadsafe(lambda: None if result.done() else hand_over())
+
+
+def _awaitable(error: BaseException) -> Exception:
+    """An exception that may travel through a future: what would end a loop (SystemExit) or a generator (StopIteration) is wrapped."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    wrapped = RuntimeError(f"the call raised {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+class EventLoopThread:
+    """One event loop in a thread of its own, on which a synchronous program runs everything that its sampler does.
+
+    with EventLoopThread() as loop:
+        loop.call(sampler.publish(1, params))
+        rollout = loop.start(run_groups(...))     # runs while this thread trains
+        ...
+        result = rollout.result()
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="event loop", daemon=True)
+        self._thread.start()
+
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Begin the coroutine; `.result()` of what is returned waits for it, `.cancel()` cancels it."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run the coroutine to its end. An interruption of the waiting thread (Ctrl-C) cancels it."""
+        future = self.start(coroutine)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """Cancel what still runs, let it clean up, and end the thread."""
+        if self._loop.is_closed():
+            return
+        self.call(_cancel_others())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
