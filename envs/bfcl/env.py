@@ -1,0 +1,147 @@
+"""One episode of a BFCL task: private simulators for the policy and for the ground truth, checked at the end of each user turn."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from envs.base import Observation, StepResult
+from envs.bfcl import docs, protocols, scoring
+from envs.bfcl.execution import Call, CallResult, Session
+from envs.bfcl.protocols import Protocol
+from envs.bfcl.scoring import TurnVerdict
+from envs.bfcl.tasks import BfclTask, BfclTurn, Library
+from envs.tool_tags import Action, ToolRequest
+from jaxgrpo.types import Score, StopReason, ToolCall
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeOptions:
+    """The options of a suite that an episode needs."""
+
+    protocol: Protocol
+    docs: str
+    examples: int
+    max_turns: int
+    max_steps_per_turn: int
+    reward: str
+    result_limit: int
+
+
+class BfclEnvironment:
+    """An `Environment`. The policy's turn ends when it says so (either way); the last one's end is the episode's."""
+
+    def __init__(self, library: Library, task: BfclTask, options: EpisodeOptions) -> None:
+        self._library = library
+        self._task = task
+        self._options = options
+        self._turns = task.turns[: options.max_turns]
+        self._policy: Session = library.session(task)
+        self._truth: Session = library.session(task)
+        self._offered = set(task.tools) | set(self._turns[0].new_tools)
+        self._turn = 0
+        self._policy_turns = 0  # policy texts in this user turn
+        self._results: list[CallResult] = []  # of the whole episode
+        self._verdicts: list[TurnVerdict] = []
+        self._finished = False
+        self._start_turn()
+
+    def _start_turn(self) -> None:
+        self._policy_turns = 0
+        self._call_steps = 0  # policy texts with calls, what the official check calls a step
+        self._calls_made = 0
+
+    def observe(self) -> Observation:
+        documents = [self._library.document(self._task, name) for name in self._task.tools]
+        query = turn_text(self._library, self._task, self._turns[0], self._options.docs)
+        return self._options.protocol.opening(documents, self._options.docs, self._options.examples, query)
+
+    def step(self, action: str) -> StepResult:
+        if self._finished:
+            raise RuntimeError(f"the episode of task {self._task.id!r} is over: create a new environment")
+        self._policy_turns += 1
+        parsed = self._options.protocol.parse(action)
+        if parsed.finished or parsed.gave_up:
+            return self._end_turn(parsed)
+        if parsed.fault:
+            return self._answer(self._options.protocol.fault(parsed.fault), ())
+        calls = self._run(parsed.requests)
+        return self._answer(self._options.protocol.results(calls, len(parsed.requests) - len(calls)), calls)
+
+    def _answer(self, observation: Observation, calls: tuple[ToolCall, ...]) -> StepResult:
+        """Go on, or stop where the turn's steps are used up; the last step's calls have run all the same."""
+        if self._policy_turns >= self._options.max_steps_per_turn:
+            return StepResult(stop_reason=StopReason.STEP_LIMIT, calls=calls)
+        return StepResult(observation=observation, calls=calls)
+
+    def _run(self, requests: Sequence[ToolRequest]) -> tuple[ToolCall, ...]:
+        """Run a list of calls up to the first that fails; what ran before it stands."""
+        shown: list[ToolCall] = []
+        made_before = self._calls_made
+        for request in requests:
+            shown.append(self._run_one(request))
+            if not shown[-1].ok:
+                break
+        self._call_steps += self._calls_made > made_before
+        return tuple(shown)
+
+    def _run_one(self, request: ToolRequest) -> ToolCall:
+        arguments = json.dumps(dict(request.arguments), ensure_ascii=False)
+        if request.fault:
+            return ToolCall(request.name[:100], arguments, request.fault, ok=False)
+        self._calls_made += 1
+        call = Call(request.name, request.arguments)
+        if request.name in self._offered:
+            result = self._policy.run(call)
+        else:
+            result = CallResult(call, f"Error during execution: there is no tool named '{request.name[:100]}'", ok=False)
+        self._results.append(result)
+        return ToolCall(request.name[:100], arguments, self._shown(result.text), result.ok)
+
+    def _shown(self, text: str) -> str:
+        """The result as the policy sees it; the check uses the whole of it."""
+        limit = self._options.result_limit
+        return text if not limit or len(text) <= limit else f"{text[:limit]}... ({len(text) - limit} characters left out)"
+
+    def _end_turn(self, parsed: Action) -> StepResult:
+        self._judge_turn()
+        verdict = self._verdicts[-1]
+        last = self._turn == len(self._turns)
+        lost = self._options.reward == "official" and not verdict.passed
+        if last or lost:
+            self._finished = True
+            reason = StopReason.GAVE_UP if parsed.gave_up else StopReason.FINISHED if last else StopReason.FAILED
+            return StepResult(stop_reason=reason)
+        turn = self._turns[self._turn]
+        self._offered.update(turn.new_tools)
+        self._start_turn()
+        return StepResult(observation=self._options.protocol.query(turn_text(self._library, self._task, turn, self._options.docs)))
+
+    def _judge_turn(self) -> None:
+        expected = [self._truth.run(call).text for call in self._turns[self._turn].truth]
+        so_far = [result.text for result in self._results]
+        self._verdicts.append(
+            scoring.judge_turn(self._turn, self._policy, self._truth, expected, so_far, self._calls_made, self._call_steps)
+        )
+        self._turn += 1
+
+    def score(self) -> Score:
+        """Judge as it stands: a turn that a limit cut off is checked like one that was finished, later ones like ones without a call."""
+        finished = self._turn == len(self._turns)
+        while self._turn < len(self._turns):
+            self._judge_turn()
+            self._start_turn()
+        self._finished = True
+        if self._options.reward == "official":
+            return scoring.official_score(self._verdicts, len(self._turns), finished)
+        differences = scoring.state_differences(self._policy.instances, self._truth.instances)
+        expected = [call for turn in self._turns for call in turn.truth]
+        return scoring.call_match_score(self._verdicts, len(self._turns), finished, differences, self._results, expected)
+
+
+def turn_text(library: Library, task: BfclTask, turn: BfclTurn, detail: str) -> str:
+    """What the user says at the start of a turn; where withheld tools arrive, their documents (a template's tool list is fixed by then)."""
+    if turn.new_tools:
+        documents = docs.describe([library.document(task, name) for name in turn.new_tools], detail)
+        announced = protocols.NEW_TOOLS.format(documents=documents)
+        return f"{turn.query}\n\n{announced}" if turn.query else announced
+    return turn.query or protocols.CONTINUE

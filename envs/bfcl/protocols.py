@@ -1,0 +1,126 @@
+"""The two ways in which a policy and BFCL's environment talk: `tags` (plain text, envs/tool_tags.py) and `native` (the chat template's own
+tool-call form, as Qwen2.5 has it: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, results as `tool` messages)."""
+
+import json
+from collections.abc import Sequence
+from typing import Protocol as TypingProtocol
+
+from envs import tool_tags
+from envs.base import Observation
+from envs.bfcl import docs
+from envs.bfcl.execution import Call
+from envs.tool_tags import Action
+from jaxgrpo.types import Message, ToolCall
+
+NATIVE_INSTRUCTIONS = "Fulfil the user's request with the tools. When nothing is left to do, answer without a tool call."
+NEW_TOOLS = "These tools are available from now on:\n{documents}\nPlease go on with what could not be done before."
+CONTINUE = "Please go on."
+
+# Worked examples, each with a tool of its own that no task has: (tool, request, reasoning, arguments, result).
+EXAMPLES = (
+    ("set_lamp(room: str, on: bool)", "Switch on the lamp in the kitchen.", "The kitchen lamp must be on.",
+     {"room": "kitchen", "on": True}, '{"lamp": "on"}'),
+    ("count_books(shelf: int)", "How many books are on shelf 3?", "I count the books on shelf 3.", {"shelf": 3}, '{"books": 17}'),
+    ("water_plants(names: list[str])", "Water the fern and the cactus.", "Both plants go into one call.",
+     {"names": ["fern", "cactus"]}, '{"watered": 2}'),
+)  # fmt: skip
+
+
+class Protocol(TypingProtocol):
+    """How to open an episode, read a policy turn, and answer it."""
+
+    def opening(self, documents: Sequence[dict], detail: str, examples: int, query: str) -> Observation: ...
+    def parse(self, text: str) -> Action: ...
+    def results(self, calls: Sequence[ToolCall], left: int) -> Observation: ...
+    def fault(self, text: str) -> Observation: ...
+    def query(self, text: str) -> Observation: ...
+    def write_calls(self, calls: Sequence[Call], reasoning: str) -> str: ...
+    def write_end(self, gave_up: bool, reasoning: str) -> str: ...
+
+
+class Tags:
+    """Plain text with tags; see envs/tool_tags.py."""
+
+    def opening(self, documents: Sequence[dict], detail: str, examples: int, query: str) -> Observation:
+        system = f"{tool_tags.INSTRUCTIONS}\nTools:\n{docs.describe(documents, detail)}"
+        messages = [Message("system", system), *_example_messages(self, examples), Message("user", query)]
+        return self._observation(*messages)
+
+    def parse(self, text: str) -> Action:
+        return tool_tags.parse_action(text)
+
+    def results(self, calls: Sequence[ToolCall], left: int) -> Observation:
+        last = len(calls) - 1
+        lines = [tool_tags.outcome(c.name, c.result, c.ok, left if index == last else 0) for index, c in enumerate(calls)]
+        return self._observation(tool_tags.result_message(lines))
+
+    def fault(self, text: str) -> Observation:
+        return self._observation(tool_tags.result_message([text]))
+
+    def query(self, text: str) -> Observation:
+        return self._observation(Message("user", text))
+
+    def write_calls(self, calls: Sequence[Call], reasoning: str) -> str:
+        return tool_tags.write_calls([(call.name, call.arguments) for call in calls], reasoning)
+
+    def write_end(self, gave_up: bool, reasoning: str) -> str:
+        return tool_tags.write_end(gave_up, reasoning)
+
+    def _observation(self, *messages: Message) -> Observation:
+        return Observation(messages, stop_strings=tool_tags.STOP_STRINGS)
+
+
+class Native:
+    """The chat template's own form. A reply without a tool call ends the turn; there is no way to give up."""
+
+    def opening(self, documents: Sequence[dict], detail: str, examples: int, query: str) -> Observation:
+        messages = [Message("system", NATIVE_INSTRUCTIONS), *_example_messages(self, examples), Message("user", query)]
+        return Observation(tuple(messages), tools=tuple(docs.schema(document, detail) for document in documents))
+
+    def parse(self, text: str) -> Action:
+        requests, position = [], 0
+        while (start := text.find("<tool_call>", position)) >= 0:
+            start += len("<tool_call>")
+            end = text.find("</tool_call>", start)
+            if end < 0:
+                return Action(fault="The tool call was not closed with </tool_call>; nothing was done.")
+            value, fault = tool_tags.read_json(text[start:end])
+            if fault:
+                return Action(fault=f"The tool call could not be read: {fault}; nothing was done.")
+            requests.append(tool_tags.request(value, "arguments"))
+            position = end
+            if len(requests) > tool_tags.MAX_CALLS:
+                return Action(fault=f"There were more than {tool_tags.MAX_CALLS} tool calls; nothing was done.")
+        return Action(requests=tuple(requests), finished=not requests)
+
+    def results(self, calls: Sequence[ToolCall], left: int) -> Observation:
+        skipped = ["not run: an earlier call failed"] * left
+        return Observation(tuple(Message("tool", text) for text in [*(call.result for call in calls), *skipped]))
+
+    def fault(self, text: str) -> Observation:
+        return Observation((Message("tool", text),))
+
+    def query(self, text: str) -> Observation:
+        return Observation((Message("user", text),))
+
+    def write_calls(self, calls: Sequence[Call], reasoning: str) -> str:
+        blocks = [json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False) for call in calls]
+        return "\n".join([*([reasoning] if reasoning else []), *(f"<tool_call>\n{block}\n</tool_call>" for block in blocks)])
+
+    def write_end(self, gave_up: bool, reasoning: str) -> str:
+        return reasoning or ("That cannot be done." if gave_up else "Done.")
+
+
+PROTOCOLS: dict[str, Protocol] = {"tags": Tags(), "native": Native()}
+
+
+def _example_messages(protocol: Protocol, count: int) -> list[Message]:
+    """Worked examples as finished conversations before the task's own."""
+    messages = []
+    for tool, request, reasoning, arguments, result in EXAMPLES[:count]:
+        call = Call(tool.split("(")[0], arguments)
+        messages.append(Message("user", f"(Example, with one more tool: {tool})\n{request}"))
+        messages.append(Message("assistant", protocol.write_calls([call], reasoning)))
+        messages.extend(protocol.results([ToolCall(call.name, json.dumps(arguments), result, ok=True)], 0).messages)
+        messages.append(Message("assistant", protocol.write_end(False, "")))
+    return messages

@@ -1,0 +1,94 @@
+"""BFCL's simulator classes, loaded from the unpacked package into private modules.
+
+Isolation: the modules enter neither `sys.modules` nor `sys.path`. Three things in them are shared by a whole process in the original and
+are made private or fixed here, because episodes run in many threads:
+
+- the precision of `mpmath` (`MathAPI.logarithm` sets it): the module gets an mpmath context of its own;
+- today's date (`TravelAPI.verify_traveler_information`): fixed to the day of the package's release, so that the same actions always give
+  the same observations, and midnight cannot fall between the policy's call and the ground truth's;
+- module-level tables that long-context scenarios hand out by reference: instances get deep copies (`create_instances`).
+"""
+
+import builtins
+import copy
+import datetime
+import functools
+import importlib.util
+import json
+import threading
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import mpmath
+
+MODULES = {
+    "GorillaFileSystem": "gorilla_file_system",
+    "MathAPI": "math_api",
+    "MessageAPI": "message_api",
+    "TicketAPI": "ticket_api",
+    "TradingBot": "trading_bot",
+    "TravelAPI": "travel_booking",
+    "TwitterAPI": "posting_api",
+    "VehicleControlAPI": "vehicle_control",
+}
+DOCS = {name: f"{module}.json" for name, module in MODULES.items()}
+STATELESS = ("MathAPI",)  # has no scenario to load
+TODAY = datetime.datetime(2026, 3, 23)
+
+_ORIGINAL_PREFIX = "bfcl_eval.eval_checker.multi_turn_eval.func_source_code"
+_LOADING = threading.Lock()
+
+
+class _FixedToday(datetime.datetime):
+    """`datetime` whose today is the package's release day."""
+
+    @classmethod
+    def today(cls) -> "_FixedToday":
+        return cls(TODAY.year, TODAY.month, TODAY.day)
+
+
+def load_classes(package: Path) -> Mapping[str, type]:
+    """The simulator classes by their names in the data; loaded once a package folder."""
+    with _LOADING:
+        return _load_classes(package)
+
+
+@functools.cache
+def _load_classes(package: Path) -> Mapping[str, type]:
+    folder = package / "eval_checker" / "multi_turn_eval" / "func_source_code"
+    siblings = {f"{_ORIGINAL_PREFIX}.long_context": _load_module("long_context", folder, {})}
+    loaded = {name: _load_module(module, folder, siblings) for name, module in MODULES.items()}
+    context = mpmath.MPContext()
+    loaded["MathAPI"].__dict__["mpmath"] = types.SimpleNamespace(mp=context, log=context.log)
+    loaded["TravelAPI"].__dict__["datetime"] = _FixedToday
+    return types.MappingProxyType({name: getattr(module, name) for name, module in loaded.items()})
+
+
+def _load_module(name: str, folder: Path, siblings: Mapping[str, types.ModuleType]) -> types.ModuleType:
+    """Execute one file as a module of its own. Its imports of sibling files are answered from `siblings`."""
+
+    def private_import(target, globals=None, locals=None, fromlist=(), level=0):
+        if target in siblings and fromlist:
+            return siblings[target]
+        return builtins.__import__(target, globals, locals, fromlist, level)
+
+    spec = importlib.util.spec_from_file_location(f"{__package__}.isolated.{name}", folder / f"{name}.py")
+    if spec is None or spec.loader is None:
+        raise ImportError(f"cannot load {folder / name}.py")
+    module = importlib.util.module_from_spec(spec)
+    module.__dict__["__builtins__"] = {**vars(builtins), "__import__": private_import}
+    spec.loader.exec_module(module)
+    return module
+
+
+def create_instances(classes: Mapping[str, type], involved: Sequence[str], config: str, long_context: bool) -> dict[str, object]:
+    """Fresh private instances of the involved classes, from the JSON text of the initial configuration (which they mutate)."""
+    scenario = json.loads(config)
+    instances = {}
+    for name in involved:
+        instance = classes[name]()
+        if name not in STATELESS:
+            instance._load_scenario(scenario.get(name, {}), long_context=long_context)
+        instances[name] = copy.deepcopy(instance) if long_context else instance
+    return instances

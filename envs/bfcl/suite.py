@@ -1,0 +1,130 @@
+"""The suite of BFCL's multi-turn tasks: what a config's `environment` holds."""
+
+import dataclasses
+import difflib
+from collections.abc import Collection, Sequence
+
+from envs.base import Environment
+from envs.bfcl.docs import DETAILS
+from envs.bfcl.env import BfclEnvironment, EpisodeOptions
+from envs.bfcl.protocols import EXAMPLES, PROTOCOLS
+from envs.bfcl.source import package_folder
+from envs.bfcl.tasks import CATEGORIES, BfclTask, Library, as_task, load_library, split_ids
+from jaxgrpo.types import Task
+
+REWARDS = ("official", "call_match")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bfcl:
+    """BFCL's multi-turn tasks, split as in the article: 100 a category to train on, the other 100 to test.
+
+    categories           any of base, miss_func, miss_param, long_context
+    protocol             "tags" (plain text) or "native" (the chat template's tool calls)
+    docs                 "full", "without_response", or "signatures" (one short line a tool)
+    examples             worked protocol examples with made-up tools before the task, 0 to 3
+    max_turns            user turns of each task that are played; 1 is the first query only
+    max_steps_per_turn   policy turns in a user turn; the last one's calls still run, then the episode ends with STEP_LIMIT
+    reward               "official" (state and response of each turn) or "call_match" (the article's rubric)
+    result_limit         characters of one tool result that the policy is shown, 0 for all; the check always sees all
+    task_ids             train on these alone (they must be of the train split), in the split's order
+    train_limit          train on the first so many, 0 for all
+    folder               an unpacked bfcl_eval to use instead of the fetched one
+    """
+
+    categories: tuple[str, ...] = ("base",)
+    protocol: str = "tags"
+    docs: str = "full"
+    examples: int = 0
+    max_turns: int = 1
+    max_steps_per_turn: int = 10
+    reward: str = "official"
+    result_limit: int = 0
+    task_ids: tuple[str, ...] = ()
+    train_limit: int = 0
+    folder: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.categories, str) or not self.categories:
+            raise ValueError(f'categories must be a tuple such as ("base",), got {self.categories!r}')
+        for category in self.categories:
+            _require("category", category, CATEGORIES)
+        if len(set(self.categories)) != len(self.categories):
+            raise ValueError(f"categories names one twice: {self.categories}")
+        if isinstance(self.task_ids, str):
+            raise ValueError(f"task_ids must be a tuple of task ids, got {self.task_ids!r}")
+        _require("protocol", self.protocol, PROTOCOLS)
+        _require("docs", self.docs, DETAILS)
+        _require("reward", self.reward, REWARDS)
+        for name, low, high in (
+            ("examples", 0, len(EXAMPLES)),
+            ("max_turns", 1, None),
+            ("max_steps_per_turn", 1, None),
+            ("result_limit", 0, None),
+            ("train_limit", 0, None),
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or value < low or (high is not None and value > high):
+                raise ValueError(f"{name} must be a whole number from {low}{'' if high is None else f' to {high}'}, got {value!r}")
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        """The split's tasks, category after category, each in the article's order."""
+        tasks = [task for category in self.categories for task in self._category_split(category, split)]
+        if split != "train":
+            return tasks
+        if self.task_ids:
+            for wanted in self.task_ids:
+                _require("task id of the train split", wanted, [task.id for task in tasks])
+            tasks = [task for task in tasks if task.id in self.task_ids]
+        return tasks[: self.train_limit] if self.train_limit else tasks
+
+    def create(self, task: Task) -> Environment:
+        return BfclEnvironment(self._library(), _payload(task), self._options())
+
+    def demonstration(self, task: Task) -> tuple[str, ...]:
+        """Policy turns that solve the task: the ground truth of each played user turn as one list of calls, then the turn's end.
+
+        Where nothing can be done (the categories that withhold something), the turn is ended by giving up.
+        """
+        payload, protocol = _payload(task), PROTOCOLS[self.protocol]
+        texts = []
+        for turn in payload.turns[: self.max_turns]:
+            if turn.truth:
+                names = ", ".join(dict.fromkeys(call.name for call in turn.truth))
+                texts.append(protocol.write_calls(turn.truth, f"I call {names}."))
+            impossible = not turn.truth and payload.category in ("miss_func", "miss_param")
+            texts.append(protocol.write_end(impossible, ""))
+        return tuple(texts)
+
+    def _category_split(self, category: str, split: str) -> list[Task]:
+        tasks = self._library().tasks[category]
+        return [as_task(tasks[task_id]) for task_id in split_ids(list(tasks), split)]
+
+    def _library(self) -> Library:
+        return load_library(package_folder(self.folder))
+
+    def _options(self) -> EpisodeOptions:
+        return EpisodeOptions(
+            protocol=PROTOCOLS[self.protocol],
+            docs=self.docs,
+            examples=self.examples,
+            max_turns=self.max_turns,
+            max_steps_per_turn=self.max_steps_per_turn,
+            reward=self.reward,
+            result_limit=self.result_limit,
+        )
+
+
+def _payload(task: Task) -> BfclTask:
+    if not isinstance(task.payload, BfclTask):
+        raise TypeError(f"task {task.id!r} is not one of this suite: its payload is a {type(task.payload).__name__}")
+    return task.payload
+
+
+def _require(what: str, given: str, allowed: Collection[str]) -> None:
+    """Refuse an unknown name with the nearest right one."""
+    if given in allowed:
+        return
+    near = difflib.get_close_matches(str(given), allowed, n=1, cutoff=0.3)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"unknown {what} {given!r}: {hint}allowed: {', '.join(list(allowed)[:12])}{' ...' if len(allowed) > 12 else ''}")

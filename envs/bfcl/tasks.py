@@ -1,0 +1,146 @@
+"""BFCL's multi-turn tasks as records, and the article's split.
+
+Data: JSON lines in the package, `data/BFCL_v4_multi_turn_<category>.json`, with the ground truth under `possible_answer/`.
+"""
+
+import dataclasses
+import functools
+import inspect
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from envs.bfcl import simulators
+from envs.bfcl.execution import Call, Session, parse_call
+from jaxgrpo.types import Task
+
+CATEGORIES = ("base", "miss_func", "miss_param", "long_context")
+SPLIT_SEED = 42
+SPLIT_SIZE = 100
+
+_LOADING = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class BfclTurn:
+    """One user turn: what the user says ("" where only new tools are announced), the ground truth, and tools offered from here on."""
+
+    query: str
+    truth: tuple[Call, ...]
+    new_tools: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class BfclTask:
+    """The payload of a Task. `tools` are the names offered from the start; `initial_config` stays JSON text, so nobody can mutate it."""
+
+    id: str
+    category: str
+    involved: tuple[str, ...]
+    initial_config: str
+    turns: tuple[BfclTurn, ...]
+    tools: tuple[str, ...]
+
+    @property
+    def long_context(self) -> bool:
+        return self.category == "long_context"
+
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """Everything that is read from the package: the simulator classes, the tools' documents by class, the tasks by category."""
+
+    classes: Mapping[str, type]
+    documents: Mapping[str, Mapping[str, dict]]
+    tasks: Mapping[str, Mapping[str, BfclTask]]
+
+    def document(self, task: BfclTask, name: str) -> dict:
+        """The document of one tool of the task's classes."""
+        return next(self.documents[owner][name] for owner in task.involved if name in self.documents[owner])
+
+    def session(self, task: BfclTask) -> Session:
+        """A fresh session on the task's initial state, where every documented method of its classes may be called."""
+        instances = simulators.create_instances(self.classes, task.involved, task.initial_config, task.long_context)
+        return Session(instances, [name for owner in task.involved for name in self.documents[owner]])
+
+
+def load_library(package: Path) -> Library:
+    """Read the package's data; once a folder."""
+    with _LOADING:
+        return _load_library(package)
+
+
+@functools.cache
+def _load_library(package: Path) -> Library:
+    classes = simulators.load_classes(package)
+    documents = {
+        owner: {doc["name"]: doc for doc in _read_lines(package / "data" / "multi_turn_func_doc" / file)}
+        for owner, file in simulators.DOCS.items()
+    }
+    signatures = {name: inspect.signature(getattr(classes[owner], name)) for owner, docs in documents.items() for name in docs}
+    tasks = {category: _read_category(package, category, documents, signatures) for category in CATEGORIES}
+    return Library(classes, documents, tasks)
+
+
+def _read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+
+
+def _read_category(
+    package: Path, category: str, documents: Mapping[str, Mapping[str, dict]], signatures: Mapping[str, inspect.Signature]
+) -> dict[str, BfclTask]:
+    name = f"BFCL_v4_multi_turn_{category}.json"
+    truths = {row["id"]: row["ground_truth"] for row in _read_lines(package / "data" / "possible_answer" / name)}
+    tasks = {}
+    for row in _read_lines(package / "data" / name):
+        truth = [tuple(parse_call(text, signatures) for text in turn) for turn in truths[row["id"]]]
+        tasks[row["id"]] = _task(row, category, truth, documents)
+    return tasks
+
+
+def _task(row: dict, category: str, truth: Sequence[tuple[Call, ...]], documents: Mapping[str, Mapping[str, dict]]) -> BfclTask:
+    """One task; tools that are excluded are never offered, withheld ones (`missed_function`) from the turn that the data says.
+
+    A withheld tool that the ground truth needs earlier is not withheld: else the task could not be solved (`tail` in miss_func_49).
+    """
+    excluded = set(row.get("excluded_function", ()))
+    withheld = {
+        turn: tuple(name for name in names if not any(call.name == name for calls in truth[:turn] for call in calls))
+        for turn, names in ((int(turn), names) for turn, names in row.get("missed_function", {}).items())
+    }
+    hidden = excluded.union(*withheld.values())
+    turns = tuple(
+        BfclTurn(
+            query="\n\n".join(message["content"] for message in messages),
+            truth=calls,
+            new_tools=tuple(name for name in withheld.get(index, ()) if name not in excluded),
+        )
+        for index, (messages, calls) in enumerate(zip(row["question"], truth, strict=True))
+    )
+    return BfclTask(
+        id=row["id"],
+        category=category,
+        involved=tuple(row["involved_classes"]),
+        initial_config=json.dumps(row["initial_config"]),
+        turns=turns,
+        tools=tuple(name for owner in row["involved_classes"] for name in documents[owner] if name not in hidden),
+    )
+
+
+def split_ids(ids: Sequence[str], split: str) -> list[str]:
+    """The article's split: sorted ids, permuted with seed 42; the first 100 are "test", the last 100 "train", both in permuted order."""
+    ordered = sorted(ids)
+    permuted = [ordered[index] for index in np.random.RandomState(SPLIT_SEED).permutation(len(ordered))]
+    if split == "test":
+        return permuted[:SPLIT_SIZE]
+    if split == "train":
+        return permuted[-SPLIT_SIZE:]
+    raise ValueError(f"no split {split!r}: a split is 'train' or 'test'")
+
+
+def as_task(task: BfclTask) -> Task:
+    """The record that crosses rooms; its labels are the API classes involved."""
+    return Task(task.id, labels=task.involved, payload=task)
