@@ -87,24 +87,34 @@ class Update:
         self.loss = loss
         self.layout: Layout = make_layout(config, mesh.size)
         self.optimizer = make_optimizer(optimizer)
-        storage = Sharded(mesh.size, jnp.dtype(compute_dtype))
+        self.compute_dtype = jnp.dtype(compute_dtype)
+        storage = Sharded(mesh.size, self.compute_dtype)
         self._head = Head((config.vocab_size, config.width), storage, head_chunk, temperature)
         self._shapes: set[tuple] = set()
         specification = specs(self.layout)
         data, replicated = PartitionSpec(AXIS), PartitionSpec()
+        sums = LossSums(*[replicated] * len(LossSums._fields))
         shard = functools.partial(jax.shard_map, mesh=mesh)
-        self._score = jax.jit(shard(self._local_score, in_specs=(specification, data), out_specs=data))
+        # What a function returns is fed to the next one: each output's sharding is named, or zeros would land whole on one device and
+        # one shape would be compiled once for every way that XLA chose to lay its inputs out.
+        place = functools.partial(jax.tree.map, functools.partial(NamedSharding, mesh))
+        params_at, data_at, opt_state_at = place(specification), NamedSharding(mesh, data), place(self._optimizer_specs())
+        self._score = jax.jit(shard(self._local_score, in_specs=(specification, data), out_specs=data), out_shardings=data_at)
         self._accumulate = jax.jit(
             shard(
                 self._local_accumulate,
                 in_specs=(specification, specification, data, data, data, replicated),
-                out_specs=(specification, data, LossSums(*[replicated] * len(LossSums._fields))),
+                out_specs=(specification, data, sums),
             ),
             donate_argnums=1,
+            out_shardings=(params_at, data_at, place(sums)),
         )
-        self._apply = jax.jit(self._apply_gradients, donate_argnums=(0, 1))
-        self._zeros = jax.jit(functools.partial(jax.tree.map, jnp.zeros_like))
-        self._copy_as_reference = jax.jit(functools.partial(jax.tree.map, lambda x: x.astype(storage.dtype)))
+        self._apply = jax.jit(
+            self._apply_gradients, donate_argnums=(0, 1), out_shardings=(params_at, opt_state_at, NamedSharding(mesh, replicated))
+        )
+        self._init_optimizer = jax.jit(self.optimizer.init, out_shardings=opt_state_at)
+        self._zeros = jax.jit(functools.partial(jax.tree.map, jnp.zeros_like), out_shardings=params_at)
+        self._copy_as_reference = jax.jit(functools.partial(jax.tree.map, lambda x: x.astype(storage.dtype)), out_shardings=params_at)
 
     @property
     def compilations(self) -> int:
@@ -114,7 +124,7 @@ class Update:
         """The state of step 0 from logical weights (NumPy or jax arrays, whole)."""
         stored = store(params, self.layout, self.mesh)
         reference = self._copy_as_reference(stored) if self.loss.kl_beta else None
-        return TrainState(stored, self.optimizer.init(stored), reference, 0)
+        return TrainState(stored, self._init_optimizer(stored), reference, 0)
 
     def replace_reference(self, state: TrainState) -> TrainState:
         """The policy becomes the reference."""
@@ -152,6 +162,14 @@ class Update:
         params, opt_state, grad_norm = self._apply(state.params, state.opt_state, gradients)
         total = functools.reduce(LossSums.add, (LossSums(*map(float, s)) for s in jax.device_get(sums)))
         return TrainState(params, opt_state, state.reference, state.step + 1), train_logprobs, StepReport(total, float(grad_norm))
+
+    def _optimizer_specs(self) -> Any:
+        """The optimizer's state with a PartitionSpec for each array: its moments lie as the weights do, its counters are replicated."""
+        stored = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.stored_shape, jnp.float32), self.layout)
+        state = jax.eval_shape(self.optimizer.init, stored)
+        return optax.tree_map_params(
+            self.optimizer, lambda _, spec: spec, state, specs(self.layout), transform_non_params=lambda _: PartitionSpec()
+        )
 
     def _put(self, batch: GroupBatch) -> GroupBatch:
         """Groups split over the devices."""
