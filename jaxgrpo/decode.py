@@ -1,0 +1,297 @@
+"""Incremental forward passes over caches: extend (many new tokens a row) and decode (one token a step, the loop on the device).
+
+A row's keys and values are in two places: those of its group's prompt, less the prompt's last token, stored once for the group; and its own,
+which start with the prompt's last token (as in `model.forward_shared_prompt`). Both live in a pool of pages, and a computation gathers
+the pages that it needs. Axes beside those of jaxgrpo.types: B rows of a computation, S a row's own cached tokens, J pages of one sequence,
+and in a pool page X of `PAGE` tokens. Keys are stored with their tokens last, values with their head size last: so neither is transposed in a step.
+
+Layers are unrolled, and weights and caches are one array a layer: a scan over stacked layers would copy each layer's weights at every step.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxgrpo.model import ModelConfig, Params, head_table, merge_layer, rms_norm
+
+PAGE = 64
+_MASKED = -1e30  # finite: a part with nothing to attend weighs exactly nothing once it is merged with one that has something
+
+
+class KeysValues(NamedTuple):
+    """One layer's keys [*, K, h, S] and values [*, K, S, h]; in the pool the leading axis is the page and S is `PAGE`."""
+
+    keys: Array
+    values: Array
+
+
+Caches = tuple[KeysValues, ...]  # one entry a layer
+
+
+class Layout(NamedTuple):
+    """Which rows share which prompt: row `rows_NG[n, g]` attends to prompt n, and row b sits in slot `slots_B[b]` of the flattened grid.
+
+    Three rows, the last two of one group: rows_NG [[0, 0], [1, 2]] (an unused slot names any row), slots_B [0, 2, 3].
+    """
+
+    rows_NG: Array
+    slots_B: Array
+
+
+class Context(NamedTuple):
+    """What B rows attend to beside their new tokens."""
+
+    layout: Layout
+    shared: Caches
+    shared_lengths_N: Array
+    own: Caches
+    own_lengths_B: Array
+
+
+class DecodeRows(NamedTuple):
+    """The rows of a decode chunk: the last token (not in the cache yet), its position, and how to sample. `limits_B` 0 is an empty row."""
+
+    tokens_B: Array
+    positions_B: Array
+    limits_B: Array
+    seeds_B2: Array
+    temperatures_B: Array
+    top_ps_B: Array
+
+
+class Chunk(NamedTuple):
+    """What a decode chunk made: the first `counts_B[b]` entries of row b's tokens are real."""
+
+    tokens_BC: Array
+    logprobs_BC: Array
+    counts_B: Array
+
+
+@functools.partial(jax.jit, static_argnames=("dtype",))
+def serving_params(params: Params, dtype: Any) -> Params:
+    """The logical tree cast to the compute dtype, its `layers` as a tuple of one tree a layer."""
+    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    count = jax.tree.leaves(cast["layers"])[0].shape[0]
+    return cast | {"layers": tuple(jax.tree.map(lambda leaf, i=i: leaf[i], cast["layers"]) for i in range(count))}
+
+
+def empty_pool(config: ModelConfig, pages: int, dtype: Any) -> Caches:
+    """A pool of zeroed pages."""
+    k, h = config.kv_heads, config.head_size
+    return tuple(KeysValues(jnp.zeros((pages, k, h, PAGE), dtype), jnp.zeros((pages, k, PAGE, h), dtype)) for _ in range(config.layers))
+
+
+@jax.jit
+def gather_pages(pool: Caches, pages_RJ: Array) -> Caches:
+    """The sequences whose pages are listed, each as one stretch: keys [R, K, h, J * PAGE], values [R, K, J * PAGE, h]."""
+    chex.assert_rank(pages_RJ, 2)
+    r, j = pages_RJ.shape
+
+    def one(layer: KeysValues) -> KeysValues:
+        _, k, h, _ = layer.keys.shape
+        keys = layer.keys[pages_RJ].transpose(0, 2, 3, 1, 4).reshape(r, k, h, j * PAGE)
+        values = layer.values[pages_RJ].transpose(0, 2, 1, 3, 4).reshape(r, k, j * PAGE, h)
+        return KeysValues(keys, values)
+
+    return tuple(one(layer) for layer in pool)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def write_pages(pool: Caches, new: Caches, pages_BT: Array, offsets_BT: Array) -> Caches:
+    """Store new keys [B, K, h, T] and values [B, K, T, h] at (page, offset) of each token; a page past the pool drops its token."""
+
+    def one(layer: KeysValues, fresh: KeysValues) -> KeysValues:
+        keys = layer.keys.at[pages_BT, :, :, offsets_BT].set(fresh.keys.transpose(0, 3, 1, 2), mode="drop")
+        values = layer.values.at[pages_BT, :, offsets_BT].set(fresh.values.transpose(0, 2, 1, 3), mode="drop")
+        return KeysValues(keys, values)
+
+    return tuple(one(layer, fresh) for layer, fresh in zip(pool, new, strict=True))
+
+
+class _Part(NamedTuple):
+    """Attention over one part of the keys: unnormalised output [R, K, M, h], and maximum and sum of the scores' exponentials [R, K, M]."""
+
+    out: Array
+    maximum: Array
+    total: Array
+
+
+def _attend_part(q_RKMh: Array, cache: KeysValues, mask: Array) -> _Part:
+    """Scores in float32; mask broadcastable to [R, K, M, S]."""
+    scores = jnp.einsum("rkmh,rkhs->rkms", q_RKMh, cache.keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores, _MASKED)
+    maximum = scores.max(-1)
+    weights = jnp.exp(scores - maximum[..., None])
+    out = jnp.einsum("rkms,rksh->rkmh", weights.astype(cache.values.dtype), cache.values, preferred_element_type=jnp.float32)
+    return _Part(out, maximum, weights.sum(-1))
+
+
+def _merge(parts: list[_Part]) -> Array:
+    """One softmax over the keys of all parts (arXiv:2112.05682, section 2): [R, K, M, h]."""
+    maximum = functools.reduce(jnp.maximum, [part.maximum for part in parts])
+    scales = [jnp.exp(part.maximum - maximum) for part in parts]
+    total = sum(part.total * scale for part, scale in zip(parts, scales, strict=True))
+    return sum(part.out * scale[..., None] for part, scale in zip(parts, scales, strict=True)) / total[..., None]
+
+
+def attend_cached(q: Array, context: Context, layer: int, new: KeysValues, mask_TC: Array) -> Array:
+    """Queries [B, T, H, h] over the group's prompt, the row's cache and its new tokens (masked by mask_TC): [B, T, H, h].
+
+    The prompt's keys meet the queries of all rows of the group in one product: they are never copied for a row.
+    """
+    b, t, heads, h = q.shape
+    kv = new.keys.shape[1]
+    repeat = heads // kv
+    grouped = (q * h**-0.5).reshape(b, t, kv, repeat, h).transpose(0, 2, 1, 3, 4).reshape(b, kv, t * repeat, h)
+    own = context.own[layer]
+    own_mask = jnp.arange(own.keys.shape[-1]) < context.own_lengths_B[:, None]
+    parts = [
+        _attend_shared(grouped, context, layer),
+        _attend_part(grouped, own, own_mask[:, None, None]),
+        _attend_part(grouped, new, jnp.repeat(mask_TC, repeat, axis=0)),
+    ]
+    merged = _merge(parts).astype(q.dtype)
+    return merged.reshape(b, kv, t, repeat, h).transpose(0, 2, 1, 3, 4).reshape(b, t, heads, h)
+
+
+def _attend_shared(q_BKMh: Array, context: Context, layer: int) -> _Part:
+    """The rows' queries laid out as [N, K, G * M, h] over the prompts, and the result back in rows."""
+    cache, (rows_NG, slots_B) = context.shared[layer], context.layout
+    n, g = rows_NG.shape
+    _, k, m, h = q_BKMh.shape
+    q = q_BKMh[rows_NG].transpose(0, 2, 1, 3, 4).reshape(n, k, g * m, h)
+    mask = jnp.arange(cache.keys.shape[-1]) < context.shared_lengths_N[:, None]
+    part = _attend_part(q, cache, mask[:, None, None])
+
+    def to_rows(x: Array) -> Array:
+        x = x.reshape(n, k, g, m, *x.shape[3:])
+        return jnp.moveaxis(x, 2, 1).reshape(n * g, k, m, *x.shape[4:])[slots_B]
+
+    return _Part(to_rows(part.out), to_rows(part.maximum), to_rows(part.total))
+
+
+def _to_cache(k: Array, v: Array) -> KeysValues:
+    """Projected keys and values [B, T, K, h] in the cache's layout."""
+    return KeysValues(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def extend(config: ModelConfig, params: Params, context: Context, ids_BT: Array, positions_B: Array) -> Caches:
+    """Keys and values of new tokens, the first at `positions_B`; padding on the right makes keys that nobody may read."""
+    t = ids_BT.shape[1]
+    positions_BT = positions_B[:, None] + jnp.arange(t)
+    mask = jnp.tril(jnp.ones((t, t), bool))
+    x = params["embed"]["embedding"][ids_BT]
+    made = []
+    for layer, weights in enumerate(params["layers"]):
+        block = merge_layer(config, weights)
+        q, k, v = block.project(x, positions_BT)
+        made.append(_to_cache(k, v))
+        x = block.finish(x, attend_cached(q, context, layer, made[-1], mask))
+    return tuple(made)
+
+
+def _decode_step(
+    config: ModelConfig, params: Params, context: Context, buffers: Caches, tokens_B: Array, positions_B: Array, step: Array
+) -> tuple[Array, Caches]:
+    """Float32 logits [B, V] after one token a row, whose keys and values go to entry `step` of the buffers."""
+    mask = (jnp.arange(buffers[0].keys.shape[-1]) <= step)[None]
+    x = params["embed"]["embedding"][tokens_B[:, None]]
+    made = []
+    for layer, weights in enumerate(params["layers"]):
+        block = merge_layer(config, weights)
+        q, k, v = block.project(x, positions_B[:, None])
+        new = _to_cache(k, v)
+        keys = jax.lax.dynamic_update_slice_in_dim(buffers[layer].keys, new.keys, step, axis=3)
+        values = jax.lax.dynamic_update_slice_in_dim(buffers[layer].values, new.values, step, axis=2)
+        made.append(KeysValues(keys, values))
+        x = block.finish(x, attend_cached(q, context, layer, made[-1], mask))
+    hidden = rms_norm(x[:, 0], params["norm"]["scale"], config.norm_epsilon)
+    return jnp.einsum("bd,vd->bv", hidden, head_table(params), preferred_element_type=jnp.float32), tuple(made)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "steps"))
+def decode_chunk(
+    config: ModelConfig, params: Params, context: Context, rows: DecodeRows, eos_E: Array, *, steps: int
+) -> tuple[Chunk, Caches]:
+    """Up to `steps` tokens a row; a row stops at its limit or after a token of eos_E, the loop when all rows have.
+
+    Also returns the new keys [B, K, h, steps] and values: those of `tokens_B` and of the tokens made, less the last.
+    """
+    b = rows.tokens_B.shape[0]
+    kv, h, dtype = config.kv_heads, config.head_size, params["embed"]["embedding"].dtype
+    buffers = tuple(KeysValues(jnp.zeros((b, kv, h, steps), dtype), jnp.zeros((b, kv, steps, h), dtype)) for _ in params["layers"])
+    chunk = Chunk(jnp.zeros((b, steps), jnp.int32), jnp.zeros((b, steps), jnp.float32), jnp.zeros(b, jnp.int32))
+
+    def live(state: tuple[Array, Array, Array, Chunk, Caches]) -> Array:
+        step, _, running_B, _, _ = state
+        return (step < steps) & running_B.any()
+
+    def body(state: tuple[Array, Array, Array, Chunk, Caches]) -> tuple[Array, Array, Array, Chunk, Caches]:
+        step, last_B, running_B, chunk, buffers = state
+        positions_B = rows.positions_B + step
+        logits_BV, buffers = _decode_step(config, params, context, buffers, last_B, positions_B, step)
+        tokens_B, logprobs_B = sample(logits_BV, rows.seeds_B2, positions_B + 1, rows.temperatures_B, rows.top_ps_B)
+        chunk = Chunk(
+            jax.lax.dynamic_update_slice_in_dim(chunk.tokens_BC, tokens_B[:, None], step, axis=1),
+            jax.lax.dynamic_update_slice_in_dim(chunk.logprobs_BC, logprobs_B[:, None], step, axis=1),
+            chunk.counts_B + running_B,
+        )
+        running_B &= (chunk.counts_B < rows.limits_B) & ~jnp.isin(tokens_B, eos_E)
+        return step + 1, tokens_B, running_B, chunk, buffers
+
+    state = (jnp.int32(0), rows.tokens_B, rows.limits_B > 0, chunk, buffers)
+    _, _, _, chunk, buffers = jax.lax.while_loop(live, body, state)
+    return chunk, buffers
+
+
+def sample(
+    logits_BV: Array, seeds_B2: Array, positions_B: Array, temperatures_B: Array, top_ps_B: Array
+) -> tuple[Array, Array]:
+    """Tokens [B] and their log-probabilities [B] before top-p: argmax of log p + Gumbel noise, or of the logits at temperature 0.
+
+    The noise of a row is a function of its seed (two 32-bit words) and of the token's position, so a row does not depend on its batch.
+    """
+    chex.assert_rank([logits_BV, seeds_B2, positions_B, temperatures_B, top_ps_B], [2, 2, 1, 1, 1])
+    v = logits_BV.shape[1]
+    greedy_B = temperatures_B == 0
+    logprobs_BV = jax.nn.log_softmax(logits_BV / jnp.where(greedy_B, 1.0, temperatures_B)[:, None])
+
+    def noise_of(seed_2: Array, position: Array) -> Array:
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed_2, impl="threefry2x32"), position)
+        return jax.random.gumbel(key, (v,))
+
+    def draw(scores_BV: Array) -> Array:
+        cut = (top_ps_B < 1) & ~greedy_B
+        scores_BV = jax.lax.cond(cut.any(), lambda s: jnp.where(nucleus(s, top_ps_B), s, -jnp.inf), lambda s: s, scores_BV)
+        noise_BV = jax.vmap(noise_of)(seeds_B2, positions_B)
+        return jnp.argmax(jnp.where(greedy_B[:, None], logprobs_BV, scores_BV + noise_BV), axis=-1)
+
+    tokens_B = jax.lax.cond(greedy_B.all(), lambda s: jnp.argmax(s, axis=-1), draw, logprobs_BV).astype(jnp.int32)
+    return tokens_B, jnp.take_along_axis(logprobs_BV, tokens_B[:, None], axis=1)[:, 0]
+
+
+def nucleus(logprobs_BV: Array, top_ps_B: Array) -> Array:
+    """Top-p (arXiv:1904.09751): true for the most probable tokens whose mass reaches top_p, all tokens where it is 1.
+
+    The least kept probability is found by bisection over the bits of non-negative floats, whose order is that of the floats: no sort.
+    Tokens as probable as the least one kept are kept too.
+    """
+    probs_BV = jnp.exp(logprobs_BV)
+
+    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low_B, high_B = bounds
+        middle_B = (low_B + high_B) // 2
+        threshold_B = jax.lax.bitcast_convert_type(middle_B, jnp.float32)
+        mass_B = jnp.where(probs_BV >= threshold_B[:, None], probs_BV, 0.0).sum(-1)
+        enough_B = mass_B >= top_ps_B
+        return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
+
+    one = jax.lax.bitcast_convert_type(jnp.float32(1.01), jnp.int32)
+    low_B, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(top_ps_B, jnp.int32), jnp.full(top_ps_B.shape, one)))
+    kept_BV = probs_BV >= jax.lax.bitcast_convert_type(low_B, jnp.float32)[:, None]
+    return kept_BV | (top_ps_B[:, None] >= 1)
