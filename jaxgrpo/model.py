@@ -31,6 +31,8 @@ from jaxgrpo.attention import apply_rope, attend, causal_mask
 Params = dict[str, Any]
 Load = Callable[[Any], Any]
 
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
 _REFUSED = {
     "rope_scaling": "rope scaling is not supported",
     "quantization_config": "quantised weights are not supported: dequantise the checkpoint first",
@@ -59,6 +61,11 @@ class ModelConfig:
         """Read a `config.json`. Raises ValueError by name for what this port does not compute."""
         _refuse_unsupported(config)
         heads = config["num_attention_heads"]
+        kv_heads = config.get("num_key_value_heads", heads)
+        if kv_heads is None:
+            kv_heads = heads
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})")
         rope = config.get("rope_parameters") or {}
         eos = config.get("eos_token_id")
         return cls(
@@ -66,7 +73,7 @@ class ModelConfig:
             width=config["hidden_size"],
             layers=config["num_hidden_layers"],
             heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
+            kv_heads=kv_heads,
             head_size=config.get("head_dim") or config["hidden_size"] // heads,
             mlp_width=config["intermediate_size"],
             context_length=config.get("max_position_embeddings", 32768),
@@ -88,12 +95,17 @@ class ModelConfig:
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     if config.get("model_type") != "qwen2":
         raise ValueError(f"model_type is {config.get('model_type')!r}; only 'qwen2' (Qwen2 and Qwen2.5) is supported")
+    absent = [key for key in _SIZES if key not in config]
+    if absent:
+        raise ValueError(f"config.json has no {', '.join(absent)}: it is not the whole config of a model")
     for key, why in _REFUSED.items():
         if config.get(key):
             raise ValueError(f"{key} is set: {why}")
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"rope_parameters asks for {rope['rope_type']!r}: rope scaling is not supported")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"rope_parameters has partial_rotary_factor {rope['partial_rotary_factor']}: only whole heads are rotated here")
     if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
         raise ValueError("sliding-window attention is in use (use_sliding_window): it is not supported")
     if config.get("hidden_act", "silu") != "silu":
