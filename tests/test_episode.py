@@ -16,13 +16,14 @@ from tests.byte_chat import AB, END, START, byte_tokenizer
 from tests.rollout_fakes import OPENING, EchoEnvironment, FailingEnvironment, Say, ScriptedSampler, SlowEnvironment, Suite
 
 TASK = Task("echo_1")
+ROOMY = Limits()
 KEY = EpisodeKey(7, "step-1", "echo_1", 2)
 PROMPT = [START, *b"system\nHelp.", END, 10, START, *b"user\nq", END, 10, START, *b"assistant\n"]
 AFTER_EOS = [10, START, *b"user\n<r>", AB, *b"</r>", END, 10, START, *b"assistant\n"]  # 28 tokens
 AFTER_STOP = [END, *AFTER_EOS]
 
 
-def play(script, environment=EchoEnvironment, limits: Limits = Limits(), deadline: float = 10.0, sampler=None) -> Trajectory:
+def play(script, environment=EchoEnvironment, limits: Limits = ROOMY, deadline: float = 10.0, sampler=None) -> Trajectory:
     sampler = sampler or ScriptedSampler(script)
 
     async def run() -> Trajectory:
@@ -40,11 +41,13 @@ def test_golden_trajectory():
     assert trajectory.prompt_ids_P.tolist() == PROMPT
     # fmt: off
     assert trajectory.completion_ids_C.tolist() == [
-        97, 98, 259,                                                                          # "ab" as the policy spelled it, in two tokens
-        10, 258, 117, 115, 101, 114, 10, 60, 114, 62, 256, 60, 47, 114, 62, 259, 10, 258, 97, 115, 115, 105, 115, 116, 97, 110, 116, 10,
-        120, 60, 47, 116, 62,                                                                 # "x</t>", ended by the stop string
-        259, 10, 258, 117, 115, 101, 114, 10, 60, 114, 62, 256, 60, 47, 114, 62, 259, 10, 258, 97, 115, 115, 105, 115, 116, 97, 110, 116, 10,
-        100, 111, 110, 101, 259,                                                              # "done"
+        97, 98, 259,  # "ab" as the policy spelled it, in two tokens; the environment's "ab" is one, 256
+        10, 258, 117, 115, 101, 114, 10, 60, 114, 62, 256, 60, 47, 114, 62, 259,
+        10, 258, 97, 115, 115, 105, 115, 116, 97, 110, 116, 10,
+        120, 60, 47, 116, 62,  # "x</t>", ended by the stop string: the template closes the turn
+        259, 10, 258, 117, 115, 101, 114, 10, 60, 114, 62, 256, 60, 47, 114, 62, 259,
+        10, 258, 97, 115, 115, 105, 115, 116, 97, 110, 116, 10,
+        100, 111, 110, 101, 259,  # "done"
     ]
     assert trajectory.sampled_C.astype(int).tolist() == [
         1, 1, 1,
@@ -282,5 +285,5 @@ def test_limits_refuse_nonsense(change, message):
 
 
 def test_decoding_refuses_nonsense():
-    with pytest.raises(ValueError, match="got -1.0 and 1.0"):
+    with pytest.raises(ValueError, match=r"got -1\.0 and 1\.0"):
         Decoding(temperature=-1.0)
