@@ -42,7 +42,7 @@ class BfclEnvironment:
         self._policy_turns = 0  # policy texts in this user turn
         self._results: list[CallResult] = []  # of the whole episode
         self._verdicts: list[TurnVerdict] = []
-        self._finished = False
+        self._over = False
         self._start_turn()
 
     def _start_turn(self) -> None:
@@ -56,7 +56,7 @@ class BfclEnvironment:
         return self._options.protocol.opening(documents, self._options.docs, self._options.examples, query)
 
     def step(self, action: str) -> StepResult:
-        if self._finished:
+        if self._over:
             raise RuntimeError(f"the episode of task {self._task.id!r} is over: create a new environment")
         self._policy_turns += 1
         parsed = self._options.protocol.parse(action)
@@ -70,6 +70,7 @@ class BfclEnvironment:
     def _answer(self, observation: Observation, calls: tuple[ToolCall, ...]) -> StepResult:
         """Go on, or stop where the turn's steps are used up; the last step's calls have run all the same."""
         if self._policy_turns >= self._options.max_steps_per_turn:
+            self._over = True
             return StepResult(stop_reason=StopReason.STEP_LIMIT, calls=calls)
         return StepResult(observation=observation, calls=calls)
 
@@ -108,7 +109,7 @@ class BfclEnvironment:
         last = self._turn == len(self._turns)
         lost = self._options.reward == "official" and not verdict.passed
         if last or lost:
-            self._finished = True
+            self._over = True
             reason = StopReason.GAVE_UP if parsed.gave_up else StopReason.FINISHED if last else StopReason.FAILED
             return StepResult(stop_reason=reason)
         turn = self._turns[self._turn]
@@ -130,7 +131,7 @@ class BfclEnvironment:
         while self._turn < len(self._turns):
             self._judge_turn()
             self._start_turn()
-        self._finished = True
+        self._over = True
         if self._options.reward == "official":
             return scoring.official_score(self._verdicts, len(self._turns), finished)
         differences = scoring.state_differences(self._policy.instances, self._truth.instances)

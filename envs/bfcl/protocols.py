@@ -50,8 +50,7 @@ class Tags:
         return tool_tags.parse_action(text)
 
     def results(self, calls: Sequence[ToolCall], left: int) -> Observation:
-        last = len(calls) - 1
-        lines = [tool_tags.outcome(c.name, c.result, c.ok, left if index == last else 0) for index, c in enumerate(calls)]
+        lines = [tool_tags.outcome(call.name, call.result, call.ok, left) for call in calls]
         return self._observation(tool_tags.result_message(lines))
 
     def fault(self, text: str) -> Observation:

@@ -1,0 +1,56 @@
+"""Run BFCL's own `multi_turn_checker`, in this process of its own: `python benchmarks/bfcl_official.py FOLDER < cases > verdicts`.
+
+FOLDER holds the package `bfcl_eval`. Each line of the input is a case, `{"id": ..., "category": ..., "turns": [[["cd(folder='a')"]]]}`,
+turns of steps of calls; the ground truth is cut to as many turns. Each line of the output is `{"valid": ..., "error": ...}`. Every case runs in a
+fork: the checker keeps its simulators, and some of their tables, for as long as its process lives. (benchmarks/bfcl_parity.py starts this.)
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def read(path: Path) -> dict[str, dict]:
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return {row["id"]: row for row in rows}
+
+
+def verdict(case: dict, entry: dict, truth: list) -> dict:
+    from bfcl_eval.eval_checker.multi_turn_eval.multi_turn_checker import multi_turn_checker
+
+    played = len(case["turns"])
+    try:
+        result = multi_turn_checker(case["turns"], truth[:played], entry, case["category"], "case")
+    except RecursionError:
+        return {"valid": False, "error": "recursion"}
+    return {"valid": result["valid"], "error": result.get("error_type", "")}
+
+
+def main(folder: Path) -> None:
+    sys.path.insert(0, str(folder))
+    from bfcl_eval.constants.executable_backend_config import BACKEND_PATH_PREFIX
+
+    __import__("bfcl_eval.eval_checker.multi_turn_eval.multi_turn_checker")
+    for module in ("gorilla_file_system", "math_api", "message_api", "posting_api", "ticket_api", "trading_bot", "travel_booking",
+                   "vehicle_control"):  # fmt: skip
+        __import__(f"{BACKEND_PATH_PREFIX}.{module}")  # once, before the forks
+    entries, truths = {}, {}
+    for category in ("base", "miss_func", "miss_param", "long_context"):
+        name = f"BFCL_v4_multi_turn_{category}.json"
+        entries.update(read(folder / "bfcl_eval" / "data" / name))
+        truths.update(read(folder / "bfcl_eval" / "data" / "possible_answer" / name))
+    for line in sys.stdin:
+        case = json.loads(line)
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            print(json.dumps(verdict(case, entries[case["id"]], truths[case["id"]]["ground_truth"])), flush=True)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status != 0:
+            sys.exit(f"the checker died on {case['id']}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

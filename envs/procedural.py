@@ -1,0 +1,215 @@
+"""Errands in a small warehouse: generated tasks that need no download, where one tool's answer is another tool's argument.
+
+The policy is told an item's name; tools want its code. So it must look the code up, for some errands also the count in stock, and then
+order or ship. It speaks the `tags` protocol (envs/tool_tags.py). Prompts are short (under 200 tokens), so that a tiny model can be trained on a
+CPU, and the unit tests of the rest have a fast environment. It is also the example of an environment of one's own: a suite, a class with
+observe, step and score, nothing registered anywhere.
+"""
+
+import dataclasses
+import itertools
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+from envs import tool_tags
+from envs.base import Observation, StepResult
+from envs.tool_tags import ToolRequest
+from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall
+
+KINDS = ("order", "ship", "refill")
+ITEMS = ("lamp", "chair", "rope", "vase", "drum", "kite", "bell", "comb", "sled", "tent", "fork", "mask")
+PLACES = ("Oslo", "Lima", "Cairo", "Quito", "Delhi", "Porto", "Kyoto", "Accra")
+AMOUNTS = range(20, 40)
+STOCKED = 3  # items in the warehouse of one task
+TOOLS = (
+    "code_of(item: str)",
+    "stock_of(code: str)",
+    "order(code: str, count: int)",
+    "ship(code: str, count: int, to: str)",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Errand:
+    """The payload of a task: what is wanted, and the warehouse (item, code, count).
+
+    `Errand("refill", "lamp", 30, "", (("lamp", "K4", 12), ("rope", "B7", 3), ("drum", "S1", 8)))` wants an order of 18 of K4.
+    """
+
+    kind: str
+    item: str
+    amount: int
+    place: str
+    stock: tuple[tuple[str, str, int], ...]
+
+    @property
+    def request(self) -> str:
+        if self.kind == "order":
+            return f"Order {self.amount} of the item {self.item}."
+        if self.kind == "ship":
+            return f"Ship all of the item {self.item} to {self.place}."
+        return f"Order as many of the item {self.item} as are missing to have {self.amount}."
+
+    @property
+    def solution(self) -> tuple[tuple[str, dict[str, object]], ...]:
+        """The calls that do it, in order."""
+        code, count = next((code, count) for item, code, count in self.stock if item == self.item)
+        look_up = ("code_of", {"item": self.item})
+        if self.kind == "order":
+            return look_up, ("order", {"code": code, "count": self.amount})
+        last: tuple[str, dict[str, object]] = ("order", {"code": code, "count": self.amount - count})
+        if self.kind == "ship":
+            last = ("ship", {"code": code, "count": count, "to": self.place})
+        return look_up, ("stock_of", {"code": code}), last
+
+
+@dataclasses.dataclass(frozen=True)
+class Warehouse:
+    """Generated errands. The splits share no (kind, item, amount or place); the same seed gives the same tasks.
+
+    kinds        any of "order" (two calls), "ship" and "refill" (three calls; "refill" needs a subtraction)
+    train_size   tasks to train on
+    test_size    held-out tasks
+    seed         of the generation
+    max_steps    policy turns; the last one's calls still run, then the episode ends with STEP_LIMIT
+    """
+
+    kinds: tuple[str, ...] = KINDS
+    train_size: int = 64
+    test_size: int = 32
+    seed: int = 0
+    max_steps: int = 6
+
+    def __post_init__(self) -> None:
+        unknown = [kind for kind in self.kinds if kind not in KINDS]
+        if isinstance(self.kinds, str) or unknown or not self.kinds:
+            raise ValueError(f"kinds must be a tuple of any of {', '.join(KINDS)}, got {self.kinds!r}")
+        if min(self.train_size, self.test_size, self.max_steps) < 1:
+            raise ValueError("train_size, test_size and max_steps must be at least 1")
+        available = len(_wishes(self.kinds))
+        if self.train_size + self.test_size > available:
+            raise ValueError(f"train_size + test_size is {self.train_size + self.test_size}, these kinds have {available} tasks")
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        if split not in ("train", "test"):
+            raise ValueError(f"no split {split!r}: a split is 'train' or 'test'")
+        wishes = _wishes(self.kinds)
+        random.Random(f"warehouse/{self.seed}").shuffle(wishes)
+        chosen = wishes[: self.test_size] if split == "test" else wishes[self.test_size :][: self.train_size]
+        return [self._task(split, index, wish) for index, wish in enumerate(chosen)]
+
+    def create(self, task: Task) -> "WarehouseEnvironment":
+        return WarehouseEnvironment(_errand(task), self.max_steps)
+
+    def demonstration(self, task: Task) -> tuple[str, ...]:
+        """Policy turns that solve the task: a call each, then the end."""
+        solution = _errand(task).solution
+        return (*(tool_tags.write_calls([call], f"I call {call[0]}.") for call in solution), tool_tags.write_end())
+
+    def _task(self, split: str, index: int, wish: tuple[str, str, int, str]) -> Task:
+        kind, item, amount, place = wish
+        source = random.Random(f"warehouse/{self.seed}/{split}/{index}")
+        items = [item, *source.sample([other for other in ITEMS if other != item], STOCKED - 1)]
+        source.shuffle(items)
+        codes = source.sample([f"{letter}{digit}" for letter in "ABCDEFGHKLMNPRSTUVWX" for digit in range(1, 10)], STOCKED)
+        stock = tuple((name, code, source.randrange(2, min(AMOUNTS))) for name, code in zip(items, codes, strict=True))
+        return Task(f"warehouse_{split}_{index}", labels=(kind,), payload=Errand(kind, item, amount, place, stock))
+
+
+class WarehouseEnvironment:
+    """One errand; its state is the list of orders and the list of shipments, which must come out exactly."""
+
+    def __init__(self, errand: Errand, max_steps: int) -> None:
+        self._errand = errand
+        self._max_steps = max_steps
+        self._steps = 0
+        self._ledger: list[tuple[str, dict[str, object]]] = []
+        self._stop_reason: StopReason | None = None
+
+    def observe(self) -> Observation:
+        system = f"{tool_tags.INSTRUCTIONS}\nTools:\n" + "\n".join(TOOLS)
+        return Observation((Message("system", system), Message("user", self._errand.request)), stop_strings=tool_tags.STOP_STRINGS)
+
+    def step(self, action: str) -> StepResult:
+        if self._stop_reason is not None:
+            raise RuntimeError("the episode is over: create a new environment")
+        self._steps += 1
+        parsed = tool_tags.parse_action(action)
+        calls: tuple[ToolCall, ...] = ()
+        lines = [parsed.fault]
+        if parsed.finished or parsed.gave_up:
+            self._stop_reason = StopReason.FINISHED if parsed.finished else StopReason.GAVE_UP
+        elif not parsed.fault:
+            calls = self._run(parsed.requests)
+            left = len(parsed.requests) - len(calls)
+            lines = [tool_tags.outcome(call.name, call.result, call.ok, left) for call in calls]
+        if self._stop_reason is None and self._steps >= self._max_steps:
+            self._stop_reason = StopReason.STEP_LIMIT
+        if self._stop_reason is not None:
+            return StepResult(stop_reason=self._stop_reason, calls=calls)
+        return StepResult(observation=Observation((tool_tags.result_message(lines),), stop_strings=tool_tags.STOP_STRINGS), calls=calls)
+
+    def _run(self, requests: Sequence[ToolRequest]) -> tuple[ToolCall, ...]:
+        """Run a list of calls up to the first that fails; what ran before it stands."""
+        shown: list[ToolCall] = []
+        for request in requests:
+            text, ok = (request.fault, False) if request.fault else self._call(request.name, request.arguments)
+            shown.append(ToolCall(request.name[:40], json.dumps(dict(request.arguments)), text, ok))
+            if not ok:
+                break
+        return tuple(shown)
+
+    def _call(self, name: str, arguments: Mapping[str, object]) -> tuple[str, bool]:
+        tools: dict[str, tuple[Callable[..., tuple[str, bool]], dict[str, type]]] = {
+            "code_of": (self._code_of, {"item": str}),
+            "stock_of": (self._stock_of, {"code": str}),
+            "order": (self._order, {"code": str, "count": int}),
+            "ship": (self._ship, {"code": str, "count": int, "to": str}),
+        }
+        if name not in tools:
+            return f"there is no tool named {name[:40]}", False
+        tool, wanted = tools[name]
+        if {key: type(value) for key, value in arguments.items()} != wanted:
+            return f"the arguments are {', '.join(f'{key}: {kind.__name__}' for key, kind in wanted.items())}", False
+        return tool(**arguments)
+
+    def _code_of(self, item: str) -> tuple[str, bool]:
+        found = next((code for name, code, _ in self._errand.stock if name == item), None)
+        return (found, True) if found else (f"no item {item[:40]}", False)
+
+    def _stock_of(self, code: str) -> tuple[str, bool]:
+        found = next((count for _, known, count in self._errand.stock if known == code), None)
+        return (str(found), True) if found is not None else (f"no code {code[:40]}", False)
+
+    def _order(self, code: str, count: int) -> tuple[str, bool]:
+        return self._enter("order", {"code": code, "count": count}, "ordered")
+
+    def _ship(self, code: str, count: int, to: str) -> tuple[str, bool]:
+        return self._enter("ship", {"code": code, "count": count, "to": to}, "shipped")
+
+    def _enter(self, name: str, entry: dict[str, object], done: str) -> tuple[str, bool]:
+        if not any(known == entry["code"] for _, known, _ in self._errand.stock):
+            return f"no code {str(entry['code'])[:40]}", False
+        self._ledger.append((name, entry))
+        return done, True
+
+    def score(self) -> Score:
+        """1 when the ledger holds the one wanted entry and no other."""
+        wanted = [self._errand.solution[-1]]
+        passed = self._ledger == wanted
+        notes = {} if passed else {"ledger": f"{self._ledger[:4]}, expected {wanted}"[:500]}
+        return Score(float(passed), passed, {"finished": float(self._stop_reason is StopReason.FINISHED)}, notes)
+
+
+def _wishes(kinds: Sequence[str]) -> list[tuple[str, str, int, str]]:
+    """Everything that can be asked for: (kind, item, amount, place)."""
+    amounts = [(kind, item, amount, "") for kind, item, amount in itertools.product(("order", "refill"), ITEMS, AMOUNTS) if kind in kinds]
+    shipments = [("ship", item, 0, place) for item, place in itertools.product(ITEMS, PLACES) if "ship" in kinds]
+    return amounts + shipments
+
+
+def _errand(task: Task) -> Errand:
+    if not isinstance(task.payload, Errand):
+        raise TypeError(f"task {task.id!r} is not one of this suite: its payload is a {type(task.payload).__name__}")
+    return task.payload
