@@ -256,8 +256,9 @@ class _Tape:
 
 
 def _checked_score(score: Score) -> Score:
-    if not math.isfinite(score.reward):
-        raise FaultyEnvironmentError(f"the environment scored {score.reward}: a reward must be finite")
+    numbers = {"reward": score.reward, **score.parts}
+    if not all(map(math.isfinite, numbers.values())):
+        raise FaultyEnvironmentError(f"the environment scored {numbers}: a reward and its parts must be finite")
     return score
 
 

@@ -1,8 +1,8 @@
 """Pass rates with their uncertainty: pure functions of who passed.
 
-`passed_NG` says for each of N tasks and G samples whether the sample passed. The samples of one task are alike, so N * G samples say less
-than as many independent ones; the intervals here count them for what they are worth. They are about tasks like these, of which the N at hand
-are a sample, not about these N tasks alone.
+`passed_NG` says for each of N tasks and G samples whether the sample passed. The samples of one task are alike, so N * G samples say
+less than as many independent ones; the intervals here count them for what they are worth. They are about tasks like these, of which the N
+at hand are a sample, not about these N tasks alone.
 """
 
 import dataclasses
@@ -34,10 +34,10 @@ class PassRate:
 def pass_rate(passed_NG: np.ndarray) -> PassRate:
     """pass@1 of N tasks with G samples each, and its interval.
 
-    Wilson's interval (1927, "Probable inference, the law of succession, and statistical inference", JASA 22:209-212) with the effective number
-    of samples N G / (1 + (G - 1) r), the denominator being the design effect (Kish 1965, "Survey Sampling") and r the intraclass correlation.
-    Saha, Miller and Wang (2016, "A comparison of some approximate confidence intervals for a single proportion for clustered binary outcome
-    data", Int. J. Biostat. 12) compare it with others.
+    Wilson's interval (1927, "Probable inference, the law of succession, and statistical inference", JASA 22:209-212) with the effective
+    number of samples N G / (1 + (G - 1) r): the denominator is the design effect (Kish 1965, "Survey Sampling"), r the intraclass
+    correlation. Saha, Miller and Wang (2016, "A comparison of some approximate confidence intervals for a single proportion for clustered
+    binary outcome data", Int. J. Biostat. 12) compare it with others.
     """
     n, g = _tasks_and_samples(passed_NG)
     rate = float(np.mean(passed_NG))

@@ -213,7 +213,8 @@ def broken_environment(**methods):
     [
         ({"step": None}, "returned NoneType, not StepResult"),
         ({"score": 1.0}, "returned float, not Score"),
-        ({"score": Score(float("nan"), False)}, "scored nan: a reward must be finite"),
+        ({"score": Score(float("nan"), False)}, "scored {'reward': nan}: a reward and its parts must be finite"),
+        ({"score": Score(1.0, True, {"state": float("inf")})}, "a reward and its parts must be finite"),
         ({"step": StepResult(stop_reason=StopReason.ENVIRONMENT_ERROR)}, "stopped the episode with ENVIRONMENT_ERROR"),
     ],
 )
