@@ -62,9 +62,9 @@ class EventLoopThread:
 
     with EventLoopThread() as loop:
         loop.call(sampler.publish(1, params))
-        rollout = loop.start(run_groups(...))     # runs while this thread trains
+        pending = loop.start(rollout.groups(...))     # runs while this thread trains
         ...
-        result = rollout.result()
+        result = pending.result()
     """
 
     def __init__(self) -> None:

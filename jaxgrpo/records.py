@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxgrpo.rollout import RolloutResult
 from jaxgrpo.types import Message, Score, StopReason, ToolCall, Trajectory
 
 FORMAT = 1
@@ -37,6 +38,14 @@ class RecordFile:
 
     records: tuple[TrajectoryRecord, ...]
     torn: str = ""
+
+
+def write(path: Path, result: RolloutResult, split: str, step: int) -> None:
+    """Write what a rollout led to: the episodes of its groups, then those that their environments ended with an error."""
+    tasks = [group.task for group in result.groups] + [dropped.task for dropped in result.dropped]
+    labels = {task.id: task.labels for task in tasks}
+    trajectories = [trajectory for group in result.groups for trajectory in group.trajectories]
+    write_records(path, [TrajectoryRecord(t, split, step, labels[t.task_id]) for t in [*trajectories, *result.failures]])
 
 
 def write_records(path: Path, records: Iterable[TrajectoryRecord]) -> None:

@@ -66,7 +66,7 @@ class Rollout:
     Everything runs on one event loop, the sampler's. A synchronous program gives it one:
 
     with EventLoopThread() as loop:
-        result = loop.call(Rollout(sampler, suite, chat).run_groups(tasks, group_size=8, seed=0, batch="step-1"))
+        result = loop.call(Rollout(sampler, suite, chat).groups(tasks, group_size=8, seed=0, batch="step-1"))
     """
 
     sampler: Sampler
@@ -76,7 +76,7 @@ class Rollout:
     decoding: Decoding = Decoding()
     execution: Execution = Execution()
 
-    async def run_groups(
+    async def groups(
         self, tasks: Sequence[Task], group_size: int, seed: int, batch: str, progress: Progress | None = None
     ) -> RolloutResult:
         """Play `group_size` episodes of each task.

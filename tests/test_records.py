@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from jaxgrpo.records import TrajectoryRecord, append_records, from_line, read_records, to_line, write_records
-from jaxgrpo.types import Message, Score, StopReason, ToolCall, Trajectory
+from jaxgrpo.records import TrajectoryRecord, append_records, from_line, read_records, to_line, write, write_records
+from jaxgrpo.rollout import DroppedGroup, RolloutResult
+from jaxgrpo.types import Group, Message, Score, StopReason, Task, ToolCall, Trajectory
 
 
 def record(sample: int = 0, **changes) -> TrajectoryRecord:
@@ -113,6 +114,22 @@ def test_files_come_back_and_are_replaced_whole(tmp_path, name):
     for i in range(2):
         assert_same(read.records[i], record(i))
     assert [entry.name for entry in path.parent.iterdir()] == [name]
+
+
+def test_a_rollouts_episodes_are_written_with_their_labels_failures_last(tmp_path):
+    failure = record(1, stop_reason=StopReason.ENVIRONMENT_ERROR, score=None, error="KeyError").trajectory
+    lost = dataclasses.replace(failure, task_id="math_1")
+    group = Group(Task("files_7", ("Files", "Math")), (record(0).trajectory, record(1).trajectory))
+    result = RolloutResult((group,), (DroppedGroup(Task("math_1", ("Math",)), "KeyError"),), (failure, lost))
+    write(tmp_path / "a.jsonl.gz", result, split="train", step=12)
+    read = read_records(tmp_path / "a.jsonl.gz").records
+    assert len(read) == 4
+    for found, expected in zip(read[:2], (record(0), record(1)), strict=True):
+        assert_same(found, expected)
+    assert [(r.trajectory.task_id, r.labels, r.trajectory.error) for r in read[2:]] == [
+        ("files_7", ("Files", "Math"), "KeyError"),
+        ("math_1", ("Math",), "KeyError"),
+    ]
 
 
 def test_a_gzipped_file_is_one_that_gzip_reads_and_the_same_each_time(tmp_path):

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from envs.base import Observation
+from envs.procedural import Warehouse
 from jaxgrpo.background import EventLoopThread
 from jaxgrpo.chat import Chat
 from jaxgrpo.episode import Limits
 from jaxgrpo.rollout import Execution, Rollout, RolloutResult
+from jaxgrpo.samplers.base import FinishReason
 from jaxgrpo.types import Message, StopReason, Task
 from tests.byte_chat import byte_tokenizer
 from tests.rollout_fakes import EchoEnvironment, FailingEnvironment, Say, ScriptedSampler, SlowEnvironment, Suite
@@ -23,7 +25,7 @@ def rollout(sampler, suite=None, **execution) -> Rollout:
 
 
 def run(sampler, suite=None, tasks=TASKS, group_size=2, progress=None, seed=0, batch="step-1", **execution) -> RolloutResult:
-    return asyncio.run(rollout(sampler, suite, **execution).run_groups(tasks, group_size, seed, batch, progress))
+    return asyncio.run(rollout(sampler, suite, **execution).groups(tasks, group_size, seed, batch, progress))
 
 
 def failing_suite(task_id: str, failing: set[int]) -> Suite:
@@ -130,7 +132,7 @@ def test_cancelling_a_rollout_releases_every_episode_that_began():
     sampler = Hanging([])
 
     async def cancel_midway() -> None:
-        task = asyncio.create_task(rollout(sampler).run_groups(TASKS, 2, 0, "step-1"))
+        task = asyncio.create_task(rollout(sampler).groups(TASKS, 2, 0, "step-1"))
         while len(sampler.requests) < 6:
             await asyncio.sleep(0.001)
         task.cancel()
@@ -229,6 +231,27 @@ def test_execution_refuses_nonsense(setting, message):
 
 def test_a_synchronous_program_drives_a_rollout_while_it_does_something_else():
     with EventLoopThread() as loop:
-        pending = loop.start(rollout(ScriptedSampler([Say("x"), Say("done")])).run_groups(TASKS, 2, 0, "step-1"))
+        pending = loop.start(rollout(ScriptedSampler([Say("x"), Say("done")])).groups(TASKS, 2, 0, "step-1"))
         assert np.sum(np.arange(4)) == 6
         assert len(pending.result(timeout=10).groups) == 3
+
+
+class DemonstratingSampler(ScriptedSampler):
+    """Says what solves each errand of the warehouse."""
+
+    def __init__(self, suite: Warehouse, tasks):
+        turns = {task.id: [Say(text, FinishReason.STOP) for text in suite.demonstration(task)] for task in tasks}
+        super().__init__(lambda request: turns[request.group_id.removeprefix("step-1/")])
+
+
+def test_the_warehouse_is_solved_by_its_demonstrations():
+    suite = Warehouse(train_size=6)
+    tasks = suite.tasks("train")
+    driver = Rollout(DemonstratingSampler(suite, tasks), suite, Chat(byte_tokenizer()), Limits(2048, 10, 2048, 8192))
+    result = asyncio.run(driver.groups(tasks, 2, 0, "step-1"))
+    assert [group.rewards_G.tolist() for group in result.groups] == [[1.0, 1.0]] * 6
+    for trajectory in (t for group in result.groups for t in group.trajectories):
+        assert trajectory.stop_reason is StopReason.FINISHED
+        assert all(call.ok for call in trajectory.calls)
+        spoken = "".join(m.content for m in trajectory.messages if m.role == "assistant")
+        assert bytes(trajectory.completion_ids_C[trajectory.sampled_C].tolist()).decode() == spoken
