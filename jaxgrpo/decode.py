@@ -1,9 +1,9 @@
 """Incremental forward passes over caches: extend (many new tokens a row) and decode (one token a step, the loop on the device).
 
-A row's keys and values are in two places: those of its group's prompt, less the prompt's last token, stored once for the group; and its own,
-which start with the prompt's last token (as in `model.forward_shared_prompt`). Both live in a pool of pages, and a computation gathers
-the pages that it needs. Axes beside those of jaxgrpo.types: B rows of a computation, S a row's own cached tokens, J pages of one sequence,
-and in a pool page X of `PAGE` tokens. Keys are stored with their tokens last, values with their head size last: so neither is transposed in a step.
+A row's keys and values are in two places: those of its group's prompt, less the prompt's last token, stored once for the group; and its
+own, which start with the prompt's last token (as in `model.forward_shared_prompt`). Both live in a pool of pages of `PAGE` tokens, and a
+computation gathers the pages that it needs. Axes beside those of jaxgrpo.types: B rows of a computation, S cached tokens, J pages of one
+sequence. Keys are stored with their tokens last, values with their head size last: so neither is transposed in a step.
 
 Layers are unrolled, and weights and caches are one array a layer: a scan over stacked layers would copy each layer's weights at every step.
 """

@@ -86,7 +86,7 @@ def page_matrix(sequences: Sequence[CachedSequence], rows: int, pages: int) -> n
 
 
 def token_places(sequences: Sequence[CachedSequence], rows: int, tokens: int, page_count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Page and offset [rows, tokens] of the tokens that follow each sequence's cached ones; the page is `page_count` where it has no room."""
+    """Page and offset [rows, tokens] of the tokens that follow each sequence's cached ones; page `page_count` where it has no room."""
     pages = np.full((rows, tokens), page_count, np.int32)
     offsets = np.zeros((rows, tokens), np.int32)
     for row, sequence in enumerate(sequences):

@@ -70,9 +70,8 @@ class Job:
 
     def generation(self) -> Generation:
         assert self.finish_reason is not None
-        return Generation(
-            np.asarray(self.token_ids, np.int32), np.asarray(self.logprobs, np.float32), np.asarray(self.versions, np.int64), self.finish_reason
-        )
+        ids, versions = np.asarray(self.token_ids, np.int32), np.asarray(self.versions, np.int64)
+        return Generation(ids, np.asarray(self.logprobs, np.float32), versions, self.finish_reason)
 
 
 @dataclasses.dataclass
@@ -96,6 +95,7 @@ class Engine:
         self.limits = limits
         self.metrics = EngineMetrics()
         self._dtype = jnp.dtype(dtype)
+        self._device = jax.devices()[0]  # the one place that says where the sampler computes: everything follows its weights and its pool
         self._eos = frozenset(int(i) for i in eos_token_ids)
         self._eos_E = jnp.asarray(sorted(self._eos) or [-1], jnp.int32)
         self._groups: dict[str, CachedGroup] = {}
@@ -111,24 +111,27 @@ class Engine:
     def load(self, version: int, params: Params) -> None:
         """Serve these weights; every cache is forgotten, for its keys and values are those of other weights."""
         self.version = version
-        self._params = decode.serving_params(params, self._dtype)
+        self._params = decode.serving_params(jax.device_put(params, self._device), self._dtype)
         self._pages = PageTable(pages_for(self.limits.max_cache_tokens))
         for group in self._groups.values():
             group.shared = CachedSequence()
             group.episodes = {episode: CachedSequence() for episode in group.episodes}
         self._pool: decode.Caches = ()  # the old pool goes before the new one comes
-        self._pool = decode.empty_pool(self.config, self._pages.page_count, self._dtype)
+        self._pool = jax.device_put(decode.empty_pool(self.config, self._pages.page_count, self._dtype), self._device)
 
     def check(self, request: SamplingRequest) -> None:
         """Refuse, with ValueError, what no amount of waiting would make room for."""
         total, context = len(request.context_ids) + request.max_tokens, self.config.context_length
         if total > context:
             raise ValueError(
-                f"{len(request.context_ids)} context tokens and max_tokens {request.max_tokens} exceed the model's context of {context}: lower max_tokens"
+                f"{len(request.context_ids)} context tokens and max_tokens {request.max_tokens} exceed the model's context of {context}:"
+                " lower max_tokens or end the episode"
             )
         needed = pages_for(request.prompt_length - 1) + pages_for(total - request.prompt_length)
         if needed > pages_for(self.limits.max_cache_tokens):
-            raise ValueError(f"the request needs {needed * decode.PAGE} cached tokens, max_cache_tokens is {self.limits.max_cache_tokens}: raise it")
+            raise ValueError(
+                f"the request may need {needed * decode.PAGE} cached tokens, max_cache_tokens is {self.limits.max_cache_tokens}: raise it"
+            )
 
     def add(self, request: SamplingRequest) -> None:
         """Make a request's group and episode known; ValueError where they contradict what is known of them."""
@@ -186,7 +189,7 @@ class Engine:
         return chosen
 
     def _victims(self, protected: Sequence[Job], jobs: Sequence[Job]) -> Iterator[CachedSequence]:
-        """Caches that may be dropped: those no job needs, least recently used first; then those of the jobs after `protected`, latest first."""
+        """Caches that may be dropped: those no job needs, least recently used first; then those of other jobs, the latest first."""
         kept = {id(s) for job in protected for s in (self._row(job), self._group(job).shared)}
         needed = {id(s): i for i, job in reversed(list(enumerate(jobs))) for s in (self._row(job), self._group(job).shared)}
         every = itertools.chain.from_iterable((g.shared, *g.episodes.values()) for g in self._groups.values())

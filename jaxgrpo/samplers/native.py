@@ -14,7 +14,7 @@ from jaxgrpo.samplers.engine import Engine, EngineLimits, EngineMetrics, Job
 from jaxgrpo.samplers.stops import Decoder
 
 
-class SamplerFailed(RuntimeError):
+class SamplerError(RuntimeError):
     """The engine raised; the cause is chained. The sampler serves nothing any more."""
 
 
@@ -50,12 +50,18 @@ class NativeSampler:
         *,
         version: int = 0,
         eos_token_ids: Sequence[int] | None = None,
-        limits: EngineLimits = EngineLimits(),
+        max_rows: int = 64,
+        decode_chunk: int = 16,
+        max_cache_tokens: int = 65536,
         compute_dtype: Any = jnp.bfloat16,
         gather_seconds: float = 0.005,
     ):
-        """`eos_token_ids` default to the model config's. `gather_seconds` is how long episodes that just got a turn are awaited before the next chunk."""
+        """`eos_token_ids` default to the model config's; see EngineLimits for the three sizes.
+
+        `gather_seconds` is how long the next turns of episodes that just got one are awaited before the next chunk.
+        """
         eos = config.eos_token_ids if eos_token_ids is None else eos_token_ids
+        limits = EngineLimits(max_rows, max_cache_tokens, decode_chunk)
         self._engine = Engine(config, params, version, eos, limits, compute_dtype)
         self._tokenizer = tokenizer
         self._gather_seconds = gather_seconds
@@ -111,7 +117,7 @@ class NativeSampler:
 
     def _check_alive(self) -> None:
         if self._failure is not None:
-            raise SamplerFailed(f"the sampler does not serve any more: {self._failure}") from self._failure
+            raise SamplerError(f"the sampler does not serve any more: {self._failure}") from self._failure
 
     async def _between_chunks(self, action: Callable[[], None]) -> None:
         self._check_alive()
@@ -135,7 +141,7 @@ class NativeSampler:
                     jobs = [ticket.job for ticket in self._tickets]
                     await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.step, jobs)
                 await self._let_callers_run(self._deliver())
-        except Exception as error:  # the one edge: any failure of the engine belongs to those who wait for it  # noqa: BLE001
+        except Exception as error:  # the one edge: any failure of the engine belongs to those who wait for it
             self._failure = error
             self._refuse_everyone(error)
         except asyncio.CancelledError:
@@ -186,6 +192,6 @@ class NativeSampler:
         self._tickets, self._orders = [], []
         for future in waiting:
             if not future.done():
-                failed = SamplerFailed(f"the sampler does not serve any more: {cause}")
+                failed = SamplerError(f"the sampler does not serve any more: {cause}")
                 failed.__cause__ = cause
                 future.set_exception(failed)
