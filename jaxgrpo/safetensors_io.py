@@ -59,6 +59,12 @@ def read_header(file: Path) -> dict[str, Stored]:
         except ValueError as error:
             raise ValueError(f"{file} has no readable safetensors header: fetch it again") from error
     header.pop("__metadata__", None)
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        if entry["dtype"] in _DTYPES and end - begin != math.prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize:
+            raise ValueError(
+                f"{file}: {name} has {end - begin} bytes, which is not {entry['shape']} of {entry['dtype']}: fetch the file again"
+            )
     end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end != size:
         raise ValueError(f"{file} has {size} bytes, its header says {end}: it is truncated or was changed; fetch it again")

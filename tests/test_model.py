@@ -14,8 +14,8 @@ from jaxgrpo import hf_mapping, model
 from jaxgrpo.model import ModelConfig, cast_to, default_embed, forward, forward_shared_prompt, head_table
 
 GOLDEN = Path(__file__).parent / "golden"
-# Of logits whose standard deviation is 1.6, in float32. On such models transformers itself is up to 1.5e-5 from its own float64, the port up
-# to 2.0e-5 from that, and the two differ by up to 2.5e-5.
+# Of logits whose standard deviation is 1.6, in float32. On such models transformers is itself up to 1.5e-5 from its own float64, the port
+# up to 2.0e-5, and the two differ by up to 2.5e-5.
 BOUND = 5e-5
 
 # The sizes that Qwen2.5 publishes: vocabulary, width, layers, heads, key/value heads, MLP width, tied; and the number of weights
