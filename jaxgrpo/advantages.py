@@ -20,6 +20,7 @@ def group_advantages(rewards_NG: np.ndarray, normalization: str = "std") -> np.n
         raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
     rewards = np.asarray(rewards_NG, np.float64)
     centred = rewards - rewards.mean(axis=1, keepdims=True)
+    centred[np.ptp(rewards, axis=1) == 0] = 0.0  # exactly: the mean of equal rewards may differ from them in the last digit
     if normalization == "std":
         centred = centred / (rewards.std(axis=1, ddof=1, keepdims=True) + EPSILON)
     return centred.astype(np.float32)

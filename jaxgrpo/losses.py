@@ -175,7 +175,7 @@ def grpo_loss(
     train = jnp.where(has_loss, train_logprobs_NGC, 0.0)
     behaviour = jnp.where(has_loss, behaviour_logprobs_NGC, 0.0)
     sampler = jnp.where(has_loss, sampler_logprobs_NGC, 0.0)
-    advantages = advantages_NG[:, :, None]
+    advantages = jnp.where(has_loss, advantages_NG[:, :, None], 0.0)
     ratio = jnp.exp(train - behaviour)
     objective = clipped_objective(ratio, advantages, settings.clip_low, settings.clip_high)
     if settings.tis_cap is not None:

@@ -42,7 +42,7 @@ def bucket(length: int, multiple: int) -> int:
 
 def loss_masks(groups: Sequence[Group], mask_overlong: bool) -> list[np.ndarray]:
     """For each row of each group: true where a token carries loss. The policy's own tokens do, unless the row is overlong and those are masked."""
-    return [t.sampled_C & ~(mask_overlong and t.overlong) for group in groups for t in group.trajectories]
+    return [t.sampled_C & (not (mask_overlong and t.overlong)) for group in groups for t in group.trajectories]
 
 
 def loss_weights(masks: Sequence[np.ndarray], aggregation: str, max_completion_tokens: int) -> list[np.ndarray]:
