@@ -1,0 +1,25 @@
+"""The article's run without a KL term, in the later fashion: no reference policy, DAPO's wider upper clip (arXiv:2503.14476), a mean over
+rows, and the mismatch between sampler and trainer corrected by truncated importance sampling.
+
+Command    python -m jaxgrpo.train --config configs/no_kl.py
+Hardware   as h200x4.py
+Result     not measured
+"""
+
+import dataclasses
+
+from configs.h200x4 import get_config as article
+from jaxgrpo.config import Config
+from jaxgrpo.losses import LossSettings
+from jaxgrpo.packing import PackingSettings
+
+
+def get_config() -> Config:
+    config = article()
+    return dataclasses.replace(
+        config,
+        name="no_kl",
+        loss=LossSettings(clip_high=0.28, kl_beta=0.0, tis_cap=2.0),
+        packing=PackingSettings(aggregation="sequence", mask_overlong=False),
+        training=dataclasses.replace(config.training, reference_every=None),
+    )

@@ -1,0 +1,24 @@
+"""The first minutes of an environment of one's own: generated errands, no download, the tiny model.
+
+Command    python -m jaxgrpo.train --config configs/procedural.py
+Hardware   two CPU cores
+"""
+
+from envs.procedural import Warehouse
+from jaxgrpo.config import Config, EvaluationSettings, ModelSettings, RecordingSettings, RolloutSettings, TrainingSettings
+from jaxgrpo.packing import PackingSettings
+from jaxgrpo.update import OptimizerSettings
+
+
+def get_config() -> Config:
+    return Config(
+        name="procedural",
+        model=ModelSettings(source="assets/tiny-qwen2.5"),
+        environment=Warehouse(),
+        rollout=RolloutSettings(group_size=4, tasks_per_step=4, max_prompt_tokens=512, max_completion_tokens=256, max_turns=4),
+        packing=PackingSettings(prompt_multiple=128, completion_multiple=64),
+        optimizer=OptimizerSettings(learning_rate=2e-4, warmup_steps=4, max_grad_norm=1.0),
+        training=TrainingSettings(steps=20, iterations=2, reference_every=None),
+        evaluation=EvaluationSettings(samples=1, before=False),
+        recording=RecordingSettings(checkpoint_every=10),
+    )

@@ -1,0 +1,67 @@
+"""One batch's episodes and optimizer steps -> flat metrics. Pure."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxgrpo.rollout import RolloutResult
+from jaxgrpo.types import GroupBatch, StopReason
+from jaxgrpo.update import StepReport
+
+
+def rollout_metrics(result: RolloutResult, version: int, seconds: Mapping[str, float]) -> dict[str, float | int | str]:
+    """What the episodes of a batch came to. `version` is that of the weights about to be trained; a token's staleness is how many versions
+    older it is."""
+    trajectories = [t for group in result.groups for t in group.trajectories]
+    sampled = np.concatenate([t.sampled_C for t in trajectories])
+    versions = np.concatenate([t.weight_versions_C for t in trajectories])[sampled]
+    tokens = np.array([len(t.completion_ids_C) for t in trajectories])
+    metrics: dict[str, float | int | str] = {
+        "train/reward_mean": float(np.mean([g.rewards_G.mean() for g in result.groups])),
+        "train/pass_rate": float(np.mean([t.score is not None and t.score.passed for t in trajectories])),
+        "train/no_signal_share": float(np.mean([np.ptp(g.rewards_G) == 0 for g in result.groups])),
+        "train/groups": len(result.groups),
+        "train/dropped_groups": len(result.dropped),
+        "train/environment_errors": len(result.failures),
+        "train/completion_tokens_mean": float(tokens.mean()),
+        "train/completion_tokens_max": int(tokens.max()),
+        "train/prompt_tokens_mean": float(np.mean([len(g.prompt_ids_P) for g in result.groups])),
+        "train/turns_mean": float(np.mean([t.turns for t in trajectories])),
+        "train/tool_calls_mean": float(np.mean([len(t.calls) for t in trajectories])),
+        "train/overlong_share": float(np.mean([t.overlong for t in trajectories])),
+        "train/staleness_mean": float(np.mean(version - versions)),
+        "train/staleness_max": int(np.max(version - versions)),
+        "time/rollout_seconds": seconds["rollout"],
+        "speed/sampled_tokens_per_second": float(sampled.sum() / seconds["rollout"]),
+    }
+    for reason in StopReason:
+        metrics[f"stop/{reason}"] = float(np.mean([t.stop_reason is reason for t in trajectories]))
+    for part in sorted({name for t in trajectories if t.score for name in t.score.parts}):
+        metrics[f"reward/{part}"] = float(np.mean([t.score.parts.get(part, 0.0) for t in trajectories if t.score]))
+    return metrics
+
+
+def update_metrics(
+    batches: Sequence[GroupBatch], reports: Sequence[StepReport], compilations: int, seconds: Mapping[str, float]
+) -> dict[str, float | int | str]:
+    """What the optimizer steps on a batch came to.
+
+    Loss, KL, entropy and the sampler's mismatch are those of the first, on-policy step; the clip share is the last step's (the first one's
+    is zero by construction); the gradient norm is the mean over the steps.
+    """
+    first = reports[0].sums.summary()
+    real = sum(int(b.completion_lengths_NG.sum()) + int(b.prompt_lengths_N[b.completion_lengths_NG.any(axis=1)].sum()) for b in batches)
+    computed = sum(b.prompt_NP.size + b.completions_NGC.size for b in batches)
+    repeated = sum(int((b.completion_lengths_NG + b.prompt_lengths_N[:, None] * (b.completion_lengths_NG > 0)).sum()) for b in batches)
+    return {
+        **{f"train/{key}": value for key, value in first.items()},
+        "train/clip_share": reports[-1].sums.summary()["clip_share"],
+        "train/grad_norm": float(np.mean([r.grad_norm for r in reports])),
+        "train/real_token_share": real / computed,
+        "train/prompt_sharing": repeated / real,
+        "train/compilations": compilations,
+        "time/reference_seconds": seconds["reference"],
+        "time/update_seconds": seconds["update"],
+        "time/publish_seconds": seconds["publish"],
+        "speed/trained_tokens_per_second": real * len(reports) / seconds["update"],
+    }
