@@ -1,8 +1,9 @@
 """Run BFCL's own `multi_turn_checker`, in this process of its own: `python benchmarks/bfcl_official.py FOLDER < cases > verdicts`.
 
 FOLDER holds the package `bfcl_eval`. Each line of the input is a case, `{"id": ..., "category": ..., "turns": [[["cd(folder='a')"]]]}`,
-turns of steps of calls; the ground truth is cut to as many turns. Each line of the output is `{"valid": ..., "error": ...}`. Every case runs in a
-fork: the checker keeps its simulators, and some of their tables, for as long as its process lives. (benchmarks/bfcl_parity.py starts this.)
+turns of steps of calls; the ground truth is cut to as many turns. Each line of the output is `{"valid": ..., "error": ...}`. Every case
+runs in a fork: the checker keeps its simulators, and some of their tables, for as long as its process lives.
+(benchmarks/bfcl_parity.py starts this.)
 """
 
 import json

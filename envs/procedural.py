@@ -1,9 +1,9 @@
 """Errands in a small warehouse: generated tasks that need no download, where one tool's answer is another tool's argument.
 
-The policy is told an item's name; tools want its code. So it must look the code up, for some errands also the count in stock, and then
-order or ship. It speaks the `tags` protocol (envs/tool_tags.py). Prompts are short (under 200 tokens), so that a tiny model can be trained on a
-CPU, and the unit tests of the rest have a fast environment. It is also the example of an environment of one's own: a suite, a class with
-observe, step and score, nothing registered anywhere.
+The policy is told an item's name; tools want its code. So it must look the code up, for some errands also the count in stock, and
+then order or ship. It speaks the `tags` protocol (envs/tool_tags.py). Prompts are short (under 200 tokens), so that a tiny model can be
+trained on a CPU, and the unit tests of the rest have a fast environment. It is also the example of an environment of one's own: a suite,
+a class with observe, step and score, nothing registered anywhere.
 """
 
 import dataclasses
@@ -55,13 +55,14 @@ class Errand:
     def solution(self) -> tuple[tuple[str, dict[str, object]], ...]:
         """The calls that do it, in order."""
         code, count = next((code, count) for item, code, count in self.stock if item == self.item)
-        look_up = ("code_of", {"item": self.item})
+        look_up: tuple[str, dict[str, object]] = ("code_of", {"item": self.item})
+        count_up: tuple[str, dict[str, object]] = ("stock_of", {"code": code})
         if self.kind == "order":
             return look_up, ("order", {"code": code, "count": self.amount})
         last: tuple[str, dict[str, object]] = ("order", {"code": code, "count": self.amount - count})
         if self.kind == "ship":
             last = ("ship", {"code": code, "count": count, "to": self.place})
-        return look_up, ("stock_of", {"code": code}), last
+        return look_up, count_up, last
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,15 +89,19 @@ def without_reasoning(text: str) -> str | None:
 
 def _parse_list(text: str) -> Action:
     value, fault = read_json(text)
-    if not fault and not isinstance(value, list):
-        fault = 'expected a list: [{"name": ..., "args": {...}}]'
-    elif not fault and not value:
-        fault = "the list is empty"
-    elif not fault and len(value) > MAX_CALLS:
-        fault = f"the list has more than {MAX_CALLS} calls"
-    if fault:
+    if not fault:
+        fault = _fault_of_list(value)
+    if fault or not isinstance(value, list):
         return Action(fault=f"The tool call could not be read: {fault}; nothing was done.")
     return Action(requests=tuple(request(item, "args") for item in value))
+
+
+def _fault_of_list(value: object) -> str:
+    if not isinstance(value, list):
+        return 'expected a list: [{"name": ..., "args": {...}}]'
+    if not value:
+        return "the list is empty"
+    return f"the list has more than {MAX_CALLS} calls" if len(value) > MAX_CALLS else ""
 
 
 def request(item: object, key: str) -> ToolRequest:

@@ -13,7 +13,8 @@ def describe(documents: Sequence[dict], detail: str) -> str:
     """The documents as text, one tool a line."""
     if detail == "signatures":
         return "\n".join(signature(document) for document in documents)
-    return "\n".join(json.dumps(_trimmed(document, detail), ensure_ascii=False) for document in documents)
+    # Compact separators: a sixth fewer tokens.
+    return "\n".join(json.dumps(_trimmed(document, detail), ensure_ascii=False, separators=(",", ":")) for document in documents)
 
 
 def signature(document: dict) -> str:

@@ -5,13 +5,14 @@ strings; it must not be shared by parallel episodes. Here each session owns its 
 """
 
 import ast
+import contextlib
 import copy
 import dataclasses
 import decimal
 import inspect
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from envs.bfcl import guards
 
@@ -59,26 +60,15 @@ class Session:
         return CallResult(call, text, ok)
 
 
-def _invoke(method, arguments: dict[str, object]) -> tuple[str, bool]:
+def _invoke(method: Callable[..., object], arguments: dict[str, object]) -> tuple[str, bool]:
     """Call and word the result while the call's number precision is still in force; leave no trace outside the instance."""
     for parameter in inspect.signature(method).parameters.values():
         if isinstance(parameter.default, list | dict) and parameter.name not in arguments:
             arguments[parameter.name] = copy.deepcopy(parameter.default)  # else all instances share one default
-    lock = _SHARED_STATE_LOCK if method.__name__ in _SHARED_STATE else _NO_LOCK
+    lock = _SHARED_STATE_LOCK if method.__name__ in _SHARED_STATE else contextlib.nullcontext()
     with lock, decimal.localcontext():
         result = method(**arguments)
         return result_text(result), not _says_error(result)
-
-
-class _NoLock:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *exception: object) -> None:
-        return None
-
-
-_NO_LOCK = _NoLock()
 
 
 def result_text(result: object) -> str:

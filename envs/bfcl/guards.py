@@ -6,7 +6,7 @@ its tree is larger than memory. A refusal is an error result that the policy see
 
 from collections.abc import Mapping
 
-MAX_DIGITS = 1_000  # of precision and of rounding; the data uses at most 20
+MAX_DIGITS = 1_000  # of precision and of rounding; the data asks for at most 10
 MAX_POWER_BITS = 1 << 16  # Python itself prints at most 4,300 digits, about 14,300 bits
 MAX_TREE = 5_000  # files and directories of one file system
 MAX_NUMBER_TEXT = 40  # characters of a number given as text
@@ -20,10 +20,9 @@ def refusal(name: str, arguments: Mapping[str, object], instance: object) -> str
 
 def _power(arguments: Mapping[str, object], instance: object) -> str | None:
     base, exponent = arguments.get("base"), arguments.get("exponent")
-    whole = isinstance(base, int) and isinstance(exponent, int)  # floats overflow at once
-    if whole and abs(base) > 1 and exponent > 0 and base.bit_length() * exponent > MAX_POWER_BITS:
-        return "the result is too large"
-    return None
+    if not isinstance(base, int) or not isinstance(exponent, int) or abs(base) <= 1 or exponent <= 0:
+        return None  # floats overflow at once
+    return "the result is too large" if base.bit_length() * exponent > MAX_POWER_BITS else None
 
 
 def _precision(arguments: Mapping[str, object], instance: object) -> str | None:

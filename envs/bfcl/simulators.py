@@ -19,6 +19,7 @@ import threading
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import mpmath
 
@@ -68,10 +69,8 @@ def _load_classes(package: Path) -> Mapping[str, type]:
 def _load_module(name: str, folder: Path, siblings: Mapping[str, types.ModuleType]) -> types.ModuleType:
     """Execute one file as a module of its own. Its imports of sibling files are answered from `siblings`."""
 
-    def private_import(target, globals=None, locals=None, fromlist=(), level=0):
-        if target in siblings and fromlist:
-            return siblings[target]
-        return builtins.__import__(target, globals, locals, fromlist, level)
+    def private_import(target: str, *rest: Any, **named: Any) -> types.ModuleType:
+        return siblings[target] if target in siblings else builtins.__import__(target, *rest, **named)
 
     spec = importlib.util.spec_from_file_location(f"{__package__}.isolated.{name}", folder / f"{name}.py")
     if spec is None or spec.loader is None:
