@@ -269,10 +269,17 @@ def sample(
         cut = (top_ps_B < 1) & ~greedy_B
         scores_BV = jax.lax.cond(cut.any(), lambda s: jnp.where(nucleus(s, top_ps_B), s, -jnp.inf), lambda s: s, scores_BV)
         noise_BV = jax.vmap(noise_of)(seeds_B2, positions_B)
-        return jnp.argmax(jnp.where(greedy_B[:, None], logprobs_BV, scores_BV + noise_BV), axis=-1)
+        return _argmax(jnp.where(greedy_B[:, None], logprobs_BV, scores_BV + noise_BV))
 
-    tokens_B = jax.lax.cond(greedy_B.all(), lambda s: jnp.argmax(s, axis=-1), draw, logprobs_BV).astype(jnp.int32)
+    tokens_B = jax.lax.cond(greedy_B.all(), _argmax, draw, logprobs_BV)
     return tokens_B, jnp.take_along_axis(logprobs_BV, tokens_B[:, None], axis=1)[:, 0]
+
+
+def _argmax(scores_BV: Array) -> Array:
+    """The first index of each row's maximum. Two plain reductions: on CPUs, jnp.argmax is not vectorised and takes five times as long."""
+    v = scores_BV.shape[1]
+    best_BV = scores_BV == scores_BV.max(-1, keepdims=True)
+    return jnp.where(best_BV, jnp.arange(v), v).min(-1).astype(jnp.int32)
 
 
 def nucleus(logprobs_BV: Array, top_ps_B: Array) -> Array:

@@ -285,6 +285,8 @@ class Engine:
         self.metrics.decode_row_steps += rows * int(chunk.counts_B.max())
         for i, (job, sequence) in enumerate(zip(jobs, sequences, strict=True)):
             count, before = int(chunk.counts_B[i]), len(job.token_ids)
+            if not np.isfinite(chunk.logprobs_BC[i, :count]).all():
+                raise FloatingPointError(f"weight version {self.version} gives log-probabilities that are not finite: the policy is broken")
             job.push(chunk.tokens_BC[i, :count], chunk.logprobs_BC[i, :count], self.version, self._eos)
             sequence.ids = job.own_ids[:-1]
             self.metrics.generated_tokens += len(job.token_ids) - before

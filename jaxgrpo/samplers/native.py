@@ -68,6 +68,7 @@ class NativeSampler:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="native-sampler")
         self._tickets: list[_Ticket] = []
         self._orders: list[_Order] = []
+        self._released: list[str] = []
         self._serving: asyncio.Task[None] | None = None
         self._failure: Exception | None = None
         self._published = version
@@ -96,15 +97,19 @@ class NativeSampler:
         return await ticket.result  # cancelling the caller cancels the future: the ticket leaves at the next chunk
 
     async def release(self, episode_id: str) -> None:
-        """Forget an episode's cache."""
-        await self._between_chunks(lambda: self._engine.release(episode_id))
+        """Forget an episode's cache at the next chunk. Returns at once: cleaning up after an episode stalls nobody."""
+        self._released.append(episode_id)
 
     async def publish(self, version: int, params: Params) -> None:
         """Serve these weights; returns once they are in use."""
         if version <= self._published:
             raise ValueError(f"weight version {version} is not above {self._published}, the last one published")
+        self._check_alive()
         self._published = version
-        await self._between_chunks(lambda: self._engine.load(version, params))
+        order = _Order(lambda: self._engine.load(version, params), asyncio.get_running_loop().create_future())
+        self._orders.append(order)
+        self._ensure_serving()
+        await order.done
 
     async def close(self) -> None:
         """End the engine; callers still waiting are told so."""
@@ -119,13 +124,6 @@ class NativeSampler:
         if self._failure is not None:
             raise SamplerError(f"the sampler does not serve any more: {self._failure}") from self._failure
 
-    async def _between_chunks(self, action: Callable[[], None]) -> None:
-        self._check_alive()
-        order = _Order(action, asyncio.get_running_loop().create_future())
-        self._orders.append(order)
-        self._ensure_serving()
-        await order.done
-
     def _ensure_serving(self) -> None:
         if self._serving is None or self._serving.done():
             self._serving = asyncio.get_running_loop().create_task(self._serve())
@@ -137,7 +135,7 @@ class NativeSampler:
             while (self._tickets or self._orders) and self._failure is None:
                 await self._carry_out_orders()
                 self._admit()
-                if self._tickets:
+                if self._tickets:  # the engine's books are this thread's between its steps
                     jobs = [ticket.job for ticket in self._tickets]
                     await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.step, jobs)
                 await self._let_callers_run(self._deliver())
@@ -159,7 +157,10 @@ class NativeSampler:
                 order.done.set_result(None)
 
     def _admit(self) -> None:
-        """Drop the tickets of callers that left; refuse those that contradict their group."""
+        """Forget released episodes; drop the tickets of callers that left; refuse those that contradict their group."""
+        released, self._released = self._released, []
+        for episode_id in released:
+            self._engine.release(episode_id)
         self._tickets = [ticket for ticket in self._tickets if not ticket.result.done()]
         for ticket in self._tickets:
             try:
