@@ -9,9 +9,13 @@ from jaxgrpo.types import GroupBatch, StopReason
 from jaxgrpo.update import StepReport
 
 
-def rollout_metrics(result: RolloutResult, version: int, seconds: Mapping[str, float]) -> dict[str, float | int | str]:
-    """What the episodes of a batch came to. `version` is that of the weights about to be trained; a token's staleness is how many versions
-    older it is."""
+def rollout_metrics(
+    result: RolloutResult, skipped: Sequence[RolloutResult], version: int, seconds: Mapping[str, float]
+) -> dict[str, float | int | str]:
+    """What the episodes of a batch came to, and the batches `skipped` before it: no group of them was left, their faults are counted here.
+
+    `version` is that of the weights about to be trained; a token's staleness is how many versions older it is.
+    """
     trajectories = [t for group in result.groups for t in group.trajectories]
     sampled = np.concatenate([t.sampled_C for t in trajectories])
     versions = np.concatenate([t.weight_versions_C for t in trajectories])[sampled]
@@ -21,8 +25,9 @@ def rollout_metrics(result: RolloutResult, version: int, seconds: Mapping[str, f
         "train/pass_rate": float(np.mean([t.score is not None and t.score.passed for t in trajectories])),
         "train/no_signal_share": float(np.mean([np.ptp(g.rewards_G) == 0 for g in result.groups])),
         "train/groups": len(result.groups),
-        "train/dropped_groups": len(result.dropped),
-        "train/environment_errors": len(result.failures),
+        "train/skipped_batches": len(skipped),
+        "train/dropped_groups": sum(len(r.dropped) for r in (*skipped, result)),
+        "train/environment_errors": sum(len(r.failures) for r in (*skipped, result)),
         "train/completion_tokens_mean": float(tokens.mean()),
         "train/completion_tokens_max": int(tokens.max()),
         "train/prompt_tokens_mean": float(np.mean([len(g.prompt_ids_P) for g in result.groups])),

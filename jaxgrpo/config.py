@@ -1,11 +1,12 @@
-"""A run's configuration: frozen dataclasses, loaded from a Python file's `get_config()`, changed by dotted overrides, checked as a whole."""
+"""A run's configuration: frozen dataclasses, from a Python file's `get_config()`, changed by dotted overrides, checked as a whole."""
 
-import ast
 import dataclasses
 import difflib
+import importlib.machinery
 import importlib.util
 import json
-import math
+import re
+import traceback
 import types
 import typing
 from collections.abc import Sequence
@@ -15,7 +16,9 @@ from typing import Any
 from envs.base import TaskSuite
 from jaxgrpo.advantages import NORMALIZATIONS
 from jaxgrpo.losses import LossSettings
+from jaxgrpo.overrides import leaves, overridden, typed
 from jaxgrpo.packing import AGGREGATIONS, PackingSettings
+from jaxgrpo.samplers.cache import pages_for
 from jaxgrpo.update import OptimizerSettings
 
 SAMPLERS = ("native",)
@@ -24,13 +27,13 @@ SPLITS = ("train", "test")
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be: says what was given, what is allowed and what to do."""
+    """Something the user gave that cannot be: says what was given, what is allowed and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-    """`source` is a folder (Hugging Face layout, or made by tools.convert_hf_to_orbax) or a hub name, at `revision`. `compute_dtype` "auto" is
-    bfloat16 on accelerators and float32 on CPUs."""
+    """`source` is a folder (Hugging Face layout, or made by tools.convert_hf_to_orbax) or a hub name, at `revision`.
+    `compute_dtype` "auto" is bfloat16 on accelerators and float32 on CPUs."""
 
     source: str
     revision: str | None = None
@@ -39,8 +42,10 @@ class ModelSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSettings:
-    """Episodes. `max_completion_tokens` counts everything after the prompt in an episode, tool results included; `max_turns` counts the policy's
-    turns. An episode whose environment raises is retried in a fresh one up to `max_retries` times; then its whole group is dropped."""
+    """Episodes. `max_completion_tokens` counts everything after the prompt in an episode, tool results included; `max_turns` counts the
+    policy's turns. `max_in_flight` episodes are played at once; their environments run in `environment_threads` threads, and a call into
+    one may take `environment_deadline` seconds. An episode whose environment fails is played again in a fresh one up to `max_retries`
+    times; then its whole group is dropped."""
 
     group_size: int = 8
     tasks_per_step: int = 12
@@ -50,15 +55,17 @@ class RolloutSettings:
     temperature: float = 1.0
     max_in_flight: int = 256
     max_retries: int = 1
+    environment_threads: int = 16
     environment_deadline: float = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
 class NativeSamplerSettings:
-    """The embedded sampler: rows decoded at once, and tokens decoded between two looks at stop strings."""
+    """The embedded sampler: rows decoded at once, tokens decoded between two looks at stop strings, and tokens that its cache holds."""
 
     max_rows: int = 64
     decode_chunk: int = 16
+    max_cache_tokens: int = 65536
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,151 +127,109 @@ class Config:
     recording: RecordingSettings = RecordingSettings()
 
 
+MAY_CHANGE = (
+    "name", "training.steps", "training.devices", "training.groups_per_device", "training.head_chunk", "evaluation.", "recording.",
+    "native.", "rollout.max_in_flight", "rollout.environment_threads", "rollout.environment_deadline",
+)  # fmt: skip
+"""What a resumed run may set otherwise than before: none of it changes what the next step is meant to compute."""
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The `get_config()` of a Python file, with `a.b=value` overrides applied in order, every field's type and range checked."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"no config file {path}: a config is a Python file with a get_config() that returns jaxgrpo.config.Config")
-    spec = importlib.util.spec_from_file_location(f"jaxgrpo_config_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if "get_config" not in vars(module):
-        raise ConfigError(f"{path} has no get_config(): it must return a jaxgrpo.config.Config")
-    config = module.get_config()
-    if not isinstance(config, Config):
-        raise ConfigError(f"get_config() of {path} returned {type(config).__name__}, not a jaxgrpo.config.Config")
-    for override in overrides:
-        config = apply_override(config, override)
-    check(config)
+    """The `get_config()` of a Python file with `a.b=value` overrides, every field of its type (ints for floats are converted).
+
+    Raises ConfigError that lists everything that is wrong.
+    """
+    config, problems = overridden(_run_file(Path(path)), overrides)
+    config, mistyped = typed(config)
+    refuse(problems + (mistyped or _contradictions(config)))
     return config
-
-
-def apply_override(config: Config, override: str) -> Config:
-    """One `a.b=value`. The value is a Python literal or, failing that, a string. Unknown keys are refused with the nearest right name."""
-    key, separator, text = override.partition("=")
-    if not separator:
-        raise ConfigError(f"--set takes key=value, got {override!r}")
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    return _replace(config, key.strip().split("."), value, key.strip())
-
-
-def _replace(section: Any, keys: list[str], value: Any, whole_key: str) -> Any:
-    names = [field.name for field in dataclasses.fields(section)]
-    if keys[0] not in names:
-        raise ConfigError(f"unknown setting {whole_key!r}: {keys[0]!r} is no field of {type(section).__name__}. {_nearest(section, keys[0])}")
-    current = getattr(section, keys[0])
-    if len(keys) > 1:
-        if not dataclasses.is_dataclass(current):
-            raise ConfigError(f"unknown setting {whole_key!r}: {keys[0]!r} is a value, not a section")
-        value = _replace(current, keys[1:], value, whole_key)
-    elif dataclasses.is_dataclass(current):
-        inner = ", ".join(field.name for field in dataclasses.fields(current))
-        raise ConfigError(f"{whole_key!r} is a section: set one of its fields ({inner})")
-    else:
-        value = _coerce(value, typing.get_type_hints(type(section))[keys[0]], whole_key)
-    try:
-        return dataclasses.replace(section, **{keys[0]: value})
-    except ConfigError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{whole_key}: {error}") from error
-
-
-def _nearest(section: Any, key: str) -> str:
-    names = [field.name for field in dataclasses.fields(section)]
-    close = difflib.get_close_matches(key, names, 1, 0.5)
-    nested = [
-        f"{field.name}.{key}"
-        for field in dataclasses.fields(section)
-        if dataclasses.is_dataclass(inner := getattr(section, field.name)) and key in [f.name for f in dataclasses.fields(inner)]
-    ]
-    suggestion = close or nested[:1]
-    return f"Did you mean {suggestion[0]!r}?" if suggestion else f"It has {', '.join(names)}."
-
-
-def _coerce(value: Any, annotation: Any, key: str) -> Any:
-    """`value` as the annotated type: int for float, list for tuple, nothing else. Raises ConfigError."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        return _coerce(value, next(a for a in arguments if a is not type(None)), key)
-    if origin is tuple:
-        items = (value,) if isinstance(value, str) and arguments[0] is str else value
-        if isinstance(items, (tuple, list)):
-            return tuple(_coerce(item, arguments[0], key) for item in items)
-    elif annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    elif annotation is str and isinstance(value, (str, int, float)):
-        return str(value)
-    elif annotation in (int, bool) and type(value) is annotation:
-        return value
-    name = annotation.__name__ if isinstance(annotation, type) and origin is None else str(annotation)
-    raise ConfigError(f"{key} must be of type {name}, got {value!r}")
-
-
-def _check_types(section: Any, prefix: str) -> list[str]:
-    problems = []
-    hints = typing.get_type_hints(type(section))
-    for field in dataclasses.fields(section):
-        value, key = getattr(section, field.name), f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(value):
-            problems += _check_types(value, f"{key}.")
-        elif prefix != "environment.":
-            try:
-                _coerce(value, hints[field.name], key)
-            except ConfigError as error:
-                problems.append(str(error))
-            if isinstance(value, float) and not math.isfinite(value):
-                problems.append(f"{key} must be finite, got {value}")
-    return problems
 
 
 def check(config: Config) -> None:
     """Refuse what cannot be, all contradictions at once, before anything is loaded. Raises ConfigError."""
-    if not dataclasses.is_dataclass(config.environment):
-        raise ConfigError(f"environment must be a dataclass with tasks() and create(), got {type(config.environment).__name__}")
-    problems = _check_types(config, "")
-    if not problems:
-        problems = _check_ranges(config) + _check_choices(config) + _check_across(config)
+    refuse(typed(config)[1] or _contradictions(config))
+
+
+def apply_override(config: Config, override: str) -> Config:
+    """One `a.b=value`. Raises ConfigError, for an unknown key with the nearest right name."""
+    config, problems = overridden(config, [override])
+    refuse(problems)
+    return config
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise ConfigError that lists the problems, if there are any."""
     if problems:
         raise ConfigError("the config cannot run:\n" + "\n".join(f"- {problem}" for problem in problems))
 
 
+def _run_file(path: Path) -> Config:
+    if not path.is_file():
+        raise ConfigError(f"no config file {path}: a config is a Python file with a get_config() that returns jaxgrpo.config.Config")
+    loader = importlib.machinery.SourceFileLoader(f"jaxgrpo_config_{path.stem}", str(path))
+    module = types.ModuleType(loader.name)
+    try:
+        loader.exec_module(module)
+        if "get_config" not in vars(module):
+            raise ConfigError(f"{path} has no get_config(): it must return a jaxgrpo.config.Config")
+        config = module.get_config()
+    except ConfigError:
+        raise
+    except Exception as error:  # the edge to a user's file: whatever it raises is told with its place
+        raise ConfigError(f"{_place(path, error)}: {type(error).__name__}: {error}{_unexpected_argument(error)}") from error
+    if not isinstance(config, Config):
+        raise ConfigError(f"get_config() of {path} returned {type(config).__name__}, not a jaxgrpo.config.Config")
+    if not dataclasses.is_dataclass(config.environment) or isinstance(config.environment, type):
+        raise ConfigError(f"environment of {path} must be an instance of a dataclass with tasks() and create(), got {config.environment!r}")
+    return config
+
+
+def _place(path: Path, error: Exception) -> str:
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f"{path}, line {lines[-1]}" if lines else str(path)
+
+
+def _unexpected_argument(error: Exception) -> str:
+    """For a section that was given an argument it does not have: the nearest one that it has."""
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    sections = (Config, *typing.get_type_hints(Config).values())
+    kinds = {kind.__name__: kind for kind in sections if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
+    if found is None or found[1] not in kinds:
+        return ""
+    close = difflib.get_close_matches(found[2], [field.name for field in dataclasses.fields(kinds[found[1]])], 1)
+    return f". Did you mean {close[0]!r}?" if close else ""
+
+
 _AT_LEAST = {
-    "rollout.group_size": 2, "rollout.tasks_per_step": 1, "rollout.max_prompt_tokens": 1, "rollout.max_completion_tokens": 1,
-    "rollout.max_turns": 1, "rollout.max_in_flight": 1, "rollout.max_retries": 0, "native.max_rows": 1, "native.decode_chunk": 1,
-    "packing.prompt_multiple": 1, "packing.completion_multiple": 1, "loss.clip_low": 0, "loss.clip_high": 0, "loss.kl_beta": 0,
-    "loss.tis_cap": 1, "optimizer.learning_rate": 0, "optimizer.warmup_steps": 0, "optimizer.weight_decay": 0, "training.steps": 1,
-    "training.iterations": 1, "training.devices": 1, "training.groups_per_device": 1, "training.reference_every": 1,
-    "training.head_chunk": 1, "evaluation.every": 1, "evaluation.samples": 1, "evaluation.tasks": 1, "evaluation.temperature": 0,
-    "recording.checkpoint_every": 1, "recording.keep": 1,
+    "seed": 0, "rollout.group_size": 2, "rollout.tasks_per_step": 1, "rollout.max_prompt_tokens": 1, "rollout.max_completion_tokens": 1,
+    "rollout.max_turns": 1, "rollout.max_in_flight": 1, "rollout.max_retries": 0, "rollout.environment_threads": 1, "native.max_rows": 1,
+    "native.decode_chunk": 1, "native.max_cache_tokens": 1, "packing.prompt_multiple": 1, "packing.completion_multiple": 1,
+    "loss.clip_low": 0, "loss.clip_high": 0, "loss.kl_beta": 0, "loss.tis_cap": 1, "optimizer.learning_rate": 0,
+    "optimizer.warmup_steps": 0, "optimizer.weight_decay": 0, "training.steps": 1, "training.iterations": 1, "training.devices": 1,
+    "training.groups_per_device": 1, "training.reference_every": 1, "training.head_chunk": 1, "evaluation.every": 1,
+    "evaluation.samples": 1, "evaluation.tasks": 1, "evaluation.temperature": 0, "recording.checkpoint_every": 1, "recording.keep": 1,
 }  # fmt: skip
-_ABOVE_ZERO = ("rollout.temperature", "rollout.environment_deadline", "optimizer.max_grad_norm", "optimizer.epsilon", "evaluation.top_p")
+_AT_MOST = {"loss.clip_low": 1, "evaluation.top_p": 1}
+_ABOVE = dict.fromkeys(
+    ("rollout.temperature", "rollout.environment_deadline", "optimizer.max_grad_norm", "optimizer.epsilon", "evaluation.top_p"), 0
+)
+_BELOW = {"optimizer.b1": 1, "optimizer.b2": 1}
 
 
-def _value(config: Config, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
+def _contradictions(config: Config) -> list[str]:
+    return _check_ranges(config) + _check_choices(config) + _check_across(config)
 
 
 def _check_ranges(config: Config) -> list[str]:
-    problems = []
-    for key, least in _AT_LEAST.items():
-        value = _value(config, key)
-        if value is not None and value < least:
-            problems.append(f"{key} must be at least {least}, got {value}")
-    problems += [f"{key} must be above 0, got {_value(config, key)}" for key in _ABOVE_ZERO if _value(config, key) <= 0]
-    for key in ("optimizer.b1", "optimizer.b2"):
-        if not 0 <= _value(config, key) < 1:
-            problems.append(f"{key} must be in [0, 1), got {_value(config, key)}")
-    if config.evaluation.top_p > 1:
-        problems.append(f"evaluation.top_p must be in (0, 1], got {config.evaluation.top_p}")
-    return problems
+    given = {key: value for key, value, _ in leaves(config) if value is not None}
+    return [
+        *[f"{key} must be at least {least}, got {given[key]}" for key, least in _AT_LEAST.items() if given.get(key, least) < least],
+        *[f"{key} must be at most {most}, got {given[key]}" for key, most in _AT_MOST.items() if given[key] > most],
+        *[f"{key} must be above {limit}, got {given[key]}" for key, limit in _ABOVE.items() if given[key] <= limit],
+        *[f"{key} must be in [0, {limit}), got {given[key]}" for key, limit in _BELOW.items() if not 0 <= given[key] < limit],
+    ]
 
 
 def _check_choices(config: Config) -> list[str]:
@@ -286,21 +251,33 @@ def _check_choices(config: Config) -> list[str]:
 
 def _check_across(config: Config) -> list[str]:
     problems = []
-    training, rollout = config.training, config.rollout
-    if training.steps % training.iterations:
+    training, rollout, evaluation = config.training, config.rollout, config.evaluation
+    if not re.fullmatch(r"\w[\w.-]*", config.name):
+        problems.append(f"name must be letters, digits, '.', '_' and '-', for it names the run's folder; got {config.name!r}")
+    if training.steps % max(training.iterations, 1):
         problems.append(
             f"training.steps ({training.steps}) must be a multiple of training.iterations ({training.iterations}): "
             "every batch is used for that many optimizer steps"
         )
-    if training.devices is not None and rollout.tasks_per_step % (training.devices * training.groups_per_device):
+    if training.devices is not None and rollout.tasks_per_step % max(training.devices * training.groups_per_device, 1):
         problems.append(
             f"rollout.tasks_per_step ({rollout.tasks_per_step}) must be a multiple of training.devices x training.groups_per_device "
             f"({training.devices} x {training.groups_per_device}): micro-batches hold that many groups"
         )
+    needed = pages_for(rollout.max_prompt_tokens) + pages_for(rollout.max_completion_tokens)
+    if config.sampler == "native" and needed > pages_for(config.native.max_cache_tokens):
+        problems.append(
+            f"native.max_cache_tokens ({config.native.max_cache_tokens}) cannot hold one episode of rollout.max_prompt_tokens "
+            f"({rollout.max_prompt_tokens}) and rollout.max_completion_tokens ({rollout.max_completion_tokens}): raise it"
+        )
     if config.loss.kl_beta == 0 and training.reference_every is not None:
         problems.append("training.reference_every has no effect when loss.kl_beta is 0: set it to None")
-    if (config.evaluation.every or config.evaluation.before or config.evaluation.after) and not config.evaluation.splits:
+    if (evaluation.every or evaluation.before or evaluation.after) and not evaluation.splits:
         problems.append("evaluation.splits is empty although evaluation is asked for: name train, test or both")
+    if len(set(evaluation.splits)) < len(evaluation.splits):
+        problems.append(f"evaluation.splits names a split twice: {', '.join(evaluation.splits)}")
+    if config.recording.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        problems.append("recording.wandb_project is set, but wandb is not installed: pip install 'jaxgrpo[wandb]', or set it to None")
     return problems
 
 
@@ -310,3 +287,17 @@ def to_json(config: Config) -> str:
     kind = type(config.environment)
     tree["environment"] = {"class": f"{kind.__module__}.{kind.__qualname__}", **tree["environment"]}
     return json.dumps(tree, indent=2, default=str)
+
+
+def changes_of_meaning(saved: str, config: Config) -> list[str]:
+    """How `config` differs from a run's saved one (`to_json`) in what a resumed run must not change: lines to show. See MAY_CHANGE."""
+    before, now = _flat(json.loads(saved)), _flat(json.loads(to_json(config)))
+    changed = [key for key in before if key in now and before[key] != now[key] and not key.startswith(MAY_CHANGE)]
+    return [f"{key} was {before[key]!r} and is now {now[key]!r}" for key in changed]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

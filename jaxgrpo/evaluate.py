@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from jaxgrpo import records
@@ -13,9 +14,19 @@ from jaxgrpo.background import EventLoopThread
 from jaxgrpo.checkpoint import read_policy
 from jaxgrpo.config import SPLITS, Config, ConfigError, load_config
 from jaxgrpo.metrics import Recorder, TerminalView
+from jaxgrpo.model import Params
 from jaxgrpo.rollout import Decoding, Rollout, RolloutResult
-from jaxgrpo.setup import build_rollout, build_sampler, build_update, initial_params, open_policy, run_folder
-from jaxgrpo.sharding import store
+from jaxgrpo.setup import (
+    Policy,
+    build_rollout,
+    build_sampler,
+    check_episodes,
+    compute_dtype,
+    initial_params,
+    open_policy,
+    open_tasks,
+    run_folder,
+)
 from jaxgrpo.statistics import mean_pass_at_k, pass_rate, pass_rates_by_label
 from jaxgrpo.types import Task
 
@@ -36,9 +47,19 @@ class Evaluation:
         )
 
 
+class NothingLeftError(RuntimeError):
+    """Every group was dropped because of its environment; the message ends with the last error."""
+
+    def __init__(self, what: str, result: RolloutResult):
+        super().__init__(f"every group of {what} was dropped; the last error:\n{result.dropped[-1].error.rstrip()}")
+
+
 def split_tasks(config: Config, split: str) -> Sequence[Task]:
-    """The tasks of a split that evaluation looks at."""
-    return config.environment.tasks(split)[: config.evaluation.tasks]
+    """The tasks of a split that evaluation looks at. Raises ConfigError when there are none."""
+    tasks = open_tasks(config, split)[: config.evaluation.tasks]
+    if not tasks:
+        raise ConfigError(f"the {split} split of the environment is empty: there is nothing to evaluate")
+    return tasks
 
 
 def evaluate(
@@ -53,10 +74,10 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Play `samples` episodes of each task and sum them up. `name` tells this evaluation's seeds from others'. Dropped groups are counted
-    and left out of the rates. Raises RuntimeError when no group was left."""
+    and left out of the rates. Raises NothingLeftError when no group was left."""
     result = loop.call(rollout.groups(tasks, samples, seed, f"{name}/{split}", progress))
     if not result.groups:
-        raise RuntimeError(f"every group of the {split} split was dropped; the last error:\n{result.dropped[-1].error}")
+        raise NothingLeftError(f"the {split} split", result)
     passed_NK = np.array([[t.score is not None and t.score.passed for t in g.trajectories] for g in result.groups])
     rate = pass_rate(passed_NK)
     trajectories = [t for g in result.groups for t in g.trajectories]
@@ -88,47 +109,72 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. evaluation.temperature=0")
     parser.add_argument("--checkpoint", metavar="RUN", help="a run's folder; without it the config's own model is evaluated")
     parser.add_argument("--step", type=int, help="which of the run's checkpoints (default: the newest)")
-    parser.add_argument("--split", choices=SPLITS, default="test")
+    parser.add_argument("--split", default="test", help=f"{' or '.join(SPLITS)} (default: test)")
     parser.add_argument("--samples", type=int, help="episodes a task (default: the config's evaluation.samples)")
     parser.add_argument("--run-dir", help="where to record (default: runs/NAME-eval-SPLIT)")
     args = parser.parse_args(arguments)
     try:
         config = load_config(args.config, args.set)
         samples = config.evaluation.samples if args.samples is None else args.samples
-        if samples < 1:
-            raise ConfigError(f"--samples must be at least 1, got {samples}")
-        _evaluate_once(config, args.checkpoint, args.step, args.split, samples, args.run_dir)
-    except (ConfigError, FileNotFoundError) as error:
+        _check_arguments(args.split, samples, args.checkpoint, args.step)
+        folder = run_folder(args.run_dir, f"{config.name}-eval-{args.split}")
+        _evaluate_once(config, args.checkpoint, args.step, args.split, samples, folder)
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except NothingLeftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
-def _evaluate_once(config: Config, checkpoint: str | None, step: int | None, split: str, samples: int, run_dir: str | None) -> None:
+def _check_arguments(split: str, samples: int, checkpoint: str | None, step: int | None) -> None:
+    problems = []
+    if split not in SPLITS:
+        problems.append(f"--split must be {' or '.join(SPLITS)}, got {split!r}")
+    if samples < 1:
+        problems.append(f"--samples must be at least 1, got {samples}")
+    if step is not None and checkpoint is None:
+        problems.append(f"--step {step} names one of a run's checkpoints: give the run's folder with --checkpoint")
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _read_weights(config: Config, policy: Policy, checkpoint: str | None, step: int | None) -> tuple[Params, int]:
+    """The weights to evaluate in the logical tree, and the step they are of: a checkpoint's, or the config's own model at step 0."""
+    dtype = compute_dtype(config)
+    if checkpoint is None:
+        return initial_params(policy, dtype), 0
+    try:
+        params, at_step = read_policy(Path(checkpoint) / "checkpoints", policy.config, step)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"--checkpoint {checkpoint}: {error}") from error
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params), at_step
+
+
+def _evaluate_once(config: Config, checkpoint: str | None, step: int | None, split: str, samples: int, folder: Path) -> None:
     policy = open_policy(config)
-    update = build_update(config, policy.config)
-    if checkpoint is not None:
-        params, at_step = read_policy(Path(checkpoint) / "checkpoints", update, step)
-    else:
-        params, at_step = store(initial_params(policy), update.layout, update.mesh), 0
-    folder = run_folder(config, run_dir or f"runs/{config.name}-eval-{split}")
-    recorder = Recorder(folder, tensorboard=False, wandb_project=None, name=config.name)
     tasks = split_tasks(config, split)
+    check_episodes(config, policy, tasks)
+    params, at_step = _read_weights(config, policy, checkpoint, step)
     decoding = Decoding(config.evaluation.temperature, config.evaluation.top_p)
     with EventLoopThread() as loop, TerminalView(len(tasks) * samples, unit="episode") as view:
-        sampler = build_sampler(config, policy, update, params, version=at_step // config.training.iterations)
+        sampler = build_sampler(config, policy, params, version=at_step // config.training.iterations)
         rollout = build_rollout(config, policy, sampler, decoding)
-        view.begin(0)
-        outcome = evaluate(
-            rollout, loop, tasks, split=split, samples=samples, seed=config.seed, name=f"eval-{at_step}", progress=view.progress
-        )
-        loop.call(sampler.close())
+        try:
+            outcome = evaluate(
+                rollout, loop, tasks, split=split, samples=samples, seed=config.seed, name=f"eval-{at_step}", progress=view.advance
+            )
+        finally:
+            loop.call(sampler.close())
+    recorder = Recorder(folder, tensorboard=False, wandb_project=None, name=config.name)
     recorder.record(at_step, outcome.metrics)
     recorder.close()
-    records.write(folder / "trajectories" / f"{split}-{at_step:06d}.jsonl.gz", outcome.result, split, at_step)
+    records.write(folder / "trajectories" / f"eval-{split}-{at_step:06d}.jsonl.gz", outcome.result, f"eval-{split}", at_step)
     for key, value in outcome.metrics.items():
         print(f"{key:40} {value:.4f}" if isinstance(value, float) else f"{key:40} {value}")
     print(outcome.headline)
+    print(f"recorded in {folder}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxgrpo.sharding import Storage
+from jaxgrpo.types import AnyArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ def _logprobs_backward(head: Head, residuals: tuple, cotangents: tuple[Array, Ar
     tokens = hidden.shape[0]
     chunk = min(head.chunk, tokens)
 
-    def one(gradient: Array, args: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
+    def one(gradient: Array, args: tuple[Array, ...]) -> tuple[Array, Array]:
         h, y, log_normalizer, cotangent = args
         probabilities = jnp.exp(_logits(h, weight, head.temperature) - log_normalizer[:, None])
         one_hot = jnp.arange(head.shape[0])[None] == y[:, None]
@@ -120,20 +121,20 @@ class LossSums(NamedTuple):
     `loss` is already over the global denominator. `loss_tokens` counts the tokens with loss, `sampled_tokens` all that the sampler made.
     """
 
-    loss: Array
-    loss_tokens: Array
-    sampled_tokens: Array
-    kl: Array
-    clipped: Array
-    entropy: Array
-    mismatch: Array
-    mismatch_kl: Array
-    mismatch_outside: Array
-    mismatch_max: Array
+    loss: Array | float
+    loss_tokens: Array | float
+    sampled_tokens: Array | float
+    kl: Array | float
+    clipped: Array | float
+    entropy: Array | float
+    mismatch: Array | float
+    mismatch_kl: Array | float
+    mismatch_outside: Array | float
+    mismatch_max: Array | float
 
     def add(self, other: "LossSums") -> "LossSums":
         added = [a + b for a, b in zip(self, other, strict=True)]
-        return LossSums(*added[:-1], max(self.mismatch_max, other.mismatch_max))
+        return LossSums._make([*added[:-1], max(self.mismatch_max, other.mismatch_max)])
 
     def summary(self) -> dict[str, float]:
         """Flat metrics: means over tokens with loss (KL, clip share, entropy) or over sampled tokens (mismatch)."""
@@ -153,14 +154,14 @@ class LossSums(NamedTuple):
 
 
 def grpo_loss(
-    train_logprobs_NGC: Array,
-    behaviour_logprobs_NGC: Array,
-    reference_logprobs_NGC: Array | None,
-    sampler_logprobs_NGC: Array,
-    entropies_NGC: Array,
-    advantages_NG: Array,
-    loss_weights_NGC: Array,
-    sampled_NGC: Array,
+    train_logprobs_NGC: AnyArray,
+    behaviour_logprobs_NGC: AnyArray,
+    reference_logprobs_NGC: AnyArray | None,
+    sampler_logprobs_NGC: AnyArray,
+    entropies_NGC: AnyArray,
+    advantages_NG: AnyArray,
+    loss_weights_NGC: AnyArray,
+    sampled_NGC: AnyArray,
     settings: LossSettings,
 ) -> tuple[Array, LossSums]:
     """sum of w (beta KL - min(r A, clip(r) A)) with r = exp(train - behaviour) (GRPO, arXiv:2402.03300, eq. 3).

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 Metrics = Mapping[str, float | int | str]
 
@@ -17,25 +17,23 @@ Metrics = Mapping[str, float | int | str]
 class Recorder:
     """Appends one JSON object a line to `folder/metrics.jsonl`, with `step` and flat keys, and mirrors the numbers to TensorBoard and W&B.
 
-    A value that is not finite is written as null: the file stays JSON. Lines of steps later than `after` (left by a run that was cut off
-    and now resumes) are removed first.
+    A value that is not finite is written as null: the file stays JSON. Lines of steps later than `after` are removed first: a run that was
+    cut off and resumes writes them again. None keeps all lines.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool, wandb_project: str | None, name: str, after: int = 0):
+    def __init__(self, folder: Path, *, tensorboard: bool, wandb_project: str | None, name: str, after: int | None = None):
         folder.mkdir(parents=True, exist_ok=True)
-        _drop_later_lines(folder / "metrics.jsonl", after)
+        _mend(folder / "metrics.jsonl", after)
         self._lines = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self._tensorboard = None
         self._wandb = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=None if after is None else after + 1)
         if wandb_project is not None:
-            try:
-                import wandb
-            except ImportError as error:
-                raise RuntimeError("recording.wandb_project is set but wandb is not installed: pip install 'jaxgrpo[wandb]'") from error
+            import wandb  # optional; the config refuses a project where it is not installed
+
             self._wandb = wandb.init(project=wandb_project, name=name, dir=str(folder))
 
     def record(self, step: int, metrics: Metrics) -> None:
@@ -59,17 +57,15 @@ class Recorder:
             self._wandb.finish()
 
 
-def _drop_later_lines(path: Path, step: int) -> None:
+def _mend(path: Path, after: int | None) -> None:
+    """Remove a line that was being written when the run was cut off, and the lines of steps later than `after`."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:  # the line that was being written when the run was cut off
-            continue
-    path.write_text("".join(kept), encoding="utf-8")
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in whole if after is None or json.loads(line)["step"] <= after]
+    mended = path.with_suffix(".mended")
+    mended.write_text("".join(kept), encoding="utf-8")
+    mended.replace(path)
 
 
 class Stopwatch:
@@ -92,25 +88,18 @@ class Stopwatch:
 
 
 class TerminalView:
-    """Progress, time left and the reward so far; a plain line a step where the output is no terminal."""
+    """Progress, time left and the reward so far: a bar in a terminal, a plain line a step elsewhere.
+
+    `unit` is what `total` counts: optimizer steps of a run, episodes of an evaluation.
+    """
 
     def __init__(self, total: int, unit: str = "step", console: Console | None = None):
         self.console = console or Console()
         self._total = total
-        self._bar = Progress(
-            TextColumn(f"[bold]{unit}"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self._task: TaskID | None = None
-        self._started = time.perf_counter()
-        self._first_step = 0
+        columns = [TextColumn(f"[bold]{unit}"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[status]}")]
+        self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self._task = self._bar.add_task(unit, total=total, status="")
+        self._first, self._started = 0, time.perf_counter()
         self._status = ""
 
     def __enter__(self) -> "TerminalView":
@@ -121,27 +110,32 @@ class TerminalView:
         self._bar.stop()
 
     def begin(self, step: int) -> None:
-        """Training starts (or resumes) at this step: from here the time left is reckoned."""
-        self._started, self._first_step = time.perf_counter(), step
-        self._task = self._bar.add_task("train", total=self._total, completed=step, status="")
+        """Training starts (or resumes) at this step: from here on the time left is reckoned."""
+        self._first, self._started = step, time.perf_counter()
+        self._bar.update(self._task, completed=step)
 
-    def progress(self, done: int, total: int) -> None:
-        """Episodes that are over, of those being played."""
-        if self._task is not None:
-            self._bar.update(self._task, status=f"{self._status}  [{done}/{total} episodes]")
+    def episodes(self, done: int, total: int) -> None:
+        """Episodes of the step that are over, of those being played."""
+        self._bar.update(self._task, status=f"{self._status}  [{done}/{total} episodes]")
+
+    def advance(self, done: int, total: int) -> None:
+        """So many units are done."""
+        self._bar.update(self._task, completed=done, total=total, status=self._left(done))
 
     def step(self, step: int, metrics: Metrics) -> None:
         """A batch is done."""
         reward, passed, tokens = (metrics[f"train/{key}"] for key in ("reward_mean", "pass_rate", "completion_tokens_mean"))
-        text = f"reward {reward:.3f}  passed {passed:.0%}  tokens {tokens:.0f}"
-        self._status = text
-        if self._task is not None:
-            self._bar.update(self._task, completed=step, status=text)
+        self._status = f"reward {reward:.3f}  passed {passed:.0%}  tokens {tokens:.0f}  {self._left(step)}"
+        self._bar.update(self._task, completed=step, status=self._status)
         if not self.console.is_terminal:
-            done = max(step - self._first_step, 1)
-            left = (time.perf_counter() - self._started) / done * (self._total - step)
-            self.say(f"step {step}/{self._total}  {text}  {left / 60:.1f} min left")
+            self.say(f"step {step}/{self._total}  {self._status}")
 
     def say(self, text: str) -> None:
         """A line that stays."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _left(self, done: int) -> str:
+        """Reckoned from all steps since the start; rich's own column forgets what is older than thirty seconds, less than a step takes."""
+        seconds = (time.perf_counter() - self._started) / max(done - self._first, 1) * max(self._total - done, 0)
+        hours, minutes = divmod(round(seconds / 60), 60)
+        return f"{hours} h {minutes:02} min left" if hours else f"{minutes} min left" if seconds >= 90 else f"{seconds:.0f} s left"

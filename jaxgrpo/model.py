@@ -27,6 +27,7 @@ from flax import nnx
 from jax import Array
 
 from jaxgrpo.attention import apply_rope, attend, causal_mask
+from jaxgrpo.types import AnyArray
 
 Params = dict[str, Any]
 Load = Callable[[Any], Any]
@@ -156,7 +157,7 @@ class Attention(nnx.Module):
     def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """x [..., T, D], positions [..., T] -> rotated queries [..., T, H, h], rotated keys [..., T, K, h], values [..., T, K, h]."""
         c = self.config
-        split = lambda y, heads: y.reshape(*y.shape[:-1], heads, c.head_size)  # noqa: E731
+        split = lambda y, heads: y.reshape(*y.shape[:-1], heads, c.head_size)
         q, k, v = split(self.q(x), c.heads), split(self.k(x), c.kv_heads), split(self.v(x), c.kv_heads)
         return apply_rope(q, positions, c.rope_theta), apply_rope(k, positions, c.rope_theta), v
 
@@ -257,9 +258,9 @@ def default_embed(params: Params, ids: Array, load: Load) -> Array:
 def forward_shared_prompt(
     config: ModelConfig,
     params: Params,
-    prompt_NP: Array,
-    prompt_lengths_N: Array,
-    completions_NGC: Array,
+    prompt_NP: AnyArray,
+    prompt_lengths_N: AnyArray,
+    completions_NGC: AnyArray,
     *,
     load: Load,
     embed: Callable[[Params, Array], Array],

@@ -17,8 +17,8 @@ class PackingSettings:
 
     `aggregation` "token" divides by all tokens with loss in the batch (DAPO, arXiv:2503.14476), "sequence" by the row's tokens and the rows
     with loss (GRPO, arXiv:2402.03300), "constant" by rows times `max_completion_tokens` (Dr. GRPO, arXiv:2503.20783).
-    Lengths are rounded up to a multiple of `prompt_multiple` or `completion_multiple`, doubled as lengths grow (1, 2, 3, 4, 6, 8, 12, 16, ...
-    multiples), so that few shapes are compiled.
+    Lengths are rounded up to a multiple of `prompt_multiple` or `completion_multiple`, doubled as lengths grow (1, 2, 3, 4, 6, 8, 12, 16,
+    ... multiples), so that few shapes are compiled.
     """
 
     advantage_normalization: str = "std"
@@ -41,7 +41,7 @@ def bucket(length: int, multiple: int) -> int:
 
 
 def loss_masks(groups: Sequence[Group], mask_overlong: bool) -> list[np.ndarray]:
-    """For each row of each group: true where a token carries loss. The policy's own tokens do, unless the row is overlong and those are masked."""
+    """For each row of each group: true where a token carries loss. The policy's own do, unless the row is overlong and those are masked."""
     return [t.sampled_C & (not (mask_overlong and t.overlong)) for group in groups for t in group.trajectories]
 
 

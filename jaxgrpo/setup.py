@@ -1,7 +1,7 @@
 """Build what a run is made of from its config: the same parts for training and for evaluation."""
 
 import dataclasses
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgrpo.chat import Chat
-from jaxgrpo.config import Config, ConfigError
+from jaxgrpo.config import Config, ConfigError, refuse
 from jaxgrpo.model import ModelConfig, Params, param_shapes
 from jaxgrpo.pretrained import load_params, load_tokenizer, locate
 from jaxgrpo.rollout import Decoding, Execution, Limits, Rollout
 from jaxgrpo.samplers.base import Sampler
 from jaxgrpo.samplers.native import NativeSampler
 from jaxgrpo.sharding import logical_on_devices, make_mesh
+from jaxgrpo.types import Task
 from jaxgrpo.update import Update
 
 
@@ -31,17 +32,67 @@ class Policy:
 
 
 def open_policy(config: Config) -> Policy:
-    """Find the model and read its small files. Refuses episodes that cannot fit its context (ConfigError)."""
-    folder = locate(config.model.source, config.model.revision)
-    model = ModelConfig.from_folder(folder)
-    wanted = config.rollout.max_prompt_tokens + config.rollout.max_completion_tokens
-    if wanted > model.context_length:
-        raise ConfigError(
-            f"rollout.max_prompt_tokens + rollout.max_completion_tokens = {wanted} exceeds the {model.context_length} tokens of context "
-            f"of {config.model.source}: lower one of them"
+    """Find the model and read its small files. Raises ConfigError that says what is missing or not supported."""
+    try:
+        folder = locate(config.model.source, config.model.revision)
+        tokenizer = load_tokenizer(folder)
+        return Policy(folder, ModelConfig.from_folder(folder), tokenizer, Chat(tokenizer))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"model.source {config.model.source!r}: {error}") from error
+
+
+def open_tasks(config: Config, split: str) -> Sequence[Task]:
+    """The environment's tasks of a split. Raises ConfigError when it refuses, or cannot find them."""
+    try:
+        return config.environment.tasks(split)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ConfigError(f"the environment gives no tasks of the {split} split: {error}") from error
+
+
+def check_episodes(config: Config, policy: Policy, tasks: Sequence[Task]) -> int:
+    """The longest prompt of the tasks, in tokens. Raises ConfigError when the model or the settings leave an episode no room: better now
+    than at the batch that draws the task."""
+    r, context = config.rollout, policy.config.context_length
+    prompts = {task.id: length for task in tasks if (length := _prompt_length(config, policy, task)) is not None}
+    longest = max(prompts, key=prompts.__getitem__, default=None)
+    problems = []
+    if r.max_prompt_tokens + r.max_completion_tokens > context:
+        problems.append(
+            f"rollout.max_prompt_tokens ({r.max_prompt_tokens}) + rollout.max_completion_tokens ({r.max_completion_tokens}) exceeds the "
+            f"{context} tokens of context of {config.model.source}: lower one of them"
         )
-    tokenizer = load_tokenizer(folder)
-    return Policy(folder, model, tokenizer, Chat(tokenizer))
+    if longest is not None and prompts[longest] > r.max_prompt_tokens:
+        problems.append(
+            f"rollout.max_prompt_tokens is {r.max_prompt_tokens}, but the prompt of task {longest!r} has {prompts[longest]} tokens: "
+            "raise it, or make the environment's prompts shorter"
+        )
+    refuse(problems)
+    return 0 if longest is None else prompts[longest]
+
+
+def _prompt_length(config: Config, policy: Policy, task: Task) -> int | None:
+    try:
+        opening = config.environment.create(task).observe()
+    except Exception:
+        return None  # the edge to a user's environment: what it raises is counted, task by task, by the rollout
+    return len(policy.chat.opening(opening.messages, opening.tools))
+
+
+def device_count(config: Config) -> int:
+    """Devices to train on. Raises ConfigError when there are not as many, or the batch does not divide over them."""
+    available = jax.devices()
+    wanted = config.training.devices or len(available)
+    micro_batch = wanted * config.training.groups_per_device
+    problems = []
+    if wanted > len(available):
+        problems.append(f"training.devices is {wanted}, but jax sees {len(available)} device(s) of kind {available[0].platform}")
+    if config.rollout.tasks_per_step % micro_batch:
+        problems.append(
+            f"rollout.tasks_per_step ({config.rollout.tasks_per_step}) must be a multiple of the {micro_batch} groups of a micro-batch "
+            f"({wanted} devices x training.groups_per_device {config.training.groups_per_device})"
+        )
+    refuse(problems)
+    return wanted
 
 
 def compute_dtype(config: Config) -> Any:
@@ -53,19 +104,9 @@ def compute_dtype(config: Config) -> Any:
 
 def build_update(config: Config, model: ModelConfig) -> Update:
     """The sharded update over the devices that the config asks for."""
-    available = jax.devices()
-    wanted = config.training.devices or len(available)
-    if wanted > len(available):
-        raise ConfigError(f"training.devices is {wanted}, but jax sees {len(available)} device(s) of kind {available[0].platform}")
-    micro_batch = wanted * config.training.groups_per_device
-    if config.rollout.tasks_per_step % micro_batch:
-        raise ConfigError(
-            f"rollout.tasks_per_step ({config.rollout.tasks_per_step}) must be a multiple of the {micro_batch} groups of a micro-batch "
-            f"({wanted} devices x training.groups_per_device {config.training.groups_per_device})"
-        )
     return Update(
         model,
-        make_mesh(available[:wanted]),
+        make_mesh(jax.devices()[: device_count(config)]),
         config.loss,
         config.optimizer,
         compute_dtype=compute_dtype(config),
@@ -74,27 +115,31 @@ def build_update(config: Config, model: ModelConfig) -> Update:
     )
 
 
-def initial_params(policy: Policy) -> Params:
-    """The model's weights in the logical tree."""
-    return load_params(policy.folder, policy.config, np.float32)
+def initial_params(policy: Policy, dtype: Any) -> Params:
+    """The model's weights in the logical tree, on the host. Raises ConfigError when they are missing or of other shapes."""
+    try:
+        return load_params(policy.folder, policy.config, dtype)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"the weights in {policy.folder} cannot be read: {error}") from error
 
 
 def serving_params(params: Params, update: Update) -> Params:
-    """Stored policy weights as the embedded sampler computes with them."""
+    """Stored policy weights as a sampler computes with them: the logical tree, whole."""
     return logical_on_devices(params, update.layout, update.mesh, update.compute_dtype)
 
 
-def build_sampler(config: Config, policy: Policy, update: Update, params: Params, version: int) -> Sampler:
-    """The sampler that the config asks for, serving `params` (stored layout) as `version`."""
+def build_sampler(config: Config, policy: Policy, params: Params, version: int) -> Sampler:
+    """The sampler that the config asks for, serving `params` (the logical tree) as `version`."""
     return NativeSampler(
         policy.config,
-        serving_params(params, update),
+        params,
         policy.tokenizer,
         eos_token_ids=policy.chat.eos_ids,
         version=version,
         max_rows=config.native.max_rows,
         decode_chunk=config.native.decode_chunk,
-        compute_dtype=update.compute_dtype,
+        max_cache_tokens=config.native.max_cache_tokens,
+        compute_dtype=compute_dtype(config),
     )
 
 
@@ -102,9 +147,7 @@ def build_rollout(config: Config, policy: Policy, sampler: Sampler, decoding: De
     """How episodes of this config are played."""
     r = config.rollout
     limits = Limits(r.max_completion_tokens, r.max_turns, r.max_prompt_tokens, policy.config.context_length)
-    execution = Execution(
-        episodes_in_flight=r.max_in_flight, step_deadline_seconds=r.environment_deadline, max_retries=r.max_retries
-    )
+    execution = Execution(r.max_in_flight, r.environment_threads, r.environment_deadline, r.max_retries)
     return Rollout(sampler, config.environment, policy.chat, limits, decoding, execution)
 
 
@@ -113,7 +156,6 @@ def parameter_count(model: ModelConfig) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(param_shapes(model)))
 
 
-def run_folder(config: Config, given: str | None) -> Path:
-    """Where the run is recorded: as given, or runs/ and the config's name."""
-    return Path(given) if given else Path("runs") / re.sub(r"[^\w.-]+", "-", config.name)
-
+def run_folder(given: str | None, name: str) -> Path:
+    """Where the run is recorded: as given, or runs/NAME."""
+    return Path(given) if given else Path("runs") / name

@@ -1,16 +1,16 @@
 """Flat ZeRO-3 shards: one storage layout and one code path for any number of devices, one included.
 
-A layer-stacked tensor [L, *shape] is stored as [L, ceil(n/D)*D] and any other tensor as [ceil(n/D)*D], n the number of its elements (a layer),
-zero-padded at the end and split over the mesh's one axis. Nothing needs to divide by D. Inside `jax.shard_map`, `Sharded.load` gathers one
-weight in the compute dtype; its backward pass scatters the float32 gradient back (ZeRO-3, arXiv:1910.02054, with the gather inside the
-layer loop).
+A layer-stacked tensor [L, *shape] is stored as [L, ceil(n/D)*D] and any other tensor as [ceil(n/D)*D], n the number of its elements (a
+layer), zero-padded at the end and split over the mesh's one axis. Nothing needs to divide by D. Inside `jax.shard_map`, `Sharded.load`
+gathers one weight in the compute dtype; its backward pass scatters the float32 gradient back (ZeRO-3, arXiv:1910.02054, with the gather
+inside the layer loop).
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgrpo.model import ModelConfig, Params, param_shapes
 
 AXIS = "data"
+A = TypeVar("A", Array, np.ndarray)
 
 
 def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
@@ -83,7 +84,8 @@ def store_leaf(value: Any, leaf: LeafLayout, mesh: Mesh, dtype: Any = jnp.float3
         raise ValueError(f"a tensor has shape {value.shape}, the model's config says {leaf.logical_shape}")
     flat = value.reshape(leaf.layers, leaf.size)
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         start, stop, _ = index[-1].indices(leaf.padded)
         piece = np.zeros((leaf.layers, stop - start), dtype)
         real = max(0, min(stop, leaf.size) - start)
@@ -98,7 +100,7 @@ def store(params: Params, layout: Layout, mesh: Mesh, dtype: Any = jnp.float32) 
     return jax.tree.map(lambda leaf, value: store_leaf(value, leaf, mesh, dtype), layout, params)
 
 
-def logical_leaf(stored: Array, leaf: LeafLayout) -> Array:
+def logical_leaf(stored: A, leaf: LeafLayout) -> A:
     """One stored array (whole, not a shard) back in its logical shape."""
     return stored[..., : leaf.size].reshape(leaf.logical_shape)
 

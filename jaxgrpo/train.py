@@ -4,7 +4,10 @@ Read down from `Training.run`: tasks -> rollouts -> scored groups -> packed batc
 """
 
 import argparse
+import shutil
+import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,9 +17,9 @@ import numpy as np
 from jaxgrpo import records
 from jaxgrpo.background import EventLoopThread
 from jaxgrpo.batch_metrics import rollout_metrics, update_metrics
-from jaxgrpo.checkpoint import Checkpoints
-from jaxgrpo.config import Config, ConfigError, load_config, to_json
-from jaxgrpo.evaluate import evaluate, split_tasks
+from jaxgrpo.checkpoint import Checkpoints, newest_step
+from jaxgrpo.config import MAY_CHANGE, Config, ConfigError, changes_of_meaning, load_config, refuse, to_json
+from jaxgrpo.evaluate import NothingLeftError, evaluate, split_tasks
 from jaxgrpo.metrics import Recorder, Stopwatch, TerminalView
 from jaxgrpo.packing import pack
 from jaxgrpo.pretrained import save_hf
@@ -26,9 +29,12 @@ from jaxgrpo.setup import (
     build_rollout,
     build_sampler,
     build_update,
+    check_episodes,
     compute_dtype,
+    device_count,
     initial_params,
     open_policy,
+    open_tasks,
     parameter_count,
     run_folder,
     serving_params,
@@ -36,6 +42,9 @@ from jaxgrpo.setup import (
 from jaxgrpo.sharding import logical_on_host
 from jaxgrpo.types import GroupBatch, Task
 from jaxgrpo.update import StepReport, TrainState
+
+MOST_SKIPPED = 3
+"""So many batches in a row may be lost to failing environments; then the run ends."""
 
 
 def batches_per_epoch(tasks: int, tasks_per_step: int) -> int:
@@ -53,6 +62,11 @@ def task_batch(tasks: Sequence[Task], tasks_per_step: int, seed: int, index: int
     return [tasks[i] for i in order[position * tasks_per_step : (position + 1) * tasks_per_step]]
 
 
+def passed(every: int | None, step: int, advance: int) -> bool:
+    """True when a multiple of `every` lies within the last `advance` steps, `step` included."""
+    return every is not None and step // every > (step - advance) // every
+
+
 class Training:
     """One run: what it is made of, and the loop."""
 
@@ -60,31 +74,43 @@ class Training:
         self.config = config
         self.folder = folder
         self.policy: Policy = open_policy(config)
-        self.tasks = config.environment.tasks("train")
-        batches_per_epoch(len(self.tasks), config.rollout.tasks_per_step)
+        self.tasks, _ = training_tasks(config, self.policy)
         self.update = build_update(config, self.policy.config)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.recording.keep)
         stack.callback(self.checkpoints.close)
-        self.state = self.checkpoints.restore(self.update) if resume else self.update.init(initial_params(self.policy))
-        self.version = self.state.step // config.training.iterations
+        self.state, self.batch = self._first_state(resume)
+        self.skipped: list[RolloutResult] = []
         self.loop = stack.enter_context(EventLoopThread())
-        self.sampler = build_sampler(config, self.policy, self.update, self.state.params, self.version)
+        self.sampler = build_sampler(config, self.policy, serving_params(self.state.params, self.update), self.version)
         stack.callback(lambda: self.loop.call(self.sampler.close()))
         r = config.recording
-        self.recorder = Recorder(folder, tensorboard=r.tensorboard, wandb_project=r.wandb_project, name=config.name, after=self.state.step)
+        after = self.state.step if resume else None
+        self.recorder = Recorder(folder, tensorboard=r.tensorboard, wandb_project=r.wandb_project, name=config.name, after=after)
         stack.callback(self.recorder.close)
         self.clock = Stopwatch()
         self.view = stack.enter_context(TerminalView(config.training.steps))
 
+    def _first_state(self, resume: bool) -> tuple[TrainState, int]:
+        if resume:
+            return self.checkpoints.restore(self.update)
+        return self.update.init(initial_params(self.policy, np.float32)), 0
+
+    @property
+    def version(self) -> int:
+        """The number of the policy's weights: it grows by one with each batch that was trained on."""
+        return self.state.step // self.config.training.iterations
+
     def run(self) -> None:
-        """The loop."""
-        config = self.config
-        if config.evaluation.before and self.state.step == 0:
+        """The loop. `state` and `batch`, the number of batches played, are all that changes from turn to turn."""
+        if self.config.evaluation.before and self.state.step == 0:
             self.evaluate()
         self.view.begin(self.state.step)
-        while self.state.step < config.training.steps:
-            tasks = task_batch(self.tasks, config.rollout.tasks_per_step, config.seed, self.version)
-            result = self.play(tasks)
+        while self.state.step < self.config.training.steps:
+            result = self.play(task_batch(self.tasks, self.config.rollout.tasks_per_step, self.config.seed, self.batch))
+            self.batch += 1
+            if not result.groups:
+                self.skip(result)
+                continue
             batches = self.pack(result)
             reports = self.learn(batches)
             self.publish()
@@ -97,12 +123,17 @@ class Training:
         """Tasks -> scored groups."""
         rollout = build_rollout(self.config, self.policy, self.sampler, Decoding(self.config.rollout.temperature))
         with self.clock.phase("rollout"):
-            result = self.loop.call(
-                rollout.groups(tasks, self.config.rollout.group_size, self.config.seed, f"batch-{self.version}", self.view.progress)
+            return self.loop.call(
+                rollout.groups(tasks, self.config.rollout.group_size, self.config.seed, f"batch-{self.batch}", self.view.episodes)
             )
-        if not result.groups:
-            raise RuntimeError(f"every group of batch {self.version} was dropped; the last error:\n{result.dropped[-1].error}")
-        return result
+
+    def skip(self, result: RolloutResult) -> None:
+        """Go on without a batch of which no group was left. Raises NothingLeftError when it is one of too many in a row."""
+        self.skipped.append(result)
+        self.save_episodes(result, f"skipped-{self.batch}")
+        if len(self.skipped) == MOST_SKIPPED:
+            raise NothingLeftError(f"the last {MOST_SKIPPED} batches", result)
+        self.view.say(f"batch {self.batch} is skipped: its environments failed in every group")
 
     def pack(self, result: RolloutResult) -> list[GroupBatch]:
         """Scored groups -> micro-batches."""
@@ -119,31 +150,30 @@ class Training:
                 self.state, logprobs, report = self.update.optimizer_step(self.state, batches, behaviour, reference)
                 behaviour = logprobs if behaviour is None else behaviour
                 reports.append(report)
-                every = self.config.training.reference_every
-                if every is not None and self.state.step % every == 0:
+                if passed(self.config.training.reference_every, self.state.step, 1):
                     self.state = self.update.replace_reference(self.state)
         return reports
 
     def publish(self) -> None:
         """The sampler serves the new weights, under the next version."""
-        self.version += 1
         with self.clock.phase("publish"):
             self.loop.call(self.sampler.publish(self.version, serving_params(self.state.params, self.update)))
 
     def record(self, result: RolloutResult, batches: Sequence[GroupBatch], reports: Sequence[StepReport]) -> None:
         """Metrics and episodes of the batch."""
         seconds = self.clock.take()
-        metrics = rollout_metrics(result, self.version - 1, seconds) | update_metrics(batches, reports, self.update.compilations, seconds)
+        played = rollout_metrics(result, self.skipped, self.version - 1, seconds)
+        metrics = played | update_metrics(batches, reports, self.update.compilations, seconds)
+        self.skipped = []
         self.recorder.record(self.state.step, metrics)
         self.view.step(self.state.step, metrics)
         self.save_episodes(result, "train")
 
     def evaluate_if_due(self) -> None:
+        """After the last step when asked for, and every so many steps before it."""
         evaluation, step = self.config.evaluation, self.state.step
         last = step >= self.config.training.steps
-        every = evaluation.every
-        crossed = every is not None and step // every > (step - self.config.training.iterations) // every
-        if (last and evaluation.after) or (crossed and not last):
+        if evaluation.after if last else passed(evaluation.every, step, self.config.training.iterations):
             self.evaluate()
 
     def evaluate(self) -> None:
@@ -151,71 +181,97 @@ class Training:
         e = self.config.evaluation
         rollout = build_rollout(self.config, self.policy, self.sampler, Decoding(e.temperature, e.top_p))
         for split in e.splits:
-            with self.clock.phase("evaluation"):
+            tasks, name = split_tasks(self.config, split), f"eval-{self.state.step}"
+            start = time.perf_counter()
+            try:
                 outcome = evaluate(
-                    rollout,
-                    self.loop,
-                    split_tasks(self.config, split),
-                    split=split,
-                    samples=e.samples,
-                    seed=self.config.seed,
-                    name=f"eval-{self.state.step}",
-                    progress=self.view.progress,
+                    rollout, self.loop, tasks, split=split, samples=e.samples, seed=self.config.seed, name=name, progress=self.view.episodes
                 )
-            self.recorder.record(self.state.step, outcome.metrics | {"eval/seconds": self.clock.take()["evaluation"]})
+            except NothingLeftError as error:
+                self.view.say(f"step {self.state.step}  no evaluation: {error}")
+                continue
+            self.recorder.record(self.state.step, outcome.metrics | {"eval/seconds": time.perf_counter() - start})
             self.view.say(f"step {self.state.step}  {outcome.headline}")
             self.save_episodes(outcome.result, f"eval-{split}")
 
     def checkpoint_if_due(self) -> None:
-        every, step = self.config.recording.checkpoint_every, self.state.step
-        crossed = every is not None and step // every > (step - self.config.training.iterations) // every
-        if crossed or step >= self.config.training.steps:
-            self.checkpoints.save(self.state, self.update)
+        """Last of all, so that what a resumed run goes on from is recorded in full."""
+        step = self.state.step
+        if step >= self.config.training.steps or passed(self.config.recording.checkpoint_every, step, self.config.training.iterations):
+            self.checkpoints.save(self.state, self.batch, self.update)
 
     def save_episodes(self, result: RolloutResult, kind: str) -> None:
+        """Under the step that the batch led to."""
         if self.config.recording.trajectories:
             path = self.folder / "trajectories" / f"{kind}-{self.state.step:06d}.jsonl.gz"
             records.write(path, result, kind, self.state.step)
 
     def finish(self) -> None:
-        """The trained policy as a Hugging Face folder."""
+        """The trained policy as a Hugging Face folder, in place of that of a run that was shorter."""
         if self.config.recording.export_hf:
-            params = logical_on_host(self.state.params, self.update.layout)
-            save_hf(params, self.policy.folder, self.folder / "hf")
-            self.view.say(f"the policy is in {self.folder / 'hf'}")
+            folder = self.folder / "hf"
+            if folder.exists():
+                shutil.rmtree(folder)
+            save_hf(logical_on_host(self.state.params, self.update.layout), self.policy.folder, folder)
+            self.view.say(f"the policy is in {folder}")
+
+
+def training_tasks(config: Config, policy: Policy) -> tuple[Sequence[Task], int]:
+    """The tasks to train on, and the tokens of the longest prompt of all that will be played. Raises ConfigError when it does not fit."""
+    tasks = open_tasks(config, "train")
+    batches_per_epoch(len(tasks), config.rollout.tasks_per_step)
+    e = config.evaluation
+    splits = e.splits if e.before or e.after or e.every else ()
+    return tasks, check_episodes(config, policy, [*tasks, *(task for split in splits for task in split_tasks(config, split))])
 
 
 def describe(config: Config) -> Iterator[str]:
-    """What `--dry-run` prints: the resolved config, the arithmetic of a batch, the parameter count."""
+    """What `--dry-run` prints: the resolved config, the arithmetic of a batch, the parameter count. Reads no weights."""
     policy = open_policy(config)
-    update = build_update(config, policy.config)
+    tasks, longest_prompt = training_tasks(config, policy)
+    devices = device_count(config)
     r, t = config.rollout, config.training
-    tasks = len(config.environment.tasks("train"))
-    batches = batches_per_epoch(tasks, r.tasks_per_step)
-    micro_batch = update.mesh.size * t.groups_per_device
+    batches = batches_per_epoch(len(tasks), r.tasks_per_step)
+    micro_batch = devices * t.groups_per_device
     yield to_json(config)
     yield f"parameters              {parameter_count(policy.config):,} ({policy.config.layers} layers of width {policy.config.width})"
-    yield f"devices                 {update.mesh.size}, compute in {compute_dtype(config)}"
+    yield f"devices                 {devices}, compute in {compute_dtype(config)}"
+    yield f"longest prompt          {longest_prompt} tokens of at most {r.max_prompt_tokens}"
     yield f"rollouts a batch        {r.tasks_per_step} tasks x {r.group_size} samples = {r.tasks_per_step * r.group_size}"
     yield f"micro-batches a step    {r.tasks_per_step // micro_batch} of {micro_batch} groups"
     yield f"optimizer steps a batch {t.iterations}"
-    yield f"an epoch                {tasks} tasks = {batches} batches = {batches * t.iterations} steps"
+    yield f"an epoch                {len(tasks)} tasks = {batches} batches = {batches * t.iterations} steps"
     yield f"the run                 {t.steps} steps = {t.steps // t.iterations} batches = {t.steps / (batches * t.iterations):.1f} epochs"
 
 
 def train(config: Config, folder: Path, resume: bool = False) -> TrainState:
     """Run a config to its end, recorded in `folder`; returns the final state. Raises ConfigError when the folder holds a run and `resume`
     was not asked for, or the other way round."""
-    metrics = folder / "metrics.jsonl"
-    if metrics.exists() and metrics.stat().st_size and not resume:
+    if resume:
+        check_resumable(config, folder)
+    elif newest_step(folder / "checkpoints") is not None or _has_content(folder / "metrics.jsonl"):
         raise ConfigError(f"{folder} holds a run already: pass --resume to go on with it, or another --run-dir")
-    if resume and not (folder / "checkpoints").is_dir():
-        raise ConfigError(f"{folder} holds no checkpoint to resume from")
     with ExitStack() as stack:
         training = Training(config, folder, resume, stack)
-        (folder / "config.json").write_text(to_json(config))
+        (folder / "config.json").write_text(to_json(config), encoding="utf-8")
         training.run()
     return training.state
+
+
+def _has_content(file: Path) -> bool:
+    return file.exists() and file.stat().st_size > 0
+
+
+def check_resumable(config: Config, folder: Path) -> None:
+    """Refuse (ConfigError) to go on with a run that saved nothing, or under a config that means something else."""
+    step = newest_step(folder / "checkpoints")
+    if step is None or not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} holds no checkpoint to resume from: leave out --resume, and give a --run-dir of its own")
+    changes = changes_of_meaning((folder / "config.json").read_text(encoding="utf-8"), config)
+    if changes:
+        refuse([*changes, f"to go on with {folder}, set these as they were (a resumed run may change {', '.join(MAY_CHANGE)})"])
+    if step > config.training.steps:
+        raise ConfigError(f"{folder} is at step {step}, beyond training.steps ({config.training.steps}): raise it")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -229,13 +285,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         config = load_config(args.config, args.set)
+        folder = run_folder(args.run_dir, config.name)
         if args.dry_run:
             print("\n".join(describe(config)))
-        else:
-            train(config, run_folder(config, args.run_dir), args.resume)
-    except (ConfigError, FileNotFoundError) as error:
+            return 0
+        return _train_until_told(config, folder, args.resume)
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _train_until_told(config: Config, folder: Path, resume: bool) -> int:
+    """Train; the exit status. SIGTERM ends the run as Ctrl-C does: at once, with what the last checkpoint holds."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        train(config, folder, resume)
+    except NothingLeftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        step = newest_step(folder / "checkpoints")
+        how = "no checkpoint was saved yet" if step is None else f"--resume goes on from step {step}"
+        print(f"interrupted: {how} (run folder {folder})", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -12,8 +12,15 @@ Log-probabilities carry the name of who computed them: `train_` (the policy insi
 import dataclasses
 import enum
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Union
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import jax  # environments and the viewer need these records, not jax
+
+AnyArray = Union[np.ndarray, "jax.Array"]  # a plain | takes no name in quotes
+"""On the host or on devices."""
 
 
 class StopReason(enum.StrEnum):
@@ -160,14 +167,14 @@ class GroupBatch:
         advantages_NG          [[1., -1.]]
     """
 
-    prompt_NP: np.ndarray
-    prompt_lengths_N: np.ndarray
-    completions_NGC: np.ndarray
-    completion_lengths_NG: np.ndarray
-    sampled_NGC: np.ndarray
-    loss_weights_NGC: np.ndarray
-    advantages_NG: np.ndarray
-    sampler_logprobs_NGC: np.ndarray
+    prompt_NP: AnyArray
+    prompt_lengths_N: AnyArray
+    completions_NGC: AnyArray
+    completion_lengths_NG: AnyArray
+    sampled_NGC: AnyArray
+    loss_weights_NGC: AnyArray
+    advantages_NG: AnyArray
+    sampler_logprobs_NGC: AnyArray
 
     def __post_init__(self) -> None:
         n, g, c = self.completions_NGC.shape

@@ -93,7 +93,7 @@ class Update:
         self._shapes: set[tuple] = set()
         specification = specs(self.layout)
         data, replicated = PartitionSpec(AXIS), PartitionSpec()
-        sums = LossSums(*[replicated] * len(LossSums._fields))
+        sums = LossSums._make([replicated] * len(LossSums._fields))
         shard = functools.partial(jax.shard_map, mesh=mesh)
         # What a function returns is fed to the next one: each output's sharding is named, or zeros would land whole on one device and
         # one shape would be compiled once for every way that XLA chose to lay its inputs out.
@@ -160,7 +160,7 @@ class Update:
             train_logprobs.append(logprobs)
             sums.append(micro_sums)
         params, opt_state, grad_norm = self._apply(state.params, state.opt_state, gradients)
-        total = functools.reduce(LossSums.add, (LossSums(*map(float, s)) for s in jax.device_get(sums)))
+        total = functools.reduce(LossSums.add, (LossSums._make(map(float, s)) for s in jax.device_get(sums)))
         return TrainState(params, opt_state, state.reference, state.step + 1), train_logprobs, StepReport(total, float(grad_norm))
 
     def _optimizer_specs(self) -> Any:
