@@ -1,11 +1,14 @@
 """Bucketed shapes: few compilations, and work that follows the live rows."""
 
+import collections
 import dataclasses
 from collections.abc import Iterable
 
 from jaxgrpo.decode import PAGE
 
-_SLACK = 1.5  # a shape that is compiled already serves when it costs at most this much more than the best fitting one
+_SLACK = 1.5  # a compiled shape serves for good when it costs at most this many times what the best fitting one would
+_PATIENCE = 8  # and otherwise until the better one was wanted this often: most shapes of a batch's tail come once and are gone
+_LEAST_ROWS = 4  # fewer rows are padded: a step is bound by reading weights and caches, which such rows share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,27 +53,31 @@ class ShapeBook:
     def __init__(self, row_cost: float):
         self._row_cost = row_cost
         self._known: dict[str, set[Shape]] = {}
+        self._wanted: collections.Counter[tuple[str, Shape]] = collections.Counter()
 
     @property
     def compilations(self) -> int:
         return sum(len(shapes) for shapes in self._known.values())
 
     def choose(self, kind: str, exact: Shape) -> Shape:
-        """The cheapest known shape that covers `exact`, or its bucket where every known one would waste too much."""
+        """The cheapest known shape that covers `exact`, or its bucket where every known one keeps wasting too much."""
         bucket = Shape(
-            rows=power_of_two(exact.rows),
+            rows=max(_LEAST_ROWS, power_of_two(exact.rows)),
             tokens=exact.tokens,
             groups=power_of_two(exact.groups),
-            group_rows=power_of_two(exact.group_rows),
+            group_rows=max(_LEAST_ROWS, power_of_two(exact.group_rows)),
             shared=token_bucket(exact.shared),
             own=token_bucket(exact.own),
         )
         known = self._known.setdefault(kind, set())
         best = min((s for s in known if s.covers(exact)), key=self._cost, default=None)
-        if best is None or self._cost(best) > _SLACK * self._cost(bucket):
-            known.add(bucket)
-            return bucket
-        return best
+        if best is not None and self._cost(best) <= _SLACK * self._cost(bucket):
+            return best
+        self._wanted[kind, bucket] += 1
+        if best is not None and self._wanted[kind, bucket] < _PATIENCE:
+            return best
+        known.add(bucket)
+        return bucket
 
     def _cost(self, shape: Shape) -> float:
         return shape.cost(self._row_cost)
