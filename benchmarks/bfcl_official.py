@@ -6,14 +6,16 @@ runs in a fork: the checker keeps its simulators, and some of their tables, for 
 (benchmarks/bfcl_parity.py starts this.)
 """
 
+import functools
 import json
 import os
 import sys
 from pathlib import Path
 
 
-def read(path: Path) -> dict[str, dict]:
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+@functools.cache
+def read(folder: Path, category: str) -> dict[str, dict]:
+    rows = [json.loads(line) for line in (folder / f"BFCL_v4_{category}.json").read_text("utf-8").splitlines()]
     return {row["id"]: row for row in rows}
 
 
@@ -36,17 +38,15 @@ def main(folder: Path) -> None:
     for module in ("gorilla_file_system", "math_api", "message_api", "posting_api", "ticket_api", "trading_bot", "travel_booking",
                    "vehicle_control"):  # fmt: skip
         __import__(f"{BACKEND_PATH_PREFIX}.{module}")  # once, before the forks
-    entries, truths = {}, {}
-    for category in ("base", "miss_func", "miss_param", "long_context"):
-        name = f"BFCL_v4_multi_turn_{category}.json"
-        entries.update(read(folder / "bfcl_eval" / "data" / name))
-        truths.update(read(folder / "bfcl_eval" / "data" / "possible_answer" / name))
     for line in sys.stdin:
         case = json.loads(line)
+        data = folder / "bfcl_eval" / "data"
+        entry = read(data, case["category"])[case["id"]]
+        truth = read(data / "possible_answer", case["category"])[case["id"]]["ground_truth"]
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
-            print(json.dumps(verdict(case, entries[case["id"]], truths[case["id"]]["ground_truth"])), flush=True)
+            print(json.dumps(verdict(case, entry, truth)), flush=True)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if status != 0:

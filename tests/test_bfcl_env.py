@@ -162,8 +162,11 @@ def test_fewer_steps_may_be_allowed() -> None:
 def test_more_than_twenty_steps_with_calls_fail_officially() -> None:
     for extra, passed in ((19, True), (20, False)):
         env = environment("base_0", max_steps_per_turn=50)
-        play(env, [tool(("pwd", {}))] * extra + [SOLVED, "<TASK_FINISHED>"])
-        assert env.score().passed is passed
+        unreadable = ["<tool>[7]</tool>", "<tool>pwd</tool>"] * 5  # not steps in the official sense
+        play(env, unreadable + [tool(("pwd", {}))] * extra + [SOLVED, "<TASK_FINISHED>"])
+        score = env.score()
+        assert score.passed is passed
+        assert (score.parts["state"], score.parts["response"]) == (1.0, 1.0)
 
 
 def test_turns_follow_one_another_and_each_has_its_steps() -> None:

@@ -2,8 +2,11 @@
 
 import decimal
 import json
+import random
+import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import mpmath
 import pytest
@@ -109,8 +112,19 @@ def test_ordinary_mathematics_is_official() -> None:
     assert run(on, "add", a="1", b="2") == '{"result": "12"}'
 
 
+@pytest.fixture
+def _hasty_threads() -> Iterator[None]:
+    """Threads take turns after a microsecond, so that what they share shows."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("_hasty_threads")
 def test_global_precisions_are_left_alone_and_threads_do_not_mix() -> None:
     before = (mpmath.mp.dps, decimal.getcontext().prec)
+    run(session("MathAPI"), "square_root", number=2, precision=3)
     expected = {digits: run(session("MathAPI"), "logarithm", value=2, base=10, precision=digits) for digits in (5, 50, 200)}
     assert expected[5] == "{'result': mpf('0.30102968')}"
     seen: dict[int, set[str]] = {digits: set() for digits in expected}
@@ -193,6 +207,24 @@ def test_any_text_is_an_observation_or_an_end() -> None:
     assert env.score().reward == 0.0
 
 
+def test_no_arguments_make_any_tool_raise_or_hang() -> None:
+    deep: list = []
+    for _ in range(20):
+        deep = [deep]
+    values = [0, -1, True, None, 10**4200, -(10**9), 10**18, 1e308, 5e-324, "", "a", "x" * 50_000, "1e999999999", "²", "..", "/" * 999,
+              [], [1], deep, {}, {"title": 1}, [[1, 2]], ["a"] * 999, ["driver"], "2024-02-30", "1/3"]  # fmt: skip
+    source = random.Random(0)
+    started = time.perf_counter()
+    for category in ("base", "long_context"):
+        for payload in list(library().tasks[category].values())[::20]:
+            on = library().session(payload)
+            for name in payload.tools:
+                wanted = library().document(payload, name)["parameters"]["properties"]
+                on.run(Call(name, {key: source.choice(values) for key in wanted})).text.encode()
+            scoring.state_differences(on.instances, library().session(payload).instances)
+    assert time.perf_counter() - started < 30
+
+
 def test_today_is_fixed() -> None:
     assert simulators.TODAY.date().isoformat() == "2026-03-23"
     on = session("TravelAPI", {"user_first_name": "A", "user_last_name": "B"})
@@ -213,6 +245,7 @@ def test_long_context_tables_are_not_shared() -> None:
     assert run(session("TravelAPI", long_context=True), "get_all_credit_cards") == before
 
 
+@pytest.mark.usefixtures("_hasty_threads")
 def test_the_weather_of_long_context_is_not_mixed_between_threads() -> None:
     alone = session("VehicleControlAPI", long_context=True)
     expected = [run(alone, "get_outside_temperature_from_google") for _ in range(50)]
@@ -230,6 +263,7 @@ def test_the_weather_of_long_context_is_not_mixed_between_threads() -> None:
     assert seen == [expected] * 4
 
 
+@pytest.mark.usefixtures("_hasty_threads")
 def test_many_threads_play_the_same_tasks() -> None:
     suite = Bfcl(max_turns=99)
     tasks = all_tasks(suite)[:60]

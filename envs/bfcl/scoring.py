@@ -26,7 +26,7 @@ _ABSENT = "(absent)"
 
 @dataclasses.dataclass(frozen=True)
 class TurnVerdict:
-    """The check of one turn. `reason` is empty when it passed; `state` and `response` are True where there was nothing to check."""
+    """The check of one turn: `reason` is empty when it passed; `state` and `response` are True where there was nothing to check."""
 
     turn: int
     state: bool
@@ -49,22 +49,23 @@ def judge_turn(
     steps: int,
 ) -> TurnVerdict:
     """Check one turn after both sides have run it. The order of the reasons is the official one."""
-    if steps > OFFICIAL_STEP_LIMIT:
-        return TurnVerdict(turn, state=False, response=False, reason=f"more than {OFFICIAL_STEP_LIMIT} steps")
-    if not truth_results:
-        return TurnVerdict(turn, state=True, response=True)
-    notes = state_differences(policy.instances, truth.instances)
-    missing = missing_items(truth_results, policy_results_so_far)
-    if missing:
-        notes["missing results"] = _shorten("; ".join(missing))
+    notes, missing = {}, []
+    if truth_results:
+        notes = state_differences(policy.instances, truth.instances)
+        missing = missing_items(truth_results, policy_results_so_far)
+    state = not notes
     reason = ""
-    if calls_made == 0:
+    if steps > OFFICIAL_STEP_LIMIT:
+        reason = f"more than {OFFICIAL_STEP_LIMIT} steps"
+    elif truth_results and calls_made == 0:
         reason = "no call was made"
-    elif len(notes) > bool(missing):
+    elif not state:
         reason = "the state differs"
     elif missing:
         reason = "expected results are missing"
-    return TurnVerdict(turn, state=len(notes) == bool(missing), response=not missing, reason=reason, notes=notes)
+    if missing:
+        notes["missing results"] = _shorten("; ".join(missing))
+    return TurnVerdict(turn, state, response=not missing, reason=reason, notes=notes)
 
 
 def check_calls(
