@@ -67,7 +67,6 @@ class _StreamedLeafHandler(ocp.type_handlers.TypeHandler):
 
     async def serialize(self, values: Sequence[StreamedLeaf], infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
         for value, info in zip(values, infos, strict=True):
-            await info.await_path_creation()
             store = await ts.open(
                 # orbax records that zeros are stored too, and then takes a chunk that is not there for a loss
                 {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{info.path}/"}, "store_data_equal_to_fill_value": True},
