@@ -1,0 +1,186 @@
+"""Configs: loading, overrides, refusals, and that every setting is read somewhere."""
+
+import ast
+import dataclasses
+import json
+import typing
+from pathlib import Path
+
+import pytest
+
+from envs.bfcl import Bfcl
+from envs.procedural import Warehouse
+from jaxgrpo.config import Config, ConfigError, apply_override, changes_of_meaning, check, load_config, to_json
+from tests.training import small_config, write_config
+
+SMALL = small_config("model")
+
+
+def refused(*overrides: str, folder: Path) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_config(write_config(folder, Path("model")), overrides)
+    return str(error.value)
+
+
+def test_override_of_each_kind_of_value():
+    config = dataclasses.replace(SMALL, environment=Bfcl())
+    for override, expected in {
+        "rollout.group_size=16": 16,
+        "rollout.temperature=2": 2.0,
+        "training.devices=None": None,
+        "training.reference_every=none": None,
+        "recording.trajectories=false": False,
+        "evaluation.splits=train,test": ("train", "test"),
+        "evaluation.splits=('train',)": ("train",),
+        "evaluation.splits=test": ("test",),
+        "model.revision=12e45": "12e45",
+        "model.source='a b'": "a b",
+        "model.revision=None": None,
+        "loss.tis_cap = 2": 2.0,
+        "environment.protocol=native": "native",
+        "environment.categories=base,miss_func": ("base", "miss_func"),
+        "environment.examples=2": 2,
+        "seed=7": 7,
+    }.items():
+        changed = apply_override(config, override)
+        key = override.partition("=")[0].strip()
+        value = changed
+        for name in key.split("."):
+            value = getattr(value, name)
+        assert value == expected and type(value) is type(expected), override
+
+
+def test_an_int_in_the_file_is_stored_as_the_float_that_the_field_is(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text(
+        "import dataclasses\nfrom tests.training import small_config\nfrom jaxgrpo.config import EvaluationSettings\n"
+        "def get_config():\n"
+        "    return dataclasses.replace(small_config('m'), evaluation=EvaluationSettings(temperature=1, splits=['train']))\n"
+    )
+    evaluation = load_config(path).evaluation
+    assert type(evaluation.temperature) is float and evaluation.splits == ("train",)
+
+
+def test_overrides_of_one_section_are_checked_together(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text(
+        "import dataclasses\nfrom envs.procedural import Warehouse\nfrom tests.training import small_config\n"
+        "def get_config():\n    return dataclasses.replace(small_config('m'), environment=Warehouse(train_size=500, test_size=70))\n"
+    )
+    assert load_config(path, ["environment.test_size=300", "environment.train_size=200"]).environment == Warehouse(
+        train_size=200, test_size=300
+    )
+    with pytest.raises(ConfigError, match="environment: train_size"):
+        load_config(path, ["environment.test_size=300"])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.stepz=3", "Did you mean 'training.steps'?"),
+        ("group_size=4", "Did you mean 'rollout.group_size'?"),
+        ("rolout.group_size=4", "Did you mean 'rollout.group_size'?"),
+        ("environment.train_sise=4", "Did you mean 'environment.train_size'?"),
+        ("training.steps.more=3", "unknown setting 'training.steps.more'"),
+        ("training=3", "'training' is a section"),
+        ("training.steps", "--set takes key=value"),
+        ("=3", "--set takes key=value"),
+        ("training.steps=many", "training.steps must be of type int, got 'many'"),
+        ("training.steps=2.0", "training.steps must be of type int, got 2.0"),
+        ("training.steps=True", "training.steps must be of type int, got True"),
+        ("recording.trajectories=1", "recording.trajectories must be of type bool, got 1"),
+        ("training.devices=two", "training.devices must be of type int or None, got 'two'"),
+        ("optimizer.learning_rate=1e999", "optimizer.learning_rate must be finite"),
+        ("evaluation.splits=(1,)", "evaluation.splits must be of type str, got 1"),
+        ("environment.bonus=x", "environment.bonus must be of type float"),
+        ("rollout.group_size=1", "rollout.group_size must be at least 2, got 1"),
+        ("rollout.temperature=0", "rollout.temperature must be above 0"),
+        ("evaluation.top_p=1.5", "evaluation.top_p must be at most 1"),
+        ("optimizer.b2=1", "optimizer.b2 must be in [0, 1)"),
+        ("seed=-1", "seed must be at least 0"),
+        ("packing.aggregation=tokens", "Did you mean 'token'?"),
+        ("sampler=nativ", "Did you mean 'native'?"),
+        ("evaluation.splits=tests", "evaluation.splits must be one of train, test; got 'tests'. Did you mean 'test'?"),
+        ("evaluation.splits=test,test", "names a split twice"),
+        ("training.iterations=4", "training.steps (6) must be a multiple of training.iterations (4)"),
+        ("training.groups_per_device=4", "must be a multiple of training.devices x training.groups_per_device (1 x 4)"),
+        ("native.max_cache_tokens=64", "native.max_cache_tokens (64) cannot hold one episode"),
+        ("loss.kl_beta=0", "training.reference_every has no effect when loss.kl_beta is 0"),
+        ("recording.wandb_project=p", "wandb is not installed"),
+        ("name=a/b", "name must be letters"),
+    ],
+)
+def test_each_refusal_names_the_key_and_what_is_allowed(tmp_path, monkeypatch, override, said):
+    monkeypatch.setattr("jaxgrpo.config.importlib.util.find_spec", lambda name: None)
+    assert said in refused(override, folder=tmp_path)
+
+
+def test_all_contradictions_are_listed_at_once(tmp_path):
+    said = refused("foo=1", "training.steps=5", "rollout.group_size=1", "evaluation.splits=", "evaluation.after=True", folder=tmp_path)
+    for part in ("foo", "training.steps (5)", "rollout.group_size", "evaluation.splits is empty"):
+        assert part in said
+    assert said.count("\n- ") == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def get_config(:\n    pass\n", "c.py, line 1: SyntaxError"),
+        ("\nx = 1 / 0\n", "c.py, line 2: ZeroDivisionError"),
+        ("def get_config():\n    a = 1\n    raise KeyError('gone')\n", "c.py, line 3: KeyError: 'gone'"),
+        ("x = 1\n", "has no get_config()"),
+        ("def get_config():\n    return 3\n", "returned int, not a jaxgrpo.config.Config"),
+        ("from envs.procedural import Warehouse\nWarehouse(\n    kinds=('walk',))\n", "line 2: ValueError: kinds must be"),
+        (
+            "from jaxgrpo.config import RolloutSettings\nRolloutSettings(group_sice=3)\n",
+            "unexpected keyword argument 'group_sice'. Did you mean 'group_size'?",
+        ),
+    ],
+)
+def test_a_broken_file_is_told_with_its_place(tmp_path, text, said):
+    path = tmp_path / "c.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert said in str(error.value)
+
+
+def test_a_missing_file_and_an_environment_that_is_none(tmp_path):
+    with pytest.raises(ConfigError, match="no config file"):
+        load_config(tmp_path / "none.py")
+    path = tmp_path / "c.py"
+    path.write_text(
+        "import dataclasses\nfrom tests.training import small_config\nfrom envs.procedural import Warehouse\n"
+        "def get_config():\n    return dataclasses.replace(small_config('m'), environment=Warehouse)\n"
+    )
+    with pytest.raises(ConfigError, match="must be an instance of a dataclass"):
+        load_config(path)
+
+
+def test_json_names_the_environment_and_tells_what_changed():
+    saved = to_json(SMALL)
+    assert json.loads(saved)["environment"]["class"] == "tests.training.Letters"
+    check(SMALL)
+    same = apply_override(apply_override(SMALL, "training.steps=8"), "evaluation.splits=train")
+    assert changes_of_meaning(saved, same) == []
+    other = apply_override(apply_override(SMALL, "rollout.group_size=8"), "environment.good=abc")
+    changes = changes_of_meaning(saved, other)
+    assert [line.split(" was ")[0] for line in changes] == ["environment.good", "rollout.group_size"]
+    assert changes[1] == "rollout.group_size was 4 and is now 8"
+    warehouse = dataclasses.replace(SMALL, environment=Warehouse())
+    assert any(line.startswith("environment.class") for line in changes_of_meaning(saved, warehouse))
+
+
+def test_every_setting_is_read_outside_its_definition():
+    """A field that nothing reads is a setting without effect."""
+    read = set()
+    for path in Path("jaxgrpo").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+    sections = [kind for kind in typing.get_type_hints(Config).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+    assert len(sections) == 9
+    unread = {
+        f"{kind.__name__}.{field.name}" for kind in (Config, *sections) for field in dataclasses.fields(kind) if field.name not in read
+    }
+    assert unread == set()
