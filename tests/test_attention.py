@@ -106,7 +106,7 @@ def test_the_gradient_of_a_long_row_equals_the_unblocked_one(monkeypatch: pytest
     t = 520
     q, k, v = (jnp.asarray(x[:1, :1]) for x in own(t))
     weights = heads(6, 1, 1, t, H)
-    gradient = lambda: jax.jit(jax.grad(lambda *qkv: jnp.sum(attend(*qkv, causal_mask(t)) * weights), argnums=(0, 1, 2)))(q, k, v)  # noqa: E731
+    gradient = lambda: jax.jit(jax.grad(lambda *qkv: jnp.sum(attend(*qkv, causal_mask(t)) * weights), argnums=(0, 1, 2)))(q, k, v)
     blocked = gradient()
     monkeypatch.setattr(attention, "_QUERY_BLOCK", 1024)
     chex.assert_trees_all_close(blocked, gradient(), atol=2e-5)

@@ -55,7 +55,7 @@ def golden() -> Case:
 def random_case(seed: int, kl: bool = True) -> Case:
     rng = np.random.default_rng(seed)
     shape = (3, 4, 7)
-    near = lambda x: (x + rng.normal(0, 0.4, shape)).astype(np.float32)  # noqa: E731
+    near = lambda x: (x + rng.normal(0, 0.4, shape)).astype(np.float32)
     train = rng.uniform(-6, -0.01, shape).astype(np.float32)
     weights = np.where(rng.random(shape) < 0.6, rng.random(shape), 0).astype(np.float32)
     weights[1] = 0  # a group masked whole
@@ -161,7 +161,7 @@ def test_no_gradient_flows_through_the_importance_weight() -> None:
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
 def test_tokens_of_zero_weight_contribute_nothing_whatever_they_hold(garbage: float, transform: Transform) -> None:
     case, settings = random_case(2), SETTINGS["kl and truncated importance"]
-    spoil = lambda x: np.where(case.weights > 0, x, np.float32(garbage))  # noqa: E731
+    spoil = lambda x: np.where(case.weights > 0, x, np.float32(garbage))
     advantages = case.advantages.copy()
     advantages[1] = garbage  # the group that is masked whole
     names = ("train", "behaviour", "reference", "sampler")

@@ -1,0 +1,482 @@
+"""The jitted, sharded train step: the same update on any number of devices and for any split, and equal to a plain one.
+
+The plain one repeats the prompt for every row, builds its rows from the trajectories themselves, takes a dense log-softmax, and steps with
+AdamW in float64 NumPy. Epsilon is large here, so that what is compared is the gradient, not the signs that Adam makes of its last digits.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxgrpo.losses import LossSettings
+from jaxgrpo.model import ModelConfig, Params, cast_to, forward, head_table, param_shapes
+from jaxgrpo.packing import PackingSettings, pack
+from jaxgrpo.sharding import logical_on_host, make_mesh
+from jaxgrpo.types import Group, GroupBatch
+from jaxgrpo.update import OptimizerSettings, StepReport, TrainState, Update, make_optimizer
+from tests import reference
+from tests.episodes import random_groups
+
+TINY = ModelConfig(
+    vocab_size=97,
+    width=33,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_size=8,
+    mlp_width=45,
+    context_length=64,
+    rope_theta=10000.0,
+    norm_epsilon=1e-6,
+    tied_embeddings=True,
+)
+UNTIED = dataclasses.replace(TINY, tied_embeddings=False)
+LOSS = LossSettings(clip_low=0.2, clip_high=0.28, kl_beta=0.05, tis_cap=1.5)
+NO_KL = LossSettings(clip_low=0.2, clip_high=0.2, kl_beta=0.0)
+ADAM = OptimizerSettings(learning_rate=0.05, warmup_steps=1, b1=0.9, b2=0.99, epsilon=1e-3, weight_decay=0.01, max_grad_norm=0.1)
+TEMPERATURE = 1.3
+LONGEST = 8
+GROUPS = random_groups(0, 12, 3, TINY.vocab_size, LONGEST, LONGEST)
+
+
+def params_of(config: ModelConfig) -> Params:
+    """Weights at which attention, biases and norms all matter."""
+    rng = np.random.default_rng(7)
+    return jax.tree.map(lambda s: rng.normal(0.0, 0.25, s.shape).astype(np.float32), param_shapes(config))
+
+
+def packed(groups: Sequence[Group], micro_batch_groups: int) -> list[GroupBatch]:
+    return pack(groups, micro_batch_groups, LONGEST, PackingSettings(prompt_multiple=LONGEST, completion_multiple=LONGEST))
+
+
+@functools.cache
+def update_of(devices: int, config: ModelConfig = TINY, loss: LossSettings = LOSS, dtype: Any = jnp.float32) -> Update:
+    """One Update for all tests that need it: compiling takes longer than anything else here."""
+    mesh = make_mesh(jax.devices()[:devices])
+    return Update(config, mesh, loss, ADAM, compute_dtype=dtype, temperature=TEMPERATURE, head_chunk=16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Two optimizer steps on one batch: the weights' changes, the first gradient (clipped), and what was reported."""
+
+    gradient: Params
+    first_change: Params
+    second_change: Params
+    reports: tuple[StepReport, StepReport]
+
+
+def changed(before: Params, after: Params) -> Params:
+    return jax.tree.map(lambda a, b: np.asarray(b, np.float64) - np.asarray(a, np.float64), before, after)
+
+
+def clipped_gradient(update: Update, state: TrainState) -> Params:
+    """The gradient of the first step, after clipping: Adam's first moment is (1 - b1) of it."""
+    moments = optax.tree_utils.tree_get(state.opt_state, "mu")
+    return jax.tree.map(lambda m: m / (1 - ADAM.b1), logical_on_host(moments, update.layout))
+
+
+def two_steps(update: Update, batches: Sequence[GroupBatch], params: Params) -> Run:
+    """The reference is a policy of other weights than the first step's."""
+    state = update.init(jax.tree.map(lambda x: x * np.float32(0.97), params))
+    other = update.init(params)
+    state = other._replace(reference=state.reference)
+    anchors = update.reference_logprobs(state, batches)
+    state, behaviour, first = update.optimizer_step(state, batches, None, anchors)
+    gradient, middle = clipped_gradient(update, state), logical_on_host(state.params, update.layout)
+    state, _, second = update.optimizer_step(state, batches, behaviour, anchors)
+    after = logical_on_host(state.params, update.layout)
+    return Run(gradient, changed(params, middle), changed(middle, after), (first, second))
+
+
+@functools.cache
+def run_of(devices: int, micro_batch_groups: int = 12) -> Run:
+    return two_steps(update_of(devices), packed(GROUPS, micro_batch_groups), params_of(TINY))
+
+
+def worst_error(got: Params, expected: Params) -> float:
+    """The largest difference in a tensor over the largest entry of that tensor, over all tensors."""
+    errors = jax.tree.map(lambda a, b: float(np.max(np.abs(np.asarray(a, np.float64) - b)) / np.max(np.abs(b))), got, expected)
+    return max(jax.tree.leaves(errors))
+
+
+def change_error(got: Params, expected: Params) -> float:
+    """The largest difference of the weights' changes over the largest change. (A change is as exact as the weight's own last digit.)"""
+    pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True))
+    return max(float(np.max(np.abs(a - b))) for a, b in pairs) / max(float(np.max(np.abs(b))) for _, b in pairs)
+
+
+def assert_same_run(got: Run, expected: Run) -> None:
+    assert worst_error(got.gradient, expected.gradient) < 1e-5
+    assert change_error(got.first_change, expected.first_change) < 1e-5
+    assert change_error(got.second_change, expected.second_change) < 1e-5
+    for ours, theirs in zip(got.reports, expected.reports, strict=True):
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-6)
+        assert ours.sums == pytest.approx(theirs.sums, rel=1e-5, abs=1e-6)
+
+
+# One batch however it is spread.
+
+
+@pytest.mark.parametrize("devices", [2, 3, 4])
+def test_several_devices_take_the_steps_of_one(devices: int) -> None:
+    assert_same_run(run_of(devices), run_of(1))
+
+
+def test_a_batch_split_into_micro_batches_takes_the_steps_of_the_whole() -> None:
+    assert_same_run(run_of(1, micro_batch_groups=4), run_of(1))
+
+
+def test_the_order_of_groups_and_micro_batches_does_not_matter() -> None:
+    shuffled = [GROUPS[i] for i in np.random.default_rng(1).permutation(len(GROUPS))]
+    assert_same_run(two_steps(update_of(1), packed(shuffled, 4)[::-1], params_of(TINY)), run_of(1))
+
+
+def test_padding_with_empty_groups_does_not_matter() -> None:
+    groups = GROUPS[:5]  # two micro-batches of four, three groups of them empty
+    run = two_steps(update_of(1), packed(groups, 4), params_of(TINY))
+    assert_same_run(two_steps(update_of(1), packed(groups, 12), params_of(TINY)), run)
+
+
+def test_what_padding_holds_does_not_matter() -> None:
+    rng = np.random.default_rng(2)
+
+    def spoil(batch: GroupBatch) -> GroupBatch:
+        p, c = batch.prompt_NP.shape[1], batch.completions_NGC.shape[2]
+        prompt_padding = np.arange(p) >= batch.prompt_lengths_N[:, None]
+        padding = np.arange(c) >= batch.completion_lengths_NG[:, :, None]
+        garbage = rng.integers(0, TINY.vocab_size, batch.completions_NGC.shape)
+        return dataclasses.replace(
+            batch,
+            prompt_NP=np.where(prompt_padding, rng.integers(0, TINY.vocab_size, prompt_padding.shape), batch.prompt_NP).astype(np.int32),
+            completions_NGC=np.where(padding, garbage, batch.completions_NGC).astype(np.int32),
+            sampler_logprobs_NGC=np.where(padding, np.float32(np.nan), batch.sampler_logprobs_NGC),
+        )
+
+    batches = packed(GROUPS, 4)
+    assert_same_run(two_steps(update_of(1), [spoil(b) for b in batches], params_of(TINY)), run_of(1, micro_batch_groups=4))
+
+
+# One batch by a plain implementation.
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Every trajectory as one row of prompt + completion; `targets` are positions of the row, -1 where a row has no such token."""
+
+    ids_RT: np.ndarray
+    targets_RC: np.ndarray
+    weights_RC: np.ndarray
+    advantages_R: np.ndarray
+    sampler_RC: np.ndarray
+
+
+def plain_rows(groups: Sequence[Group]) -> Rows:
+    trajectories = [t for group in groups for t in group.trajectories]
+    ids, targets = np.zeros((len(trajectories), 2 * LONGEST), int), np.full((len(trajectories), LONGEST), -1)
+    weights, sampler = np.zeros((len(trajectories), LONGEST)), np.zeros((len(trajectories), LONGEST))
+    for r, t in enumerate(trajectories):
+        start, length = len(t.prompt_ids_P), len(t.completion_ids_C)
+        ids[r, : start + length] = [*t.prompt_ids_P, *t.completion_ids_C]
+        targets[r, :length] = np.arange(start, start + length)
+        weights[r, :length] = t.sampled_C & (not t.overlong)
+        sampler[r, :length] = t.sampler_logprobs_C
+    rewards = np.array([group.rewards_G for group in groups])
+    spread = rewards - rewards.mean(axis=1, keepdims=True)
+    advantages = spread / (np.sqrt(np.sum(spread**2, axis=1, keepdims=True) / (rewards.shape[1] - 1)) + 1e-4)
+    return Rows(ids, targets, weights / weights.sum(), advantages.reshape(-1), sampler)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def plain_logprobs(config: ModelConfig, params: Params, ids_RT: jax.Array, targets_RC: jax.Array) -> jax.Array:
+    """The log-probability of each target token [R, C], from the position before it."""
+    hidden = forward(config, params, ids_RT, load=cast_to(jnp.float32))
+    dense = jax.nn.log_softmax(hidden @ head_table(params).T / TEMPERATURE)
+    rows = jnp.arange(len(ids_RT))[:, None]
+    return jnp.where(targets_RC >= 0, dense[rows, targets_RC - 1, ids_RT[rows, targets_RC]], 0.0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def plain_gradient(
+    config: ModelConfig, loss: LossSettings, params: Params, rows: dict[str, Any], behaviour: jax.Array, anchor: jax.Array
+) -> tuple[jax.Array, Params]:
+    def objective(p: Params) -> jax.Array:
+        train = plain_logprobs(config, p, rows["ids_RT"], rows["targets_RC"])
+        advantage, ratio = rows["advantages_R"][:, None], jnp.exp(train - behaviour)
+        held = jnp.where(advantage > 0, jnp.minimum(ratio, 1 + loss.clip_high), jnp.maximum(ratio, 1 - loss.clip_low))
+        gain = held * advantage
+        if loss.tis_cap is not None:
+            gain = gain * jnp.minimum(jnp.exp(behaviour - rows["sampler_RC"]), loss.tis_cap)
+        kl = jnp.exp(anchor - train) - (anchor - train) - 1
+        return jnp.sum(rows["weights_RC"] * (loss.kl_beta * kl - gain))
+
+    return jax.value_and_grad(objective)(params)
+
+
+@functools.cache
+def plain_run(config: ModelConfig, loss: LossSettings) -> tuple[list[float], list[float], list[Params], Params]:
+    """Two plain steps: losses, gradient norms, the weights' changes, and the first gradient, not clipped."""
+    rows = dataclasses.asdict(plain_rows(GROUPS))
+    params = params_of(config)
+    score = functools.partial(plain_logprobs, config, ids_RT=rows["ids_RT"], targets_RC=rows["targets_RC"])
+    anchor = score(jax.tree.map(lambda x: x * np.float32(0.97), params)) if loss.kl_beta else score(params)
+    behaviour = score(params)
+    flat, tree = jax.tree.flatten(params)
+    moments: list[tuple[Any, Any]] = [(0.0, 0.0)] * len(flat)
+    losses, norms, changes, gradients = [], [], [], []
+    for step in (1, 2):
+        value, gradient = plain_gradient(config, loss, jax.tree.unflatten(tree, flat), rows, behaviour, anchor)
+        settings = dataclasses.asdict(ADAM)
+        del settings["warmup_steps"]
+        new, moments, norm = reference.adamw(flat, [np.asarray(g) for g in jax.tree.leaves(gradient)], moments, step, **settings)
+        new = [x.astype(np.float32) for x in new]
+        changes.append(changed(jax.tree.unflatten(tree, flat), jax.tree.unflatten(tree, new)))
+        losses.append(float(value))
+        norms.append(norm)
+        gradients.append(gradient)
+        flat = new
+    return losses, norms, changes, jax.tree.map(np.asarray, gradients[0])
+
+
+def test_the_gradient_of_shared_prompts_equals_that_of_repeated_prompts() -> None:
+    _, norms, _, gradient = plain_run(TINY, LOSS)
+    expected = jax.tree.map(lambda g: g * min(1.0, ADAM.max_grad_norm / norms[0]), gradient)
+    assert worst_error(run_of(1).gradient, expected) < 1e-5
+
+
+def test_two_steps_equal_plain_ones() -> None:
+    losses, norms, changes, _ = plain_run(TINY, LOSS)
+    run = run_of(1)
+    assert [r.sums.loss for r in run.reports] == pytest.approx(losses, rel=1e-5)
+    assert [r.grad_norm for r in run.reports] == pytest.approx(norms, rel=1e-5)
+    assert change_error(run.first_change, changes[0]) < 1e-5
+    assert change_error(run.second_change, changes[1]) < 1e-5
+
+
+def test_two_steps_of_an_untied_model_without_kl_equal_plain_ones() -> None:
+    losses, norms, changes, _ = plain_run(UNTIED, NO_KL)
+    run = two_steps(update_of(3, UNTIED, NO_KL), packed(GROUPS, 6), params_of(UNTIED))
+    assert [r.sums.loss for r in run.reports] == pytest.approx(losses, rel=1e-5)
+    assert [r.grad_norm for r in run.reports] == pytest.approx(norms, rel=1e-5)
+    assert change_error(run.first_change, changes[0]) < 1e-5
+    assert change_error(run.second_change, changes[1]) < 1e-5
+
+
+def test_the_second_step_clips_tokens() -> None:
+    """So that the comparisons above are of a step off policy."""
+    first, second = run_of(1).reports
+    assert first.sums.clipped == 0
+    assert second.sums.clipped > 0
+
+
+def test_the_loss_of_a_fixed_seed_is_what_it_was() -> None:
+    first, second = run_of(1).reports
+    assert (first.sums.loss, second.sums.loss) == pytest.approx((0.01130828, -0.04880323), rel=1e-5)
+    assert (first.grad_norm, second.grad_norm) == pytest.approx((0.1447684, 0.1093829), rel=1e-5)
+
+
+# Log-probabilities.
+
+
+def test_logprobs_equal_a_dense_log_softmax_of_repeated_prompts() -> None:
+    update, rows = update_of(1), plain_rows(GROUPS)
+    (batch,) = packed(GROUPS, 12)
+    params = params_of(TINY)
+    ours = np.asarray(update.logprobs(update.init(params).params, batch))
+    expected = np.asarray(plain_logprobs(TINY, params, rows.ids_RT, rows.targets_RC)).reshape(12, 3, LONGEST)
+    order = [next(n for n, g in enumerate(GROUPS) if _is_row(batch, i, g)) for i in range(12)]
+    real = np.arange(LONGEST) < batch.completion_lengths_NG[:, :, None]
+    chex.assert_trees_all_close(np.where(real, ours, 0), np.where(real, expected[order], 0), atol=2e-5)
+
+
+def _is_row(batch: GroupBatch, i: int, group: Group) -> bool:
+    first = group.trajectories[0].completion_ids_C
+    same_prompt = np.array_equal(batch.prompt_NP[i, : batch.prompt_lengths_N[i]], group.prompt_ids_P)
+    return same_prompt and np.array_equal(batch.completions_NGC[i, 0, : batch.completion_lengths_NG[i, 0]], first)
+
+
+def test_the_first_steps_logprobs_are_those_of_the_weights_before_it() -> None:
+    update, batches = update_of(1), packed(GROUPS, 4)
+    state = update.init(params_of(TINY))
+    anchors = update.reference_logprobs(state, batches)
+    _, train, _ = update.optimizer_step(state, batches, None, anchors)
+    chex.assert_trees_all_close(train, anchors, atol=1e-5)  # the reference is the first policy
+
+
+def test_the_first_step_equals_one_with_its_own_logprobs_as_behaviour() -> None:
+    update, batches = update_of(1), packed(GROUPS, 4)
+    state = update.init(params_of(TINY))
+    anchors = update.reference_logprobs(state, batches)
+    implicit, train, first = update.optimizer_step(state, batches, None, anchors)
+    explicit, _, second = update.optimizer_step(update.init(params_of(TINY)), batches, train, anchors)
+    chex.assert_trees_all_close(logical_on_host(implicit.params, update.layout), logical_on_host(explicit.params, update.layout), atol=1e-7)
+    assert first.grad_norm == pytest.approx(second.grad_norm, rel=1e-6)
+
+
+# What an update leaves alone.
+
+
+def test_equal_rewards_without_kl_give_exactly_no_gradient() -> None:
+    update = update_of(3, UNTIED, NO_KL)
+    equal = [dataclasses.replace(g, trajectories=tuple(_with_reward(t, 0.1) for t in g.trajectories)) for g in GROUPS]
+    state, _, report = update.optimizer_step(update.init(params_of(UNTIED)), packed(equal, 6), None, [None] * 2)
+    assert report.grad_norm == 0.0
+    gradient = clipped_gradient(update, state)
+    chex.assert_trees_all_equal(gradient, jax.tree.map(np.zeros_like, gradient))
+
+
+def _with_reward(trajectory: Any, reward: float) -> Any:
+    return dataclasses.replace(trajectory, score=dataclasses.replace(trajectory.score, reward=reward))
+
+
+def test_a_batch_masked_whole_gives_exactly_no_gradient() -> None:
+    update, batches = update_of(1), packed([GROUPS[3]] * 4, 4)  # the group that is overlong throughout
+    state = update.init(params_of(TINY))
+    _, _, report = update.optimizer_step(state, batches, None, update.reference_logprobs(state, batches))
+    assert (report.grad_norm, report.sums.loss, report.sums.loss_tokens) == (0.0, 0.0, 0.0)
+
+
+def test_without_kl_there_is_no_reference() -> None:
+    update = update_of(3, UNTIED, NO_KL)
+    state = update.init(params_of(UNTIED))
+    assert state.reference is None
+    assert update.replace_reference(state).reference is None
+    assert update.reference_logprobs(state, packed(GROUPS, 6)) == [None, None]
+
+
+def test_the_reference_stays_while_the_policy_moves_until_it_is_replaced() -> None:
+    update, batches = update_of(1), packed(GROUPS, 4)
+    params = params_of(TINY)
+    state = update.init(params)
+    state, _, _ = update.optimizer_step(state, batches, None, update.reference_logprobs(state, batches))
+    chex.assert_trees_all_equal(logical_on_host(state.reference, update.layout), params)
+    state = update.replace_reference(state)
+    chex.assert_trees_all_equal(logical_on_host(state.reference, update.layout), logical_on_host(state.params, update.layout))
+    state, _, _ = update.optimizer_step(state, batches, None, update.reference_logprobs(state, batches))
+    assert worst_error(logical_on_host(state.reference, update.layout), logical_on_host(state.params, update.layout)) > 1e-3
+
+
+# Where things lie, and what is compiled.
+
+
+def test_no_device_holds_more_than_its_slice_of_weights_moments_reference_and_gradients() -> None:
+    update = update_of(4)
+    state = update.init(params_of(TINY))
+    batches = packed(GROUPS, 12)
+    gradients = update._zeros(state.params)
+    after, _, _ = update.optimizer_step(update.init(params_of(TINY)), batches, None, update.reference_logprobs(state, batches))
+    moments = [optax.tree_utils.tree_get(s.opt_state, name) for s in (state, after) for name in ("mu", "nu")]
+    for tree in (state.params, state.reference, gradients, after.params, *moments):
+        for leaf, value in zip(jax.tree.leaves(update.layout), jax.tree.leaves(tree), strict=True):
+            slice_shape = (*leaf.stored_shape[:-1], leaf.padded // 4)
+            assert [s.data.shape for s in value.addressable_shards] == [slice_shape] * 4
+
+
+def test_one_shape_is_compiled_once() -> None:
+    """Micro-batches, and a state that was stored, stepped once or stepped twice, are all one shape. (This Update sees no other.)"""
+    update, batches = update_of(3, UNTIED, NO_KL), packed(GROUPS, 6)
+    state, behaviour, _ = update.optimizer_step(update.init(params_of(UNTIED)), batches, None, [None] * 2)
+    state, _, _ = update.optimizer_step(state, batches, behaviour, [None] * 2)
+    assert update.compilations == 1
+    assert [f._cache_size() for f in (update._zeros, update._accumulate, update._apply)] == [1, 1, 1]
+
+
+def test_each_new_shape_is_counted() -> None:
+    update, params = update_of(1), params_of(TINY)
+    before = update.compilations
+    longer = pack(GROUPS[:1], 1, LONGEST, PackingSettings(prompt_multiple=2 * LONGEST, completion_multiple=LONGEST))
+    stored = update.init(params).params
+    for _ in range(2):
+        update.logprobs(stored, longer[0])
+    assert update.compilations == before + 1
+
+
+def test_groups_that_do_not_divide_over_the_devices_are_refused() -> None:
+    update = update_of(3, UNTIED, NO_KL)
+    with pytest.raises(ValueError, match="4 groups in a micro-batch do not divide over 3 devices"):
+        update.optimizer_step(update.init(params_of(UNTIED)), packed(GROUPS, 4), None, [None] * 3)
+
+
+def test_bfloat16_compute_keeps_float32_weights_and_nearly_the_gradient() -> None:
+    run, update = run_of(1), update_of(2, TINY, LOSS, jnp.bfloat16)
+    state = update.init(params_of(TINY))
+    assert {x.dtype for x in jax.tree.leaves(state.reference)} == {jnp.dtype(jnp.bfloat16)}
+    low = two_steps(update, packed(GROUPS, 12), params_of(TINY))
+    cosines = jax.tree.map(lambda a, b: float(np.vdot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)), low.gradient, run.gradient)
+    assert min(jax.tree.leaves(cosines)) > 0.99
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
+
+
+# The optimizer.
+
+
+def stepped(settings: OptimizerSettings, gradients: Sequence[float]) -> list[float]:
+    """One weight, from 0: its change at each step."""
+    optimizer = make_optimizer(settings)
+    weight = jnp.zeros(1)
+    state = optimizer.init(weight)
+    changes = []
+    for gradient in gradients:
+        updates, state = optimizer.update(jnp.array([gradient]), state, weight)
+        changes.append(float(updates[0]))
+    return changes
+
+
+def test_the_warm_up_rises_in_equal_steps_and_then_stays() -> None:
+    # of a constant gradient Adam makes 1, so that each change is minus the learning rate
+    changes = stepped(OptimizerSettings(learning_rate=0.4, warmup_steps=4, max_grad_norm=100.0), [1.0] * 6)
+    assert changes == pytest.approx([-0.1, -0.2, -0.3, -0.4, -0.4, -0.4], rel=1e-5)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1])
+def test_without_a_warm_up_the_first_step_has_the_whole_learning_rate(warmup_steps: int) -> None:
+    changes = stepped(OptimizerSettings(learning_rate=0.4, warmup_steps=warmup_steps, max_grad_norm=100.0), [1.0] * 2)
+    assert changes == pytest.approx([-0.4, -0.4], rel=1e-5)
+
+
+def test_a_warm_up_of_two_steps() -> None:
+    changes = stepped(OptimizerSettings(learning_rate=0.4, warmup_steps=2, max_grad_norm=100.0), [1.0] * 3)
+    assert changes == pytest.approx([-0.2, -0.4, -0.4], rel=1e-5)
+
+
+def test_clipping_scales_the_gradient_down_to_the_norm() -> None:
+    # epsilon 1 makes the size of the gradient visible: 3, 4 has norm 5; clipped to 1 it is .6, .8, and g / (g + 1) = .375, .44444
+    optimizer = make_optimizer(OptimizerSettings(learning_rate=1.0, warmup_steps=1, epsilon=1.0, max_grad_norm=1.0))
+    weights = jnp.zeros(2)
+    updates, _ = optimizer.update(jnp.array([3.0, 4.0]), optimizer.init(weights), weights)
+    chex.assert_trees_all_close(updates, jnp.array([-0.375, -0.4444444]), rtol=1e-5)
+
+
+def test_a_gradient_below_the_norm_is_not_clipped() -> None:
+    settings = OptimizerSettings(learning_rate=1.0, warmup_steps=1, epsilon=1.0, max_grad_norm=10.0)
+    assert stepped(settings, [3.0]) == pytest.approx([-0.75], rel=1e-5)  # 3 / (3 + 1)
+
+
+def test_weight_decay_is_taken_off_the_weights_and_not_put_into_the_gradient() -> None:
+    optimizer = make_optimizer(OptimizerSettings(learning_rate=0.5, warmup_steps=1, weight_decay=0.1))
+    weights = jnp.array([2.0])
+    updates, _ = optimizer.update(jnp.zeros(1), optimizer.init(weights), weights)
+    assert float(updates[0]) == pytest.approx(-0.1, rel=1e-6)  # .5 * .1 * 2
+
+
+def test_the_reported_norm_is_that_before_clipping() -> None:
+    _, norms, _, gradient = plain_run(TINY, LOSS)
+    whole = float(np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(gradient))))
+    assert norms[0] == whole > ADAM.max_grad_norm
+    assert run_of(1).reports[0].grad_norm == pytest.approx(whole, rel=1e-5)
+
+
+def test_the_count_of_steps_grows_by_one() -> None:
+    update, batches = update_of(1), packed(GROUPS, 4)
+    state = update.init(params_of(TINY))
+    assert state.step == 0
+    after, _, _ = update.optimizer_step(state, batches, None, update.reference_logprobs(state, batches))
+    assert after.step == 1
