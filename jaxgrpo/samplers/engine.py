@@ -16,7 +16,7 @@ from jaxgrpo.samplers.cache import CachedGroup, CachedSequence, PageTable, page_
 from jaxgrpo.samplers.shapes import Shape, ShapeBook, widest
 from jaxgrpo.samplers.stops import Decoder, StopFinder
 
-_EXTEND_TOKENS = (16, 64, 512)  # widths of one extension; longer ones take several
+_EXTEND_TOKENS = (32, 128, 512)  # widths of one extension; longer ones take several
 _EXTEND_BUDGET = 2048  # tokens of one extension over all rows
 
 
