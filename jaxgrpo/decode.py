@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxgrpo.model import ModelConfig, Params, head_table, merge_layer, rms_norm
@@ -30,6 +31,7 @@ class KeysValues(NamedTuple):
 
 
 Caches = tuple[KeysValues, ...]  # one entry a layer
+Given = Array | np.ndarray  # the host builds it, a compiled function takes it
 
 
 class Layout(NamedTuple):
@@ -38,8 +40,8 @@ class Layout(NamedTuple):
     Three rows, the last two of one group: rows_NG [[0, 0], [1, 2]] (an unused slot names any row), slots_B [0, 2, 3].
     """
 
-    rows_NG: Array
-    slots_B: Array
+    rows_NG: Given
+    slots_B: Given
 
 
 class Context(NamedTuple):
@@ -47,20 +49,20 @@ class Context(NamedTuple):
 
     layout: Layout
     shared: Caches
-    shared_lengths_N: Array
+    shared_lengths_N: Given
     own: Caches
-    own_lengths_B: Array
+    own_lengths_B: Given
 
 
 class DecodeRows(NamedTuple):
     """The rows of a decode chunk: the last token (not in the cache yet), its position, and how to sample. `limits_B` 0 is an empty row."""
 
-    tokens_B: Array
-    positions_B: Array
-    limits_B: Array
-    seeds_B2: Array
-    temperatures_B: Array
-    top_ps_B: Array
+    tokens_B: Given
+    positions_B: Given
+    limits_B: Given
+    seeds_B2: Given
+    temperatures_B: Given
+    top_ps_B: Given
 
 
 class Chunk(NamedTuple):
@@ -86,7 +88,7 @@ def empty_pool(config: ModelConfig, pages: int, dtype: Any) -> Caches:
 
 
 @jax.jit
-def gather_pages(pool: Caches, pages_RJ: Array) -> Caches:
+def gather_pages(pool: Caches, pages_RJ: Given) -> Caches:
     """The sequences whose pages are listed, each as one stretch: keys [R, K, h, J * PAGE], values [R, K, J * PAGE, h]."""
     chex.assert_rank(pages_RJ, 2)
     r, j = pages_RJ.shape
@@ -101,7 +103,7 @@ def gather_pages(pool: Caches, pages_RJ: Array) -> Caches:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def write_pages(pool: Caches, new: Caches, pages_BT: Array, offsets_BT: Array) -> Caches:
+def write_pages(pool: Caches, new: Caches, pages_BT: Given, offsets_BT: Given) -> Caches:
     """Store new keys [B, K, h, T] and values [B, K, T, h] at (page, offset) of each token; a page past the pool drops its token."""
 
     def one(layer: KeysValues, fresh: KeysValues) -> KeysValues:
@@ -134,8 +136,8 @@ def _merge(parts: list[_Part]) -> Array:
     """One softmax over the keys of all parts (arXiv:2112.05682, section 2): [R, K, M, h]."""
     maximum = functools.reduce(jnp.maximum, [part.maximum for part in parts])
     scales = [jnp.exp(part.maximum - maximum) for part in parts]
-    total = sum(part.total * scale for part, scale in zip(parts, scales, strict=True))
-    return sum(part.out * scale[..., None] for part, scale in zip(parts, scales, strict=True)) / total[..., None]
+    total = functools.reduce(jnp.add, [part.total * scale for part, scale in zip(parts, scales, strict=True)])
+    return functools.reduce(jnp.add, [part.out * scale[..., None] for part, scale in zip(parts, scales, strict=True)]) / total[..., None]
 
 
 def attend_cached(q: Array, context: Context, layer: int, new: KeysValues, mask_TC: Array) -> Array:
@@ -180,10 +182,10 @@ def _to_cache(k: Array, v: Array) -> KeysValues:
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def extend(config: ModelConfig, params: Params, context: Context, ids_BT: Array, positions_B: Array) -> Caches:
+def extend(config: ModelConfig, params: Params, context: Context, ids_BT: Given, positions_B: Given) -> Caches:
     """Keys and values of new tokens, the first at `positions_B`; padding on the right makes keys that nobody may read."""
     t = ids_BT.shape[1]
-    positions_BT = positions_B[:, None] + jnp.arange(t)
+    positions_BT = jnp.asarray(positions_B)[:, None] + jnp.arange(t)
     mask = jnp.tril(jnp.ones((t, t), bool))
     x = params["embed"]["embedding"][ids_BT]
     made = []
@@ -233,7 +235,7 @@ def decode_chunk(
 
     def body(state: tuple[Array, Array, Array, Chunk, Caches]) -> tuple[Array, Array, Array, Chunk, Caches]:
         step, last_B, running_B, chunk, buffers = state
-        positions_B = rows.positions_B + step
+        positions_B = jnp.asarray(rows.positions_B) + step
         logits_BV, buffers = _decode_step(config, params, context, buffers, last_B, positions_B, step)
         tokens_B, logprobs_B = sample(logits_BV, rows.seeds_B2, positions_B + 1, rows.temperatures_B, rows.top_ps_B)
         chunk = Chunk(
@@ -244,13 +246,13 @@ def decode_chunk(
         running_B &= (chunk.counts_B < rows.limits_B) & ~jnp.isin(tokens_B, eos_E)
         return step + 1, tokens_B, running_B, chunk, buffers
 
-    state = (jnp.int32(0), rows.tokens_B, rows.limits_B > 0, chunk, buffers)
+    state = (jnp.int32(0), jnp.asarray(rows.tokens_B), jnp.asarray(rows.limits_B) > 0, chunk, buffers)
     _, _, _, chunk, buffers = jax.lax.while_loop(live, body, state)
     return chunk, buffers
 
 
 def sample(
-    logits_BV: Array, seeds_B2: Array, positions_B: Array, temperatures_B: Array, top_ps_B: Array
+    logits_BV: Array, seeds_B2: Given, positions_B: Given, temperatures_B: Given, top_ps_B: Given
 ) -> tuple[Array, Array]:
     """Tokens [B] and their log-probabilities [B] before top-p: argmax of log p + Gumbel noise, or of the logits at temperature 0.
 
@@ -268,7 +270,7 @@ def sample(
     def draw(scores_BV: Array) -> Array:
         cut = (top_ps_B < 1) & ~greedy_B
         scores_BV = jax.lax.cond(cut.any(), lambda s: jnp.where(nucleus(s, top_ps_B), s, -jnp.inf), lambda s: s, scores_BV)
-        noise_BV = jax.vmap(noise_of)(seeds_B2, positions_B)
+        noise_BV = jax.vmap(noise_of)(jnp.asarray(seeds_B2), jnp.asarray(positions_B))
         return _argmax(jnp.where(greedy_B[:, None], logprobs_BV, scores_BV + noise_BV))
 
     tokens_B = jax.lax.cond(greedy_B.all(), _argmax, draw, logprobs_BV)
@@ -282,7 +284,7 @@ def _argmax(scores_BV: Array) -> Array:
     return jnp.where(best_BV, jnp.arange(v), v).min(-1).astype(jnp.int32)
 
 
-def nucleus(logprobs_BV: Array, top_ps_B: Array) -> Array:
+def nucleus(logprobs_BV: Array, top_ps_B: Given) -> Array:
     """Top-p (arXiv:1904.09751): true for the most probable tokens whose mass reaches top_p, all tokens where it is 1.
 
     The least kept probability is found by bisection over the bits of non-negative floats, whose order is that of the floats: no sort.

@@ -8,30 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from jaxgrpo.model import ModelConfig, cast_to, forward, head_table, init_params
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplingRequest
 from jaxgrpo.samplers.native import NativeSampler, SamplerError
-from jaxgrpo.samplers.shapes import Shape, ShapeBook
-from jaxgrpo.samplers.stops import StopFinder
+from tests.test_stops import TOKENIZER
 
 T = TypeVar("T")
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """256 single bytes, then tokens of several: `</`, `call`, `>\\n`."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {symbol: i for i, symbol in enumerate(alphabet)} | {"</": 256, "ca": 257, "ll": 258, "call": 259, ">Ċ": 260}
-    merges = [("<", "/"), ("c", "a"), ("l", "l"), ("ca", "ll"), (">", "Ċ")]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-TOKENIZER = byte_tokenizer()
 CONFIG = ModelConfig(261, 32, 2, 4, 2, 8, 48, 512, 1e4, 1e-6, True)
 # Weights large enough that a token depends on the whole context and the distribution is neither flat nor a spike.
 PARAMS = jax.tree.map(lambda leaf: leaf * 5 if leaf.ndim > 1 else leaf, init_params(CONFIG, jax.random.key(1)))
@@ -234,39 +219,6 @@ def test_a_stop_string_of_an_earlier_turn_does_not_count():
     assert len(free.token_ids_T) == 8
 
 
-def _bytes_of_alphabet() -> dict[int, int]:
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the byte-level alphabet of GPT-2
-    others = [b for b in range(256) if b not in printable]
-    symbol = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-    return {b: TOKENIZER.convert_tokens_to_ids(s) for b, s in symbol.items()}
-
-
-BYTE_OF = _bytes_of_alphabet()
-
-
-@pytest.mark.parametrize("width", [1, 2, 3, 50])
-@pytest.mark.parametrize(
-    ("ids", "stop", "end"),
-    [
-        ([BYTE_OF[b] for b in b"ab"] + [256, 259, 260] + [BYTE_OF[b] for b in b"xy"], "</call>", 5),  # `</` `call` `>\n`
-        ([BYTE_OF[b] for b in "né→x→é.".encode()], "→é", 12),  # characters of two and three bytes, one token a byte
-        ([BYTE_OF[b] for b in "aé".encode()[:2]] + [BYTE_OF[b] for b in b"stop!"], "stop", 6),  # a broken character before it
-        ([BYTE_OF[b] for b in b"ststop"], "stop", 6),
-        ([BYTE_OF[b] for b in b"a"], "a", 1),
-        ([BYTE_OF[b] for b in b"nothing of it"], "stop", None),
-    ],
-)
-def test_stop_strings_over_tokens_and_split_characters(ids: list[int], stop: str, end: int | None, width: int):
-    finder, taken = StopFinder(TOKENIZER, ("unused", stop)), 0
-    for start in range(0, len(ids), width):
-        found = finder.push(ids[start : start + width])
-        if found is not None:
-            taken += found
-            break
-        taken += len(ids[start : start + width])
-    assert (taken if found is not None else None) == end
-
-
 def test_top_p_keeps_to_the_nucleus_and_reports_the_whole_distribution():
     r = request(0, max_tokens=12, top_p=0.4)
     [generation] = generate(r)
@@ -421,18 +373,3 @@ def test_closing_tells_those_who_wait():
             await waiting
 
     asyncio.run(asyncio.wait_for(main(), 60))
-
-
-def test_shapes_are_few_and_follow_lasting_work():
-    book = ShapeBook(row_cost=100.0)
-    full = Shape(rows=60, tokens=16, groups=8, group_rows=8, shared=1000, own=100)
-    assert book.choose("decode", full) == Shape(64, 16, 8, 8, 1024, 128)
-    almost = Shape(rows=50, tokens=16, groups=8, group_rows=7, shared=900, own=90)
-    assert book.choose("decode", almost) == Shape(64, 16, 8, 8, 1024, 128)  # close enough for good
-    tail = Shape(rows=5, tokens=16, groups=2, group_rows=3, shared=700, own=200)
-    assert book.choose("decode", tail) == Shape(8, 16, 2, 4, 768, 256)  # nothing covers 200 own tokens
-    few = Shape(rows=2, tokens=16, groups=1, group_rows=2, shared=60, own=10)
-    chosen = [book.choose("decode", few) for _ in range(9)]
-    assert chosen == [Shape(8, 16, 2, 4, 768, 256)] * 7 + [Shape(4, 16, 1, 4, 64, 64)] * 2  # wasteful, so replaced once it is wanted often
-    assert book.compilations == 3
-    assert book.choose("extend", few) == Shape(4, 16, 1, 4, 64, 64)

@@ -56,7 +56,7 @@ class Job:
 
     def push(self, token_ids: np.ndarray, logprobs: np.ndarray, version: int, eos_token_ids: frozenset[int]) -> None:
         """Take a chunk's tokens up to the one that ends the turn; those after it never were."""
-        stopped = self.stops.push(token_ids)
+        stopped = self.stops.push(token_ids.tolist())
         kept = len(token_ids) if stopped is None else stopped
         self.token_ids.extend(token_ids[:kept].tolist())
         self.logprobs.extend(logprobs[:kept].tolist())
@@ -287,7 +287,7 @@ class Engine:
             count, before = int(chunk.counts_B[i]), len(job.token_ids)
             if not np.isfinite(chunk.logprobs_BC[i, :count]).all():
                 raise FloatingPointError(f"weight version {self.version} gives log-probabilities that are not finite: the policy is broken")
-            job.push(chunk.tokens_BC[i, :count], chunk.logprobs_BC[i, :count], self.version, self._eos)
+            job.push(np.asarray(chunk.tokens_BC[i, :count]), np.asarray(chunk.logprobs_BC[i, :count]), self.version, self._eos)
             sequence.ids = job.own_ids[:-1]
             self.metrics.generated_tokens += len(job.token_ids) - before
             self.metrics.discarded_tokens += count - (len(job.token_ids) - before)

@@ -31,7 +31,7 @@ class StopFinder:
         if not self._stops:
             return None
         already = len(self._pending)
-        self._pending.extend(int(i) for i in token_ids)
+        self._pending.extend(token_ids)
         base = self._decode(self._before)
         if self._found(base, len(self._pending)):
             return next(n for n in range(1, len(token_ids) + 1) if self._found(base, already + n))
