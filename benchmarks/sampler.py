@@ -1,4 +1,4 @@
-"""Tokens a second of the embedded sampler: `python benchmarks/sampler.py [MODEL_FOLDER] --batch 1 8 16`.
+"""Tokens a second of the embedded sampler: `python -m benchmarks.sampler [MODEL_FOLDER] --batch 1 8 16`.
 
 Without a folder, a random model of five million parameters and `--vocab` tokens. Each batch is `--group` episodes a group, on random
 prompts of `--prompt` tokens: `--turns` turns of `--completion` tokens, with an observation of `--observation` tokens between them.
