@@ -1,5 +1,6 @@
 """Rotary positions and grouped-query attention over [a group's shared context; a row's own tokens]."""
 
+import functools
 import math
 
 import jax
@@ -66,20 +67,69 @@ def attend(
 def _attend_block(
     q: Array, k: Array, v: Array, mask: Array, context_k: Array | None, context_v: Array | None, context_mask: Array | None
 ) -> Array:
+    """All scores of a block at once, the axes brought into the order of `_merged_softmax`."""
     n, g, t, heads, size = q.shape
     kv_heads = k.shape[-2]
-    q = q.reshape(n, g, t, kv_heads, heads // kv_heads, size) * size**-0.5
-    own = jnp.einsum("ngtkqh,ngskh->ngkqts", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(jnp.expand_dims(mask, (-4, -3)) if mask.ndim > 2 else mask, own, _MASKED)
+    q = jnp.moveaxis(q.reshape(n, g, t, kv_heads, heads // kv_heads, size) * size**-0.5, (3, 4), (1, 3))
+    parts = [(jnp.moveaxis(k, 3, 1), jnp.moveaxis(v, 3, 1), mask if mask.ndim == 2 else mask[:, None, :, None])]
     if context_k is not None:
         assert context_v is not None and context_mask is not None
-        shared = jnp.einsum("ngtkqh,npkh->ngkqtp", q, context_k, preferred_element_type=jnp.float32)
-        shared = jnp.where(context_mask[:, None, None, None, None, :], shared, _MASKED)
-        scores = jnp.concatenate([shared, scores], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    if context_k is None:
-        out = jnp.einsum("ngkqts,ngskh->ngtkqh", weights, v)
-    else:
-        p = context_k.shape[1]
-        out = jnp.einsum("ngkqtp,npkh->ngtkqh", weights[..., :p], context_v) + jnp.einsum("ngkqts,ngskh->ngtkqh", weights[..., p:], v)
-    return out.reshape(n, g, t, heads, size)
+        parts.append((jnp.moveaxis(context_k, 2, 1), jnp.moveaxis(context_v, 2, 1), context_mask[:, None, None, None, None, :]))
+    out = _merged_softmax(q, tuple(parts))
+    return jnp.moveaxis(out, (1, 3), (3, 4)).reshape(n, g, t, heads, size)
+
+
+# Axes inside: n groups, k key/value heads, g rows, q query heads of a key/value head, t queries, s keys, h. A row's own keys are [n, k, g, s, h],
+# a shared context's [n, k, s, h]. Large arrays are [n, k, g, q, t, s] throughout: that is how the scores leave their product, and each
+# product below is written so that none of them is transposed on its way in (as autodiff's would be; measured in docs/log.md).
+_Part = tuple[Array, Array, Array]  # keys, values, mask
+
+
+def _keys(part: _Part) -> str:
+    return "nkgsh" if part[0].ndim == 5 else "nksh"
+
+
+@jax.custom_vjp
+def _merged_softmax(q: Array, parts: tuple[_Part, ...]) -> Array:
+    """Softmax attention of q [n, k, g, q, t, h] over the keys of all parts together; nothing is concatenated."""
+    return _merged_softmax_forward(q, parts)[0]
+
+
+def _merged_softmax_forward(q: Array, parts: tuple[_Part, ...]) -> tuple[Array, tuple]:
+    scores = [
+        jnp.where(part[2], jnp.einsum(f"nkgqth,{_keys(part)}->nkgqts", q, part[0], preferred_element_type=jnp.float32), _MASKED)
+        for part in parts
+    ]
+    top = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1, keepdims=True) for s in scores])
+    weights = [jnp.exp(s - top) for s in scores]
+    total = functools.reduce(jnp.add, [jnp.sum(w, axis=-1, keepdims=True) for w in weights])
+    weights = [w.astype(part[1].dtype) for w, part in zip(weights, parts, strict=True)]
+    outs = [
+        jnp.einsum(f"nkgqts,{_keys(part)}->nkgqth", w, part[1], preferred_element_type=jnp.float32)
+        for w, part in zip(weights, parts, strict=True)
+    ]
+    out = (functools.reduce(jnp.add, outs) / total).astype(q.dtype)
+    return out, (q, parts, weights, total, out)
+
+
+def _merged_softmax_backward(residuals: tuple, cotangent: Array) -> tuple[Array, tuple]:
+    """With e the unnormalised weights, z their total, g = d out / z: dv = e' g, ds = e (g v' - sum(g out))."""
+    q, parts, weights, total, out = residuals
+    scaled = cotangent.astype(jnp.float32) / total
+    centre = jnp.sum(scaled * out.astype(jnp.float32), axis=-1, keepdims=True)
+    scaled = scaled.astype(q.dtype)
+    dq, dparts = jnp.zeros(q.shape, jnp.float32), []
+    for part, e in zip(parts, weights, strict=True):
+        keys, values = part[:2]
+        axes = _keys(part)
+        transposed = axes[:-2] + "hs"
+        dv = jnp.einsum(f"nkgqth,nkgqts->{transposed}", scaled, e, preferred_element_type=jnp.float32)
+        de = jnp.einsum(f"nkgqth,{axes}->nkgqts", scaled, values, preferred_element_type=jnp.float32)
+        ds = (e.astype(jnp.float32) * (de - centre)).astype(q.dtype)
+        dk = jnp.einsum(f"nkgqth,nkgqts->{transposed}", q, ds, preferred_element_type=jnp.float32)
+        dq = dq + jnp.einsum(f"nkgqts,{axes}->nkgqth", ds, keys, preferred_element_type=jnp.float32)
+        dparts.append((dk.mT.astype(keys.dtype), dv.mT.astype(values.dtype), None))
+    return dq.astype(q.dtype), tuple(dparts)
+
+
+_merged_softmax.defvjp(_merged_softmax_forward, _merged_softmax_backward)

@@ -35,7 +35,8 @@ from jaxgrpo.types import Task
 
 WORDS = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+")
 CONTEXT = 4096
-SIZES = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2}
+ROW_CONTEXT = 160  # prompt tokens at most that the demonstrations of a family may have of their own
+SIZES = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 CHAT_TEMPLATE = """\
 {%- if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set rest = messages[1:] %}
@@ -122,8 +123,8 @@ def corpus(suite: Bfcl, tasks: Sequence[Task]) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Demonstrations that begin alike (the same tools), as one group: the shared beginning [P], and the rows after it with a weight for each
-    token, [G, C] each: 1 where the policy speaks, less elsewhere, 0 for padding."""
+    """Demonstrations that begin alike (the same tools), as one group: the shared beginning [P], and the rows after it with a weight for
+    each token, [G, C] each: 1 where the policy speaks, less elsewhere, 0 for padding."""
 
     prompt_P: np.ndarray
     rows_GC: np.ndarray
@@ -131,11 +132,11 @@ class Family:
 
 
 def families(episodes: Sequence[tuple[np.ndarray, np.ndarray]], rows: int, context_weight: float) -> list[Family]:
-    """Episodes (ids, which are the policy's) -> groups of at most `rows` episodes with a long common beginning."""
-    ordered = sorted(episodes, key=lambda episode: episode[0].tolist())
+    """Episodes (ids, which are the policy's) -> groups of at most `rows` episodes whose prompts differ only near the end."""
     groups: list[list[tuple[np.ndarray, np.ndarray]]] = []
-    for episode in ordered:
-        if groups and len(groups[-1]) < rows and _common(groups[-1][0][0], episode[0]) > 0.5 * np.argmax(episode[1]):
+    for episode in sorted(episodes, key=lambda episode: episode[0].tolist()):
+        room = int(np.argmax(episode[1])) - ROW_CONTEXT
+        if groups and len(groups[-1]) < rows and _common(groups[-1][0][0], episode[0]) >= room:
             groups[-1].append(episode)
         else:
             groups.append([episode])
@@ -149,8 +150,8 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def _family(group: Sequence[tuple[np.ndarray, np.ndarray]], rows: int, context_weight: float) -> Family:
-    shared = min([_common(group[0][0], ids) for ids, _ in group[1:]], default=int(np.argmax(group[0][1])) // 2)
-    length = bucket(max(len(ids) for ids, _ in group) - shared, 64)
+    shared = min([_common(group[0][0], ids) for ids, _ in group[1:]], default=int(np.argmax(group[0][1])) - ROW_CONTEXT)
+    length = bucket(max(len(ids) for ids, _ in group) - shared, 128)
     rows_GC, weights_GC = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.float32)
     for i, (ids, ours) in enumerate(group):
         rows_GC[i, : len(ids) - shared] = ids[shared:]
@@ -237,7 +238,7 @@ def warm_start(config: ModelConfig, episodes: Sequence[tuple[np.ndarray, np.ndar
         start, own = time.perf_counter(), []
         for i in rng.permutation(len(groups)):
             g = groups[i]
-            prompt = np.zeros((1, bucket(len(g.prompt_P), 128)), np.int32)
+            prompt = np.zeros((1, bucket(len(g.prompt_P), 256)), np.int32)
             prompt[0, : len(g.prompt_P)] = g.prompt_P
             params, opt_state, own_NG = train_step(
                 config, optimizer, params, opt_state, prompt, np.array([len(g.prompt_P)]), g.rows_GC[None], g.weights_GC[None]
@@ -258,7 +259,7 @@ def main() -> None:
     parser.add_argument("--until", type=float, default=0.25, help="stop when the demonstrations' mean probability is this")
     parser.add_argument("--max-epochs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rows", type=int, default=8, help="demonstrations a training step")
+    parser.add_argument("--rows", type=int, default=4, help="demonstrations a training step")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--context-weight", type=float, default=0.1, help="weight of tokens that the policy does not say")
     parser.add_argument("--vocab", type=int, default=2048)

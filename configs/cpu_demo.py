@@ -1,0 +1,27 @@
+"""GRPO on real BFCL tasks within about ten minutes on two CPU cores: the tiny model, the real simulators, the official reward.
+
+Command    python -m jaxgrpo.train --config configs/cpu_demo.py
+Hardware   two CPU cores, 4 GB
+"""
+
+from envs.bfcl import Bfcl
+from jaxgrpo.config import Config, EvaluationSettings, ModelSettings, NativeSamplerSettings, RecordingSettings, RolloutSettings, TrainingSettings
+from jaxgrpo.losses import LossSettings
+from jaxgrpo.packing import PackingSettings
+from jaxgrpo.update import OptimizerSettings
+
+
+def get_config() -> Config:
+    return Config(
+        name="cpu_demo",
+        model=ModelSettings(source="assets/tiny-qwen2.5"),
+        environment=Bfcl(docs="signatures", train_limit=48),
+        rollout=RolloutSettings(group_size=8, tasks_per_step=8, max_prompt_tokens=1024, max_completion_tokens=384, max_turns=4),
+        native=NativeSamplerSettings(max_rows=64, decode_chunk=16),
+        packing=PackingSettings(prompt_multiple=256, completion_multiple=128),
+        loss=LossSettings(kl_beta=0.001),
+        optimizer=OptimizerSettings(learning_rate=3e-4, warmup_steps=4, max_grad_norm=1.0),
+        training=TrainingSettings(steps=120, iterations=2, groups_per_device=1, reference_every=20),
+        evaluation=EvaluationSettings(samples=8, splits=("train", "test")),
+        recording=RecordingSettings(checkpoint_every=40),
+    )
