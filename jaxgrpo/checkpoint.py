@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
+from jaxgrpo import hf_mapping
 from jaxgrpo.model import ModelConfig, Params, param_shapes
 from jaxgrpo.sharding import LeafLayout, logical_leaf, store_leaf
 from jaxgrpo.update import TrainState, Update
@@ -45,6 +46,7 @@ class Checkpoints:
         """The state of `step` (default: the newest) and the number of batches played. Raises FileNotFoundError when there is none, and
         ValueError when it is of another model."""
         step = _existing_step(self._manager, step)
+        _check_model(self._manager, step, update.config)
         policy, training = _abstract_policy(update.config), _abstract_training(update)
         items = {POLICY: ocp.args.StandardRestore(policy), TRAINING: ocp.args.StandardRestore(training)}
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
@@ -71,6 +73,7 @@ def read_policy(folder: Path, model: ModelConfig, step: int | None = None) -> tu
     )
     with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
         step = _existing_step(manager, step)
+        _check_model(manager, step, model)
         items = {POLICY: ocp.args.StandardRestore(_abstract_policy(model))}
         return manager.restore(step, args=ocp.args.Composite(**items))[POLICY], step
 
@@ -82,6 +85,14 @@ def _existing_step(manager: ocp.CheckpointManager, wanted: int | None) -> int:
     if wanted is not None and wanted not in steps:
         raise FileNotFoundError(f"there is no checkpoint of step {wanted} in {manager.directory}: there are {', '.join(map(str, steps))}")
     return steps[-1] if wanted is None else wanted
+
+
+def _check_model(manager: ocp.CheckpointManager, step: int, model: ModelConfig) -> None:
+    """Raises ValueError for another model's weights: into NumPy arrays of other shapes orbax would restore them cut or padded."""
+    folder = Path(manager.directory) / str(step) / POLICY
+    with ocp.StandardCheckpointer() as reader:
+        saved = hf_mapping.flatten(reader.metadata(folder).item_metadata.tree)
+    hf_mapping.check_leaves(model, {path: tuple(leaf.shape) for path, leaf in saved.items()}, folder)
 
 
 def _map_optimizer(update: Update, function: Any, opt_state: Any) -> Any:

@@ -40,8 +40,8 @@ def make_model(folder: Path) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Letters:
-    """The first token is the whole episode; one of `good` is rewarded. `broken` tasks (by index) fail in every episode, and tasks of `flaky`
-    in the first episode that is played after the prompt was looked at."""
+    """The first character is the whole episode; one of `good` is rewarded. Tasks of the train split whose index is in `broken`, or all of
+    the test split when `broken_test`, fail in every episode."""
 
     good: str = string.ascii_letters
     train_size: int = 6

@@ -1,0 +1,168 @@
+"""Saved states come back bit for bit, on any number of devices, or are refused."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgrpo.checkpoint import Checkpoints, newest_step, read_policy
+from jaxgrpo.losses import LossSettings
+from jaxgrpo.model import ModelConfig, init_params
+from jaxgrpo.sharding import logical_on_host, make_mesh
+from jaxgrpo.types import GroupBatch
+from jaxgrpo.update import OptimizerSettings, Update
+from tests.training import CONFIG_JSON
+
+SMALL = {**CONFIG_JSON, "vocab_size": 29, "hidden_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 20}
+MODEL = ModelConfig.from_hf(SMALL)
+
+
+def update_on(devices: int, kl_beta: float = 0.001, model: ModelConfig = MODEL, compute_dtype: str = "float32") -> Update:
+    mesh = make_mesh(jax.devices()[:devices])
+    optimizer = OptimizerSettings(learning_rate=1e-2, warmup_steps=3)
+    return Update(model, mesh, LossSettings(kl_beta=kl_beta), optimizer, compute_dtype=compute_dtype, head_chunk=8)
+
+
+def batch() -> GroupBatch:
+    """Twelve groups, so that one to four devices share them evenly."""
+    rng = np.random.default_rng(0)
+    n, g, p, c = 12, 2, 4, 4
+    return GroupBatch(
+        prompt_NP=rng.integers(0, 29, (n, p)).astype(np.int32),
+        prompt_lengths_N=np.full(n, p, np.int32),
+        completions_NGC=rng.integers(0, 29, (n, g, c)).astype(np.int32),
+        completion_lengths_NG=np.full((n, g), c, np.int32),
+        sampled_NGC=np.ones((n, g, c), bool),
+        loss_weights_NGC=np.full((n, g, c), 1 / (n * g * c), np.float32),
+        advantages_NG=np.tile(np.array([1.0, -1.0], np.float32), (n, 1)),
+        sampler_logprobs_NGC=np.full((n, g, c), -3.3, np.float32),
+    )
+
+
+def fresh(update: Update):
+    return update.init(jax.device_get(init_params(update.config, jax.random.key(0))))
+
+
+def one_step(update: Update, state):
+    batches = [batch()]
+    state, _, report = update.optimizer_step(state, batches, None, update.reference_logprobs(state, batches))
+    return state, report
+
+
+def leaves(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def assert_equal_trees(a, b):
+    for x, y in zip(leaves(a), leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def on_three(tmp_path_factory):
+    """A state after one step on three devices, saved, and what the next step gives there."""
+    folder = tmp_path_factory.mktemp("three")
+    update = update_on(3)
+    state, _ = one_step(update, fresh(update))
+    checkpoints = Checkpoints(folder, 2)
+    checkpoints.save(state, 5, update)
+    checkpoints.close()
+    params = logical_on_host(state.params, update.layout)
+    _, report = one_step(update, update.replace_reference(state))
+    return folder, params, report
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow), 4])
+def test_resumed_on_another_number_of_devices(on_three, devices):
+    folder, params, expected = on_three
+    update = update_on(devices)
+    checkpoints = Checkpoints(folder, 2)
+    state, batches = checkpoints.restore(update)
+    checkpoints.close()
+    assert (state.step, batches) == (1, 5)
+    assert_equal_trees(logical_on_host(state.params, update.layout), params)
+    _, report = one_step(update, update.replace_reference(state))
+    assert float(report.sums.loss) == pytest.approx(float(expected.sums.loss), rel=1e-6, abs=1e-7)
+    assert report.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize(("kl_beta", "dtype"), [(0.001, "bfloat16"), (0.0, "float32")])
+def test_every_array_comes_back_bit_for_bit(tmp_path, kl_beta, dtype):
+    update = update_on(2, kl_beta, compute_dtype=dtype)
+    state = fresh(update)
+    state = state._replace(step=4)
+    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints.save(state, 2, update)
+    restored, _ = checkpoints.restore(update)
+    checkpoints.close()
+    assert_equal_trees(restored.params, state.params)
+    assert_equal_trees(restored.opt_state, state.opt_state)
+    assert_equal_trees(restored.reference, state.reference)
+    assert (restored.reference is None) == (kl_beta == 0)
+
+
+def test_the_newest_are_kept_and_any_of_them_is_read(tmp_path):
+    update = update_on(1)
+    state = fresh(update)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (2, 4, 6):
+        scaled = state._replace(step=step, params=jax.tree.map(lambda x, s=step: x * s, state.params))
+        checkpoints.save(scaled, step // 2, update)
+    assert newest_step(tmp_path) == 6
+    assert checkpoints.restore(update, 4)[0].step == 4
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 2 .*there are 4, 6"):
+        checkpoints.restore(update, 2)
+    checkpoints.close()
+    whole = logical_on_host(state.params, update.layout)
+    params, step = read_policy(tmp_path, MODEL, 4)
+    assert step == 4
+    assert_equal_trees(params, jax.tree.map(lambda x: x * np.float32(4), whole))
+    assert read_policy(tmp_path, MODEL)[1] == 6
+
+
+def test_the_policy_is_read_without_the_rest(tmp_path):
+    update = update_on(1)
+    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints.save(fresh(update)._replace(step=2), 1, update)
+    checkpoints.close()
+    shutil.rmtree(tmp_path / "2" / "training")
+    params, _ = read_policy(tmp_path, MODEL)
+    assert_equal_trees(params, logical_on_host(fresh(update).params, update.layout))
+
+
+def test_what_a_killed_process_was_writing_never_counts(tmp_path):
+    update = update_on(1)
+    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints.save(fresh(update)._replace(step=2), 1, update)
+    checkpoints.close()
+    torn = tmp_path / "4.orbax-checkpoint-tmp"  # the name under which orbax writes
+    shutil.copytree(tmp_path / "2", torn)
+    shutil.rmtree(torn / "policy" / "d")
+    assert newest_step(tmp_path) == 2
+    assert read_policy(tmp_path, MODEL)[1] == 2
+    assert torn.is_dir()  # a reader cleans nothing up: another process may be writing
+    checkpoints = Checkpoints(tmp_path, 2)
+    assert checkpoints.restore(update)[0].step == 2
+    checkpoints.save(fresh(update)._replace(step=4), 2, update)
+    assert checkpoints.restore(update)[0].step == 4
+    checkpoints.close()
+
+
+def test_another_model_is_refused(tmp_path):
+    update = update_on(1)
+    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints.save(fresh(update)._replace(step=2), 1, update)
+    checkpoints.close()
+    for change in ({"intermediate_size": 24}, {"num_hidden_layers": 3}, {"tie_word_embeddings": False}):
+        with pytest.raises(ValueError):
+            read_policy(tmp_path, ModelConfig.from_hf({**SMALL, **change}))
+
+
+def test_none_where_there_is_none(tmp_path):
+    assert newest_step(tmp_path / "nowhere") is None
+    with pytest.raises(FileNotFoundError, match="no checkpoints in"):
+        read_policy(tmp_path / "nowhere", MODEL)
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        read_policy(tmp_path, MODEL)

@@ -1,0 +1,125 @@
+"""The evaluation command: of a model, of a run's checkpoints, and what it refuses."""
+
+import json
+
+import pytest
+
+from jaxgrpo import records
+from jaxgrpo.evaluate import main
+from jaxgrpo.train import train
+from tests.training import changed, make_model, metric_lines, write_config
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    """A run of four steps that learnt something, with checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("run")
+    options = (
+        "training.steps=4",
+        "recording.checkpoint_every=2",
+        "evaluation.after=True",
+        "evaluation.samples=4",
+        "optimizer.learning_rate=3e-2",
+    )
+    train(changed(folder, model, *options), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def call(model, tmp_path, capsys):
+    def call(*arguments):
+        status = main(["--config", str(write_config(tmp_path, model)), "--run-dir", str(tmp_path / "eval"), *map(str, arguments)])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def test_the_configs_own_model(call, tmp_path):
+    status, out, err = call("--split", "train", "--samples", "4")
+    assert (status, err) == (0, "")
+    (line,) = metric_lines(tmp_path / "eval")
+    assert line["step"] == 0 and line["eval/split"] == "train"
+    assert (line["eval/tasks"], line["eval/samples"]) == (6, 4)
+    assert 0 <= line["eval/pass_rate_low"] <= line["eval/pass_rate"] <= line["eval/pass_rate_high"] <= 1
+    assert line["eval/pass_at_4"] >= line["eval/pass_at_2"] >= line["eval/pass_rate"]
+    assert line["eval/pass_rate"] == pytest.approx((line["eval/pass_rate/even"] + line["eval/pass_rate/odd"]) / 2)
+    for part in ("eval/pass_at_4", "eval/pass_rate/odd", "train: pass@1", "over 6 tasks x 4 samples", "["):
+        assert part in out
+    episodes = records.read_records(tmp_path / "eval" / "trajectories" / "eval-train-000000.jsonl.gz").records
+    assert len(episodes) == 24
+    assert sum(r.trajectory.score.passed for r in episodes) / 24 == pytest.approx(line["eval/pass_rate"])
+
+
+def test_a_checkpoint_gives_what_the_run_itself_measured(call, run, tmp_path):
+    status, _, _ = call("--checkpoint", run, "--samples", "4")
+    assert status == 0
+    (line,) = metric_lines(tmp_path / "eval")
+    measured = next(one for one in metric_lines(run) if "eval/split" in one)
+    assert line["step"] == 4
+    assert line["eval/pass_rate"] == measured["eval/pass_rate"]
+
+
+def test_an_earlier_checkpoint_and_a_second_evaluation_in_one_folder(call, run, tmp_path):
+    assert call("--checkpoint", run)[0] == 0
+    assert call("--checkpoint", run, "--step", "2")[0] == 0
+    assert [line["step"] for line in metric_lines(tmp_path / "eval")] == [4, 2]
+    assert {path.name for path in (tmp_path / "eval" / "trajectories").iterdir()} == {
+        "eval-test-000002.jsonl.gz",
+        "eval-test-000004.jsonl.gz",
+    }
+
+
+def test_evaluation_options(call, tmp_path):
+    assert call("--set", "evaluation.temperature=0", "--set", "evaluation.tasks=3", "--samples", "2")[0] == 0
+    (line,) = metric_lines(tmp_path / "eval")
+    assert line["eval/tasks"] == 3
+    episodes = records.read_records(tmp_path / "eval" / "trajectories" / "eval-test-000000.jsonl.gz").records
+    for first, second in zip(episodes[::2], episodes[1::2], strict=True):
+        assert json.dumps(first.trajectory.completion_ids_C.tolist()) == json.dumps(second.trajectory.completion_ids_C.tolist())
+
+
+def test_a_small_nucleus_is_as_good_as_greedy(call, tmp_path):
+    assert call("--set", "evaluation.top_p=0.0001", "--samples", "3", "--set", "evaluation.tasks=2")[0] == 0
+    episodes = records.read_records(tmp_path / "eval" / "trajectories" / "eval-test-000000.jsonl.gz").records
+    assert len({tuple(r.trajectory.completion_ids_C) for r in episodes[:3]}) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--split", "dev"), "--split must be train or test, got 'dev'"),
+        (("--samples", "0"), "--samples must be at least 1"),
+        (("--step", "4"), "give the run's folder with --checkpoint"),
+        (("--checkpoint", "/no/such/run"), "--checkpoint /no/such/run: there are no checkpoints in"),
+        (("--set", "rollout.max_prompt_tokens=4"), "has 40 tokens"),
+        (("--set", "model.source=/no/such/folder"), "no folder /no/such/folder"),
+    ],
+)
+def test_user_errors_end_with_two_and_one_message(call, tmp_path, arguments, said):
+    status, _, err = call(*arguments)
+    assert status == 2 and err.startswith("error: ") and said in err
+    assert not (tmp_path / "eval").exists()
+
+
+def test_a_step_that_was_not_saved_and_another_model_are_refused(call, run, tmp_path):
+    status, _, err = call("--checkpoint", run, "--step", "3")
+    assert status == 2 and "no checkpoint of step 3" in err and "there are 2, 4" in err
+    config = json.loads((run / "config.json").read_text())["model"]["source"]
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in records.Path(config).iterdir():
+        text = path.read_bytes()
+        (other / path.name).write_bytes(text.replace(b'"intermediate_size": 64', b'"intermediate_size": 48'))
+    status, _, err = call("--checkpoint", run, "--set", f"model.source={other}")
+    assert status == 2 and "has shape" in err and "the config says" in err
+
+
+def test_environments_that_all_fail_end_with_one(call, tmp_path):
+    status, _, err = call("--set", "environment.broken_test=True", "--set", "rollout.max_retries=0")
+    assert status == 1 and "every group of the test split was dropped" in err and "the letters are lost" in err

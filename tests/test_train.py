@@ -1,0 +1,389 @@
+"""Whole runs of a tiny model on a rigged environment: what is recorded, that it learns, that it resumes, that it refuses."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from envs.procedural import Warehouse
+from jaxgrpo import records, setup
+from jaxgrpo import train as train_module
+from jaxgrpo.config import ConfigError
+from jaxgrpo.model import ModelConfig
+from jaxgrpo.packing import PackingSettings
+from jaxgrpo.pretrained import load_params
+from jaxgrpo.rollout import Decoding, Execution, Limits
+from jaxgrpo.sharding import logical_leaf
+from jaxgrpo.train import main, passed, task_batch, train
+from jaxgrpo.types import Task
+from tests.training import changed, make_model, metric_lines, small_config, write_config
+
+TIMES = ("time/", "speed/", "eval/seconds", "train/compilations")
+NOISE = ("train/mismatch",)  # which rows the sampler decodes together follows the clock, and with it the last bits of its log-probabilities
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+def steady(lines: list[dict]) -> list[dict]:
+    """Lines without what differs from run to run."""
+    return [{key: value for key, value in line.items() if not key.startswith((*TIMES, *NOISE))} for line in lines]
+
+
+def weights(state) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
+
+
+@pytest.fixture(scope="module")
+def straight(model, tmp_path_factory):
+    """A run of six steps with everything recorded."""
+    folder = tmp_path_factory.mktemp("straight")
+    options = (
+        "evaluation.before=True",
+        "evaluation.after=True",
+        "evaluation.every=4",
+        "evaluation.samples=2",
+        "evaluation.splits=test,train",
+    )
+    recording = ("recording.export_hf=True", "recording.tensorboard=True", "recording.checkpoint_every=2")
+    state = train(changed(folder, model, *options, *recording), folder / "run")
+    return folder / "run", state
+
+
+class TestRecords:
+    def test_lines_of_batches_and_of_evaluations_in_their_order(self, straight):
+        lines = metric_lines(straight[0])
+        kinds = [(line["step"], line.get("eval/split", "batch")) for line in lines]
+        evaluations = [(step, split) for step in (0, 4, 6) for split in ("test", "train")]
+        assert kinds == [*evaluations[:2], (2, "batch"), (4, "batch"), *evaluations[2:4], (6, "batch"), *evaluations[4:]]
+
+    def test_values_are_sane_and_the_first_step_is_on_policy(self, straight):
+        first = next(line for line in metric_lines(straight[0]) if "train/loss" in line)
+        assert first["train/groups"] == 2 and first["train/skipped_batches"] == 0
+        assert 0 <= first["train/reward_mean"] <= 1 and first["train/reward_mean"] == first["train/pass_rate"]
+        assert first["train/staleness_max"] == 0
+        assert first["train/mismatch_max"] < 1e-4
+        assert first["train/kl"] == 0
+        assert 0 < first["train/entropy"] < np.log(260)
+        assert first["train/grad_norm"] > 0
+        assert first["stop/finished"] == 1
+
+    def test_evaluation_lines_hold_the_interval_labels_and_pass_at_k(self, straight):
+        line = metric_lines(straight[0])[0]
+        assert line["eval/pass_rate_low"] <= line["eval/pass_rate"] <= line["eval/pass_rate_high"]
+        assert {"eval/pass_at_2", "eval/pass_rate/even", "eval/pass_rate/odd"} <= set(line)
+        assert (line["eval/tasks"], line["eval/samples"]) == (4, 2)
+
+    def test_every_episode_is_on_file_as_it_was_trained(self, straight):
+        names = sorted(path.name for path in (straight[0] / "trajectories").iterdir())
+        assert [name for name in names if name.startswith("train")] == [f"train-{step:06d}.jsonl.gz" for step in (2, 4, 6)]
+        assert len([name for name in names if name.startswith("eval-test")]) == 3
+        read = records.read_records(straight[0] / "trajectories" / "train-000004.jsonl.gz")
+        assert read.torn == "" and len(read.records) == 8
+        assert {record.step for record in read.records} == {4}
+        assert {version for r in read.records for version in r.trajectory.weight_versions_C.tolist()} == {1}
+        line = next(line for line in metric_lines(straight[0]) if line["step"] == 4 and "train/loss" in line)
+        assert line["train/reward_mean"] == np.mean([r.trajectory.score.reward for r in read.records])
+
+    def test_the_exported_folder_is_the_final_state(self, straight, model):
+        folder, state = straight
+        from transformers import AutoConfig, AutoTokenizer
+
+        assert AutoConfig.from_pretrained(folder / "hf").hidden_size == 32
+        assert AutoTokenizer.from_pretrained(folder / "hf").chat_template
+        layout = train_module.build_update(small_config(model), ModelConfig.from_folder(model)).layout
+        exported = load_params(folder / "hf")
+        mine = jax.tree.map(lambda leaf, stored: logical_leaf(np.asarray(stored), leaf), layout, state.params)
+        for ours, theirs in zip(jax.tree.leaves(mine), jax.tree.leaves(exported), strict=True):
+            assert theirs.dtype == "bfloat16"
+            np.testing.assert_array_equal(ours.astype(theirs.dtype).view(np.uint16), theirs.view(np.uint16))
+
+    def test_tensorboard_config_and_checkpoints_are_there(self, straight):
+        folder = straight[0]
+        assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+        assert json.loads((folder / "config.json").read_text())["training"]["steps"] == 6
+        assert sorted(path.name for path in (folder / "checkpoints").iterdir() if path.name.isdecimal()) == ["4", "6"]
+
+    def test_a_second_run_in_the_folder_is_refused(self, straight, model, tmp_path):
+        with pytest.raises(ConfigError, match="holds a run already: pass --resume"):
+            train(changed(tmp_path, model), straight[0])
+
+
+def test_the_trained_ids_are_the_sampled_ids(model, tmp_path, monkeypatch):
+    packed, pack = [], train_module.pack
+    monkeypatch.setattr(train_module, "pack", lambda *args: packed.append(pack(*args)) or packed[-1])
+    train(changed(tmp_path, model, "training.steps=2", "recording.checkpoint_every=None"), tmp_path / "run")
+    read = records.read_records(tmp_path / "run" / "trajectories" / "train-000002.jsonl.gz").records
+    sampled = {(tuple(r.trajectory.prompt_ids_P), tuple(r.trajectory.completion_ids_C)) for r in read}
+    trained = set()
+    for batch in packed[0]:
+        for n in range(batch.prompt_NP.shape[0]):
+            for row, length in zip(batch.completions_NGC[n], batch.completion_lengths_NG[n], strict=True):
+                trained.add((tuple(batch.prompt_NP[n, : batch.prompt_lengths_N[n]]), tuple(row[:length])))
+    assert trained == sampled
+
+
+def test_it_learns_what_is_rewarded(model, tmp_path):
+    """Letters are a fifth of the tokens at first; fifteen batches later they are most of what is said."""
+    options = ("training.steps=30", "training.reference_every=None", "rollout.group_size=16", "optimizer.learning_rate=1e-2", "seed=1")
+    train(changed(tmp_path, model, *options), tmp_path / "run")
+    rewards = [line["train/reward_mean"] for line in metric_lines(tmp_path / "run")]
+    assert len(rewards) == 15
+    assert np.mean(rewards[:2]) < 0.45
+    assert np.mean(rewards[-3:]) > 0.8
+
+
+def test_multi_turn_episodes_of_the_warehouse(model, tmp_path):
+    """The untrained model only talks nonsense, but does so over turns, in real prompts."""
+    config = dataclasses.replace(
+        changed(tmp_path, model, "training.steps=1", "training.iterations=1", "rollout.max_prompt_tokens=800", "rollout.group_size=2"),
+        environment=Warehouse(),
+        packing=PackingSettings(prompt_multiple=256, completion_multiple=8),
+    )
+    train(config, tmp_path / "run")
+    (line,) = metric_lines(tmp_path / "run")
+    assert line["train/prompt_tokens_mean"] > 500 and line["train/overlong_share"] == 1
+    assert line["train/loss_tokens"] == 0 and line["train/grad_norm"] == 0  # every row is overlong, so none carries loss
+
+
+class TestResume:
+    def test_as_if_it_had_never_stopped(self, straight, model, tmp_path):
+        same = ("evaluation.before=True", "evaluation.samples=2", "evaluation.splits=test,train", "recording.checkpoint_every=2")
+        train(changed(tmp_path, model, *same, "training.steps=4", "evaluation.after=True"), tmp_path / "run")
+        state = train(changed(tmp_path, model, *same, "evaluation.after=True", "recording.export_hf=True"), tmp_path / "run", resume=True)
+        assert steady(metric_lines(tmp_path / "run")) == steady(metric_lines(straight[0]))
+        for ours, theirs in zip(weights(state), weights(straight[1]), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        again = train(changed(tmp_path, model, *same, "recording.export_hf=True"), tmp_path / "run", resume=True)  # nothing left to do
+        assert again.step == 6 and (tmp_path / "run" / "hf" / "config.json").is_file()
+
+    def test_lines_after_the_checkpoint_are_written_anew(self, model, tmp_path):
+        config = changed(tmp_path, model, "recording.checkpoint_every=2")
+        train(changed(tmp_path, model, "recording.checkpoint_every=2", "training.steps=4"), tmp_path / "run")
+        with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 6, "train/loss": 1.0}\n{"step": 8, "tra')  # a killed run got further than its checkpoint
+        train(config, tmp_path / "run", resume=True)
+        lines = metric_lines(tmp_path / "run")
+        assert [line["step"] for line in lines] == [2, 4, 6]
+        assert "train/kl" in lines[-1]
+
+    def test_a_changed_meaning_is_refused_and_a_harmless_change_is_not(self, straight, model, tmp_path):
+        with pytest.raises(ConfigError) as error:
+            train(changed(tmp_path, model, "rollout.group_size=8", "seed=3"), straight[0], resume=True)
+        assert "rollout.group_size was 4 and is now 8" in str(error.value) and "seed was 0 and is now 3" in str(error.value)
+        with pytest.raises(ConfigError, match="is at step 6, beyond training"):
+            train(changed(tmp_path, model, "training.steps=4"), straight[0], resume=True)
+
+    def test_a_folder_without_a_checkpoint_is_refused(self, model, tmp_path):
+        with pytest.raises(ConfigError, match="holds no checkpoint to resume from"):
+            train(changed(tmp_path, model), tmp_path / "nowhere", resume=True)
+        assert not (tmp_path / "nowhere").exists()
+
+
+class TestFailingEnvironments:
+    def test_a_batch_without_groups_is_skipped_and_counted(self, model, tmp_path):
+        order = [[t.payload[1] for t in batch] for batch in (task_batch(tasks_of(model), 2, 0, i) for i in range(3))]
+        broken = ",".join(map(str, order[1]))
+        config = changed(tmp_path, model, f"environment.broken=({broken})", "training.steps=4", "rollout.max_retries=0")
+        train(config, tmp_path / "run")
+        first, second = metric_lines(tmp_path / "run")
+        assert (first["train/skipped_batches"], second["train/skipped_batches"]) == (0, 1)
+        assert second["train/dropped_groups"] == 2
+        assert second["train/environment_errors"] >= 2
+        skipped = records.read_records(tmp_path / "run" / "trajectories" / "skipped-2-000002.jsonl.gz").records
+        assert all("the letters are lost" in record.trajectory.error for record in skipped)
+        played = records.read_records(tmp_path / "run" / "trajectories" / "train-000004.jsonl.gz").records
+        assert {record.trajectory.task_id for record in played} == {f"train_{i}" for i in order[2]}
+
+    def test_too_many_in_a_row_end_the_run_with_the_last_error(self, model, tmp_path, capsys):
+        config = write_config(tmp_path, model)
+        options = ["--set", "environment.broken=(0,1,2,3,4,5)", "--set", "evaluation.before=True", "--set", "environment.broken_test=True"]
+        assert main(["--config", str(config), *options, "--run-dir", str(tmp_path / "run")]) == 1
+        captured = capsys.readouterr()
+        assert "every group of the last 3 batches was dropped" in captured.err and "the letters are lost" in captured.err
+        assert "no evaluation: every group of the test split was dropped" in captured.out
+
+    def test_retries_are_as_many_as_the_config_says(self, model, tmp_path):
+        failures = []
+        for retries in (0, 2):
+            folder = tmp_path / str(retries)
+            options = (
+                "environment.broken=(0,1,2)",
+                f"rollout.max_retries={retries}",
+                "rollout.max_in_flight=1",
+                "rollout.tasks_per_step=6",
+            )
+            train(changed(tmp_path, model, *options, "training.steps=2"), folder)
+            failures.append(metric_lines(folder)[0]["train/environment_errors"])
+        assert failures[0] >= 3 and failures[1] >= 3 * failures[0]
+
+
+def tasks_of(model):
+    return small_config(model).environment.tasks("train")
+
+
+class TestOptions:
+    """Each changes what a run does; those of the loss and of packing have unit tests of their own."""
+
+    def run(self, folder, model, *options):
+        state = train(changed(folder, model, "training.steps=2", *options), folder / "run")
+        return metric_lines(folder / "run"), state
+
+    def test_temperature_zero_in_evaluation_is_greedy_and_seeds_matter_in_training(self, model, tmp_path):
+        greedy = ("evaluation.before=True", "evaluation.temperature=0", "evaluation.samples=3", "evaluation.tasks=2")
+        lines, _ = self.run(tmp_path, model, *greedy)
+        assert lines[0]["eval/tasks"] == 2
+        read = records.read_records(tmp_path / "run" / "trajectories" / "eval-test-000000.jsonl.gz").records
+        for task in ("test_0", "test_1"):
+            assert len({tuple(r.trajectory.completion_ids_C) for r in read if r.trajectory.task_id == task}) == 1
+
+    def test_a_low_temperature_narrows_what_is_sampled_and_trained(self, model, tmp_path):
+        lines, _ = self.run(tmp_path, model, "rollout.temperature=0.25")
+        assert lines[0]["train/entropy"] < 5.5 and lines[0]["train/mismatch_max"] < 1e-4
+
+    def test_recording_options(self, model, tmp_path):
+        self.run(tmp_path, model, "recording.trajectories=False")
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "config.json", "metrics.jsonl"]
+
+    def test_so_many_checkpoints_stay(self, model, tmp_path):
+        train(changed(tmp_path, model, "recording.checkpoint_every=2", "recording.keep=1"), tmp_path / "run")
+        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdecimal()] == ["6"]
+
+    def test_limits_and_patience_reach_the_rollout(self, model, tmp_path):
+        options = {
+            "max_prompt_tokens": 90, "max_completion_tokens": 7, "max_turns": 3, "max_in_flight": 5, "environment_threads": 2,
+            "environment_deadline": 1.5, "max_retries": 4,
+        }  # fmt: skip
+        config = changed(tmp_path, model, *(f"rollout.{key}={value}" for key, value in options.items()))
+        rollout = setup.build_rollout(config, setup.open_policy(config), None, Decoding(0.5, 0.9))
+        assert rollout.limits == Limits(max_completion_tokens=7, max_turns=3, max_prompt_tokens=90, context_length=1024)
+        assert rollout.execution == Execution(episodes_in_flight=5, environment_threads=2, step_deadline_seconds=1.5, max_retries=4)
+        assert (rollout.decoding, rollout.suite) == (Decoding(0.5, 0.9), config.environment)
+
+    def test_sizes_reach_the_sampler_and_the_update(self, model, tmp_path, monkeypatch):
+        given = {}
+        monkeypatch.setattr(setup, "NativeSampler", lambda *args, **options: given.update(sampler=options))
+        monkeypatch.setattr(setup, "Update", lambda *args, **options: given.update(update=options, devices=args[1].size))
+        native = ("native.max_rows=3", "native.decode_chunk=5", "native.max_cache_tokens=4096")
+        update = ("training.head_chunk=32", "rollout.temperature=0.5", "model.compute_dtype=bfloat16", "training.devices=2")
+        config = changed(tmp_path, model, *native, *update)
+        policy = setup.open_policy(config)
+        setup.build_sampler(config, policy, {}, version=3)
+        setup.build_update(config, policy.config)
+        sampler = {"version": 3, "max_rows": 3, "decode_chunk": 5, "max_cache_tokens": 4096, "compute_dtype": "bfloat16"}
+        assert {key: given["sampler"][key] for key in sampler} == sampler
+        assert given["update"] == {"head_chunk": 32, "temperature": 0.5, "compute_dtype": "bfloat16"}
+        assert given["devices"] == 2
+
+    def test_the_reference_follows_the_policy_every_so_many_steps(self, model, tmp_path):
+        kls = {}
+        for every in ("2", "None"):
+            train(changed(tmp_path, model, f"training.reference_every={every}", "training.steps=4"), tmp_path / every)
+            kls[every] = metric_lines(tmp_path / every)[1]["train/kl"]
+        assert kls["2"] == 0 and kls["None"] > 0
+
+    def test_iterations_take_that_many_steps_on_a_batch(self, model, tmp_path):
+        train(changed(tmp_path, model, "training.iterations=3"), tmp_path / "run")
+        lines = metric_lines(tmp_path / "run")
+        assert [line["step"] for line in lines] == [3, 6]
+
+    @pytest.mark.slow
+    def test_devices_and_groups_per_device_leave_the_result_as_it_is(self, model, tmp_path):
+        losses = []
+        for options in (("training.devices=1",), ("training.devices=2",), ("training.devices=1", "training.groups_per_device=2")):
+            folder = tmp_path / str(len(losses))
+            state = train(changed(tmp_path, model, "training.steps=2", *options), folder)
+            losses.append((metric_lines(folder)[0]["train/loss"], state))
+        assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-5)
+        assert losses[2][0] == pytest.approx(losses[0][0], rel=1e-5)
+        assert jax.tree.leaves(losses[1][1].params)[0].sharding.num_devices == 2
+
+
+def test_every_epoch_is_a_fresh_shuffle_into_whole_batches():
+    tasks = [Task(str(i)) for i in range(7)]
+    epochs = [[t.id for i in (2 * e, 2 * e + 1) for t in task_batch(tasks, 3, 5, i)] for e in (0, 1)]
+    assert all(len(set(epoch)) == 6 for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert [t.id for t in task_batch(tasks, 3, 5, 0)] == epochs[0][:3]
+    assert [t.id for t in task_batch(tasks, 3, 6, 0)] != epochs[0][:3]
+    with pytest.raises(ConfigError, match="tasks_per_step is 8, but the train split holds 7"):
+        task_batch(tasks, 8, 5, 0)
+
+
+def test_passed_a_multiple():
+    assert [passed(4, step, 3) for step in (3, 6, 9, 12, 15)] == [False, True, True, True, False]
+    assert passed(2, 7, 3) and not passed(None, 4, 2)
+
+
+class TestCommandLine:
+    def call(self, capsys, *arguments):
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    def test_dry_run_needs_no_weights(self, model, tmp_path, capsys):
+        bare = tmp_path / "bare"
+        shutil.copytree(model, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+        status, out, err = self.call(capsys, "--config", write_config(tmp_path, bare), "--dry-run", "--run-dir", tmp_path / "run")
+        assert (status, err) == (0, "")
+        assert not (tmp_path / "run").exists()
+        for line in (
+            '"group_size": 4',
+            "rollouts a batch        2 tasks x 4 samples = 8",
+            "micro-batches a step    2 of 1 groups",
+            "an epoch                6 tasks = 3 batches = 6 steps",
+            "the run                 6 steps = 3 batches = 1.0 epochs",
+            "parameters              27,040 (2 layers of width 32)",
+        ):
+            assert line in out
+        status, _, err = self.call(capsys, "--config", write_config(tmp_path, bare), "--run-dir", tmp_path / "run")
+        assert status == 2 and "the weights in" in err
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            (("model.source=/no/such/folder",), "no folder /no/such/folder"),
+            (("model.revision=main",), "a folder has no revision"),
+            (("rollout.max_completion_tokens=2000",), "exceeds the 1024 tokens of context"),
+            (("rollout.max_prompt_tokens=8",), "has 41 tokens"),
+            (("rollout.tasks_per_step=64",), "the train split holds 6 tasks"),
+            (("training.devices=64", "rollout.tasks_per_step=64", "environment.train_size=64"), "jax sees 4 device(s)"),
+            (("training.devices=None",), "must be a multiple of the 4 groups of a micro-batch"),
+            (("environment.train_size=0",), "the train split holds 0 tasks"),
+            (("evaluation.before=True", "environment.test_size=0"), "the test split of the environment is empty"),
+            (("trainingsteps=3",), "Did you mean 'training.steps'?"),
+        ],
+    )
+    def test_user_errors_end_with_two_and_one_message(self, model, tmp_path, capsys, options, said):
+        config = write_config(tmp_path, model)
+        sets = [part for option in options for part in ("--set", option)]
+        for more in ((), ("--dry-run",)):
+            status, _, err = self.call(capsys, "--config", config, *sets, "--run-dir", tmp_path / "run", *more)
+            assert status == 2 and err.startswith("error: ") and said in err
+            assert "Traceback" not in err
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+    def test_sigterm_ends_the_run_and_says_how_to_go_on(self, model, tmp_path, capsys, monkeypatch):
+        def stop(self):
+            if self.state.step == 4:
+                signal.raise_signal(signal.SIGTERM)
+
+        monkeypatch.setattr(train_module.Training, "evaluate_if_due", stop)
+        arguments = ("--config", write_config(tmp_path, model), "--set", "recording.checkpoint_every=2", "--run-dir", tmp_path / "run")
+        before, threads = signal.getsignal(signal.SIGTERM), threading.active_count()
+        status, _, err = self.call(capsys, *arguments)
+        assert status == 130
+        assert "interrupted: --resume goes on from step 2" in err
+        assert signal.getsignal(signal.SIGTERM) is before
+        assert threading.active_count() <= threads + 2
+        monkeypatch.undo()
+        status, out, _ = self.call(capsys, *arguments, "--resume")
+        assert status == 0 and "step 6/6" in out
+        assert [line["step"] for line in metric_lines(tmp_path / "run")] == [2, 4, 6]

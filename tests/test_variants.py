@@ -1,0 +1,86 @@
+"""The configs that ship: each loads, passes the checks, dry-runs with a tiny model, and differs from its base as it says."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from envs.procedural import Warehouse
+from jaxgrpo.config import load_config
+from jaxgrpo.overrides import leaves
+from jaxgrpo.train import main
+from tests.training import make_model
+
+CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py") if path.stem != "__init__")
+ARTICLE = ("dr_grpo", "no_kl", "kl_0_04_fixed_reference")
+IDENTITY = {"name", "model.source", "model.revision"}
+
+
+def settings(name: str) -> dict:
+    return {key: value for key, value, _ in leaves(load_config(f"configs/{name}.py"))}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_loads_and_its_docstring_gives_its_command(name):
+    config = load_config(f"configs/{name}.py")
+    assert config.name == name
+    assert f"--config configs/{name}.py" in Path(f"configs/{name}.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "differences"),
+    [
+        ("dr_grpo", {"packing.advantage_normalization": "none", "packing.aggregation": "constant"}),
+        (
+            "no_kl",
+            {
+                "loss.clip_high": 0.28,
+                "loss.kl_beta": 0.0,
+                "loss.tis_cap": 2.0,
+                "packing.aggregation": "sequence",
+                "packing.mask_overlong": False,
+                "training.reference_every": None,
+            },
+        ),
+        ("kl_0_04_fixed_reference", {"loss.kl_beta": 0.04, "training.reference_every": None}),
+    ],
+)
+def test_a_variant_differs_from_the_article_only_in_what_it_says(name, differences):
+    article, variant = settings("h200x4"), settings(name)
+    assert {key: variant[key] for key in article if variant[key] != article[key] and key not in IDENTITY} == differences
+
+
+def test_the_articles_recipe():
+    recipe = settings("h200x4")
+    assert recipe["rollout.tasks_per_step"] * recipe["rollout.group_size"] == 96
+    expected = {
+        "training.iterations": 2, "training.reference_every": 100, "loss.clip_low": 0.2, "loss.clip_high": 0.2, "loss.kl_beta": 0.001,
+        "optimizer.learning_rate": 1e-6, "optimizer.warmup_steps": 20, "optimizer.b1": 0.9, "optimizer.b2": 0.99,
+        "optimizer.max_grad_norm": 0.2, "packing.advantage_normalization": "std", "packing.mask_overlong": True,
+        "rollout.max_completion_tokens": 2048, "rollout.max_turns": 10, "rollout.temperature": 1.0,
+    }  # fmt: skip
+    assert {key: recipe[key] for key in expected} == expected
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("name", ["h200x4", *ARTICLE])
+def test_dry_run_with_a_tiny_model(name, model, tmp_path, capsys, monkeypatch):
+    """On the warehouse in place of BFCL, which has to be fetched, and within the tiny model's context."""
+    load = load_config
+
+    def on_the_warehouse(path, overrides):
+        return dataclasses.replace(load(path, overrides), environment=Warehouse())
+
+    monkeypatch.setattr("jaxgrpo.train.load_config", on_the_warehouse)
+    there = (f"model.source={model}", "model.revision=None", "training.devices=1")
+    small = ("rollout.max_prompt_tokens=800", "rollout.max_completion_tokens=128")
+    arguments = [part for override in (*there, *small) for part in ("--set", override)]
+    assert main(["--config", f"configs/{name}.py", *arguments, "--dry-run", "--run-dir", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "rollouts a batch        12 tasks x 8 samples = 96" in out
+    assert "the run                 1600 steps = 800 batches" in out
+    assert not (tmp_path / "run").exists()
