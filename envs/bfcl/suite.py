@@ -28,7 +28,8 @@ class Bfcl:
     reward               "official" (state and response of each turn) or "call_match" (the article's rubric)
     result_limit         characters of one tool result that the policy is shown, 0 for all; the check always sees all
     task_ids             train on these alone (they must be of the train split), in the split's order
-    train_limit          train on the first so many, 0 for all
+    max_calls            train on tasks alone that take at most so many calls in the played user turns, 0 for any
+    train_limit          train on the first so many of these, 0 for all
     folder               an unpacked bfcl_eval to use instead of the fetched one
     """
 
@@ -41,6 +42,7 @@ class Bfcl:
     reward: str = "official"
     result_limit: int = 0
     task_ids: tuple[str, ...] = ()
+    max_calls: int = 0
     train_limit: int = 0
     folder: str | None = None
 
@@ -61,6 +63,7 @@ class Bfcl:
             ("max_turns", 1, None),
             ("max_steps_per_turn", 1, None),
             ("result_limit", 0, None),
+            ("max_calls", 0, None),
             ("train_limit", 0, None),
         ):
             value = getattr(self, name)
@@ -76,6 +79,8 @@ class Bfcl:
             for wanted in self.task_ids:
                 _require("task id of the train split", wanted, [task.id for task in tasks])
             tasks = [task for task in tasks if task.id in self.task_ids]
+        if self.max_calls:
+            tasks = [task for task in tasks if sum(len(turn.truth) for turn in _payload(task).turns[: self.max_turns]) <= self.max_calls]
         return tasks[: self.train_limit] if self.train_limit else tasks
 
     def create(self, task: Task) -> Environment:
