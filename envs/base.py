@@ -1,4 +1,4 @@
-"""What an environment is: one class that observes, steps and scores, and a suite that lists tasks and creates one environment an episode."""
+"""What an environment is: one class that observes, steps and scores, and a suite that lists tasks and creates one for each episode."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ class Environment(Protocol):
 
 
 class TaskSuite(Protocol):
-    """Where tasks come from; what a config's `environment` holds. A frozen dataclass, so that its options can be set from the command line."""
+    """Where tasks come from; what a config's `environment` holds. A frozen dataclass: its options can be set from the command line."""
 
     def tasks(self, split: str) -> Sequence[Task]:
         """The tasks of "train" or "test", in a fixed order."""

@@ -79,9 +79,9 @@ def _attend_block(
     return jnp.moveaxis(out, (1, 3), (3, 4)).reshape(n, g, t, heads, size)
 
 
-# Axes inside: n groups, k key/value heads, g rows, q query heads of a key/value head, t queries, s keys, h. A row's own keys are [n, k, g, s, h],
-# a shared context's [n, k, s, h]. Large arrays are [n, k, g, q, t, s] throughout: that is how the scores leave their product, and each
-# product below is written so that none of them is transposed on its way in (as autodiff's would be; measured in docs/log.md).
+# Axes inside: n groups, k key/value heads, g rows, q query heads of a key/value head, t queries, s keys, h. A row's own keys are
+# [n, k, g, s, h], a shared context's [n, k, s, h]. Large arrays are [n, k, g, q, t, s] throughout: that is how the scores leave their
+# product, and each product below is written so that none is transposed on its way in (autodiff's would be; measured in docs/log.md).
 _Part = tuple[Array, Array, Array]  # keys, values, mask
 
 

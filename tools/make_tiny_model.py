@@ -256,7 +256,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.make_tiny_model", description=__doc__.splitlines()[0])
     parser.add_argument("destination", type=Path)
-    parser.add_argument("--until", type=float, default=0.25, help="stop when the demonstrations' mean probability is this")
+    parser.add_argument("--until", type=float, default=0.1, help="stop when the demonstrations' mean probability is this")
     parser.add_argument("--max-epochs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=4, help="demonstrations a training step")

@@ -19,9 +19,9 @@ class FinishReason(enum.StrEnum):
 class SamplingRequest:
     """One turn to generate.
 
-    `context_ids` is the whole episode so far; its first `prompt_length` tokens are the group's prompt, shared by all requests of `group_id`.
-    `episode_id` names the episode across its turns, so that a sampler may keep its cache. Generation is a function of (weights, context_ids,
-    seed, temperature, top_p) and of nothing else that runs beside it. `temperature` 0 is greedy.
+    `context_ids` is the whole episode so far; its first `prompt_length` tokens are the group's prompt, shared by all requests of
+    `group_id`. `episode_id` names the episode across its turns, so that a sampler may keep its cache. Generation is a function of
+    (weights, context_ids, seed, temperature, top_p) and of nothing else that runs beside it. `temperature` 0 is greedy.
     """
 
     group_id: str
