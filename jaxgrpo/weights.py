@@ -1,0 +1,286 @@
+"""Publishing: the policy's weights as orbax shards, each trainer process its own, for servers in other processes.
+
+What is written is what is stored: the flat shards, cast on the device that holds them, a piece at a time. Nothing is gathered, transposed or
+compressed; whoever reads cuts out the tensors (jaxgrpo.weight_manifest describes the format, jaxgrpo.weight_reader reads it). Orbax writes
+whole leaves only from whole arrays, so, as in jaxgrpo.orbax_io, descriptions of leaves are saved through its extension point for leaves of
+one's own type, which also takes the checksums while a piece is at hand.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import getpass
+import json
+import logging
+import shutil
+import zlib
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jaxgrpo import hf_mapping
+from jaxgrpo.model import ModelConfig, Params
+from jaxgrpo.sharding import Layout, LeafLayout
+from jaxgrpo.weight_manifest import MANIFEST, PARAMS, Manifest, StoredArray, StoredTensor, WeightError, write_json, write_manifest
+
+SHARED_MEMORY = Path("/dev/shm")
+_LOCK = ".jaxgrpo-weights"
+_WRITERS = 4
+_SMALL_BYTES = 2**20
+
+_log = logging.getLogger(__name__)
+
+
+def publish_weights(
+    params: Params, layout: Layout, mesh: Mesh, model_config: ModelConfig, version: int, root: Path, dtype: Any = jnp.bfloat16
+) -> Path:
+    """Write stored weights (jaxgrpo.sharding) as a version's folder under `root`; returns it when it is published, on every process.
+
+    Called by all processes of the trainer, which must all see `root`; `params` must not be donated meanwhile. Host memory: a few pieces
+    (one leaf on one device). Raises FileExistsError when the version is there, WeightError when a weight is not finite.
+    """
+    leaves = _leaves(params, layout, mesh, np.dtype(dtype))
+    folder = version_folder(root, version)
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True)
+    _write(folder, leaves)
+    if jax.process_index() == 0:
+        write_manifest(folder, _manifest(folder, leaves, model_config, version))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"published {folder}")
+    return folder
+
+
+def version_folder(root: Path, version: int) -> Path:
+    """Where a version is, or will be."""
+    return root / f"{version:06d}"
+
+
+def remove_version(root: Path, version: int) -> None:
+    """Remove a version, published or not; the manifest goes first, so that no reader begins with what is on its way out."""
+    folder = version_folder(root, version)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def published_bytes(layout: Layout, dtype: Any = jnp.bfloat16) -> int:
+    """The size of one version."""
+    return sum(int(np.prod(leaf.stored_shape)) for leaf in jax.tree.leaves(layout)) * np.dtype(dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """A leaf to be published: where it is, how it is cut over the devices, and as what type."""
+
+    name: str
+    value: Array
+    layout: LeafLayout
+    dtype: np.dtype
+
+    @property
+    def piece(self) -> int:
+        """Elements of a row on one device."""
+        return self.layout.padded // self.layout.devices
+
+    @property
+    def chunk(self) -> tuple[int, ...]:
+        """Of the array on disk: a row on one device, or all rows when they are small."""
+        if not self.layout.stacked:
+            return (self.piece,)
+        return (self.layout.layers if self.piece * self.dtype.itemsize < _SMALL_BYTES else 1, self.piece)
+
+
+def _leaves(params: Params, layout: Layout, mesh: Mesh, dtype: np.dtype) -> dict[hf_mapping.Path, _Leaf]:
+    values, layouts = hf_mapping.flatten(params), hf_mapping.flatten(layout)
+    if values.keys() != layouts.keys():
+        raise ValueError("the parameters and their layout are different trees")
+    for path, leaf in layouts.items():
+        if leaf.devices != mesh.size or values[path].shape != leaf.stored_shape:
+            raise ValueError(f"{'/'.join(path)} has shape {values[path].shape} on {mesh.size} devices, its layout is {leaf}")
+    return {path: _Leaf(".".join(path), values[path], leaf, dtype) for path, leaf in layouts.items()}
+
+
+def _write(folder: Path, leaves: dict[hf_mapping.Path, _Leaf]) -> None:
+    handler = _LeafHandler(folder / _pieces_file(jax.process_index()))
+    # orbax asks the handler of arrays for a store of metadata, and warns when there is none
+    registry = ocp.type_handlers.create_type_handler_registry((_Leaf, handler), (jax.Array, ocp.type_handlers.ArrayHandler()))
+    tree_handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
+    with _without_hint(), ocp.Checkpointer(tree_handler) as checkpointer:
+        checkpointer.save((folder / PARAMS).absolute(), ocp.args.PyTreeSave(hf_mapping.unflatten(leaves)))
+
+
+@contextlib.contextmanager
+def _without_hint() -> Iterator[None]:
+    """At every save that is not in its OCDBT format, orbax warns that it merges nothing."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "Skipping merge of OCDBT" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
+
+
+def _pieces_file(process: int) -> str:
+    return f"pieces-{process}.json"
+
+
+class _LeafHandler(ocp.type_handlers.TypeHandler):
+    """Saves the pieces of `_Leaf`s that this process holds, and their checksums as `checksums_file`: leaf -> first element -> one a row.
+
+    Restoring is the business of orbax's own NumPy handler, whose type name is recorded.
+    """
+
+    def __init__(self, checksums_file: Path):
+        self._checksums_file = checksums_file
+
+    def typestr(self) -> str:
+        return "np.ndarray"
+
+    async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
+        raise NotImplementedError("published leaves are only written here")
+
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
+        raise NotImplementedError("published leaves are only written here")
+
+    async def serialize(self, values: Sequence[_Leaf], infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
+        # without a sync: a version that a loss of power spoils is of no use to anybody
+        context = ts.Context({"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}})
+        checksums: dict[str, dict[str, list[int]]] = {leaf.name: {} for leaf in values}
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            loop, writing = asyncio.get_running_loop(), []
+            for leaf, info in zip(values, infos, strict=True):
+                store = await ts.open(_spec(leaf, info.path, context))
+                for shard in leaf.value.addressable_shards:
+                    writing.append(loop.run_in_executor(pool, _write_piece, leaf, shard, store))
+            for name, start, rows in await asyncio.gather(*writing):
+                checksums[name][str(start)] = rows
+        write_json(self._checksums_file, checksums)
+        return []
+
+
+def _spec(leaf: _Leaf, path: Any, context: ts.Context) -> ts.Spec:
+    spec = ts.Spec(
+        # orbax records that zeros are stored too, and then takes a chunk that is not there for a loss
+        {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}, "store_data_equal_to_fill_value": True},
+    )
+    layout = ts.ChunkLayout(chunk_shape=leaf.chunk)
+    spec.update(
+        dtype=ts.dtype(leaf.dtype.name), shape=leaf.layout.stored_shape, chunk_layout=layout, context=context, create=True, open=True
+    )
+    return spec
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _outgoing(piece: Array, dtype: Any) -> tuple[Array, Array]:
+    """The piece as it is published, and whether all of it is finite; on the device where it is."""
+    cast = piece.astype(dtype)
+    return cast, jnp.isfinite(cast).all()
+
+
+def _write_piece(leaf: _Leaf, shard: Any, store: ts.TensorStore) -> tuple[str, int, list[int]]:
+    """One device's part of a leaf; returns its name, its first element and the checksum of each of its rows."""
+    cast, finite = _outgoing(shard.data, leaf.dtype)
+    if not bool(finite):
+        raise WeightError(f"{leaf.name} holds values that are not finite: the policy is lost, and nothing is published")
+    piece = np.asarray(cast)
+    written = store[shard.index].write(piece, can_reference_source_data_indefinitely=True)
+    rows = [zlib.crc32(row.view(np.uint8).data) for row in piece.reshape(leaf.layout.layers, leaf.piece)]
+    written.result()
+    return leaf.name, shard.index[-1].start or 0, rows
+
+
+def _manifest(folder: Path, leaves: dict[hf_mapping.Path, _Leaf], config: ModelConfig, version: int) -> Manifest:
+    """Out of what every process noted down."""
+    pieces: dict[str, dict[int, list[int]]] = {leaf.name: {} for leaf in leaves.values()}
+    for process in range(jax.process_count()):
+        noted = json.loads((folder / _pieces_file(process)).read_text(encoding="utf-8"))
+        for name, starts in noted.items():
+            pieces[name].update({int(start): rows for start, rows in starts.items()})
+    arrays = {leaf.name: _stored_array(leaf, pieces[leaf.name]) for leaf in leaves.values()}
+    tensors = {t.name: StoredTensor(".".join(t.path), t.layer, t.shape, t.transposed) for t in hf_mapping.hf_tensors(config)}
+    return Manifest(version, arrays, tensors)
+
+
+def _stored_array(leaf: _Leaf, rows_by_start: dict[int, list[int]]) -> StoredArray:
+    starts = sorted(rows_by_start)
+    checksums = tuple(zip(*(rows_by_start[start] for start in starts), strict=True))
+    return StoredArray(leaf.layout.stored_shape, leaf.dtype.name, (*starts, leaf.layout.padded), checksums)
+
+
+class WeightFolder:
+    """The folder of one run's published weights: in shared memory when two versions fit there with room to spare, else in the run folder.
+
+    It is this process's while it lives: a lock says so, and what an ended process left behind, in either place, is removed by the next.
+    """
+
+    def __init__(self, run_folder: Path, version_bytes: int, shared_memory: Path = SHARED_MEMORY):
+        _remove_abandoned(shared_memory)
+        # several processes may be on several hosts, which share the run folder but no memory
+        in_memory = jax.process_count() == 1 and _room(shared_memory) > 3 * version_bytes
+        name = f"jaxgrpo-{getpass.getuser()}-{zlib.crc32(str(run_folder.absolute()).encode()):08x}"
+        self.root = (shared_memory / name if in_memory else run_folder / "weights").absolute()
+        self._lock: TextIO | None = _claim(self.root) if jax.process_index() == 0 else None
+
+    def keep_only(self, versions: Collection[int]) -> None:
+        """Remove every other version: those that no server reads, or goes back to, any more."""
+        for path in self.root.glob("[0-9]*"):
+            if path.name.isdecimal() and int(path.name) not in versions:
+                remove_version(self.root, int(path.name))
+
+    def close(self) -> None:
+        """Remove the folder. To be called again without harm."""
+        if self._lock is not None:
+            shutil.rmtree(self.root, ignore_errors=True)
+            self._lock.close()
+            self._lock = None
+
+
+def _room(folder: Path) -> int:
+    return shutil.disk_usage(folder).free if folder.is_dir() else 0
+
+
+def _claim(root: Path) -> TextIO:
+    """Lock a folder, empty. Raises FileExistsError when another process holds it."""
+    root.mkdir(parents=True, exist_ok=True)
+    lock = (root / _LOCK).open("w")
+    if not _locked(lock):
+        lock.close()
+        raise FileExistsError(f"{root} holds the weights of a run that is going on: give this run another folder")
+    for path in root.glob("[0-9]*"):
+        if path.name.isdecimal():
+            remove_version(root, int(path.name))
+    return lock
+
+
+def _locked(lock: TextIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _remove_abandoned(shared_memory: Path) -> None:
+    """Folders of this user whose process has ended: what is left in shared memory is lost to everybody until someone removes it."""
+    for root in shared_memory.glob(f"jaxgrpo-{getpass.getuser()}-*"):
+        if (root / _LOCK).is_file():
+            with (root / _LOCK).open() as lock:
+                if _locked(lock):
+                    _log.info("removing %s, which a run left behind", root)
+                    shutil.rmtree(root, ignore_errors=True)

@@ -1,0 +1,287 @@
+"""Publishing and reading weights, without vLLM: bits through the disk, each kind of damage, folders and what is left in them."""
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from jaxgrpo import hf_mapping, weights
+from jaxgrpo.model import ModelConfig, Params, param_shapes
+from jaxgrpo.sharding import Layout, make_layout, make_mesh, store
+from jaxgrpo.weight_manifest import Manifest, StoredArray, StoredTensor, WeightError, read_manifest
+from jaxgrpo.weight_reader import check_fit, read_tensors
+
+TINY = ModelConfig(
+    vocab_size=13, width=7, layers=3, heads=2, kv_heads=1, head_size=2, mlp_width=5, context_length=32, rope_theta=10000.0,
+    norm_epsilon=1e-6, tied_embeddings=False,
+)  # fmt: skip
+SHAPES = {tensor.name: tensor.shape for tensor in hf_mapping.hf_tensors(TINY)}
+BIAS = "layers.attention.q.bias"
+
+
+def random_params(seed: int = 0) -> Params:
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), param_shapes(TINY))
+
+
+def expected_tensors(params: Params) -> dict[str, np.ndarray]:
+    return hf_mapping.params_to_hf(TINY, jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), params))
+
+
+def publish(root: Path, params: Params, devices: int = 1, version: int = 7, **more: Any) -> Path:
+    mesh, layout = make_mesh(jax.devices()[:devices]), make_layout(TINY, devices)
+    return weights.publish_weights(store(params, layout, mesh), layout, mesh, TINY, version, root, **more)
+
+
+def read(folder: Path, version: int = 7) -> dict[str, np.ndarray]:
+    """What the plugin does with a folder, less torch."""
+    manifest = read_manifest(folder, version)
+    check_fit(manifest, SHAPES, "bfloat16")
+    return {name: array.T if turned else array for name, (array, turned) in read_tensors(folder, manifest).items()}
+
+
+def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert hf_mapping.same_bits(np.ascontiguousarray(found[name]), np.ascontiguousarray(tensor)), name
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 4])
+def test_what_is_read_is_what_was_published(tmp_path: Path, devices: int) -> None:
+    params = random_params()
+    folder = publish(tmp_path, params, devices)
+    assert folder == tmp_path / "000007"
+    assert_same_bits(read(folder), expected_tensors(params))
+
+
+def test_rows_that_are_large_get_chunks_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_SMALL_BYTES", 20)
+    params = random_params()
+    folder = publish(tmp_path, params, 3)
+    assert {path.name for path in (folder / "params" / "layers.mlp.up.kernel" / "c").iterdir()} == {"0", "1", "2"}
+    assert_same_bits(read(folder), expected_tensors(params))
+
+
+def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tests.publish_process", str(tmp_path / "two"), f"127.0.0.1:{port}", "2"]
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    processes = [subprocess.Popen([*command, str(i)], cwd=root, env=environment, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    two, one = tmp_path / "two" / "000007", publish(tmp_path / "one", random_params(), 4)
+    assert_same_bits(read(two), expected_tensors(random_params()))
+    assert read_manifest(two) == read_manifest(one)
+    noted = [json.loads((two / f"pieces-{i}.json").read_text())[BIAS].keys() for i in range(2)]
+    assert noted == [{"0", "1"}, {"2", "3"}]  # each its own half
+
+
+def test_orbax_restores_a_version_unaided(tmp_path: Path) -> None:
+    folder = publish(tmp_path, random_params(), 3)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        restored = checkpointer.restore(folder / "params")
+    bias = restored["layers"]["attention"]["q"]["bias"]
+    expected = np.zeros((3, 6), ml_dtypes.bfloat16)  # four values over three devices: two zeros of padding
+    expected[:, :4] = random_params()["layers"]["attention"]["q"]["bias"]
+    np.testing.assert_array_equal(bias, expected)
+
+
+def test_weights_that_are_not_finite_are_not_published(tmp_path: Path) -> None:
+    params = random_params()
+    params["layers"]["mlp"]["up"]["kernel"][1, 2, 3] = np.nan
+    with pytest.raises(WeightError, match=r"layers\.mlp\.up\.kernel holds values that are not finite"):
+        publish(tmp_path, params)
+    with pytest.raises(WeightError, match="not published"):
+        read_manifest(tmp_path / "000007")
+
+
+def test_a_version_is_published_once(tmp_path: Path) -> None:
+    publish(tmp_path, random_params())
+    with pytest.raises(FileExistsError):
+        publish(tmp_path, random_params())
+
+
+def test_a_layout_of_another_mesh_is_refused(tmp_path: Path) -> None:
+    mesh, layout = make_mesh(jax.devices()[:2]), make_layout(TINY, 2)
+    stored = store(random_params(), layout, mesh)
+    with pytest.raises(ValueError, match="on 3 devices"):
+        weights.publish_weights(stored, layout, make_mesh(jax.devices()[:3]), TINY, 7, tmp_path)
+
+
+def test_the_size_of_a_version() -> None:
+    layout: Layout = make_layout(TINY, 1)
+    values = sum(int(np.prod(shape)) for shape in SHAPES.values())
+    assert weights.published_bytes(layout) == 2 * values
+    assert weights.published_bytes(layout, jnp.float32) == 4 * values
+
+
+def edit(folder: Path, change: Any) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def chunk(folder: Path, array: str = BIAS) -> Path:
+    return next(path for path in (folder / "params" / array / "c").rglob("*") if path.is_file())
+
+
+def flip(folder: Path) -> None:
+    data = bytearray(chunk(folder).read_bytes())
+    data[3] ^= 1
+    chunk(folder).write_bytes(data)
+
+
+def shorten(folder: Path) -> None:
+    chunk(folder).write_bytes(chunk(folder).read_bytes()[:-2])
+
+
+def exchange(folder: Path) -> None:
+    a, b = (chunk(folder, f"layers.mlp.{name}.kernel") for name in ("up", "gate"))
+    first, second = a.read_bytes(), b.read_bytes()
+    a.write_bytes(second)
+    b.write_bytes(first)
+
+
+def rename_tensor(manifest: dict) -> None:
+    manifest["tensors"]["model.norms.weight"] = manifest["tensors"].pop("model.norm.weight")
+
+
+def other_shape(manifest: dict) -> None:
+    manifest["tensors"]["model.norm.weight"]["shape"] = [6]
+
+
+DAMAGES = {
+    "no folder": (shutil.rmtree, "is no folder"),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "has no manifest.json: its weights are not published"),
+    "half a manifest": (lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text()[:200]), "is damaged: JSONDecodeError"),
+    "another format": (lambda f: edit(f, lambda m: m.update(format=2)), "it is of format 2, this program reads format 1"),
+    "another version": (lambda f: edit(f, lambda m: m.update(version=6)), "holds version 6, version 7 was asked for"),
+    "a tensor of another name": (lambda f: edit(f, rename_tensor), r"missing: model\.norm\.weight; unknown: model\.norms\.weight"),
+    "a tensor less": (lambda f: edit(f, lambda m: m["tensors"].pop("lm_head.weight")), r"missing: lm_head\.weight"),
+    "another shape": (lambda f: edit(f, other_shape), r"of another shape: model\.norm\.weight \(6,\) for \(7,\)"),
+    "another type": (lambda f: edit(f, lambda m: m["arrays"]["norm.scale"].update(dtype="float32")), r"not bfloat16: model\.norm\.weight"),
+    "no array": (lambda f: shutil.rmtree(f / "params" / BIAS), f"{BIAS} cannot be opened"),
+    "no chunk": (lambda f: chunk(f).unlink(), f"{BIAS} cannot be read"),
+    "a short chunk": (shorten, f"{BIAS} cannot be read"),
+    "a bit": (flip, rf"{BIAS} is damaged: the checksum of elements 0:4 of a row"),
+    "two arrays exchanged": (exchange, r"layers\.mlp\.\w+\.kernel is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_found_and_named(tmp_path: Path, name: str) -> None:
+    damage, message = DAMAGES[name]
+    folder = publish(tmp_path, random_params())
+    damage(folder)
+    with pytest.raises(WeightError, match=message):
+        read(folder)
+
+
+def test_an_array_of_another_shape_than_the_manifest_says(tmp_path: Path) -> None:
+    folder = publish(tmp_path, random_params(), 1)
+    shutil.rmtree(folder / "params" / BIAS)
+    shutil.copytree(folder / "params" / "layers.attention.k.bias", folder / "params" / BIAS)
+    with pytest.raises(WeightError, match=r"is bfloat16 \(3, 2\), the manifest says bfloat16 \(3, 4\)"):
+        read(folder)
+
+
+def test_a_manifest_contradicts_itself() -> None:
+    array = StoredArray((2, 6), "bfloat16", (0, 3, 6), ((1, 2), (3, 4)))
+    with pytest.raises(ValueError, match="a checksum for every cut"):
+        dataclasses.replace(array, checksums=((1, 2),))
+    with pytest.raises(ValueError, match="cannot be cut"):
+        dataclasses.replace(array, cuts=(0, 3, 5))
+    for tensor, message in (
+        (StoredTensor("b", 0, (6,), False), "does not list"),
+        (StoredTensor("a", 2, (6,), False), "is row 2 of a"),
+        (StoredTensor("a", None, (6,), False), "is row None of a"),
+        (StoredTensor("a", 1, (7,), False), "more than a row"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Manifest(1, {"a": array}, {"t": tensor})
+
+
+def test_the_readers_modules_import_no_jax() -> None:
+    code = "import sys, jaxgrpo.weight_reader; print(sorted({'jax', 'orbax', 'flax', 'torch'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def weight_folder(tmp_path: Path, version_bytes: int = 1) -> weights.WeightFolder:
+    (tmp_path / "memory").mkdir(exist_ok=True)
+    return weights.WeightFolder(tmp_path / "run", version_bytes, tmp_path / "memory")
+
+
+def test_weights_are_in_shared_memory_when_there_is_room(tmp_path: Path) -> None:
+    folder = weight_folder(tmp_path)
+    assert folder.root.parent == tmp_path / "memory"
+    folder.close()
+    assert not folder.root.exists()
+    folder = weight_folder(tmp_path, 2**60)
+    assert folder.root == tmp_path / "run" / "weights"
+    folder.close()
+
+
+def test_old_versions_and_unfinished_ones_are_removed(tmp_path: Path) -> None:
+    folder = weight_folder(tmp_path)
+    publish(folder.root, random_params(), version=1)
+    publish(folder.root, random_params(1), version=2)
+    (folder.root / "000003" / "params").mkdir(parents=True)
+    folder.keep_only({2})
+    assert [path.name for path in sorted(folder.root.glob("0*"))] == ["000002"]
+    assert_same_bits(read(folder.root / "000002", 2), expected_tensors(random_params(1)))
+    weights.remove_version(folder.root, 2)
+    assert not (folder.root / "000002").exists()
+    folder.close()
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / "memory").mkdir()
+    code = f"""
+import os, pathlib
+from jaxgrpo import weights
+root = weights.WeightFolder(pathlib.Path({str(tmp_path / "run")!r}), 1, pathlib.Path({str(tmp_path / "memory")!r})).root
+(root / "000004" / "params").mkdir(parents=True)
+os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    (left,) = (tmp_path / "memory").iterdir()
+    assert (left / "000004").exists()
+    other = weights.WeightFolder(tmp_path / "other run", 1, tmp_path / "memory")
+    assert list((tmp_path / "memory").iterdir()) == [other.root]
+    other.close()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    folder = weight_folder(tmp_path)
+    with pytest.raises(FileExistsError, match="a run that is going on"):
+        weight_folder(tmp_path)
+    assert folder.root.exists()
+    folder.close()
+    folder.close()
+    weight_folder(tmp_path).close()
+
+
+def test_publishing_beside_other_work(tmp_path: Path) -> None:
+    """In a thread, while the trainer computes."""
+    params = random_params()
+    thread = threading.Thread(target=publish, args=(tmp_path, params, 4))
+    thread.start()
+    while thread.is_alive():
+        jax.block_until_ready(jnp.ones((64, 64)) @ jnp.ones((64, 64)))
+    assert_same_bits(read(tmp_path / "000007"), expected_tensors(params))
