@@ -21,7 +21,7 @@ from jaxgrpo.packing import AGGREGATIONS, PackingSettings
 from jaxgrpo.samplers.cache import pages_for
 from jaxgrpo.update import OptimizerSettings
 
-SAMPLERS = ("native",)
+SAMPLERS = ("native", "vllm")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 SPLITS = ("train", "test")
 
@@ -69,13 +69,44 @@ class NativeSamplerSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class VllmSettings:
+    """vLLM as the sampler. Without `urls` a server is started, and ended, by the trainer: with the interpreter `python` (None: the
+    trainer's own), on the GPUs of these indices (none: on the CPU), taking `gpu_memory` of each; or `cache_bytes` for its cache;
+    `arguments` are added to vLLM's own. It listens at `host` and `port` (0: any free one); when others can reach the host, the environment
+    variable VLLM_API_KEY must hold a key. `urls` name servers that someone else runs. Weights pass through a folder that the servers read
+    too: `weights_folder`, or shared memory, or the run folder.
+
+    `max_requests` are in flight on one server, others wait. A turn may take `request_seconds` in all, and is asked for `retries` times
+    again when a server does not answer. After each publish, short generations are compared with the trainer's own forward: the run
+    stops when their log-probabilities differ by more than `max_mismatch` on average."""
+
+    urls: tuple[str, ...] = ()
+    python: str | None = None
+    gpus: tuple[int, ...] = ()
+    gpu_memory: float = 0.9
+    cache_bytes: int | None = None
+    arguments: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 0
+    weights_folder: str | None = None
+    max_requests: int = 256
+    start_seconds: float = 900.0
+    request_seconds: float = 1800.0
+    publish_seconds: float = 600.0
+    retries: int = 3
+    max_mismatch: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingSettings:
-    """`steps` counts optimizer steps; `iterations` (mu) of them are taken on each batch. `devices` None takes all. A micro-batch holds
-    `groups_per_device` groups a device. The reference is replaced by the policy every `reference_every` steps; None keeps it fixed."""
+    """`steps` counts optimizer steps; `iterations` (mu) of them are taken on each batch. `devices` None takes all; `gpus` limits what jax
+    sees to the GPUs of these indices. A micro-batch holds `groups_per_device` groups a device. The reference is replaced by the policy
+    every `reference_every` steps; None keeps it fixed."""
 
     steps: int = 1600
     iterations: int = 2
     devices: int | None = None
+    gpus: tuple[int, ...] | None = None
     groups_per_device: int = 1
     reference_every: int | None = 100
     head_chunk: int = 1024
@@ -119,6 +150,7 @@ class Config:
     seed: int = 0
     rollout: RolloutSettings = RolloutSettings()
     native: NativeSamplerSettings = NativeSamplerSettings()
+    vllm: VllmSettings = VllmSettings()
     packing: PackingSettings = PackingSettings()
     loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -128,8 +160,8 @@ class Config:
 
 
 MAY_CHANGE = (
-    "name", "training.steps", "training.devices", "training.groups_per_device", "training.head_chunk", "evaluation.", "recording.",
-    "native.", "rollout.max_in_flight", "rollout.environment_threads", "rollout.environment_deadline",
+    "name", "training.steps", "training.devices", "training.gpus", "training.groups_per_device", "training.head_chunk", "evaluation.",
+    "recording.", "native.", "vllm.", "rollout.max_in_flight", "rollout.environment_threads", "rollout.environment_deadline",
 )  # fmt: skip
 """What a resumed run may set otherwise than before: none of it changes what the next step is meant to compute."""
 
@@ -205,15 +237,28 @@ def _unexpected_argument(error: Exception) -> str:
 _AT_LEAST = {
     "seed": 0, "rollout.group_size": 2, "rollout.tasks_per_step": 1, "rollout.max_prompt_tokens": 1, "rollout.max_completion_tokens": 1,
     "rollout.max_turns": 1, "rollout.max_in_flight": 1, "rollout.max_retries": 0, "rollout.environment_threads": 1, "native.max_rows": 1,
-    "native.decode_chunk": 1, "native.max_cache_tokens": 1, "packing.prompt_multiple": 1, "packing.completion_multiple": 1,
+    "native.decode_chunk": 1, "native.max_cache_tokens": 1, "vllm.cache_bytes": 1, "vllm.port": 0, "vllm.max_requests": 1,
+    "vllm.retries": 0, "packing.prompt_multiple": 1, "packing.completion_multiple": 1,
     "loss.clip_low": 0, "loss.clip_high": 0, "loss.kl_beta": 0, "loss.tis_cap": 1, "optimizer.learning_rate": 0,
     "optimizer.warmup_steps": 0, "optimizer.weight_decay": 0, "training.steps": 1, "training.iterations": 1, "training.devices": 1,
     "training.groups_per_device": 1, "training.reference_every": 1, "training.head_chunk": 1, "evaluation.every": 1,
     "evaluation.samples": 1, "evaluation.tasks": 1, "evaluation.temperature": 0, "recording.checkpoint_every": 1, "recording.keep": 1,
 }  # fmt: skip
-_AT_MOST = {"loss.clip_low": 1, "evaluation.top_p": 1}
+_AT_MOST = {"loss.clip_low": 1, "evaluation.top_p": 1, "vllm.gpu_memory": 1, "vllm.port": 65535}
 _ABOVE = dict.fromkeys(
-    ("rollout.temperature", "rollout.environment_deadline", "optimizer.max_grad_norm", "optimizer.epsilon", "evaluation.top_p"), 0
+    (
+        "rollout.temperature",
+        "rollout.environment_deadline",
+        "optimizer.max_grad_norm",
+        "optimizer.epsilon",
+        "evaluation.top_p",
+        "vllm.gpu_memory",
+        "vllm.start_seconds",
+        "vllm.request_seconds",
+        "vllm.publish_seconds",
+        "vllm.max_mismatch",
+    ),
+    0,
 )
 _BELOW = {"optimizer.b1": 1, "optimizer.b2": 1}
 
@@ -270,6 +315,7 @@ def _check_across(config: Config) -> list[str]:
             f"native.max_cache_tokens ({config.native.max_cache_tokens}) cannot hold one episode of rollout.max_prompt_tokens "
             f"({rollout.max_prompt_tokens}) and rollout.max_completion_tokens ({rollout.max_completion_tokens}): raise it"
         )
+    problems += _check_gpus(config)
     if config.loss.kl_beta == 0 and training.reference_every is not None:
         problems.append("training.reference_every has no effect when loss.kl_beta is 0: set it to None")
     if (evaluation.every or evaluation.before or evaluation.after) and not evaluation.splits:
@@ -278,6 +324,29 @@ def _check_across(config: Config) -> list[str]:
         problems.append(f"evaluation.splits names a split twice: {', '.join(evaluation.splits)}")
     if config.recording.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         problems.append("recording.wandb_project is set, but wandb is not installed: pip install 'jaxgrpo[wandb]', or set it to None")
+    return problems
+
+
+def _check_gpus(config: Config) -> list[str]:
+    """Where the trainer and the server compute, and where the server is."""
+    problems, vllm, mine = [], config.vllm, config.training.gpus
+    for key, gpus in (("training.gpus", mine or ()), ("vllm.gpus", vllm.gpus)):
+        if len(set(gpus)) < len(gpus) or min(gpus, default=0) < 0:
+            problems.append(f"{key} must be different indices from 0 on, got {gpus}")
+    if mine is not None and config.training.devices is not None and config.training.devices > len(mine):
+        problems.append(f"training.devices is {config.training.devices}, but training.gpus names {len(mine)} GPU(s)")
+    if config.sampler != "vllm":
+        return problems
+    shared = sorted(set(vllm.gpus) & set(mine or ()))
+    if shared:
+        problems.append(f"training.gpus and vllm.gpus share GPU {', '.join(map(str, shared))}: each takes most of a GPU's memory")
+    if vllm.gpus and mine is None:
+        problems.append("vllm.gpus is set and training.gpus is not: jax would take the memory of all GPUs; name the trainer's")
+    if vllm.urls and (vllm.gpus or vllm.port):
+        problems.append(
+            "vllm.urls names servers that are there; vllm.gpus and vllm.port are of one to be started: leave out one or the other"
+        )
+    problems += [f"vllm.urls must be like http://host:8000, got {url!r}" for url in vllm.urls if not re.match(r"https?://[^/]+/?$", url)]
     return problems
 
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -16,16 +17,18 @@ from jaxgrpo.config import SPLITS, Config, ConfigError, load_config
 from jaxgrpo.metrics import Recorder, TerminalView
 from jaxgrpo.model import Params
 from jaxgrpo.rollout import Decoding, Rollout, RolloutResult
+from jaxgrpo.samplers.base import SamplerError
+from jaxgrpo.serving import WholeWeights, open_sampler
 from jaxgrpo.setup import (
     Policy,
     build_rollout,
-    build_sampler,
     check_episodes,
     compute_dtype,
     initial_params,
     open_policy,
     open_tasks,
     run_folder,
+    take_gpus,
 )
 from jaxgrpo.statistics import mean_pass_at_k, pass_rate, pass_rates_by_label
 from jaxgrpo.types import Task
@@ -115,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         config = load_config(args.config, args.set)
+        take_gpus(config)
         samples = config.evaluation.samples if args.samples is None else args.samples
         _check_arguments(args.split, samples, args.checkpoint, args.step)
         folder = run_folder(args.run_dir, f"{config.name}-eval-{args.split}")
@@ -122,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except NothingLeftError as error:
+    except (NothingLeftError, SamplerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -158,15 +162,13 @@ def _evaluate_once(config: Config, checkpoint: str | None, step: int | None, spl
     check_episodes(config, policy, tasks)
     params, at_step = _read_weights(config, policy, checkpoint, step)
     decoding = Decoding(config.evaluation.temperature, config.evaluation.top_p)
-    with EventLoopThread() as loop, TerminalView(len(tasks) * samples, unit="episode") as view:
-        sampler = build_sampler(config, policy, params, version=at_step // config.training.iterations)
+    with EventLoopThread() as loop, TerminalView(len(tasks) * samples, unit="episode") as view, ExitStack() as stack:
+        version = at_step // config.training.iterations
+        sampler = open_sampler(config, policy, WholeWeights(params, policy.config), version, loop, folder, stack)
         rollout = build_rollout(config, policy, sampler, decoding)
-        try:
-            outcome = evaluate(
-                rollout, loop, tasks, split=split, samples=samples, seed=config.seed, name=f"eval-{at_step}", progress=view.advance
-            )
-        finally:
-            loop.call(sampler.close())
+        outcome = evaluate(
+            rollout, loop, tasks, split=split, samples=samples, seed=config.seed, name=f"eval-{at_step}", progress=view.advance
+        )
     recorder = Recorder(folder, tensorboard=False, wandb_project=None, name=config.name)
     recorder.record(at_step, outcome.metrics)
     recorder.close()

@@ -15,8 +15,7 @@ from jaxgrpo.model import ModelConfig, Params, param_shapes
 from jaxgrpo.pretrained import load_params, load_tokenizer, locate
 from jaxgrpo.rollout import Decoding, Execution, Limits, Rollout
 from jaxgrpo.samplers.base import Sampler
-from jaxgrpo.samplers.native import NativeSampler
-from jaxgrpo.sharding import logical_on_devices, make_mesh
+from jaxgrpo.sharding import make_mesh
 from jaxgrpo.types import Task
 from jaxgrpo.update import Update
 
@@ -78,6 +77,12 @@ def _prompt_length(config: Config, policy: Policy, task: Task) -> int | None:
     return len(policy.chat.opening(opening.messages, opening.tools))
 
 
+def take_gpus(config: Config) -> None:
+    """Let jax see only the GPUs that the config names: it takes most of the memory of every one that it sees. Before its first use."""
+    if config.training.gpus is not None:
+        jax.config.update("jax_cuda_visible_devices", ",".join(map(str, config.training.gpus)))
+
+
 def device_count(config: Config) -> int:
     """Devices to train on. Raises ConfigError when there are not as many, or the batch does not divide over them."""
     available = jax.devices()
@@ -121,26 +126,6 @@ def initial_params(policy: Policy, dtype: Any) -> Params:
         return load_params(policy.folder, policy.config, dtype)
     except (ValueError, OSError) as error:
         raise ConfigError(f"the weights in {policy.folder} cannot be read: {error}") from error
-
-
-def serving_params(params: Params, update: Update) -> Params:
-    """Stored policy weights as a sampler computes with them: the logical tree, whole."""
-    return logical_on_devices(params, update.layout, update.mesh, update.compute_dtype)
-
-
-def build_sampler(config: Config, policy: Policy, params: Params, version: int) -> Sampler:
-    """The sampler that the config asks for, serving `params` (the logical tree) as `version`."""
-    return NativeSampler(
-        policy.config,
-        params,
-        policy.tokenizer,
-        eos_token_ids=policy.chat.eos_ids,
-        version=version,
-        max_rows=config.native.max_rows,
-        decode_chunk=config.native.decode_chunk,
-        max_cache_tokens=config.native.max_cache_tokens,
-        compute_dtype=compute_dtype(config),
-    )
 
 
 def build_rollout(config: Config, policy: Policy, sampler: Sampler, decoding: Decoding) -> Rollout:

@@ -24,10 +24,11 @@ from jaxgrpo.metrics import Recorder, Stopwatch, TerminalView
 from jaxgrpo.packing import pack
 from jaxgrpo.pretrained import save_hf
 from jaxgrpo.rollout import Decoding, RolloutResult
+from jaxgrpo.samplers.base import SamplerError
+from jaxgrpo.serving import AgreementCheck, StoredWeights, open_sampler
 from jaxgrpo.setup import (
     Policy,
     build_rollout,
-    build_sampler,
     build_update,
     check_episodes,
     compute_dtype,
@@ -37,7 +38,7 @@ from jaxgrpo.setup import (
     open_tasks,
     parameter_count,
     run_folder,
-    serving_params,
+    take_gpus,
 )
 from jaxgrpo.sharding import logical_on_host
 from jaxgrpo.types import GroupBatch, Task
@@ -81,8 +82,9 @@ class Training:
         self.state, self.batch = self._first_state(resume)
         self.skipped: list[RolloutResult] = []
         self.loop = stack.enter_context(EventLoopThread())
-        self.sampler = build_sampler(config, self.policy, serving_params(self.state.params, self.update), self.version)
-        stack.callback(lambda: self.loop.call(self.sampler.close()))
+        self.sampler = open_sampler(config, self.policy, self.weights, self.version, self.loop, folder, stack)
+        self.agreement = self._agreement_check()
+        self.served = self.check_sampler()
         r = config.recording
         after = self.state.step if resume else None
         self.recorder = Recorder(folder, tensorboard=r.tensorboard, wandb_project=r.wandb_project, name=config.name, after=after)
@@ -94,6 +96,19 @@ class Training:
         if resume:
             return self.checkpoints.restore(self.update)
         return self.update.init(initial_params(self.policy, np.float32)), 0
+
+    def _agreement_check(self) -> AgreementCheck | None:
+        """For a sampler in another process: there a weight can be lost or stale."""
+        if self.config.sampler == "native":
+            return None
+        opening = self.config.environment.create(self.tasks[0]).observe()
+        prompt_ids_P = self.policy.chat.opening(opening.messages, opening.tools)
+        return AgreementCheck(self.update, prompt_ids_P, self.config.rollout.temperature, self.config.vllm.max_mismatch)
+
+    @property
+    def weights(self) -> StoredWeights:
+        """The policy's weights, as samplers take them."""
+        return StoredWeights.of(self.state.params, self.update)
 
     @property
     def version(self) -> int:
@@ -157,13 +172,19 @@ class Training:
     def publish(self) -> None:
         """The sampler serves the new weights, under the next version."""
         with self.clock.phase("publish"):
-            self.loop.call(self.sampler.publish(self.version, serving_params(self.state.params, self.update)))
+            stages = self.loop.call(self.sampler.publish(self.version, self.weights))
+        with self.clock.phase("check"):
+            self.served = self.check_sampler() | {f"time/publish_{stage}_seconds": seconds for stage, seconds in stages.items()}
+
+    def check_sampler(self) -> dict[str, float]:
+        """How far what is served is from the trainer's own forward. Raises MismatchError when it is too far."""
+        return {} if self.agreement is None else self.agreement.run(self.loop, self.sampler, self.state.params, self.version)
 
     def record(self, result: RolloutResult, batches: Sequence[GroupBatch], reports: Sequence[StepReport]) -> None:
         """Metrics and episodes of the batch."""
         seconds = self.clock.take()
         played = rollout_metrics(result, self.skipped, self.version - 1, seconds)
-        metrics = played | update_metrics(batches, reports, self.update.compilations, seconds)
+        metrics = played | update_metrics(batches, reports, self.update.compilations, seconds) | self.served
         self.skipped = []
         self.recorder.record(self.state.step, metrics)
         self.view.step(self.state.step, metrics)
@@ -286,6 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.set)
         folder = run_folder(args.run_dir, config.name)
+        take_gpus(config)
         if args.dry_run:
             print("\n".join(describe(config)))
             return 0
@@ -300,7 +322,7 @@ def _train_until_told(config: Config, folder: Path, resume: bool) -> int:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         train(config, folder, resume)
-    except NothingLeftError as error:
+    except (NothingLeftError, SamplerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -108,11 +108,29 @@ def test_overrides_of_one_section_are_checked_together(tmp_path):
         ("loss.kl_beta=0", "training.reference_every has no effect when loss.kl_beta is 0"),
         ("recording.wandb_project=p", "wandb is not installed"),
         ("name=a/b", "name must be letters"),
+        ("sampler=vlm", "Did you mean 'vllm'?"),
+        ("vllm.gpu_memory=1.5", "vllm.gpu_memory must be at most 1"),
+        ("vllm.max_mismatch=0", "vllm.max_mismatch must be above 0"),
+        ("vllm.gpus=(1,1)", "vllm.gpus must be different indices"),
+        ("training.gpus=()", "training.devices is 1, but training.gpus names 0"),
     ],
 )
 def test_each_refusal_names_the_key_and_what_is_allowed(tmp_path, monkeypatch, override, said):
     monkeypatch.setattr("jaxgrpo.config.importlib.util.find_spec", lambda name: None)
     assert said in refused(override, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("training.gpus=(0,1)", "vllm.gpus=(1,)"), "training.gpus and vllm.gpus share GPU 1"),
+        (("vllm.gpus=(1,)",), "vllm.gpus is set and training.gpus is not"),
+        (("vllm.urls=http://a:1", "vllm.port=5"), "leave out one or the other"),
+        (("vllm.urls=a:8000",), "vllm.urls must be like http://host:8000, got 'a:8000'"),
+    ],
+)
+def test_what_vllm_and_the_trainer_cannot_both_have(tmp_path, overrides, said):
+    assert said in refused("sampler=vllm", *overrides, folder=tmp_path)
 
 
 def test_all_contradictions_are_listed_at_once(tmp_path):
@@ -179,7 +197,7 @@ def test_every_setting_is_read_outside_its_definition():
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 read.add(node.attr)
     sections = [kind for kind in typing.get_type_hints(Config).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
-    assert len(sections) == 9
+    assert len(sections) == 10
     unread = {
         f"{kind.__name__}.{field.name}" for kind in (Config, *sections) for field in dataclasses.fields(kind) if field.name not in read
     }

@@ -12,6 +12,7 @@ import pytest
 from jaxgrpo.model import ModelConfig, cast_to, forward, head_table, init_params
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplingRequest
 from jaxgrpo.samplers.native import NativeSampler, SamplerError
+from jaxgrpo.serving import WholeWeights
 from tests.test_stops import TOKENIZER
 
 T = TypeVar("T")
@@ -234,10 +235,10 @@ def test_publish_changes_outputs_and_versions_and_going_back_restores_them_bit_f
     async def body(sampler: NativeSampler) -> list[Generation]:
         generations = [await sampler.generate(request(0))]
         for version, params in ((3, OTHER), (4, PARAMS)):
-            await sampler.publish(version, params)
+            await sampler.publish(version, WholeWeights(params, CONFIG))
             generations.append(await sampler.generate(request(0)))
         with pytest.raises(ValueError, match="not above 4"):
-            await sampler.publish(4, PARAMS)
+            await sampler.publish(4, WholeWeights(PARAMS, CONFIG))
         return generations
 
     first, other, back = run(body)
@@ -253,7 +254,7 @@ def test_a_publish_between_chunks_is_recorded_token_by_token():
         running = asyncio.create_task(sampler.generate(request(0, max_tokens=120)))
         while sampler.metrics.decode_chunks < 1:
             await asyncio.sleep(0.001)
-        await sampler.publish(1, OTHER)
+        await sampler.publish(1, WholeWeights(OTHER, CONFIG))
         return await running
 
     generation = run(body)
@@ -321,7 +322,7 @@ def test_a_failure_of_the_engine_reaches_everyone():
         for outcome in await asyncio.gather(*calls, return_exceptions=True):
             assert isinstance(outcome, SamplerError) and isinstance(outcome.__cause__, KeyError)
         await sampler.release("g0e0")  # cleaning up is no reason to fail again
-        for later in (sampler.generate(request(0, 9)), sampler.publish(1, PARAMS)):
+        for later in (sampler.generate(request(0, 9)), sampler.publish(1, WholeWeights(PARAMS, CONFIG))):
             with pytest.raises(SamplerError, match="no such token"):
                 await later
         await sampler.close()

@@ -5,14 +5,16 @@ import json
 import shutil
 import signal
 import threading
+from contextlib import ExitStack
 
 import jax
 import numpy as np
 import pytest
 
 from envs.procedural import Warehouse
-from jaxgrpo import records, setup
+from jaxgrpo import records, serving, setup
 from jaxgrpo import train as train_module
+from jaxgrpo.background import EventLoopThread
 from jaxgrpo.config import ConfigError
 from jaxgrpo.model import ModelConfig
 from jaxgrpo.packing import PackingSettings
@@ -269,13 +271,14 @@ class TestOptions:
 
     def test_sizes_reach_the_sampler_and_the_update(self, model, tmp_path, monkeypatch):
         given = {}
-        monkeypatch.setattr(setup, "NativeSampler", lambda *args, **options: given.update(sampler=options))
+        monkeypatch.setattr(serving, "NativeSampler", lambda *args, **options: given.update(sampler=options))
         monkeypatch.setattr(setup, "Update", lambda *args, **options: given.update(update=options, devices=args[1].size))
         native = ("native.max_rows=3", "native.decode_chunk=5", "native.max_cache_tokens=4096")
         update = ("training.head_chunk=32", "rollout.temperature=0.5", "model.compute_dtype=bfloat16", "training.devices=2")
         config = changed(tmp_path, model, *native, *update)
         policy = setup.open_policy(config)
-        setup.build_sampler(config, policy, {}, version=3)
+        with EventLoopThread() as loop:
+            serving.open_sampler(config, policy, serving.WholeWeights({}, policy.config), 3, loop, tmp_path, ExitStack())
         setup.build_update(config, policy.config)
         sampler = {"version": 3, "max_rows": 3, "decode_chunk": 5, "max_cache_tokens": 4096, "compute_dtype": "bfloat16"}
         assert {key: given["sampler"][key] for key in sampler} == sampler

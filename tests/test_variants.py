@@ -76,7 +76,7 @@ def test_dry_run_with_a_tiny_model(name, model, tmp_path, capsys, monkeypatch):
         return dataclasses.replace(load(path, overrides), environment=Warehouse())
 
     monkeypatch.setattr("jaxgrpo.train.load_config", on_the_warehouse)
-    there = (f"model.source={model}", "model.revision=None", "training.devices=1")
+    there = (f"model.source={model}", "model.revision=None", "training.devices=1", "training.gpus=None", "vllm.gpus=()")
     small = ("rollout.max_prompt_tokens=800", "rollout.max_completion_tokens=128")
     arguments = [part for override in (*there, *small) for part in ("--set", override)]
     assert main(["--config", f"configs/{name}.py", *arguments, "--dry-run", "--run-dir", str(tmp_path / "run")]) == 0

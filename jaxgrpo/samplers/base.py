@@ -2,9 +2,15 @@
 
 import dataclasses
 import enum
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+
+class SamplerError(RuntimeError):
+    """The sampler cannot go on; the message says why, the cause is chained where there is one."""
 
 
 class FinishReason(enum.StrEnum):
@@ -60,6 +66,16 @@ class Generation:
             raise ValueError("token ids, log-probabilities and weight versions must be of one length")
 
 
+class PolicyWeights(Protocol):
+    """The policy's weights, however they lie: each sampler takes them in the form that it serves."""
+
+    def logical(self) -> Any:
+        """The logical parameter tree of jaxgrpo.model, whole: for computing in this process."""
+
+    def write(self, version: int, root: Path) -> Path:
+        """A new folder of shards under `root`, whole when this returns: for another process to read."""
+
+
 class Sampler(Protocol):
     """Serves the policy's turns. All methods are safe to call from one event loop; many `generate` calls run at once."""
 
@@ -69,8 +85,8 @@ class Sampler(Protocol):
     async def release(self, episode_id: str) -> None:
         """The episode is over: whatever is cached for it may go."""
 
-    async def publish(self, version: int, params: Any) -> None:
-        """Serve these weights from now on (`params`: the logical parameter tree of jaxgrpo.model); returns when generations use them."""
+    async def publish(self, version: int, weights: PolicyWeights) -> Mapping[str, float]:
+        """Serve these weights from now on; returns, when generations use them, the seconds that its stages took, by name."""
 
     async def close(self) -> None:
         """End what the sampler owns."""

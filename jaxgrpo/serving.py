@@ -1,0 +1,223 @@
+"""What a sampler serves: the weights in the form that each sampler takes, the sampler of a config, the check that it serves the truth."""
+
+import asyncio
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxgrpo.background import EventLoopThread
+from jaxgrpo.config import Config, ConfigError
+from jaxgrpo.model import ModelConfig, Params
+from jaxgrpo.samplers.base import Generation, PolicyWeights, Sampler, SamplerError, SamplingRequest
+from jaxgrpo.samplers.native import NativeSampler
+from jaxgrpo.samplers.vllm import TokenizerProbe, VllmLimits, VllmSampler
+from jaxgrpo.samplers.vllm_auth import KEY_VARIABLE
+from jaxgrpo.samplers.vllm_server import ServerPlan, VllmServer
+from jaxgrpo.setup import Policy, compute_dtype
+from jaxgrpo.sharding import Layout, logical_on_devices, make_layout, make_mesh, store
+from jaxgrpo.types import GroupBatch
+from jaxgrpo.update import Update
+from jaxgrpo.weights import WeightFolder, publish_weights, published_bytes
+
+_PROBE_TEXT = 'Call the tool: {"name": "añadir", "arguments": {"x": -12.5}}\n\n<tool_call> done 你好'
+_CHECK_TOKENS = 16
+_CHECK_SAMPLES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredWeights:
+    """A trainer's weights, in flat shards; a sampler computes with them in `dtype`."""
+
+    params: Params
+    layout: Layout
+    mesh: Mesh
+    model: ModelConfig
+    dtype: Any
+
+    @classmethod
+    def of(cls, params: Params, update: Update) -> "StoredWeights":
+        return cls(params, update.layout, update.mesh, update.config, update.compute_dtype)
+
+    def logical(self) -> Params:
+        return logical_on_devices(self.params, self.layout, self.mesh, self.dtype)
+
+    def write(self, version: int, root: Path) -> Path:
+        return publish_weights(self.params, self.layout, self.mesh, self.model, version, root)
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeWeights:
+    """A logical tree, as evaluation reads it from disk."""
+
+    params: Params
+    model: ModelConfig
+
+    def logical(self) -> Params:
+        return self.params
+
+    def write(self, version: int, root: Path) -> Path:
+        layout, mesh = make_layout(self.model, 1), make_mesh(jax.devices()[:1])
+        return publish_weights(store(self.params, layout, mesh, jnp.bfloat16), layout, mesh, self.model, version, root)
+
+
+def open_sampler(
+    config: Config, policy: Policy, weights: PolicyWeights, version: int, loop: EventLoopThread, folder: Path, stack: ExitStack
+) -> Sampler:
+    """The sampler that the config asks for, serving `weights` as `version`; `stack` ends it and what it owns. `folder` is the run's.
+
+    Raises ConfigError when it cannot be had.
+    """
+    if config.sampler == "native":
+        sampler: Sampler = _native(config, policy, weights, version)
+        stack.callback(lambda: loop.call(sampler.close()))
+        return sampler
+    try:
+        return _vllm(config, policy, weights, version, loop, folder, stack)
+    except (SamplerError, OSError) as error:
+        raise ConfigError(f"sampler 'vllm': {error}") from error
+
+
+def _native(config: Config, policy: Policy, weights: PolicyWeights, version: int) -> NativeSampler:
+    return NativeSampler(
+        policy.config,
+        weights.logical(),
+        policy.tokenizer,
+        eos_token_ids=policy.chat.eos_ids,
+        version=version,
+        max_rows=config.native.max_rows,
+        decode_chunk=config.native.decode_chunk,
+        max_cache_tokens=config.native.max_cache_tokens,
+        compute_dtype=compute_dtype(config),
+    )
+
+
+def _vllm(
+    config: Config, policy: Policy, weights: PolicyWeights, version: int, loop: EventLoopThread, folder: Path, stack: ExitStack
+) -> VllmSampler:
+    v = config.vllm
+    versions = _version_folder(v.weights_folder, folder, policy.config)
+    stack.callback(versions.close)
+    server = None
+    if not v.urls:
+        server = VllmServer(server_plan(config, policy), folder / "vllm.log")
+        stack.callback(server.close)
+        server.wait(v.start_seconds)
+    sampler = VllmSampler(
+        v.urls if server is None else (server.url,),
+        VllmLimits(v.max_requests, _context_tokens(config), v.request_seconds, v.publish_seconds, v.retries),
+        eos_token_ids=policy.chat.eos_ids,
+        versions=versions,
+        api_key=os.environ.get(KEY_VARIABLE),
+        failure=(lambda: None) if server is None else server.failure,
+    )
+    stack.callback(lambda: loop.call(sampler.close()))
+    probe = TokenizerProbe(_PROBE_TEXT, tuple(policy.tokenizer.encode(_PROBE_TEXT, add_special_tokens=False)))
+    loop.call(sampler.connect(probe))
+    loop.call(sampler.publish(version, weights))
+    return sampler
+
+
+def _version_folder(given: str | None, run_folder: Path, model: ModelConfig) -> WeightFolder:
+    """Where versions pass from the trainer to the servers."""
+    bytes_of_a_version = published_bytes(make_layout(model, 1))
+    if given is None:
+        return WeightFolder(run_folder, bytes_of_a_version)
+    shared = Path(given).expanduser()
+    shared.mkdir(parents=True, exist_ok=True)
+    return WeightFolder(run_folder, bytes_of_a_version, shared)
+
+
+def server_plan(config: Config, policy: Policy, own_weights: bool = False) -> ServerPlan:
+    """The server that a config describes."""
+    v = config.vllm
+    return ServerPlan(
+        python=str(Path(v.python).expanduser()) if v.python else sys.executable,
+        model=policy.folder,
+        context_tokens=_context_tokens(config),
+        max_requests=v.max_requests,
+        host=v.host,
+        port=v.port,
+        gpus=v.gpus,
+        gpu_memory=v.gpu_memory,
+        cache_bytes=v.cache_bytes,
+        arguments=v.arguments,
+        own_weights=own_weights,
+    )
+
+
+def _context_tokens(config: Config) -> int:
+    return config.rollout.max_prompt_tokens + config.rollout.max_completion_tokens
+
+
+class MismatchError(SamplerError):
+    """The sampler does not serve what the trainer published."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AgreementCheck:
+    """Compares short generations of the sampler with the trainer's own forward of the same tokens: a stale or wrong weight shows at once,
+    where the rewards of a run would only fall."""
+
+    update: Update
+    prompt_ids_P: np.ndarray
+    temperature: float
+    bound: float
+
+    def run(self, loop: EventLoopThread, sampler: Sampler, params: Params, version: int) -> dict[str, float]:
+        """The mean and the largest difference of log-probabilities; `params` are the trainer's stored weights, published as `version`.
+
+        Raises MismatchError beyond the bound.
+        """
+        generations = loop.call(self._generate(sampler, version))
+        served = sorted({int(v) for generation in generations for v in generation.weight_versions_T})
+        if served != [version]:
+            raise MismatchError(f"after publishing weights of version {version} the sampler answers with version {served}")
+        train_GC = np.asarray(self.update.logprobs(params, self._batch(generations)))[0]
+        pairs = [(train_C[: len(g.logprobs_T)], g.logprobs_T) for train_C, g in zip(train_GC, generations, strict=True)]
+        differences = np.abs(np.concatenate([train - sampled for train, sampled in pairs]))
+        mean, largest = float(differences.mean()), float(differences.max())
+        if not mean <= self.bound:
+            raise MismatchError(
+                f"the sampler does not serve the trainer's weights of version {version}: log-probabilities of {len(differences)} generated "
+                f"tokens differ by {mean:.3f} on average ({largest:.3f} at most), vllm.max_mismatch allows {self.bound}. Has the server "
+                "the same model (config.json, rope, norms), and does nobody else change its weights?"
+            )
+        return {"check/mismatch_mean": mean, "check/mismatch_max": largest}
+
+    async def _generate(self, sampler: Sampler, version: int) -> list[Generation]:
+        group, prompt = f"check-{version}", self.prompt_ids_P
+        requests = [
+            SamplingRequest(group, f"{group}/{i}", prompt, len(prompt), _CHECK_TOKENS, seed=i, temperature=self.temperature)
+            for i in range(_CHECK_SAMPLES)
+        ]
+        generations = await asyncio.gather(*[sampler.generate(request) for request in requests])
+        for request in requests:
+            await sampler.release(request.episode_id)
+        return generations
+
+    def _batch(self, generations: Sequence[Generation]) -> GroupBatch:
+        """One group of all generations, repeated for every device."""
+        n, g, c = self.update.mesh.size, len(generations), _CHECK_TOKENS
+        rows_GC = np.stack([np.pad(generation.token_ids_T, (0, c - len(generation.token_ids_T))) for generation in generations])
+        lengths_G = np.array([len(generation.token_ids_T) for generation in generations], np.int32)
+        prompt_P = np.pad(self.prompt_ids_P, (0, -len(self.prompt_ids_P) % 128))
+        zeros_NGC = np.zeros((n, g, c), np.float32)
+        return GroupBatch(
+            prompt_NP=np.broadcast_to(prompt_P, (n, len(prompt_P))),
+            prompt_lengths_N=np.full(n, len(self.prompt_ids_P), np.int32),
+            completions_NGC=np.broadcast_to(rows_GC, (n, g, c)),
+            completion_lengths_NG=np.broadcast_to(lengths_G, (n, g)),
+            sampled_NGC=zeros_NGC.astype(bool),
+            loss_weights_NGC=zeros_NGC,
+            advantages_NG=np.zeros((n, g), np.float32),
+            sampler_logprobs_NGC=zeros_NGC,
+        )
