@@ -1,0 +1,114 @@
+"""Weights as samplers take them, the check that a sampler serves them, and what reaches vLLM from a config. No server."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgrpo import setup
+from jaxgrpo.background import EventLoopThread
+from jaxgrpo.config import VllmSettings
+from jaxgrpo.samplers.base import Generation, SamplerError, SamplingRequest
+from jaxgrpo.samplers.native import NativeSampler
+from jaxgrpo.serving import AgreementCheck, MismatchError, StoredWeights, WholeWeights, server_plan
+from jaxgrpo.weight_manifest import read_manifest
+from jaxgrpo.weight_reader import read_tensors
+from tests.training import changed, make_model, small_config
+
+PROMPT = np.arange(40, 70, dtype=np.int32)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def policy(model):
+    return setup.open_policy(small_config(model))
+
+
+@pytest.fixture(scope="module")
+def params(policy):
+    return setup.initial_params(policy, np.float32)
+
+
+def update(model, devices: int) -> setup.Update:
+    config = small_config(model)
+    return setup.build_update(
+        dataclasses.replace(config, training=dataclasses.replace(config.training, devices=devices)), setup.open_policy(config).config
+    )
+
+
+def test_stored_and_whole_weights_are_the_same_to_every_sampler(model, policy, params, tmp_path):
+    on_two = update(model, 2)
+    forms = [StoredWeights.of(on_two.init(params).params, on_two), WholeWeights(params, policy.config)]
+    for form in forms:
+        for ours, theirs in zip(jax.tree.leaves(form.logical()), jax.tree.leaves(params), strict=True):
+            np.testing.assert_array_equal(np.asarray(ours), theirs)
+    read = []
+    for i, form in enumerate(forms):
+        folder = form.write(3, tmp_path / str(i))
+        read.append(read_tensors(folder, read_manifest(folder, 3)))
+    assert read[0].keys() == read[1].keys()
+    for name, (array, _) in read[0].items():
+        np.testing.assert_array_equal(array.view(np.uint16), read[1][name][0].view(np.uint16))
+
+
+class TestAgreement:
+    def sampler(self, policy, params) -> NativeSampler:
+        return NativeSampler(
+            policy.config, params, policy.tokenizer, version=2, max_rows=8, decode_chunk=4, max_cache_tokens=2048, compute_dtype=jnp.float32
+        )
+
+    @pytest.mark.parametrize("devices", [1, 2])
+    def test_what_is_served_is_compared_with_the_trainers_own_forward(self, model, policy, params, devices):
+        own = update(model, devices)
+        check = AgreementCheck(own, PROMPT, temperature=1.0, bound=1e-3)
+        state = own.init(params)
+        other = own.init(jax.tree.map(lambda leaf: leaf * 1.5 if leaf.ndim > 1 else leaf, params))
+        with EventLoopThread() as loop:
+            sampler = self.sampler(policy, params)
+            figures = check.run(loop, sampler, state.params, 2)
+            assert 0 < figures["check/mismatch_mean"] <= figures["check/mismatch_max"] < 1e-4
+            with pytest.raises(MismatchError, match=r"does not serve the trainer's weights of version 2: .* tokens differ by 0\.\d+ on"):
+                check.run(loop, sampler, other.params, 2)
+            with pytest.raises(MismatchError, match=r"weights of version 3 the sampler answers with version \[2\]"):
+                check.run(loop, sampler, state.params, 3)
+            loop.call(sampler.close())
+
+    def test_log_probabilities_that_are_no_numbers_do_not_pass(self, model, policy, params):
+        class Nan:
+            async def generate(self, request: SamplingRequest) -> Generation:
+                sampler_logprobs_T = np.full(3, np.nan, np.float32)
+                return Generation(np.array([1, 2, 3], np.int32), sampler_logprobs_T, np.full(3, 2, np.int32), "length")
+
+            async def release(self, episode_id: str) -> None: ...
+
+        own = update(model, 1)
+        with EventLoopThread() as loop, pytest.raises(SamplerError, match="differ by nan on average"):
+            AgreementCheck(own, PROMPT, 1.0, 0.05).run(loop, Nan(), own.init(params).params, 2)
+
+
+def test_settings_reach_the_server(model, policy, tmp_path):
+    config = changed(
+        tmp_path, model, "sampler=vllm", "vllm.python=/opt/python", "vllm.cache_bytes=1000", "vllm.arguments=--enforce-eager",
+        "vllm.port=77", "vllm.max_requests=5", "vllm.gpus=(1,)", "training.gpus=(0,)", "vllm.gpu_memory=0.5", "vllm.host=::1",
+    )  # fmt: skip
+    plan = server_plan(config, policy)
+    assert dataclasses.asdict(plan) == {
+        "python": "/opt/python", "model": policy.folder, "context_tokens": 96 + 8, "max_requests": 5, "host": "::1", "port": 77,
+        "gpus": (1,), "gpu_memory": 0.5, "cache_bytes": 1000, "arguments": ("--enforce-eager",), "own_weights": False,
+    }  # fmt: skip
+    assert VllmSettings().host == "127.0.0.1"
+
+
+def test_jax_is_told_which_gpus_are_its_own(model, tmp_path, monkeypatch):
+    told = {}
+    monkeypatch.setattr(jax.config, "update", lambda key, value: told.update({key: value}))
+    setup.take_gpus(changed(tmp_path, model))
+    assert told == {}
+    setup.take_gpus(changed(tmp_path, model, "training.gpus=(0,2)"))
+    assert told == {"jax_cuda_visible_devices": "0,2"}

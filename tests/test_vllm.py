@@ -1,0 +1,386 @@
+"""A real vLLM server (JAXGRPO_VLLM_PYTHON names its interpreter) behind the sampler: ids, ends of turns, publishes, lifetimes, refusals.
+
+Log-probabilities are compared with a float32 forward of the same bfloat16 weights.
+"""
+
+import asyncio
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.vllm_cpu import get_config as vllm_cpu
+from envs.procedural import Warehouse
+from jaxgrpo import records, setup
+from jaxgrpo.background import EventLoopThread
+from jaxgrpo.config import Config, ConfigError, EvaluationSettings
+from jaxgrpo.model import Params, cast_to, forward, head_table
+from jaxgrpo.packing import PackingSettings
+from jaxgrpo.rollout import Decoding, RolloutResult
+from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError, SamplingRequest
+from jaxgrpo.samplers.stops import StopFinder
+from jaxgrpo.samplers.vllm import TokenizerProbe, VllmLimits, VllmSampler
+from jaxgrpo.samplers.vllm_server import ServerError, VllmServer
+from jaxgrpo.serving import AgreementCheck, MismatchError, WholeWeights, server_plan
+from jaxgrpo.train import main, train
+from jaxgrpo.weights import WeightFolder
+
+PYTHON = os.environ.get("JAXGRPO_VLLM_PYTHON", "")
+pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not PYTHON, reason="JAXGRPO_VLLM_PYTHON names no interpreter"), pytest.mark.timeout(900)]
+
+BOUND = 0.02
+
+
+def config(**vllm: Any) -> Config:
+    """The tiny model on the warehouse."""
+    base = vllm_cpu()
+    rollout = dataclasses.replace(base.rollout, group_size=4, tasks_per_step=4, max_prompt_tokens=512, max_completion_tokens=160)
+    return dataclasses.replace(
+        base,
+        environment=Warehouse(),
+        rollout=rollout,
+        packing=PackingSettings(prompt_multiple=128, completion_multiple=64),
+        training=dataclasses.replace(base.training, steps=2, iterations=1, devices=1, reference_every=None),
+        evaluation=EvaluationSettings(before=False, after=False),
+        recording=dataclasses.replace(base.recording, checkpoint_every=None, tensorboard=False, export_hf=False),
+        vllm=dataclasses.replace(base.vllm, cache_bytes=64 * 2**20, **vllm),
+    )
+
+
+POLICY = setup.open_policy(vllm_cpu())
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    return setup.initial_params(POLICY, jnp.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def other(params: Params) -> Params:
+    """Another policy: every weight is changed, the embedding, which is the head too, included."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: (np.asarray(leaf, np.float32) * rng.uniform(0.8, 1.2, leaf.shape)).astype(jnp.bfloat16), params)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    started = VllmServer(server_plan(config(), POLICY), tmp_path_factory.mktemp("vllm") / "vllm.log")
+    try:
+        started.wait(600)
+        yield started
+    finally:
+        started.close()
+
+
+@dataclasses.dataclass
+class Client:
+    """Runs coroutines on a sampler of the server; every client begins with the untouched policy as version 1."""
+
+    server: VllmServer
+    folder: Path
+    params: Params
+    eos: tuple[int, ...] = POLICY.chat.eos_ids
+
+    def __call__(self, body: Callable[[VllmSampler], Awaitable[Any]]) -> Any:
+        async def run() -> Any:
+            versions = WeightFolder(self.folder, 2**23)
+            limits = VllmLimits(64, 672, 300.0, 120.0, 1)
+            sampler = VllmSampler([self.server.url], limits, eos_token_ids=self.eos, versions=versions, failure=self.server.failure)
+            try:
+                await sampler.publish(1, WholeWeights(self.params, POLICY.config))
+                return await body(sampler)
+            finally:
+                await sampler.close()
+                versions.close()
+
+        return asyncio.run(run())
+
+
+@pytest.fixture
+def client(server: VllmServer, tmp_path: Path, params: Params) -> Client:
+    return Client(server, tmp_path, params)
+
+
+def prompt(index: int = 0) -> np.ndarray:
+    suite = Warehouse()
+    opening = suite.create(suite.tasks("train")[index]).observe()
+    return POLICY.chat.opening(opening.messages, opening.tools)
+
+
+def request(**options: Any) -> SamplingRequest:
+    ids = prompt()
+    return SamplingRequest("g", "e", ids, len(ids), **({"max_tokens": 32, "seed": 3} | options))
+
+
+def logprobs(params: Params, r: SamplingRequest, generation: Generation) -> np.ndarray:
+    """Of the generated tokens under the plain forward."""
+    ids = np.concatenate([r.context_ids, generation.token_ids_T])
+    padded = np.pad(ids, (0, -len(ids) % 256))[None]
+    hidden = forward(POLICY.config, params, padded, load=cast_to(jnp.float32))[0, len(r.context_ids) - 1 : len(ids) - 1]
+    logits = hidden @ head_table(params).astype(jnp.float32).T
+    return np.asarray(jax.nn.log_softmax(logits / (r.temperature or 1.0)))[np.arange(len(generation.token_ids_T)), generation.token_ids_T]
+
+
+class TestEndsOfTurns:
+    def test_a_turn_ends_at_its_end_token_which_is_kept(self, client):
+        [generation] = client(lambda sampler: asyncio.gather(sampler.generate(request(temperature=0.0, max_tokens=200))))
+        assert generation.finish_reason is FinishReason.EOS
+        assert generation.token_ids_T[-1] in POLICY.chat.eos_ids
+        assert not set(generation.token_ids_T[:-1].tolist()) & set(POLICY.chat.eos_ids)
+
+    def test_a_turn_is_cut_at_its_length(self, client):
+        generation = client(lambda sampler: sampler.generate(request(temperature=0.0, max_tokens=5)))
+        assert (generation.finish_reason, len(generation.token_ids_T)) == (FinishReason.LENGTH, 5)
+
+    def test_a_stop_string_ends_a_turn_at_the_token_that_completes_it(self, client):
+        free = client(lambda sampler: sampler.generate(request(temperature=0.0, max_tokens=60)))
+        text = POLICY.chat.text(free.token_ids_T)
+        stops = sorted({text[i : i + 3] for i in range(3, len(text) - 3)}, key=text.index)[:12:3]
+
+        async def body(sampler: VllmSampler) -> list[Generation]:
+            requests = [request(temperature=0.0, max_tokens=60, stop_strings=("never this", stop)) for stop in stops]
+            return [await sampler.generate(r) for r in requests]
+
+        assert len(stops) == 4
+        for stop, stopped in zip(stops, client(body), strict=True):
+            end = StopFinder(POLICY.tokenizer, (stop,)).push(free.token_ids_T.tolist())
+            assert stopped.finish_reason is FinishReason.STOP
+            assert stopped.token_ids_T.tolist() == free.token_ids_T[:end].tolist()
+
+    def test_the_same_seed_gives_the_same_turn_and_another_one_another(self, client):
+        seeds = (1, 1, 2)
+
+        async def body(sampler: VllmSampler) -> list[Generation]:
+            return [await sampler.generate(request(seed=seed)) for seed in seeds]
+
+        first, again, another = (generation.token_ids_T.tolist() for generation in client(body))
+        assert first == again != another
+
+    @pytest.mark.parametrize("temperature", [1.0, 0.6])
+    def test_log_probabilities_are_of_the_tempered_distribution(self, client, params, temperature):
+        r = request(temperature=temperature)
+        generation = client(lambda sampler: sampler.generate(r))
+        assert np.abs(logprobs(params, r, generation) - generation.logprobs_T).mean() < BOUND
+
+
+class Recording:
+    """Passes turns on and keeps them."""
+
+    def __init__(self, sampler: VllmSampler):
+        self._sampler = sampler
+        self.turns: dict[str, list[tuple[SamplingRequest, Generation]]] = {}
+
+    async def generate(self, request: SamplingRequest) -> Generation:
+        generation = await self._sampler.generate(request)
+        self.turns.setdefault(request.episode_id, []).append((request, generation))
+        return generation
+
+    async def release(self, episode_id: str) -> None:
+        await self._sampler.release(episode_id)
+
+
+def test_tokens_in_are_tokens_out_at_every_turn_of_real_episodes(client):
+    suite = Warehouse()
+
+    async def body(sampler: VllmSampler) -> tuple[RolloutResult, Recording]:
+        recording = Recording(sampler)
+        rollout = setup.build_rollout(config(), POLICY, recording, Decoding(1.0))
+        return await rollout.groups(suite.tasks("train")[:8], 4, 0, "b"), recording
+
+    result, recording = client(body)
+    ends, boundaries = set(), 0
+    for group in result.groups:
+        for trajectory in group.trajectories:
+            episode = f"b/{group.task.id}/{trajectory.sample_index}/0"
+            turns = recording.turns[episode]
+            whole = np.concatenate([trajectory.prompt_ids_P, trajectory.completion_ids_C])
+            assert len(turns) == trajectory.turns
+            for r, generation in turns:
+                start, end = len(r.context_ids), len(r.context_ids) + len(generation.token_ids_T)
+                np.testing.assert_array_equal(whole[:start], r.context_ids)  # what went in is what is trained on
+                np.testing.assert_array_equal(whole[start:end], generation.token_ids_T)  # and so is what came out
+                sampled = trajectory.sampled_C[start - len(trajectory.prompt_ids_P) : end - len(trajectory.prompt_ids_P)]
+                assert sampled.all()
+                ends.add(generation.finish_reason)
+            boundaries += len(turns)
+    assert boundaries > len(recording.turns) == 32  # several turns in some episode
+    assert {FinishReason.STOP, FinishReason.EOS} & ends
+
+
+class TestPublishing:
+    def test_what_is_published_is_served_and_going_back_is_bit_identical(self, client, params, other):
+        r = request(temperature=0.0, max_tokens=24)
+
+        async def body(sampler: VllmSampler) -> list[Generation]:
+            generations = [await sampler.generate(r)]
+            for version, tree in ((2, other), (3, params)):
+                await sampler.publish(version, WholeWeights(tree, POLICY.config))
+                generations.append(await sampler.generate(r))  # the same prompt: a stale cache would answer
+            return generations
+
+        first, changed, back = client(body)
+        assert [set(g.weight_versions_T.tolist()) for g in (first, changed, back)] == [{1}, {2}, {3}]
+        assert np.abs(logprobs(other, r, changed) - changed.logprobs_T).mean() < BOUND
+        assert np.abs(logprobs(params, r, changed) - changed.logprobs_T).mean() > 5 * BOUND
+        np.testing.assert_array_equal(first.token_ids_T, back.token_ids_T)
+        np.testing.assert_array_equal(first.logprobs_T, back.logprobs_T)
+
+    def test_turns_in_flight_go_on_under_the_new_weights(self, client, params, other):
+        client.eos = ()
+        requests = [request(max_tokens=150, seed=seed) for seed in range(6)]
+
+        async def body(sampler: VllmSampler) -> list[Generation]:
+            running = [asyncio.create_task(sampler.generate(r)) for r in requests]
+            await asyncio.sleep(0.5)
+            await sampler.publish(2, WholeWeights(other, POLICY.config))
+            return [await task for task in running]
+
+        mixed = 0
+        for r, generation in zip(requests, client(body), strict=True):
+            versions_T = generation.weight_versions_T
+            first = int((versions_T == 1).sum())
+            assert versions_T.tolist() == [1] * first + [2] * (150 - first)
+            mixed += 0 < first < 150
+            for tree, version in ((params, 1), (other, 2)):  # each token is of the weights that it names, keys before it included
+                mine = versions_T == version
+                if mine.any():
+                    assert np.abs(logprobs(tree, r, generation) - generation.logprobs_T)[mine].mean() < 2 * BOUND
+        assert mixed > 0
+
+    def test_weights_of_another_model_are_refused_and_the_old_ones_serve(self, client, params):
+        short = dataclasses.replace(POLICY.config, layers=2)
+        cut = {**params, "layers": jax.tree.map(lambda leaf: leaf[:2], params["layers"])}
+        r = request(temperature=0.0)
+
+        async def body(sampler: VllmSampler) -> tuple[str, Generation, Generation]:
+            before = await sampler.generate(r)
+            with pytest.raises(SamplerError) as error:
+                await sampler.publish(2, WholeWeights(cut, short))
+            return str(error.value), before, await sampler.generate(r)
+
+        said, before, after = client(body)
+        assert "layers.2" in said
+        np.testing.assert_array_equal(before.logprobs_T, after.logprobs_T)
+        assert set(after.weight_versions_T.tolist()) == {1}
+
+
+class TestAgreement:
+    @pytest.fixture
+    def check(self, params: Params) -> tuple[AgreementCheck, Any]:
+        update = setup.build_update(config(), POLICY.config)
+        return AgreementCheck(update, prompt(), 1.0, BOUND), update
+
+    def test_it_passes_the_served_weights_and_stops_on_others(self, server, tmp_path, params, other, check):
+        agreement, update = check
+        mine, wrong = (update.init(tree).params for tree in (params, other))
+        with EventLoopThread() as loop:
+            versions = WeightFolder(tmp_path, 2**23)
+            limits = VllmLimits(64, 672, 300.0, 120.0, 1)
+            sampler = VllmSampler([server.url], limits, eos_token_ids=POLICY.chat.eos_ids, versions=versions)
+            loop.call(sampler.publish(1, WholeWeights(params, POLICY.config)))
+            figures = agreement.run(loop, sampler, mine, 1)
+            assert 0 < figures["check/mismatch_mean"] < BOUND
+            with pytest.raises(MismatchError, match=r"does not serve the trainer's weights of version 1: .* vllm.max_mismatch allows 0.02"):
+                agreement.run(loop, sampler, wrong, 1)
+            with pytest.raises(MismatchError, match=r"after publishing weights of version 2 the sampler answers with version \[1\]"):
+                agreement.run(loop, sampler, mine, 2)
+            loop.call(sampler.close())
+            versions.close()
+
+    def test_another_tokenizer(self, server, client):
+        probe = TokenizerProbe("hello", (1, 2, 3))
+        with pytest.raises(SamplerError, match="has another tokenizer than the trainer: of 'hello' it makes"):
+            client(lambda sampler: sampler.connect(probe))
+
+
+def test_a_run_with_a_server_that_is_there(server, tmp_path):
+    """The main job, by URL: versions, the check after each publish, and the trained ids on file."""
+    run = config(urls=(server.url,), python=None)
+    train(run, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        assert line["train/staleness_max"] == 0
+        assert 0 < line["train/mismatch_mean"] < BOUND and 0 < line["check/mismatch_mean"] < BOUND
+        assert line["time/publish_write_seconds"] > 0 and line["time/publish_load_seconds"] > 0
+    read = records.read_records(tmp_path / "run" / "trajectories" / "train-000002.jsonl.gz").records
+    assert {v for r in read for v in r.trajectory.weight_versions_C[r.trajectory.sampled_C].tolist()} == {1}
+    assert not list((tmp_path / "run").glob("weights/0*"))
+
+
+class TestBadInput:
+    """One clear line each, before the first rollout."""
+
+    def error(self, capsys: pytest.CaptureFixture[str], tmp_path: Path, *overrides: str) -> str:
+        arguments = [part for override in overrides for part in ("--set", override)]
+        assert main(["--config", "configs/vllm_cpu.py", *arguments, "--run-dir", str(tmp_path / "run")]) == 2
+        return capsys.readouterr().err
+
+    def test_a_model_folder_that_is_not_there(self, capsys, tmp_path):
+        assert "model.source 'nowhere': no folder nowhere" in self.error(capsys, tmp_path, "model.source=nowhere")
+
+    def test_an_interpreter_without_vllm(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"sampler 'vllm': .* has no vLLM: vllm.python names the interpreter"):
+            train(config(python=sys.executable), tmp_path / "run")
+
+    def test_nobody_at_the_url(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"sampler 'vllm': http://127.0.0.1:9/version cannot be reached"):
+            train(config(urls=("http://127.0.0.1:9",)), tmp_path / "run")
+
+    def test_a_server_with_too_little_context(self, server, tmp_path):
+        run = config(urls=(server.url,))
+        run = dataclasses.replace(run, rollout=dataclasses.replace(run.rollout, max_completion_tokens=400))
+        with pytest.raises(ConfigError, match="holds 672 tokens of context, episodes may need 912"):
+            train(run, tmp_path / "run")
+
+    @pytest.mark.slow
+    def test_a_model_that_the_server_does_not_know(self, tmp_path):
+        folder = shutil.copytree(POLICY.folder, tmp_path / "model")
+        json_config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**json_config, "architectures": ["NoSuchForCausalLM"]}))
+        plan = dataclasses.replace(server_plan(config(), POLICY), model=folder)
+        server = VllmServer(plan, tmp_path / "vllm.log")
+        with pytest.raises(ServerError, match=r"(?s)vLLM ended with status \d+; its last lines .*NoSuchForCausalLM"):
+            server.wait(600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_server_started_by_hand_serves_and_dies_with_whoever_started_it(tmp_path, how):
+    log = tmp_path / "vllm.log"
+    command = [sys.executable, "-m", "jaxgrpo.samplers.vllm_server", "--config", "configs/vllm_cpu.py", "--log", str(log)]
+    starter = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "JAXGRPO_VLLM_PYTHON": PYTHON})
+    assert starter.stdout is not None
+    url = re.search(r"serving at (http://\S+)", starter.stdout.readline())
+    assert url is not None, log.read_text()[-2000:]
+    group = _session_of_server(starter.pid)
+    assert len(group) >= 3
+    starter.send_signal(how)
+    starter.wait()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in group):
+        assert time.monotonic() < deadline, "vLLM outlived whoever started it"
+        time.sleep(0.2)
+
+
+def _session_of_server(starter: int) -> list[int]:
+    """The process ids of everything that the starter's watchdog runs, itself included."""
+    children: Sequence[int] = [starter]
+    found: list[int] = []
+    while children:
+        children = [int(child) for pid in children for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        found += children
+    return found
