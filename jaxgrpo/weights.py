@@ -1,9 +1,9 @@
 """Publishing: the policy's weights as orbax shards, each trainer process its own, for servers in other processes.
 
-What is written is what is stored: the flat shards, cast on the device that holds them, a piece at a time. Nothing is gathered, transposed or
-compressed; whoever reads cuts out the tensors (jaxgrpo.weight_manifest describes the format, jaxgrpo.weight_reader reads it). Orbax writes
-whole leaves only from whole arrays, so, as in jaxgrpo.orbax_io, descriptions of leaves are saved through its extension point for leaves of
-one's own type, which also takes the checksums while a piece is at hand.
+What is written is what is stored: the flat shards, cast on the device that holds them, a piece at a time. Nothing is gathered, transposed
+or compressed; whoever reads cuts out the tensors (jaxgrpo.weight_manifest describes the format, jaxgrpo.weight_reader reads it). Orbax
+writes whole leaves only from whole arrays, so, as in jaxgrpo.orbax_io, descriptions of leaves are saved through its extension point for
+leaves of one's own type, which also takes the checksums while a piece is at hand.
 """
 
 import asyncio

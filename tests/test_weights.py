@@ -23,13 +23,13 @@ from jaxgrpo.model import ModelConfig, Params, param_shapes
 from jaxgrpo.sharding import Layout, make_layout, make_mesh, store
 from jaxgrpo.weight_manifest import Manifest, StoredArray, StoredTensor, WeightError, read_manifest
 from jaxgrpo.weight_reader import check_fit, read_tensors
+from tests.weight_damage import BIAS, DAMAGES
 
 TINY = ModelConfig(
     vocab_size=13, width=7, layers=3, heads=2, kv_heads=1, head_size=2, mlp_width=5, context_length=32, rope_theta=10000.0,
     norm_epsilon=1e-6, tied_embeddings=False,
 )  # fmt: skip
 SHAPES = {tensor.name: tensor.shape for tensor in hf_mapping.hf_tensors(TINY)}
-BIAS = "layers.attention.q.bias"
 
 
 def random_params(seed: int = 0) -> Params:
@@ -129,59 +129,6 @@ def test_the_size_of_a_version() -> None:
     values = sum(int(np.prod(shape)) for shape in SHAPES.values())
     assert weights.published_bytes(layout) == 2 * values
     assert weights.published_bytes(layout, jnp.float32) == 4 * values
-
-
-def edit(folder: Path, change: Any) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-def chunk(folder: Path, array: str = BIAS) -> Path:
-    return next(path for path in (folder / "params" / array / "c").rglob("*") if path.is_file())
-
-
-def flip(folder: Path) -> None:
-    data = bytearray(chunk(folder).read_bytes())
-    data[3] ^= 1
-    chunk(folder).write_bytes(data)
-
-
-def shorten(folder: Path) -> None:
-    chunk(folder).write_bytes(chunk(folder).read_bytes()[:-2])
-
-
-def exchange(folder: Path) -> None:
-    a, b = (chunk(folder, f"layers.mlp.{name}.kernel") for name in ("up", "gate"))
-    first, second = a.read_bytes(), b.read_bytes()
-    a.write_bytes(second)
-    b.write_bytes(first)
-
-
-def rename_tensor(manifest: dict) -> None:
-    manifest["tensors"]["model.norms.weight"] = manifest["tensors"].pop("model.norm.weight")
-
-
-def other_shape(manifest: dict) -> None:
-    manifest["tensors"]["model.norm.weight"]["shape"] = [6]
-
-
-DAMAGES = {
-    "no folder": (shutil.rmtree, "is no folder"),
-    "no manifest": (lambda f: (f / "manifest.json").unlink(), "has no manifest.json: its weights are not published"),
-    "half a manifest": (lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text()[:200]), "is damaged: JSONDecodeError"),
-    "another format": (lambda f: edit(f, lambda m: m.update(format=2)), "it is of format 2, this program reads format 1"),
-    "another version": (lambda f: edit(f, lambda m: m.update(version=6)), "holds version 6, version 7 was asked for"),
-    "a tensor of another name": (lambda f: edit(f, rename_tensor), r"missing: model\.norm\.weight; unknown: model\.norms\.weight"),
-    "a tensor less": (lambda f: edit(f, lambda m: m["tensors"].pop("lm_head.weight")), r"missing: lm_head\.weight"),
-    "another shape": (lambda f: edit(f, other_shape), r"of another shape: model\.norm\.weight \(6,\) for \(7,\)"),
-    "another type": (lambda f: edit(f, lambda m: m["arrays"]["norm.scale"].update(dtype="float32")), r"not bfloat16: model\.norm\.weight"),
-    "no array": (lambda f: shutil.rmtree(f / "params" / BIAS), f"{BIAS} cannot be opened"),
-    "no chunk": (lambda f: chunk(f).unlink(), f"{BIAS} cannot be read"),
-    "a short chunk": (shorten, f"{BIAS} cannot be read"),
-    "a bit": (flip, rf"{BIAS} is damaged: the checksum of elements 0:4 of a row"),
-    "two arrays exchanged": (exchange, r"layers\.mlp\.\w+\.kernel is damaged"),
-}
 
 
 @pytest.mark.parametrize("name", DAMAGES)

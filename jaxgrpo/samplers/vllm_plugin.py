@@ -1,13 +1,13 @@
 """What runs inside vLLM: a weight-transfer backend named `orbax`, registered through the entry point `vllm.general_plugins`.
 
     vllm ... --weight-transfer-config '{"backend": "orbax"}'
-    POST /start_weight_update, POST /update_weights {"update_info": {"path": "/dev/shm/.../000007", "version": 7}}, POST /finish_weight_update
+    POST /start_weight_update, /update_weights {"update_info": {"path": "/dev/shm/.../000007", "version": 7}}, /finish_weight_update
 
 All or nothing. Everything happens in `update_weights`, in three stages: the manifest against the served model, every array into memory and
-against its checksums, and only then the model's parameters, through vLLM's own layerwise reload. A failure in the first two changes nothing.
-One in the third puts the previous version back, read again from its folder, or, when that cannot be done, ends the worker: a mixture
-never serves. The workers of a tensor-parallel server vote after each stage, so that they go on, or back, together; each of them reads all
-arrays, and vLLM's loaders take its part.
+against its checksums, and only then the model's parameters, through vLLM's own layerwise reload. A failure in the first two changes
+nothing. One in the third puts the previous version back, read again from its folder, or, when that cannot be done, ends the worker: a
+mixture never serves. The workers of a tensor-parallel server vote after each stage, so that they go on, or back, together; each of them
+reads all arrays, and vLLM's loaders take its part.
 
 No JAX here. vLLM's rules that shape this file: `start_weight_update` must leave the model servable, for a client may never come back; a
 raise in `finish_weight_update` would leave the session open for ever; a raise in `update_weights` ends it.

@@ -1,0 +1,133 @@
+"""Publishing and loading weights beside `cp` of the same bytes: python -m benchmarks.weights MODEL [--python VLLM_PYTHON] [--root DIR ...]
+
+The model's weights are held as a trainer holds them, in float32 shards, published in bfloat16 under each ROOT, and read back with all
+checks; with `--python`, the interpreter of vLLM's environment, a server of the model loads them too, and says how long it took. Seconds,
+the median of the rounds. `write` includes the cast and the checksums; the copy is `cp` of a file of the same size under the same ROOT.
+"""
+
+import argparse
+import asyncio
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgrpo import weights
+from jaxgrpo.model import ModelConfig, Params
+from jaxgrpo.pretrained import load_params
+from jaxgrpo.samplers.vllm_http import Connection
+from jaxgrpo.samplers.vllm_server import ServerPlan, VllmServer
+from jaxgrpo.sharding import make_layout, make_mesh, store
+from jaxgrpo.weight_manifest import read_manifest
+from jaxgrpo.weight_reader import read_tensors
+
+
+def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = function(*arguments)
+    return time.perf_counter() - start, result
+
+
+def checksums(tensors: dict[str, tuple[np.ndarray, bool]]) -> None:
+    for array, _ in tensors.values():
+        zlib.crc32(array.reshape(-1).view(np.uint8).data)
+
+
+class Bench:
+    """A model's weights as the trainer holds them."""
+
+    def __init__(self, model: Path, devices: int):
+        self.config = ModelConfig.from_folder(model)
+        self.mesh, self.layout = make_mesh(jax.devices()[:devices]), make_layout(self.config, devices)
+        self.params: Params = jax.block_until_ready(store(load_params(model, dtype="float32"), self.layout, self.mesh))
+        self.bytes = weights.published_bytes(self.layout)
+
+    def publish(self, root: Path, version: int) -> Path:
+        return weights.publish_weights(self.params, self.layout, self.mesh, self.config, version, root)
+
+    def round(self, root: Path, version: int) -> dict[str, float]:
+        """Copy, write, read, each of the same bytes."""
+        source, target = root / "source", root / "copy"
+        if not source.exists():
+            source.write_bytes(np.random.default_rng(0).bytes(self.bytes))
+        copy, _ = timed(lambda: subprocess.run(["cp", str(source), str(target)], check=True))
+        target.unlink()
+        write, folder = timed(self.publish, root, version)
+        read, tensors = timed(lambda: read_tensors(folder, read_manifest(folder, version)))
+        check, _ = timed(checksums, tensors)
+        return {"copy": copy, "write": write, "read and check": read, "(checksums alone, one thread)": check}
+
+
+async def load(url: str, folder: Path, version: int) -> float:
+    """Freeze, load, go on; the seconds that generation stood still."""
+    connection = Connection(url, None, 4)
+    try:
+        start = time.perf_counter()
+        await connection.pause(600)
+        await connection.update_weights(str(folder), version, 600)
+        await connection.resume()
+        return time.perf_counter() - start
+    finally:
+        await connection.close()
+
+
+def serve(bench: Bench, server: VllmServer, root: Path, version: int) -> dict[str, float]:
+    """The server's own figures for one version."""
+    stopped = asyncio.run(load(server.url, weights.version_folder(root, version), version))
+    stages = re.findall(r"read and checked in ([\d.]+) s, applied in ([\d.]+) s", server.log.read_text())[-1]
+    return {"server: read and check": float(stages[0]), "server: apply": float(stages[1]), "server: frozen": stopped}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.weights", description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--python", help="the interpreter of vLLM's environment")
+    parser.add_argument("--root", type=Path, action="append", help="default: shared memory, and the temporary folder")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--devices", type=int, default=1)
+    args = parser.parse_args()
+    bench = Bench(args.model, args.devices)
+    print(f"{bench.bytes / 1e9:.3f} GB in bfloat16, {args.devices} device(s), median of {args.rounds} rounds")
+    with tempfile.TemporaryDirectory() as logs:
+        server = None
+        if args.python:
+            server = VllmServer(ServerPlan(args.python, args.model, 512, 4, cache_bytes=2**26), Path(logs) / "vllm.log")
+        try:
+            if server is not None:
+                server.wait(900)
+            for parent in args.root or [weights.SHARED_MEMORY, Path(tempfile.gettempdir())]:
+                with tempfile.TemporaryDirectory(dir=parent) as root:
+                    report(parent, [one_round(bench, server, Path(root), version) for version in range(1, args.rounds + 1)])
+        finally:
+            if server is not None:
+                server.close()
+
+
+def one_round(bench: Bench, server: VllmServer | None, root: Path, version: int) -> dict[str, float]:
+    found = bench.round(root, version)
+    if server is not None:
+        found |= serve(bench, server, root, version)
+    weights.remove_version(root, version - 1)
+    return found
+
+
+def report(parent: Path, rounds: list[dict[str, float]]) -> None:
+    median = {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
+    read = median.get("server: read and check", median["read and check"])
+    print(f"\n{parent}")
+    for name, seconds in median.items():
+        print(f"  {name:32s} {seconds:6.2f} s")
+    print(f"  {'(write + read and check) / copy':32s} {(median['write'] + read) / median['copy']:6.2f}")
+
+
+if __name__ == "__main__":
+    main()

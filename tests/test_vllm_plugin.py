@@ -1,0 +1,256 @@
+"""The weight-transfer backend inside a real vLLM server, whose interpreter JAXGRPO_VLLM_PYTHON names.
+
+What is compared: log-probabilities of tokens that the server samples, with the trainer's own float32 forward of the published (bfloat16)
+weights, and with themselves, bit by bit, when the same weights come back.
+"""
+
+import asyncio
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgrpo import weights
+from jaxgrpo.model import ModelConfig, Params, cast_to, forward, head_table, init_params
+from jaxgrpo.pretrained import save_hf
+from jaxgrpo.samplers.vllm_http import Connection, RefusedError
+from jaxgrpo.samplers.vllm_server import ServerPlan, VllmServer
+from jaxgrpo.sharding import make_layout, make_mesh, store
+from tests.byte_chat import byte_tokenizer
+from tests.training import CONFIG_JSON
+from tests.weight_damage import DAMAGES
+
+PYTHON = os.environ.get("JAXGRPO_VLLM_PYTHON", "")
+pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not PYTHON, reason="JAXGRPO_VLLM_PYTHON names no interpreter"), pytest.mark.timeout(900)]
+
+SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}  # vLLM's CPU kernels want heads of 32 at least
+PROMPTS = [list(range(5, 45)), list(range(60, 90))]
+TOKENS = 12
+BOUND = 0.02
+"""Mean absolute difference of log-probabilities between a bfloat16 server and a float32 forward."""
+
+
+class Serving:
+    """A server of a tiny model, and what a test does with it."""
+
+    def __init__(self, folder: Path, tied: bool, *arguments: str):
+        self.folder = folder
+        json_config = {**CONFIG_JSON, **SIZES, "tie_word_embeddings": tied}
+        self.config = ModelConfig.from_hf(json_config)
+        skeleton = folder / "skeleton"
+        skeleton.mkdir()
+        byte_tokenizer().save_pretrained(skeleton)
+        (skeleton / "config.json").write_text(json.dumps(json_config))
+        save_hf(self.params(0), skeleton, folder / "model")
+        ours = ("--worker-extension-cls", "tests.vllm_faults.Faults", "--enforce-eager")
+        plan = ServerPlan(PYTHON, folder / "model", 256, 4, cache_bytes=2**26, arguments=(*ours, *arguments))
+        self.server = VllmServer(plan, folder / "vllm.log")
+        self.published = 0
+
+    def params(self, seed: int) -> Params:
+        """Random weights, larger than usual, so that what is served shows in every log-probability."""
+        params = jax.tree.map(np.array, init_params(self.config, jax.random.key(seed)))
+        params["embed"]["embedding"] *= 4
+        for part in params["layers"].values():
+            for weights_of in part.values():
+                if isinstance(weights_of, dict):
+                    weights_of["kernel"] *= 4
+        return params
+
+    def publish(self, params: Params, devices: int = 1) -> Path:
+        """The next version, written but not loaded."""
+        self.published += 1
+        mesh, layout = make_mesh(jax.devices()[:devices]), make_layout(self.config, devices)
+        return weights.publish_weights(store(params, layout, mesh), layout, mesh, self.config, self.published, self.folder / "weights")
+
+    def talk(self, conversation: Callable[[Connection], Any]) -> Any:
+        async def talked() -> Any:
+            connection = Connection(self.server.url, None, 4)
+            try:
+                return await conversation(connection)
+            finally:
+                await connection.close()
+
+        return asyncio.run(talked())
+
+    def load(self, folder: Path, version: int | None = None) -> None:
+        """What the client does. Raises RefusedError when the server keeps its weights."""
+
+        async def conversation(connection: Connection) -> None:
+            await connection.pause(60)
+            try:
+                await connection.update_weights(str(folder), version or int(folder.name), 120)
+            finally:
+                await connection.resume()
+
+        self.talk(conversation)
+
+    def sampled(self) -> list[dict[str, Any]]:
+        async def conversation(connection: Connection) -> list[dict[str, Any]]:
+            sampling = {"temperature": 1.0, "max_tokens": TOKENS, "logprobs": 0, "seed": 1, "ignore_eos": True}
+            return [await connection.generate(prompt, sampling, 120) for prompt in PROMPTS]
+
+        return self.talk(conversation)
+
+    def answers(self) -> list[tuple[list[int], list[float]]]:
+        """Sampled tokens and their log-probabilities: a function of the weights."""
+        return [(choice["token_ids"], [entry["logprob"] for entry in choice["logprobs"]["content"]]) for choice in self.sampled()]
+
+    def version(self) -> str:
+        return self.talk(lambda connection: connection.weight_version())
+
+    def fail_in_next_apply(self, after: int, rank: int = 0) -> None:
+        body = {"method": "fail_in_next_apply", "kwargs": {"after": after, "rank": rank}}
+        self.talk(lambda connection: connection._call("POST", "/collective_rpc", body))
+
+    def mismatch(self, params: Params) -> float:
+        """Mean absolute difference between the server's log-probabilities and the trainer's."""
+        differences = []
+        for prompt, (tokens, logprobs) in zip(PROMPTS, self.answers(), strict=True):
+            ids = np.array(prompt + tokens)
+            trainer = trainer_logprobs(self.config, params, ids)[-len(tokens) :]
+            differences.append(np.abs(trainer - np.array(logprobs)))
+        return float(np.mean(differences))
+
+
+def trainer_logprobs(config: ModelConfig, params: Params, ids_T: np.ndarray) -> np.ndarray:
+    """Of each token after the first, by the weights as they are published."""
+    rounded = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.bfloat16).astype(jnp.float32), params)
+    hidden_TD = forward(config, rounded, ids_T[None], load=cast_to(jnp.float32))[0]
+    logprobs_TV = jax.nn.log_softmax(hidden_TD @ head_table(rounded).T)
+    return np.asarray(logprobs_TV)[np.arange(len(ids_T) - 1), ids_T[1:]]
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    yield from serving(tmp_path_factory.mktemp("tied"), True)
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    yield from serving(tmp_path_factory.mktemp("parallel"), False, "--tensor-parallel-size", "2")
+
+
+def serving(folder: Path, tied: bool, *arguments: str) -> Iterator[Serving]:
+    server = Serving(folder, tied, *arguments)
+    try:
+        server.server.wait(300)
+        server.load(server.publish(server.params(0)))
+        yield server
+    finally:
+        server.server.close()
+
+
+def change_embedding(params: Params) -> None:
+    params["embed"]["embedding"] = params["embed"]["embedding"][::-1].copy()
+
+
+def change_layers(params: Params) -> None:
+    for path in (("attention", "q"), ("attention", "o"), ("mlp", "down")):
+        kernel = params["layers"][path[0]][path[1]]["kernel"]
+        kernel[:] = kernel[::-1]
+
+
+def change_small_ones(params: Params) -> None:
+    params["norm"]["scale"] *= 1.5
+    params["layers"]["input_norm"]["scale"] *= 0.5
+    params["layers"]["attention"]["v"]["bias"] += 0.5
+
+
+@pytest.mark.parametrize("change", [change_embedding, change_layers, change_small_ones])
+def test_new_weights_are_served_and_old_ones_come_back_bit_for_bit(tied: Serving, change: Callable[[Params], None]) -> None:
+    first, changed = tied.params(0), tied.params(0)
+    change(changed)
+    tied.load(tied.publish(first))
+    before, mismatch = tied.answers(), tied.mismatch(first)
+    folder = tied.publish(changed, 3)
+    tied.load(folder)
+    assert tied.version() == str(tied.published)
+    assert all(span["version"] == str(tied.published) for choice in tied.sampled() for span in choice["weight_versions"])
+    after = tied.mismatch(changed)
+    print(f"\n{change.__name__}: mismatch {mismatch:.4f}, changed {after:.4f}, of the other weights {tied.mismatch(first):.4f}")
+    assert mismatch < BOUND and after < BOUND and tied.mismatch(first) > 5 * BOUND
+    tied.load(tied.publish(first))
+    assert tied.answers() == before
+
+
+def test_the_writers_devices_do_not_matter(tied: Serving) -> None:
+    params, answers = tied.params(1), []
+    for devices in (1, 3, 4):
+        tied.load(tied.publish(tied.params(0)))
+        tied.load(tied.publish(params, devices))
+        answers.append(tied.answers())
+    assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_weights_change_nothing(tied: Serving, name: str) -> None:
+    tied.load(tied.publish(tied.params(0)))
+    before, version = tied.answers(), tied.version()
+    folder = tied.publish(tied.params(1))
+    named_seven = folder.with_name("000007")
+    shutil.rmtree(named_seven, ignore_errors=True)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 7}))
+    folder.rename(named_seven)
+    DAMAGES[name][0](named_seven)
+    with pytest.raises(RefusedError) as refusal:
+        tied.load(named_seven, 7)
+    print(f"\n| {name} | {refusal.value} | version {tied.version()}, bit-identical {tied.answers() == before} |")
+    assert tied.answers() == before and tied.version() == version
+    tied.load(tied.publish(tied.params(1)))
+    assert tied.mismatch(tied.params(1)) < BOUND
+
+
+@pytest.mark.parametrize("after", [0, 1, 6, 20])
+def test_a_failure_half_way_puts_the_old_version_back(tied: Serving, after: int) -> None:
+    tied.load(tied.publish(tied.params(0)))
+    before, version = tied.answers(), tied.version()
+    folder = tied.publish(tied.params(1))
+    tied.fail_in_next_apply(after)
+    with pytest.raises(RefusedError, match="the one before it was put back"):
+        tied.load(folder)
+    assert tied.answers() == before and tied.version() == version
+    tied.load(folder)
+    assert tied.mismatch(tied.params(1)) < BOUND
+
+
+def test_workers_of_a_parallel_server_take_their_parts(parallel: Serving) -> None:
+    parallel.load(parallel.publish(parallel.params(1), 3))
+    assert parallel.mismatch(parallel.params(1)) < BOUND
+
+
+def test_workers_of_a_parallel_server_go_back_together(parallel: Serving) -> None:
+    parallel.load(parallel.publish(parallel.params(0)))
+    before = parallel.answers()
+    folder = parallel.publish(parallel.params(1))
+    parallel.fail_in_next_apply(5, rank=1)
+    with pytest.raises(RefusedError):
+        parallel.load(folder)
+    assert parallel.answers() == before
+    parallel.load(folder)
+    assert parallel.mismatch(parallel.params(1)) < BOUND
+
+
+def test_a_worker_that_cannot_go_back_ends(tmp_path: Path) -> None:
+    server = Serving(tmp_path, True)
+    try:
+        server.server.wait(300)
+        folder = server.publish(server.params(0))
+        server.load(folder)
+        shutil.rmtree(folder)
+        server.fail_in_next_apply(6)
+        with pytest.raises(Exception, match=r"cannot be reached|answered 5"):
+            server.load(server.publish(server.params(1)))
+        with pytest.raises(Exception, match=r"cannot be reached|answered 5"):
+            server.answers()
+        assert "rather than serve a mixture" in (tmp_path / "vllm.log").read_text()
+    finally:
+        server.server.close()
