@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import os
+import secrets
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -29,7 +30,6 @@ from jaxgrpo.update import Update
 from jaxgrpo.weights import WeightFolder, publish_weights, published_bytes
 
 _PROBE_TEXT = 'Call the tool: {"name": "añadir", "arguments": {"x": -12.5}}\n\n<tool_call> done 你好'
-_CHECK_TOKENS = 16
 _CHECK_SAMPLES = 4
 
 
@@ -106,9 +106,10 @@ def _vllm(
     v = config.vllm
     versions = _version_folder(v.weights_folder, folder, policy.config)
     stack.callback(versions.close)
-    server = None
+    server, key = None, os.environ.get(KEY_VARIABLE)
     if not v.urls:
-        server = VllmServer(server_plan(config, policy), folder / "vllm.log")
+        key = key or secrets.token_urlsafe(32)  # the routes that change weights are nobody else's on this host either
+        server = VllmServer(server_plan(config, policy), folder / "vllm.log", key)
         stack.callback(server.close)
         server.wait(v.start_seconds)
     sampler = VllmSampler(
@@ -116,7 +117,7 @@ def _vllm(
         VllmLimits(v.max_requests, _context_tokens(config), v.request_seconds, v.publish_seconds, v.retries),
         eos_token_ids=policy.chat.eos_ids,
         versions=versions,
-        api_key=os.environ.get(KEY_VARIABLE),
+        api_key=key,
         failure=(lambda: None) if server is None else server.failure,
     )
     stack.callback(lambda: loop.call(sampler.close()))
@@ -171,6 +172,7 @@ class AgreementCheck:
     prompt_ids_P: np.ndarray
     temperature: float
     bound: float
+    tokens: int = 16
 
     def run(self, loop: EventLoopThread, sampler: Sampler, params: Params, version: int) -> dict[str, float]:
         """The mean and the largest difference of log-probabilities; `params` are the trainer's stored weights, published as `version`.
@@ -196,7 +198,7 @@ class AgreementCheck:
     async def _generate(self, sampler: Sampler, version: int) -> list[Generation]:
         group, prompt = f"check-{version}", self.prompt_ids_P
         requests = [
-            SamplingRequest(group, f"{group}/{i}", prompt, len(prompt), _CHECK_TOKENS, seed=i, temperature=self.temperature)
+            SamplingRequest(group, f"{group}/{i}", prompt, len(prompt), self.tokens, seed=i, temperature=self.temperature)
             for i in range(_CHECK_SAMPLES)
         ]
         generations = await asyncio.gather(*[sampler.generate(request) for request in requests])
@@ -206,7 +208,7 @@ class AgreementCheck:
 
     def _batch(self, generations: Sequence[Generation]) -> GroupBatch:
         """One group of all generations, repeated for every device."""
-        n, g, c = self.update.mesh.size, len(generations), _CHECK_TOKENS
+        n, g, c = self.update.mesh.size, len(generations), self.tokens
         rows_GC = np.stack([np.pad(generation.token_ids_T, (0, c - len(generation.token_ids_T))) for generation in generations])
         lengths_G = np.array([len(generation.token_ids_T) for generation in generations], np.int32)
         prompt_P = np.pad(self.prompt_ids_P, (0, -len(self.prompt_ids_P) % 128))

@@ -103,7 +103,8 @@ class Training:
             return None
         opening = self.config.environment.create(self.tasks[0]).observe()
         prompt_ids_P = self.policy.chat.opening(opening.messages, opening.tools)
-        return AgreementCheck(self.update, prompt_ids_P, self.config.rollout.temperature, self.config.vllm.max_mismatch)
+        r = self.config.rollout
+        return AgreementCheck(self.update, prompt_ids_P, r.temperature, self.config.vllm.max_mismatch, min(r.max_completion_tokens, 16))
 
     @property
     def weights(self) -> StoredWeights:
@@ -185,6 +186,7 @@ class Training:
         seconds = self.clock.take()
         played = rollout_metrics(result, self.skipped, self.version - 1, seconds)
         metrics = played | update_metrics(batches, reports, self.update.compilations, seconds) | self.served
+        metrics["time/check_seconds"] = seconds["check"]
         self.skipped = []
         self.recorder.record(self.state.step, metrics)
         self.view.step(self.state.step, metrics)

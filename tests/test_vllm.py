@@ -42,6 +42,7 @@ PYTHON = os.environ.get("JAXGRPO_VLLM_PYTHON", "")
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not PYTHON, reason="JAXGRPO_VLLM_PYTHON names no interpreter"), pytest.mark.timeout(900)]
 
 BOUND = 0.02
+KEY = "the key of these tests"
 
 
 def config(**vllm: Any) -> Config:
@@ -77,7 +78,7 @@ def other(params: Params) -> Params:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
-    started = VllmServer(server_plan(config(), POLICY), tmp_path_factory.mktemp("vllm") / "vllm.log")
+    started = VllmServer(server_plan(config(), POLICY), tmp_path_factory.mktemp("vllm") / "vllm.log", KEY)
     try:
         started.wait(600)
         yield started
@@ -98,7 +99,8 @@ class Client:
         async def run() -> Any:
             versions = WeightFolder(self.folder, 2**23)
             limits = VllmLimits(64, 672, 300.0, 120.0, 1)
-            sampler = VllmSampler([self.server.url], limits, eos_token_ids=self.eos, versions=versions, failure=self.server.failure)
+            urls, failure = [self.server.url], self.server.failure
+            sampler = VllmSampler(urls, limits, eos_token_ids=self.eos, versions=versions, api_key=KEY, failure=failure)
             try:
                 await sampler.publish(1, WholeWeights(self.params, POLICY.config))
                 return await body(sampler)
@@ -289,7 +291,7 @@ class TestAgreement:
         with EventLoopThread() as loop:
             versions = WeightFolder(tmp_path, 2**23)
             limits = VllmLimits(64, 672, 300.0, 120.0, 1)
-            sampler = VllmSampler([server.url], limits, eos_token_ids=POLICY.chat.eos_ids, versions=versions)
+            sampler = VllmSampler([server.url], limits, eos_token_ids=POLICY.chat.eos_ids, versions=versions, api_key=KEY)
             loop.call(sampler.publish(1, WholeWeights(params, POLICY.config)))
             figures = agreement.run(loop, sampler, mine, 1)
             assert 0 < figures["check/mismatch_mean"] < BOUND
@@ -306,8 +308,9 @@ class TestAgreement:
             client(lambda sampler: sampler.connect(probe))
 
 
-def test_a_run_with_a_server_that_is_there(server, tmp_path):
+def test_a_run_with_a_server_that_is_there(server, tmp_path, monkeypatch):
     """The main job, by URL: versions, the check after each publish, and the trained ids on file."""
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
     run = config(urls=(server.url,), python=None)
     train(run, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -340,7 +343,13 @@ class TestBadInput:
         with pytest.raises(ConfigError, match=r"sampler 'vllm': http://127.0.0.1:9/version cannot be reached"):
             train(config(urls=("http://127.0.0.1:9",)), tmp_path / "run")
 
-    def test_a_server_with_too_little_context(self, server, tmp_path):
+    def test_another_key(self, server, tmp_path, monkeypatch):
+        monkeypatch.setenv("VLLM_API_KEY", "another")
+        with pytest.raises(ConfigError, match="/version answered 401: this server wants the key that it was started with"):
+            train(config(urls=(server.url,)), tmp_path / "run")
+
+    def test_a_server_with_too_little_context(self, server, tmp_path, monkeypatch):
+        monkeypatch.setenv("VLLM_API_KEY", KEY)
         run = config(urls=(server.url,))
         run = dataclasses.replace(run, rollout=dataclasses.replace(run.rollout, max_completion_tokens=400))
         with pytest.raises(ConfigError, match="holds 672 tokens of context, episodes may need 912"):

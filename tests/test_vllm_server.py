@@ -41,9 +41,8 @@ def value(command: list[str], option: str) -> str:
 
 
 class TestCommand:
-    def test_on_a_cpu(self, monkeypatch):
-        monkeypatch.delenv("VLLM_API_KEY", raising=False)
-        command = plan(cache_bytes=1000, arguments=("--enforce-eager",)).command(8123)
+    def test_on_a_cpu(self):
+        command = plan(cache_bytes=1000, arguments=("--enforce-eager",)).command(8123, guarded=False)
         assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         expected = {
             "--model": str(Path("model").absolute()), "--host": "127.0.0.1", "--port": "8123", "--max-model-len": "1280",
@@ -56,21 +55,20 @@ class TestCommand:
         assert command[-1] == "--enforce-eager"
         assert "--middleware" not in command and "--gpu-memory-utilization" not in command
 
-    def test_on_gpus_by_hand_with_a_key(self, monkeypatch):
-        monkeypatch.setenv("VLLM_API_KEY", "secret")
-        command = plan(gpus=(2, 3), gpu_memory=0.8, own_weights=True).command(8123)
+    def test_on_gpus_by_hand_with_a_key(self):
+        command = plan(gpus=(2, 3), gpu_memory=0.8, own_weights=True).command(8123, guarded=True)
         assert value(command, "--tensor-parallel-size") == "2" and value(command, "--gpu-memory-utilization") == "0.8"
         assert value(command, "--load-format") == "auto"
         assert value(command, "--middleware") == "jaxgrpo.samplers.vllm_auth.RequireKey"
-        assert "secret" not in " ".join(command)
         assert "--no-enable-chunked-prefill" not in command
 
     def test_the_device_is_named_among_those_that_the_trainer_may_use(self):
         ours = {"PATH": "/bin", "PYTHONPATH": "/ours", "XLA_FLAGS": "x"}
-        assert plan(gpus=(3,)).environment(ours)["CUDA_VISIBLE_DEVICES"] == "3"
-        assert plan(gpus=(1, 0)).environment({**ours, "CUDA_VISIBLE_DEVICES": "4,GPU-abc"})["CUDA_VISIBLE_DEVICES"] == "GPU-abc,4"
-        on_cpu = plan().environment(ours)
+        assert plan(gpus=(3,)).environment(ours, None)["CUDA_VISIBLE_DEVICES"] == "3"
+        assert plan(gpus=(1, 0)).environment({**ours, "CUDA_VISIBLE_DEVICES": "4,GPU-abc"}, None)["CUDA_VISIBLE_DEVICES"] == "GPU-abc,4"
+        on_cpu = plan().environment({**ours, "VLLM_API_KEY": "old"}, "new")
         assert (on_cpu["CUDA_VISIBLE_DEVICES"], on_cpu["VLLM_SERVER_DEV_MODE"], on_cpu["PATH"]) == ("", "1", "/bin")
+        assert on_cpu["VLLM_API_KEY"] == "new" and "VLLM_API_KEY" not in plan().environment({"VLLM_API_KEY": "old"}, None)
         assert not {"PYTHONPATH", "XLA_FLAGS"} & set(on_cpu)
 
 
@@ -79,7 +77,7 @@ class TestRefusals:
 
     def refused(self, **options) -> str:
         with pytest.raises(ServerError) as error:
-            check_plan(plan(**options))
+            check_plan(plan(**options), None)
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -112,8 +110,7 @@ class TestRefusals:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
         assert "vllm.gpus asks for GPU 1, but 1 GPU(s) are visible" in self.refused(gpus=(1,))
 
-    def test_a_host_that_others_reach_without_a_key(self, monkeypatch):
-        monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    def test_a_host_that_others_reach_without_a_key(self):
         assert "set the environment variable VLLM_API_KEY" in self.refused(host="0.0.0.0")
 
     def test_the_interpreter(self, tmp_path):
@@ -172,7 +169,7 @@ class TestNothingOutlivesTheTrainer:
 
 @pytest.fixture
 def _without_checks(monkeypatch):
-    monkeypatch.setattr(vllm_server, "check_plan", lambda plan: None)
+    monkeypatch.setattr(vllm_server, "check_plan", lambda plan, key: None)
 
 
 @pytest.mark.usefixtures("_without_checks")

@@ -54,8 +54,8 @@ class ServerPlan:
     arguments: tuple[str, ...] = ()
     own_weights: bool = False
 
-    def command(self, port: int) -> list[str]:
-        """vLLM's command line."""
+    def command(self, port: int, guarded: bool) -> list[str]:
+        """vLLM's command line; `guarded` when a key is needed to use it."""
         options = {
             "model": self.model.absolute(),
             "served-model-name": "policy",
@@ -78,14 +78,15 @@ class ServerPlan:
         if self.cache_bytes is not None:
             options["kv-cache-memory-bytes"] = self.cache_bytes
         flags = ["--enable-scale-out", *([] if self.gpus else ["--no-enable-chunked-prefill"])]
-        if KEY_VARIABLE in os.environ:
+        if guarded:
             flags += ["--middleware", f"{RequireKey.__module__}.{RequireKey.__name__}"]
         named = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         return [self.python, "-m", "vllm.entrypoints.openai.api_server", *named, *flags, *self.arguments]
 
-    def environment(self, ours: Mapping[str, str]) -> dict[str, str]:
-        """vLLM's environment, out of this process's own."""
-        theirs = {name: value for name, value in ours.items() if name not in _FOREIGN_VARIABLES}
+    def environment(self, ours: Mapping[str, str], key: str | None) -> dict[str, str]:
+        """vLLM's environment, out of this process's own. The key is in no command line: those can be read by everybody."""
+        theirs = {name: value for name, value in ours.items() if name not in (*_FOREIGN_VARIABLES, KEY_VARIABLE)}
+        theirs |= {} if key is None else {KEY_VARIABLE: key}
         theirs |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         if self.gpus:
             theirs["CUDA_VISIBLE_DEVICES"] = ",".join(_visible_gpu(index, ours) for index in self.gpus)
@@ -97,9 +98,10 @@ class ServerPlan:
 class VllmServer:
     """A server that lives as long as this process, at most: `close` ends it, and so does this process's end, of whatever kind."""
 
-    def __init__(self, plan: ServerPlan, log: Path):
-        """Start it. Raises ServerError for what can be known before; `wait` says whether it came up."""
-        check_plan(plan)
+    def __init__(self, plan: ServerPlan, log: Path, key: str | None = None):
+        """Start it, with a key that every request must carry if one is given. Raises ServerError for what can be known before; `wait` says
+        whether it came up."""
+        check_plan(plan, key)
         port = plan.port or _free_port(plan.host)
         self.url = f"http://{'127.0.0.1' if plan.host in ('0.0.0.0', '::') else plan.host}:{port}"
         self.log = log
@@ -107,11 +109,11 @@ class VllmServer:
         watchdog = str(Path(__file__).with_name("vllm_watchdog.py"))
         with log.open("w") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", watchdog, *plan.command(port)],
+                [sys.executable, "-I", watchdog, *plan.command(port, key is not None)],
                 stdin=subprocess.PIPE,  # its closing, by `close` or by this process's end, is what ends the server
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=plan.environment(os.environ),
+                env=plan.environment(os.environ, key),
                 start_new_session=True,  # Ctrl-C is for this process, which then ends the server in its own time
             )
 
@@ -155,9 +157,9 @@ class VllmServer:
             self._process.wait()
 
 
-def check_plan(plan: ServerPlan) -> None:
+def check_plan(plan: ServerPlan, key: str | None) -> None:
     """Refuse, in one line, what cannot start. Raises ServerError."""
-    if plan.host not in _LOOPBACK and not os.environ.get(KEY_VARIABLE):
+    if plan.host not in _LOOPBACK and not key:
         raise ServerError(
             f"vllm.host is {plan.host}, where others can reach it: set the environment variable {KEY_VARIABLE} to a key, "
             "here and for the trainer"
@@ -254,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.set)
         log = Path(args.log or tempfile.mkstemp(prefix="vllm-", suffix=".log")[1])
-        server = VllmServer(server_plan(config, open_policy(config), own_weights=True), log)
+        server = VllmServer(server_plan(config, open_policy(config), own_weights=True), log, os.environ.get(KEY_VARIABLE))
         try:
             server.wait(config.vllm.start_seconds)
             print(f"serving at {server.url} (log: {log}); Ctrl-C ends it", flush=True)
