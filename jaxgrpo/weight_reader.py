@@ -56,7 +56,8 @@ def _cut(array: np.ndarray, tensor: StoredTensor) -> np.ndarray:
 
 def _read_arrays(folder: Path, wanted: Mapping[str, StoredArray], pool: Executor) -> dict[str, np.ndarray]:
     """Checksums are computed while later arrays are being read."""
-    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})  # nothing is read twice: every version has a folder of its own
+    # no cache, since nothing is read twice: every version has a folder of its own
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": os.cpu_count() or 1}})
     opening = {name: ts.open(_spec(folder / name), read=True, open=True, context=context) for name in wanted}
     reading = {name: _opened(folder / name, opening[name], array).read() for name, array in wanted.items()}
     arrays, checks = {}, []
@@ -73,7 +74,8 @@ def _read_arrays(folder: Path, wanted: Mapping[str, StoredArray], pool: Executor
 
 
 def _spec(folder: Path) -> dict[str, Any]:
-    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder.absolute()}/"}, "fill_missing_data_reads": False}
+    kvstore = {"driver": "file", "path": f"{folder.absolute()}/", "file_io_mode": {"mode": "memmap"}}
+    return {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
 
 
 def _opened(folder: Path, future: Any, wanted: StoredArray) -> ts.TensorStore:

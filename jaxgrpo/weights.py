@@ -12,6 +12,7 @@ import dataclasses
 import fcntl
 import functools
 import getpass
+import itertools
 import json
 import logging
 import shutil
@@ -38,7 +39,7 @@ from jaxgrpo.weight_manifest import MANIFEST, PARAMS, Manifest, StoredArray, Sto
 SHARED_MEMORY = Path("/dev/shm")
 _LOCK = ".jaxgrpo-weights"
 _WRITERS = 4
-_SMALL_BYTES = 2**20
+CHUNK_BYTES = 2**24
 
 _log = logging.getLogger(__name__)
 
@@ -48,8 +49,8 @@ def publish_weights(
 ) -> Path:
     """Write stored weights (jaxgrpo.sharding) as a version's folder under `root`; returns it when it is published, on every process.
 
-    Called by all processes of the trainer, which must all see `root`; `params` must not be donated meanwhile. Host memory: a few pieces
-    (one leaf on one device). Raises FileExistsError when the version is there, WeightError when a weight is not finite.
+    Called by all processes of the trainer, which must all see `root`; `params` must not be donated meanwhile. Memory beyond the
+    weights: a few chunks. Raises FileExistsError when the version is there, WeightError when a weight is not finite.
     """
     leaves = _leaves(params, layout, mesh, np.dtype(dtype))
     folder = version_folder(root, version)
@@ -95,11 +96,24 @@ class _Leaf:
         return self.layout.padded // self.layout.devices
 
     @property
-    def chunk(self) -> tuple[int, ...]:
-        """Of the array on disk: a row on one device, or all rows when they are small."""
-        if not self.layout.stacked:
-            return (self.piece,)
-        return (self.layout.layers if self.piece * self.dtype.itemsize < _SMALL_BYTES else 1, self.piece)
+    def chunk(self) -> tuple[int, int]:
+        """Rows and elements of a chunk on disk: rows while they fit into CHUNK_BYTES, else parts of one row, as equal as they can be."""
+        most = max(1, CHUNK_BYTES // self.dtype.itemsize)
+        if self.piece <= most:
+            return _equal_part(self.layout.layers, most // self.piece) or 1, self.piece
+        return 1, _equal_part(self.piece, most) or self.piece
+
+    @property
+    def starts(self) -> Iterator[tuple[int, int]]:
+        """Row and element, within one device's piece, at which each chunk begins."""
+        rows, elements = self.chunk
+        return itertools.product(range(0, self.layout.layers, rows), range(0, self.piece, elements))
+
+
+def _equal_part(number: int, most: int) -> int | None:
+    """The largest divisor of `number` between `most` / 4 and `most`, if there is one."""
+    least = -(-number // most)
+    return next((number // parts for parts in range(least, 4 * least + 1) if number % parts == 0), None)
 
 
 def _leaves(params: Params, layout: Layout, mesh: Mesh, dtype: np.dtype) -> dict[hf_mapping.Path, _Leaf]:
@@ -166,10 +180,10 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
             loop, writing = asyncio.get_running_loop(), []
             for leaf, info in zip(values, infos, strict=True):
                 store = await ts.open(_spec(leaf, info.path, context))
-                for shard in leaf.value.addressable_shards:
-                    writing.append(loop.run_in_executor(pool, _write_piece, leaf, shard, store))
-            for name, start, rows in await asyncio.gather(*writing):
-                checksums[name][str(start)] = rows
+                for shard, (row, element) in itertools.product(leaf.value.addressable_shards, leaf.starts):
+                    writing.append(loop.run_in_executor(pool, _write_chunk, leaf, shard, row, element, store))
+            for leaf, start, found in await asyncio.gather(*writing):  # in order of rows
+                checksums[leaf.name].setdefault(str(start), []).extend(found)
         write_json(self._checksums_file, checksums)
         return []
 
@@ -179,30 +193,33 @@ def _spec(leaf: _Leaf, path: Any, context: ts.Context) -> ts.Spec:
         # orbax records that zeros are stored too, and then takes a chunk that is not there for a loss
         {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}, "store_data_equal_to_fill_value": True},
     )
-    layout = ts.ChunkLayout(chunk_shape=leaf.chunk)
+    layout = ts.ChunkLayout(chunk_shape=leaf.chunk if leaf.layout.stacked else leaf.chunk[1:])
     spec.update(
         dtype=ts.dtype(leaf.dtype.name), shape=leaf.layout.stored_shape, chunk_layout=layout, context=context, create=True, open=True
     )
     return spec
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _outgoing(piece: Array, dtype: Any) -> tuple[Array, Array]:
-    """The piece as it is published, and whether all of it is finite; on the device where it is."""
-    cast = piece.astype(dtype)
-    return cast, jnp.isfinite(cast).all()
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _outgoing(piece: Array, starts: tuple[int, ...], shape: tuple[int, ...], dtype: Any) -> tuple[Array, Array]:
+    """A chunk of a piece as it is published, and whether all of it is finite, as its sum tells; on the device where it is."""
+    chunk = jax.lax.dynamic_slice(piece, starts, shape).astype(dtype)
+    return chunk, jnp.isfinite(jnp.sum(chunk, dtype=jnp.float32))
 
 
-def _write_piece(leaf: _Leaf, shard: Any, store: ts.TensorStore) -> tuple[str, int, list[int]]:
-    """One device's part of a leaf; returns its name, its first element and the checksum of each of its rows."""
-    cast, finite = _outgoing(shard.data, leaf.dtype)
+def _write_chunk(leaf: _Leaf, shard: Any, row: int, element: int, store: ts.TensorStore) -> tuple[_Leaf, int, list[int]]:
+    """One chunk of one device's piece of a leaf; returns the leaf, the chunk's first element in a row, and the checksums of its rows."""
+    starts, shape = ((row, element), leaf.chunk) if leaf.layout.stacked else ((element,), leaf.chunk[1:])
+    cast, finite = _outgoing(shard.data, starts, shape, leaf.dtype)
     if not bool(finite):
         raise WeightError(f"{leaf.name} holds values that are not finite: the policy is lost, and nothing is published")
-    piece = np.asarray(cast)
-    written = store[shard.index].write(piece, can_reference_source_data_indefinitely=True)
-    rows = [zlib.crc32(row.view(np.uint8).data) for row in piece.reshape(leaf.layout.layers, leaf.piece)]
+    chunk, start = np.asarray(cast), (shard.index[-1].start or 0) + element
+    columns = slice(start, start + shape[-1])
+    place = (slice(row, row + shape[0]), columns) if leaf.layout.stacked else (columns,)
+    written = store[place].write(chunk, can_reference_source_data_indefinitely=True)
+    found = [zlib.crc32(values.view(np.uint8).data) for values in chunk.reshape(leaf.chunk)]
     written.result()
-    return leaf.name, shard.index[-1].start or 0, rows
+    return leaf, start, found
 
 
 def _manifest(folder: Path, leaves: dict[hf_mapping.Path, _Leaf], config: ModelConfig, version: int) -> Manifest:

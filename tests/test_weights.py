@@ -20,7 +20,7 @@ import pytest
 
 from jaxgrpo import hf_mapping, weights
 from jaxgrpo.model import ModelConfig, Params, param_shapes
-from jaxgrpo.sharding import Layout, make_layout, make_mesh, store
+from jaxgrpo.sharding import Layout, LeafLayout, make_layout, make_mesh, store
 from jaxgrpo.weight_manifest import Manifest, StoredArray, StoredTensor, WeightError, read_manifest
 from jaxgrpo.weight_reader import check_fit, read_tensors
 from tests.weight_damage import BIAS, DAMAGES
@@ -67,12 +67,26 @@ def test_what_is_read_is_what_was_published(tmp_path: Path, devices: int) -> Non
     assert_same_bits(read(folder), expected_tensors(params))
 
 
-def test_rows_that_are_large_get_chunks_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "_SMALL_BYTES", 20)
+@pytest.mark.parametrize("chunk_bytes", [20, 60, 200])
+def test_chunks_of_any_size_hold_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+    monkeypatch.setattr(weights, "CHUNK_BYTES", chunk_bytes)
     params = random_params()
     folder = publish(tmp_path, params, 3)
-    assert {path.name for path in (folder / "params" / "layers.mlp.up.kernel" / "c").iterdir()} == {"0", "1", "2"}
     assert_same_bits(read(folder), expected_tensors(params))
+
+
+def test_chunks_are_rows_or_parts_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chunk(leaf: LeafLayout) -> tuple[int, int]:
+        return weights._Leaf("leaf", jnp.zeros(0), leaf, np.dtype(ml_dtypes.bfloat16)).chunk
+
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 2000)
+    assert chunk(LeafLayout((100,), True, 24, 1)) == (8, 100)
+    assert chunk(LeafLayout((100,), True, 24, 2)) == (12, 50)
+    assert chunk(LeafLayout((1000,), True, 24, 1)) == (1, 1000)
+    assert chunk(LeafLayout((300, 10), True, 24, 1)) == (1, 1000)
+    assert chunk(LeafLayout((300, 10), False, 1, 1)) == (1, 1000)
+    assert chunk(LeafLayout((10007,), False, 1, 1)) == (1, 10007)  # a prime number is not cut into single elements
+    assert chunk(LeafLayout((10,), True, 101, 1)) == (1, 10)
 
 
 def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
