@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,14 @@ def prompt(index: int = 0) -> np.ndarray:
     suite = Warehouse()
     opening = suite.create(suite.tasks("train")[index]).observe()
     return POLICY.chat.opening(opening.messages, opening.tools)
+
+
+def generated_tokens(server: VllmServer) -> float:
+    """All that the server has ever generated, by its own count."""
+    asked = urllib.request.Request(f"{server.url}/metrics", headers={"Authorization": f"Bearer {KEY}"})
+    with urllib.request.urlopen(asked) as response:
+        counts = re.findall(r"^vllm:generation_tokens_total\S* (\S+)$", response.read().decode(), re.MULTILINE)
+    return sum(map(float, counts))
 
 
 def request(**options: Any) -> SamplingRequest:
@@ -242,11 +251,13 @@ class TestPublishing:
 
     def test_turns_in_flight_go_on_under_the_new_weights(self, client, params, other):
         client.eos = ()
-        requests = [request(max_tokens=150, seed=seed) for seed in range(6)]
+        requests = [request(max_tokens=400, seed=seed) for seed in range(6)]
+        before = generated_tokens(client.server)
 
         async def body(sampler: VllmSampler) -> list[Generation]:
             running = [asyncio.create_task(sampler.generate(r)) for r in requests]
-            await asyncio.sleep(0.5)
+            while generated_tokens(client.server) < before + 100:
+                await asyncio.sleep(0.02)
             await sampler.publish(2, WholeWeights(other, POLICY.config))
             return [await task for task in running]
 
@@ -254,8 +265,8 @@ class TestPublishing:
         for r, generation in zip(requests, client(body), strict=True):
             versions_T = generation.weight_versions_T
             first = int((versions_T == 1).sum())
-            assert versions_T.tolist() == [1] * first + [2] * (150 - first)
-            mixed += 0 < first < 150
+            assert versions_T.tolist() == [1] * first + [2] * (400 - first)
+            mixed += 0 < first < 400
             for tree, version in ((params, 1), (other, 2)):  # each token is of the weights that it names, keys before it included
                 mine = versions_T == version
                 if mine.any():
