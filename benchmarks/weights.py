@@ -100,7 +100,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as logs:
         server = None
         if args.python:
-            server = VllmServer(ServerPlan(args.python, args.model, 512, 4, cache_bytes=2**26), Path(logs) / "vllm.log")
+            server = VllmServer(
+                ServerPlan(args.python, args.model, 512, 4, cache_bytes=2**26, arguments=("--enforce-eager",)), Path(logs) / "vllm.log"
+            )
         try:
             if server is not None:
                 server.wait(900)

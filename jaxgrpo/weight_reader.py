@@ -59,17 +59,18 @@ def _read_arrays(folder: Path, wanted: Mapping[str, StoredArray], pool: Executor
     # no cache, since nothing is read twice: every version has a folder of its own
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": os.cpu_count() or 1}})
     opening = {name: ts.open(_spec(folder / name), read=True, open=True, context=context) for name in wanted}
-    reading = {name: _opened(folder / name, opening[name], array).read() for name, array in wanted.items()}
+    reading = {name: _opened(f"{name} in {folder}", opening[name], array).read() for name, array in wanted.items()}
     arrays, checks = {}, []
     for name, future in reading.items():
         try:
             arrays[name] = future.result()
         except (ValueError, OSError) as error:
-            raise WeightError(f"{folder / name} cannot be read: {_first_line(error)}") from error
+            raise WeightError(f"{name} in {folder} cannot be read: {_reason(error)}") from error
         checks += [(name, pool.submit(_damage, row, wanted[name].cuts, wanted[name].checksums[i])) for i, row in _rows(arrays[name])]
     for name, check in checks:
         if (piece := check.result()) is not None:
-            raise WeightError(f"{folder / name} is damaged: the checksum of elements {piece[0]}:{piece[1]} of a row is not the manifest's")
+            start, stop = piece
+            raise WeightError(f"{name} in {folder} is damaged: the checksum of elements {start}:{stop} of a row is not the manifest's")
     return arrays
 
 
@@ -78,13 +79,13 @@ def _spec(folder: Path) -> dict[str, Any]:
     return {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
 
 
-def _opened(folder: Path, future: Any, wanted: StoredArray) -> ts.TensorStore:
+def _opened(name: str, future: Any, wanted: StoredArray) -> ts.TensorStore:
     try:
         store = future.result()
     except (ValueError, OSError) as error:
-        raise WeightError(f"{folder} cannot be opened: {_first_line(error)}") from error
+        raise WeightError(f"{name} cannot be opened: {_reason(error)}") from error
     if tuple(store.shape) != wanted.shape or store.dtype.name != wanted.dtype:
-        raise WeightError(f"{folder} is {store.dtype.name} {tuple(store.shape)}, the manifest says {wanted.dtype} {wanted.shape}")
+        raise WeightError(f"{name} is {store.dtype.name} {tuple(store.shape)}, the manifest says {wanted.dtype} {wanted.shape}")
     return store
 
 
@@ -102,5 +103,6 @@ def _damage(row: np.ndarray, cuts: tuple[int, ...], checksums: tuple[int, ...]) 
     return None
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else type(error).__name__
+def _reason(error: Exception) -> str:
+    """What tensorstore says, less the specification that it repeats."""
+    return f"{type(error).__name__}: {str(error).partition(' [')[0].strip()}"

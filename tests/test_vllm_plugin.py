@@ -25,6 +25,7 @@ from jaxgrpo.samplers.vllm_http import Connection
 from jaxgrpo.samplers.vllm_server import ServerPlan, VllmServer
 from jaxgrpo.sharding import make_layout, make_mesh, store
 from tests.byte_chat import byte_tokenizer
+from tests.publish_process import publish_by_processes
 from tests.training import CONFIG_JSON
 from tests.weight_damage import DAMAGES
 
@@ -86,12 +87,12 @@ class Serving:
 
         async def conversation(connection: Connection) -> None:
             await connection.pause(60)
-            try:
-                await connection.update_weights(str(folder), version or int(folder.name), 120)
-            finally:
-                await connection.resume()
+            await connection.update_weights(str(folder), version or int(folder.name), 120)
 
-        self.talk(conversation)
+        try:
+            self.talk(conversation)
+        finally:  # over a new connection: after an error vLLM closes the one that it came over
+            self.talk(lambda connection: connection.resume())
 
     def sampled(self) -> list[dict[str, Any]]:
         async def conversation(connection: Connection) -> list[dict[str, Any]]:
@@ -189,6 +190,16 @@ def test_the_writers_devices_do_not_matter(tied: Serving) -> None:
         tied.load(tied.publish(params, devices))
         answers.append(tied.answers())
     assert answers[0] == answers[1] == answers[2]
+
+
+def test_nor_do_the_writers_processes(tied: Serving) -> None:
+    tied.load(tied.publish(tied.params(0)))
+    before = tied.answers()
+    tied.load(tied.publish(tied.params(1)))
+    assert tied.answers() != before
+    tied.published += 1
+    tied.load(publish_by_processes(2, tied.folder / "model", tied.published, tied.folder / "weights"))
+    assert tied.answers() == before and tied.version() == str(tied.published)
 
 
 @pytest.mark.parametrize("name", DAMAGES)

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -19,10 +17,13 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxgrpo import hf_mapping, weights
-from jaxgrpo.model import ModelConfig, Params, param_shapes
+from jaxgrpo.model import ModelConfig, Params, init_params, param_shapes
+from jaxgrpo.pretrained import save_hf
 from jaxgrpo.sharding import Layout, LeafLayout, make_layout, make_mesh, store
 from jaxgrpo.weight_manifest import Manifest, StoredArray, StoredTensor, WeightError, read_manifest
 from jaxgrpo.weight_reader import check_fit, read_tensors
+from tests.publish_process import publish_by_processes
+from tests.training import CONFIG_JSON
 from tests.weight_damage import BIAS, DAMAGES
 
 TINY = ModelConfig(
@@ -90,20 +91,20 @@ def test_chunks_are_rows_or_parts_of_one(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.publish_process", str(tmp_path / "two"), f"127.0.0.1:{port}", "2"]
-    root = Path(__file__).parents[1]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    processes = [subprocess.Popen([*command, str(i)], cwd=root, env=environment, stderr=subprocess.PIPE, text=True) for i in range(2)]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    two, one = tmp_path / "two" / "000007", publish(tmp_path / "one", random_params(), 4)
-    assert_same_bits(read(two), expected_tensors(random_params()))
-    assert read_manifest(two) == read_manifest(one)
-    noted = [json.loads((two / f"pieces-{i}.json").read_text())[BIAS].keys() for i in range(2)]
-    assert noted == [{"0", "1"}, {"2", "3"}]  # each its own half
+    skeleton = tmp_path / "skeleton"
+    skeleton.mkdir()
+    (skeleton / "config.json").write_text(json.dumps(CONFIG_JSON))
+    config = ModelConfig.from_hf(CONFIG_JSON)
+    params = jax.tree.map(np.asarray, init_params(config, jax.random.key(0)))
+    save_hf(params, skeleton, tmp_path / "model")
+    two = publish_by_processes(2, tmp_path / "model", 7, tmp_path / "two")
+    mesh, layout = make_mesh(jax.devices()), make_layout(config, 4)
+    one = weights.publish_weights(store(params, layout, mesh), layout, mesh, config, 7, tmp_path / "one")
+    assert read_manifest(two) == read_manifest(one)  # checksums and all
+    found, expected = (read_tensors(folder, read_manifest(folder)) for folder in (two, one))
+    assert all(hf_mapping.same_bits(found[name][0], expected[name][0]) for name in expected)
+    starts = [[int(start) for start in json.loads((two / f"pieces-{i}.json").read_text())[BIAS]] for i in range(2)]
+    assert starts == [[0, 8], [16, 24]]  # each its own half
 
 
 def test_orbax_restores_a_version_unaided(tmp_path: Path) -> None:
