@@ -251,7 +251,7 @@ class TestPublishing:
 
     def test_turns_in_flight_go_on_under_the_new_weights(self, client, params, other):
         client.eos = ()
-        requests = [request(max_tokens=400, seed=seed) for seed in range(6)]
+        requests = [request(max_tokens=400, seed=seed) for seed in range(32)]  # some seconds of work
         before = generated_tokens(client.server)
 
         async def body(sampler: VllmSampler) -> list[Generation]:
@@ -261,17 +261,17 @@ class TestPublishing:
             await sampler.publish(2, WholeWeights(other, POLICY.config))
             return [await task for task in running]
 
-        mixed = 0
-        for r, generation in zip(requests, client(body), strict=True):
+        generations = client(body)
+        firsts = [int((generation.weight_versions_T == 1).sum()) for generation in generations]
+        for first, generation in zip(firsts, generations, strict=True):
+            assert generation.weight_versions_T.tolist() == [1] * first + [2] * (400 - first)
+        mixed = [i for i, first in enumerate(firsts) if 0 < first < 400]
+        assert mixed, firsts
+        for r, generation in [(requests[i], generations[i]) for i in mixed[:4]]:
             versions_T = generation.weight_versions_T
-            first = int((versions_T == 1).sum())
-            assert versions_T.tolist() == [1] * first + [2] * (400 - first)
-            mixed += 0 < first < 400
             for tree, version in ((params, 1), (other, 2)):  # each token is of the weights that it names, keys before it included
-                mine = versions_T == version
-                if mine.any():
-                    assert np.abs(logprobs(tree, r, generation) - generation.logprobs_T)[mine].mean() < 2 * BOUND
-        assert mixed > 0
+                differences_T = np.abs(logprobs(tree, r, generation) - generation.logprobs_T)
+                assert differences_T[versions_T == version].mean() < 2 * BOUND
 
     def test_weights_of_another_model_are_refused_and_the_old_ones_serve(self, client, params):
         short = dataclasses.replace(POLICY.config, layers=2)

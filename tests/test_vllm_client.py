@@ -258,6 +258,18 @@ def test_a_refused_publish_leaves_no_server_frozen():
     assert bad.weights == "1"
 
 
+def test_a_server_that_closes_a_connection_after_an_error_does_not_stay_frozen():
+    server = FakeVllm()
+
+    async def body(sampler: VllmSampler) -> None:
+        server.failures |= {"/update_weights": [500], "/resume": ["drop"]}
+        await sampler.publish(2, Written())
+
+    with pytest.raises(SamplerError, match="update_weights answered 500"):
+        run(body, server)
+    assert not server.paused
+
+
 def test_an_update_that_a_client_left_open_is_ended_under_its_own_label():
     server = FakeVllm(session=True, weights="5")
     run(lambda sampler: sampler.publish(6, Written()), server, published=False)

@@ -14,6 +14,8 @@ SUPPORTED_VLLM = ("0.32.",)
 
 _BUSY = (429, 500, 502, 503, 504)
 _SHORT = 60.0
+_NOT_TWICE = ("/update_weights", "/inference/v1/generate")
+"""The sampler counts how often a turn is asked for; weights may have been changed although nobody said so."""
 
 
 class UnreachableError(SamplerError):
@@ -93,7 +95,7 @@ class Connection:
     ) -> "_Answer":
         try:
             async with asyncio.timeout(seconds):
-                response = await self._client.request(method, route, json=body, params=params)
+                response = await self._request(method, route, body, params)
         except TimeoutError as error:
             raise UnreachableError(f"{self.url}{route} gave no answer within {seconds:.0f} seconds") from error
         except httpx2.TransportError as error:
@@ -102,6 +104,15 @@ class Connection:
             return _Answer(_object(response.text), self.url + route)
         kind = UnreachableError if response.status_code in _BUSY else RefusedError
         raise kind(f"{self.url}{route} answered {response.status_code}: {_message(response.text)}")
+
+    async def _request(self, method: str, route: str, body: Any, params: Mapping[str, str] | None) -> httpx2.Response:
+        """vLLM closes a connection after it answered with an error of its own; who takes it from the pool too early asks once more."""
+        try:
+            return await self._client.request(method, route, json=body, params=params)
+        except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError):
+            if route in _NOT_TWICE:
+                raise
+            return await self._client.request(method, route, json=body, params=params)
 
 
 class _Answer(dict[str, Any]):
