@@ -5,6 +5,7 @@ weights, and with themselves, bit by bit, when the same weights come back.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ import pytest
 
 from jaxgrpo import weights
 from jaxgrpo.model import ModelConfig, Params, cast_to, forward, head_table, init_params
-from jaxgrpo.pretrained import save_hf
+from jaxgrpo.pretrained import load_params, load_tokenizer, save_hf
 from jaxgrpo.samplers.base import SamplerError
 from jaxgrpo.samplers.vllm_http import Connection
 from jaxgrpo.samplers.vllm_server import ServerPlan, VllmServer
@@ -42,19 +43,24 @@ BOUND = 0.02
 class Serving:
     """A server of a tiny model, and what a test does with it."""
 
-    def __init__(self, folder: Path, tied: bool, *arguments: str):
+    def __init__(self, folder: Path, tied: bool, *arguments: str, model: Path | None = None):
         self.folder = folder
+        self.config = ModelConfig.from_folder(model) if model else self._make_model(tied)
+        ours = ("--worker-extension-cls", "tests.vllm_faults.Faults", "--enforce-eager")
+        plan = ServerPlan(PYTHON, model or folder / "model", 256, 4, cache_bytes=2**26, arguments=(*ours, *arguments))
+        self.server = VllmServer(plan, folder / "vllm.log")
+        self.published = 0
+        self.prompts = PROMPTS
+
+    def _make_model(self, tied: bool) -> ModelConfig:
         json_config = {**CONFIG_JSON, **SIZES, "tie_word_embeddings": tied}
         self.config = ModelConfig.from_hf(json_config)
-        skeleton = folder / "skeleton"
+        skeleton = self.folder / "skeleton"
         skeleton.mkdir()
         byte_tokenizer().save_pretrained(skeleton)
         (skeleton / "config.json").write_text(json.dumps(json_config))
-        save_hf(self.params(0), skeleton, folder / "model")
-        ours = ("--worker-extension-cls", "tests.vllm_faults.Faults", "--enforce-eager")
-        plan = ServerPlan(PYTHON, folder / "model", 256, 4, cache_bytes=2**26, arguments=(*ours, *arguments))
-        self.server = VllmServer(plan, folder / "vllm.log")
-        self.published = 0
+        save_hf(self.params(0), skeleton, self.folder / "model")
+        return self.config
 
     def params(self, seed: int) -> Params:
         """Random weights, larger than usual, so that what is served shows in every log-probability."""
@@ -91,13 +97,17 @@ class Serving:
 
         try:
             self.talk(conversation)
+        except SamplerError:  # the workers that did not raise have a session open, the one that did has none
+            with contextlib.suppress(SamplerError):
+                self.talk(lambda connection: connection._call("POST", "/finish_weight_update"))
+            raise
         finally:  # over a new connection: after an error vLLM closes the one that it came over
             self.talk(lambda connection: connection.resume())
 
     def sampled(self) -> list[dict[str, Any]]:
         async def conversation(connection: Connection) -> list[dict[str, Any]]:
             sampling = {"temperature": 1.0, "max_tokens": TOKENS, "logprobs": 0, "seed": 1, "ignore_eos": True}
-            return [await connection.generate(prompt, sampling, 120) for prompt in PROMPTS]
+            return [await connection.generate(prompt, sampling, 120) for prompt in self.prompts]
 
         return self.talk(conversation)
 
@@ -115,7 +125,7 @@ class Serving:
     def mismatch(self, params: Params) -> float:
         """Mean absolute difference between the server's log-probabilities and the trainer's."""
         differences = []
-        for prompt, (tokens, logprobs) in zip(PROMPTS, self.answers(), strict=True):
+        for prompt, (tokens, logprobs) in zip(self.prompts, self.answers(), strict=True):
             ids = np.array(prompt + tokens)
             trainer = trainer_logprobs(self.config, params, ids)[-len(tokens) :]
             differences.append(np.abs(trainer - np.array(logprobs)))
@@ -137,7 +147,9 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 @pytest.fixture(scope="module")
 def parallel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    yield from serving(tmp_path_factory.mktemp("parallel"), False, "--tensor-parallel-size", "2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # two workers on one NUMA node
+        yield from serving(tmp_path_factory.mktemp("parallel"), False, "--tensor-parallel-size", "2")
 
 
 def serving(folder: Path, tied: bool, *arguments: str) -> Iterator[Serving]:
@@ -232,6 +244,45 @@ def test_a_failure_half_way_puts_the_old_version_back(tied: Serving, after: int)
     assert tied.answers() == before and tied.version() == version
     tied.load(folder)
     assert tied.mismatch(tied.params(1)) < BOUND
+
+
+REAL = os.environ.get("JAXGRPO_REAL_MODEL", "")
+TEXTS = ("def fibonacci(n):\n    if n < 2:\n        return n\n    return", "The capital of France is Paris. The capital of Italy is")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL, reason="JAXGRPO_REAL_MODEL names no folder of a real model")
+def test_a_real_model(tmp_path: Path) -> None:
+    """As above, on a model of a useful size."""
+    serving = Serving(tmp_path, True, model=Path(REAL))
+    first, tokenizer = load_params(REAL, dtype="float32"), load_tokenizer(REAL)
+    serving.prompts = [tokenizer.encode(text) for text in TEXTS]
+    try:
+        serving.server.wait(600)
+        serving.load(serving.publish(first))
+        before, mismatch = serving.answers(), serving.mismatch(first)
+        print(f"\nmismatch {mismatch:.4f}")
+        assert mismatch < BOUND
+        for change in (soften_embedding, soften_layers):
+            changed = jax.tree.map(np.copy, first)
+            change(changed)
+            serving.load(serving.publish(changed))
+            after, stale = serving.mismatch(changed), serving.mismatch(first)
+            print(f"{change.__name__}: mismatch {after:.4f}, of the weights before {stale:.4f}")
+            assert after < BOUND and stale > 2 * BOUND
+        serving.load(serving.publish(first))
+        assert serving.answers() == before
+    finally:
+        serving.server.close()
+
+
+def soften_embedding(params: Params) -> None:
+    params["embed"]["embedding"] *= 0.7
+
+
+def soften_layers(params: Params) -> None:
+    params["layers"]["mlp"]["down"]["kernel"][3:9] *= 0.7
+    params["layers"]["attention"]["o"]["kernel"][10:14] *= 0.5
 
 
 def test_workers_of_a_parallel_server_take_their_parts(parallel: Serving) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import vllm
+from vllm.distributed.parallel_state import get_world_group
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from jaxgrpo.weight_manifest import WeightError, read_manifest
@@ -94,16 +95,16 @@ class OrbaxWeightTransfer(WeightTransferEngine[OrbaxInitInfo, OrbaxUpdateInfo]):
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: OrbaxUpdateInfo) -> None:
-        """Serve the version in the given folder. Raises WeightError when the old one still serves."""
+        """Serve the version in the given folder. Raises WeightError, in the last worker, when the old one still serves."""
         began = time.perf_counter()
         weights, failure = _attempt(lambda: self._stage(update_info))
-        if not _all_workers(failure is None):
-            raise _refusal(failure, f"version {update_info.version} is refused") from failure
+        if (reason := _failure_of_any(failure)) is not None:
+            return _refuse(f"version {update_info.version} is refused: {reason}", failure)
         staged = time.perf_counter()
         _, failure = _attempt(lambda: self._apply(weights))
-        if not _all_workers(failure is None):
+        if (reason := _failure_of_any(failure)) is not None:
             self._roll_back(failure)
-            raise _refusal(failure, f"version {update_info.version} could not be applied, the one before it was put back") from failure
+            return _refuse(f"version {update_info.version} could not be applied, the one before it was put back: {reason}", failure)
         self.served = update_info
         seconds = f"read and checked in {staged - began:.2f} s, applied in {time.perf_counter() - staged:.2f} s"
         _log.info("version %d from %s: %s", update_info.version, update_info.path, seconds)
@@ -137,7 +138,7 @@ class OrbaxWeightTransfer(WeightTransferEngine[OrbaxInitInfo, OrbaxUpdateInfo]):
         """Put the last good version back on this worker, or end it."""
         _log.error("the weights could not be applied, going back to %s", self.served, exc_info=failure)
         _, still = _attempt(self._reapply_served)
-        if not _all_workers(still is None):
+        if _failure_of_any(still) is not None:
             _log.critical("going back failed too: this worker ends, rather than serve a mixture of weights", exc_info=still)
             logging.shutdown()
             os._exit(EXIT_STATUS)
@@ -158,23 +159,25 @@ def _attempt(function: Any) -> tuple[Any, Exception | None]:
         return None, error
 
 
-def _refusal(failure: Exception | None, what: str) -> WeightError:
-    if failure is None:
-        return WeightError(f"{what}: another worker failed, its log says how")
+def _failure_of_any(failure: Exception | None) -> str | None:
+    """What went wrong in this worker, or in another one of this server; None when all is well everywhere."""
     known = isinstance(failure, WeightError)
-    return WeightError(f"{what}: {failure}" if known else f"{what}: {type(failure).__name__}: {failure}")
-
-
-def _all_workers(succeeded: bool) -> bool:
-    """True when every worker of this server says so."""
-    from vllm.distributed.parallel_state import get_world_group
-
+    text = None if failure is None else str(failure) if known else f"{type(failure).__name__}: {failure}"
     group = get_world_group()
     if group.world_size == 1:
-        return succeeded
-    vote = torch.tensor([int(succeeded)])
-    torch.distributed.all_reduce(vote, op=torch.distributed.ReduceOp.MIN, group=group.cpu_group)
-    return bool(vote.item())
+        return text
+    texts: list[str | None] = [None] * group.world_size
+    torch.distributed.all_gather_object(texts, text, group=group.cpu_group)
+    return next((f"worker {rank}: {found}" for rank, found in enumerate(texts) if found is not None), None)
+
+
+def _refuse(message: str, cause: Exception | None) -> None:
+    """Raise, in the last worker only. vLLM 0.32 reads the workers' answers in order and stops at the first failure: those behind it would
+    be taken for the answers to its next call. The others leave their session open: the client ends it with `finish_weight_update`."""
+    group = get_world_group()
+    if group.rank_in_group == group.world_size - 1:
+        raise WeightError(message) from cause
+    _log.error(message)
 
 
 def _hf_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
