@@ -2,7 +2,8 @@
 
 Command    python -m jaxgrpo.train --config configs/cpu_demo.py
 Hardware   two CPU cores
-Tasks      the 52 tasks of the train split whose first query takes one call; evaluated on them and on the whole test split
+Tasks      the 39 tasks of the train split whose first query takes one call and that do not involve TravelAPI (its calls take more arguments
+           than the tiny model ever gets right); evaluated on them and on the whole test split
 
 Departures from the article's recipe: short prompts (one line a tool) and episodes, for the tiny model's sake; a mean over rows rather than
 over tokens, and overlong episodes keep their loss: otherwise what a tiny model does badly, it does at length, unpunished (docs/log.md).
@@ -21,12 +22,14 @@ from jaxgrpo.config import (
 from jaxgrpo.packing import PackingSettings
 from jaxgrpo.update import OptimizerSettings
 
+CLASSES = ("GorillaFileSystem", "MathAPI", "MessageAPI", "TicketAPI", "TradingBot", "TwitterAPI", "VehicleControlAPI")
+
 
 def get_config() -> Config:
     return Config(
         name="cpu_demo",
         model=ModelSettings(source="assets/tiny-qwen2.5"),
-        environment=Bfcl(docs="signatures", max_calls=1),
+        environment=Bfcl(docs="signatures", max_calls=1, classes=CLASSES),
         rollout=RolloutSettings(group_size=8, tasks_per_step=8, max_prompt_tokens=1024, max_completion_tokens=256, max_turns=3),
         native=NativeSamplerSettings(max_rows=64, decode_chunk=16),
         packing=PackingSettings(aggregation="sequence", mask_overlong=False, prompt_multiple=256, completion_multiple=128),

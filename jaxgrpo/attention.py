@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxgrpo.numerics import einsum_float32
+
 _MASKED = -1e30  # finite, so that a row with nothing to attend is garbage and not NaN
 _QUERY_BLOCK = 512  # queries a block: scores of a longer row never exist as a whole
 
@@ -96,18 +98,12 @@ def _merged_softmax(q: Array, parts: tuple[_Part, ...]) -> Array:
 
 
 def _merged_softmax_forward(q: Array, parts: tuple[_Part, ...]) -> tuple[Array, tuple]:
-    scores = [
-        jnp.where(part[2], jnp.einsum(f"nkgqth,{_keys(part)}->nkgqts", q, part[0], preferred_element_type=jnp.float32), _MASKED)
-        for part in parts
-    ]
+    scores = [jnp.where(part[2], einsum_float32(f"nkgqth,{_keys(part)}->nkgqts", q, part[0]), _MASKED) for part in parts]
     top = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1, keepdims=True) for s in scores])
     weights = [jnp.exp(s - top) for s in scores]
     total = functools.reduce(jnp.add, [jnp.sum(w, axis=-1, keepdims=True) for w in weights])
     weights = [w.astype(part[1].dtype) for w, part in zip(weights, parts, strict=True)]
-    outs = [
-        jnp.einsum(f"nkgqts,{_keys(part)}->nkgqth", w, part[1], preferred_element_type=jnp.float32)
-        for w, part in zip(weights, parts, strict=True)
-    ]
+    outs = [einsum_float32(f"nkgqts,{_keys(part)}->nkgqth", w, part[1]) for w, part in zip(weights, parts, strict=True)]
     out = (functools.reduce(jnp.add, outs) / total).astype(q.dtype)
     return out, (q, parts, weights, total, out)
 
@@ -123,11 +119,11 @@ def _merged_softmax_backward(residuals: tuple, cotangent: Array) -> tuple[Array,
         keys, values = part[:2]
         axes = _keys(part)
         transposed = axes[:-2] + "hs"
-        dv = jnp.einsum(f"nkgqth,nkgqts->{transposed}", scaled, e, preferred_element_type=jnp.float32)
-        de = jnp.einsum(f"nkgqth,{axes}->nkgqts", scaled, values, preferred_element_type=jnp.float32)
+        dv = einsum_float32(f"nkgqth,nkgqts->{transposed}", scaled, e)
+        de = einsum_float32(f"nkgqth,{axes}->nkgqts", scaled, values)
         ds = (e.astype(jnp.float32) * (de - centre)).astype(q.dtype)
-        dk = jnp.einsum(f"nkgqth,nkgqts->{transposed}", q, ds, preferred_element_type=jnp.float32)
-        dq = dq + jnp.einsum(f"nkgqts,{axes}->nkgqth", ds, keys, preferred_element_type=jnp.float32)
+        dk = einsum_float32(f"nkgqth,nkgqts->{transposed}", q, ds)
+        dq = dq + einsum_float32(f"nkgqts,{axes}->nkgqth", ds, keys)
         dparts.append((dk.mT.astype(keys.dtype), dv.mT.astype(values.dtype), None))
     return dq.astype(q.dtype), tuple(dparts)
 

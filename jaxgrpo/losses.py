@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxgrpo.numerics import einsum_float32
 from jaxgrpo.sharding import Storage
 from jaxgrpo.types import AnyArray
 
@@ -38,7 +39,7 @@ def token_logprobs(hidden: Array, table: Array, targets: Array, head: Head) -> t
 
 
 def _logits(hidden: Array, weight: Array, temperature: float) -> Array:
-    logits = jnp.einsum("td,vd->tv", hidden, weight, preferred_element_type=jnp.float32)
+    logits = einsum_float32("td,vd->tv", hidden, weight)
     return logits if temperature == 1.0 else logits / temperature
 
 
@@ -76,7 +77,7 @@ def _logprobs_backward(head: Head, residuals: tuple, cotangents: tuple[Array, Ar
         probabilities = jnp.exp(_logits(h, weight, head.temperature) - log_normalizer[:, None])
         one_hot = jnp.arange(head.shape[0])[None] == y[:, None]
         dlogits = ((one_hot - probabilities) * (cotangent / head.temperature)[:, None]).astype(h.dtype)
-        gradient = gradient + jnp.einsum("tv,td->vd", dlogits, h, preferred_element_type=jnp.float32)
+        gradient = gradient + einsum_float32("tv,td->vd", dlogits, h)
         return gradient, jnp.einsum("tv,vd->td", dlogits, weight)
 
     chunks = tuple(_chunked(x, chunk) for x in (hidden, targets, log_normalizers, cotangents[0]))

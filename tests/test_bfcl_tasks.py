@@ -136,6 +136,10 @@ def test_training_on_fewer_tasks() -> None:
     assert [t.id for t in Bfcl(train_limit=2).tasks("train")] == ["multi_turn_base_101", "multi_turn_base_127"]
     assert len(Bfcl(max_calls=1).tasks("train")) == 52
     assert len(Bfcl(max_calls=1).tasks("test")) == 100
+    assert {t.labels for t in Bfcl(classes=("GorillaFileSystem", "MathAPI")).tasks("train")} == {
+        ("GorillaFileSystem",),
+        ("GorillaFileSystem", "MathAPI"),
+    }
     assert len(Bfcl(max_calls=1, train_limit=7).tasks("train")) == 7
     with pytest.raises(ValueError, match="unknown task id of the train split 'multi_turn_base_184'"):
         Bfcl(task_ids=("multi_turn_base_184",)).tasks("train")
@@ -155,6 +159,8 @@ def test_training_on_fewer_tasks() -> None:
         ({"max_turns": 0}, "max_turns must be a whole number from 1"),
         ({"max_steps_per_turn": 1.5}, "max_steps_per_turn must be a whole number"),
         ({"max_calls": -1}, "max_calls"),
+        ({"classes": ("TravelApi",)}, "did you mean 'TravelAPI'"),
+        ({"classes": "TravelAPI"}, "classes must be a tuple"),
         ({"train_limit": -1}, "train_limit"),
         ({"result_limit": True}, "result_limit"),
         ({"task_ids": "multi_turn_base_1"}, "task_ids must be a tuple"),

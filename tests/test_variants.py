@@ -12,7 +12,7 @@ from jaxgrpo.train import main
 from tests.training import make_model
 
 CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py") if path.stem != "__init__")
-ARTICLE = ("dr_grpo", "no_kl", "kl_0_04_fixed_reference")
+ARTICLE = ("dr_grpo", "no_kl", "kl_0_04_fixed_reference", "native_tools", "article_rubric", "all_turns")
 IDENTITY = {"name", "model.source", "model.revision"}
 
 
@@ -43,6 +43,20 @@ def test_it_loads_and_its_docstring_gives_its_command(name):
             },
         ),
         ("kl_0_04_fixed_reference", {"loss.kl_beta": 0.04, "training.reference_every": None}),
+        (
+            "native_tools",
+            {"environment.protocol": "native", "environment.docs": "without_response", "environment.result_limit": 4000},
+        ),
+        ("article_rubric", {"environment.reward": "call_match"}),
+        (
+            "all_turns",
+            {
+                "environment.categories": ("base", "miss_func", "miss_param"),
+                "environment.max_turns": 3,
+                "rollout.max_completion_tokens": 6144,
+                "rollout.max_turns": 30,
+            },
+        ),
     ],
 )
 def test_a_variant_differs_from_the_article_only_in_what_it_says(name, differences):

@@ -8,6 +8,7 @@ from envs.base import Environment
 from envs.bfcl.docs import DETAILS
 from envs.bfcl.env import BfclEnvironment, EpisodeOptions
 from envs.bfcl.protocols import EXAMPLES, PROTOCOLS
+from envs.bfcl.simulators import MODULES
 from envs.bfcl.source import package_folder
 from envs.bfcl.tasks import CATEGORIES, BfclTask, Library, as_task, load_library, split_ids
 from jaxgrpo.types import Task
@@ -28,6 +29,7 @@ class Bfcl:
     reward               "official" (state and response of each turn) or "call_match" (the article's rubric)
     result_limit         characters of one tool result that the policy is shown, 0 for all; the check always sees all
     task_ids             train on these alone (they must be of the train split), in the split's order
+    classes              train on tasks alone that involve no other API classes than these, () for any
     max_calls            train on tasks alone that take at most so many calls in the played user turns, 0 for any
     train_limit          train on the first so many of these, 0 for all
     folder               an unpacked bfcl_eval to use instead of the fetched one
@@ -42,6 +44,7 @@ class Bfcl:
     reward: str = "official"
     result_limit: int = 0
     task_ids: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
     max_calls: int = 0
     train_limit: int = 0
     folder: str | None = None
@@ -53,8 +56,11 @@ class Bfcl:
             _require("category", category, CATEGORIES)
         if len(set(self.categories)) != len(self.categories):
             raise ValueError(f"categories names one twice: {self.categories}")
-        if isinstance(self.task_ids, str):
-            raise ValueError(f"task_ids must be a tuple of task ids, got {self.task_ids!r}")
+        for name in ("task_ids", "classes"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a tuple of names, got {getattr(self, name)!r}")
+        for name in self.classes:
+            _require("API class", name, list(MODULES))
         _require("protocol", self.protocol, PROTOCOLS)
         _require("docs", self.docs, DETAILS)
         _require("reward", self.reward, REWARDS)
@@ -79,6 +85,8 @@ class Bfcl:
             for wanted in self.task_ids:
                 _require("task id of the train split", wanted, [task.id for task in tasks])
             tasks = [task for task in tasks if task.id in self.task_ids]
+        if self.classes:
+            tasks = [task for task in tasks if set(task.labels) <= set(self.classes)]
         if self.max_calls:
             tasks = [task for task in tasks if sum(len(turn.truth) for turn in _payload(task).turns[: self.max_turns]) <= self.max_calls]
         return tasks[: self.train_limit] if self.train_limit else tasks
