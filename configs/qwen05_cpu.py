@@ -1,6 +1,6 @@
 """One real step on a CPU: a Qwen2.5 model of 0.5 billion parameters on two BFCL tasks, four samples each.
 
-Command    python -m jaxgrpo.train --config configs/qwen05_cpu.py --set model.source=FOLDER
+Command    python -m jaxgrpo.train --config configs/qwen05_cpu.py [--set model.source=FOLDER --set model.revision=None]
 Hardware   two CPU cores, 24 GB
 """
 
