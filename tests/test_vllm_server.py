@@ -149,7 +149,8 @@ class TestNothingOutlivesTheTrainer:
         quick = tmp_path / "watchdog.py"
         quick.write_text(source.replace("GRACE_SECONDS = 10.0", "GRACE_SECONDS = 1.0"))
         command[2] = str(quick)
-        trainer = subprocess.Popen([sys.executable, "-c", TRAINER, *command])
+        heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # what runs in a shell's background is born deaf to it
+        trainer = subprocess.Popen([sys.executable, "-c", TRAINER, *command], preexec_fn=heed)
         wait_until(pids.exists)
         started = [int(pid) for pid in pids.read_text().split()]
         yield trainer, started
@@ -163,7 +164,7 @@ class TestNothingOutlivesTheTrainer:
         trainer, started = family
         assert len(started) == 3 and not any(gone(pid) for pid in started)
         trainer.send_signal(how)
-        trainer.wait()
+        trainer.wait(60)
         wait_until(lambda: all(gone(pid) for pid in started))
 
 
