@@ -61,7 +61,8 @@ def test_asynchronous_collectives_in_and_out_of_a_loop_written_out() -> None:
 def test_loops_in_loops_multiply_and_a_loop_of_unknown_length_says_so() -> None:
     inner = '  w = s32[] while(t), condition=c, body=inner, backend_config={"known_trip_count":{"n":"5"}}'
     outer = "  w = s32[] while(t), condition=c, body=outer"
-    lines = ["inner {", "  x = f32[2]{0} all-reduce(y), to_apply=add", "}", "outer {", inner, "}", "c {", "  d = pred[] constant(true)", "}"]
+    body = ["inner {", "  x = f32[2]{0} all-reduce(y), to_apply=add", "}", "outer {", inner, "}"]
+    lines = [*body, "c {", "  d = pred[] constant(true)", "}"]
     text = "\n".join([*lines, "ENTRY main {", outer, "}"])
     assert collectives(text) == [Collective("all-reduce", "f32", (2,), True, None)]
     known = text.replace(outer, outer + ', backend_config={"known_trip_count":{"n":"3"}}')
