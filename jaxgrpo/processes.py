@@ -5,6 +5,7 @@ point; so the leader tells the others what it is about to do (`tell`), and they 
 key-value store of jax.distributed, where nobody computes while it waits; micro-batches follow over the devices' own network.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import enum
@@ -69,9 +70,22 @@ class ClusterFlags:
     process_id: int | None = None
     detect: bool = False
 
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "ClusterFlags":
+        return cls(args.coordinator, args.processes, args.process_id, args.distributed)
+
     @property
     def several(self) -> bool:
         return self.detect or (self.coordinator, self.processes, self.process_id) != (None, None, None)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What a command of several processes is told beside its config, which is the same for all."""
+    cluster = parser.add_argument_group("several processes (docs/scale-out.md)", "the same command on every host or GPU")
+    cluster.add_argument("--distributed", action="store_true", help="jax finds the others: Slurm, Open MPI, Kubernetes")
+    cluster.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    cluster.add_argument("--processes", type=int, help="how many there are")
+    cluster.add_argument("--process-id", type=int, help="which this is, from 0 on")
 
 
 def join(flags: ClusterFlags, gpus: Sequence[int] | None) -> "Processes":

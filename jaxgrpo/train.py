@@ -24,7 +24,7 @@ from jaxgrpo.learner import Learner, passed
 from jaxgrpo.metrics import Recorder, TerminalView
 from jaxgrpo.packing import pack
 from jaxgrpo.pretrained import save_hf
-from jaxgrpo.processes import ClusterFlags, PeerError, Processes, Told, Work, join
+from jaxgrpo.processes import ClusterFlags, PeerError, Processes, Told, Work, add_flags, join
 from jaxgrpo.rollout import Decoding, RolloutResult
 from jaxgrpo.samplers.base import SamplerError
 from jaxgrpo.serving import AgreementCheck, open_sampler
@@ -283,17 +283,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run-dir", help="where the run is recorded (default: runs/NAME)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
-    cluster = parser.add_argument_group("several processes (docs/scale-out.md)", "the same command on every host or GPU")
-    cluster.add_argument("--distributed", action="store_true", help="jax finds the others: Slurm, Open MPI, Kubernetes")
-    cluster.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    cluster.add_argument("--processes", type=int, help="how many there are")
-    cluster.add_argument("--process-id", type=int, help="which this is, from 0 on")
+    add_flags(parser)
     args = parser.parse_args(arguments)
     try:
         config = load_config(args.config, args.set)
         folder = run_folder(args.run_dir, config.name)
         take_gpus(config)
-        processes = join(ClusterFlags(args.coordinator, args.processes, args.process_id, args.distributed), config.training.gpus)
+        processes = join(ClusterFlags.of(args), config.training.gpus)
         if args.dry_run:
             print("\n".join(describe(config) if processes.leads else []), end="\n" if processes.leads else "")
             return 0
