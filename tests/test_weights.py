@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import mmap
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 from jaxgrpo import hf_mapping, weights
 from jaxgrpo.model import ModelConfig, Params, init_params, param_shapes
 from jaxgrpo.pretrained import save_hf
-from jaxgrpo.sharding import Layout, LeafLayout, make_layout, make_mesh, store
+from jaxgrpo.sharding import Layout, LeafLayout, make_layout, make_mesh, store, store_leaf
 from jaxgrpo.weight_manifest import Manifest, StoredArray, StoredTensor, WeightError, read_manifest
 from jaxgrpo.weight_reader import check_fit, read_tensors
 from tests.publish_process import publish_by_processes
@@ -68,26 +69,45 @@ def test_what_is_read_is_what_was_published(tmp_path: Path, devices: int) -> Non
     assert_same_bits(read(folder), expected_tensors(params))
 
 
-@pytest.mark.parametrize("chunk_bytes", [20, 60, 200])
-def test_chunks_of_any_size_hold_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
-    monkeypatch.setattr(weights, "CHUNK_BYTES", chunk_bytes)
+@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize(("file_bytes", "block_bytes"), [(20, 20), (60, 20), (200, 20), (60, 1000)])
+def test_files_and_blocks_of_any_size_hold_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: int, file_bytes: int, block_bytes: int
+) -> None:
+    monkeypatch.setattr(weights, "FILE_BYTES", file_bytes)
+    monkeypatch.setattr(weights, "BLOCK_BYTES", block_bytes)
     params = random_params()
-    folder = publish(tmp_path, params, 3)
+    folder = publish(tmp_path, params, devices)
     assert_same_bits(read(folder), expected_tensors(params))
 
 
-def test_chunks_are_rows_or_parts_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def chunk(leaf: LeafLayout) -> tuple[int, int]:
-        return weights._Leaf("leaf", jnp.zeros(0), leaf, np.dtype(ml_dtypes.bfloat16)).chunk
+def cuts(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], layers: int, devices: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows and elements of a file, and of a block, when files may have 2,000 values and blocks 500."""
+    monkeypatch.setattr(weights, "FILE_BYTES", 4000)
+    monkeypatch.setattr(weights, "BLOCK_BYTES", 1000)
+    layout = LeafLayout(shape, layers > 1, layers, devices)
+    value = store_leaf(np.zeros(layout.logical_shape, np.float32), layout, make_mesh(jax.devices()[:devices]))
+    leaf = weights._Leaf("leaf", value, layout, np.dtype(ml_dtypes.bfloat16))
+    return leaf.file, leaf.block
 
-    monkeypatch.setattr(weights, "CHUNK_BYTES", 2000)
-    assert chunk(LeafLayout((100,), True, 24, 1)) == (8, 100)
-    assert chunk(LeafLayout((100,), True, 24, 2)) == (12, 50)
-    assert chunk(LeafLayout((1000,), True, 24, 1)) == (1, 1000)
-    assert chunk(LeafLayout((300, 10), True, 24, 1)) == (1, 1000)
-    assert chunk(LeafLayout((300, 10), False, 1, 1)) == (1, 1000)
-    assert chunk(LeafLayout((10007,), False, 1, 1)) == (1, 10007)  # a prime number is not cut into single elements
-    assert chunk(LeafLayout((10,), True, 101, 1)) == (1, 10)
+
+def test_a_row_is_in_one_file_which_is_written_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cuts(monkeypatch, (100,), 24, 1) == ((12, 100), (4, 100))
+    assert cuts(monkeypatch, (100,), 24, 4) == ((12, 100), (12, 25))
+    assert cuts(monkeypatch, (60, 50), 24, 1) == ((1, 3000), (1, 500))
+    assert cuts(monkeypatch, (60, 50), 1, 2) == ((1, 3000), (1, 500))
+    assert cuts(monkeypatch, (10007,), 1, 1) == ((1, 10007), (1, 10007))  # a prime number is not cut into single elements
+    assert cuts(monkeypatch, (100,), 101, 1) == ((1, 100), (1, 100))
+
+
+def test_a_tensor_in_one_file_is_mapped_not_copied(tmp_path: Path) -> None:
+    folder = publish(tmp_path, random_params(), 2)
+    found = read_tensors(folder, read_manifest(folder))
+    for array, _ in found.values():
+        owner: Any = array
+        while isinstance(owner, np.ndarray):
+            owner = owner.base
+        assert isinstance(owner, memoryview) and isinstance(owner.obj, mmap.mmap)
 
 
 def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
