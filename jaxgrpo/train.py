@@ -25,7 +25,7 @@ from jaxgrpo.packing import pack
 from jaxgrpo.pretrained import save_hf
 from jaxgrpo.rollout import Decoding, RolloutResult
 from jaxgrpo.samplers.base import SamplerError
-from jaxgrpo.serving import AgreementCheck, StoredWeights, open_sampler
+from jaxgrpo.serving import StoredWeights, agreement_check, open_sampler
 from jaxgrpo.setup import (
     Policy,
     build_rollout,
@@ -83,7 +83,7 @@ class Training:
         self.skipped: list[RolloutResult] = []
         self.loop = stack.enter_context(EventLoopThread())
         self.sampler = open_sampler(config, self.policy, self.weights, self.version, self.loop, folder, stack)
-        self.agreement = self._agreement_check()
+        self.agreement = agreement_check(config, self.policy, self.update, self.tasks[0])
         self.served = self.check_sampler()
         r = config.recording
         after = self.state.step if resume else None
@@ -96,15 +96,6 @@ class Training:
         if resume:
             return self.checkpoints.restore(self.update)
         return self.update.init(initial_params(self.policy, np.float32)), 0
-
-    def _agreement_check(self) -> AgreementCheck | None:
-        """For a sampler in another process: there a weight can be lost or stale."""
-        if self.config.sampler == "native":
-            return None
-        opening = self.config.environment.create(self.tasks[0]).observe()
-        prompt_ids_P = self.policy.chat.opening(opening.messages, opening.tools)
-        r = self.config.rollout
-        return AgreementCheck(self.update, prompt_ids_P, r.temperature, self.config.vllm.max_mismatch, min(r.max_completion_tokens, 16))
 
     @property
     def weights(self) -> StoredWeights:

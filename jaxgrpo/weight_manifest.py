@@ -4,8 +4,9 @@
     ROOT/000007/pieces-0.json     the checksums of what process 0 wrote
     ROOT/000007/manifest.json     written last: without it nothing counts as published
 
-A leaf is cut into the blocks that were written at once, none of more than one device's part; each cut of each layer has a CRC-32. A Hugging Face tensor is the first `size` elements of
-one row of a leaf, in the leaf's own shape, transposed or not. A reader needs the manifest and the arrays, and no knowledge of the model.
+A leaf is cut into the blocks that were written at once, none of more than one device's part; each cut of each layer has a CRC-32. A Hugging
+Face tensor is the first `size` elements of one row of a leaf, in the leaf's own shape, transposed or not. A reader needs the manifest and
+the arrays, and no knowledge of the model.
 """
 
 import dataclasses

@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes  # noqa: F401 - names bfloat16 to NumPy
 import numpy as np

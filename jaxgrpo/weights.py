@@ -111,8 +111,8 @@ class _Leaf:
         """Rows and elements of a row in one file, that is a chunk of the zarr array. A row's elements are those of all devices of a process
         where they lie side by side, for then one process alone writes the file; else those of one device."""
         starts: dict[int, set[int]] = {}
-        for device, index in self.value.sharding.devices_indices_map(self.value.shape).items():
-            starts.setdefault(device.process_index, set()).add(index[-1].start or 0)
+        for shard in self.value.global_shards:
+            starts.setdefault(shard.device.process_index, set()).add(shard.index[-1].start or 0)
         share = self.layout.padded // len(starts)
         shared = all(min(s) % share == 0 and s == set(range(min(s), min(s) + share, self.piece)) for s in starts.values())
         columns = share if shared else self.piece

@@ -28,6 +28,7 @@ from envs.procedural import Warehouse
 from jaxgrpo import records, setup
 from jaxgrpo.background import EventLoopThread
 from jaxgrpo.config import Config, ConfigError, EvaluationSettings
+from jaxgrpo.evaluate import main as evaluate
 from jaxgrpo.model import Params, cast_to, forward, head_table
 from jaxgrpo.packing import PackingSettings
 from jaxgrpo.rollout import Decoding, RolloutResult
@@ -333,6 +334,25 @@ def test_a_run_with_a_server_that_is_there(server, tmp_path, monkeypatch):
     read = records.read_records(tmp_path / "run" / "trajectories" / "train-000002.jsonl.gz").records
     assert {v for r in read for v in r.trajectory.weight_versions_C[r.trajectory.sampled_C].tolist()} == {1}
     assert not list((tmp_path / "run").glob("weights/0*"))
+
+
+class TestEvaluation:
+    def call(self, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> int:
+        monkeypatch.setenv("VLLM_API_KEY", KEY)
+        file = tmp_path / "by_url.py"
+        file.write_text(f"from tests.test_vllm import config\n\n\ndef get_config():\n    return config(urls=({url!r},), python=None)\n")
+        options = ("--set", "evaluation.tasks=2", "--samples", "2", "--run-dir", str(tmp_path / "eval"))
+        return evaluate(["--config", str(file), *options, *more])
+
+    def test_the_server_is_checked_first(self, server, tmp_path, monkeypatch):
+        assert self.call(server.url, tmp_path, monkeypatch) == 0
+        line = json.loads((tmp_path / "eval" / "metrics.jsonl").read_text())
+        assert line["eval/tasks"] == 2 and 0 < line["check/mismatch_mean"] < BOUND
+
+    def test_a_server_of_other_weights_is_not_evaluated(self, server, tmp_path, monkeypatch, capsys):
+        assert self.call(server.url, tmp_path, monkeypatch, "--set", "vllm.max_mismatch=1e-9") == 1
+        assert "error: the sampler does not serve the trainer's weights of version 0" in capsys.readouterr().err
+        assert not (tmp_path / "eval" / "metrics.jsonl").exists()
 
 
 class TestBadInput:

@@ -18,34 +18,26 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxgrpo import hf_mapping, weights
-from jaxgrpo.model import ModelConfig, Params, init_params, param_shapes
+from jaxgrpo.model import ModelConfig, Params, init_params
 from jaxgrpo.pretrained import save_hf
 from jaxgrpo.sharding import Layout, LeafLayout, make_layout, make_mesh, store, store_leaf
 from jaxgrpo.weight_manifest import Manifest, StoredArray, StoredTensor, WeightError, read_manifest
 from jaxgrpo.weight_reader import check_fit, read_tensors
 from tests.publish_process import publish_by_processes
+from tests.random_weights import ODD, random_params
 from tests.training import CONFIG_JSON
 from tests.weight_damage import BIAS, DAMAGES
 
-TINY = ModelConfig(
-    vocab_size=13, width=7, layers=3, heads=2, kv_heads=1, head_size=2, mlp_width=5, context_length=32, rope_theta=10000.0,
-    norm_epsilon=1e-6, tied_embeddings=False,
-)  # fmt: skip
-SHAPES = {tensor.name: tensor.shape for tensor in hf_mapping.hf_tensors(TINY)}
-
-
-def random_params(seed: int = 0) -> Params:
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), param_shapes(TINY))
+SHAPES = {tensor.name: tensor.shape for tensor in hf_mapping.hf_tensors(ODD)}
 
 
 def expected_tensors(params: Params) -> dict[str, np.ndarray]:
-    return hf_mapping.params_to_hf(TINY, jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), params))
+    return hf_mapping.params_to_hf(ODD, jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), params))
 
 
 def publish(root: Path, params: Params, devices: int = 1, version: int = 7, **more: Any) -> Path:
-    mesh, layout = make_mesh(jax.devices()[:devices]), make_layout(TINY, devices)
-    return weights.publish_weights(store(params, layout, mesh), layout, mesh, TINY, version, root, **more)
+    mesh, layout = make_mesh(jax.devices()[:devices]), make_layout(ODD, devices)
+    return weights.publish_weights(store(params, layout, mesh), layout, mesh, ODD, version, root, **more)
 
 
 def read(folder: Path, version: int = 7) -> dict[str, np.ndarray]:
@@ -153,14 +145,14 @@ def test_a_version_is_published_once(tmp_path: Path) -> None:
 
 
 def test_a_layout_of_another_mesh_is_refused(tmp_path: Path) -> None:
-    mesh, layout = make_mesh(jax.devices()[:2]), make_layout(TINY, 2)
+    mesh, layout = make_mesh(jax.devices()[:2]), make_layout(ODD, 2)
     stored = store(random_params(), layout, mesh)
     with pytest.raises(ValueError, match="on 3 devices"):
-        weights.publish_weights(stored, layout, make_mesh(jax.devices()[:3]), TINY, 7, tmp_path)
+        weights.publish_weights(stored, layout, make_mesh(jax.devices()[:3]), ODD, 7, tmp_path)
 
 
 def test_the_size_of_a_version() -> None:
-    layout: Layout = make_layout(TINY, 1)
+    layout: Layout = make_layout(ODD, 1)
     values = sum(int(np.prod(shape)) for shape in SHAPES.values())
     assert weights.published_bytes(layout) == 2 * values
     assert weights.published_bytes(layout, jnp.float32) == 4 * values
@@ -222,11 +214,11 @@ def test_weights_are_in_shared_memory_when_there_is_room(tmp_path: Path) -> None
 def test_old_versions_and_unfinished_ones_are_removed(tmp_path: Path) -> None:
     folder = weight_folder(tmp_path)
     publish(folder.root, random_params(), version=1)
-    publish(folder.root, random_params(1), version=2)
+    publish(folder.root, random_params(seed=1), version=2)
     (folder.root / "000003" / "params").mkdir(parents=True)
     folder.keep_only({2})
     assert [path.name for path in sorted(folder.root.glob("0*"))] == ["000002"]
-    assert_same_bits(read(folder.root / "000002", 2), expected_tensors(random_params(1)))
+    assert_same_bits(read(folder.root / "000002", 2), expected_tensors(random_params(seed=1)))
     weights.remove_version(folder.root, 2)
     assert not (folder.root / "000002").exists()
     folder.close()
