@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401 - names bfloat16 to NumPy
 import numpy as np
 
 from jaxgrpo.weight_manifest import BARE, PARAMS, Manifest, StoredArray, StoredTensor, WeightError
@@ -46,8 +45,9 @@ def check_fit(manifest: Manifest, expected: Mapping[str, tuple[int, ...]], dtype
 def read_tensors(folder: Path, manifest: Manifest) -> dict[str, tuple[np.ndarray, bool]]:
     """Hugging Face name -> (the tensor as it is stored, whether it must be transposed), all checksums right.
 
-    The tensors are private mappings of the files, or copies where a tensor is cut over several files. Raises WeightError that names the
-    first array that is missing, misshapen, unreadable, or of other content than was written.
+    The tensors are private mappings of the files, or copies where a tensor is cut over several files; bfloat16, which NumPy lacks, is given
+    as its bits in int16. Raises WeightError that names the first array that is missing, misshapen, unreadable, or of other content than was
+    written.
     """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), initializer=_leave_bound_core) as pool:
         arrays = {name: _map(folder / PARAMS, name, array) for name, array in manifest.arrays.items()}
@@ -108,7 +108,7 @@ def _map(folder: Path, name: str, wanted: StoredArray) -> _MappedArray:
             return _MappedArray([[_map_file(files / str(j), (1, elements), wanted.dtype) for j in range(wanted.shape[0] // elements)]])
         down, across = range(wanted.shape[0] // rows), range(wanted.shape[1] // elements)
         return _MappedArray([[_map_file(files / str(i) / str(j), (rows, elements), wanted.dtype) for j in across] for i in down])
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise WeightError(f"{name} in {folder} cannot be read: {error}") from error
 
 
@@ -129,8 +129,9 @@ def _chunk_shape(name: str, file: Path, wanted: StoredArray) -> tuple[int, int]:
 
 def _map_file(path: Path, shape: tuple[int, int], dtype: str) -> np.ndarray:
     """Of this process alone, since torch wants memory that could be written to; nobody writes, so nothing is copied."""
-    expected = math.prod(shape) * np.dtype(dtype).itemsize
+    bits = np.dtype("int16" if dtype == "bfloat16" else dtype)
+    expected = math.prod(shape) * bits.itemsize
     with path.open("rb") as file:
         if (size := os.fstat(file.fileno()).st_size) != expected:
             raise ValueError(f"{path} has {size} bytes, not {expected}")
-        return np.frombuffer(mmap.mmap(file.fileno(), expected, access=mmap.ACCESS_COPY), dtype).reshape(shape)
+        return np.frombuffer(mmap.mmap(file.fileno(), expected, access=mmap.ACCESS_COPY), bits).reshape(shape)

