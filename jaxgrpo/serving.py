@@ -5,7 +5,7 @@ import dataclasses
 import os
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxgrpo.background import EventLoopThread
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.model import ModelConfig, Params
+from jaxgrpo.processes import Told, Work, nobody
 from jaxgrpo.samplers.base import Generation, PolicyWeights, Sampler, SamplerError, SamplingRequest
 from jaxgrpo.samplers.native import NativeSampler
 from jaxgrpo.samplers.vllm import TokenizerProbe, VllmLimits, VllmSampler
@@ -42,15 +43,21 @@ class StoredWeights:
     mesh: Mesh
     model: ModelConfig
     dtype: Any
+    tell: Callable[[Told], None]
 
     @classmethod
-    def of(cls, params: Params, update: Update) -> "StoredWeights":
-        return cls(params, update.layout, update.mesh, update.config, update.compute_dtype)
+    def of(cls, params: Params, update: Update, tell: Callable[[Told], None] = nobody) -> "StoredWeights":
+        """`tell` is for the other processes, which gather and write too."""
+        return cls(params, update.layout, update.mesh, update.config, update.compute_dtype, tell)
 
     def logical(self) -> Params:
-        return logical_on_devices(self.params, self.layout, self.mesh, self.dtype)
+        """On this process's first device."""
+        self.tell(Told(Work.GATHER))
+        whole = logical_on_devices(self.params, self.layout, self.mesh, self.dtype)
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
     def write(self, version: int, root: Path) -> Path:
+        self.tell(Told(Work.PUBLISH, version, str(root)))
         return publish_weights(self.params, self.layout, self.mesh, self.model, version, root)
 
 
@@ -173,6 +180,7 @@ class AgreementCheck:
     temperature: float
     bound: float
     tokens: int = 16
+    tell: Callable[[Told], None] = nobody
 
     def run(self, loop: EventLoopThread, sampler: Sampler, params: Params, version: int) -> dict[str, float]:
         """The mean and the largest difference of log-probabilities; `params` are the trainer's stored weights, published as `version`.
@@ -183,7 +191,9 @@ class AgreementCheck:
         served = sorted({int(v) for generation in generations for v in generation.weight_versions_T})
         if served != [version]:
             raise MismatchError(f"after publishing weights of version {version} the sampler answers with version {served}")
-        train_GC = np.asarray(self.update.logprobs(params, self._batch(generations)))[0]
+        batch = self._batch(generations)
+        self.tell(Told(Work.SCORE, batches=(batch,)))
+        train_GC = np.asarray(self.update.logprobs(params, batch).addressable_data(0))[0]
         pairs = [(train_C[: len(g.logprobs_T)], g.logprobs_T) for train_C, g in zip(train_GC, generations, strict=True)]
         differences = np.abs(np.concatenate([train - sampled for train, sampled in pairs]))
         mean, largest = float(differences.mean()), float(differences.max())
@@ -225,11 +235,14 @@ class AgreementCheck:
         )
 
 
-def agreement_check(config: Config, policy: Policy, update: Update, task: Task) -> AgreementCheck | None:
+def agreement_check(
+    config: Config, policy: Policy, update: Update, task: Task, tell: Callable[[Told], None] = nobody
+) -> AgreementCheck | None:
     """With the opening of a task as the prompt, for a sampler in another process: there a weight can be lost or stale."""
     if config.sampler == "native":
         return None
     opening = config.environment.create(task).observe()
     prompt_ids_P = policy.chat.opening(opening.messages, opening.tools)
     r = config.rollout
-    return AgreementCheck(update, prompt_ids_P, r.temperature, config.vllm.max_mismatch, min(r.max_completion_tokens, 16))
+    tokens, bound = min(r.max_completion_tokens, 16), config.vllm.max_mismatch
+    return AgreementCheck(update, prompt_ids_P, r.temperature, bound, tokens, tell)

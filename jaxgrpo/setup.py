@@ -91,6 +91,11 @@ def device_count(config: Config) -> int:
     problems = []
     if wanted > len(available):
         problems.append(f"training.devices is {wanted}, but jax sees {len(available)} device(s) of kind {available[0].platform}")
+    elif wanted < len(available) and jax.process_count() > 1:
+        problems.append(
+            f"training.devices is {wanted}, but the {jax.process_count()} processes have {len(available)} devices, all of which take part: "
+            "leave it None, and limit each process with training.gpus"
+        )
     if config.rollout.tasks_per_step % micro_batch:
         problems.append(
             f"rollout.tasks_per_step ({config.rollout.tasks_per_step}) must be a multiple of the {micro_batch} groups of a micro-batch "

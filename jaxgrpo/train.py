@@ -17,30 +17,29 @@ import numpy as np
 from jaxgrpo import records
 from jaxgrpo.background import EventLoopThread
 from jaxgrpo.batch_metrics import rollout_metrics, update_metrics
-from jaxgrpo.checkpoint import Checkpoints, newest_step
+from jaxgrpo.checkpoint import newest_step, read_policy
 from jaxgrpo.config import MAY_CHANGE, Config, ConfigError, changes_of_meaning, load_config, refuse, to_json
 from jaxgrpo.evaluate import NothingLeftError, evaluate, split_tasks
-from jaxgrpo.metrics import Recorder, Stopwatch, TerminalView
+from jaxgrpo.learner import Learner, passed
+from jaxgrpo.metrics import Recorder, TerminalView
 from jaxgrpo.packing import pack
 from jaxgrpo.pretrained import save_hf
+from jaxgrpo.processes import ClusterFlags, PeerError, Processes, Told, Work, join
 from jaxgrpo.rollout import Decoding, RolloutResult
 from jaxgrpo.samplers.base import SamplerError
-from jaxgrpo.serving import StoredWeights, agreement_check, open_sampler
+from jaxgrpo.serving import agreement_check, open_sampler
 from jaxgrpo.setup import (
     Policy,
     build_rollout,
-    build_update,
     check_episodes,
     compute_dtype,
     device_count,
-    initial_params,
     open_policy,
     open_tasks,
     parameter_count,
     run_folder,
     take_gpus,
 )
-from jaxgrpo.sharding import logical_on_host
 from jaxgrpo.types import GroupBatch, Task
 from jaxgrpo.update import StepReport, TrainState
 
@@ -63,49 +62,23 @@ def task_batch(tasks: Sequence[Task], tasks_per_step: int, seed: int, index: int
     return [tasks[i] for i in order[position * tasks_per_step : (position + 1) * tasks_per_step]]
 
 
-def passed(every: int | None, step: int, advance: int) -> bool:
-    """True when a multiple of `every` lies within the last `advance` steps, `step` included."""
-    return every is not None and step // every > (step - advance) // every
+class Training(Learner):
+    """One run, in the process that leads it: what it is made of, and the loop."""
 
-
-class Training:
-    """One run: what it is made of, and the loop."""
-
-    def __init__(self, config: Config, folder: Path, resume: bool, stack: ExitStack):
-        self.config = config
-        self.folder = folder
-        self.policy: Policy = open_policy(config)
-        self.tasks, _ = training_tasks(config, self.policy)
-        self.update = build_update(config, self.policy.config)
-        self.checkpoints = Checkpoints(folder / "checkpoints", config.recording.keep)
-        stack.callback(self.checkpoints.close)
-        self.state, self.batch = self._first_state(resume)
+    def __init__(self, config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack):
+        policy = open_policy(config)
+        self.tasks, _ = training_tasks(config, policy)
+        super().__init__(config, policy, folder, resume, processes, stack)
         self.skipped: list[RolloutResult] = []
         self.loop = stack.enter_context(EventLoopThread())
         self.sampler = open_sampler(config, self.policy, self.weights, self.version, self.loop, folder, stack)
-        self.agreement = agreement_check(config, self.policy, self.update, self.tasks[0])
+        self.agreement = agreement_check(config, self.policy, self.update, self.tasks[0], processes.tell)
         self.served = self.check_sampler()
         r = config.recording
         after = self.state.step if resume else None
         self.recorder = Recorder(folder, tensorboard=r.tensorboard, wandb_project=r.wandb_project, name=config.name, after=after)
         stack.callback(self.recorder.close)
-        self.clock = Stopwatch()
         self.view = stack.enter_context(TerminalView(config.training.steps))
-
-    def _first_state(self, resume: bool) -> tuple[TrainState, int]:
-        if resume:
-            return self.checkpoints.restore(self.update)
-        return self.update.init(initial_params(self.policy, np.float32)), 0
-
-    @property
-    def weights(self) -> StoredWeights:
-        """The policy's weights, as samplers take them."""
-        return StoredWeights.of(self.state.params, self.update)
-
-    @property
-    def version(self) -> int:
-        """The number of the policy's weights: it grows by one with each batch that was trained on."""
-        return self.state.step // self.config.training.iterations
 
     def run(self) -> None:
         """The loop. `state` and `batch`, the number of batches played, are all that changes from turn to turn."""
@@ -146,20 +119,6 @@ class Training:
         """Scored groups -> micro-batches."""
         micro_batch_groups = self.update.mesh.size * self.config.training.groups_per_device
         return pack(result.groups, micro_batch_groups, self.config.rollout.max_completion_tokens, self.config.packing)
-
-    def learn(self, batches: Sequence[GroupBatch]) -> list[StepReport]:
-        """Micro-batches -> `iterations` optimizer steps, the first of them on-policy."""
-        with self.clock.phase("reference"):
-            reference = self.update.reference_logprobs(self.state, batches)
-        behaviour, reports = None, []
-        with self.clock.phase("update"):
-            for _ in range(self.config.training.iterations):
-                self.state, logprobs, report = self.update.optimizer_step(self.state, batches, behaviour, reference)
-                behaviour = logprobs if behaviour is None else behaviour
-                reports.append(report)
-                if passed(self.config.training.reference_every, self.state.step, 1):
-                    self.state = self.update.replace_reference(self.state)
-        return reports
 
     def publish(self) -> None:
         """The sampler serves the new weights, under the next version."""
@@ -212,7 +171,7 @@ class Training:
         """Last of all, so that what a resumed run goes on from is recorded in full."""
         step = self.state.step
         if step >= self.config.training.steps or passed(self.config.recording.checkpoint_every, step, self.config.training.iterations):
-            self.checkpoints.save(self.state, self.batch, self.update)
+            self.save()
 
     def save_episodes(self, result: RolloutResult, kind: str) -> None:
         """Under the step that the batch led to."""
@@ -226,7 +185,8 @@ class Training:
             folder = self.folder / "hf"
             if folder.exists():
                 shutil.rmtree(folder)
-            save_hf(logical_on_host(self.state.params, self.update.layout), self.policy.folder, folder)
+            params, _ = read_policy(self.folder / "checkpoints", self.policy.config, self.state.step)
+            save_hf(params, self.policy.folder, folder)
             self.view.say(f"the policy is in {folder}")
 
 
@@ -258,18 +218,35 @@ def describe(config: Config) -> Iterator[str]:
     yield f"the run                 {t.steps} steps = {t.steps // t.iterations} batches = {t.steps / (batches * t.iterations):.1f} epochs"
 
 
-def train(config: Config, folder: Path, resume: bool = False) -> TrainState:
-    """Run a config to its end, recorded in `folder`; returns the final state. Raises ConfigError when the folder holds a run and `resume`
-    was not asked for, or the other way round."""
+def train(config: Config, folder: Path, resume: bool = False, processes: Processes | None = None) -> TrainState:
+    """Run a config to its end, recorded in `folder`; returns the final state. Called by each of a run's processes (None: there is one).
+
+    Raises ConfigError when the folder holds a run and `resume` was not asked for, or the other way round; PeerError when another process
+    has failed.
+    """
+    processes = processes or Processes()
+    with processes.together(), ExitStack() as stack:
+        processes.agree(f"{resume} {to_json(config)}")
+        learner = _lead(config, folder, resume, processes, stack) if processes.leads else _follow(config, folder, resume, processes, stack)
+    return learner.state
+
+
+def _lead(config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack) -> Learner:
     if resume:
         check_resumable(config, folder)
     elif newest_step(folder / "checkpoints") is not None or _has_content(folder / "metrics.jsonl"):
         raise ConfigError(f"{folder} holds a run already: pass --resume to go on with it, or another --run-dir")
-    with ExitStack() as stack:
-        training = Training(config, folder, resume, stack)
-        (folder / "config.json").write_text(to_json(config), encoding="utf-8")
-        training.run()
-    return training.state
+    training = Training(config, folder, resume, processes, stack)
+    (folder / "config.json").write_text(to_json(config), encoding="utf-8")
+    training.run()
+    processes.tell(Told(Work.END))
+    return training
+
+
+def _follow(config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack) -> Learner:
+    learner = Learner(config, open_policy(config), folder, resume, processes, stack)
+    learner.follow()
+    return learner
 
 
 def _has_content(file: Path) -> bool:
@@ -296,26 +273,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run-dir", help="where the run is recorded (default: runs/NAME)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    cluster = parser.add_argument_group("several processes (docs/scale-out.md)", "the same command on every host or GPU")
+    cluster.add_argument("--distributed", action="store_true", help="jax finds the others: Slurm, Open MPI, Kubernetes")
+    cluster.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    cluster.add_argument("--processes", type=int, help="how many there are")
+    cluster.add_argument("--process-id", type=int, help="which this is, from 0 on")
     args = parser.parse_args(arguments)
     try:
         config = load_config(args.config, args.set)
         folder = run_folder(args.run_dir, config.name)
         take_gpus(config)
+        processes = join(ClusterFlags(args.coordinator, args.processes, args.process_id, args.distributed), config.training.gpus)
         if args.dry_run:
-            print("\n".join(describe(config)))
+            print("\n".join(describe(config) if processes.leads else []), end="\n" if processes.leads else "")
             return 0
-        return _train_until_told(config, folder, args.resume)
+        return _train_until_told(config, folder, args.resume, processes)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _train_until_told(config: Config, folder: Path, resume: bool) -> int:
+def _train_until_told(config: Config, folder: Path, resume: bool, processes: Processes) -> int:
     """Train; the exit status. SIGTERM ends the run as Ctrl-C does: at once, with what the last checkpoint holds."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        train(config, folder, resume)
-    except (NothingLeftError, SamplerError) as error:
+        train(config, folder, resume, processes)
+    except (NothingLeftError, SamplerError, PeerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

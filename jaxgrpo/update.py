@@ -177,7 +177,8 @@ class Update:
         arrays = {name: np.asarray(getattr(batch, name)) for name in _BATCH_FIELDS}
         if arrays["prompt_NP"].shape[0] % self.mesh.size:
             raise ValueError(f"{arrays['prompt_NP'].shape[0]} groups in a micro-batch do not divide over {self.mesh.size} devices")
-        return GroupBatch(**jax.device_put(arrays, sharding))
+        # each process hands its own devices their groups; jax.device_put would compare the arrays of all processes first
+        return GroupBatch(**{name: jax.make_array_from_callback(a.shape, sharding, a.__getitem__) for name, a in arrays.items()})
 
     def _count(self, function: str, batch: GroupBatch, *more: Any) -> None:
         self._shapes.add((function, batch.prompt_NP.shape, batch.completions_NGC.shape, *more))

@@ -100,7 +100,7 @@ class TestRecords:
 
         assert AutoConfig.from_pretrained(folder / "hf").hidden_size == 32
         assert AutoTokenizer.from_pretrained(folder / "hf").chat_template
-        layout = train_module.build_update(small_config(model), ModelConfig.from_folder(model)).layout
+        layout = setup.build_update(small_config(model), ModelConfig.from_folder(model)).layout
         exported = load_params(folder / "hf")
         mine = jax.tree.map(lambda leaf, stored: logical_leaf(np.asarray(stored), leaf), layout, state.params)
         for ours, theirs in zip(jax.tree.leaves(mine), jax.tree.leaves(exported), strict=True):
