@@ -69,15 +69,12 @@ def update_metrics(
     }
 
 
-def schedule_metrics(seconds: Mapping[str, float]) -> dict[str, float | int | str]:
-    """How long a batch took in all, and how much of that each side waited for the other. Shares of the batch's time, evaluations left out.
-
-    The trainer is idle while it waits for rollouts ("wait"), the sampler while it has no request in flight ("sampler_idle").
-    """
-    batch = seconds["all"] - seconds.get("evaluation", 0.0)
+def schedule_metrics(seconds: Mapping[str, float], sampler_idle_share: float) -> dict[str, float | int | str]:
+    """How long a batch took in all, and for which share of it each side was idle: the trainer while it waited for rollouts, the sampler
+    while no request was in flight."""
     return {
-        "time/batch_seconds": batch,
+        "time/batch_seconds": seconds["all"],
         "time/wait_seconds": seconds["wait"],
-        "time/trainer_idle_share": seconds["wait"] / batch,
-        "time/sampler_idle_share": seconds["sampler_idle"] / batch,
+        "time/trainer_idle_share": seconds["wait"] / seconds["all"],
+        "time/sampler_idle_share": sampler_idle_share,
     }

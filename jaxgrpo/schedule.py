@@ -52,7 +52,8 @@ class RolloutsAhead:
 
     async def _cancel(self) -> None:
         for task in self._under_way.values():
-            task.cancel()
+            if not task.cancelling():  # a wait that was interrupted has cancelled its batch: a second time would cut its cleaning up short
+                task.cancel()
         await asyncio.gather(*self._under_way.values(), return_exceptions=True)
 
 

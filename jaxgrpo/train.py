@@ -199,27 +199,27 @@ class Training:
 
     def record(self, result: RolloutResult, batches: Sequence[GroupBatch], reports: Sequence[StepReport]) -> None:
         """Metrics and episodes of the batch."""
-        seconds = self.measure()
+        seconds, sampler_idle_share = self.measure()
         played = rollout_metrics(result, self.skipped, self.version - 1)
         trained = update_metrics(batches, reports, self.update.compilations, seconds)
-        metrics = played | trained | schedule_metrics(seconds) | self.served
+        metrics = played | trained | schedule_metrics(seconds, sampler_idle_share) | self.served
         metrics["time/check_seconds"] = seconds["check"]
         self.skipped = []
         self.recorder.record(self.state.step, metrics)
         self.view.step(self.state.step, metrics)
         self.save_episodes(result, "train")
 
-    def measure(self) -> dict[str, float]:
-        """Seconds of each phase, of all and of the sampler without work, since this was asked last."""
-        return self.clock.take() | {"sampler_idle": self.loop.call(self.sampler.take_idle_seconds())}
+    def measure(self) -> tuple[dict[str, float], float]:
+        """Since this was asked last: the seconds of each phase and of all, and the sampler's idle share."""
+        return self.clock.take(), self.loop.call(self.sampler.take_idle_share())
 
     def evaluate_if_due(self) -> None:
         """After the last step when asked for, and every so many steps before it."""
         evaluation, step = self.config.evaluation, self.state.step
         last = step >= self.config.training.steps
         if evaluation.after if last else passed(evaluation.every, step, self.config.training.iterations):
-            with self.clock.phase("evaluation"):
-                self.evaluate()
+            self.evaluate()
+            self.measure()  # an evaluation's time is no batch's
 
     def evaluate(self) -> None:
         """Every split that the config names, with the weights being served: nothing is published meanwhile. Rollouts that are ahead go on

@@ -13,7 +13,7 @@ class MeteredSampler:
         self._sampler = sampler
         self._clock = clock
         self._running = 0
-        self._since = clock()
+        self._asked = self._since = clock()
         self._idle = 0.0
 
     async def generate(self, request: SamplingRequest) -> Generation:
@@ -35,9 +35,9 @@ class MeteredSampler:
     async def close(self) -> None:
         await self._sampler.close()
 
-    async def take_idle_seconds(self) -> float:
-        """Idle seconds since this was asked last."""
+    async def take_idle_share(self) -> float:
+        """The share of the time without a request in flight, since this was asked last."""
         now = self._clock()
-        idle = self._idle + (now - self._since if self._running == 0 else 0.0)
-        self._idle, self._since = 0.0, now
-        return idle
+        share = (self._idle + (now - self._since if self._running == 0 else 0.0)) / (now - self._asked)
+        self._idle, self._asked, self._since = 0.0, now, now
+        return share
