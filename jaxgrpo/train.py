@@ -24,7 +24,7 @@ from jaxgrpo.metrics import Recorder, Stopwatch, TerminalView
 from jaxgrpo.packing import pack
 from jaxgrpo.pretrained import save_hf
 from jaxgrpo.rollout import Decoding, RolloutResult
-from jaxgrpo.samplers.base import SamplerError
+from jaxgrpo.samplers.base import Sampler, SamplerError
 from jaxgrpo.samplers.metered import MeteredSampler
 from jaxgrpo.schedule import RolloutsAhead, check_staleness
 from jaxgrpo.serving import AgreementCheck, StoredWeights, open_sampler
@@ -84,7 +84,7 @@ class Training:
         self.state, self.batch = self._first_state(resume)
         self.skipped: list[RolloutResult] = []
         self.loop = stack.enter_context(EventLoopThread())
-        self.sampler = MeteredSampler(open_sampler(config, self.policy, self.weights, self.version, self.loop, folder, stack))
+        self.sampler = MeteredSampler(self.open_sampler(stack))
         self.rollout = build_rollout(config, self.policy, self.sampler, Decoding(config.rollout.temperature))
         self.ahead = RolloutsAhead(self.loop, self.rollout_of, self.batch, config.training.max_staleness)
         stack.callback(self.ahead.close)
@@ -101,6 +101,10 @@ class Training:
         if resume:
             return self.checkpoints.restore(self.update)
         return self.update.init(initial_params(self.policy, np.float32)), 0
+
+    def open_sampler(self, stack: ExitStack) -> Sampler:
+        """The config's sampler, serving the weights of now."""
+        return open_sampler(self.config, self.policy, self.weights, self.version, self.loop, self.folder, stack)
 
     def _agreement_check(self) -> AgreementCheck | None:
         """For a sampler in another process: there a weight can be lost or stale."""
