@@ -4,7 +4,10 @@ import dataclasses
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import threading
+import time
 from contextlib import ExitStack
 
 import jax
@@ -15,6 +18,7 @@ from envs.procedural import Warehouse
 from jaxgrpo import records, serving, setup
 from jaxgrpo import train as train_module
 from jaxgrpo.background import EventLoopThread
+from jaxgrpo.checkpoint import newest_step
 from jaxgrpo.config import ConfigError
 from jaxgrpo.model import ModelConfig
 from jaxgrpo.packing import PackingSettings
@@ -255,6 +259,21 @@ class TestOverlap:
         for step in (2, 4, 6):
             assert task_numbers(tmp_path / "run", step) == task_numbers(straight[0], step)
         assert [line["step"] for line in metric_lines(tmp_path / "run")] == [2, 4, 6]
+
+    @pytest.mark.faults
+    def test_a_run_killed_in_the_middle_of_rollouts_and_training(self, model, tmp_path):
+        options = [part for option in (*self.AHEAD, "recording.checkpoint_every=2", "training.steps=24") for part in ("--set", option)]
+        command = ["--config", str(write_config(tmp_path, model)), "--run-dir", str(tmp_path / "run"), *options]
+        running = subprocess.Popen([sys.executable, "-m", "jaxgrpo.train", *command])
+        while newest_step(tmp_path / "run" / "checkpoints") in (None, 2, 4) and running.poll() is None:
+            time.sleep(0.005)
+        running.kill()
+        assert running.wait() == -signal.SIGKILL
+        assert main([*command, "--resume"]) == 0
+        tasks = tasks_of(model)
+        for batch in range(12):
+            assert task_numbers(tmp_path / "run", 2 * batch + 2) == [task.payload[1] for task in task_batch(tasks, 2, 0, batch)]
+        assert [line["step"] for line in metric_lines(tmp_path / "run")] == list(range(2, 26, 2))
 
     def test_a_lost_batch_is_skipped_and_those_after_it_are_not_older_than_allowed(self, model, tmp_path):
         order = [[t.payload[1] for t in batch] for batch in (task_batch(tasks_of(model), 2, 0, i) for i in range(3))]
