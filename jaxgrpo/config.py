@@ -101,10 +101,12 @@ class VllmSettings:
 class TrainingSettings:
     """`steps` counts optimizer steps; `iterations` (mu) of them are taken on each batch. `devices` None takes all; `gpus` limits what jax
     sees to the GPUs of these indices. A micro-batch holds `groups_per_device` groups a device. The reference is replaced by the policy
-    every `reference_every` steps; None keeps it fixed."""
+    every `reference_every` steps; None keeps it fixed. Batches are played ahead of the one in training as long as no token is more than
+    `max_staleness` weight versions older than the weights it trains; 0 plays a batch when the one before it is published."""
 
     steps: int = 1600
     iterations: int = 2
+    max_staleness: int = 0
     devices: int | None = None
     gpus: tuple[int, ...] | None = None
     groups_per_device: int = 1
@@ -241,8 +243,9 @@ _AT_LEAST = {
     "vllm.retries": 0, "packing.prompt_multiple": 1, "packing.completion_multiple": 1,
     "loss.clip_low": 0, "loss.clip_high": 0, "loss.kl_beta": 0, "loss.tis_cap": 1, "optimizer.learning_rate": 0,
     "optimizer.warmup_steps": 0, "optimizer.weight_decay": 0, "training.steps": 1, "training.iterations": 1, "training.devices": 1,
-    "training.groups_per_device": 1, "training.reference_every": 1, "training.head_chunk": 1, "evaluation.every": 1,
-    "evaluation.samples": 1, "evaluation.tasks": 1, "evaluation.temperature": 0, "recording.checkpoint_every": 1, "recording.keep": 1,
+    "training.max_staleness": 0, "training.groups_per_device": 1, "training.reference_every": 1, "training.head_chunk": 1,
+    "evaluation.every": 1, "evaluation.samples": 1, "evaluation.tasks": 1, "evaluation.temperature": 0,
+    "recording.checkpoint_every": 1, "recording.keep": 1,
 }  # fmt: skip
 _AT_MOST = {"loss.clip_low": 1, "evaluation.top_p": 1, "vllm.gpu_memory": 1, "vllm.port": 65535}
 _ABOVE = dict.fromkeys(
@@ -316,6 +319,11 @@ def _check_across(config: Config) -> list[str]:
             f"({rollout.max_prompt_tokens}) and rollout.max_completion_tokens ({rollout.max_completion_tokens}): raise it"
         )
     problems += _check_gpus(config)
+    if training.max_staleness > 0 and config.loss.tis_cap is None:
+        problems.append(
+            f"training.max_staleness ({training.max_staleness}) lets older weights sample what trains newer ones, but loss.tis_cap None "
+            "takes every sample for the policy's own: set it, e.g. to 2.0"
+        )
     if config.loss.kl_beta == 0 and training.reference_every is not None:
         problems.append("training.reference_every has no effect when loss.kl_beta is 0: set it to None")
     if (evaluation.every or evaluation.before or evaluation.after) and not evaluation.splits:

@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 
 from jaxgrpo.model import ModelConfig, Params, head_table, merge_layer, rms_norm
+from jaxgrpo.numerics import einsum_float32
 
 PAGE = 64
 _MASKED = -1e30  # finite: a part with nothing to attend weighs exactly nothing once it is merged with one that has something
@@ -124,11 +125,11 @@ class _Part(NamedTuple):
 
 def _attend_part(q_RKMh: Array, cache: KeysValues, mask: Array) -> _Part:
     """Scores in float32; mask broadcastable to [R, K, M, S]."""
-    scores = jnp.einsum("rkmh,rkhs->rkms", q_RKMh, cache.keys, preferred_element_type=jnp.float32)
+    scores = einsum_float32("rkmh,rkhs->rkms", q_RKMh, cache.keys)
     scores = jnp.where(mask, scores, _MASKED)
     maximum = scores.max(-1)
     weights = jnp.exp(scores - maximum[..., None])
-    out = jnp.einsum("rkms,rksh->rkmh", weights.astype(cache.values.dtype), cache.values, preferred_element_type=jnp.float32)
+    out = einsum_float32("rkms,rksh->rkmh", weights.astype(cache.values.dtype), cache.values)
     return _Part(out, maximum, weights.sum(-1))
 
 
@@ -213,7 +214,7 @@ def _decode_step(
         made.append(KeysValues(keys, values))
         x = block.finish(x, attend_cached(q, context, layer, made[-1], mask))
     hidden = rms_norm(x[:, 0], params["norm"]["scale"], config.norm_epsilon)
-    return jnp.einsum("bd,vd->bv", hidden, head_table(params), preferred_element_type=jnp.float32), tuple(made)
+    return einsum_float32("bd,vd->bv", hidden, head_table(params)), tuple(made)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps"))

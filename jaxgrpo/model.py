@@ -31,6 +31,7 @@ from jaxgrpo.types import AnyArray
 
 Params = dict[str, Any]
 Load = Callable[[Any], Any]
+ScanLayers = Callable[[Callable[[Any, Params], Any], Any, Params], Any]
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
@@ -255,6 +256,11 @@ def default_embed(params: Params, ids: Array, load: Load) -> Array:
     return load(params["embed"]["embedding"][ids])
 
 
+def rematerialized_scan(layer: Callable[[Any, Params], Any], carry: Any, stack: Params) -> Any:
+    """`carry` through `layer(carry, leaves)` for each row of the stack; the backward pass computes each layer again."""
+    return jax.lax.scan(jax.checkpoint(lambda c, leaves: (layer(c, leaves), None), prevent_cse=False), carry, stack)[0]
+
+
 def forward_shared_prompt(
     config: ModelConfig,
     params: Params,
@@ -265,12 +271,14 @@ def forward_shared_prompt(
     load: Load,
     embed: Callable[[Params, Array], Array],
     load_layer: Load | None = None,
+    scan_layers: ScanLayers | None = None,
 ) -> Array:
     """Final normed hidden states [N, G, C, D]; position c predicts `completions_NGC[..., c]`. The prompt of a group is computed once.
 
     Row g of group n is the prompt's last token followed by its completion less the last token: its keys are the prompt before that last
     token, shared by the group, and the row's own. Padding is on the right of prompts and of completions; padded positions hold garbage.
-    `load_layer` maps one layer's subtree of leaves to its weights (default: `load` on every leaf). Layers are rematerialised.
+    `load_layer` maps one layer's subtree of leaves to its weights (default: `load` on every leaf). Layers are rematerialised, which is
+    `scan_layers`' part (default: `rematerialized_scan`).
     """
     chex.assert_rank([prompt_NP, prompt_lengths_N, completions_NGC], [2, 1, 3])
     load_layer = load_layer or functools.partial(jax.tree.map, load)
@@ -284,18 +292,18 @@ def forward_shared_prompt(
     mask_prompt = causal_mask(p)
     mask_row = causal_mask(c)
 
-    def layer(carry: tuple[Array, Array], leaves: Params) -> tuple[tuple[Array, Array], None]:
+    def layer(carry: tuple[Array, Array], leaves: Params) -> tuple[Array, Array]:
         x_prompt, x_rows = carry
         block = merge_layer(config, load_layer(leaves))
         q_p, k_p, v_p = block.project(x_prompt, prompt_positions)
         q_r, k_r, v_r = block.project(x_rows, row_positions)
         attended_prompt = attend(q_p[:, None], k_p[:, None], v_p[:, None], mask_prompt)[:, 0]
         attended_rows = attend(q_r, k_r, v_r, mask_row, k_p, v_p, context_NP)
-        return (block.finish(x_prompt, attended_prompt), block.finish(x_rows, attended_rows)), None
+        return block.finish(x_prompt, attended_prompt), block.finish(x_rows, attended_rows)
 
     x = embed(params, jnp.concatenate([prompt_NP, rows_NGC.reshape(n, g * c)], axis=1))
     carry = (x[:, :p], x[:, p:].reshape(n, g, c, -1))
-    (_, x_rows), _ = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), carry, params["layers"])
+    _, x_rows = (scan_layers or rematerialized_scan)(layer, carry, params["layers"])
     return rms_norm(x_rows, load(params["norm"]["scale"]), config.norm_epsilon)
 
 
@@ -306,10 +314,10 @@ def forward(config: ModelConfig, params: Params, ids_BT: Array, *, load: Load) -
     positions = jnp.broadcast_to(jnp.arange(t), (b, t))
     mask = causal_mask(t)
 
-    def layer(x: Array, leaves: Params) -> tuple[Array, None]:
+    def layer(x: Array, leaves: Params) -> Array:
         block = merge_layer(config, jax.tree.map(load, leaves))
         q, k, v = block.project(x, positions)
-        return block.finish(x, attend(q[:, None], k[:, None], v[:, None], mask)[:, 0]), None
+        return block.finish(x, attend(q[:, None], k[:, None], v[:, None], mask)[:, 0])
 
-    x, _ = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), default_embed(params, ids_BT, load), params["layers"])
+    x = rematerialized_scan(layer, default_embed(params, ids_BT, load), params["layers"])
     return rms_norm(x, load(params["norm"]["scale"]), config.norm_epsilon)

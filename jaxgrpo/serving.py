@@ -26,7 +26,7 @@ from jaxgrpo.samplers.vllm_auth import KEY_VARIABLE
 from jaxgrpo.samplers.vllm_server import ServerPlan, VllmServer
 from jaxgrpo.setup import Policy, compute_dtype
 from jaxgrpo.sharding import Layout, logical_on_devices, make_layout, make_mesh, store
-from jaxgrpo.types import GroupBatch
+from jaxgrpo.types import GroupBatch, Task
 from jaxgrpo.update import Update
 from jaxgrpo.weights import WeightFolder, publish_weights, published_bytes
 
@@ -233,3 +233,16 @@ class AgreementCheck:
             advantages_NG=np.zeros((n, g), np.float32),
             sampler_logprobs_NGC=zeros_NGC,
         )
+
+
+def agreement_check(
+    config: Config, policy: Policy, update: Update, task: Task, tell: Callable[[Told], None] = nobody
+) -> AgreementCheck | None:
+    """With the opening of a task as the prompt, for a sampler in another process: there a weight can be lost or stale."""
+    if config.sampler == "native":
+        return None
+    opening = config.environment.create(task).observe()
+    prompt_ids_P = policy.chat.opening(opening.messages, opening.tools)
+    r = config.rollout
+    tokens, bound = min(r.max_completion_tokens, 16), config.vllm.max_mismatch
+    return AgreementCheck(update, prompt_ids_P, r.temperature, bound, tokens, tell)

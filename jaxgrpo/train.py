@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxgrpo import records
 from jaxgrpo.background import EventLoopThread
-from jaxgrpo.batch_metrics import rollout_metrics, update_metrics
+from jaxgrpo.batch_metrics import rollout_metrics, schedule_metrics, update_metrics
 from jaxgrpo.checkpoint import newest_step, read_policy
 from jaxgrpo.config import MAY_CHANGE, Config, ConfigError, changes_of_meaning, load_config, refuse, to_json
 from jaxgrpo.evaluate import NothingLeftError, evaluate, split_tasks
@@ -26,8 +26,10 @@ from jaxgrpo.packing import pack
 from jaxgrpo.pretrained import save_hf
 from jaxgrpo.processes import ClusterFlags, PeerError, Processes, Told, Work, add_flags, join
 from jaxgrpo.rollout import Decoding, RolloutResult
-from jaxgrpo.samplers.base import SamplerError
-from jaxgrpo.serving import AgreementCheck, open_sampler
+from jaxgrpo.samplers.base import Sampler, SamplerError
+from jaxgrpo.samplers.metered import MeteredSampler
+from jaxgrpo.schedule import RolloutsAhead, check_staleness
+from jaxgrpo.serving import agreement_check, open_sampler
 from jaxgrpo.setup import (
     Policy,
     build_rollout,
@@ -71,8 +73,11 @@ class Training(Learner):
         super().__init__(config, policy, folder, resume, processes, stack)
         self.skipped: list[RolloutResult] = []
         self.loop = stack.enter_context(EventLoopThread())
-        self.sampler = open_sampler(config, self.policy, self.weights, self.version, self.loop, folder, stack)
-        self.agreement = self._agreement_check()
+        self.sampler = MeteredSampler(self.open_sampler(stack))
+        self.rollout = build_rollout(config, self.policy, self.sampler, Decoding(config.rollout.temperature))
+        self.ahead = RolloutsAhead(self.loop, self.rollout_of, self.batch, config.training.max_staleness)
+        stack.callback(self.ahead.close)
+        self.agreement = agreement_check(config, self.policy, self.update, self.tasks[0], processes.tell)
         self.served = self.check_sampler()
         r = config.recording
         after = self.state.step if resume else None
@@ -80,23 +85,18 @@ class Training(Learner):
         stack.callback(self.recorder.close)
         self.view = stack.enter_context(TerminalView(config.training.steps))
 
-    def _agreement_check(self) -> AgreementCheck | None:
-        """For a sampler in another process: there a weight can be lost or stale."""
-        if self.config.sampler == "native":
-            return None
-        opening = self.config.environment.create(self.tasks[0]).observe()
-        prompt_ids_P = self.policy.chat.opening(opening.messages, opening.tools)
-        r = self.config.rollout
-        tokens, bound = min(r.max_completion_tokens, 16), self.config.vllm.max_mismatch
-        return AgreementCheck(self.update, prompt_ids_P, r.temperature, bound, tokens, self.processes.tell)
+    def open_sampler(self, stack: ExitStack) -> Sampler:
+        """The config's sampler, serving the weights of now."""
+        return open_sampler(self.config, self.policy, self.weights, self.version, self.loop, self.folder, stack)
 
     def run(self) -> None:
-        """The loop. `state` and `batch`, the number of batches played, are all that changes from turn to turn."""
+        """The loop. `state` and `batch`, the number of batches taken from `play`, are all that changes from turn to turn."""
         if self.config.evaluation.before and self.state.step == 0:
             self.evaluate()
         self.view.begin(self.state.step)
+        self.measure()  # what went by so far is no batch's
         while self.state.step < self.config.training.steps:
-            result = self.play(task_batch(self.tasks, self.config.rollout.tasks_per_step, self.config.seed, self.batch))
+            result = self.play()
             self.batch += 1
             if not result.groups:
                 self.skip(result)
@@ -109,13 +109,23 @@ class Training(Learner):
             self.checkpoint_if_due()
         self.finish()
 
-    def play(self, tasks: Sequence[Task]) -> RolloutResult:
-        """Tasks -> scored groups."""
-        rollout = build_rollout(self.config, self.policy, self.sampler, Decoding(self.config.rollout.temperature))
-        with self.clock.phase("rollout"):
-            return self.loop.call(
-                rollout.groups(tasks, self.config.rollout.group_size, self.config.seed, f"batch-{self.batch}", self.view.episodes)
-            )
+    def play(self) -> RolloutResult:
+        """The next batch's tasks -> scored groups. With training.max_staleness the batches after it are played meanwhile."""
+        with self.clock.phase("wait"):
+            result = self.ahead.next((self.config.training.steps - self.state.step) // self.config.training.iterations)
+        check_staleness(result, self.version, self.config.training.max_staleness)
+        return result
+
+    async def rollout_of(self, batch: int) -> RolloutResult:
+        """The rollout of any batch: a function of its number, whenever it is played."""
+        r, seed = self.config.rollout, self.config.seed
+        tasks = task_batch(self.tasks, r.tasks_per_step, seed, batch)
+
+        def progress(done: int, total: int) -> None:
+            if batch == self.batch:  # those ahead are not what is waited for
+                self.view.episodes(done, total)
+
+        return await self.rollout.groups(tasks, r.group_size, seed, f"batch-{batch}", progress)
 
     def skip(self, result: RolloutResult) -> None:
         """Go on without a batch of which no group was left. Raises NothingLeftError when it is one of too many in a row."""
@@ -143,14 +153,19 @@ class Training(Learner):
 
     def record(self, result: RolloutResult, batches: Sequence[GroupBatch], reports: Sequence[StepReport]) -> None:
         """Metrics and episodes of the batch."""
-        seconds = self.clock.take()
-        played = rollout_metrics(result, self.skipped, self.version - 1, seconds)
-        metrics = played | update_metrics(batches, reports, self.update.compilations, seconds) | self.served
+        seconds, sampler_idle_share = self.measure()
+        played = rollout_metrics(result, self.skipped, self.version - 1)
+        trained = update_metrics(batches, reports, self.update.compilations, seconds)
+        metrics = played | trained | schedule_metrics(seconds, sampler_idle_share) | self.served
         metrics["time/check_seconds"] = seconds["check"]
         self.skipped = []
         self.recorder.record(self.state.step, metrics)
         self.view.step(self.state.step, metrics)
         self.save_episodes(result, "train")
+
+    def measure(self) -> tuple[dict[str, float], float]:
+        """Since this was asked last: the seconds of each phase and of all, and the sampler's idle share."""
+        return self.clock.take(), self.loop.call(self.sampler.take_idle_share())
 
     def evaluate_if_due(self) -> None:
         """After the last step when asked for, and every so many steps before it."""
@@ -158,9 +173,11 @@ class Training(Learner):
         last = step >= self.config.training.steps
         if evaluation.after if last else passed(evaluation.every, step, self.config.training.iterations):
             self.evaluate()
+            self.measure()  # an evaluation's time is no batch's
 
     def evaluate(self) -> None:
-        """Every split that the config names, with the weights being served."""
+        """Every split that the config names, with the weights being served: nothing is published meanwhile. Rollouts that are ahead go on
+        beside it, under the same weights."""
         e = self.config.evaluation
         rollout = build_rollout(self.config, self.policy, self.sampler, Decoding(e.temperature, e.top_p))
         for split in e.splits:

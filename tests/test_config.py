@@ -113,6 +113,8 @@ def test_overrides_of_one_section_are_checked_together(tmp_path):
         ("vllm.max_mismatch=0", "vllm.max_mismatch must be above 0"),
         ("vllm.gpus=(1,1)", "vllm.gpus must be different indices"),
         ("training.gpus=()", "training.devices is 1, but training.gpus names 0"),
+        ("training.max_staleness=-1", "training.max_staleness must be at least 0"),
+        ("training.max_staleness=1", "loss.tis_cap None takes every sample for the policy's own: set it"),
     ],
 )
 def test_each_refusal_names_the_key_and_what_is_allowed(tmp_path, monkeypatch, override, said):

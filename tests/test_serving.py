@@ -57,6 +57,18 @@ def test_stored_and_whole_weights_are_the_same_to_every_sampler(model, policy, p
         np.testing.assert_array_equal(array.view(np.uint16), read[1][name][0].view(np.uint16))
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_is_served_outlives_the_trainers_weights(model, policy, params, devices):
+    """The optimizer step reuses the buffers of the weights before it, while the sampler goes on with them."""
+    on = update(model, devices)
+    stored = on.init(params).params
+    served = StoredWeights.of(stored, on).logical()
+    jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0, tree), donate_argnums=0)(stored))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(stored))
+    for ours, theirs in zip(jax.tree.leaves(served), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), theirs)
+
+
 class TestAgreement:
     def sampler(self, policy, params) -> NativeSampler:
         return NativeSampler(
