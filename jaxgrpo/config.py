@@ -72,6 +72,7 @@ class NativeSamplerSettings:
 class VllmSettings:
     """vLLM as the sampler. Without `urls` a server is started, and ended, by the trainer: with the interpreter `python` (None: the
     trainer's own), on the GPUs of these indices (none: on the CPU), taking `gpu_memory` of each; or `cache_bytes` for its cache;
+    one server is tensor-parallel over its GPUs, and several `servers` share them out in equal parts;
     `arguments` are added to vLLM's own. It listens at `host` and `port` (0: any free one), for whoever has the key in the environment
     variable VLLM_API_KEY, or a random one of this run's when there is none. `urls` name servers that someone else runs. Weights pass
     through a folder that the servers read too: `weights_folder`, or shared memory, or the run folder.
@@ -83,6 +84,7 @@ class VllmSettings:
     urls: tuple[str, ...] = ()
     python: str | None = None
     gpus: tuple[int, ...] = ()
+    servers: int = 1
     gpu_memory: float = 0.9
     cache_bytes: int | None = None
     arguments: tuple[str, ...] = ()
@@ -240,7 +242,7 @@ _AT_LEAST = {
     "seed": 0, "rollout.group_size": 2, "rollout.tasks_per_step": 1, "rollout.max_prompt_tokens": 1, "rollout.max_completion_tokens": 1,
     "rollout.max_turns": 1, "rollout.max_in_flight": 1, "rollout.max_retries": 0, "rollout.environment_threads": 1, "native.max_rows": 1,
     "native.decode_chunk": 1, "native.max_cache_tokens": 1, "vllm.cache_bytes": 1, "vllm.port": 0, "vllm.max_requests": 1,
-    "vllm.retries": 0, "packing.prompt_multiple": 1, "packing.completion_multiple": 1,
+    "vllm.servers": 1, "vllm.retries": 0, "packing.prompt_multiple": 1, "packing.completion_multiple": 1,
     "loss.clip_low": 0, "loss.clip_high": 0, "loss.kl_beta": 0, "loss.tis_cap": 1, "optimizer.learning_rate": 0,
     "optimizer.warmup_steps": 0, "optimizer.weight_decay": 0, "training.steps": 1, "training.iterations": 1, "training.devices": 1,
     "training.max_staleness": 0, "training.groups_per_device": 1, "training.reference_every": 1, "training.head_chunk": 1,
@@ -350,10 +352,13 @@ def _check_gpus(config: Config) -> list[str]:
         problems.append(f"training.gpus and vllm.gpus share GPU {', '.join(map(str, shared))}: each takes most of a GPU's memory")
     if vllm.gpus and mine is None:
         problems.append("vllm.gpus is set and training.gpus is not: jax would take the memory of all GPUs; name the trainer's")
-    if vllm.urls and (vllm.gpus or vllm.port):
+    if vllm.urls and (vllm.gpus or vllm.port or vllm.servers > 1):
         problems.append(
-            "vllm.urls names servers that are there; vllm.gpus and vllm.port are of one to be started: leave out one or the other"
+            "vllm.urls names servers that are there; vllm.gpus, vllm.port and vllm.servers are of those to be started: leave out one or "
+            "the other"
         )
+    if len(vllm.gpus) % max(vllm.servers, 1):
+        problems.append(f"vllm.servers ({vllm.servers}) must divide the {len(vllm.gpus)} GPU(s) of vllm.gpus: each server has as many")
     problems += [f"vllm.urls must be like http://host:8000, got {url!r}" for url in vllm.urls if not re.match(r"https?://[^/]+/?$", url)]
     return problems
 

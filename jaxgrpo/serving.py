@@ -113,19 +113,22 @@ def _vllm(
     v = config.vllm
     versions = _version_folder(v.weights_folder, folder, policy.config)
     stack.callback(versions.close)
-    server, key = None, os.environ.get(KEY_VARIABLE)
+    servers: list[VllmServer] = []
+    key = os.environ.get(KEY_VARIABLE)
     if not v.urls:
         key = key or secrets.token_urlsafe(32)  # the routes that change weights are nobody else's on this host either
-        server = VllmServer(server_plan(config, policy), folder / "vllm.log", key)
-        stack.callback(server.close)
-        server.wait(v.start_seconds)
+        for i, plan in enumerate(server_plans(config, policy)):
+            servers.append(VllmServer(plan, folder / ("vllm.log" if i == 0 else f"vllm-{i}.log"), key))
+            stack.callback(servers[-1].close)
+        for server in servers:
+            server.wait(v.start_seconds)
     sampler = VllmSampler(
-        v.urls if server is None else (server.url,),
+        v.urls or tuple(server.url for server in servers),
         VllmLimits(v.max_requests, _context_tokens(config), v.request_seconds, v.publish_seconds, v.retries),
         eos_token_ids=policy.chat.eos_ids,
         versions=versions,
         api_key=key,
-        failure=(lambda: None) if server is None else server.failure,
+        failure=lambda: next((failure for server in servers if (failure := server.failure()) is not None), None),
     )
     stack.callback(lambda: loop.call(sampler.close()))
     probe = TokenizerProbe(_PROBE_TEXT, tuple(policy.tokenizer.encode(_PROBE_TEXT, add_special_tokens=False)))
@@ -144,8 +147,17 @@ def _version_folder(given: str | None, run_folder: Path, model: ModelConfig) -> 
     return WeightFolder(run_folder, bytes_of_a_version, shared)
 
 
+def server_plans(config: Config, policy: Policy) -> list[ServerPlan]:
+    """The servers that a config describes: the GPUs in equal parts, from the given port on."""
+    v = config.vllm
+    one, share = server_plan(config, policy), len(v.gpus) // v.servers
+    return [
+        dataclasses.replace(one, gpus=v.gpus[i * share : (i + 1) * share], port=one.port + i if one.port else 0) for i in range(v.servers)
+    ]
+
+
 def server_plan(config: Config, policy: Policy, own_weights: bool = False) -> ServerPlan:
-    """The server that a config describes."""
+    """One server with all that the config gives to servers."""
     v = config.vllm
     return ServerPlan(
         python=str(Path(v.python).expanduser()) if v.python else sys.executable,

@@ -274,8 +274,9 @@ class WeightFolder:
 
     def __init__(self, run_folder: Path, version_bytes: int, shared_memory: Path = SHARED_MEMORY):
         _remove_abandoned(shared_memory)
-        # several processes may be on several hosts, which share the run folder but no memory
-        in_memory = jax.process_count() == 1 and _room(shared_memory) > 3 * version_bytes
+        # several processes may be on several hosts, which share folders but no memory
+        shared = jax.process_count() == 1 or shared_memory != SHARED_MEMORY
+        in_memory = shared and _room(shared_memory) > 3 * version_bytes
         name = f"jaxgrpo-{getpass.getuser()}-{zlib.crc32(str(run_folder.absolute()).encode()):08x}"
         self.root = (shared_memory / name if in_memory else run_folder / "weights").absolute()
         self._lock: TextIO | None = _claim(self.root) if jax.process_index() == 0 else None

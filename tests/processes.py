@@ -4,7 +4,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
@@ -15,13 +15,20 @@ def coordinator() -> str:
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def start_processes(commands: Sequence[Sequence[str]], devices: int) -> list[subprocess.Popen]:
-    """One process for each command (a module and its arguments), of so many devices each, that finds the others by its arguments."""
+def start(command: Sequence[str], devices: int, variables: Mapping[str, str]) -> subprocess.Popen:
+    """A module with its arguments, on so many devices, with more environment variables."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment, at = os.environ | {"XLA_FLAGS": flags}, coordinator()
-    where = [["--coordinator", at, "--processes", str(len(commands)), "--process-id", str(i)] for i in range(len(commands))]
-    options = {"cwd": Path(__file__).parents[1], "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return [subprocess.Popen([sys.executable, "-m", *command, *w], **options) for command, w in zip(commands, where, strict=True)]
+    environment, pipe = {**os.environ, "XLA_FLAGS": flags, **variables}, subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-m", *command], cwd=Path(__file__).parents[1], env=environment, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def start_processes(commands: Sequence[Sequence[str]], devices: int) -> list[subprocess.Popen]:
+    """One process for each command, that finds the others by its arguments."""
+    at, count = coordinator(), len(commands)
+    where = [("--coordinator", at, "--processes", str(count), "--process-id", str(i)) for i in range(count)]
+    return [start((*command, *flags), devices, {}) for command, flags in zip(commands, where, strict=True)]
 
 
 def outcomes(started: Sequence[subprocess.Popen], seconds: float = 300) -> list[tuple[int, str]]:

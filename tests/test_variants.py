@@ -49,6 +49,17 @@ def test_it_loads_and_its_docstring_gives_its_command(name):
         ),
         ("article_rubric", {"environment.reward": "call_match"}),
         ("h200x4_async", {"loss.tis_cap": 2.0, "training.max_staleness": 1}),
+        ("h200x8", {"training.devices": 6, "training.gpus": (0, 1, 2, 3, 4, 5), "vllm.gpus": (6, 7), "vllm.servers": 2}),
+        (
+            "multi_host",
+            {
+                "rollout.tasks_per_step": 16,
+                "training.devices": None,
+                "training.gpus": tuple(range(8)),
+                "vllm.gpus": (),
+                "vllm.urls": ("http://rollout:8000",),
+            },
+        ),
         (
             "all_turns",
             {
