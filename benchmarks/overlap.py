@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from jaxgrpo.config import Config, EvaluationSettings, RecordingSettings, check, load_config
+from jaxgrpo.processes import Processes
 from jaxgrpo.samplers.base import FinishReason, Generation, PolicyWeights, Sampler, SamplingRequest
 from jaxgrpo.train import Training
 
@@ -120,7 +121,7 @@ def run(args: argparse.Namespace, staleness: int, batches: int, rate: float) -> 
         PacedTraining.rate, PacedTraining.streams = rate, args.streams
     with tempfile.TemporaryDirectory() as folder:
         with ExitStack() as stack:
-            kind(configured(args, staleness, args.warm + batches + staleness), Path(folder), False, stack).run()
+            kind(configured(args, staleness, args.warm + batches + staleness), Path(folder), False, Processes(), stack).run()
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines][args.warm : args.warm + batches]
 

@@ -23,6 +23,7 @@ from jaxgrpo.config import ConfigError
 from jaxgrpo.model import ModelConfig
 from jaxgrpo.packing import PackingSettings
 from jaxgrpo.pretrained import load_params
+from jaxgrpo.processes import Processes
 from jaxgrpo.rollout import Decoding, Execution, Limits
 from jaxgrpo.samplers.base import SamplerError
 from jaxgrpo.schedule import StalenessError
@@ -211,7 +212,7 @@ class TestOverlap:
         """Play, pack, learn, publish, one after the other, as they are."""
         config = changed(tmp_path, model)
         with ExitStack() as stack:
-            training = Training(config, tmp_path / "run", False, stack)
+            training = Training(config, tmp_path / "run", False, Processes(), stack)
             for batch in range(3):
                 rollout = setup.build_rollout(config, training.policy, training.sampler, Decoding(1.0))
                 tasks = task_batch(training.tasks, 2, 0, batch)
