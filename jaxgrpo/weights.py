@@ -203,9 +203,7 @@ def _spec(leaf: _Leaf, path: Any) -> ts.Spec:
     )
     layout = ts.ChunkLayout(chunk_shape=leaf.file if leaf.layout.stacked else leaf.file[1:])
     codec = ts.CodecSpec({"driver": "zarr3", "codecs": BARE})
-    spec.update(
-        dtype=ts.dtype(leaf.dtype.name), shape=leaf.layout.stored_shape, chunk_layout=layout, codec=codec, create=True, open=True
-    )
+    spec.update(dtype=ts.dtype(leaf.dtype.name), shape=leaf.layout.stored_shape, chunk_layout=layout, codec=codec, create=True, open=True)
     return spec
 
 
