@@ -27,6 +27,7 @@ from flax import nnx
 from jax import Array
 
 from jaxgrpo.attention import apply_rope, attend, causal_mask
+from jaxgrpo.numerics import matmul
 from jaxgrpo.types import AnyArray
 
 Params = dict[str, Any]
@@ -122,7 +123,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_size)) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = x @ self.kernel[...]
+        y = matmul(x, self.kernel[...])
         return y if self.bias is None else y + self.bias[...]
 
 
