@@ -1,14 +1,10 @@
 """The collectives of the real train step, read from its compiled program; and the reader itself on programs written out."""
 
 import functools
-from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxgrpo.sharding import AXIS
 from tests.test_update import GROUPS, TINY, UNTIED, packed, update_of
 from tools.hlo import Collective, collectives
 
@@ -61,7 +57,8 @@ def test_asynchronous_collectives_in_and_out_of_a_loop_written_out() -> None:
 def test_loops_in_loops_multiply_and_a_loop_of_unknown_length_says_so() -> None:
     inner = '  w = s32[] while(t), condition=c, body=inner, backend_config={"known_trip_count":{"n":"5"}}'
     outer = "  w = s32[] while(t), condition=c, body=outer"
-    lines = ["inner {", "  x = f32[2]{0} all-reduce(y), to_apply=add", "}", "outer {", inner, "}", "c {", "  d = pred[] constant(true)", "}"]
+    body = ["inner {", "  x = f32[2]{0} all-reduce(y), to_apply=add", "}", "outer {", inner, "}"]
+    lines = [*body, "c {", "  d = pred[] constant(true)", "}"]
     text = "\n".join([*lines, "ENTRY main {", outer, "}"])
     assert collectives(text) == [Collective("all-reduce", "f32", (2,), True, None)]
     known = text.replace(outer, outer + ', backend_config={"known_trip_count":{"n":"3"}}')
@@ -79,19 +76,12 @@ def test_another_text_is_refused() -> None:
 @functools.cache
 def step_collectives(devices: int) -> tuple[list[Collective], list[Collective], list[Collective]]:
     """Of the gradients' program before and after XLA's passes, and of the optimizer's program after them: bfloat16, two layers."""
-    update = update_of(devices, UNTIED, dtype=jnp.bfloat16)
-
-    def abstract(shape: Sequence[int], spec: PartitionSpec, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(update.mesh, spec))
-
-    params = jax.tree.map(lambda leaf: abstract(leaf.stored_shape, leaf.spec, jnp.float32), update.layout)
-    batch = jax.tree.map(lambda a: abstract(a.shape, PartitionSpec(AXIS), a.dtype), packed(GROUPS, 12)[0])
-    logprobs = abstract(batch.completions_NGC.shape, PartitionSpec(AXIS), jnp.float32)
-    shapes, optimizer_specs = jax.eval_shape(update.optimizer.init, params), update._optimizer_specs()
-    opt_state = jax.tree.map(lambda leaf, spec: abstract(leaf.shape, spec, leaf.dtype), shapes, optimizer_specs)
-    lowered = update._accumulate.lower(params, params, batch, logprobs, logprobs, True)
-    applied = update._apply.lower(params, opt_state, params).compile()
-    return collectives(lowered.as_text("hlo")), collectives(lowered.compile().as_text()), collectives(applied.as_text())
+    batch = packed(GROUPS, 12)[0]
+    shape = (*batch.completions_NGC.shape[:2], batch.prompt_NP.shape[1], batch.completions_NGC.shape[2])
+    lowered = update_of(devices, UNTIED, dtype=jnp.bfloat16).lower(*shape)
+    programs = lowered.accumulate.as_text("hlo"), lowered.accumulate.compile().as_text(), lowered.apply.compile().as_text()
+    before, after, applied = map(collectives, programs)
+    return before, after, applied
 
 
 def padded(elements: int, devices: int) -> int:

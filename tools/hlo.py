@@ -98,10 +98,10 @@ def _walk(computations: dict[str, list[_Instruction]], name: str, inside_loop: b
 
 
 def _arrays(instruction: _Instruction) -> list[tuple[str, tuple[int, ...]]]:
-    """What the collective gives. The start of an asynchronous one gives its operands first, that of a permutation two contexts at the end."""
+    """What the collective gives. The start of an asynchronous one gives its operands first, a permutation's two contexts at the end."""
     found = [(dtype, tuple(int(n) for n in shape.split(",") if n)) for dtype, shape in _ARRAY.findall(instruction.result)]
     if instruction.opcode == "collective-permute-start":
         return found[1:2]
-    if instruction.opcode in ("all-gather-start", "collective-broadcast-start"):
+    if instruction.opcode in ("all-gather-start", "reduce-scatter-start", "collective-broadcast-start"):
         return found[len(found) // 2 :]
     return found
