@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxgrpo.chat import Chat
 from jaxgrpo.config import Config, ConfigError, refuse
@@ -114,12 +115,17 @@ def compute_dtype(config: Config) -> Any:
 
 def build_update(config: Config, model: ModelConfig) -> Update:
     """The sharded update over the devices that the config asks for."""
+    return update_on(make_mesh(jax.devices()[: device_count(config)]), config, model, compute_dtype(config))
+
+
+def update_on(mesh: Mesh, config: Config, model: ModelConfig, dtype: Any) -> Update:
+    """The sharded update over a mesh, whose devices may be described only, to compile for."""
     return Update(
         model,
-        make_mesh(jax.devices()[: device_count(config)]),
+        mesh,
         config.loss,
         config.optimizer,
-        compute_dtype=compute_dtype(config),
+        compute_dtype=dtype,
         temperature=config.rollout.temperature,
         head_chunk=config.training.head_chunk,
     )

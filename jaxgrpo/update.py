@@ -179,7 +179,7 @@ class Update:
         that are only described (`jax.experimental.topologies`)."""
         mesh, shape = self.mesh, (groups, group_size, completion)
 
-        def array(shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        def array(shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> Any:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
         def stored(dtype: Any) -> Params:

@@ -102,6 +102,6 @@ def _arrays(instruction: _Instruction) -> list[tuple[str, tuple[int, ...]]]:
     found = [(dtype, tuple(int(n) for n in shape.split(",") if n)) for dtype, shape in _ARRAY.findall(instruction.result)]
     if instruction.opcode == "collective-permute-start":
         return found[1:2]
-    if instruction.opcode in ("all-gather-start", "collective-broadcast-start"):
+    if instruction.opcode in ("all-gather-start", "reduce-scatter-start", "collective-broadcast-start"):
         return found[len(found) // 2 :]
     return found
