@@ -2,18 +2,18 @@
 
     python -m benchmarks.update [--json] [--repeats 7]
 
-P = 1024 prompt tokens, G = 8 rows of C = 128 completion tokens, vocabulary 8,192, 4 layers of width 256 (4 heads, 2 key/value heads, F = 1024,
-untied: 8.1 million parameters), float32, two threads on both sides. An update is forward, backward, clipping and AdamW, with KL to a
-reference whose log-probabilities are given. All sides have the same weights and tokens, take turns in one process, and must agree in loss,
-gradient norm and clipped gradients before anything is timed.
+P = 1024 prompt tokens, G = 8 rows of C = 128 completion tokens, vocabulary 8,192, 4 layers of width 256 (4 heads, 2 key/value heads,
+F = 1024, untied: 8.1 million parameters), float32, two threads on both sides. An update is forward, backward, clipping and AdamW, with KL
+to a reference whose log-probabilities are given. All sides have the same weights and tokens, take turns in one process, and must agree in
+loss, gradient norm and clipped gradients before anything is timed.
 
 - ours: `jaxgrpo.update.Update`.
 - repeated: the same on eight groups of one row, so that nothing is shared.
-- torch: transformers' Qwen2 with sdpa and fused AdamW (benchmarks/torch_update.py). It runs without gradient checkpointing, its fastest way, and
-  with it (TRL's default). Unlike ours and TRL it takes no entropies.
+- torch: transformers' Qwen2 with sdpa and fused AdamW (benchmarks/torch_update.py), without gradient checkpointing and with it (TRL's
+  default). Unlike ours and TRL it takes no entropies.
 
-`ratio_torch` and `ratio_repeated` compare the fastest of ours with the faster of the others' ways, by minimum. Without gradients the reference
-and behaviour passes are timed too; ours needs no behaviour pass, since the first step keeps its own log-probabilities. Needs torch.
+`ratio_torch` and `ratio_repeated` compare the fastest of each kind, by minimum. The passes without gradients, for the reference's and the
+behaviour's log-probabilities, are timed too; ours needs no behaviour pass, since the first step keeps its own. Needs torch.
 """
 
 import argparse
@@ -23,8 +23,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-
-os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # before jax and torch make their threads: two each
 
 import jax
 import jax.numpy as jnp
@@ -111,8 +109,8 @@ def worst_difference(got: Params, expected: Params) -> float:
 
 
 def check_agreement(sides: Mapping[str, OurUpdate | TorchUpdate], reference_GC: np.ndarray) -> dict[str, float]:
-    """Every side takes its first step. The largest difference from torch, of the loss (absolute: it is a mean of advantages of unit size, which
-    all but cancel), the norm and the clipped gradients (both relative); raises SystemExit where they are not those of float32."""
+    """Every side takes its first step. The largest difference from torch: of the loss (absolute, since it is a mean of advantages of unit size
+    that all but cancel), the norm and the clipped gradients (both relative). Raises SystemExit where they are not those of float32."""
     steps = {name: side.step(reference_of(side, reference_GC)) for name, side in sides.items()}
     expected, expected_gradients = steps["torch"], sides["torch"].gradients()
     differences = {}
@@ -171,6 +169,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each side (at least 5 for a figure worth quoting)")
     args = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # XLA makes as many threads, at its first use
     torch.set_num_threads(2)
     measured = measure(args.repeats)
     print(f"{'update':24} {'min s':>8} {'median s':>9} {'difference':>11}")
