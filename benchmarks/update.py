@@ -109,8 +109,8 @@ def worst_difference(got: Params, expected: Params) -> float:
 
 
 def check_agreement(sides: Mapping[str, OurUpdate | TorchUpdate], reference_GC: np.ndarray) -> dict[str, float]:
-    """Every side takes its first step. The largest difference from torch: of the loss (absolute, since it is a mean of advantages of unit size
-    that all but cancel), the norm and the clipped gradients (both relative). Raises SystemExit where they are not those of float32."""
+    """Every side takes its first step. The largest difference from torch: of the loss (absolute, since it sums advantages of unit size that
+    all but cancel), the norm and the clipped gradients (both relative). Raises SystemExit where they are not those of float32."""
     steps = {name: side.step(reference_of(side, reference_GC)) for name, side in sides.items()}
     expected, expected_gradients = steps["torch"], sides["torch"].gradients()
     differences = {}
