@@ -16,6 +16,7 @@ import optax
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxgrpo.attention import XLA, Kernel
 from jaxgrpo.losses import Head, LossSettings, LossSums, grpo_loss, token_logprobs
 from jaxgrpo.model import ModelConfig, Params, forward_shared_prompt, head_table
 from jaxgrpo.sharding import AXIS, Layout, Sharded, embed, make_layout, specs, store
@@ -81,6 +82,8 @@ class Update:
         compute_dtype: Any,
         temperature: float = 1.0,
         head_chunk: int = 1024,
+        kernel: Kernel = XLA,
+        remat: str = "full",
     ):
         self.config = config
         self.mesh = mesh
@@ -88,6 +91,7 @@ class Update:
         self.layout: Layout = make_layout(config, mesh.size)
         self.optimizer = make_optimizer(optimizer)
         self.compute_dtype = jnp.dtype(compute_dtype)
+        self.kernel, self.remat = kernel, remat
         storage = Sharded(mesh.size, self.compute_dtype)
         self._head = Head((config.vocab_size, config.width), storage, head_chunk, temperature)
         self._shapes: set[tuple] = set()
@@ -198,6 +202,8 @@ class Update:
             load=lambda leaf: storage.load(leaf, (self.config.width,)),
             embed=lambda tree, ids: embed(tree["embed"]["embedding"], ids, self._head.shape, storage),
             load_layer=load_layer,
+            kernel=self.kernel,
+            remat=self.remat,
         )
         shape = batch.completions_NGC.shape
         logprobs, entropies = token_logprobs(
