@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxgrpo.numerics import einsum_float32
 
-_MASKED = -1e30  # finite, so that a part with nothing to attend weighs nothing, and is not NaN
+MASKED = -1e30  # finite, so that a part with nothing to attend weighs nothing, and is not NaN
 _QUERY_BLOCK = 256  # queries a block: their scores fit a CPU's cache
 _CAUSAL_SEGMENTS = 8  # a causal row is cut into so many runs of queries at most; each leaves out the keys after it
 
@@ -165,14 +165,14 @@ def _padded(x: Array, segments: list[_Segment], queries: int, heads: int) -> Arr
 
 
 def _scores(q: Array, k: Array, first: Array, heads: int, lengths: Array | None) -> Array:
-    """Scaled scores [B, K, M, S] of a block whose first query is `first`, `_MASKED` where a query may not attend."""
+    """Scaled scores [B, K, M, S] of a block whose first query is `first`, `MASKED` where a query may not attend."""
     keys = jnp.arange(k.shape[2])
     scores = einsum_float32("bkmh,bksh->bkms", q, k) * q.shape[-1] ** -0.5
     if lengths is None:
         allowed = keys <= (first + jnp.arange(q.shape[2]) // heads)[:, None]
     else:
         allowed = keys < lengths[:, None, None, None]
-    return jnp.where(allowed, scores, _MASKED)
+    return jnp.where(allowed, scores, MASKED)
 
 
 def _forward(q: Array, k: Array, v: Array, lengths: Array | None) -> tuple[Array, Array]:

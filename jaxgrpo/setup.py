@@ -1,6 +1,7 @@
 """Build what a run is made of from its config: the same parts for training and for evaluation."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgrpo.attention import Kernel
 from jaxgrpo.chat import Chat
 from jaxgrpo.config import Config, ConfigError, refuse
+from jaxgrpo.cudnn import choose_kernel
 from jaxgrpo.model import ModelConfig, Params, param_shapes
+from jaxgrpo.paths import cache_root
 from jaxgrpo.pretrained import load_params, load_tokenizer, locate
 from jaxgrpo.rollout import Decoding, Execution, Limits, Rollout
 from jaxgrpo.samplers.base import Sampler
@@ -107,6 +111,20 @@ def compute_dtype(config: Config) -> Any:
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
+def attention_kernel(config: Config, model: ModelConfig) -> tuple[Kernel, str]:
+    """What computes attention in the update here, and a line that says so. Raises ConfigError where it cannot be what was asked for."""
+    try:
+        return choose_kernel(config.training.attention, compute_dtype(config), model.head_size, jax.default_backend())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def keep_compiled(config: Config) -> None:
+    """Let jax keep what it compiles from run to run. JAX_COMPILATION_CACHE_DIR, where set, says where. Before jax's first use."""
+    if config.training.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
+
+
 def build_update(config: Config, model: ModelConfig) -> Update:
     """The sharded update over the devices that the config asks for."""
     return Update(
@@ -117,6 +135,8 @@ def build_update(config: Config, model: ModelConfig) -> Update:
         compute_dtype=compute_dtype(config),
         temperature=config.rollout.temperature,
         head_chunk=config.training.head_chunk,
+        kernel=attention_kernel(config, model)[0],
+        remat=config.training.remat,
     )
 
 

@@ -28,12 +28,14 @@ from jaxgrpo.samplers.base import SamplerError
 from jaxgrpo.serving import AgreementCheck, StoredWeights, open_sampler
 from jaxgrpo.setup import (
     Policy,
+    attention_kernel,
     build_rollout,
     build_update,
     check_episodes,
     compute_dtype,
     device_count,
     initial_params,
+    keep_compiled,
     open_policy,
     open_tasks,
     parameter_count,
@@ -91,6 +93,7 @@ class Training:
         stack.callback(self.recorder.close)
         self.clock = Stopwatch()
         self.view = stack.enter_context(TerminalView(config.training.steps))
+        self.view.say(f"attention: {attention_kernel(config, self.policy.config)[1]}")
 
     def _first_state(self, resume: bool) -> tuple[TrainState, int]:
         if resume:
@@ -259,6 +262,7 @@ def describe(config: Config) -> Iterator[str]:
     yield to_json(config)
     yield f"parameters              {parameter_count(policy.config):,} ({policy.config.layers} layers of width {policy.config.width})"
     yield f"devices                 {devices}, compute in {compute_dtype(config)}"
+    yield f"attention               {attention_kernel(config, policy.config)[1]}"
     yield f"longest prompt          {longest_prompt} tokens of at most {r.max_prompt_tokens}"
     yield f"rollouts a batch        {r.tasks_per_step} tasks x {r.group_size} samples = {r.tasks_per_step * r.group_size}"
     yield f"micro-batches a step    {r.tasks_per_step // micro_batch} of {micro_batch} groups"
@@ -310,6 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(args.config, args.set)
         folder = run_folder(args.run_dir, config.name)
         take_gpus(config)
+        keep_compiled(config)
         if args.dry_run:
             print("\n".join(describe(config)))
             return 0
