@@ -23,6 +23,6 @@ def get_config() -> Config:
         sampler="vllm",
         rollout=RolloutSettings(group_size=8, tasks_per_step=12, max_prompt_tokens=6656, max_completion_tokens=2048, max_turns=10),
         vllm=VllmSettings(gpus=(3,)),
-        training=TrainingSettings(steps=1600, iterations=2, devices=3, gpus=(0, 1, 2), reference_every=100),
+        training=TrainingSettings(steps=1600, iterations=2, devices=3, gpus=(0, 1, 2), reference_every=100, remat="attention"),
         evaluation=EvaluationSettings(every=100, samples=1, splits=("test",)),
     )

@@ -16,12 +16,14 @@ from typing import Any
 from envs.base import TaskSuite
 from jaxgrpo.advantages import NORMALIZATIONS
 from jaxgrpo.losses import LossSettings
+from jaxgrpo.model import REMAT
 from jaxgrpo.overrides import leaves, overridden, typed
 from jaxgrpo.packing import AGGREGATIONS, PackingSettings
 from jaxgrpo.samplers.cache import pages_for
 from jaxgrpo.update import OptimizerSettings
 
 SAMPLERS = ("native", "vllm")
+ATTENTION = ("auto", "xla", "cudnn")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 SPLITS = ("train", "test")
 
@@ -104,7 +106,11 @@ class TrainingSettings:
     """`steps` counts optimizer steps; `iterations` (mu) of them are taken on each batch. `devices` None takes all; `gpus` limits what jax
     sees to the GPUs of these indices. A micro-batch holds `groups_per_device` groups a device. The reference is replaced by the policy
     every `reference_every` steps; None keeps it fixed. Batches are played ahead of the one in training as long as no token is more than
-    `max_staleness` weight versions older than the weights it trains; 0 plays a batch when the one before it is published."""
+    `max_staleness` weight versions older than the weights it trains; 0 plays a batch when the one before it is published.
+
+    `attention` "auto" is cuDNN's flash attention where it can be used and plain XLA elsewhere; either can be asked for by name. `remat`
+    says what the backward pass computes again: every layer ("full"), all but attention's output ("attention"), or nothing ("none").
+    `compilation_cache` keeps compiled programs from run to run, in the project's cache folder."""
 
     steps: int = 1600
     iterations: int = 2
@@ -114,6 +120,9 @@ class TrainingSettings:
     groups_per_device: int = 1
     reference_every: int | None = 100
     head_chunk: int = 1024
+    attention: str = "auto"
+    remat: str = "full"
+    compilation_cache: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +173,9 @@ class Config:
 
 
 MAY_CHANGE = (
-    "name", "training.steps", "training.devices", "training.gpus", "training.groups_per_device", "training.head_chunk", "evaluation.",
-    "recording.", "native.", "vllm.", "rollout.max_in_flight", "rollout.environment_threads", "rollout.environment_deadline",
+    "name", "training.steps", "training.devices", "training.gpus", "training.groups_per_device", "training.head_chunk",
+    "training.attention", "training.remat", "training.compilation_cache", "evaluation.", "recording.", "native.", "vllm.",
+    "rollout.max_in_flight", "rollout.environment_threads", "rollout.environment_deadline",
 )  # fmt: skip
 """What a resumed run may set otherwise than before: none of it changes what the next step is meant to compute."""
 
@@ -286,6 +296,8 @@ def _check_choices(config: Config) -> list[str]:
     choices = [
         ("sampler", config.sampler, SAMPLERS),
         ("model.compute_dtype", config.model.compute_dtype, COMPUTE_DTYPES),
+        ("training.attention", config.training.attention, ATTENTION),
+        ("training.remat", config.training.remat, REMAT),
         ("packing.advantage_normalization", config.packing.advantage_normalization, NORMALIZATIONS),
         ("packing.aggregation", config.packing.aggregation, AGGREGATIONS),
         *[("evaluation.splits", split, SPLITS) for split in config.evaluation.splits],
@@ -326,6 +338,8 @@ def _check_across(config: Config) -> list[str]:
             f"training.max_staleness ({training.max_staleness}) lets older weights sample what trains newer ones, but loss.tis_cap None "
             "takes every sample for the policy's own: set it, e.g. to 2.0"
         )
+    if training.attention == "cudnn" and config.model.compute_dtype == "float32":
+        problems.append("training.attention is 'cudnn', which computes in bfloat16: set model.compute_dtype to 'auto' or 'bfloat16'")
     if config.loss.kl_beta == 0 and training.reference_every is not None:
         problems.append("training.reference_every has no effect when loss.kl_beta is 0: set it to None")
     if (evaluation.every or evaluation.before or evaluation.after) and not evaluation.splits:

@@ -26,6 +26,7 @@ from jaxgrpo.setup import (
     check_episodes,
     compute_dtype,
     initial_params,
+    keep_compiled,
     open_policy,
     open_tasks,
     run_folder,
@@ -121,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.set)
         take_gpus(config)
+        keep_compiled(config)
         samples = config.evaluation.samples if args.samples is None else args.samples
         _check_arguments(args.split, samples, args.checkpoint, args.step)
         folder = run_folder(args.run_dir, f"{config.name}-eval-{args.split}")

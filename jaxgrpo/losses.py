@@ -56,9 +56,12 @@ def _logprobs_forward(hidden: Array, table: Array, targets: Array, head: Head) -
 
     def one(_: None, args: tuple[Array, Array]) -> tuple[None, tuple[Array, Array, Array]]:
         logits = _logits(args[0], weight, head.temperature)
-        log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(logits - top)  # once, for the normalizer and for the entropy
+        total = jnp.sum(weights, axis=-1)
+        log_normalizer = top[:, 0] + jnp.log(total)
         chosen = jnp.take_along_axis(logits, args[1][:, None], axis=-1)[:, 0]
-        mean_logit = jnp.sum(jnp.exp(logits - log_normalizer[:, None]) * logits, axis=-1)
+        mean_logit = jnp.sum(weights * logits, axis=-1) / total
         return None, (chosen - log_normalizer, log_normalizer - mean_logit, log_normalizer)
 
     _, outs = jax.lax.scan(one, None, (_chunked(hidden, chunk), _chunked(targets, chunk)))

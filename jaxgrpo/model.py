@@ -26,13 +26,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxgrpo.attention import apply_rope, attend, causal_mask
+from jaxgrpo.attention import OUTPUT_NAMES, XLA, Kernel, apply_rope, attend
 from jaxgrpo.numerics import matmul
 from jaxgrpo.types import AnyArray
 
 Params = dict[str, Any]
 Load = Callable[[Any], Any]
-ScanLayers = Callable[[Callable[[Any, Params], Any], Any, Params], Any]
+Layer = Callable[[Any, Params], Any]
+ScanLayers = Callable[[Layer, Any, Params], Any]
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
@@ -123,8 +124,10 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_size)) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = matmul(x, self.kernel[...])
-        return y if self.bias is None else y + self.bias[...]
+        # In two dimensions, because XLA's CPU backend transposes in a plain loop to make the kernel's gradient from more.
+        y = matmul(x.reshape(-1, x.shape[-1]), self.kernel[...])
+        y = y if self.bias is None else y + self.bias[...]
+        return y.reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):
@@ -142,7 +145,7 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
     """x [..., D] over its root mean square, times scale [D]; the statistics in float32, the result in x's dtype."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
-    return normed.astype(x.dtype) * scale
+    return (normed.astype(x.dtype).reshape(-1, x.shape[-1]) * scale).reshape(x.shape)  # in two dimensions, as in `Linear`
 
 
 class Attention(nnx.Module):
@@ -257,9 +260,23 @@ def default_embed(params: Params, ids: Array, load: Load) -> Array:
     return load(params["embed"]["embedding"][ids])
 
 
-def rematerialized_scan(layer: Callable[[Any, Params], Any], carry: Any, stack: Params) -> Any:
-    """`carry` through `layer(carry, leaves)` for each row of the stack; the backward pass computes each layer again."""
-    return jax.lax.scan(jax.checkpoint(lambda c, leaves: (layer(c, leaves), None), prevent_cse=False), carry, stack)[0]
+REMAT = ("full", "attention", "none")
+
+
+def rematerialised(layer: Layer, remat: str) -> Layer:
+    """A layer whose backward pass computes again what it needs: all of it ("full"), all but attention's output, which is saved
+    ("attention"), or nothing ("none": everything is saved, except scores, which never are)."""
+    if remat not in REMAT:
+        raise ValueError(f"remat must be one of {REMAT}, got {remat!r}")
+    if remat == "none":
+        return layer
+    policy = jax.checkpoint_policies.save_only_these_names(*OUTPUT_NAMES) if remat == "attention" else None
+    return jax.checkpoint(layer, prevent_cse=False, policy=policy)
+
+
+def scan_stack(layer: Layer, carry: Any, stack: Params) -> Any:
+    """`carry` through `layer(carry, leaves)` for each row of the stack (leaves [L, ...])."""
+    return jax.lax.scan(lambda c, leaves: (layer(c, leaves), None), carry, stack)[0]
 
 
 def forward_shared_prompt(
@@ -272,14 +289,16 @@ def forward_shared_prompt(
     load: Load,
     embed: Callable[[Params, Array], Array],
     load_layer: Load | None = None,
-    scan_layers: ScanLayers | None = None,
+    scan_layers: ScanLayers = scan_stack,
+    kernel: Kernel = XLA,
+    remat: str = "full",
 ) -> Array:
     """Final normed hidden states [N, G, C, D]; position c predicts `completions_NGC[..., c]`. The prompt of a group is computed once.
 
     Row g of group n is the prompt's last token followed by its completion less the last token: its keys are the prompt before that last
     token, shared by the group, and the row's own. Padding is on the right of prompts and of completions; padded positions hold garbage.
-    `load_layer` maps one layer's subtree of leaves to its weights (default: `load` on every leaf). Layers are rematerialised, which is
-    `scan_layers`' part (default: `rematerialized_scan`).
+    `load_layer` maps one layer's subtree of leaves to its weights (default: `load` on every leaf). `kernel` computes attention, `remat` is
+    how layers are rematerialised (`rematerialised`), `scan_layers` what takes the hidden states through them.
     """
     chex.assert_rank([prompt_NP, prompt_lengths_N, completions_NGC], [2, 1, 3])
     load_layer = load_layer or functools.partial(jax.tree.map, load)
@@ -287,25 +306,22 @@ def forward_shared_prompt(
     n, g, c = completions_NGC.shape
     last_N11 = jnp.take_along_axis(prompt_NP, prompt_lengths_N[:, None] - 1, axis=1)[:, :, None]
     rows_NGC = jnp.concatenate([jnp.broadcast_to(last_N11, (n, g, 1)), completions_NGC[:, :, :-1]], axis=2)
-    prompt_positions = jnp.broadcast_to(jnp.arange(p), (n, p))
     row_positions = jnp.broadcast_to((prompt_lengths_N[:, None] - 1 + jnp.arange(c))[:, None], (n, g, c))
-    context_NP = jnp.arange(p) < prompt_lengths_N[:, None] - 1
-    mask_prompt = causal_mask(p)
-    mask_row = causal_mask(c)
+    positions = jnp.concatenate([jnp.broadcast_to(jnp.arange(p), (n, p)), row_positions.reshape(n, g * c)], axis=1)
 
-    def layer(carry: tuple[Array, Array], leaves: Params) -> tuple[Array, Array]:
-        x_prompt, x_rows = carry
+    def layer(x: Array, leaves: Params) -> Array:
+        """x [N, P + G * C, D]: prompt and rows pass through the weights together and part only in attention."""
         block = merge_layer(config, load_layer(leaves))
-        q_p, k_p, v_p = block.project(x_prompt, prompt_positions)
-        q_r, k_r, v_r = block.project(x_rows, row_positions)
-        attended_prompt = attend(q_p[:, None], k_p[:, None], v_p[:, None], mask_prompt)[:, 0]
-        attended_rows = attend(q_r, k_r, v_r, mask_row, k_p, v_p, context_NP)
-        return block.finish(x_prompt, attended_prompt), block.finish(x_rows, attended_rows)
+        q, k, v = block.project(x, positions)
+        q_prompt, k_prompt, v_prompt = (y[:, :p] for y in (q, k, v))
+        q_rows, k_rows, v_rows = (y[:, p:].reshape(n, g, c, *y.shape[2:]) for y in (q, k, v))
+        prompt = attend(kernel, q_prompt[:, None], k_prompt[:, None], v_prompt[:, None])[:, 0]
+        rows = attend(kernel, q_rows, k_rows, v_rows, k_prompt, v_prompt, jnp.asarray(prompt_lengths_N) - 1)
+        return block.finish(x, jnp.concatenate([prompt, rows.reshape(n, g * c, *rows.shape[3:])], axis=1))
 
     x = embed(params, jnp.concatenate([prompt_NP, rows_NGC.reshape(n, g * c)], axis=1))
-    carry = (x[:, :p], x[:, p:].reshape(n, g, c, -1))
-    _, x_rows = (scan_layers or rematerialized_scan)(layer, carry, params["layers"])
-    return rms_norm(x_rows, load(params["norm"]["scale"]), config.norm_epsilon)
+    x = scan_layers(rematerialised(layer, remat), x, params["layers"])
+    return rms_norm(x[:, p:].reshape(n, g, c, -1), load(params["norm"]["scale"]), config.norm_epsilon)
 
 
 def forward(config: ModelConfig, params: Params, ids_BT: Array, *, load: Load) -> Array:
@@ -313,12 +329,11 @@ def forward(config: ModelConfig, params: Params, ids_BT: Array, *, load: Load) -
     chex.assert_rank(ids_BT, 2)
     b, t = ids_BT.shape
     positions = jnp.broadcast_to(jnp.arange(t), (b, t))
-    mask = causal_mask(t)
 
     def layer(x: Array, leaves: Params) -> Array:
         block = merge_layer(config, jax.tree.map(load, leaves))
         q, k, v = block.project(x, positions)
-        return block.finish(x, attend(q[:, None], k[:, None], v[:, None], mask)[:, 0])
+        return block.finish(x, attend(XLA, q[:, None], k[:, None], v[:, None])[:, 0])
 
-    x = rematerialized_scan(layer, default_embed(params, ids_BT, load), params["layers"])
+    x = scan_stack(rematerialised(layer, "full"), default_embed(params, ids_BT, load), params["layers"])
     return rms_norm(x, load(params["norm"]["scale"]), config.norm_epsilon)

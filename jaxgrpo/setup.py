@@ -1,6 +1,7 @@
 """Build what a run is made of from its config: the same parts for training and for evaluation."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxgrpo.attention import Kernel
 from jaxgrpo.chat import Chat
 from jaxgrpo.config import Config, ConfigError, refuse
+from jaxgrpo.cudnn import choose_kernel
 from jaxgrpo.model import ModelConfig, Params, param_shapes
+from jaxgrpo.paths import cache_root
 from jaxgrpo.pretrained import load_params, load_tokenizer, locate
 from jaxgrpo.rollout import Decoding, Execution, Limits, Rollout
 from jaxgrpo.samplers.base import Sampler
@@ -113,9 +117,28 @@ def compute_dtype(config: Config) -> Any:
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
+def attention_kernel(config: Config, model: ModelConfig, mesh: Mesh, dtype: Any) -> tuple[Kernel, str]:
+    """What computes attention in the update over a mesh, and a line that says so. Raises ConfigError where it cannot be what was asked for."""
+    try:
+        return choose_kernel(config.training.attention, dtype, model.head_size, mesh.devices.flat[0].platform)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def keep_compiled(config: Config) -> None:
+    """Let jax keep what it compiles from run to run. JAX_COMPILATION_CACHE_DIR, where set, says where. Before jax's first use."""
+    if config.training.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
+
+
+def training_mesh(config: Config) -> Mesh:
+    """Over the devices that the config asks for."""
+    return make_mesh(jax.devices()[: device_count(config)])
+
+
 def build_update(config: Config, model: ModelConfig) -> Update:
     """The sharded update over the devices that the config asks for."""
-    return update_on(make_mesh(jax.devices()[: device_count(config)]), config, model, compute_dtype(config))
+    return update_on(training_mesh(config), config, model, compute_dtype(config))
 
 
 def update_on(mesh: Mesh, config: Config, model: ModelConfig, dtype: Any) -> Update:
@@ -128,6 +151,8 @@ def update_on(mesh: Mesh, config: Config, model: ModelConfig, dtype: Any) -> Upd
         compute_dtype=dtype,
         temperature=config.rollout.temperature,
         head_chunk=config.training.head_chunk,
+        kernel=attention_kernel(config, model, mesh, dtype)[0],
+        remat=config.training.remat,
     )
 
 

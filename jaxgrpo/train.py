@@ -32,15 +32,18 @@ from jaxgrpo.schedule import RolloutsAhead, check_staleness
 from jaxgrpo.serving import agreement_check, open_sampler
 from jaxgrpo.setup import (
     Policy,
+    attention_kernel,
     build_rollout,
     check_episodes,
     compute_dtype,
     device_count,
+    keep_compiled,
     open_policy,
     open_tasks,
     parameter_count,
     run_folder,
     take_gpus,
+    training_mesh,
 )
 from jaxgrpo.types import GroupBatch, Task
 from jaxgrpo.update import StepReport, TrainState
@@ -84,6 +87,7 @@ class Training(Learner):
         self.recorder = Recorder(folder, tensorboard=r.tensorboard, wandb_project=r.wandb_project, name=config.name, after=after)
         stack.callback(self.recorder.close)
         self.view = stack.enter_context(TerminalView(config.training.steps))
+        self.view.say(f"attention: {attention_kernel(config, self.policy.config, self.update.mesh, self.update.compute_dtype)[1]}")
 
     def open_sampler(self, stack: ExitStack) -> Sampler:
         """The config's sampler, serving the weights of now."""
@@ -237,6 +241,7 @@ def describe(config: Config) -> Iterator[str]:
     yield to_json(config)
     yield f"parameters              {parameter_count(policy.config):,} ({policy.config.layers} layers of width {policy.config.width})"
     yield f"devices                 {devices}, compute in {compute_dtype(config)}"
+    yield f"attention               {attention_kernel(config, policy.config, training_mesh(config), compute_dtype(config))[1]}"
     yield f"longest prompt          {longest_prompt} tokens of at most {r.max_prompt_tokens}"
     yield f"rollouts a batch        {r.tasks_per_step} tasks x {r.group_size} samples = {r.tasks_per_step * r.group_size}"
     yield f"micro-batches a step    {r.tasks_per_step // micro_batch} of {micro_batch} groups"
@@ -306,6 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(args.config, args.set)
         folder = run_folder(args.run_dir, config.name)
         take_gpus(config)
+        keep_compiled(config)
         processes = join(ClusterFlags.of(args), config.training.gpus)
         if args.dry_run:
             print("\n".join(describe(config) if processes.leads else []), end="\n" if processes.leads else "")

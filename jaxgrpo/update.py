@@ -17,9 +17,10 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
-from jaxgrpo.accumulation import Layer, accumulating_scan
+from jaxgrpo.accumulation import accumulating_scan
+from jaxgrpo.attention import XLA, Kernel
 from jaxgrpo.losses import Head, LossSettings, LossSums, grpo_loss, token_logprobs
-from jaxgrpo.model import ModelConfig, Params, ScanLayers, forward_shared_prompt, head_table, rematerialized_scan
+from jaxgrpo.model import Layer, ModelConfig, Params, ScanLayers, forward_shared_prompt, head_table, scan_stack
 from jaxgrpo.sharding import AXIS, Layout, Sharded, embed, make_layout, specs, store
 from jaxgrpo.types import GroupBatch
 
@@ -92,6 +93,8 @@ class Update:
         compute_dtype: Any,
         temperature: float = 1.0,
         head_chunk: int = 1024,
+        kernel: Kernel = XLA,
+        remat: str = "full",
     ):
         self.config = config
         self.mesh = mesh
@@ -99,6 +102,7 @@ class Update:
         self.layout: Layout = make_layout(config, mesh.size)
         self.optimizer = make_optimizer(optimizer)
         self.compute_dtype = jnp.dtype(compute_dtype)
+        self.kernel, self.remat = kernel, remat
         storage = Sharded(mesh.size, self.compute_dtype)
         self._head = Head((config.vocab_size, config.width), storage, head_chunk, temperature)
         self._shapes: set[tuple] = set()
@@ -228,7 +232,7 @@ class Update:
     def _count(self, function: str, batch: GroupBatch, *more: Any) -> None:
         self._shapes.add((function, batch.prompt_NP.shape, batch.completions_NGC.shape, *more))
 
-    def _local_logprobs(self, params: Params, batch: GroupBatch, scan_layers: ScanLayers = rematerialized_scan) -> tuple[Array, Array]:
+    def _local_logprobs(self, params: Params, batch: GroupBatch, scan_layers: ScanLayers = scan_stack) -> tuple[Array, Array]:
         """This device's groups: log-probabilities and entropies of the completions, [N, G, C] each."""
         storage = self._head.storage
 
@@ -245,6 +249,8 @@ class Update:
             embed=lambda tree, ids: embed(tree["embed"]["embedding"], ids, self._head.shape, storage),
             load_layer=load_layer,
             scan_layers=scan_layers,
+            kernel=self.kernel,
+            remat=self.remat,
         )
         shape = batch.completions_NGC.shape
         logprobs, entropies = token_logprobs(

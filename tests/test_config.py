@@ -104,6 +104,8 @@ def test_overrides_of_one_section_are_checked_together(tmp_path):
         ("evaluation.splits=test,test", "names a split twice"),
         ("training.iterations=4", "training.steps (6) must be a multiple of training.iterations (4)"),
         ("training.groups_per_device=4", "must be a multiple of training.devices x training.groups_per_device (1 x 4)"),
+        ("training.remat=all", "training.remat must be one of full, attention, none; got 'all'"),
+        ("training.attention=cudn", "Did you mean 'cudnn'?"),
         ("native.max_cache_tokens=64", "native.max_cache_tokens (64) cannot hold one episode"),
         ("loss.kl_beta=0", "training.reference_every has no effect when loss.kl_beta is 0"),
         ("recording.wandb_project=p", "wandb is not installed"),

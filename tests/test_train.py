@@ -17,6 +17,7 @@ import pytest
 from envs.procedural import Warehouse
 from jaxgrpo import records, serving, setup
 from jaxgrpo import train as train_module
+from jaxgrpo.attention import XLA
 from jaxgrpo.background import EventLoopThread
 from jaxgrpo.checkpoint import newest_step
 from jaxgrpo.config import ConfigError
@@ -395,14 +396,15 @@ class TestOptions:
         monkeypatch.setattr(setup, "Update", lambda *args, **options: given.update(update=options, devices=args[1].size))
         native = ("native.max_rows=3", "native.decode_chunk=5", "native.max_cache_tokens=4096")
         update = ("training.head_chunk=32", "rollout.temperature=0.5", "model.compute_dtype=bfloat16", "training.devices=2")
-        config = changed(tmp_path, model, *native, *update)
+        config = changed(tmp_path, model, *native, *update, "training.remat=none", "training.attention=xla")
         policy = setup.open_policy(config)
         with EventLoopThread() as loop:
             serving.open_sampler(config, policy, serving.WholeWeights({}, policy.config), 3, loop, tmp_path, ExitStack())
         setup.build_update(config, policy.config)
         sampler = {"version": 3, "max_rows": 3, "decode_chunk": 5, "max_cache_tokens": 4096, "compute_dtype": "bfloat16"}
         assert {key: given["sampler"][key] for key in sampler} == sampler
-        assert given["update"] == {"head_chunk": 32, "temperature": 0.5, "compute_dtype": "bfloat16"}
+        update = {"head_chunk": 32, "temperature": 0.5, "compute_dtype": "bfloat16", "remat": "none", "kernel": XLA}
+        assert given["update"] == update
         assert given["devices"] == 2
 
     def test_the_reference_follows_the_policy_every_so_many_steps(self, model, tmp_path):
@@ -510,3 +512,24 @@ class TestCommandLine:
         status, out, _ = self.call(capsys, *arguments, "--resume")
         assert status == 0 and "step 6/6" in out
         assert [line["step"] for line in metric_lines(tmp_path / "run")] == [2, 4, 6]
+
+
+def test_compiled_programs_are_kept_in_the_projects_cache_when_so_set(model, tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(setup.jax.config, "update", given.__setitem__)
+    monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path))
+    setup.keep_compiled(small_config(model))
+    assert given == {}  # the user's own folder stands: the tests have one
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    setup.keep_compiled(changed(tmp_path, model, "training.compilation_cache=False"))
+    assert given == {}
+    setup.keep_compiled(small_config(model))
+    assert given == {"jax_compilation_cache_dir": str(tmp_path / "xla")}
+
+
+def test_cudnn_on_a_cpu_is_refused_and_a_dry_run_says_what_computes_attention(model, tmp_path, capsys):
+    arguments = ["--config", str(write_config(tmp_path, model)), "--dry-run", "--set"]
+    assert main([*arguments, "training.attention=cudnn"]) == 2
+    assert "training.attention is 'cudnn', but it needs an NVIDIA GPU, and jax computes on cpu" in capsys.readouterr().err
+    assert main([*arguments, "training.attention=auto"]) == 0
+    assert "attention               plain XLA and not cuDNN: it needs an NVIDIA GPU" in capsys.readouterr().out
