@@ -91,7 +91,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def join(flags: ClusterFlags, gpus: Sequence[int] | None) -> "Processes":
     """Meet the other processes; before jax's first use. `gpus` are those that this process takes (None: as jax decides).
 
-    Raises ConfigError when the flags say too little, or the others are not there within five minutes.
+    Raises ConfigError when the flags say too little or jax cannot find out the rest. When the others are not there within five minutes, jax
+    itself ends the process, and says so.
     """
     if not flags.several:
         return Processes()
@@ -128,7 +129,9 @@ class Processes:
         if self.leads:
             self._store.key_value_set("jaxgrpo/config", mine)
         elif self._store.blocking_key_value_get("jaxgrpo/config", 1000 * _SHUTDOWN_SECONDS) != mine:
-            raise ConfigError(f"process {self.index} was started with another config than process 0: give all the same --config and --set")
+            raise ConfigError(
+                f"process {self.index} was started with another config than process 0: give all the same --config, --set and --resume"
+            )
 
     def tell(self, told: Told) -> None:
         """Called by the leader right before it computes on the mesh; of the others, and in a run of one process, it does nothing.

@@ -138,7 +138,7 @@ def test_processes_of_different_configs_are_refused(model, tmp_path):
     (first, first_errors), (second, second_errors) = outcomes(start_processes(commands, 1))
     assert (first, second) == (1, 2)
     assert "process 1 failed: ConfigError: process 1 was started with another config than process 0" in first_errors
-    assert "error: process 1 was started with another config than process 0: give all the same --config and --set" in second_errors
+    assert "error: process 1 was started with another config than process 0" in second_errors
 
 
 @pytest.mark.slow
@@ -173,3 +173,39 @@ def test_a_process_that_is_ended_ends_the_other(model, tmp_path, killed, by):
     assert ended[1 - killed][0] not in (0, -signal.SIGKILL)
     said = f"error: process {killed} failed: it was interrupted" if by is signal.SIGTERM else ""
     assert said in ended[1 - killed][1]
+
+
+@pytest.mark.faults
+def test_a_process_that_fails_within_a_step_ends_the_one_that_waits_for_it_there(model, tmp_path):
+    _, *arguments = command(write_config(tmp_path, model), tmp_path / "run", "training.devices=None")
+    ended = outcomes(start_processes([("tests.fault_process", *arguments)] * 2, 1))
+    assert ended[0][0] == 1 and ended[1][0] != 0
+    assert "error: process 1 failed: MemoryError: there is no more" in ended[0][1]
+    assert "MemoryError: there is no more" in ended[1][1]
+
+
+VLLM_CONFIG = """import dataclasses
+from tests.test_vllm import config
+
+
+def get_config():
+    settings = config(servers=2)
+    return dataclasses.replace(settings, training=dataclasses.replace(settings.training, devices=None))
+"""
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(900)
+@pytest.mark.skipif("JAXGRPO_VLLM_PYTHON" not in os.environ, reason="JAXGRPO_VLLM_PYTHON names no interpreter")
+def test_a_run_of_two_processes_with_two_vllm_servers(tmp_path):
+    """Both write each version, both score what the servers are checked with, and both servers serve what was published last."""
+    (tmp_path / "two.py").write_text(VLLM_CONFIG)
+    run = tmp_path / "run"
+    run_processes(2, 1, *command(tmp_path / "two.py", run))
+    lines = metric_lines(run)
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        assert line["train/staleness_max"] == 0
+        assert 0 < line["train/mismatch_mean"] < 0.02 and 0 < line["check/mismatch_mean"] < 0.02
+    for log in ("vllm.log", "vllm-1.log"):
+        assert "version 2 from" in (run / log).read_text()
