@@ -160,7 +160,19 @@ def show(results: Mapping[str, Mapping[str, float]]) -> None:
         )
 
 
-def main() -> None:
+def compared(args: argparse.Namespace) -> tuple[dict[str, dict[str, float]], float]:
+    """Both schedules summed up, shown after each pair of runs; and the last pair's rate."""
+    lines: dict[int, list[dict]] = {0: [], args.staleness: []}
+    for _ in range(args.repeats):
+        rate = 0.0 if args.own_sampler else balanced_rate(args)
+        for staleness, of_all_runs in lines.items():
+            of_all_runs += run(args, staleness, args.batches, rate)
+        results = {f"max_staleness {staleness}": summed_up(of_all_runs) for staleness, of_all_runs in lines.items()}
+        show(results)
+    return results, rate
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/procedural.py")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
@@ -175,24 +187,29 @@ def main() -> None:
     args = parser.parse_args()
     if args.pin and not args.own_sampler:
         parser.error("--pin is for a server: give --own-sampler too")
-    lines: dict[int, list[dict]] = {0: [], args.staleness: []}
-    for _ in range(args.repeats):
-        rate = 0.0 if args.own_sampler else balanced_rate(args)
-        for staleness, of_all_runs in lines.items():
-            of_all_runs += run(args, staleness, args.batches, rate)
-    results = {("synchronous" if n == 0 else f"max_staleness {n}"): summed_up(of_all_runs) for n, of_all_runs in lines.items()}
-    show(results)
+    if min(args.staleness, args.batches, args.repeats) < 1:
+        parser.error("--staleness, --batches and --repeats must be at least 1")
+    return args
+
+
+def main() -> None:
+    args = parsed()
+    results, rate = compared(args)
     synchronous, ahead = results.values()
     ratio = synchronous["batch_seconds"] / ahead["batch_seconds"]
     halves = synchronous["rollout_seconds"], synchronous["trainer_seconds"]
     possible = sum(halves) / max(halves)
     print(f"{ratio:.2f} times as many batches in the same time; {possible:.2f} if the halves of the synchronous schedule overlapped wholly")
     config = configured(args, args.staleness, args.batches)
-    sampler = config.sampler if args.own_sampler else f"sleeping, {args.streams} streams, {rate:.0f} tokens/s each at last"
-    device = f"{jax.devices()[0].device_kind} x{len(jax.devices())}, {os.cpu_count()} CPU cores"
-    about = {"benchmark": "overlap", "config": args.config, "sampler": sampler, "pinned": args.pin, "device": device}
-    sizes = {"rollouts": config.rollout.tasks_per_step * config.rollout.group_size, "ratio": round(ratio, 3), "possible": round(possible, 3)}
-    print(json.dumps(about | sizes | {"results": results}))
+    about = {
+        "benchmark": "overlap",
+        "config": args.config,
+        "sampler": config.sampler if args.own_sampler else f"sleeping, {args.streams} streams, {rate:.0f} tokens/s each at last",
+        "pinned": args.pin,
+        "device": f"{jax.devices()[0].device_kind} x{len(jax.devices())}, {os.cpu_count()} CPU cores",
+        "rollouts": config.rollout.tasks_per_step * config.rollout.group_size,
+    }
+    print(json.dumps(about | {"ratio": round(ratio, 3), "possible": round(possible, 3), "results": results}))
 
 
 if __name__ == "__main__":
