@@ -210,7 +210,7 @@ def with_room_for(run: Config, tokens: int) -> Config:
     return dataclasses.replace(run, rollout=dataclasses.replace(run.rollout, max_completion_tokens=tokens))
 
 
-@pytest.mark.parametrize("run", [with_room_for(config(), 48), with_room_for(vllm_cpu(), 128)], ids=["warehouse", "bfcl"])
+@pytest.mark.parametrize("run", [with_room_for(config(), 96), with_room_for(vllm_cpu(), 128)], ids=["warehouse", "bfcl"])
 def test_tokens_in_are_tokens_out_at_every_turn_of_real_episodes(client, run):
     async def body(sampler: VllmSampler) -> tuple[RolloutResult, Recording]:
         recording = Recording(sampler)
