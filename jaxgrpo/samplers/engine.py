@@ -16,14 +16,14 @@ from jaxgrpo.samplers.cache import CachedGroup, CachedSequence, PageTable, page_
 from jaxgrpo.samplers.shapes import Shape, ShapeBook, widest
 from jaxgrpo.samplers.stops import Decoder, StopFinder
 
-_EXTEND_TOKENS = (32, 128, 512)  # widths of one extension; longer ones take several
+_EXTEND_TOKENS = (64, 128, 512)  # widths of one extension; longer ones take several
 _EXTEND_BUDGET = 2048  # tokens of one extension over all rows
 _STEPS_A_LOOK = 4  # the host looks at a chunk's tokens so often, while the device is at the next ones
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineLimits:
-    """`max_rows` decode at once; the cache holds `max_cache_tokens`; a chunk is `decode_chunk` steps between looks at stop strings."""
+    """`max_rows` decode at once; the cache holds `max_cache_tokens`; a chunk is `decode_chunk` steps, between which requests join."""
 
     max_rows: int = 64
     max_cache_tokens: int = 65536
