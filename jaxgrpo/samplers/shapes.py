@@ -8,7 +8,7 @@ from jaxgrpo.decode import PAGE
 
 _SLACK = 1.5  # a compiled shape serves for good when it costs at most this many times what the best fitting one would
 _PATIENCE = 8  # and otherwise until the better one was wanted this often: most shapes of a batch's tail come once and are gone
-_GROWTH = 1.25  # a shape that is compiled anyway reaches as far as any size that was asked for, while it costs at most this many times as much
+_GROWTH = 1.25  # a shape that is compiled anyway is as large as any that was asked for, while that costs at most this many times as much
 _LEAST_ROWS = 4  # fewer rows are padded: a step is bound by reading weights and caches, which such rows share
 _LEAST_TOKENS = 64  # and so is an extension of few tokens; one of more pays for each row
 
