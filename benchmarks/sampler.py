@@ -3,9 +3,9 @@
 MODEL is a Hugging Face folder (default: the repository's tiny model). Two workloads, real text in both: `short`, as many prompts as
 episodes, each the first query of another BFCL task; `shared`, one BFCL prompt with its tool documents (`--docs`) for all episodes, which is
 computed before the clock starts and timed on its own as `prefill`. Every episode is one turn of `--tokens` tokens at temperature 1, without
-an end token, log-probabilities included. Each side of `--dtype` is an embedded sampler that computes in it; with `--python`, the interpreter
-of vLLM's environment, vLLM serves the same weights in bfloat16 on this machine. All sides play the same prompts one after the other, round
-by round; the first round, which compiles, is not counted. Prints a table of medians and one line of JSON (`--json`: that line alone).
+an end token, log-probabilities included. Each side of `--dtype` is an embedded sampler that computes in it; with `--python`, which is the
+interpreter of vLLM's environment, vLLM serves the same weights in bfloat16 on this machine. All sides play the same prompts one after the
+other, round by round; the first round, which compiles, is not counted. Prints a table of medians and one line of JSON (`--json`: alone).
 """
 
 import argparse

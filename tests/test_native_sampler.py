@@ -11,6 +11,7 @@ import pytest
 
 from jaxgrpo.model import ModelConfig, cast_to, forward, head_table, init_params
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplingRequest
+from jaxgrpo.samplers.engine import Engine, EngineLimits, Job
 from jaxgrpo.samplers.native import NativeSampler, SamplerError
 from jaxgrpo.serving import WholeWeights
 from tests.test_stops import TOKENIZER
@@ -210,6 +211,34 @@ def test_a_stop_string_ends_a_turn_at_the_token_that_completes_it_and_the_next_t
         same(following, await sampler.generate(request(0, 2, tail=tail, seed=1)))
 
     run(body)
+
+
+def engine_of(*requests: SamplingRequest) -> tuple[Engine, list[Job]]:
+    """An engine with chunks of 16 steps, and the requests' jobs."""
+    engine = Engine(CONFIG, PARAMS, 0, (), EngineLimits(8, 2048, 16), jnp.float32)
+    for r in requests:
+        engine.add(r)
+    return engine, [Job(r, TOKENIZER) for r in requests]
+
+
+def test_finished_turns_are_told_while_the_others_go_on():
+    engine, jobs = engine_of(request(0, 0, max_tokens=2), request(0, 1, max_tokens=16))
+    told = []
+    engine.step(jobs, lambda: told.append([len(job.token_ids) for job in jobs]))
+    assert told == [[2, 4], [2, 16]]
+
+
+def test_a_chunk_ends_soon_after_its_last_row_found_a_stop_string():
+    [free] = generate(request(0, max_tokens=16))
+    stop = next(c for c in TOKENIZER.decode(free.token_ids_T) if c.isascii())
+    end = completing(free.token_ids_T, stop)
+    engine, [job] = engine_of(request(0, max_tokens=40, stop_strings=(stop,)))
+    engine.step([job])
+    assert job.finish_reason is FinishReason.STOP
+    np.testing.assert_array_equal(job.token_ids, free.token_ids_T[:end])
+    assert end <= 4  # found at the first look, after four steps, while the next four ran
+    assert engine.metrics.decode_row_steps == 4 * 8
+    assert engine.metrics.discarded_tokens == 8 - end
 
 
 def test_a_stop_string_of_an_earlier_turn_does_not_count():
