@@ -1,6 +1,7 @@
 """The embedded sampler against the plain forward, alone and in company, over turns, publishes, cancellations and failures."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -320,6 +321,19 @@ def test_running_jobs_give_way_to_earlier_ones_and_finish():
     requests = [request(2, e, max_tokens=100) for e in range(3)]
     for a, b in zip(generate(*requests), generate(*requests, max_cache_tokens=64 * 4), strict=True):
         same(a, b)
+
+
+def test_nobody_waits_for_the_next_turn_of_an_episode_that_is_over():
+    async def body(sampler: NativeSampler) -> float:
+        async def episode(e: int, tokens: int) -> None:
+            await sampler.generate(request(0, e, max_tokens=tokens))
+            await sampler.release(f"g0e{e}")
+
+        start = time.monotonic()
+        await asyncio.gather(episode(0, 3), episode(1, 12))
+        return time.monotonic() - start
+
+    assert run(body, gather_seconds=60) < 60
 
 
 def test_a_cancelled_request_leaves_and_the_rest_go_on():
