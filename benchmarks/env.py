@@ -1,9 +1,10 @@
 """How fast BFCL's environment is: `python -m benchmarks.env [MODEL] [--categories base ...] [--turns 1] [--json]`
 
-Every task of the categories is played by its ground truth: an episode is created, observed, rendered with MODEL's chat template (default: the
-repository's tiny model), stepped through its demonstration with each answer rendered, and scored. Timed are its parts (`build`: one set of
-simulators; an environment owns two), whole episodes on one thread, and episodes with each call into the environment in a thread of its own,
-as a rollout makes them. Seconds are medians over tasks, the best of the rounds. Prints a table and one line of JSON (`--json`: alone).
+Every task of the categories is played by its ground truth: an episode is created, observed, rendered with MODEL's chat template (default:
+the repository's tiny model), stepped through its demonstration with each answer rendered, and scored. Timed are its parts (`build`: one set
+of simulators, of which an environment owns two; `check`: judging a first turn that both sides have run), whole episodes on one thread, and
+all episodes at once with each call into the environment in a thread of its own, as a rollout makes them. Parts are medians over tasks;
+everything is the best of the rounds. Prints a table and one line of JSON (`--json`: that line alone).
 """
 
 import argparse

@@ -1,11 +1,11 @@
 """Tokens a second of the embedded sampler, beside vLLM's: `python -m benchmarks.sampler [MODEL] [--python VLLM_PYTHON] [--json]`
 
 MODEL is a Hugging Face folder (default: the repository's tiny model). Two workloads, real text in both: `short`, as many prompts as
-episodes, each the first query of another BFCL task; `shared`, one BFCL prompt with its tool documents (`--docs`) for all episodes, computed
-before the clock starts and timed on its own as `prefill`. Every episode is one turn of `--tokens` tokens at temperature 1, log-probabilities
-included, without an end token. Each side of `--dtype` is an embedded sampler that computes in it; with `--python`, the interpreter of
-vLLM's environment, vLLM serves the same weights in bfloat16 on this machine. All sides play the same prompts one after the other, round by
-round; the first round, which compiles, is not counted. Prints a table of medians and one line of JSON (`--json`: that line alone).
+episodes, each the first query of another BFCL task; `shared`, one BFCL prompt with its tool documents (`--docs`) for all episodes, which is
+computed before the clock starts and timed on its own as `prefill`. Every episode is one turn of `--tokens` tokens at temperature 1, without
+an end token, log-probabilities included. Each side of `--dtype` is an embedded sampler that computes in it; with `--python`, which is the
+interpreter of vLLM's environment, vLLM serves the same weights in bfloat16 on this machine. All sides play the same prompts one after the
+other, round by round; the first round, which compiles, is not counted. Prints a table of medians and one line of JSON (`--json`: alone).
 """
 
 import argparse
@@ -74,7 +74,7 @@ def make_prompts(chat: Chat, docs: str, batches: Sequence[int], rounds: int, roo
     rendered = sorted((chat.opening(o.messages, o.tools) for o in openings), key=len)
     fitting = [ids for ids in rendered if len(ids) <= room]
     if len(fitting) < rounds:
-        raise SystemExit(f"the model's context leaves {room} tokens for a prompt, the shortest has {len(rendered[0])}: try --docs signatures")
+        raise SystemExit(f"{room} tokens of context are left for a prompt, the shortest has {len(rendered[0])}: try --docs signatures")
     middle = (len(fitting) - rounds) // 2
     queries = [QUESTION.format(o.messages[-1].content) for o in openings]
     short = [chat.opening((Message("user", query),)) for query in queries]

@@ -249,9 +249,17 @@ def begin_chunk(config: ModelConfig, rows: DecodeRows, *, steps: int, dtype: Any
 
 @functools.partial(jax.jit, static_argnames=("config", "steps"), donate_argnames="buffers")
 def run_steps(
-    config: ModelConfig, params: Params, context: Context, rows: DecodeRows, eos_E: Array, progress: Progress, buffers: Caches, *, steps: int
+    config: ModelConfig,
+    params: Params,
+    context: Context,
+    rows: DecodeRows,
+    eos_E: Array,
+    progress: Progress,
+    buffers: Caches,
+    *,
+    steps: int,
 ) -> tuple[Progress, Caches]:
-    """Up to `steps` further tokens a row, within the chunk; a row stops at its limit or after a token of eos_E, the loop when all rows have.
+    """Up to `steps` further tokens a row, within the chunk; a row stops at its limit or after a token of eos_E, the loop when all have.
 
     The buffers then hold the keys and values of `tokens_B` and of the tokens made, less the last.
     """

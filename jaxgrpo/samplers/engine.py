@@ -16,14 +16,14 @@ from jaxgrpo.samplers.cache import CachedGroup, CachedSequence, PageTable, page_
 from jaxgrpo.samplers.shapes import Shape, ShapeBook, widest
 from jaxgrpo.samplers.stops import Decoder, StopFinder
 
-_EXTEND_TOKENS = (32, 128, 512)  # widths of one extension; longer ones take several
+_EXTEND_TOKENS = (64, 128, 512)  # widths of one extension; longer ones take several
 _EXTEND_BUDGET = 2048  # tokens of one extension over all rows
 _STEPS_A_LOOK = 4  # the host looks at a chunk's tokens so often, while the device is at the next ones
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineLimits:
-    """`max_rows` decode at once; the cache holds `max_cache_tokens`; a chunk is `decode_chunk` steps between looks at stop strings."""
+    """`max_rows` decode at once; the cache holds `max_cache_tokens`; a chunk is `decode_chunk` steps, between which requests join."""
 
     max_rows: int = 64
     max_cache_tokens: int = 65536
@@ -160,7 +160,7 @@ class Engine:
             self._pages.drop(group.shared)
             del self._groups[group_id]
 
-    def step(self, jobs: Sequence[Job], finished: Callable[[], None] = lambda: None) -> None:
+    def step(self, jobs: Sequence[Job], finished: Callable[[], object] = lambda: None) -> None:
         """Generate a chunk for the first jobs, in their order, that fit; the rest wait for a later step.
 
         `finished` is called whenever jobs are found to be finished, mostly while the device still works on the others.
@@ -265,9 +265,12 @@ class Engine:
         pages, offsets = token_places(sequences, rows, tokens, self._pages.page_count)
         self._pool = decode.write_pages(self._pool, new, pages, offsets)
 
-    def _decode(self, jobs: Sequence[Job], finished: Callable[[], None]) -> None:
-        """One chunk for these jobs, whose caches hold all their tokens but the last. A few steps at a time are given to the device, the next
-        ones always before the tokens of the last are looked at: it waits for stop strings only at the chunk's end."""
+    def _decode(self, jobs: Sequence[Job], finished: Callable[[], object]) -> None:
+        """One chunk for these jobs, whose caches hold all their tokens but the last.
+
+        The device gets a few steps at a time, the next ones always before the host looks at the last ones' tokens: it never waits for stop
+        strings but at the chunk's end.
+        """
         steps = self.limits.decode_chunk
         sequences = [self._row(job) for job in jobs]
         context, rows = self._context("decode", sequences, [self._group(job) for job in jobs], steps)
@@ -302,7 +305,7 @@ class Engine:
             top_ps_B=_padded([r.top_p for r in requests], rows, np.float32),
         )
 
-    def _take(self, jobs: Sequence[Job], chunk: decode.Chunk, seen: np.ndarray, finished: Callable[[], None]) -> np.ndarray:
+    def _take(self, jobs: Sequence[Job], chunk: decode.Chunk, seen: np.ndarray, finished: Callable[[], object]) -> np.ndarray:
         """Hand a chunk's tokens from `seen` on to their jobs; how many there are of each row now."""
         tokens_BC, logprobs_BC, counts_B = jax.device_get(chunk)
         over = sum(job.finish_reason is not None for job in jobs)

@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -134,16 +133,16 @@ class NativeSampler:
         try:
             await self._let_callers_run(0)
             loop = asyncio.get_running_loop()
+            deliver = lambda: loop.call_soon_threadsafe(self._deliver)
             while (self._tickets or self._orders) and self._failure is None:
                 await self._carry_out_orders()
                 self._admit()
-                awaited = self._delivered - self._answers
+                busy = self._delivered - self._answers  # callers at something that takes longer: nobody waits for them again
                 if self._tickets:  # the engine's books are this thread's between its steps
                     jobs = [ticket.job for ticket in self._tickets]
-                    finished = functools.partial(loop.call_soon_threadsafe, self._deliver)
-                    await loop.run_in_executor(self._thread, self._engine.step, jobs, finished)
+                    await loop.run_in_executor(self._thread, self._engine.step, jobs, deliver)
                 self._deliver()
-                await self._let_callers_run(self._delivered - awaited)
+                await self._let_callers_run(self._delivered - busy)
         except Exception as error:  # the one edge: any failure of the engine belongs to those who wait for it
             self._failure = error
             self._refuse_everyone(error)
