@@ -81,9 +81,12 @@ def planned(peak_gib: float, *arguments: str, state: StateBytes | None = None) -
     return planner, planner.plan_of(memory, planner.devices, 12, 3)
 
 
-def test_what_fits_is_not_refused_and_what_does_not_is_with_the_settings_that_help() -> None:
+def test_what_fits_is_not_refused_and_what_does_not_is_with_the_settings_that_help(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal(*planned(131.0)) == []
-    first, *helps = refusal(*planned(140.0, "--set", "training.groups_per_device=2"))
+    planner, plan = planned(140.0, "--set", "training.groups_per_device=2")
+    monkeypatch.setattr(planner, "shortened", lambda divisor: planner)
+    monkeypatch.setattr(planner, "main_plan", lambda: plan)  # nothing shorter fits either
+    first, *helps = refusal(planner, plan)
     assert first == "the step needs 140.00 GiB a device; an NVIDIA H200 has 131.00 usable. What helps:"
     assert helps == [
         "- training.devices (or --devices) of 4 or more: the state's 42.56 GiB are split over them",
@@ -92,7 +95,6 @@ def test_what_fits_is_not_refused_and_what_does_not_is_with_the_settings_that_he
         "- rollout.max_completion_tokens below 2048, of which a group has 8",
         "- rollout.max_prompt_tokens below 8192",
         "- training.head_chunk below 1024",
-        "- these are the config's limits; shorter episodes need less: --prompt and --completion plan for real lengths",
     ]
 
 
@@ -100,6 +102,20 @@ def test_where_the_state_is_too_large_shorter_episodes_are_not_advised() -> None
     helps = refusal(*planned(170.0, "--devices", "1", state=state_bytes(QWEN2_5["7B"], 1, reference=True)))[1:]
     assert len(helps) == 2
     assert helps[0].startswith("- training.devices (or --devices) of 2 or more: the state's 127.67 GiB")
+
+
+@pytest.mark.slow
+def test_that_shorter_episodes_fit_is_said(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(CONFIG_JSON))
+    arguments = ["--config", str(write_config(tmp_path, model)), "--compiler", "cpu", "--prompt", "256", "--completion", "64"]
+    planner = Planner(parse(arguments))
+    plan, shorter = planner.main_plan(), planner.shortened(2).main_plan()
+    assert shorter.memory.peak < plan.memory.peak
+    planner.target = dataclasses.replace(planner.target, usable_bytes=(plan.memory.peak + shorter.memory.peak) // 2)
+    last = refusal(planner, plan)[-1]
+    assert "where episodes are shorter: 128 prompt and 32 completion tokens need" in last
 
 
 def test_a_share_of_memory_that_jax_does_not_take_by_itself_is_noted() -> None:
@@ -217,8 +233,9 @@ def test_without_wheels_the_gpus_compiler_is_refused(capsys: pytest.CaptureFixtu
 
 def test_targets_differ_in_memory() -> None:
     assert TARGETS["h100"].usable_bytes < TARGETS["h200"].usable_bytes
-    assert "an NVIDIA H100 80GB HBM3 has 74.00 usable" in refusal(*planned(80.0, "--target", "h100"))[0]
-    assert planned(80.0, "--target", "h100")[0].gpu == can_compile_for_gpus()
+    one = state_bytes(QWEN2_5["7B"], 1, reference=True)
+    assert "an NVIDIA H100 80GB HBM3 has 74.00 usable" in refusal(*planned(130.0, "--target", "h100", state=one))[0]
+    assert refusal(*planned(130.0, "--target", "h200", state=one)) == []
 
 
 def test_the_compute_dtype_of_the_config_is_planned_for() -> None:

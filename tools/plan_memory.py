@@ -12,6 +12,7 @@ Exits 2, with the settings to change, when the step does not fit. The last line 
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import sys
@@ -106,6 +107,15 @@ class Planner:
 
     def main_plan(self) -> Plan:
         return self.plan(self.devices, self.config.rollout.tasks_per_step, min(self.devices, self.target.gpus_per_host))
+
+    def shortened(self, divisor: int) -> "Planner":
+        """The same for episodes whose prompt and completion are so many times shorter."""
+        shorter = copy.copy(self)
+        p, shape = self.config.packing, self.shape
+        prompt = bucket(-(-shape.prompt // divisor), p.prompt_multiple)
+        completion = bucket(-(-max(shape.completions) // divisor), p.completion_multiple)
+        shorter.shape = GroupShape.of(prompt, len(shape.completions), completion)
+        return shorter
 
     def scaled(self, gpus: int) -> Plan:
         """The config's proportion of trainers to samplers on `gpus` GPUs, and as many groups a trainer as it has."""
@@ -232,9 +242,20 @@ def refusal(planner: Planner, plan: Plan) -> list[str]:
     )
     lines.append(f"- rollout.max_prompt_tokens below {planner.shape.prompt}")
     lines.append(f"- training.head_chunk below {config.training.head_chunk}")
-    if planner.args.prompt is None or planner.args.completion is None:
-        lines.append("- these are the config's limits; shorter episodes need less: --prompt and --completion plan for real lengths")
-    return lines
+    return [*lines, *shorter_episodes(planner)]
+
+
+def shorter_episodes(planner: Planner) -> Iterator[str]:
+    """Whether episodes of a half or a quarter of the lengths fit: the config's are limits, which a batch may never reach."""
+    for divisor in (2, 4):
+        shorter = planner.shortened(divisor)
+        plan = shorter.main_plan()
+        if plan.memory.peak <= planner.target.usable_bytes:
+            yield (
+                f"- nothing, where episodes are shorter: {shorter.shape.prompt} prompt and {max(shorter.shape.completions)} completion "
+                f"tokens need {gib(plan.memory.peak)} GiB (--prompt and --completion plan for real lengths)"
+            )
+            return
 
 
 def notes(planner: Planner, plan: Plan) -> Iterator[str]:
