@@ -38,6 +38,7 @@ ENTRY %main (x: f32[4]) -> f32[12] {
   %all-reduce-start = (f32[], /*index=1*/f32[3,5]{1,0}) all-reduce-start(%norm, %w), channel_id=3, to_apply=%add
   %all-reduce-done = (f32[], f32[3,5]{1,0}) all-reduce-done(%all-reduce-start)
   %pair.1 = (f32[4]{0}, s8[2]{0}, f32[12]{0}, s8[6]{0}) all-gather-start(%x, %y), channel_id=4, dimensions={0}
+  %two = ((f32[9]{0}, f32[6]{0}), (f32[3]{0}, f32[2]{0})) reduce-scatter-start(%x, %y), channel_id=5, dimensions={0}, to_apply=%add
 }
 """
 
@@ -50,8 +51,10 @@ def test_asynchronous_collectives_in_and_out_of_a_loop_written_out() -> None:
         Collective("all-reduce", "f32", (3, 5), False, 1),
         Collective("all-gather", "f32", (12,), False, 1),
         Collective("all-gather", "s8", (6,), False, 1),
+        Collective("reduce-scatter", "f32", (3,), False, 1),
+        Collective("reduce-scatter", "f32", (2,), False, 1),
     ]
-    assert [c.bytes for c in collectives(ASYNCHRONOUS)] == [24, 16, 4, 60, 48, 6]
+    assert [c.bytes for c in collectives(ASYNCHRONOUS)] == [24, 16, 4, 60, 48, 6, 12, 8]
 
 
 def test_loops_in_loops_multiply_and_a_loop_of_unknown_length_says_so() -> None:

@@ -12,14 +12,23 @@ from jaxgrpo.losses import Head, token_logprobs
 from jaxgrpo.model import ModelConfig, Params, cast_to, default_embed, forward_shared_prompt, head_table, param_shapes
 from jaxgrpo.model_sizes import QWEN2_5, known_size
 from jaxgrpo.planning import (
+    Cluster,
     Flops,
+    Forecast,
     GroupShape,
+    StateBytes,
+    Traffic,
+    Work,
     dense_forward_flops,
+    forecast,
     forward_flops,
+    forward_traffic,
+    gradient_traffic,
     hardware_flops,
     layer_matrix_parameters,
     model_flops,
     recomputed,
+    state_bytes,
 )
 from jaxgrpo.setup import parameter_count
 from jaxgrpo.sharding import Whole
@@ -137,3 +146,63 @@ def test_masked_pairs_and_padding_are_what_dense_counts_more() -> None:
     assert dense.head / needed.head == pytest.approx(100 / 60)
     assert dense.layers / needed.layers == pytest.approx(200 / 159)
     assert dense.attention / needed.attention == pytest.approx((100 * 100 + 2 * 50 * 150) / (4950 + 10 * 99 + 55 + 50 * 99 + 1275))
+
+
+# Bytes.
+
+
+def test_the_state_is_counted_by_hand() -> None:
+    # 7,615,616,512 parameters; on one device nothing is padded.
+    n = 7_615_616_512
+    assert state_bytes(SEVEN_B, 1, reference=True) == StateBytes(4 * n, 8 * n, 4 * n, 2 * n)
+    assert state_bytes(SEVEN_B, 1, reference=False).reference == 0
+    # On three, one or two elements pad each of a layer's norms, biases, matrices of attention and of the MLP, and one the last norm.
+    assert state_bytes(SEVEN_B, 3, reference=True).parameters * 3 == 4 * (n + 28 * (2 * 1 + 3 * 1 + 4 * 2 + 3 * 2) + 1)
+
+
+def test_traffic_is_counted_by_hand() -> None:
+    layers, tables = 28 * 233_057_792, 2 * 152_064 * 3584 + 3584
+    assert layers + tables == 7_615_616_512
+    assert forward_traffic(SEVEN_B, 1) == Traffic(2 * (layers + tables), 0)
+    assert gradient_traffic(SEVEN_B, 1) == Traffic(2 * (2 * layers + tables), 4 * (layers + tables))
+    table = 151_936 * 896  # looked up, and multiplied with
+    assert forward_traffic(QWEN2_5["0.5B"], 1) == Traffic(2 * (494_032_768 + table), 0)
+    assert gradient_traffic(QWEN2_5["0.5B"], 1).scattered == 4 * (494_032_768 + table)
+
+
+def test_the_slower_of_link_and_network_counts() -> None:
+    traffic = Traffic(200, 400)
+    one_host, two_hosts = Cluster(3, 3, link=100.0, network=10.0), Cluster(6, 3, link=100.0, network=10.0)
+    assert (one_host.hosts, one_host.received(traffic), one_host.seconds(traffic)) == (1, 400.0, 4.0)
+    # half of the bytes come to a host from the other one, over three adapters
+    assert (two_hosts.hosts, two_hosts.received(traffic), two_hosts.seconds(traffic)) == (2, 500.0, 10.0)
+    assert dataclasses.replace(two_hosts, network=100.0).seconds(traffic) == 5.0
+    assert Cluster(1, 1, link=100.0, network=10.0).seconds(traffic) == 0.0
+
+
+# Time.
+
+WORK = Work(GroupShape.of(4096, 8, 1024), groups=12, micro_batches=4, iterations=2, steps=1600, reference=True)
+
+
+def test_a_run_is_worked_out_by_hand() -> None:
+    cluster = Cluster(3, 3, link=450e9, network=50e9)
+    expected = forecast(SEVEN_B, WORK, cluster, 400e12, 3000.0)
+    assert (WORK.rollouts, WORK.tokens, WORK.batches) == (96, 98_304, 800)
+    assert expected.step == pytest.approx(12 * 563.4e12 / (3 * 400e12), rel=1e-3)
+    assert expected.reference == pytest.approx(12 * 187.8e12 / (3 * 400e12), rel=1e-3)
+    assert expected.step_communication == pytest.approx(4 * (2 * (2 * 6.5256e9 + 1.09e9) + 4 * 7.6156e9) * 2 / 3 / 450e9, rel=1e-3)
+    assert expected.rollouts == 98_304 / 3000
+    assert expected.run_seconds(WORK) == pytest.approx(800 * (2 * 5.634 + 1.878 + 32.768), rel=1e-3)
+
+
+def test_without_a_rate_or_a_reference_neither_costs_time() -> None:
+    cluster = Cluster(3, 3, link=450e9, network=50e9)
+    work = dataclasses.replace(WORK, reference=False)
+    expected = forecast(SEVEN_B, work, cluster, 400e12, None)
+    assert (expected.reference, expected.rollouts) == (0.0, None)
+    assert expected.run_seconds(work) == pytest.approx(800 * 2 * 5.634, rel=1e-3)
+
+
+def test_slow_links_set_the_pace() -> None:
+    assert Forecast(step=1.0, step_communication=3.0, reference=0.5, rollouts=None).run_seconds(WORK) == 800 * (2 * 3.0 + 0.5)

@@ -12,6 +12,7 @@ Exits 2, with the settings to change, when the step does not fit. The last line 
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import sys
@@ -75,27 +76,46 @@ class Planner:
         completion = bucket(self.args.completion or r.max_completion_tokens, p.completion_multiple)
         return GroupShape.of(prompt, r.group_size, completion)
 
+    @property
+    def dtype(self) -> Any:
+        """In which is computed: "auto" is bfloat16, for what is planned for is a GPU."""
+        given = self.config.model.compute_dtype
+        return jnp.dtype(jnp.bfloat16 if given == "auto" else given)
+
     def plan(self, devices: int, groups: int, per_host: int) -> Plan:
         """Compile the step for so many training devices and a batch of so many groups. Raises ConfigError when they do not divide."""
-        training, shape, rows = self.config.training, self.shape, self.config.rollout.group_size
-        micro_batch = devices * training.groups_per_device
-        if groups % micro_batch:
+        per_device, rows = self.config.training.groups_per_device, self.config.rollout.group_size
+        if groups % (devices * per_device):
             raise ConfigError(
-                f"rollout.tasks_per_step ({groups}) must be a multiple of the {micro_batch} groups of a micro-batch "
-                f"({devices} devices x training.groups_per_device {training.groups_per_device})"
+                f"rollout.tasks_per_step ({groups}) must be a multiple of the {devices * per_device} groups of a micro-batch "
+                f"({devices} devices x training.groups_per_device {per_device})"
             )
-        reference = bool(self.config.loss.kl_beta)
         given = described_gpus(self.target, devices, per_host) if self.gpu else simulated_devices(devices)
-        dtype = jnp.bfloat16 if self.config.model.compute_dtype == "auto" else jnp.dtype(self.config.model.compute_dtype)
-        lowered = update_on(make_mesh(given), self.config, self.model, dtype).lower(micro_batch, rows, shape.prompt, max(shape.completions))
-        memory = measure(lowered, state_bytes(self.model, devices, reference=reference), gpu=self.gpu)
-        work = Work(shape, groups, groups // micro_batch, training.iterations, training.steps, reference)
-        cluster = Cluster(devices, per_host, self.args.link * 1e9, self.args.network * 1e9)
-        expected = forecast(self.model, work, cluster, self.args.mfu * self.target.peak_flops, self.args.rollout_tokens_per_second)
+        update = update_on(make_mesh(given), self.config, self.model, self.dtype)
+        lowered = update.lower(devices * per_device, rows, self.shape.prompt, max(self.shape.completions))
+        state = state_bytes(self.model, devices, reference=bool(self.config.loss.kl_beta))
+        return self.plan_of(measure(lowered, state, gpu=self.gpu), devices, groups, per_host)
+
+    def plan_of(self, memory: StepMemory, devices: int, groups: int, per_host: int) -> Plan:
+        """What follows from the memory and the sizes."""
+        training, args = self.config.training, self.args
+        micro_batches = groups // (devices * training.groups_per_device)
+        work = Work(self.shape, groups, micro_batches, training.iterations, training.steps, bool(self.config.loss.kl_beta))
+        cluster = Cluster(devices, per_host, args.link * 1e9, args.network * 1e9)
+        expected = forecast(self.model, work, cluster, args.mfu * self.target.peak_flops, args.rollout_tokens_per_second)
         return Plan(self.model, cluster, devices + self.samplers, work, memory, expected)
 
     def main_plan(self) -> Plan:
         return self.plan(self.devices, self.config.rollout.tasks_per_step, min(self.devices, self.target.gpus_per_host))
+
+    def shortened(self, divisor: int) -> "Planner":
+        """The same for episodes whose prompt and completion are so many times shorter."""
+        shorter = copy.copy(self)
+        p, shape = self.config.packing, self.shape
+        prompt = bucket(-(-shape.prompt // divisor), p.prompt_multiple)
+        completion = bucket(-(-max(shape.completions) // divisor), p.completion_multiple)
+        shorter.shape = GroupShape.of(prompt, len(shape.completions), completion)
+        return shorter
 
     def scaled(self, gpus: int) -> Plan:
         """The config's proportion of trainers to samplers on `gpus` GPUs, and as many groups a trainer as it has."""
@@ -201,24 +221,41 @@ def epoch(config: Config, work: Work) -> str:
 def refusal(planner: Planner, plan: Plan) -> list[str]:
     """Why the step does not fit and what to change; empty when it does."""
     target, memory, config = planner.target, plan.memory, planner.config
-    if memory.peak <= target.usable_bytes:
+    over = memory.peak - target.usable_bytes
+    if over <= 0:
         return []
-    state, most = memory.state, target.usable_bytes
+    state = memory.state
     whole = state.parameters + state.optimizer + state.gradients + state.reference
     rest = memory.peak - whole
-    lines = [f"the step needs {gib(memory.peak)} GiB a device; a {target.name} has {gib(most)} usable. What helps:"]
-    if rest < most:
-        enough = next(n for n in range(plan.cluster.devices + 1, 10**6) if whole * plan.cluster.devices / n + rest <= most)
-        lines.append(f"- more devices: {enough} or more (training.devices, --devices); the state is split over them")
+    lines = [f"the step needs {gib(memory.peak)} GiB a device; an {target.name} has {gib(target.usable_bytes)} usable. What helps:"]
+    if rest < target.usable_bytes:
+        enough = next(n for n in range(plan.cluster.devices + 1, 10**6) if whole * plan.cluster.devices / n + rest <= target.usable_bytes)
+        lines.append(f"- training.devices (or --devices) of {enough} or more: the state's {gib(whole)} GiB are split over them")
+    if state.reference:
+        lines.append(f"- loss.kl_beta=0: the reference's {gib(state.reference)} GiB are not needed then")
+    if over > rest / 2:
+        return lines  # activations are not what is in the way
     if config.training.groups_per_device > 1:
         lines.append(f"- training.groups_per_device below {config.training.groups_per_device}")
-    if whole < most:
-        lines.append(f"- rollout.max_completion_tokens below {max(planner.shape.completions)}: activations and scores grow with it")
-        lines.append(f"- rollout.max_prompt_tokens below {planner.shape.prompt}")
-        lines.append(f"- training.head_chunk below {config.training.head_chunk}")
-        if planner.args.prompt is None and planner.args.completion is None:
-            lines.append("- these are the config's limits; shorter episodes need less: --prompt and --completion plan for them")
-    return lines
+    lines.append(
+        f"- rollout.max_completion_tokens below {max(planner.shape.completions)}, of which a group has {len(plan.work.shape.completions)}"
+    )
+    lines.append(f"- rollout.max_prompt_tokens below {planner.shape.prompt}")
+    lines.append(f"- training.head_chunk below {config.training.head_chunk}")
+    return [*lines, *shorter_episodes(planner)]
+
+
+def shorter_episodes(planner: Planner) -> Iterator[str]:
+    """Whether episodes of a half or a quarter of the lengths fit: the config's are limits, which a batch may never reach."""
+    for divisor in (2, 4):
+        shorter = planner.shortened(divisor)
+        plan = shorter.main_plan()
+        if plan.memory.peak <= planner.target.usable_bytes:
+            yield (
+                f"- nothing, where episodes are shorter: {shorter.shape.prompt} prompt and {max(shorter.shape.completions)} completion "
+                f"tokens need {gib(plan.memory.peak)} GiB (--prompt and --completion plan for real lengths)"
+            )
+            return
 
 
 def notes(planner: Planner, plan: Plan) -> Iterator[str]:
