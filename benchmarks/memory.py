@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory [--json] [--chunks 64 256 1024]
 
-Two updates (forward, backward, AdamW) of a group of 4 rows of 256 completion tokens at vocabulary 151,936 and width 64, two layers, float32,
-for each size of a chunk in tokens; 1,024 is the whole. Each runs in a process of its own, whose peak resident memory (ru_maxrss) is
-reported, beside that of a process that only holds the same weights and optimizer.
+Two updates (forward, backward, AdamW) of a group of 4 rows of 256 completion tokens at vocabulary 151,936 and width 64, two layers,
+float32, for each size of a chunk in tokens; 1,024 is the whole. Each runs in a process of its own, whose peak resident memory
+(ru_maxrss) is reported, beside that of a process that only holds the same weights and optimizer.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def run(chunk: int | None, answer: multiprocessing.connection.Connection) -> Non
         compute_dtype=jnp.float32,
         head_chunk=chunk or 1,
     )
-    stepping = Stepping(update, init_params(CONFIG, jax.random.key(0)), random_groups(CONFIG.vocab_size, SIZES))
+    stepping = Stepping(update, update.init(init_params(CONFIG, jax.random.key(0))), random_groups(CONFIG.vocab_size, SIZES))
     norms = [stepping.step().grad_norm for _ in range(2 if chunk else 0)]
     answer.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, norms[-1] if norms else 0.0))
 

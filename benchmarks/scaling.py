@@ -56,7 +56,7 @@ def measure(sizes: Sizes, repeats: int) -> dict[str, float]:
         compute_dtype=jnp.float32,
         remat="attention",
     )
-    sides = {"shared": Stepping(update, params, batch), "repeated": Stepping(update, params, one_row_each(batch))}
+    sides = {"shared": Stepping(update, update.init(params), batch), "repeated": Stepping(update, update.init(params), one_row_each(batch))}
     for side in sides.values():
         side.step()  # compiles
     seconds = {name: t["min"] for name, t in interleaved({name: side.step for name, side in sides.items()}, repeats).items()}

@@ -60,7 +60,7 @@ class OurUpdate:
 
     def __init__(self, params: Params, batch: GroupBatch, remat: str):
         update = Update(CONFIG, make_mesh(jax.devices()[:1]), LOSS, OPTIMIZER, compute_dtype=jnp.float32, remat=remat)
-        self._stepping = Stepping(update, params, batch)
+        self._stepping = Stepping(update, update.init(params), batch)
         self.score = self._stepping.score
 
     def step(self, reference_GC: np.ndarray) -> tuple[float, float]:

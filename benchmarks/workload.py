@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgrpo.model import Params
 from jaxgrpo.types import GroupBatch
 from jaxgrpo.update import StepReport, TrainState, Update
 
@@ -61,9 +60,8 @@ def one_row_each(batch: GroupBatch) -> GroupBatch:
 class Stepping:
     """An update and its state, which moves on with every step on the one batch."""
 
-    def __init__(self, update: Update, params: Params, batch: GroupBatch):
-        self.update, self.batch = update, batch
-        self.state: TrainState = update.init(params)
+    def __init__(self, update: Update, state: TrainState, batch: GroupBatch):
+        self.update, self.state, self.batch = update, state, batch
 
     def score(self) -> np.ndarray:
         """Log-probabilities of the completions [N, G, C], without gradients."""
