@@ -29,6 +29,9 @@ from jaxgrpo.sharding import make_layout, make_mesh, store
 from jaxgrpo.weight_manifest import read_manifest
 from jaxgrpo.weight_reader import read_tensors
 
+QUIET_SECONDS = 3.0
+"""vLLM's processes poll for some time after an update, and take the cores from whatever is measured next."""
+
 
 def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     start = time.perf_counter()
@@ -115,6 +118,7 @@ def main() -> None:
 
 
 def one_round(bench: Bench, server: VllmServer | None, root: Path, version: int) -> dict[str, float]:
+    time.sleep(QUIET_SECONDS if server is not None else 0)
     found = bench.round(root, version)
     if server is not None:
         found |= serve(bench, server, root, version)

@@ -17,11 +17,12 @@ from jaxgrpo.config import SPLITS, Config, ConfigError, load_config
 from jaxgrpo.metrics import Recorder, TerminalView
 from jaxgrpo.model import Params
 from jaxgrpo.rollout import Decoding, Rollout, RolloutResult
-from jaxgrpo.samplers.base import SamplerError
-from jaxgrpo.serving import WholeWeights, open_sampler
+from jaxgrpo.samplers.base import Sampler, SamplerError
+from jaxgrpo.serving import WholeWeights, agreement_check, open_sampler
 from jaxgrpo.setup import (
     Policy,
     build_rollout,
+    build_update,
     check_episodes,
     compute_dtype,
     initial_params,
@@ -31,6 +32,7 @@ from jaxgrpo.setup import (
     run_folder,
     take_gpus,
 )
+from jaxgrpo.sharding import store
 from jaxgrpo.statistics import mean_pass_at_k, pass_rate, pass_rates_by_label
 from jaxgrpo.types import Task
 
@@ -158,6 +160,18 @@ def _read_weights(config: Config, policy: Policy, checkpoint: str | None, step: 
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params), at_step
 
 
+def _check_sampler(
+    config: Config, policy: Policy, params: Params, version: int, task: Task, loop: EventLoopThread, sampler: Sampler
+) -> dict[str, float]:
+    """As training does, on one device. Raises MismatchError when the sampler serves other weights than those to be evaluated."""
+    on_one = dataclasses.replace(config.training, devices=1, groups_per_device=1)
+    update = build_update(dataclasses.replace(config, training=on_one), policy.config)
+    check = agreement_check(config, policy, update, task)
+    if check is None:
+        return {}
+    return check.run(loop, sampler, store(params, update.layout, update.mesh, update.compute_dtype), version)
+
+
 def _evaluate_once(config: Config, checkpoint: str | None, step: int | None, split: str, samples: int, folder: Path) -> None:
     policy = open_policy(config)
     tasks = split_tasks(config, split)
@@ -167,12 +181,13 @@ def _evaluate_once(config: Config, checkpoint: str | None, step: int | None, spl
     with EventLoopThread() as loop, TerminalView(len(tasks) * samples, unit="episode") as view, ExitStack() as stack:
         version = at_step // config.training.iterations
         sampler = open_sampler(config, policy, WholeWeights(params, policy.config), version, loop, folder, stack)
+        check = _check_sampler(config, policy, params, version, tasks[0], loop, sampler)
         rollout = build_rollout(config, policy, sampler, decoding)
         outcome = evaluate(
             rollout, loop, tasks, split=split, samples=samples, seed=config.seed, name=f"eval-{at_step}", progress=view.advance
         )
     recorder = Recorder(folder, tensorboard=False, wandb_project=None, name=config.name)
-    recorder.record(at_step, outcome.metrics)
+    recorder.record(at_step, outcome.metrics | check)
     recorder.close()
     records.write(folder / "trajectories" / f"eval-{split}-{at_step:06d}.jsonl.gz", outcome.result, f"eval-{split}", at_step)
     for key, value in outcome.metrics.items():

@@ -27,10 +27,13 @@ from flax import nnx
 from jax import Array
 
 from jaxgrpo.attention import OUTPUT_NAMES, XLA, Kernel, apply_rope, attend
+from jaxgrpo.numerics import matmul
 from jaxgrpo.types import AnyArray
 
 Params = dict[str, Any]
 Load = Callable[[Any], Any]
+Layer = Callable[[Any, Params], Any]
+ScanLayers = Callable[[Layer, Any, Params], Any]
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
@@ -122,7 +125,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         # In two dimensions, because XLA's CPU backend transposes in a plain loop to make the kernel's gradient from more.
-        y = x.reshape(-1, x.shape[-1]) @ self.kernel[...]
+        y = matmul(x.reshape(-1, x.shape[-1]), self.kernel[...])
         y = y if self.bias is None else y + self.bias[...]
         return y.reshape(*x.shape[:-1], -1)
 
@@ -260,7 +263,7 @@ def default_embed(params: Params, ids: Array, load: Load) -> Array:
 REMAT = ("full", "attention", "none")
 
 
-def rematerialised(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:
+def rematerialised(layer: Layer, remat: str) -> Layer:
     """A layer whose backward pass computes again what it needs: all of it ("full"), all but attention's output, which is saved
     ("attention"), or nothing ("none": everything is saved, except scores, which never are)."""
     if remat not in REMAT:
@@ -269,6 +272,11 @@ def rematerialised(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:
         return layer
     policy = jax.checkpoint_policies.save_only_these_names(*OUTPUT_NAMES) if remat == "attention" else None
     return jax.checkpoint(layer, prevent_cse=False, policy=policy)
+
+
+def scan_stack(layer: Layer, carry: Any, stack: Params) -> Any:
+    """`carry` through `layer(carry, leaves)` for each row of the stack (leaves [L, ...])."""
+    return jax.lax.scan(lambda c, leaves: (layer(c, leaves), None), carry, stack)[0]
 
 
 def forward_shared_prompt(
@@ -281,6 +289,7 @@ def forward_shared_prompt(
     load: Load,
     embed: Callable[[Params, Array], Array],
     load_layer: Load | None = None,
+    scan_layers: ScanLayers = scan_stack,
     kernel: Kernel = XLA,
     remat: str = "full",
 ) -> Array:
@@ -289,7 +298,7 @@ def forward_shared_prompt(
     Row g of group n is the prompt's last token followed by its completion less the last token: its keys are the prompt before that last
     token, shared by the group, and the row's own. Padding is on the right of prompts and of completions; padded positions hold garbage.
     `load_layer` maps one layer's subtree of leaves to its weights (default: `load` on every leaf). `kernel` computes attention, `remat` is
-    how layers are rematerialised (`rematerialised`).
+    how layers are rematerialised (`rematerialised`), `scan_layers` what takes the hidden states through them.
     """
     chex.assert_rank([prompt_NP, prompt_lengths_N, completions_NGC], [2, 1, 3])
     load_layer = load_layer or functools.partial(jax.tree.map, load)
@@ -300,7 +309,7 @@ def forward_shared_prompt(
     row_positions = jnp.broadcast_to((prompt_lengths_N[:, None] - 1 + jnp.arange(c))[:, None], (n, g, c))
     positions = jnp.concatenate([jnp.broadcast_to(jnp.arange(p), (n, p)), row_positions.reshape(n, g * c)], axis=1)
 
-    def layer(x: Array, leaves: Params) -> tuple[Array, None]:
+    def layer(x: Array, leaves: Params) -> Array:
         """x [N, P + G * C, D]: prompt and rows pass through the weights together and part only in attention."""
         block = merge_layer(config, load_layer(leaves))
         q, k, v = block.project(x, positions)
@@ -308,10 +317,10 @@ def forward_shared_prompt(
         q_rows, k_rows, v_rows = (y[:, p:].reshape(n, g, c, *y.shape[2:]) for y in (q, k, v))
         prompt = attend(kernel, q_prompt[:, None], k_prompt[:, None], v_prompt[:, None])[:, 0]
         rows = attend(kernel, q_rows, k_rows, v_rows, k_prompt, v_prompt, jnp.asarray(prompt_lengths_N) - 1)
-        return block.finish(x, jnp.concatenate([prompt, rows.reshape(n, g * c, *rows.shape[3:])], axis=1)), None
+        return block.finish(x, jnp.concatenate([prompt, rows.reshape(n, g * c, *rows.shape[3:])], axis=1))
 
     x = embed(params, jnp.concatenate([prompt_NP, rows_NGC.reshape(n, g * c)], axis=1))
-    x, _ = jax.lax.scan(rematerialised(layer, remat), x, params["layers"])
+    x = scan_layers(rematerialised(layer, remat), x, params["layers"])
     return rms_norm(x[:, p:].reshape(n, g, c, -1), load(params["norm"]["scale"]), config.norm_epsilon)
 
 
@@ -321,10 +330,10 @@ def forward(config: ModelConfig, params: Params, ids_BT: Array, *, load: Load) -
     b, t = ids_BT.shape
     positions = jnp.broadcast_to(jnp.arange(t), (b, t))
 
-    def layer(x: Array, leaves: Params) -> tuple[Array, None]:
+    def layer(x: Array, leaves: Params) -> Array:
         block = merge_layer(config, jax.tree.map(load, leaves))
         q, k, v = block.project(x, positions)
-        return block.finish(x, attend(XLA, q[:, None], k[:, None], v[:, None])[:, 0]), None
+        return block.finish(x, attend(XLA, q[:, None], k[:, None], v[:, None])[:, 0])
 
-    x, _ = jax.lax.scan(rematerialised(layer, "full"), default_embed(params, ids_BT, load), params["layers"])
+    x = scan_stack(rematerialised(layer, "full"), default_embed(params, ids_BT, load), params["layers"])
     return rms_norm(x, load(params["norm"]["scale"]), config.norm_epsilon)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxgrpo.attention import Kernel
 from jaxgrpo.chat import Chat
@@ -95,6 +96,11 @@ def device_count(config: Config) -> int:
     problems = []
     if wanted > len(available):
         problems.append(f"training.devices is {wanted}, but jax sees {len(available)} device(s) of kind {available[0].platform}")
+    elif wanted < len(available) and jax.process_count() > 1:
+        problems.append(
+            f"training.devices is {wanted}, but the {jax.process_count()} processes have {len(available)} devices, all of which take part: "
+            "leave it None, and limit each process with training.gpus"
+        )
     if config.rollout.tasks_per_step % micro_batch:
         problems.append(
             f"rollout.tasks_per_step ({config.rollout.tasks_per_step}) must be a multiple of the {micro_batch} groups of a micro-batch "
@@ -111,10 +117,10 @@ def compute_dtype(config: Config) -> Any:
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
-def attention_kernel(config: Config, model: ModelConfig) -> tuple[Kernel, str]:
-    """What computes attention in the update here, and a line that says so. Raises ConfigError where it cannot be what was asked for."""
+def attention_kernel(config: Config, model: ModelConfig, mesh: Mesh, dtype: Any) -> tuple[Kernel, str]:
+    """What computes attention in the update over a mesh, and a line that says so. Raises ConfigError where it cannot be what was asked for."""
     try:
-        return choose_kernel(config.training.attention, compute_dtype(config), model.head_size, jax.default_backend())
+        return choose_kernel(config.training.attention, dtype, model.head_size, mesh.devices.flat[0].platform)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -125,17 +131,27 @@ def keep_compiled(config: Config) -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
 
 
+def training_mesh(config: Config) -> Mesh:
+    """Over the devices that the config asks for."""
+    return make_mesh(jax.devices()[: device_count(config)])
+
+
 def build_update(config: Config, model: ModelConfig) -> Update:
     """The sharded update over the devices that the config asks for."""
+    return update_on(training_mesh(config), config, model, compute_dtype(config))
+
+
+def update_on(mesh: Mesh, config: Config, model: ModelConfig, dtype: Any) -> Update:
+    """The sharded update over a mesh, whose devices may be described only, to compile for."""
     return Update(
         model,
-        make_mesh(jax.devices()[: device_count(config)]),
+        mesh,
         config.loss,
         config.optimizer,
-        compute_dtype=compute_dtype(config),
+        compute_dtype=dtype,
         temperature=config.rollout.temperature,
         head_chunk=config.training.head_chunk,
-        kernel=attention_kernel(config, model)[0],
+        kernel=attention_kernel(config, model, mesh, dtype)[0],
         remat=config.training.remat,
     )
 

@@ -15,10 +15,12 @@ import numpy as np
 import optax
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Lowered
 
+from jaxgrpo.accumulation import accumulating_scan
 from jaxgrpo.attention import XLA, Kernel
 from jaxgrpo.losses import Head, LossSettings, LossSums, grpo_loss, token_logprobs
-from jaxgrpo.model import ModelConfig, Params, forward_shared_prompt, head_table
+from jaxgrpo.model import Layer, ModelConfig, Params, ScanLayers, forward_shared_prompt, head_table, scan_stack
 from jaxgrpo.sharding import AXIS, Layout, Sharded, embed, make_layout, specs, store
 from jaxgrpo.types import GroupBatch
 
@@ -64,6 +66,15 @@ class StepReport:
 
     sums: LossSums
     grad_norm: float
+
+
+class LoweredStep(NamedTuple):
+    """What a step runs, lowered but not compiled: the reference's log-probabilities of a micro-batch (None without a reference), a
+    micro-batch's gradient added to the accumulator, and the optimizer."""
+
+    score: Lowered | None
+    accumulate: Lowered
+    apply: Lowered
 
 
 class Update:
@@ -167,6 +178,40 @@ class Update:
         total = functools.reduce(LossSums.add, (LossSums._make(map(float, s)) for s in jax.device_get(sums)))
         return TrainState(params, opt_state, state.reference, state.step + 1), train_logprobs, StepReport(total, float(grad_norm))
 
+    def lower(self, groups: int, group_size: int, prompt: int, completion: int) -> LoweredStep:
+        """The programs of a step for micro-batches of one shape, from shapes alone: nothing is computed, and the mesh may be of devices
+        that are only described (`jax.experimental.topologies`)."""
+        mesh, shape = self.mesh, (groups, group_size, completion)
+
+        def array(shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+        def stored(dtype: Any) -> Params:
+            return jax.tree.map(lambda leaf: array(leaf.stored_shape, dtype, leaf.spec), self.layout)
+
+        data, float32 = PartitionSpec(AXIS), jnp.float32
+        batch = GroupBatch(
+            prompt_NP=array((groups, prompt), jnp.int32, data),
+            prompt_lengths_N=array((groups,), jnp.int32, data),
+            completions_NGC=array(shape, jnp.int32, data),
+            completion_lengths_NG=array(shape[:2], jnp.int32, data),
+            sampled_NGC=array(shape, bool, data),
+            loss_weights_NGC=array(shape, float32, data),
+            advantages_NG=array(shape[:2], float32, data),
+            sampler_logprobs_NGC=array(shape, float32, data),
+        )
+        params, logprobs = stored(float32), array(shape, float32, data)
+        opt_state = jax.tree.map(
+            lambda leaf, spec: array(leaf.shape, leaf.dtype, spec), jax.eval_shape(self.optimizer.init, params), self._optimizer_specs()
+        )
+        reference = logprobs if self.loss.kl_beta else None
+        on_policy = array((), bool, PartitionSpec())
+        return LoweredStep(
+            score=self._score.lower(stored(self.compute_dtype), batch) if self.loss.kl_beta else None,
+            accumulate=self._accumulate.lower(params, params, batch, logprobs, reference, on_policy),
+            apply=self._apply.lower(params, opt_state, params),
+        )
+
     def _optimizer_specs(self) -> Any:
         """The optimizer's state with a PartitionSpec for each array: its moments lie as the weights do, its counters are replicated."""
         stored = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.stored_shape, jnp.float32), self.layout)
@@ -181,12 +226,13 @@ class Update:
         arrays = {name: np.asarray(getattr(batch, name)) for name in _BATCH_FIELDS}
         if arrays["prompt_NP"].shape[0] % self.mesh.size:
             raise ValueError(f"{arrays['prompt_NP'].shape[0]} groups in a micro-batch do not divide over {self.mesh.size} devices")
-        return GroupBatch(**jax.device_put(arrays, sharding))
+        # each process hands its own devices their groups; jax.device_put would compare the arrays of all processes first
+        return GroupBatch(**{name: jax.make_array_from_callback(a.shape, sharding, a.__getitem__) for name, a in arrays.items()})
 
     def _count(self, function: str, batch: GroupBatch, *more: Any) -> None:
         self._shapes.add((function, batch.prompt_NP.shape, batch.completions_NGC.shape, *more))
 
-    def _local_logprobs(self, params: Params, batch: GroupBatch) -> tuple[Array, Array]:
+    def _local_logprobs(self, params: Params, batch: GroupBatch, scan_layers: ScanLayers = scan_stack) -> tuple[Array, Array]:
         """This device's groups: log-probabilities and entropies of the completions, [N, G, C] each."""
         storage = self._head.storage
 
@@ -202,6 +248,7 @@ class Update:
             load=lambda leaf: storage.load(leaf, (self.config.width,)),
             embed=lambda tree, ids: embed(tree["embed"]["embedding"], ids, self._head.shape, storage),
             load_layer=load_layer,
+            scan_layers=scan_layers,
             kernel=self.kernel,
             remat=self.remat,
         )
@@ -217,8 +264,11 @@ class Update:
     def _local_accumulate(
         self, params: Params, gradients: Params, batch: GroupBatch, behaviour: Array, reference: Array | None, on_policy: Array
     ) -> tuple[Params, Array, LossSums]:
+        def scan_layers(layer: Layer, carry: Any, stack: Params) -> Any:
+            return accumulating_scan(layer, carry, stack, gradients["layers"])
+
         def loss(p: Params) -> tuple[Array, tuple[Array, LossSums]]:
-            train, entropies = self._local_logprobs(p, batch)
+            train, entropies = self._local_logprobs(p, batch, scan_layers)
             ours = jnp.where(on_policy, lax.stop_gradient(train), behaviour)
             value, sums = grpo_loss(
                 train,
@@ -236,7 +286,9 @@ class Update:
         (_, (train, sums)), new = jax.value_and_grad(loss, has_aux=True)(params)
         totals = [lax.psum(x, AXIS) for x in sums[:-1]]
         totals.append(lax.pmax(sums.mismatch_max, AXIS))
-        return jax.tree.map(jnp.add, gradients, new), train, LossSums(*totals)
+        layers = new.pop("layers")  # these have been added to the accumulator's already
+        total = jax.tree.map(jnp.add, {name: gradients[name] for name in new}, new)
+        return total | {"layers": layers}, train, LossSums(*totals)
 
     def _apply_gradients(self, params: Params, opt_state: Any, gradients: Params) -> tuple[Params, Any, Array]:
         updates, opt_state = self.optimizer.update(gradients, opt_state, params)

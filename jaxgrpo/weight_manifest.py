@@ -1,11 +1,12 @@
 """The manifest of published weights: what a version holds, where, and its checksums. Light: neither JAX nor vLLM is imported here.
 
-    ROOT/000007/params/           an orbax checkpoint: each leaf in its stored, flat shape [L, n] or [n], in bfloat16
+    ROOT/000007/params/           an orbax checkpoint: each leaf in its stored, flat shape [L, n] or [n], in bfloat16, its files bare values
     ROOT/000007/pieces-0.json     the checksums of what process 0 wrote
     ROOT/000007/manifest.json     written last: without it nothing counts as published
 
-A leaf is cut where the trainer's devices cut it; each cut of each layer has a CRC-32. A Hugging Face tensor is the first `size` elements of
-one row of a leaf, in the leaf's own shape, transposed or not. A reader needs the manifest and the arrays, and no knowledge of the model.
+A leaf is cut into the blocks that were written at once, none of more than one device's part; each cut of each layer has a CRC-32. A Hugging
+Face tensor is the first `size` elements of one row of a leaf, in the leaf's own shape, transposed or not. A reader needs the manifest and
+the arrays, and no knowledge of the model.
 """
 
 import dataclasses
@@ -19,6 +20,8 @@ from typing import Any
 FORMAT = 1
 MANIFEST = "manifest.json"
 PARAMS = "params"
+BARE = [{"name": "bytes", "configuration": {"endian": "little"}}]
+"""How zarr says that an array's files hold its values and nothing else."""
 
 
 class WeightError(ValueError):

@@ -1,13 +1,13 @@
 """Publishing: the policy's weights as orbax shards, each trainer process its own, for servers in other processes.
 
-What is written is what is stored: the flat shards, cast on the device that holds them, a piece at a time. Nothing is gathered, transposed
+What is written is what is stored: the flat shards, cast on the device that holds them, a block at a time. Nothing is gathered, transposed
 or compressed; whoever reads cuts out the tensors (jaxgrpo.weight_manifest describes the format, jaxgrpo.weight_reader reads it). Orbax
 writes whole leaves only from whole arrays, so, as in jaxgrpo.orbax_io, descriptions of leaves are saved through its extension point for
-leaves of one's own type, which also takes the checksums while a piece is at hand.
+leaves of one's own type, which also takes the checksums while a block is at hand. A chunk of a zarr array without a compressor is a file of
+the bare values, so the blocks go straight to their places in it, and whoever reads maps the file.
 """
 
 import asyncio
-import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -15,9 +15,10 @@ import getpass
 import itertools
 import json
 import logging
+import os
 import shutil
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
@@ -33,13 +34,17 @@ from jax.sharding import Mesh
 
 from jaxgrpo import hf_mapping
 from jaxgrpo.model import ModelConfig, Params
+from jaxgrpo.orbax_io import without_ocdbt_hint
 from jaxgrpo.sharding import Layout, LeafLayout
-from jaxgrpo.weight_manifest import MANIFEST, PARAMS, Manifest, StoredArray, StoredTensor, WeightError, write_json, write_manifest
+from jaxgrpo.weight_manifest import BARE, MANIFEST, PARAMS, Manifest, StoredArray, StoredTensor, WeightError, write_json, write_manifest
 
 SHARED_MEMORY = Path("/dev/shm")
 _LOCK = ".jaxgrpo-weights"
 _WRITERS = 4
-CHUNK_BYTES = 2**24
+FILE_BYTES = 2**25
+"""Rows share a file up to this size; a row is not cut because of it, so that a tensor is in one place. Files are written side by side."""
+BLOCK_BYTES = 2**22
+"""What is cast, checked and written at once: it should stay in a processor's cache meanwhile."""
 
 _log = logging.getLogger(__name__)
 
@@ -91,28 +96,40 @@ class _Leaf:
     dtype: np.dtype
 
     @property
+    def pieces(self) -> list[tuple[int, Any]]:
+        """This process's part: the first element of a row that a device holds, and the device's shard, in order."""
+        shards = [shard for shard in self.value.addressable_shards if shard.replica_id == 0]
+        return sorted(((shard.index[-1].start or 0, shard) for shard in shards), key=lambda piece: piece[0])
+
+    @property
     def piece(self) -> int:
         """Elements of a row on one device."""
         return self.layout.padded // self.layout.devices
 
-    @property
-    def chunk(self) -> tuple[int, int]:
-        """Rows and elements of a chunk on disk: rows while they fit into CHUNK_BYTES, else parts of one row, as equal as they can be."""
-        most = max(1, CHUNK_BYTES // self.dtype.itemsize)
-        if self.piece <= most:
-            return _equal_part(self.layout.layers, most // self.piece) or 1, self.piece
-        return 1, _equal_part(self.piece, most) or self.piece
+    @functools.cached_property
+    def file(self) -> tuple[int, int]:
+        """Rows and elements of a row in one file, that is a chunk of the zarr array. A row's elements are those of all devices of a process
+        where they lie side by side, for then one process alone writes the file; else those of one device."""
+        starts: dict[int, set[int]] = {}
+        for shard in self.value.global_shards:
+            starts.setdefault(shard.device.process_index, set()).add(shard.index[-1].start or 0)
+        share = self.layout.padded // len(starts)
+        shared = all(min(s) % share == 0 and s == set(range(min(s), min(s) + share, self.piece)) for s in starts.values())
+        columns = share if shared else self.piece
+        return _equal_part(self.layout.layers, FILE_BYTES // (columns * self.dtype.itemsize)) or 1, columns
 
     @property
-    def starts(self) -> Iterator[tuple[int, int]]:
-        """Row and element, within one device's piece, at which each chunk begins."""
-        rows, elements = self.chunk
-        return itertools.product(range(0, self.layout.layers, rows), range(0, self.piece, elements))
+    def block(self) -> tuple[int, int]:
+        """Rows and elements of one device's part of a file that are written at once."""
+        most = max(1, BLOCK_BYTES // self.dtype.itemsize)
+        if self.piece <= most:
+            return _equal_part(self.file[0], most // self.piece) or 1, self.piece
+        return 1, _equal_part(self.piece, most) or self.piece
 
 
 def _equal_part(number: int, most: int) -> int | None:
     """The largest divisor of `number` between `most` / 4 and `most`, if there is one."""
-    least = -(-number // most)
+    least = -(-number // max(most, 1))
     return next((number // parts for parts in range(least, 4 * least + 1) if number % parts == 0), None)
 
 
@@ -131,23 +148,8 @@ def _write(folder: Path, leaves: dict[hf_mapping.Path, _Leaf]) -> None:
     # orbax asks the handler of arrays for a store of metadata, and warns when there is none
     registry = ocp.type_handlers.create_type_handler_registry((_Leaf, handler), (jax.Array, ocp.type_handlers.ArrayHandler()))
     tree_handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
-    with _without_hint(), ocp.Checkpointer(tree_handler) as checkpointer:
+    with without_ocdbt_hint(), ocp.Checkpointer(tree_handler) as checkpointer:
         checkpointer.save((folder / PARAMS).absolute(), ocp.args.PyTreeSave(hf_mapping.unflatten(leaves)))
-
-
-@contextlib.contextmanager
-def _without_hint() -> Iterator[None]:
-    """At every save that is not in its OCDBT format, orbax warns that it merges nothing."""
-
-    def wanted(record: logging.LogRecord) -> bool:
-        return "Skipping merge of OCDBT" not in record.getMessage()
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(wanted)
-    try:
-        yield
-    finally:
-        logger.removeFilter(wanted)
 
 
 def _pieces_file(process: int) -> str:
@@ -155,7 +157,7 @@ def _pieces_file(process: int) -> str:
 
 
 class _LeafHandler(ocp.type_handlers.TypeHandler):
-    """Saves the pieces of `_Leaf`s that this process holds, and their checksums as `checksums_file`: leaf -> first element -> one a row.
+    """Saves this process's pieces of `_Leaf`s, and their checksums as `checksums_file`: leaf -> first element of a block -> one a row.
 
     Restoring is the business of orbax's own NumPy handler, whose type name is recorded.
     """
@@ -173,53 +175,75 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
         raise NotImplementedError("published leaves are only written here")
 
     async def serialize(self, values: Sequence[_Leaf], infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
-        # without a sync: a version that a loss of power spoils is of no use to anybody
-        context = ts.Context({"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}})
-        checksums: dict[str, dict[str, list[int]]] = {leaf.name: {} for leaf in values}
+        checksums: dict[str, dict[int, list[int]]] = {leaf.name: {} for leaf in values}
         with ThreadPoolExecutor(_WRITERS) as pool:
             loop, writing = asyncio.get_running_loop(), []
             for leaf, info in zip(values, infos, strict=True):
-                store = await ts.open(_spec(leaf, info.path, context))
-                for shard, (row, element) in itertools.product(leaf.value.addressable_shards, leaf.starts):
-                    writing.append(loop.run_in_executor(pool, _write_chunk, leaf, shard, row, element, store))
-            for leaf, start, found in await asyncio.gather(*writing):  # in order of rows
-                checksums[leaf.name].setdefault(str(start), []).extend(found)
+                await ts.open(_spec(leaf, info.path))  # creates the array's metadata
+                rows, columns = leaf.file
+                for row, (column, pieces) in itertools.product(range(0, leaf.layout.layers, rows), _by_file(leaf.pieces, columns)):
+                    file = Path(f"{info.path}/c/{row // rows}/{column}" if leaf.layout.stacked else f"{info.path}/c/{column}")
+                    writing.append(loop.run_in_executor(pool, _write_file, file, leaf, row, pieces))
+            for leaf, found in await asyncio.gather(*writing):  # in order of rows
+                for start, of_rows in found.items():
+                    checksums[leaf.name].setdefault(start, []).extend(of_rows)
         write_json(self._checksums_file, checksums)
         return []
 
 
-def _spec(leaf: _Leaf, path: Any, context: ts.Context) -> ts.Spec:
+def _by_file(pieces: list[tuple[int, Any]], columns: int) -> list[tuple[int, list[tuple[int, Any]]]]:
+    """The pieces of a row that share a file, by the file's place in the row of files."""
+    return [(file, list(together)) for file, together in itertools.groupby(pieces, key=lambda piece: piece[0] // columns)]
+
+
+def _spec(leaf: _Leaf, path: Any) -> ts.Spec:
     spec = ts.Spec(
         # orbax records that zeros are stored too, and then takes a chunk that is not there for a loss
         {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}, "store_data_equal_to_fill_value": True},
     )
-    layout = ts.ChunkLayout(chunk_shape=leaf.chunk if leaf.layout.stacked else leaf.chunk[1:])
-    spec.update(
-        dtype=ts.dtype(leaf.dtype.name), shape=leaf.layout.stored_shape, chunk_layout=layout, context=context, create=True, open=True
-    )
+    layout = ts.ChunkLayout(chunk_shape=leaf.file if leaf.layout.stacked else leaf.file[1:])
+    codec = ts.CodecSpec({"driver": "zarr3", "codecs": BARE})
+    spec.update(dtype=ts.dtype(leaf.dtype.name), shape=leaf.layout.stored_shape, chunk_layout=layout, codec=codec, create=True, open=True)
     return spec
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
 def _outgoing(piece: Array, starts: tuple[int, ...], shape: tuple[int, ...], dtype: Any) -> tuple[Array, Array]:
-    """A chunk of a piece as it is published, and whether all of it is finite, as its sum tells; on the device where it is."""
-    chunk = jax.lax.dynamic_slice(piece, starts, shape).astype(dtype)
-    return chunk, jnp.isfinite(jnp.sum(chunk, dtype=jnp.float32))
+    """A block of a piece as it is published, and whether all of it is finite, as its sum tells; on the device where it is."""
+    block = jax.lax.dynamic_slice(piece, starts, shape).astype(dtype)
+    return block, jnp.isfinite(jnp.sum(block, dtype=jnp.float32))
 
 
-def _write_chunk(leaf: _Leaf, shard: Any, row: int, element: int, store: ts.TensorStore) -> tuple[_Leaf, int, list[int]]:
-    """One chunk of one device's piece of a leaf; returns the leaf, the chunk's first element in a row, and the checksums of its rows."""
-    starts, shape = ((row, element), leaf.chunk) if leaf.layout.stacked else ((element,), leaf.chunk[1:])
-    cast, finite = _outgoing(shard.data, starts, shape, leaf.dtype)
+def _write_file(path: Path, leaf: _Leaf, row: int, pieces: list[tuple[int, Any]]) -> tuple[_Leaf, dict[int, list[int]]]:
+    """The file of the rows from `row` on of these pieces; the checksums of its rows by the first element of each block. Not synchronised to
+    the disk: a version that a loss of power spoils is of no use to anybody."""
+    checksums: dict[int, list[int]] = {}
+    (rows, columns), (block_rows, elements) = leaf.file, leaf.block
+    first = pieces[0][0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb", buffering=0) as file:
+        for start, shard in pieces:
+            for element, block_row in itertools.product(range(0, leaf.piece, elements), range(0, rows, block_rows)):
+                block_RE = _block(leaf, shard, row + block_row, element)
+                for i, values_E in enumerate(block_RE.view(np.uint8)):
+                    checksums.setdefault(start + element, []).append(zlib.crc32(values_E.data))
+                    _write_at(file, values_E.data, ((block_row + i) * columns + start + element - first) * leaf.dtype.itemsize)
+    return leaf, checksums
+
+
+def _block(leaf: _Leaf, shard: Any, row: int, element: int) -> np.ndarray:
+    starts, shape = ((row, element), leaf.block) if leaf.layout.stacked else ((element,), leaf.block[1:])
+    block, finite = _outgoing(shard.data, starts, shape, leaf.dtype)
     if not bool(finite):
         raise WeightError(f"{leaf.name} holds values that are not finite: the policy is lost, and nothing is published")
-    chunk, start = np.asarray(cast), (shard.index[-1].start or 0) + element
-    columns = slice(start, start + shape[-1])
-    place = (slice(row, row + shape[0]), columns) if leaf.layout.stacked else (columns,)
-    written = store[place].write(chunk, can_reference_source_data_indefinitely=True)
-    found = [zlib.crc32(values.view(np.uint8).data) for values in chunk.reshape(leaf.chunk)]
-    written.result()
-    return leaf, start, found
+    return np.asarray(block).reshape(leaf.block)
+
+
+def _write_at(file: Any, data: memoryview, place: int) -> None:
+    """All of it: the system may take less at a time."""
+    while data:
+        written = os.pwrite(file.fileno(), data, place)
+        data, place = data[written:], place + written
 
 
 def _manifest(folder: Path, leaves: dict[hf_mapping.Path, _Leaf], config: ModelConfig, version: int) -> Manifest:
@@ -248,8 +272,9 @@ class WeightFolder:
 
     def __init__(self, run_folder: Path, version_bytes: int, shared_memory: Path = SHARED_MEMORY):
         _remove_abandoned(shared_memory)
-        # several processes may be on several hosts, which share the run folder but no memory
-        in_memory = jax.process_count() == 1 and _room(shared_memory) > 3 * version_bytes
+        # several processes may be on several hosts, which share folders but no memory
+        shared = jax.process_count() == 1 or shared_memory != SHARED_MEMORY
+        in_memory = shared and _room(shared_memory) > 3 * version_bytes
         name = f"jaxgrpo-{getpass.getuser()}-{zlib.crc32(str(run_folder.absolute()).encode()):08x}"
         self.root = (shared_memory / name if in_memory else run_folder / "weights").absolute()
         self._lock: TextIO | None = _claim(self.root) if jax.process_index() == 0 else None

@@ -115,6 +115,8 @@ def test_overrides_of_one_section_are_checked_together(tmp_path):
         ("vllm.max_mismatch=0", "vllm.max_mismatch must be above 0"),
         ("vllm.gpus=(1,1)", "vllm.gpus must be different indices"),
         ("training.gpus=()", "training.devices is 1, but training.gpus names 0"),
+        ("training.max_staleness=-1", "training.max_staleness must be at least 0"),
+        ("training.max_staleness=1", "loss.tis_cap None takes every sample for the policy's own: set it"),
     ],
 )
 def test_each_refusal_names_the_key_and_what_is_allowed(tmp_path, monkeypatch, override, said):
@@ -128,6 +130,8 @@ def test_each_refusal_names_the_key_and_what_is_allowed(tmp_path, monkeypatch, o
         (("training.gpus=(0,1)", "vllm.gpus=(1,)"), "training.gpus and vllm.gpus share GPU 1"),
         (("vllm.gpus=(1,)",), "vllm.gpus is set and training.gpus is not"),
         (("vllm.urls=http://a:1", "vllm.port=5"), "leave out one or the other"),
+        (("vllm.urls=http://a:1", "vllm.servers=2"), "leave out one or the other"),
+        (("vllm.gpus=(1,2,3)", "training.gpus=(0,)", "vllm.servers=2"), "vllm.servers (2) must divide the 3 GPU(s) of vllm.gpus"),
         (("vllm.urls=a:8000",), "vllm.urls must be like http://host:8000, got 'a:8000'"),
     ],
 )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxgrpo.model import ModelConfig, Params, param_shapes
+from jaxgrpo.model import Params, param_shapes
 from jaxgrpo.sharding import (
     AXIS,
     LeafLayout,
@@ -26,30 +26,13 @@ from jaxgrpo.sharding import (
     store,
     store_leaf,
 )
+from tests.random_weights import ODD, random_params
 
 on_each_count = pytest.mark.parametrize("devices", [1, 2, 3, 4])
-TINY = ModelConfig(
-    vocab_size=13,
-    width=7,
-    layers=3,
-    heads=2,
-    kv_heads=1,
-    head_size=2,
-    mlp_width=5,
-    context_length=32,
-    rope_theta=10000.0,
-    norm_epsilon=1e-6,
-    tied_embeddings=False,
-)
 
 
 def mesh_of(devices: int) -> Mesh:
     return make_mesh(jax.devices()[:devices])
-
-
-def random_params() -> Params:
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), param_shapes(TINY))
 
 
 def numbered(shape: tuple[int, ...]) -> np.ndarray:
@@ -90,31 +73,31 @@ def test_a_tensor_survives_being_stored(devices: int, shape: tuple[int, ...], st
 @on_each_count
 def test_a_model_survives_being_stored(devices: int) -> None:
     params = random_params()
-    layout = make_layout(TINY, devices)
+    layout = make_layout(ODD, devices)
     chex.assert_trees_all_equal(logical_on_host(store(params, layout, mesh_of(devices)), layout), params)
 
 
 @on_each_count
 def test_no_device_holds_more_than_its_slice(devices: int) -> None:
-    layout = make_layout(TINY, devices)
+    layout = make_layout(ODD, devices)
     stored = store(random_params(), layout, mesh_of(devices))
 
     def check(leaf: LeafLayout, value: jax.Array) -> None:
         expected = (-(-leaf.size // devices),)
-        assert [s.data.shape for s in value.addressable_shards] == [(TINY.layers, *expected) if leaf.stacked else expected] * devices
+        assert [s.data.shape for s in value.addressable_shards] == [(ODD.layers, *expected) if leaf.stacked else expected] * devices
 
     jax.tree.map(check, layout, stored)
 
 
 def test_the_layout_knows_every_tensor_of_the_model() -> None:
-    shapes = jax.tree.map(lambda leaf: leaf.logical_shape, make_layout(TINY, 3))
-    assert shapes == jax.tree.map(lambda s: s.shape, param_shapes(TINY))
+    shapes = jax.tree.map(lambda leaf: leaf.logical_shape, make_layout(ODD, 3))
+    assert shapes == jax.tree.map(lambda s: s.shape, param_shapes(ODD))
 
 
 @on_each_count
 def test_the_whole_model_on_the_devices_equals_the_model(devices: int) -> None:
     params = random_params()
-    layout, mesh = make_layout(TINY, devices), mesh_of(devices)
+    layout, mesh = make_layout(ODD, devices), mesh_of(devices)
     whole: Params = logical_on_devices(store(params, layout, mesh), layout, mesh, jnp.bfloat16)
     chex.assert_trees_all_equal(whole, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
     assert all(x.is_fully_replicated for x in jax.tree.leaves(whole))

@@ -24,6 +24,7 @@ from jaxgrpo.types import Group, GroupBatch
 from jaxgrpo.update import OptimizerSettings, StepReport, TrainState, Update, make_optimizer
 from tests import reference
 from tests.episodes import random_groups
+from tests.random_weights import random_params
 
 TINY = ModelConfig(
     vocab_size=97,
@@ -48,9 +49,7 @@ GROUPS = random_groups(0, 12, 3, TINY.vocab_size, LONGEST, LONGEST)
 
 
 def params_of(config: ModelConfig) -> Params:
-    """Weights at which attention, biases and norms all matter."""
-    rng = np.random.default_rng(7)
-    return jax.tree.map(lambda s: rng.normal(0.0, 0.25, s.shape).astype(np.float32), param_shapes(config))
+    return random_params(config, seed=7, scale=0.25)
 
 
 def packed(groups: Sequence[Group], micro_batch_groups: int) -> list[GroupBatch]:

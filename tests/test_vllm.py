@@ -28,6 +28,7 @@ from envs.procedural import Warehouse
 from jaxgrpo import records, setup
 from jaxgrpo.background import EventLoopThread
 from jaxgrpo.config import Config, ConfigError, EvaluationSettings
+from jaxgrpo.evaluate import main as evaluate
 from jaxgrpo.model import Params, cast_to, forward, head_table
 from jaxgrpo.packing import PackingSettings
 from jaxgrpo.rollout import Decoding, RolloutResult
@@ -44,6 +45,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not PYTHON, reason="JAXGRPO_V
 
 BOUND = 0.02
 KEY = "the key of these tests"
+CONTEXT = 1152
 
 
 def config(**vllm: Any) -> Config:
@@ -79,7 +81,8 @@ def other(params: Params) -> Params:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
-    started = VllmServer(server_plan(config(), POLICY), tmp_path_factory.mktemp("vllm") / "vllm.log", KEY)
+    plan = dataclasses.replace(server_plan(config(), POLICY), context_tokens=CONTEXT)
+    started = VllmServer(plan, tmp_path_factory.mktemp("vllm") / "vllm.log", KEY)
     try:
         started.wait(600)
         yield started
@@ -99,7 +102,7 @@ class Client:
     def __call__(self, body: Callable[[VllmSampler], Awaitable[Any]]) -> Any:
         async def run() -> Any:
             versions = WeightFolder(self.folder, 2**23)
-            limits = VllmLimits(64, 672, 300.0, 120.0, 1)
+            limits = VllmLimits(64, CONTEXT, 300.0, 120.0, 1)
             urls, failure = [self.server.url], self.server.failure
             sampler = VllmSampler(urls, limits, eos_token_ids=self.eos, versions=versions, api_key=KEY, failure=failure)
             try:
@@ -203,32 +206,34 @@ class Recording:
         await self._sampler.release(episode_id)
 
 
-def test_tokens_in_are_tokens_out_at_every_turn_of_real_episodes(client):
-    suite = Warehouse()
+def with_room_for(run: Config, tokens: int) -> Config:
+    return dataclasses.replace(run, rollout=dataclasses.replace(run.rollout, max_completion_tokens=tokens))
 
+
+@pytest.mark.parametrize("run", [with_room_for(config(), 48), with_room_for(vllm_cpu(), 128)], ids=["warehouse", "bfcl"])
+def test_tokens_in_are_tokens_out_at_every_turn_of_real_episodes(client, run):
     async def body(sampler: VllmSampler) -> tuple[RolloutResult, Recording]:
         recording = Recording(sampler)
-        rollout = setup.build_rollout(config(), POLICY, recording, Decoding(1.0))
-        return await rollout.groups(suite.tasks("train")[:8], 4, 0, "b"), recording
+        rollout = setup.build_rollout(run, POLICY, recording, Decoding(1.0))
+        return await rollout.groups(run.environment.tasks("train")[:8], 4, 0, "b"), recording
 
     result, recording = client(body)
-    ends, boundaries = set(), 0
+    ends, turns_played = set(), 0
     for group in result.groups:
         for trajectory in group.trajectories:
-            episode = f"b/{group.task.id}/{trajectory.sample_index}/0"
-            turns = recording.turns[episode]
+            turns = recording.turns[f"b/{group.task.id}/{trajectory.sample_index}/0"]
             whole = np.concatenate([trajectory.prompt_ids_P, trajectory.completion_ids_C])
-            assert len(turns) == trajectory.turns
+            served_C = np.zeros(len(trajectory.completion_ids_C), bool)
             for r, generation in turns:
                 start, end = len(r.context_ids), len(r.context_ids) + len(generation.token_ids_T)
                 np.testing.assert_array_equal(whole[:start], r.context_ids)  # what went in is what is trained on
                 np.testing.assert_array_equal(whole[start:end], generation.token_ids_T)  # and so is what came out
-                sampled = trajectory.sampled_C[start - len(trajectory.prompt_ids_P) : end - len(trajectory.prompt_ids_P)]
-                assert sampled.all()
+                served_C[start - len(trajectory.prompt_ids_P) : end - len(trajectory.prompt_ids_P)] = True
                 ends.add(generation.finish_reason)
-            boundaries += len(turns)
-    assert boundaries > len(recording.turns) == 32  # several turns in some episode
-    assert {FinishReason.STOP, FinishReason.EOS} & ends
+            np.testing.assert_array_equal(trajectory.sampled_C, served_C)  # and nothing else is
+            turns_played += len(turns)
+    assert turns_played > len(recording.turns) == 32  # several turns in some episode
+    assert ends == {FinishReason.STOP, FinishReason.EOS, FinishReason.LENGTH}
 
 
 class TestPublishing:
@@ -301,7 +306,7 @@ class TestAgreement:
         mine, wrong = (update.init(tree).params for tree in (params, other))
         with EventLoopThread() as loop:
             versions = WeightFolder(tmp_path, 2**23)
-            limits = VllmLimits(64, 672, 300.0, 120.0, 1)
+            limits = VllmLimits(64, CONTEXT, 300.0, 120.0, 1)
             sampler = VllmSampler([server.url], limits, eos_token_ids=POLICY.chat.eos_ids, versions=versions, api_key=KEY)
             loop.call(sampler.publish(1, WholeWeights(params, POLICY.config)))
             figures = agreement.run(loop, sampler, mine, 1)
@@ -335,6 +340,41 @@ def test_a_run_with_a_server_that_is_there(server, tmp_path, monkeypatch):
     assert not list((tmp_path / "run").glob("weights/0*"))
 
 
+class TestEvaluation:
+    def call(self, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> int:
+        monkeypatch.setenv("VLLM_API_KEY", KEY)
+        file = tmp_path / "by_url.py"
+        file.write_text(f"from tests.test_vllm import config\n\n\ndef get_config():\n    return config(urls=({url!r},), python=None)\n")
+        options = ("--set", "evaluation.tasks=2", "--samples", "2", "--run-dir", str(tmp_path / "eval"))
+        return evaluate(["--config", str(file), *options, *more])
+
+    def test_the_server_is_checked_first(self, server, tmp_path, monkeypatch):
+        assert self.call(server.url, tmp_path, monkeypatch) == 0
+        line = json.loads((tmp_path / "eval" / "metrics.jsonl").read_text())
+        assert line["eval/tasks"] == 2 and 0 < line["check/mismatch_mean"] < BOUND
+
+    def test_a_server_of_other_weights_is_not_evaluated(self, server, tmp_path, monkeypatch, capsys):
+        assert self.call(server.url, tmp_path, monkeypatch, "--set", "vllm.max_mismatch=1e-9") == 1
+        assert "error: the sampler does not serve the trainer's weights of version 0" in capsys.readouterr().err
+        assert not (tmp_path / "eval" / "metrics.jsonl").exists()
+
+
+def test_a_run_with_rollouts_ahead(server, tmp_path, monkeypatch):
+    """Turns are in flight at publishes: each batch is within the bound, and what is served is the trainer's policy all the same."""
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    run = config(urls=(server.url,), python=None)
+    run = dataclasses.replace(
+        run,
+        loss=dataclasses.replace(run.loss, tis_cap=2.0),
+        training=dataclasses.replace(run.training, steps=4, max_staleness=1),
+    )
+    train(run, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train/staleness_max"] for line in lines[:2]] == [0, 1]
+    for line in lines:
+        assert line["train/staleness_max"] <= 1 and 0 < line["check/mismatch_mean"] < BOUND
+
+
 class TestBadInput:
     """One clear line each, before the first rollout."""
 
@@ -362,8 +402,8 @@ class TestBadInput:
     def test_a_server_with_too_little_context(self, server, tmp_path, monkeypatch):
         monkeypatch.setenv("VLLM_API_KEY", KEY)
         run = config(urls=(server.url,))
-        run = dataclasses.replace(run, rollout=dataclasses.replace(run.rollout, max_completion_tokens=400))
-        with pytest.raises(ConfigError, match="holds 672 tokens of context, episodes may need 912"):
+        run = dataclasses.replace(run, rollout=dataclasses.replace(run.rollout, max_completion_tokens=800))
+        with pytest.raises(ConfigError, match="holds 1152 tokens of context, episodes may need 1312"):
             train(run, tmp_path / "run")
 
     @pytest.mark.slow

@@ -48,7 +48,7 @@ class TestCommand:
             "--model": str(Path("model").absolute()), "--host": "127.0.0.1", "--port": "8123", "--max-model-len": "1280",
             "--max-num-seqs": "8", "--logprobs-mode": "processed_logprobs", "--weight-transfer-config": '{"backend": "orbax"}',
             "--load-format": "dummy", "--max-num-batched-tokens": "2048", "--kv-cache-memory-bytes": "1000", "--tensor-parallel-size": "1",
-            "--generation-config": "vllm", "--dtype": "bfloat16",
+            "--generation-config": "vllm", "--dtype": "bfloat16", "--hf-overrides": '{"head_dtype": "float32"}',
         }  # fmt: skip
         assert {option: value(command, option) for option in expected} == expected
         assert {"--enable-scale-out", "--no-enable-chunked-prefill"} <= set(command)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import mmap
 import shutil
 import subprocess
 import sys
@@ -17,41 +18,34 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxgrpo import hf_mapping, weights
-from jaxgrpo.model import ModelConfig, Params, init_params, param_shapes
+from jaxgrpo.model import ModelConfig, Params, init_params
 from jaxgrpo.pretrained import save_hf
-from jaxgrpo.sharding import Layout, LeafLayout, make_layout, make_mesh, store
+from jaxgrpo.sharding import Layout, LeafLayout, make_layout, make_mesh, store, store_leaf
 from jaxgrpo.weight_manifest import Manifest, StoredArray, StoredTensor, WeightError, read_manifest
 from jaxgrpo.weight_reader import check_fit, read_tensors
 from tests.publish_process import publish_by_processes
+from tests.random_weights import ODD, random_params
 from tests.training import CONFIG_JSON
 from tests.weight_damage import BIAS, DAMAGES
 
-TINY = ModelConfig(
-    vocab_size=13, width=7, layers=3, heads=2, kv_heads=1, head_size=2, mlp_width=5, context_length=32, rope_theta=10000.0,
-    norm_epsilon=1e-6, tied_embeddings=False,
-)  # fmt: skip
-SHAPES = {tensor.name: tensor.shape for tensor in hf_mapping.hf_tensors(TINY)}
-
-
-def random_params(seed: int = 0) -> Params:
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), param_shapes(TINY))
+SHAPES = {tensor.name: tensor.shape for tensor in hf_mapping.hf_tensors(ODD)}
 
 
 def expected_tensors(params: Params) -> dict[str, np.ndarray]:
-    return hf_mapping.params_to_hf(TINY, jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), params))
+    return hf_mapping.params_to_hf(ODD, jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), params))
 
 
 def publish(root: Path, params: Params, devices: int = 1, version: int = 7, **more: Any) -> Path:
-    mesh, layout = make_mesh(jax.devices()[:devices]), make_layout(TINY, devices)
-    return weights.publish_weights(store(params, layout, mesh), layout, mesh, TINY, version, root, **more)
+    mesh, layout = make_mesh(jax.devices()[:devices]), make_layout(ODD, devices)
+    return weights.publish_weights(store(params, layout, mesh), layout, mesh, ODD, version, root, **more)
 
 
 def read(folder: Path, version: int = 7) -> dict[str, np.ndarray]:
     """What the plugin does with a folder, less torch."""
     manifest = read_manifest(folder, version)
     check_fit(manifest, SHAPES, "bfloat16")
-    return {name: array.T if turned else array for name, (array, turned) in read_tensors(folder, manifest).items()}
+    found = {name: array.view(ml_dtypes.bfloat16) for name, (array, _) in read_tensors(folder, manifest).items()}
+    return {name: array.T if manifest.tensors[name].transposed else array for name, array in found.items()}
 
 
 def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -68,26 +62,45 @@ def test_what_is_read_is_what_was_published(tmp_path: Path, devices: int) -> Non
     assert_same_bits(read(folder), expected_tensors(params))
 
 
-@pytest.mark.parametrize("chunk_bytes", [20, 60, 200])
-def test_chunks_of_any_size_hold_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
-    monkeypatch.setattr(weights, "CHUNK_BYTES", chunk_bytes)
+@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize(("file_bytes", "block_bytes"), [(20, 20), (60, 20), (200, 20), (60, 1000)])
+def test_files_and_blocks_of_any_size_hold_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: int, file_bytes: int, block_bytes: int
+) -> None:
+    monkeypatch.setattr(weights, "FILE_BYTES", file_bytes)
+    monkeypatch.setattr(weights, "BLOCK_BYTES", block_bytes)
     params = random_params()
-    folder = publish(tmp_path, params, 3)
+    folder = publish(tmp_path, params, devices)
     assert_same_bits(read(folder), expected_tensors(params))
 
 
-def test_chunks_are_rows_or_parts_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def chunk(leaf: LeafLayout) -> tuple[int, int]:
-        return weights._Leaf("leaf", jnp.zeros(0), leaf, np.dtype(ml_dtypes.bfloat16)).chunk
+def cuts(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], layers: int, devices: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows and elements of a file, and of a block, when files may have 2,000 values and blocks 500."""
+    monkeypatch.setattr(weights, "FILE_BYTES", 4000)
+    monkeypatch.setattr(weights, "BLOCK_BYTES", 1000)
+    layout = LeafLayout(shape, layers > 1, layers, devices)
+    value = store_leaf(np.zeros(layout.logical_shape, np.float32), layout, make_mesh(jax.devices()[:devices]))
+    leaf = weights._Leaf("leaf", value, layout, np.dtype(ml_dtypes.bfloat16))
+    return leaf.file, leaf.block
 
-    monkeypatch.setattr(weights, "CHUNK_BYTES", 2000)
-    assert chunk(LeafLayout((100,), True, 24, 1)) == (8, 100)
-    assert chunk(LeafLayout((100,), True, 24, 2)) == (12, 50)
-    assert chunk(LeafLayout((1000,), True, 24, 1)) == (1, 1000)
-    assert chunk(LeafLayout((300, 10), True, 24, 1)) == (1, 1000)
-    assert chunk(LeafLayout((300, 10), False, 1, 1)) == (1, 1000)
-    assert chunk(LeafLayout((10007,), False, 1, 1)) == (1, 10007)  # a prime number is not cut into single elements
-    assert chunk(LeafLayout((10,), True, 101, 1)) == (1, 10)
+
+def test_a_row_is_in_one_file_which_is_written_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cuts(monkeypatch, (100,), 24, 1) == ((12, 100), (4, 100))
+    assert cuts(monkeypatch, (100,), 24, 4) == ((12, 100), (12, 25))
+    assert cuts(monkeypatch, (60, 50), 24, 1) == ((1, 3000), (1, 500))
+    assert cuts(monkeypatch, (60, 50), 1, 2) == ((1, 3000), (1, 500))
+    assert cuts(monkeypatch, (10007,), 1, 1) == ((1, 10007), (1, 10007))  # a prime number is not cut into single elements
+    assert cuts(monkeypatch, (100,), 101, 1) == ((1, 100), (1, 100))
+
+
+def test_a_tensor_in_one_file_is_mapped_not_copied(tmp_path: Path) -> None:
+    folder = publish(tmp_path, random_params(), 2)
+    found = read_tensors(folder, read_manifest(folder))
+    for array, _ in found.values():
+        owner: Any = array
+        while isinstance(owner, np.ndarray):
+            owner = owner.base
+        assert isinstance(owner, memoryview) and isinstance(owner.obj, mmap.mmap)
 
 
 def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
@@ -133,14 +146,14 @@ def test_a_version_is_published_once(tmp_path: Path) -> None:
 
 
 def test_a_layout_of_another_mesh_is_refused(tmp_path: Path) -> None:
-    mesh, layout = make_mesh(jax.devices()[:2]), make_layout(TINY, 2)
+    mesh, layout = make_mesh(jax.devices()[:2]), make_layout(ODD, 2)
     stored = store(random_params(), layout, mesh)
     with pytest.raises(ValueError, match="on 3 devices"):
-        weights.publish_weights(stored, layout, make_mesh(jax.devices()[:3]), TINY, 7, tmp_path)
+        weights.publish_weights(stored, layout, make_mesh(jax.devices()[:3]), ODD, 7, tmp_path)
 
 
 def test_the_size_of_a_version() -> None:
-    layout: Layout = make_layout(TINY, 1)
+    layout: Layout = make_layout(ODD, 1)
     values = sum(int(np.prod(shape)) for shape in SHAPES.values())
     assert weights.published_bytes(layout) == 2 * values
     assert weights.published_bytes(layout, jnp.float32) == 4 * values
@@ -180,7 +193,8 @@ def test_a_manifest_contradicts_itself() -> None:
 
 
 def test_the_readers_modules_import_no_jax() -> None:
-    code = "import sys, jaxgrpo.weight_reader; print(sorted({'jax', 'orbax', 'flax', 'torch'} & sys.modules.keys()))"
+    foreign = {"jax", "orbax", "flax", "torch", "tensorstore", "ml_dtypes"}
+    code = f"import sys, jaxgrpo.weight_reader; print(sorted({foreign} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
@@ -202,11 +216,11 @@ def test_weights_are_in_shared_memory_when_there_is_room(tmp_path: Path) -> None
 def test_old_versions_and_unfinished_ones_are_removed(tmp_path: Path) -> None:
     folder = weight_folder(tmp_path)
     publish(folder.root, random_params(), version=1)
-    publish(folder.root, random_params(1), version=2)
+    publish(folder.root, random_params(seed=1), version=2)
     (folder.root / "000003" / "params").mkdir(parents=True)
     folder.keep_only({2})
     assert [path.name for path in sorted(folder.root.glob("0*"))] == ["000002"]
-    assert_same_bits(read(folder.root / "000002", 2), expected_tensors(random_params(1)))
+    assert_same_bits(read(folder.root / "000002", 2), expected_tensors(random_params(seed=1)))
     weights.remove_version(folder.root, 2)
     assert not (folder.root / "000002").exists()
     folder.close()

@@ -35,6 +35,13 @@ def exchange(folder: Path) -> None:
     b.write_bytes(first)
 
 
+def compress(folder: Path) -> None:
+    file = folder / "params" / BIAS / "zarr.json"
+    metadata = json.loads(file.read_text())
+    metadata["codecs"].append({"name": "zstd", "configuration": {"level": 1, "checksum": False}})
+    file.write_text(json.dumps(metadata))
+
+
 def rename_tensor(manifest: dict) -> None:
     manifest["tensors"]["model.norms.weight"] = manifest["tensors"].pop("model.norm.weight")
 
@@ -56,6 +63,8 @@ DAMAGES = {
     "no array": (lambda f: shutil.rmtree(f / "params" / BIAS), f"{BIAS} in .* cannot be opened"),
     "no chunk": (lambda f: chunk(f).unlink(), f"{BIAS} in .* cannot be read"),
     "a short chunk": (shorten, f"{BIAS} in .* cannot be read"),
+    "no metadata of an array": (lambda f: (f / "params" / BIAS / "zarr.json").unlink(), f"{BIAS} in .* cannot be opened: FileNotFound"),
+    "a compressed array": (compress, f"{BIAS} in .* jaxgrpo.weights writes bare values in equal chunks"),
     "a bit": (flip, rf"{BIAS} in .* is damaged: the checksum of elements 0:4 of a row"),
     "two arrays exchanged": (exchange, r"layers\.mlp\.\w+\.kernel in .* is damaged"),
 }

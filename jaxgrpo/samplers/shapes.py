@@ -9,6 +9,7 @@ from jaxgrpo.decode import PAGE
 _SLACK = 1.5  # a compiled shape serves for good when it costs at most this many times what the best fitting one would
 _PATIENCE = 8  # and otherwise until the better one was wanted this often: most shapes of a batch's tail come once and are gone
 _LEAST_ROWS = 4  # fewer rows are padded: a step is bound by reading weights and caches, which such rows share
+_LEAST_TOKENS = 64  # and so is an extension of few tokens; one of more pays for each row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +62,12 @@ class ShapeBook:
 
     def choose(self, kind: str, exact: Shape) -> Shape:
         """The cheapest known shape that covers `exact`, or its bucket where every known one keeps wasting too much."""
+        least = _LEAST_ROWS if kind == "decode" else min(_LEAST_ROWS, -(-_LEAST_TOKENS // exact.tokens))
         bucket = Shape(
-            rows=max(_LEAST_ROWS, power_of_two(exact.rows)),
+            rows=max(least, power_of_two(exact.rows)),
             tokens=exact.tokens,
             groups=power_of_two(exact.groups),
-            group_rows=max(_LEAST_ROWS, power_of_two(exact.group_rows)),
+            group_rows=max(least, power_of_two(exact.group_rows)),
             shared=token_bucket(exact.shared),
             own=token_bucket(exact.own),
         )

@@ -3,7 +3,7 @@
     vllm ... --weight-transfer-config '{"backend": "orbax"}'
     POST /start_weight_update, /update_weights {"update_info": {"path": "/dev/shm/.../000007", "version": 7}}, /finish_weight_update
 
-All or nothing. Everything happens in `update_weights`, in three stages: the manifest against the served model, every array into memory and
+All or nothing. Everything happens in `update_weights`, in three stages: the manifest against the served model, every array mapped and held
 against its checksums, and only then the model's parameters, through vLLM's own layerwise reload. A failure in the first two changes
 nothing. One in the third puts the previous version back, read again from its folder, or, when that cannot be done, ends the worker: a
 mixture never serves. The workers of a tensor-parallel server vote after each stage, so that they go on, or back, together; each of them
@@ -190,10 +190,9 @@ def _hf_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _to_torch(array: np.ndarray) -> torch.Tensor:
-    """Without a copy. NumPy's bfloat16 is not known to torch: it is passed on as its bits."""
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    """Without a copy. The reader gives the bits of bfloat16 as int16."""
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if array.dtype == np.int16 else tensor
 
 
 def _repack_shared(model: torch.nn.Module) -> None:

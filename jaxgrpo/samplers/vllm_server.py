@@ -66,6 +66,7 @@ class ServerPlan:
             "max-num-seqs": self.max_requests,
             "tensor-parallel-size": max(len(self.gpus), 1),
             "logprobs-mode": "processed_logprobs",  # of the tempered distribution, as the trainer computes them
+            "hf-overrides": json.dumps({"head_dtype": "float32"}),  # as the trainer: logits rounded to bfloat16 are off by up to 0.06 at 16
             "generation-config": "vllm",  # nothing is taken from the model's generation_config.json
             "weight-transfer-config": json.dumps({"backend": "orbax"}),
             "load-format": "auto" if self.own_weights else "dummy",
