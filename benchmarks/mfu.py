@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -215,6 +216,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1500, help="start no update after so long")
     args = parser.parse_args()
     end = time.monotonic() + args.seconds
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")  # jax takes that share of the memory at its first use
     device = jax.devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit", 0)
     scale = tiny_scale() if args.tiny else gpu_scale(memory)
