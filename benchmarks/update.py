@@ -7,8 +7,8 @@ F = 1024, untied: 8.1 million parameters), float32, two threads on both sides. A
 to a reference whose log-probabilities are given. All sides have the same weights and tokens, take turns in one process, and must agree in
 loss, gradient norm and clipped gradients before anything is timed.
 
-- ours: `jaxgrpo.update.Update`.
-- repeated: the same on eight groups of one row, so that nothing is shared.
+- ours: `jaxgrpo.update.Update`, for each way of rematerialising (`training.remat`).
+- repeated: the same on eight groups of one row, so that nothing is shared; attention's output is saved.
 - torch: transformers' Qwen2 with sdpa and fused AdamW (benchmarks/torch_update.py), without gradient checkpointing and with it (TRL's
   default). Unlike ours and TRL it takes no entropies.
 
@@ -20,9 +20,7 @@ import argparse
 import dataclasses
 import json
 import os
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +29,12 @@ import optax
 import torch
 
 from benchmarks.torch_update import TorchUpdate
+from benchmarks.workload import Sizes, Stepping, interleaved, one_row_each, random_groups
 from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import ModelConfig, Params, init_params
+from jaxgrpo.model import REMAT, ModelConfig, Params, init_params
 from jaxgrpo.sharding import logical_on_host, make_mesh
 from jaxgrpo.types import GroupBatch
-from jaxgrpo.update import OptimizerSettings, TrainState, Update
+from jaxgrpo.update import OptimizerSettings, Update
 
 P, C, G = 1024, 128, 8
 CONFIG = ModelConfig(
@@ -53,54 +52,25 @@ CONFIG = ModelConfig(
 )
 LOSS = LossSettings(kl_beta=0.001)
 OPTIMIZER = OptimizerSettings(warmup_steps=0)
-SETTLE = 0.3  # seconds between two runs, so that the threads of one library no longer spin when the other is timed
-
-
-def group(seed: int = 0) -> GroupBatch:
-    """One group of random tokens, all of them with loss."""
-    rng = np.random.default_rng(seed)
-    ids = lambda *shape: rng.integers(0, CONFIG.vocab_size, shape).astype(np.int32)
-    rewards = rng.normal(size=(1, G))
-    return GroupBatch(
-        prompt_NP=ids(1, P),
-        prompt_lengths_N=np.full(1, P, np.int32),
-        completions_NGC=ids(1, G, C),
-        completion_lengths_NG=np.full((1, G), C, np.int32),
-        sampled_NGC=np.ones((1, G, C), bool),
-        loss_weights_NGC=np.full((1, G, C), 1 / (G * C), np.float32),
-        advantages_NG=((rewards - rewards.mean()) / rewards.std()).astype(np.float32),
-        sampler_logprobs_NGC=np.zeros((1, G, C), np.float32),
-    )
-
-
-def one_row_each(batch: GroupBatch) -> GroupBatch:
-    """The group's rows as groups of their own, each with its copy of the prompt."""
-    arrays = dataclasses.asdict(batch)
-    split = {name: x.reshape(G, 1, *x.shape[2:]) for name, x in arrays.items() if name.endswith(("_NGC", "_NG"))}
-    return GroupBatch(**split, prompt_NP=np.repeat(batch.prompt_NP, G, 0), prompt_lengths_N=np.repeat(batch.prompt_lengths_N, G))
+SIZES = Sizes(P, C, G)
 
 
 class OurUpdate:
-    """The package's update on one batch; its state moves on with every step."""
+    """The package's update on one batch, in the shape of TorchUpdate."""
 
-    def __init__(self, params: Params, batch: GroupBatch):
-        self.update = Update(CONFIG, make_mesh(jax.devices()[:1]), LOSS, OPTIMIZER, compute_dtype=jnp.float32)
-        self.batch = batch
-        self.state: TrainState = self.update.init(params)
-
-    def score(self) -> np.ndarray:
-        return np.asarray(self.update.logprobs(self.state.params, self.batch)).reshape(G, C)
+    def __init__(self, params: Params, batch: GroupBatch, remat: str):
+        update = Update(CONFIG, make_mesh(jax.devices()[:1]), LOSS, OPTIMIZER, compute_dtype=jnp.float32, remat=remat)
+        self._stepping = Stepping(update, update.init(params), batch)
+        self.score = self._stepping.score
 
     def step(self, reference_GC: np.ndarray) -> tuple[float, float]:
-        reference = jnp.asarray(reference_GC.reshape(self.batch.completions_NGC.shape))
-        self.state, _, report = self.update.optimizer_step(self.state, [self.batch], None, [reference])
-        jax.block_until_ready(self.state.params)
+        report = self._stepping.step(jnp.asarray(reference_GC.reshape(self._stepping.batch.completions_NGC.shape)))
         return report.sums.loss, report.grad_norm
 
     def gradients(self) -> Params:
         """The clipped gradients of the first step: Adam's first moment after it is (1 - b1) of them."""
-        moments = optax.tree_utils.tree_get(self.state.opt_state, "mu")
-        return jax.tree.map(lambda m: m / (1 - OPTIMIZER.b1), logical_on_host(moments, self.update.layout))
+        moments = optax.tree_utils.tree_get(self._stepping.state.opt_state, "mu")
+        return jax.tree.map(lambda m: m / (1 - OPTIMIZER.b1), logical_on_host(moments, self._stepping.update.layout))
 
 
 def worst_difference(got: Params, expected: Params) -> float:
@@ -127,37 +97,25 @@ def reference_of(side: OurUpdate | TorchUpdate, reference_GC: np.ndarray) -> np.
     return torch.tensor(reference_GC) if isinstance(side, TorchUpdate) else reference_GC
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
-    """Minimum and median seconds of each, all taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            time.sleep(SETTLE)
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: {"min": min(t), "median": statistics.median(t)} for name, t in times.items()}
-
-
 def ratios(seconds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """How many times faster the fastest of ours is than the fastest of each other kind."""
-    best = lambda kind, key: min(s[key] for name, s in seconds.items() if name.split()[0] == kind)
+    best = lambda kind, key: min(s[key] for name, s in seconds.items() if name.split(",")[0] == kind)
     return {kind: {key: best(kind, key) / best("ours", key) for key in ("min", "median")} for kind in ("torch", "repeated")}
 
 
 def measure(repeats: int) -> dict[str, object]:
-    batch, params = group(), jax.tree.map(np.asarray, init_params(CONFIG, jax.random.key(0)))
+    batch, params = random_groups(CONFIG.vocab_size, SIZES), jax.tree.map(np.asarray, init_params(CONFIG, jax.random.key(0)))
     reference_GC = np.random.default_rng(1).normal(-9, 0.1, (G, C)).astype(np.float32)
     torch_side = lambda checkpointing: TorchUpdate(CONFIG, params, LOSS, OPTIMIZER, batch, checkpointing)
     sides: dict[str, OurUpdate | TorchUpdate] = {
-        "ours": OurUpdate(params, batch),
-        "repeated": OurUpdate(params, one_row_each(batch)),
+        **{f"ours, remat {remat}": OurUpdate(params, batch, remat) for remat in REMAT},
+        "repeated": OurUpdate(params, one_row_each(batch), "attention"),
         "torch": torch_side(False),
-        "torch checkpointed": torch_side(True),
+        "torch, checkpointed": torch_side(True),
     }
     differences = check_agreement(sides, reference_GC)
     updates = interleaved({name: lambda s=side: s.step(reference_of(s, reference_GC)) for name, side in sides.items()}, repeats)
-    scored = {name: side for name, side in sides.items() if name in ("ours", "repeated", "torch")}
+    scored = {"ours": sides["ours, remat full"], "repeated": sides["repeated"], "torch": sides["torch"]}
     for side in scored.values():
         side.score()
     scores = interleaved({name: side.score for name, side in scored.items()}, repeats)

@@ -49,10 +49,13 @@ def update_metrics(
     """What the optimizer steps on a batch came to.
 
     Loss, KL, entropy and the sampler's mismatch are those of the first, on-policy step; the clip share is the last step's (the first one's
-    is zero by construction); the gradient norm is the mean over the steps.
+    is zero by construction); the gradient norm is the mean over the steps. Of what passed through the layers, padding included, the
+    share that is real tokens, and how many positions it was for each completion token; `prompt_sharing` is how many times as many real
+    tokens there would be with the prompt in every row.
     """
     first = reports[0].sums.summary()
-    real = sum(int(b.completion_lengths_NG.sum()) + int(b.prompt_lengths_N[b.completion_lengths_NG.any(axis=1)].sum()) for b in batches)
+    completions = sum(int(b.completion_lengths_NG.sum()) for b in batches)
+    real = completions + sum(int(b.prompt_lengths_N[b.completion_lengths_NG.any(axis=1)].sum()) for b in batches)
     computed = sum(b.prompt_NP.size + b.completions_NGC.size for b in batches)
     repeated = sum(int((b.completion_lengths_NG + b.prompt_lengths_N[:, None] * (b.completion_lengths_NG > 0)).sum()) for b in batches)
     return {
@@ -60,6 +63,7 @@ def update_metrics(
         "train/clip_share": reports[-1].sums.summary()["clip_share"],
         "train/grad_norm": float(np.mean([r.grad_norm for r in reports])),
         "train/real_token_share": real / computed,
+        "train/forwarded_per_completion_token": computed / completions,
         "train/prompt_sharing": repeated / real,
         "train/compilations": compilations,
         "time/reference_seconds": seconds["reference"],

@@ -98,6 +98,9 @@ def _backward(
     before, after, static = _arguments(q, lengths)
     whole = jnp.swapaxes(logsumexp, 1, 2), output, d_output
     dq, dk, dv = fused._dot_product_attention_bwd_p_wrapper.bind(q, k, v, *before, *after, *whole, **static)
+    if lengths is not None:  # what cuDNN leaves behind the last real key is not documented
+        real = (jnp.arange(k.shape[1]) < lengths[:, None])[:, :, None, None]
+        dk, dv = jnp.where(real, dk, 0), jnp.where(real, dv, 0)
     return dq[:, :queries], dk[:, :keys], dv[:, :keys]
 
 

@@ -118,7 +118,7 @@ def compute_dtype(config: Config) -> Any:
 
 
 def attention_kernel(config: Config, model: ModelConfig, mesh: Mesh, dtype: Any) -> tuple[Kernel, str]:
-    """What computes attention in the update over a mesh, and a line that says so. Raises ConfigError where it cannot be what was asked for."""
+    """What computes attention in the update over a mesh, and a line that says so. Raises ConfigError where it cannot be as asked for."""
     try:
         return choose_kernel(config.training.attention, dtype, model.head_size, mesh.devices.flat[0].platform)
     except ValueError as error:

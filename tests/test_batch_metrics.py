@@ -96,6 +96,7 @@ def test_update_metrics_by_hand():
         "train/mismatch_outside_share": 0.5,
         "train/grad_norm": 3.0,
         "train/real_token_share": real / (2 * 4 + 4 * 8),
+        "train/forwarded_per_completion_token": (2 * 4 + 4 * 8) / 16,
         "train/prompt_sharing": (16 + 4 * 3) / real,
         "train/compilations": 3,
         "time/reference_seconds": 0.1,
@@ -123,7 +124,9 @@ def test_empty_groups_that_fill_a_micro_batch_count_nothing():
     seconds = {"reference": 1.0, "update": 1.0, "publish": 1.0}
     a, b = (update_metrics(batches, report, 1, seconds) for batches in (one, filled))
     assert b["train/real_token_share"] == pytest.approx(a["train/real_token_share"] / 3)
-    assert {**a, "train/real_token_share": 0} == {**b, "train/real_token_share": 0}
+    assert b["train/forwarded_per_completion_token"] == pytest.approx(a["train/forwarded_per_completion_token"] * 3)
+    padded = dict.fromkeys(("train/real_token_share", "train/forwarded_per_completion_token"), 0)
+    assert a | padded == b | padded
 
 
 def test_score_parts_that_only_some_episodes_have_count_as_zero():

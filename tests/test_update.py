@@ -17,7 +17,7 @@ import optax
 import pytest
 
 from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import REMAT, ModelConfig, Params, cast_to, forward, head_table, param_shapes, rematerialised
+from jaxgrpo.model import REMAT, ModelConfig, Params, cast_to, forward, head_table, rematerialised
 from jaxgrpo.packing import PackingSettings, pack
 from jaxgrpo.sharding import logical_on_host, make_mesh
 from jaxgrpo.types import Group, GroupBatch
