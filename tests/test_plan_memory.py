@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from jaxgrpo.config import ConfigError
@@ -238,7 +237,26 @@ def test_targets_differ_in_memory() -> None:
     assert refusal(*planned(130.0, "--target", "h200", state=one)) == []
 
 
-def test_the_compute_dtype_of_the_config_is_planned_for() -> None:
-    assert Planner(parse(["--config", ARTICLE])).dtype == jnp.bfloat16
-    assert Planner(parse(["--config", ARTICLE, "--set", "model.compute_dtype=float32"])).dtype == jnp.float32
+def test_float32_is_not_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", ARTICLE, "--set", "model.compute_dtype=float32"]) == 2
+    assert "set it to auto or bfloat16" in capsys.readouterr().err
+
+
+def test_a_hub_models_sizes_need_no_download() -> None:
     assert model_sizes(Planner(parse(["--config", ARTICLE])).config) == QWEN2_5["7B"]
+
+
+def test_gpus_are_split_as_the_config_splits_them_and_hosts_filled_equally(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner, plan = planned(55.0)
+    asked: list[tuple[int, int, int]] = []
+
+    def record(devices: int, groups: int, per_host: int) -> Plan:
+        asked.append((devices, groups, per_host))
+        return plan
+
+    monkeypatch.setattr(planner, "plan", record)
+    for gpus in (4, 8, 64):
+        assert planner.scaled(gpus).gpus == gpus
+    planner.devices = 12
+    planner.main_plan()
+    assert asked == [(3, 12, 3), (6, 24, 6), (48, 192, 6), (12, 12, 6)]

@@ -64,6 +64,8 @@ class Planner:
         self.gpu = can_compile_for_gpus() if args.compiler == "auto" else args.compiler == "gpu"
         if self.gpu and not can_compile_for_gpus():
             raise ConfigError("--compiler gpu needs jax's CUDA wheels: pip install 'jax[cuda12]', or leave the option out")
+        if self.config.model.compute_dtype == "float32":
+            raise ConfigError("model.compute_dtype is float32; what is planned is a GPU's bfloat16: set it to auto or bfloat16")
         self.shape = self._shape()
         training = self.config.training
         self.devices: int = args.devices or training.devices or len(training.gpus or (0,))
@@ -76,12 +78,6 @@ class Planner:
         completion = bucket(self.args.completion or r.max_completion_tokens, p.completion_multiple)
         return GroupShape.of(prompt, r.group_size, completion)
 
-    @property
-    def dtype(self) -> Any:
-        """In which is computed: "auto" is bfloat16, for what is planned for is a GPU."""
-        given = self.config.model.compute_dtype
-        return jnp.dtype(jnp.bfloat16 if given == "auto" else given)
-
     def plan(self, devices: int, groups: int, per_host: int) -> Plan:
         """Compile the step for so many training devices and a batch of so many groups. Raises ConfigError when they do not divide."""
         per_device, rows = self.config.training.groups_per_device, self.config.rollout.group_size
@@ -91,7 +87,7 @@ class Planner:
                 f"({devices} devices x training.groups_per_device {per_device})"
             )
         given = described_gpus(self.target, devices, per_host) if self.gpu else simulated_devices(devices)
-        update = update_on(make_mesh(given), self.config, self.model, self.dtype)
+        update = update_on(make_mesh(given), self.config, self.model, jnp.bfloat16)
         lowered = update.lower(devices * per_device, rows, self.shape.prompt, max(self.shape.completions))
         state = state_bytes(self.model, devices, reference=bool(self.config.loss.kl_beta))
         return self.plan_of(measure(lowered, state, gpu=self.gpu), devices, groups, per_host)
@@ -106,7 +102,9 @@ class Planner:
         return Plan(self.model, cluster, devices + self.samplers, work, memory, expected)
 
     def main_plan(self) -> Plan:
-        return self.plan(self.devices, self.config.rollout.tasks_per_step, min(self.devices, self.target.gpus_per_host))
+        """For the config's batch, on hosts as full as they can be equally."""
+        per_host = max(n for n in range(1, self.target.gpus_per_host + 1) if self.devices % n == 0)
+        return self.plan(self.devices, self.config.rollout.tasks_per_step, per_host)
 
     def shortened(self, divisor: int) -> "Planner":
         """The same for episodes whose prompt and completion are so many times shorter."""
@@ -121,7 +119,8 @@ class Planner:
         """The config's proportion of trainers to samplers on `gpus` GPUs, and as many groups a trainer as it has."""
         whole = self.devices + self.samplers
         on_host = min(gpus, self.target.gpus_per_host)
-        devices, per_host = gpus * self.devices // whole, on_host * self.devices // whole
+        per_host = max(on_host * self.devices // whole, 1)
+        devices = gpus // on_host * per_host
         groups = devices * self.config.rollout.tasks_per_step // self.devices
         return dataclasses.replace(self.plan(devices, groups, per_host), gpus=gpus)
 
@@ -333,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     try:
         planner = Planner(args)
-        simulate(max(TABLE_GPUS) if args.table else planner.devices)
+        simulate(1 if planner.gpu else max(TABLE_GPUS) if args.table else planner.devices)
         plan = planner.main_plan()
         plans = [planner.scaled(gpus) for gpus in TABLE_GPUS] if args.table else []
     except ConfigError as error:
