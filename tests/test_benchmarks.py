@@ -1,13 +1,16 @@
 """The benchmarks' own arithmetic, and a whole run of the one that is written for a GPU at sizes for a CPU."""
 
+import asyncio
 import dataclasses
+import time
 
 import numpy as np
 import pytest
 
-from benchmarks import mfu, scaling
+from benchmarks import mfu, overlap, scaling
 from benchmarks.workload import Sizes, one_row_each, random_groups
 from jaxgrpo.model_sizes import QWEN2_5
+from tests.rollout_fakes import one_turn
 
 
 def test_as_many_layers_as_leave_room_for_activations() -> None:
@@ -39,3 +42,19 @@ def test_every_row_of_the_gpus_benchmark_at_small_sizes() -> None:
     assert found[2]["agrees"]
     assert all(0 < row["mfu"] for row in found if "mfu" in row)
     assert [row["row"] for row in mfu.rows(scale, lambda: -1.0)][4:] == ["left out"] * 3
+
+
+def test_a_sampler_that_sleeps_keeps_its_rate_and_labels_tokens_by_the_time_they_were_made():
+    async def play() -> list[np.ndarray]:
+        sampler = overlap.PacedSampler(rate=40.0, streams=1, eos=9, vocab=10, version=4)
+        turns = [asyncio.create_task(sampler.generate(one_turn(str(i), seed=i))) for i in range(2)]
+        await asyncio.sleep(0.1)
+        await sampler.publish(5, None)
+        return [(await turn).weight_versions_T for turn in turns]
+
+    start = time.perf_counter()
+    first_T, second_T = asyncio.run(play())
+    assert len(first_T) == len(second_T) == 8  # eight are asked for at most: 0.2 seconds each, one after the other
+    assert time.perf_counter() - start > 0.399
+    assert set(first_T.tolist()) == {4, 5} and first_T.tolist() == sorted(first_T.tolist())
+    assert second_T.tolist() == [5] * 8
