@@ -16,7 +16,7 @@ from jaxgrpo.chat import Chat
 from jaxgrpo.config import Config, ConfigError, refuse
 from jaxgrpo.cudnn import choose_kernel
 from jaxgrpo.model import ModelConfig, Params, param_shapes
-from jaxgrpo.paths import cache_root
+from jaxgrpo.paths import cache_root, machine
 from jaxgrpo.pretrained import load_params, load_tokenizer, locate
 from jaxgrpo.rollout import Decoding, Execution, Limits, Rollout
 from jaxgrpo.samplers.base import Sampler
@@ -128,7 +128,8 @@ def attention_kernel(config: Config, model: ModelConfig, mesh: Mesh, dtype: Any)
 def keep_compiled(config: Config) -> None:
     """Let jax keep what it compiles from run to run. JAX_COMPILATION_CACHE_DIR, where set, says where. Before jax's first use."""
     if config.training.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla" / machine()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def training_mesh(config: Config) -> Mesh:
