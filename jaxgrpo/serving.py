@@ -35,7 +35,7 @@ _CHECK_SAMPLES = 4
 
 @dataclasses.dataclass(frozen=True)
 class StoredWeights:
-    """A trainer's weights, in flat shards; a sampler computes with them in `dtype`."""
+    """A trainer's weights, in flat shards, adapters merged; a sampler computes with them in `dtype`."""
 
     params: Params
     layout: Layout
@@ -45,7 +45,8 @@ class StoredWeights:
 
     @classmethod
     def of(cls, params: Params, update: Update) -> "StoredWeights":
-        return cls(params, update.layout, update.mesh, update.config, update.compute_dtype)
+        """Of stored weights in `update.model_layout` (`Update.merged`)."""
+        return cls(params, update.model_layout, update.mesh, update.config, update.compute_dtype)
 
     def logical(self) -> Params:
         return logical_on_devices(self.params, self.layout, self.mesh, self.dtype)
@@ -175,7 +176,7 @@ class AgreementCheck:
     tokens: int = 16
 
     def run(self, loop: EventLoopThread, sampler: Sampler, params: Params, version: int) -> dict[str, float]:
-        """The mean and the largest difference of log-probabilities; `params` are the trainer's stored weights, published as `version`.
+        """The mean and the largest difference of log-probabilities; `params` are the trainer's (`Update.policy`), published as `version`.
 
         Raises MismatchError beyond the bound.
         """

@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxgrpo.chat import Chat
 from jaxgrpo.config import Config, ConfigError, refuse
-from jaxgrpo.model import ModelConfig, Params, param_shapes
+from jaxgrpo.lora import NO_LORA, LoraSettings
+from jaxgrpo.model import ModelConfig, Params, trained_shapes
 from jaxgrpo.pretrained import load_params, load_tokenizer, locate
 from jaxgrpo.rollout import Decoding, Execution, Limits, Rollout
 from jaxgrpo.samplers.base import Sampler
@@ -117,6 +118,7 @@ def build_update(config: Config, model: ModelConfig) -> Update:
         compute_dtype=compute_dtype(config),
         temperature=config.rollout.temperature,
         head_chunk=config.training.head_chunk,
+        lora=config.lora,
     )
 
 
@@ -136,9 +138,9 @@ def build_rollout(config: Config, policy: Policy, sampler: Sampler, decoding: De
     return Rollout(sampler, config.environment, policy.chat, limits, decoding, execution)
 
 
-def parameter_count(model: ModelConfig) -> int:
-    """Parameters of the model, tied tables once."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(param_shapes(model)))
+def parameter_count(model: ModelConfig, lora: LoraSettings = NO_LORA) -> int:
+    """Parameters of the model, tied tables once; or those of its adapters."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(trained_shapes(model, lora)))
 
 
 def run_folder(given: str | None, name: str) -> Path:

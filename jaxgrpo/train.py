@@ -22,6 +22,7 @@ from jaxgrpo.config import MAY_CHANGE, Config, ConfigError, changes_of_meaning, 
 from jaxgrpo.evaluate import NothingLeftError, evaluate, split_tasks
 from jaxgrpo.metrics import Recorder, Stopwatch, TerminalView
 from jaxgrpo.packing import pack
+from jaxgrpo.peft_format import save_adapter
 from jaxgrpo.pretrained import save_hf
 from jaxgrpo.rollout import Decoding, RolloutResult
 from jaxgrpo.samplers.base import SamplerError
@@ -93,9 +94,17 @@ class Training:
         self.view = stack.enter_context(TerminalView(config.training.steps))
 
     def _first_state(self, resume: bool) -> tuple[TrainState, int]:
-        if resume:
+        lora = self.config.lora.rank > 0
+        if resume and not lora:
             return self.checkpoints.restore(self.update)
-        return self.update.init(initial_params(self.policy, np.float32)), 0
+        params = initial_params(self.policy, self.update.compute_dtype if lora else np.float32)
+        state = self.update.init(params, self.config.seed)
+        if not resume:
+            return state, 0
+        try:
+            return self.checkpoints.restore(self.update, frozen=state.frozen)
+        except ValueError as error:
+            raise ConfigError(f"cannot go on with {self.folder}: {error}") from error
 
     def _agreement_check(self) -> AgreementCheck | None:
         """For a sampler in another process: there a weight can be lost or stale."""
@@ -109,7 +118,7 @@ class Training:
     @property
     def weights(self) -> StoredWeights:
         """The policy's weights, as samplers take them."""
-        return StoredWeights.of(self.state.params, self.update)
+        return StoredWeights.of(self.update.merged(self.state), self.update)
 
     @property
     def version(self) -> int:
@@ -179,7 +188,7 @@ class Training:
 
     def check_sampler(self) -> dict[str, float]:
         """How far what is served is from the trainer's own forward. Raises MismatchError when it is too far."""
-        return {} if self.agreement is None else self.agreement.run(self.loop, self.sampler, self.state.params, self.version)
+        return {} if self.agreement is None else self.agreement.run(self.loop, self.sampler, self.update.policy(self.state), self.version)
 
     def record(self, result: RolloutResult, batches: Sequence[GroupBatch], reports: Sequence[StepReport]) -> None:
         """Metrics and episodes of the batch."""
@@ -230,13 +239,20 @@ class Training:
             records.write(path, result, kind, self.state.step)
 
     def finish(self) -> None:
-        """The trained policy as a Hugging Face folder, in place of that of a run that was shorter."""
-        if self.config.recording.export_hf:
-            folder = self.folder / "hf"
-            if folder.exists():
-                shutil.rmtree(folder)
-            save_hf(logical_on_host(self.state.params, self.update.layout), self.policy.folder, folder)
-            self.view.say(f"the policy is in {folder}")
+        """The trained policy as a Hugging Face folder, or its adapter as PEFT's, in place of that of a run that was shorter."""
+        if not self.config.recording.export_hf:
+            return
+        as_adapter, model = self.config.lora.export == "adapter", self.config.model
+        folder = self.folder / ("adapter" if as_adapter else "hf")
+        if folder.exists():
+            shutil.rmtree(folder)
+        if as_adapter:
+            adapters = logical_on_host(self.state.params, self.update.layout)
+            base = str(self.policy.folder.resolve()) if Path(model.source).expanduser().is_dir() else model.source
+            save_adapter(adapters, self.policy.config, self.config.lora, base, model.revision, folder)
+        else:
+            save_hf(logical_on_host(self.update.merged(self.state), self.update.model_layout), self.policy.folder, folder)
+        self.view.say(f"the policy is in {folder}")
 
 
 def training_tasks(config: Config, policy: Policy) -> tuple[Sequence[Task], int]:
@@ -258,6 +274,8 @@ def describe(config: Config) -> Iterator[str]:
     micro_batch = devices * t.groups_per_device
     yield to_json(config)
     yield f"parameters              {parameter_count(policy.config):,} ({policy.config.layers} layers of width {policy.config.width})"
+    if config.lora.rank:
+        yield f"trained parameters      {parameter_count(policy.config, config.lora):,} (LoRA of rank {config.lora.rank})"
     yield f"devices                 {devices}, compute in {compute_dtype(config)}"
     yield f"longest prompt          {longest_prompt} tokens of at most {r.max_prompt_tokens}"
     yield f"rollouts a batch        {r.tasks_per_step} tasks x {r.group_size} samples = {r.tasks_per_step * r.group_size}"
