@@ -55,9 +55,9 @@ def contradictions(lora: LoraSettings) -> list[str]:
     """What of the settings cannot be together: lines to show."""
     problems = []
     defaults = {key: value for key, value, _ in leaves(NO_LORA)}
-    idle = [f"lora.{key}" for key, value, _ in leaves(lora) if value != defaults[key]]
-    if not lora.rank and idle:
-        problems.append(f"{' and '.join(idle)} has no effect when lora.rank is 0, which trains all weights: set lora.rank too")
+    if not lora.rank:
+        idle = [key for key, value, _ in leaves(lora) if value != defaults[key]]
+        problems += [f"lora.{key} has no effect when lora.rank is 0, which trains all weights: set lora.rank too" for key in idle]
     if not lora.targets:
         problems.append(f"lora.targets is empty, so nothing would be trained: name some of {', '.join(TARGETS)}")
     if len(set(lora.targets)) < len(lora.targets):

@@ -275,7 +275,8 @@ def describe(config: Config) -> Iterator[str]:
     yield to_json(config)
     yield f"parameters              {parameter_count(policy.config):,} ({policy.config.layers} layers of width {policy.config.width})"
     if config.lora.rank:
-        yield f"trained parameters      {parameter_count(policy.config, config.lora):,} (LoRA of rank {config.lora.rank})"
+        adapters = f"LoRA of rank {config.lora.rank} on {', '.join(config.lora.targets)}"
+        yield f"trained parameters      {parameter_count(policy.config, config.lora):,} ({adapters})"
     yield f"devices                 {devices}, compute in {compute_dtype(config)}"
     yield f"longest prompt          {longest_prompt} tokens of at most {r.max_prompt_tokens}"
     yield f"rollouts a batch        {r.tasks_per_step} tasks x {r.group_size} samples = {r.tasks_per_step * r.group_size}"
