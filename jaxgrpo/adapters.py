@@ -36,7 +36,7 @@ def merge_stored(base: Params, adapters: Params, base_layout: Layout, adapter_la
 
 @functools.cache
 def _merge_kernel(kernel: LeafLayout, a: LeafLayout, b: LeafLayout, mesh: Mesh, scale: float) -> Any:
-    """Stored W [L, *], A and B -> stored W + scale A B, jitted."""
+    """Stored W [L, *], A (transposed) and B -> stored W + scale A B, jitted."""
     storage, piece, (inputs, outputs) = Sharded(mesh.size, jnp.float32), kernel.padded // mesh.size, kernel.shape
     rows = min(inputs, -(-piece // outputs) + 1)  # of W, that a device's slice can lie in
 
@@ -45,8 +45,8 @@ def _merge_kernel(kernel: LeafLayout, a: LeafLayout, b: LeafLayout, mesh: Mesh, 
         first = jnp.minimum(start // outputs, inputs - rows)
 
         def layer(_: None, shards: tuple[Array, Array, Array]) -> tuple[None, Array]:
-            left = lax.dynamic_slice_in_dim(storage.load(shards[1], a.shape), first, rows)
-            change = jnp.matmul(left, storage.load(shards[2], b.shape), precision=lax.Precision.HIGHEST).reshape(-1)
+            left = lax.dynamic_slice_in_dim(storage.load(shards[1], a.shape), first, rows, axis=1)
+            change = jnp.matmul(left.T, storage.load(shards[2], b.shape), precision=lax.Precision.HIGHEST).reshape(-1)
             change = jnp.pad(change, (0, kernel.padded - kernel.size))  # the last slices end in padding
             mine = lax.dynamic_slice_in_dim(change, start - first * outputs, piece)
             return None, (shards[0].astype(jnp.float32) + scale * mine).astype(kernel_shard.dtype)

@@ -1,10 +1,11 @@
 """Low-rank adaptation (LoRA, arXiv:2106.09685): the settings, and the trees of adapters and of frozen weights. Pure.
 
 An adapted linear layer computes x W + (alpha / r) (x A) B (eq. 3) with W frozen, A [in, r] and B [r, out] trained. In the logical tree the
-adapter of a linear layer lies beside its kernel, with the layer axis L in front as everywhere:
+adapter of a linear layer lies beside its kernel, with the layer axis L in front as everywhere, and A transposed: as rows of [r, in] its
+gradient is several times cheaper on a CPU.
 
     layers/attention/q/kernel [L, D, H*h]        frozen
-    layers/attention/q/adapter/a [L, D, r]       trained, uniform within 1 / sqrt(D) at first, as PEFT has it
+    layers/attention/q/adapter/a [L, r, D]       trained, uniform within 1 / sqrt(D) at first, as PEFT has it
     layers/attention/q/adapter/b [L, r, H*h]     trained, zero at first: an adapted model begins as its base
 """
 

@@ -116,16 +116,19 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 
 
 class Adapter(nnx.Module):
-    """x [..., in] -> scale * (x @ a [in, r]) @ b [r, out] (LoRA, arXiv:2106.09685, eq. 3). b is zero at first, a uniform as in PEFT."""
+    """x [..., in] -> scale * (x @ a.T) @ b, with a [r, in] and b [r, out] (LoRA, arXiv:2106.09685, eq. 3).
+
+    At first b is zero, and a is uniform as in PEFT.
+    """
 
     def __init__(self, in_size: int, out_size: int, lora: LoraSettings, *, rngs: nnx.Rngs):
         bound = in_size**-0.5
-        self.a = nnx.Param(jax.random.uniform(rngs.params(), (in_size, lora.rank), minval=-bound, maxval=bound))
+        self.a = nnx.Param(jax.random.uniform(rngs.params(), (lora.rank, in_size), minval=-bound, maxval=bound))
         self.b = nnx.Param(jnp.zeros((lora.rank, out_size)))
         self.scale = lora.scale
 
     def __call__(self, x: Array) -> Array:
-        return self.scale * (x @ self.a[...]) @ self.b[...]
+        return self.scale * (x @ self.a[...].T) @ self.b[...]
 
 
 class Linear(nnx.Module):

@@ -1,8 +1,8 @@
 """Adapters as a folder that Hugging Face's PEFT, and vLLM, load: adapter_config.json and adapter_model.safetensors.
 
-PEFT keeps its matrices as [out, in], one of each kind a layer, under the name of the linear layer that is adapted:
+PEFT has one matrix of each kind a layer, B transposed, under the name of the linear layer that is adapted:
 
-    base_model.model.model.layers.3.mlp.up_proj.lora_A.weight [r, D]  <->  layers/mlp/up/adapter/a[3] [D, r]
+    base_model.model.model.layers.3.mlp.up_proj.lora_A.weight [r, D]  <->  layers/mlp/up/adapter/a[3] [r, D]
     base_model.model.model.layers.3.mlp.up_proj.lora_B.weight [F, r]  <->  layers/mlp/up/adapter/b[3] [r, F]
 """
 
@@ -40,13 +40,13 @@ def _tensors(adapters: Params, config: ModelConfig) -> Iterator[safetensors_io.O
     for tensor in hf_mapping.hf_tensors(config):
         linear, name = (*tensor.path[:-1], ADAPTER), tensor.name.removesuffix(".weight")
         if tensor.path[-1] == "kernel" and (*linear, "a") in leaves:
-            yield _outgoing(f"{_PREFIX}{name}.lora_A.weight", leaves[*linear, "a"], tensor.layer)
-            yield _outgoing(f"{_PREFIX}{name}.lora_B.weight", leaves[*linear, "b"], tensor.layer)
+            a, b = (np.asarray(leaves[*linear, kind][tensor.layer], np.float32) for kind in ("a", "b"))
+            yield _outgoing(f"{_PREFIX}{name}.lora_A.weight", a)
+            yield _outgoing(f"{_PREFIX}{name}.lora_B.weight", b.T)
 
 
-def _outgoing(name: str, stacked: Any, layer: int | None) -> safetensors_io.Outgoing:
-    _, inputs, outputs = stacked.shape
-    return safetensors_io.Outgoing(name, (outputs, inputs), np.dtype(np.float32), lambda: np.asarray(stacked[layer], np.float32).T)
+def _outgoing(name: str, values: np.ndarray) -> safetensors_io.Outgoing:
+    return safetensors_io.Outgoing(name, values.shape, values.dtype, lambda: values)
 
 
 def _config(lora: LoraSettings, base: str, revision: str | None) -> dict[str, Any]:
