@@ -127,7 +127,8 @@ def test_what_is_published_for_another_process_is_merged_too(tmp_path) -> None:
     read = read_tensors(folder, read_manifest(folder, 1))
     assert read.keys() == merged.keys()
     for name, (array, transposed) in read.items():
-        np.testing.assert_allclose((array.T if transposed else array).astype(np.float32), merged[name].astype(np.float32), rtol=2**-7, atol=1e-6)
+        ours, expected = (x.astype(np.float32) for x in (array.T if transposed else array, merged[name]))
+        np.testing.assert_allclose(ours, expected, rtol=2**-7, atol=1e-6)
 
 
 # The update.
