@@ -94,6 +94,7 @@ class Training:
         self.view = stack.enter_context(TerminalView(config.training.steps))
 
     def _first_state(self, resume: bool) -> tuple[TrainState, int]:
+        """The state to go on from, and the batches played. With LoRA the base is read anew on resuming: checkpoints hold adapters only."""
         lora = self.config.lora.rank > 0
         if resume and not lora:
             return self.checkpoints.restore(self.update)
