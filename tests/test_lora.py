@@ -25,7 +25,21 @@ from jaxgrpo.sharding import logical_on_host, make_layout, make_mesh, store
 from jaxgrpo.update import TrainState, Update
 from jaxgrpo.weight_manifest import read_manifest
 from jaxgrpo.weight_reader import read_tensors
-from tests.test_update import ADAM, GROUPS, LOSS, TEMPERATURE, TINY, change_error, changed, packed, params_of, update_of, worst_error
+from tests.test_update import (
+    ADAM,
+    GROUPS,
+    LOSS,
+    NO_KL,
+    TEMPERATURE,
+    TINY,
+    UNTIED,
+    change_error,
+    changed,
+    packed,
+    params_of,
+    update_of,
+    worst_error,
+)
 
 LORA = LoraSettings(rank=3, alpha=4.5)
 SCALE = 1.5
@@ -192,6 +206,23 @@ def test_the_reference_is_the_base_until_it_is_replaced_by_the_adapters() -> Non
     chex.assert_trees_all_equal(np.asarray(kept), np.asarray(before))
     chex.assert_trees_all_close(replaced, update.logprobs(update.policy(state), BATCHES[0]), atol=1e-6)
     assert float(jnp.max(jnp.abs(replaced - before))) > 0.1
+
+
+@pytest.mark.slow
+def test_an_untied_model_without_a_reference() -> None:
+    """Its head is frozen too: on one device and on two, the same step changes adapters of q and up, and nothing else."""
+    lora, norms = LoraSettings(rank=2, alpha=3.0, targets=("q", "up")), []
+    for devices in (1, 2):
+        mesh = make_mesh(jax.devices()[:devices])
+        update = Update(UNTIED, mesh, NO_KL, ADAM, compute_dtype=jnp.float32, head_chunk=16, lora=lora)
+        state = update.init(params_of(UNTIED))
+        head = np.array(state.frozen["lm_head"]["embedding"])
+        assert state.reference is None and update.reference_logprobs(state, BATCHES) == [None]
+        state, _, report = update.optimizer_step(state, BATCHES, None, [None])
+        np.testing.assert_array_equal(np.asarray(state.frozen["lm_head"]["embedding"]), head)
+        assert all(np.asarray(state.params["layers"][block][name]["adapter"]["b"]).any() for block, name in (TARGETS["q"], TARGETS["up"]))
+        norms.append(report.grad_norm)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6) and norms[0] > 0
 
 
 def test_targets_are_what_is_trained() -> None:
