@@ -29,37 +29,22 @@ import optax
 import torch
 
 from benchmarks.torch_update import TorchUpdate
-from benchmarks.workload import Sizes, Stepping, interleaved, one_row_each, random_groups
+from benchmarks.workload import SMALL, SMALL_MODEL, Stepping, interleaved, one_row_each, random_groups
 from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import REMAT, ModelConfig, Params, init_params
+from jaxgrpo.model import REMAT, Params, init_params
 from jaxgrpo.sharding import logical_on_host, make_mesh
 from jaxgrpo.types import GroupBatch
 from jaxgrpo.update import OptimizerSettings, Update
 
-P, C, G = 1024, 128, 8
-CONFIG = ModelConfig(
-    vocab_size=8192,
-    width=256,
-    layers=4,
-    heads=4,
-    kv_heads=2,
-    head_size=64,
-    mlp_width=1024,
-    context_length=P + C,
-    rope_theta=10000.0,
-    norm_epsilon=1e-6,
-    tied_embeddings=False,
-)
 LOSS = LossSettings(kl_beta=0.001)
 OPTIMIZER = OptimizerSettings(warmup_steps=0)
-SIZES = Sizes(P, C, G)
 
 
 class OurUpdate:
     """The package's update on one batch, in the shape of TorchUpdate."""
 
     def __init__(self, params: Params, batch: GroupBatch, remat: str):
-        update = Update(CONFIG, make_mesh(jax.devices()[:1]), LOSS, OPTIMIZER, compute_dtype=jnp.float32, remat=remat)
+        update = Update(SMALL_MODEL, make_mesh(jax.devices()[:1]), LOSS, OPTIMIZER, compute_dtype=jnp.float32, remat=remat)
         self._stepping = Stepping(update, update.init(params), batch)
         self.score = self._stepping.score
 
@@ -104,9 +89,9 @@ def ratios(seconds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, fl
 
 
 def measure(repeats: int) -> dict[str, object]:
-    batch, params = random_groups(CONFIG.vocab_size, SIZES), jax.tree.map(np.asarray, init_params(CONFIG, jax.random.key(0)))
-    reference_GC = np.random.default_rng(1).normal(-9, 0.1, (G, C)).astype(np.float32)
-    torch_side = lambda checkpointing: TorchUpdate(CONFIG, params, LOSS, OPTIMIZER, batch, checkpointing)
+    batch, params = random_groups(SMALL_MODEL.vocab_size, SMALL), jax.tree.map(np.asarray, init_params(SMALL_MODEL, jax.random.key(0)))
+    reference_GC = np.random.default_rng(1).normal(-9, 0.1, (SMALL.G, SMALL.C)).astype(np.float32)
+    torch_side = lambda checkpointing: TorchUpdate(SMALL_MODEL, params, LOSS, OPTIMIZER, batch, checkpointing)
     sides: dict[str, OurUpdate | TorchUpdate] = {
         **{f"ours, remat {remat}": OurUpdate(params, batch, remat) for remat in REMAT},
         "repeated": OurUpdate(params, one_row_each(batch), "attention"),
@@ -141,7 +126,7 @@ def main() -> None:
         u, s = update_ratios[kind], score_ratios[kind]
         print(f"{kind} / ours: update {u['min']:.2f} (median {u['median']:.2f}), pass {s['min']:.2f} (median {s['median']:.2f})")
     if args.json:
-        sizes = {"P": P, "C": C, "G": G} | dataclasses.asdict(CONFIG)
+        sizes = dataclasses.asdict(SMALL) | dataclasses.asdict(SMALL_MODEL)
         record = {f"ratio_{kind}": round(r["min"], 3) for kind, r in update_ratios.items()}
         record |= {"ratios": update_ratios, "ratios_score": score_ratios, "seconds": measured["update"], "seconds_score": measured["score"]}
         record |= {"differences": measured["differences"], "repeats": args.repeats, "threads": 2, "sizes": sizes}

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxgrpo.model import ModelConfig
 from jaxgrpo.types import GroupBatch
 from jaxgrpo.update import StepReport, TrainState, Update
 
@@ -28,6 +29,23 @@ class Sizes:
     def label(self) -> str:
         groups = "" if self.N == 1 else f"N={self.N} "
         return f"{groups}G={self.G} P={self.P} C={self.C}"
+
+
+SMALL = Sizes(P=1024, C=128, G=8)
+SMALL_MODEL = ModelConfig(
+    vocab_size=8192,
+    width=256,
+    layers=4,
+    heads=4,
+    kv_heads=2,
+    head_size=64,
+    mlp_width=1024,
+    context_length=SMALL.P + SMALL.C,
+    rope_theta=10000.0,
+    norm_epsilon=1e-6,
+    tied_embeddings=False,
+)
+"""8.1 million parameters."""
 
 
 def random_groups(vocab: int, sizes: Sizes, seed: int = 0) -> GroupBatch:

@@ -12,56 +12,64 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from jaxgrpo.lora import combine
 from jaxgrpo.model import Layer, Params
 
 Carry = Any
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def accumulating_scan(layer: Layer, carry: Carry, stack: Params, accumulator: Params) -> Carry:
-    """`carry` through `layer(carry, leaves)` for each row of the stack (leaves [L, ...]). The gradient with regard to `stack` is
-    `accumulator` (same shapes) plus the stack's own.
+def accumulating_scan(layer: Layer, carry: Carry, stack: Params, accumulator: Params, frozen: Params | None = None) -> Carry:
+    """`carry` through `layer(carry, leaves)` for each row of the stack (leaves [L, ...]), the rows of the `frozen` stack put beside its own
+    (`jaxgrpo.lora.combine`). The gradient with regard to `stack` is `accumulator` (same shapes) plus the stack's own; `frozen` has none.
 
-    What a layer keeps for its backward pass is the layer's own matter (`jaxgrpo.model.rematerialised`), except that the stack is not kept
+    What a layer keeps for its backward pass is the layer's own matter (`jaxgrpo.model.rematerialised`), except that neither stack is kept
     twice. `layer` may close over arrays with regard to which nothing is differentiated.
     """
-    return jax.lax.scan(lambda c, leaves: (layer(c, leaves), None), carry, stack)[0]
+    return jax.lax.scan(lambda c, rows: (layer(c, combine(*rows)), None), carry, (stack, frozen))[0]
 
 
-def _forward(layer: Layer, carry: Carry, stack: Params, accumulator: Params) -> tuple[Carry, tuple[Partial, list, Params, Params]]:
+_Stacks = tuple[Params, Params | None]
+
+
+def _forward(
+    layer: Layer, carry: Carry, stack: Params, accumulator: Params, frozen: Params | None
+) -> tuple[Carry, tuple[Partial, list, _Stacks, Params]]:
     rebuild = None
 
-    def one(carry: Carry, leaves: Params) -> tuple[Carry, list[jax.Array]]:
+    def one(carry: Carry, rows: _Stacks) -> tuple[Carry, list[jax.Array]]:
         nonlocal rebuild
-        out, pull = jax.vjp(layer, carry, leaves)
+        out, pull = jax.vjp(lambda c, leaves: layer(c, combine(leaves, rows[1])), carry, rows[0])
         kept, tree = jax.tree.flatten(pull)
-        own = [id(leaf) for leaf in jax.tree.leaves(leaves)]
+        own = [id(leaf) for leaf in jax.tree.leaves(rows)]
         place = [own.index(id(x)) if id(x) in own else None for x in kept]
         rebuild = Partial(functools.partial(_pull_back, tree, place))
         return out, [x for x, at in zip(kept, place, strict=True) if at is None]
 
-    out, kept = jax.lax.scan(one, carry, stack)
+    out, kept = jax.lax.scan(one, carry, (stack, frozen))
     assert rebuild is not None
-    return out, (rebuild, kept, stack, accumulator)
+    return out, (rebuild, kept, (stack, frozen), accumulator)
 
 
-def _pull_back(tree: Any, place: list[int | None], kept: list[jax.Array], leaves: Params) -> Any:
-    """A layer's backward pass, out of what it kept and of its row of the stack."""
-    others, own = iter(kept), jax.tree.leaves(leaves)
+def _pull_back(tree: Any, place: list[int | None], kept: list[jax.Array], rows: _Stacks) -> Any:
+    """A layer's backward pass, out of what it kept and of its rows of the stacks."""
+    others, own = iter(kept), jax.tree.leaves(rows)
     return jax.tree.unflatten(tree, [next(others) if at is None else own[at] for at in place])
 
 
-def _backward(layer: Layer, residuals: tuple[Partial, list, Params, Params], cotangent: Carry) -> tuple[Carry, Params, None]:
-    rebuild, kept, stack, accumulator = residuals
+def _backward(
+    layer: Layer, residuals: tuple[Partial, list, _Stacks, Params], cotangent: Carry
+) -> tuple[Carry, Params, None, None]:
+    rebuild, kept, stacks, accumulator = residuals
 
-    def one(state: tuple[Carry, Params], row: tuple[jax.Array, list, Params]) -> tuple[tuple[Carry, Params], None]:
-        (cotangent, total), (index, kept, leaves) = state, row
-        cotangent, gradient = rebuild(kept, leaves)(cotangent)
+    def one(state: tuple[Carry, Params], row: tuple[jax.Array, list, _Stacks]) -> tuple[tuple[Carry, Params], None]:
+        (cotangent, total), (index, kept, rows) = state, row
+        cotangent, gradient = rebuild(kept, rows)(cotangent)
         return (cotangent, jax.tree.map(lambda t, g: t.at[index].add(g), total, gradient)), None
 
-    rows = (jnp.arange(jax.tree.leaves(stack)[0].shape[0]), kept, stack)
+    rows = (jnp.arange(jax.tree.leaves(stacks)[0].shape[0]), kept, stacks)
     (cotangent, total), _ = jax.lax.scan(one, (cotangent, accumulator), rows, reverse=True)
-    return cotangent, total, None
+    return cotangent, total, None, None
 
 
 accumulating_scan.defvjp(_forward, _backward)

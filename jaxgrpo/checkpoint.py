@@ -2,12 +2,15 @@
 
 What else a run needs follows from the config and from how many batches were played: the order of tasks, the seeds of episodes.
 
-    RUN/checkpoints/600/policy       the weights, float32
+    RUN/checkpoints/600/policy       the weights, float32; with LoRA the adapters only
     RUN/checkpoints/600/training     the rest: optimizer, reference, batches played
+    RUN/checkpoints/600/adapter      with LoRA: its settings, and the fingerprint of the base, which is read again from where it came from
 
-Both are orbax checkpoints of flat arrays (jaxgrpo.shard_io), which each process writes and reads for its own devices.
+The first two are orbax checkpoints of flat arrays (jaxgrpo.shard_io), which each process writes and reads for its own devices.
 """
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,16 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxgrpo import hf_mapping
-from jaxgrpo.model import ModelConfig, Params
+from jaxgrpo.adapters import fingerprint, merge_stored
+from jaxgrpo.lora import NO_LORA, LoraSettings
+from jaxgrpo.model import ModelConfig, Params, trained_shapes
 from jaxgrpo.orbax_io import open_leaves, without_ocdbt_hint
 from jaxgrpo.shard_io import ShardedLeaf, checkpoint_handler, read_shards, read_whole, saved_shape
-from jaxgrpo.sharding import LeafLayout
+from jaxgrpo.sharding import LeafLayout, layout_of, logical_on_host, make_layout, make_mesh, store
 from jaxgrpo.update import TrainState, Update
 
-POLICY, TRAINING = "policy", "training"
+POLICY, TRAINING, ADAPTER = "policy", "training", "adapter"
+_ADAPTER_FILE = "adapter.json"
 _OPTIMIZER, _REFERENCE, _BATCHES = "opt_state", "reference", "batches"
 
 
@@ -40,7 +46,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True)
         self._folder = folder.absolute()
-        handlers = {item: checkpoint_handler() for item in (POLICY, TRAINING)}
+        handlers = {POLICY: checkpoint_handler(), TRAINING: checkpoint_handler(), ADAPTER: ocp.JsonCheckpointHandler(_ADAPTER_FILE)}
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def save(self, state: TrainState, batches: int, update: Update) -> None:
@@ -51,24 +57,31 @@ class Checkpoints:
         training = {_OPTIMIZER: _nested(_map_optimizer(update, ShardedLeaf, state.opt_state)), _BATCHES: np.asarray(batches)}
         if state.reference is not None:
             training[_REFERENCE] = jax.tree.map(ShardedLeaf, state.reference, update.layout)
-        items = {POLICY: ocp.args.PyTreeSave(policy), TRAINING: ocp.args.PyTreeSave(training)}
+        items: dict[str, Any] = {POLICY: ocp.args.PyTreeSave(policy), TRAINING: ocp.args.PyTreeSave(training)}
+        if state.frozen is not None:
+            items[ADAPTER] = ocp.args.JsonSave(_adapter_record(update.lora, fingerprint(state.frozen, update.model_layout, update.mesh)))
         with without_ocdbt_hint():
             self._manager.save(state.step, args=ocp.args.Composite(**items))
             self._manager.wait_until_finished()
 
-    def restore(self, update: Update, step: int | None = None) -> tuple[TrainState, int]:
-        """The state of `step` (default: the newest) and the number of batches played. Raises FileNotFoundError when there is none, and
-        ValueError when it is of another model."""
+    def restore(self, update: Update, step: int | None = None, frozen: Params | None = None) -> tuple[TrainState, int]:
+        """The state of `step` (default: the newest) and the number of batches played. With LoRA, `frozen` is the base, stored anew.
+
+        Raises FileNotFoundError when there is none, and ValueError when it is of another model, of other adapters or of another base.
+        """
         step = _existing_step(self._folder, step)
         folder = self._folder / str(step)
-        policy = _open_policy(folder, update.config)
+        if frozen is not None:
+            base = fingerprint(frozen, update.model_layout, update.mesh)
+            _check_adapter(_adapter_record(update.lora, base), _read_adapter_record(folder))
+        policy = _open_policy(folder, update.config, update.lora)
         params = hf_mapping.unflatten(
             {path: read_shards(policy[path], leaf, update.mesh) for path, leaf in hf_mapping.flatten(update.layout).items()}
         )
         training = open_leaves(folder / TRAINING)
         opt_state = _read_tree(training, (_OPTIMIZER,), _optimizer_layout(update), update)
         reference = _read_tree(training, (_REFERENCE,), update.layout, update) if update.loss.kl_beta else None
-        return TrainState(params, opt_state, reference, step), int(training[(_BATCHES,)].read().result())
+        return TrainState(params, opt_state, reference, step, frozen), int(training[(_BATCHES,)].read().result())
 
     def close(self) -> None:
         self._manager.close()
@@ -79,16 +92,69 @@ def newest_step(folder: Path) -> int | None:
     return max(_steps(folder), default=None)
 
 
-def read_policy(folder: Path, model: ModelConfig, step: int | None = None) -> tuple[Params, int]:
+def read_policy(
+    folder: Path, model: ModelConfig, step: int | None = None, base: Callable[[], Params] | None = None
+) -> tuple[Params, int]:
     """The logical weights of a run's checkpoint (NumPy, float32), and their step; nothing else of it is read, nothing is changed.
 
-    Raises FileNotFoundError when there is none, and ValueError when it is of another model.
+    Of a run with LoRA, its adapters are merged into the weights that `base` reads, and the result is of their type. Raises
+    FileNotFoundError when there is no checkpoint, and ValueError when it is of another model or base.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there are no checkpoints in {folder}: give the folder of a run that saved some")
     step = _existing_step(folder, step)
-    leaves = _open_policy(folder / str(step), model)
-    return hf_mapping.unflatten({path: read_whole(store, saved_shape(store)) for path, store in leaves.items()}), step
+    record = _read_adapter_record(folder / str(step))
+    policy = _read_trained(folder / str(step), model, _recorded_lora(record))
+    if record is None:
+        return policy, step
+    if base is None:
+        raise ValueError(f"{folder} holds adapters only, and the base that they belong to was not given")
+    return _merged(policy, base(), model, record), step
+
+
+def read_adapters(folder: Path, model: ModelConfig, step: int) -> Params:
+    """The adapters of a run's checkpoint as a logical tree (NumPy, float32)."""
+    return _read_trained(folder / str(step), model, _recorded_lora(_read_adapter_record(folder / str(step))))
+
+
+def _read_trained(folder: Path, model: ModelConfig, lora: LoraSettings) -> Params:
+    leaves = _open_policy(folder, model, lora)
+    return hf_mapping.unflatten({path: read_whole(array, saved_shape(array)) for path, array in leaves.items()})
+
+
+def _merged(adapters: Params, base: Params, model: ModelConfig, record: dict[str, Any]) -> Params:
+    """The logical tree (NumPy), merged on the first device. Raises ValueError for another base than the recorded one."""
+    lora, mesh = _recorded_lora(record), make_mesh(jax.local_devices()[:1])
+    layout, adapter_layout = make_layout(model, 1), layout_of(trained_shapes(model, lora), 1)
+    stored = store(base, layout, mesh, jax.tree.leaves(base)[0].dtype)
+    _check_adapter(_adapter_record(lora, fingerprint(stored, layout, mesh)), record)
+    return logical_on_host(merge_stored(stored, store(adapters, adapter_layout, mesh), layout, adapter_layout, mesh, lora.scale), layout)
+
+
+def _adapter_record(lora: LoraSettings, base: str) -> dict[str, Any]:
+    return {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets), "base": base}
+
+
+def _recorded_lora(record: dict[str, Any] | None) -> LoraSettings:
+    return LoraSettings(record["rank"], record["alpha"], tuple(record["targets"])) if record else NO_LORA
+
+
+def _read_adapter_record(folder: Path) -> dict[str, Any] | None:
+    """What was saved beside adapters; None for a checkpoint of whole weights."""
+    file = folder / ADAPTER / _ADAPTER_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _check_adapter(mine: dict[str, Any], saved: dict[str, Any] | None) -> None:
+    if saved is None:
+        raise ValueError("its checkpoint holds all weights, no adapters: it was trained without LoRA (lora.rank 0)")
+    if saved["base"] != mine["base"]:
+        raise ValueError(
+            f"its adapters were trained on another base model (fingerprint {saved['base']}, that of model.source is {mine['base']}): "
+            "name the model that the run began with"
+        )
+    if saved != mine:
+        raise ValueError(f"its adapters are of other settings: saved {saved}, now {mine}")
 
 
 def _steps(folder: Path) -> list[int]:
@@ -104,10 +170,11 @@ def _existing_step(folder: Path, wanted: int | None) -> int:
     return steps[-1] if wanted is None else wanted
 
 
-def _open_policy(folder: Path, model: ModelConfig) -> dict[hf_mapping.Path, ts.TensorStore]:
-    """The weights' arrays. Raises ValueError for another model's."""
+def _open_policy(folder: Path, model: ModelConfig, lora: LoraSettings) -> dict[hf_mapping.Path, ts.TensorStore]:
+    """The arrays of what was trained. Raises ValueError for another model's, or other adapters'."""
     leaves = open_leaves(folder / POLICY)
-    hf_mapping.check_leaves(model, {path: saved_shape(store) for path, store in leaves.items()}, folder / POLICY)
+    expected = {path: leaf.shape for path, leaf in hf_mapping.flatten(trained_shapes(model, lora)).items()}
+    hf_mapping.check_paths(expected, {path: saved_shape(array) for path, array in leaves.items()}, folder / POLICY)
     return leaves
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from envs.base import TaskSuite
+from jaxgrpo import lora
 from jaxgrpo.advantages import NORMALIZATIONS
+from jaxgrpo.lora import LoraSettings
 from jaxgrpo.losses import LossSettings
 from jaxgrpo.model import REMAT
 from jaxgrpo.overrides import leaves, overridden, typed
@@ -166,6 +168,7 @@ class Config:
     vllm: VllmSettings = VllmSettings()
     packing: PackingSettings = PackingSettings()
     loss: LossSettings = LossSettings()
+    lora: LoraSettings = LoraSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -175,7 +178,7 @@ class Config:
 MAY_CHANGE = (
     "name", "training.steps", "training.devices", "training.gpus", "training.groups_per_device", "training.head_chunk",
     "training.attention", "training.remat", "training.compilation_cache", "evaluation.", "recording.", "native.", "vllm.",
-    "rollout.max_in_flight", "rollout.environment_threads", "rollout.environment_deadline",
+    "lora.export", "rollout.max_in_flight", "rollout.environment_threads", "rollout.environment_deadline",
 )  # fmt: skip
 """What a resumed run may set otherwise than before: none of it changes what the next step is meant to compute."""
 
@@ -253,7 +256,7 @@ _AT_LEAST = {
     "rollout.max_turns": 1, "rollout.max_in_flight": 1, "rollout.max_retries": 0, "rollout.environment_threads": 1, "native.max_rows": 1,
     "native.decode_chunk": 1, "native.max_cache_tokens": 1, "vllm.cache_bytes": 1, "vllm.port": 0, "vllm.max_requests": 1,
     "vllm.servers": 1, "vllm.retries": 0, "packing.prompt_multiple": 1, "packing.completion_multiple": 1,
-    "loss.clip_low": 0, "loss.clip_high": 0, "loss.kl_beta": 0, "loss.tis_cap": 1, "optimizer.learning_rate": 0,
+    "loss.clip_low": 0, "loss.clip_high": 0, "loss.kl_beta": 0, "loss.tis_cap": 1, "lora.rank": 0, "optimizer.learning_rate": 0,
     "optimizer.warmup_steps": 0, "optimizer.weight_decay": 0, "training.steps": 1, "training.iterations": 1, "training.devices": 1,
     "training.max_staleness": 0, "training.groups_per_device": 1, "training.reference_every": 1, "training.head_chunk": 1,
     "evaluation.every": 1, "evaluation.samples": 1, "evaluation.tasks": 1, "evaluation.temperature": 0,
@@ -264,6 +267,7 @@ _ABOVE = dict.fromkeys(
     (
         "rollout.temperature",
         "rollout.environment_deadline",
+        "lora.alpha",
         "optimizer.max_grad_norm",
         "optimizer.epsilon",
         "evaluation.top_p",
@@ -300,12 +304,14 @@ def _check_choices(config: Config) -> list[str]:
         ("training.remat", config.training.remat, REMAT),
         ("packing.advantage_normalization", config.packing.advantage_normalization, NORMALIZATIONS),
         ("packing.aggregation", config.packing.aggregation, AGGREGATIONS),
+        ("lora.export", config.lora.export, lora.EXPORTS),
+        *[("lora.targets", target, tuple(lora.TARGETS)) for target in config.lora.targets],
         *[("evaluation.splits", split, SPLITS) for split in config.evaluation.splits],
     ]
     problems = []
     for key, given, allowed in choices:
         if given not in allowed:
-            close = difflib.get_close_matches(given, allowed, 1)
+            close = difflib.get_close_matches(given, allowed, 1) or [name for name in allowed if given.startswith(f"{name}_")]  # q_proj
             hint = f" Did you mean {close[0]!r}?" if close else ""
             problems.append(f"{key} must be one of {', '.join(allowed)}; got {given!r}.{hint}")
     return problems
@@ -332,7 +338,7 @@ def _check_across(config: Config) -> list[str]:
             f"native.max_cache_tokens ({config.native.max_cache_tokens}) cannot hold one episode of rollout.max_prompt_tokens "
             f"({rollout.max_prompt_tokens}) and rollout.max_completion_tokens ({rollout.max_completion_tokens}): raise it"
         )
-    problems += _check_gpus(config)
+    problems += _check_gpus(config) + lora.contradictions(config.lora)
     if training.max_staleness > 0 and config.loss.tis_cap is None:
         problems.append(
             f"training.max_staleness ({training.max_staleness}) lets older weights sample what trains newer ones, but loss.tis_cap None "
@@ -340,6 +346,8 @@ def _check_across(config: Config) -> list[str]:
         )
     if training.attention == "cudnn" and config.model.compute_dtype == "float32":
         problems.append("training.attention is 'cudnn', which computes in bfloat16: set model.compute_dtype to 'auto' or 'bfloat16'")
+    if config.lora.export == "adapter" and not config.recording.export_hf:
+        problems.append("lora.export is 'adapter', but recording.export_hf is False, which exports nothing: set one of them otherwise")
     if config.loss.kl_beta == 0 and training.reference_every is not None:
         problems.append("training.reference_every has no effect when loss.kl_beta is 0: set it to None")
     if (evaluation.every or evaluation.before or evaluation.after) and not evaluation.splits:

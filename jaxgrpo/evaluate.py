@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -154,7 +155,8 @@ def _read_weights(config: Config, policy: Policy, checkpoint: str | None, step: 
     if checkpoint is None:
         return initial_params(policy, dtype), 0
     try:
-        params, at_step = read_policy(Path(checkpoint) / "checkpoints", policy.config, step)
+        base = functools.partial(initial_params, policy, dtype)
+        params, at_step = read_policy(Path(checkpoint) / "checkpoints", policy.config, step, base)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"--checkpoint {checkpoint}: {error}") from error
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params), at_step

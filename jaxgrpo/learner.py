@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxgrpo.checkpoint import Checkpoints
-from jaxgrpo.config import Config
+from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.metrics import Stopwatch
+from jaxgrpo.model import Params
 from jaxgrpo.processes import Processes, Told, Work
 from jaxgrpo.serving import StoredWeights
 from jaxgrpo.setup import Policy, build_update, initial_params
@@ -39,14 +40,26 @@ class Learner:
         self.clock = Stopwatch()
 
     def _first_state(self, resume: bool) -> tuple[TrainState, int]:
-        if resume:
+        """The state to go on from, and the batches played. With LoRA the base is read anew on resuming: checkpoints hold adapters only."""
+        lora = self.config.lora.rank > 0
+        if resume and not lora:
             return self.checkpoints.restore(self.update)
-        return self.update.init(initial_params(self.policy, np.float32)), 0
+        state = self.update.init(self.base() if lora else initial_params(self.policy, np.float32), self.config.seed)
+        if not resume:
+            return state, 0
+        try:
+            return self.checkpoints.restore(self.update, frozen=state.frozen)
+        except ValueError as error:
+            raise ConfigError(f"cannot go on with {self.folder}: {error}") from error
+
+    def base(self) -> Params:
+        """The model's own weights, as adapters see them."""
+        return initial_params(self.policy, self.update.compute_dtype)
 
     @property
     def weights(self) -> StoredWeights:
         """The policy's weights, as samplers take them."""
-        return StoredWeights.of(self.state.params, self.update, self.processes.tell)
+        return StoredWeights(self.state, self.update, self.processes.tell)
 
     @property
     def version(self) -> int:
@@ -80,7 +93,7 @@ class Learner:
                 case Work.LEARN:
                     self.learn(told.batches)
                 case Work.SCORE:
-                    self.update.logprobs(self.state.params, told.batches[0])
+                    self.update.logprobs(self.update.policy(self.state), told.batches[0])
                 case Work.GATHER:
                     self.weights.logical()
                 case Work.PUBLISH:

@@ -9,6 +9,7 @@ The logical parameter tree (`Params`), with the layer axis L in front of every l
     norm/scale [D]
     lm_head/embedding [V, D]                    only when the embeddings are not tied
 
+With LoRA, the adapters of jaxgrpo.lora lie beside the kernels.
 Every function takes `load`: how a leaf of the tree becomes the weight that is computed with. Here it is a cast; in the sharded update it is
 the gather of jaxgrpo.sharding. Architecture: Qwen2.5 technical report (arXiv:2412.15115).
 """
@@ -27,6 +28,7 @@ from flax import nnx
 from jax import Array
 
 from jaxgrpo.attention import OUTPUT_NAMES, XLA, Kernel, apply_rope, attend
+from jaxgrpo.lora import NO_LORA, LoraSettings, only_adapters
 from jaxgrpo.numerics import matmul
 from jaxgrpo.types import AnyArray
 
@@ -116,17 +118,38 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         raise ValueError(f"hidden_act is {config['hidden_act']!r}; only 'silu' is supported")
 
 
-class Linear(nnx.Module):
-    """x [..., in] -> x @ kernel [in, out] (+ bias [out])."""
+class Adapter(nnx.Module):
+    """x [..., in] -> scale * (x @ a.T) @ b, with a [r, in] and b [r, out] (LoRA, arXiv:2106.09685, eq. 3).
 
-    def __init__(self, in_size: int, out_size: int, *, bias: bool, rngs: nnx.Rngs, stddev: float = 0.02):
+    At first b is zero, and a is uniform as in PEFT.
+    """
+
+    def __init__(self, in_size: int, out_size: int, lora: LoraSettings, *, rngs: nnx.Rngs):
+        bound = in_size**-0.5
+        self.a = nnx.Param(jax.random.uniform(rngs.params(), (lora.rank, in_size), minval=-bound, maxval=bound))
+        self.b = nnx.Param(jnp.zeros((lora.rank, out_size)))
+        self.scale = lora.scale
+
+    def __call__(self, x: Array) -> Array:
+        return self.scale * (x @ self.a[...].T) @ self.b[...]
+
+
+class Linear(nnx.Module):
+    """x [..., in] -> x @ kernel [in, out] (+ bias [out]) (+ adapter(x), with LoRA)."""
+
+    def __init__(
+        self, in_size: int, out_size: int, *, bias: bool, rngs: nnx.Rngs, lora: LoraSettings | None = None, stddev: float = 0.02
+    ):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (in_size, out_size)) * stddev)
         self.bias = nnx.Param(jnp.zeros(out_size)) if bias else None
+        self.adapter = Adapter(in_size, out_size, lora, rngs=rngs) if lora else None
 
     def __call__(self, x: Array) -> Array:
         # In two dimensions, because XLA's CPU backend transposes in a plain loop to make the kernel's gradient from more.
-        y = matmul(x.reshape(-1, x.shape[-1]), self.kernel[...])
+        flat = x.reshape(-1, x.shape[-1])
+        y = matmul(flat, self.kernel[...])
         y = y if self.bias is None else y + self.bias[...]
+        y = y if self.adapter is None else y + self.adapter(flat)
         return y.reshape(*x.shape[:-1], -1)
 
 
@@ -151,13 +174,13 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
 class Attention(nnx.Module):
     """Grouped-query attention's projections; how queries and keys meet is the caller's."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, lora: LoraSettings = NO_LORA, *, rngs: nnx.Rngs):
         c = config
         self.config = config
-        self.q = Linear(c.width, c.heads * c.head_size, bias=True, rngs=rngs)
-        self.k = Linear(c.width, c.kv_heads * c.head_size, bias=True, rngs=rngs)
-        self.v = Linear(c.width, c.kv_heads * c.head_size, bias=True, rngs=rngs)
-        self.o = Linear(c.heads * c.head_size, c.width, bias=False, rngs=rngs)
+        self.q = Linear(c.width, c.heads * c.head_size, bias=True, lora=lora.of("q"), rngs=rngs)
+        self.k = Linear(c.width, c.kv_heads * c.head_size, bias=True, lora=lora.of("k"), rngs=rngs)
+        self.v = Linear(c.width, c.kv_heads * c.head_size, bias=True, lora=lora.of("v"), rngs=rngs)
+        self.o = Linear(c.heads * c.head_size, c.width, bias=False, lora=lora.of("o"), rngs=rngs)
 
     def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """x [..., T, D], positions [..., T] -> rotated queries [..., T, H, h], rotated keys [..., T, K, h], values [..., T, K, h]."""
@@ -174,10 +197,10 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU (arXiv:2002.05202)."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.gate = Linear(config.width, config.mlp_width, bias=False, rngs=rngs)
-        self.up = Linear(config.width, config.mlp_width, bias=False, rngs=rngs)
-        self.down = Linear(config.mlp_width, config.width, bias=False, rngs=rngs)
+    def __init__(self, config: ModelConfig, lora: LoraSettings = NO_LORA, *, rngs: nnx.Rngs):
+        self.gate = Linear(config.width, config.mlp_width, bias=False, lora=lora.of("gate"), rngs=rngs)
+        self.up = Linear(config.width, config.mlp_width, bias=False, lora=lora.of("up"), rngs=rngs)
+        self.down = Linear(config.mlp_width, config.width, bias=False, lora=lora.of("down"), rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
@@ -186,11 +209,11 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """One pre-norm decoder layer, in the three pieces that every way of attending shares."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, lora: LoraSettings = NO_LORA, *, rngs: nnx.Rngs):
         self.input_norm = RMSNorm(config.width, config.norm_epsilon)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, lora, rngs=rngs)
         self.post_attention_norm = RMSNorm(config.width, config.norm_epsilon)
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp = MLP(config, lora, rngs=rngs)
 
     def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """Queries, keys and values of the normed input."""
@@ -210,14 +233,14 @@ class Embedding(nnx.Module):
 
 
 @functools.cache
-def layer_graph(config: ModelConfig) -> nnx.GraphDef:
+def layer_graph(config: ModelConfig, lora: LoraSettings = NO_LORA) -> nnx.GraphDef:
     """The structure of a DecoderLayer, to be merged with one layer's weights."""
-    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, rngs=nnx.Rngs(0))))[0]
+    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, lora, rngs=nnx.Rngs(0))))[0]
 
 
-def merge_layer(config: ModelConfig, weights: Params) -> DecoderLayer:
-    """One layer's weights (no L axis) as the module."""
-    return nnx.merge(layer_graph(config), nnx.State(jax.tree.map(nnx.Param, weights)))
+def merge_layer(config: ModelConfig, weights: Params, lora: LoraSettings = NO_LORA) -> DecoderLayer:
+    """One layer's weights (no L axis), with those of its adapters if `lora` says that there are some, as the module."""
+    return nnx.merge(layer_graph(config, lora), nnx.State(jax.tree.map(nnx.Param, weights)))
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
@@ -243,6 +266,23 @@ def init_params(config: ModelConfig, key: Array) -> Params:
 def param_shapes(config: ModelConfig) -> Params:
     """The logical tree as float32 ShapeDtypeStructs; nothing is computed."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def init_adapters(config: ModelConfig, lora: LoraSettings, key: Array) -> Params:
+    """The adapters of step 0 in the logical tree, float32: a random, b zero."""
+
+    def one_layer(layer_key: Array) -> Params:
+        return only_adapters(nnx.to_pure_dict(nnx.state(DecoderLayer(config, lora, rngs=nnx.Rngs(params=layer_key)))))
+
+    return {"layers": jax.vmap(one_layer)(jax.random.split(key, config.layers))}
+
+
+def trained_shapes(config: ModelConfig, lora: LoraSettings) -> Params:
+    """The logical tree of what is trained, the adapters or all weights, as float32 ShapeDtypeStructs; nothing is computed."""
+    if not lora.rank:
+        return param_shapes(config)
+    return jax.eval_shape(lambda: init_adapters(config, lora, jax.random.key(0)))
 
 
 def head_table(params: Params) -> Any:
@@ -292,13 +332,15 @@ def forward_shared_prompt(
     scan_layers: ScanLayers = scan_stack,
     kernel: Kernel = XLA,
     remat: str = "full",
+    lora: LoraSettings = NO_LORA,
 ) -> Array:
     """Final normed hidden states [N, G, C, D]; position c predicts `completions_NGC[..., c]`. The prompt of a group is computed once.
 
     Row g of group n is the prompt's last token followed by its completion less the last token: its keys are the prompt before that last
     token, shared by the group, and the row's own. Padding is on the right of prompts and of completions; padded positions hold garbage.
     `load_layer` maps one layer's subtree of leaves to its weights (default: `load` on every leaf). `kernel` computes attention, `remat` is
-    how layers are rematerialised (`rematerialised`), `scan_layers` what takes the hidden states through them.
+    how layers are rematerialised (`rematerialised`), `scan_layers` what takes the hidden states through them. `params` hold the adapters
+    that `lora` describes.
     """
     chex.assert_rank([prompt_NP, prompt_lengths_N, completions_NGC], [2, 1, 3])
     load_layer = load_layer or functools.partial(jax.tree.map, load)
@@ -311,7 +353,7 @@ def forward_shared_prompt(
 
     def layer(x: Array, leaves: Params) -> Array:
         """x [N, P + G * C, D]: prompt and rows pass through the weights together and part only in attention."""
-        block = merge_layer(config, load_layer(leaves))
+        block = merge_layer(config, load_layer(leaves), lora)
         q, k, v = block.project(x, positions)
         q_prompt, k_prompt, v_prompt = (y[:, :p] for y in (q, k, v))
         q_rows, k_rows, v_rows = (y[:, p:].reshape(n, g, c, *y.shape[2:]) for y in (q, k, v))

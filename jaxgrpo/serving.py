@@ -8,12 +8,10 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxgrpo.background import EventLoopThread
 from jaxgrpo.config import Config, ConfigError
@@ -25,9 +23,9 @@ from jaxgrpo.samplers.vllm import TokenizerProbe, VllmLimits, VllmSampler
 from jaxgrpo.samplers.vllm_auth import KEY_VARIABLE
 from jaxgrpo.samplers.vllm_server import ServerPlan, VllmServer
 from jaxgrpo.setup import Policy, compute_dtype
-from jaxgrpo.sharding import Layout, logical_on_devices, make_layout, make_mesh, store
+from jaxgrpo.sharding import logical_on_devices, make_layout, make_mesh, store
 from jaxgrpo.types import GroupBatch, Task
-from jaxgrpo.update import Update
+from jaxgrpo.update import TrainState, Update
 from jaxgrpo.weights import WeightFolder, publish_weights, published_bytes
 
 _PROBE_TEXT = 'Call the tool: {"name": "añadir", "arguments": {"x": -12.5}}\n\n<tool_call> done 你好'
@@ -36,29 +34,24 @@ _CHECK_SAMPLES = 4
 
 @dataclasses.dataclass(frozen=True)
 class StoredWeights:
-    """A trainer's weights, in flat shards; a sampler computes with them in `dtype`."""
+    """A trainer's policy, in flat shards, adapters merged; a sampler computes with it in the trainer's compute dtype. `tell` is for the
+    trainer's other processes, which merge, gather and write too."""
 
-    params: Params
-    layout: Layout
-    mesh: Mesh
-    model: ModelConfig
-    dtype: Any
-    tell: Callable[[Told], None]
-
-    @classmethod
-    def of(cls, params: Params, update: Update, tell: Callable[[Told], None] = nobody) -> "StoredWeights":
-        """`tell` is for the other processes, which gather and write too."""
-        return cls(params, update.layout, update.mesh, update.config, update.compute_dtype, tell)
+    state: TrainState
+    update: Update
+    tell: Callable[[Told], None] = nobody
 
     def logical(self) -> Params:
         """On this process's first device."""
         self.tell(Told(Work.GATHER))
-        whole = logical_on_devices(self.params, self.layout, self.mesh, self.dtype)
+        update = self.update
+        whole = logical_on_devices(update.merged(self.state), update.model_layout, update.mesh, update.compute_dtype)
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
     def write(self, version: int, root: Path) -> Path:
         self.tell(Told(Work.PUBLISH, version, str(root)))
-        return publish_weights(self.params, self.layout, self.mesh, self.model, version, root)
+        update = self.update
+        return publish_weights(update.merged(self.state), update.model_layout, update.mesh, update.config, version, root)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +188,7 @@ class AgreementCheck:
     tell: Callable[[Told], None] = nobody
 
     def run(self, loop: EventLoopThread, sampler: Sampler, params: Params, version: int) -> dict[str, float]:
-        """The mean and the largest difference of log-probabilities; `params` are the trainer's stored weights, published as `version`.
+        """The mean and the largest difference of log-probabilities; `params` are the trainer's (`Update.policy`), published as `version`.
 
         Raises MismatchError beyond the bound.
         """

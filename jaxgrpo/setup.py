@@ -15,7 +15,8 @@ from jaxgrpo.attention import Kernel
 from jaxgrpo.chat import Chat
 from jaxgrpo.config import Config, ConfigError, refuse
 from jaxgrpo.cudnn import choose_kernel
-from jaxgrpo.model import ModelConfig, Params, param_shapes
+from jaxgrpo.lora import NO_LORA, LoraSettings
+from jaxgrpo.model import ModelConfig, Params, trained_shapes
 from jaxgrpo.paths import cache_root, machine
 from jaxgrpo.pretrained import load_params, load_tokenizer, locate
 from jaxgrpo.rollout import Decoding, Execution, Limits, Rollout
@@ -154,6 +155,7 @@ def update_on(mesh: Mesh, config: Config, model: ModelConfig, dtype: Any) -> Upd
         head_chunk=config.training.head_chunk,
         kernel=attention_kernel(config, model, mesh, dtype)[0],
         remat=config.training.remat,
+        lora=config.lora,
     )
 
 
@@ -173,9 +175,9 @@ def build_rollout(config: Config, policy: Policy, sampler: Sampler, decoding: De
     return Rollout(sampler, config.environment, policy.chat, limits, decoding, execution)
 
 
-def parameter_count(model: ModelConfig) -> int:
-    """Parameters of the model, tied tables once."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(param_shapes(model)))
+def parameter_count(model: ModelConfig, lora: LoraSettings = NO_LORA) -> int:
+    """Parameters of the model, tied tables once; or those of its adapters."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(trained_shapes(model, lora)))
 
 
 def run_folder(given: str | None, name: str) -> Path:

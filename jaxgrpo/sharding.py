@@ -64,12 +64,18 @@ Layout = Any  # the parameter tree with a LeafLayout for each tensor
 
 def make_layout(config: ModelConfig, devices: int) -> Layout:
     """The layout of a model's whole parameter tree."""
+    return layout_of(param_shapes(config), devices)
+
+
+def layout_of(shapes: Params, devices: int) -> Layout:
+    """The layout of a logical tree, or of a part of it, of which the shapes are given."""
 
     def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> LeafLayout:
-        stacked = path[0].key == "layers"
-        return LeafLayout(shape.shape[1:] if stacked else shape.shape, stacked, config.layers if stacked else 1, devices)
+        if path[0].key == "layers":
+            return LeafLayout(shape.shape[1:], True, shape.shape[0], devices)
+        return LeafLayout(shape.shape, False, 1, devices)
 
-    return jax.tree_util.tree_map_with_path(leaf, param_shapes(config))
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 def specs(layout: Layout) -> Any:

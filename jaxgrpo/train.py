@@ -17,12 +17,13 @@ import numpy as np
 from jaxgrpo import records
 from jaxgrpo.background import EventLoopThread
 from jaxgrpo.batch_metrics import rollout_metrics, schedule_metrics, update_metrics
-from jaxgrpo.checkpoint import newest_step, read_policy
+from jaxgrpo.checkpoint import newest_step, read_adapters, read_policy
 from jaxgrpo.config import MAY_CHANGE, Config, ConfigError, changes_of_meaning, load_config, refuse, to_json
 from jaxgrpo.evaluate import NothingLeftError, evaluate, split_tasks
 from jaxgrpo.learner import Learner, passed
 from jaxgrpo.metrics import Recorder, TerminalView
 from jaxgrpo.packing import pack
+from jaxgrpo.peft_format import save_adapter
 from jaxgrpo.pretrained import save_hf
 from jaxgrpo.processes import ClusterFlags, PeerError, Processes, Told, Work, add_flags, join
 from jaxgrpo.rollout import Decoding, RolloutResult
@@ -153,7 +154,7 @@ class Training(Learner):
 
     def check_sampler(self) -> dict[str, float]:
         """How far what is served is from the trainer's own forward. Raises MismatchError when it is too far."""
-        return {} if self.agreement is None else self.agreement.run(self.loop, self.sampler, self.state.params, self.version)
+        return {} if self.agreement is None else self.agreement.run(self.loop, self.sampler, self.update.policy(self.state), self.version)
 
     def record(self, result: RolloutResult, batches: Sequence[GroupBatch], reports: Sequence[StepReport]) -> None:
         """Metrics and episodes of the batch."""
@@ -211,14 +212,21 @@ class Training(Learner):
             records.write(path, result, kind, self.state.step)
 
     def finish(self) -> None:
-        """The trained policy as a Hugging Face folder, in place of that of a run that was shorter."""
-        if self.config.recording.export_hf:
-            folder = self.folder / "hf"
-            if folder.exists():
-                shutil.rmtree(folder)
-            params, _ = read_policy(self.folder / "checkpoints", self.policy.config, self.state.step)
+        """The trained policy as a Hugging Face folder, or its adapter as PEFT's, in place of that of a run that was shorter."""
+        if not self.config.recording.export_hf:
+            return
+        lora, model, saved = self.config.lora, self.config.model, self.folder / "checkpoints"
+        folder = self.folder / ("adapter" if lora.export == "adapter" else "hf")
+        if folder.exists():
+            shutil.rmtree(folder)
+        if lora.export == "adapter":
+            base = str(self.policy.folder.resolve()) if Path(model.source).expanduser().is_dir() else model.source
+            adapters = read_adapters(saved, self.policy.config, self.state.step)
+            save_adapter(adapters, self.policy.config, lora, base, model.revision, folder)
+        else:
+            params, _ = read_policy(saved, self.policy.config, self.state.step, self.base)
             save_hf(params, self.policy.folder, folder)
-            self.view.say(f"the policy is in {folder}")
+        self.view.say(f"the policy is in {folder}")
 
 
 def training_tasks(config: Config, policy: Policy) -> tuple[Sequence[Task], int]:
@@ -240,6 +248,9 @@ def describe(config: Config) -> Iterator[str]:
     micro_batch = devices * t.groups_per_device
     yield to_json(config)
     yield f"parameters              {parameter_count(policy.config):,} ({policy.config.layers} layers of width {policy.config.width})"
+    if config.lora.rank:
+        adapters = f"LoRA of rank {config.lora.rank} on {', '.join(config.lora.targets)}"
+        yield f"trained parameters      {parameter_count(policy.config, config.lora):,} ({adapters})"
     yield f"devices                 {devices}, compute in {compute_dtype(config)}"
     yield f"attention               {attention_kernel(config, policy.config, training_mesh(config), compute_dtype(config))[1]}"
     yield f"longest prompt          {longest_prompt} tokens of at most {r.max_prompt_tokens}"

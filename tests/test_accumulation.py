@@ -9,7 +9,7 @@ import pytest
 from jax import Array
 
 from jaxgrpo.accumulation import accumulating_scan
-from jaxgrpo.model import Params, rematerialized_scan
+from jaxgrpo.model import REMAT, Params, rematerialised, scan_stack
 
 LAYERS, WIDTH, ROWS = 48, 32, 4
 Gradients = tuple[Params, Array]
@@ -29,26 +29,32 @@ def arrays() -> tuple[Params, Params, Array]:
     return tree(), tree(), normal(ROWS, WIDTH)
 
 
-def accumulated(stack: Params, accumulator: Params, x: Array) -> Gradients:
+def accumulated(stack: Params, accumulator: Params, x: Array, remat: str = "full") -> Gradients:
     def loss(stack: Params, x: Array) -> Array:
-        return jnp.sum(accumulating_scan(layer, (x, 2 * x), stack, accumulator)[1] ** 2)
+        return jnp.sum(accumulating_scan(rematerialised(layer, remat), (x, 2 * x), stack, accumulator)[1] ** 2)
 
     return jax.grad(loss, (0, 1))(stack, x)
 
 
 def added(stack: Params, accumulator: Params, x: Array) -> Gradients:
     def loss(stack: Params, x: Array) -> Array:
-        return jnp.sum(rematerialized_scan(layer, (x, 2 * x), stack)[1] ** 2)
+        return jnp.sum(scan_stack(rematerialised(layer, "full"), (x, 2 * x), stack)[1] ** 2)
 
     gradient, dx = jax.grad(loss, (0, 1))(stack, x)
     return jax.tree.map(jnp.add, accumulator, gradient), dx
 
 
-def test_the_stacks_gradient_is_added_and_the_inputs_is_not() -> None:
-    (got, dx), (expected, expected_dx) = accumulated(*arrays()), added(*arrays())
+def assert_close(ours: Array, expected: Array) -> None:
+    """Within 2e-6 of the largest number."""
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6 * float(jnp.max(jnp.abs(expected))))
+
+
+@pytest.mark.parametrize("remat", REMAT)
+def test_the_stacks_gradient_is_added_and_the_inputs_is_not(remat: str) -> None:
+    (got, dx), (expected, expected_dx) = accumulated(*arrays(), remat), added(*arrays())
     for name in ("w", "b"):
-        np.testing.assert_allclose(got[name], expected[name], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(dx, expected_dx, rtol=1e-5, atol=1e-6)
+        assert_close(got[name], expected[name])
+    assert_close(dx, expected_dx)
     assert float(jnp.max(jnp.abs(dx))) > 0.1
 
 
@@ -59,3 +65,15 @@ def test_no_second_copy_of_all_gradients_is_made(gradients: Callable[..., Gradie
     stack_bytes = 4 * LAYERS * (WIDTH * WIDTH + WIDTH)
     rest = 4 * LAYERS * ROWS * WIDTH * 6  # carries between layers, and what a layer computes
     assert copies * stack_bytes <= memory.temp_size_in_bytes < copies * stack_bytes + rest
+
+
+def test_a_frozen_stack_is_computed_with_and_gets_no_gradient() -> None:
+    stack, accumulator, x = arrays()
+
+    def loss(stack: Params, x: Array) -> Array:
+        return jnp.sum(accumulating_scan(layer, (x, 2 * x), {"b": stack["b"]}, {"b": accumulator["b"]}, {"w": stack["w"]})[1] ** 2)
+
+    (expected, expected_dx), (got, dx) = accumulated(stack, accumulator, x), jax.grad(loss, (0, 1))(stack, x)
+    assert_close(got["b"], expected["b"])
+    assert_close(dx, expected_dx)
+    assert not jnp.any(got["w"])

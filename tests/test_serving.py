@@ -44,7 +44,7 @@ def update(model, devices: int) -> setup.Update:
 
 def test_stored_and_whole_weights_are_the_same_to_every_sampler(model, policy, params, tmp_path):
     on_two = update(model, 2)
-    forms = [StoredWeights.of(on_two.init(params).params, on_two), WholeWeights(params, policy.config)]
+    forms = [StoredWeights(on_two.init(params), on_two), WholeWeights(params, policy.config)]
     for form in forms:
         for ours, theirs in zip(jax.tree.leaves(form.logical()), jax.tree.leaves(params), strict=True):
             np.testing.assert_array_equal(np.asarray(ours), theirs)
@@ -61,10 +61,10 @@ def test_stored_and_whole_weights_are_the_same_to_every_sampler(model, policy, p
 def test_what_is_served_outlives_the_trainers_weights(model, policy, params, devices):
     """The optimizer step reuses the buffers of the weights before it, while the sampler goes on with them."""
     on = update(model, devices)
-    stored = on.init(params).params
-    served = StoredWeights.of(stored, on).logical()
-    jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0, tree), donate_argnums=0)(stored))
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(stored))
+    state = on.init(params)
+    served = StoredWeights(state, on).logical()
+    jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0, tree), donate_argnums=0)(state.params))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     for ours, theirs in zip(jax.tree.leaves(served), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(np.asarray(ours), theirs)
 

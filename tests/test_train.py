@@ -23,6 +23,7 @@ from jaxgrpo.attention import XLA
 from jaxgrpo.background import EventLoopThread
 from jaxgrpo.checkpoint import newest_step
 from jaxgrpo.config import ConfigError
+from jaxgrpo.lora import LoraSettings
 from jaxgrpo.model import ModelConfig
 from jaxgrpo.packing import PackingSettings
 from jaxgrpo.pretrained import load_params
@@ -397,7 +398,7 @@ class TestOptions:
         monkeypatch.setattr(serving, "NativeSampler", lambda *args, **options: given.update(sampler=options))
         monkeypatch.setattr(setup, "Update", lambda *args, **options: given.update(update=options, devices=args[1].size))
         native = ("native.max_rows=3", "native.decode_chunk=5", "native.max_cache_tokens=4096")
-        update = ("training.head_chunk=32", "rollout.temperature=0.5", "model.compute_dtype=bfloat16", "training.devices=2")
+        update = ("training.head_chunk=32", "rollout.temperature=0.5", "model.compute_dtype=bfloat16", "training.devices=2", "lora.rank=2")
         config = changed(tmp_path, model, *native, *update, "training.remat=none", "training.attention=xla")
         policy = setup.open_policy(config)
         with EventLoopThread() as loop:
@@ -406,7 +407,7 @@ class TestOptions:
         sampler = {"version": 3, "max_rows": 3, "decode_chunk": 5, "max_cache_tokens": 4096, "compute_dtype": "bfloat16"}
         assert {key: given["sampler"][key] for key in sampler} == sampler
         update = {"head_chunk": 32, "temperature": 0.5, "compute_dtype": "bfloat16", "remat": "none", "kernel": XLA}
-        assert given["update"] == update
+        assert given["update"] == {**update, "lora": LoraSettings(2)}
         assert given["devices"] == 2
 
     def test_the_reference_follows_the_policy_every_so_many_steps(self, model, tmp_path):

@@ -370,7 +370,7 @@ def accumulate_text(update: Update, batch: GroupBatch) -> str:
     """The program of a micro-batch's forward and backward."""
     state, placed = update.init(params_of(TINY)), update._put(batch)
     given = placed.sampler_logprobs_NGC
-    return update._accumulate.lower(state.params, state.params, placed, given, given, True).as_text()
+    return update._accumulate.lower(state.params, state.params, placed, given, given, True, None).as_text()
 
 
 def test_less_is_computed_again_by_each_way_of_rematerialising_and_the_gradients_are_the_same() -> None:
