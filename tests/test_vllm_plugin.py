@@ -252,12 +252,8 @@ REAL = os.environ.get("JAXGRPO_REAL_MODEL", "")
 TEXTS = (
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
     "import numpy as np\n\ndef softmax(x):\n",
-    "To sort a list in Python you can",
-    "SELECT name, count(*) FROM users WHERE",
     "The capital of France is Paris. The capital of Italy is",
     "The quick brown fox jumps over the lazy dog. In this story, the fox",
-    "Once upon a time there was a king who",
-    "The derivative of x^2 is 2x. The derivative of x^3 is",
 )
 
 
@@ -278,8 +274,7 @@ def test_a_real_model(tmp_path: Path) -> None:
             serving.load(serving.publish(changed))
             given.append(serving.answers())
             served, stale = (serving.mismatch(params, given[-1], jnp.bfloat16) for params in (changed, first))
-            in_float32 = serving.mismatch(changed, given[-1])
-            print(f"\n{change.__name__}: mismatch {served:.4f}, {in_float32:.4f} in float32; of the first weights {stale:.4f}")
+            print(f"\n{change.__name__}: mismatch {served:.4f}, of the first weights {stale:.4f}", flush=True)
             assert served < BOUND and (change is keep or stale > 2 * BOUND)
         assert given[-1] == given[0]
     finally:
