@@ -2,7 +2,7 @@
 
 Only products of matrices are counted, two operations a multiplication and addition. Model FLOPs are those that the mathematics asks for:
 the prompt of a group once, each completion against its prompt and itself, no pair that a mask hides, the head on completions only, twice
-as much backward as forward, nothing computed again. Hardware FLOPs add what rematerialisation computes again.
+as much backward as forward, nothing computed again. Hardware FLOPs add what the backward pass computes again.
 """
 
 import dataclasses
@@ -79,16 +79,18 @@ def model_flops(model: ModelConfig, shape: GroupShape) -> Flops:
     return forward_flops(model, shape).times(3)
 
 
-def recomputed(model: ModelConfig, forward: Flops) -> Flops:
-    """What the backward pass computes again of a forward pass: all but the last product of each layer, the MLP's down projection, which
-    its own gradient does not need. Layers are rematerialised whole, logits by the chunked head."""
+def recomputed(model: ModelConfig, forward: Flops, remat: str) -> Flops:
+    """What the backward pass computes again of a forward pass, by `training.remat`. Rematerialised layers: all but their last product, the
+    MLP's down projection, which its own gradient does not need. Attention's backward pass computes scores again, whatever was saved, and
+    the chunked head its logits."""
     down = model.width * model.mlp_width / layer_matrix_parameters(model)
-    return Flops(forward.layers * (1 - down), forward.attention, forward.head)
+    layers = 0.0 if remat == "none" else forward.layers * (1 - down)
+    return Flops(layers, forward.attention * (1.5 if remat == "full" else 0.5), forward.head)
 
 
-def hardware_flops(model: ModelConfig, shape: GroupShape) -> Flops:
-    """As `model_flops`, and what rematerialisation computes again."""
-    return model_flops(model, shape) + recomputed(model, forward_flops(model, shape))
+def hardware_flops(model: ModelConfig, shape: GroupShape, remat: str) -> Flops:
+    """As `model_flops`, and what is computed again."""
+    return model_flops(model, shape) + recomputed(model, forward_flops(model, shape), remat)
 
 
 def dense_forward_flops(model: ModelConfig, shape: GroupShape) -> Flops:

@@ -179,12 +179,12 @@ def describe_work(planner: Planner, plan: Plan) -> Iterator[str]:
     """Operations, seconds, the run."""
     work, cluster, expected, args = plan.work, plan.cluster, plan.forecast, planner.args
     step, reference = work.step_flops(plan.model), work.reference_flops(plan.model)
-    hardware = hardware_flops(plan.model, work.shape).times(work.groups)
+    hardware = hardware_flops(plan.model, work.shape, planner.config.training.remat).times(work.groups)
     traffic = work.step_traffic(plan.model, cluster.devices)
     yield ""
     yield f"an optimizer step of {work.groups} groups in {work.micro_batches} micro-batches"
     yield f"  model FLOPs         {step.total:.4g} (layers {step.layers:.4g}, attention {step.attention:.4g}, head {step.head:.4g})"
-    yield f"  hardware FLOPs      {hardware.total:.4g}, with what rematerialisation computes again"
+    yield f"  hardware FLOPs      {hardware.total:.4g}, with what the backward pass computes again"
     yield f"  computation         {expected.step:.2f} s at an MFU of {args.mfu}"
     yield f"  communication       {cluster.received(traffic) / 1e9:.1f} GB a device, {expected.step_communication:.2f} s"
     yield f"  expected step       {step_range(expected)} s: communication hidden behind computation, or not"
@@ -297,7 +297,7 @@ def as_json(planner: Planner, plan: Plan, plans: Sequence[Plan]) -> dict[str, An
         | {"batch": memory.batch / GIB, "temporaries": memory.accumulate.temporaries / GIB}
         | {f"peak_{name}": program.total / GIB for name, program in memory.programs()},
         "model_flops": work.step_flops(plan.model).total,
-        "hardware_flops": hardware_flops(plan.model, work.shape).times(work.groups).total,
+        "hardware_flops": hardware_flops(plan.model, work.shape, planner.config.training.remat).times(work.groups).total,
         "seconds": dataclasses.asdict(plan.forecast) | {"run": plan.forecast.run_seconds(work)},
         "gpu_hours": plan.gpu_hours,
         "collectives": describe_collectives(memory.collectives),
