@@ -1,107 +1,211 @@
-"""Tokens a second of the embedded sampler: `python -m benchmarks.sampler [MODEL_FOLDER] --batch 1 8 16`.
+"""Tokens a second of the embedded sampler, beside vLLM's: `python -m benchmarks.sampler [MODEL] [--python VLLM_PYTHON] [--json]`
 
-Without a folder, a random model of five million parameters and `--vocab` tokens. Each batch is `--group` episodes a group, on random
-prompts of `--prompt` tokens: `--turns` turns of `--completion` tokens, with an observation of `--observation` tokens between them.
-A batch is played twice, on other prompts: the first time compiles, the second is measured. Prints a table and one line of JSON.
+MODEL is a Hugging Face folder (default: the repository's tiny model). Two workloads, real text in both: `short`, as many prompts as
+episodes, each the first query of another BFCL task; `shared`, one BFCL prompt with its tool documents (`--docs`) for all episodes, which is
+computed before the clock starts and timed on its own as `prefill`. Every episode is one turn of `--tokens` tokens at temperature 1, without
+an end token, log-probabilities included. Each side of `--dtype` is an embedded sampler that computes in it; with `--python`, which is the
+interpreter of vLLM's environment, vLLM serves the same weights in bfloat16 on this machine. All sides play the same prompts one after the
+other, round by round; the first round, which compiles, is not counted. Prints a table of medians and one line of JSON (`--json`: alone).
 """
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
+import statistics
+import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrpo.model import ModelConfig, Params, init_params
-from jaxgrpo.pretrained import load_params
-from jaxgrpo.samplers.base import SamplingRequest
+from envs.bfcl import Bfcl
+from jaxgrpo.background import EventLoopThread
+from jaxgrpo.chat import Chat
+from jaxgrpo.model import ModelConfig, Params
+from jaxgrpo.pretrained import load_params, load_tokenizer
+from jaxgrpo.samplers.base import Sampler, SamplingRequest
 from jaxgrpo.samplers.native import NativeSampler
+from jaxgrpo.samplers.vllm import VllmLimits, VllmSampler
+from jaxgrpo.samplers.vllm_server import ServerPlan, VllmServer
+from jaxgrpo.serving import WholeWeights
+from jaxgrpo.sharding import make_layout
+from jaxgrpo.types import Message
+from jaxgrpo.weights import WeightFolder, published_bytes
+
+TINY = Path(__file__).parent.parent / "assets" / "tiny-qwen2.5"
+QUESTION = "Answer in one paragraph: {}"
 
 
-class NoText:
-    """A tokenizer for random tokens: nothing is decoded, for there are no stop strings."""
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """The prompts of one round, as token ids."""
 
-    def decode(self, token_ids: object, **_: object) -> str:
-        return ""
-
-
-def demo_model(vocab: int) -> tuple[ModelConfig, Params]:
-    config = ModelConfig(vocab, 256, 5, 4, 2, 64, 768, 8192, 1e6, 1e-6, True)
-    return config, init_params(config, jax.random.key(0))
+    shared: np.ndarray
+    short: tuple[np.ndarray, ...]
 
 
-async def play(sampler: NativeSampler, args: argparse.Namespace, batch: int, seed: int) -> float:
-    """Seconds that `batch` episodes take."""
-    rng = np.random.default_rng(seed)
-    group = min(args.group, batch)
-    vocab = args.vocab
-    prompts = [rng.integers(0, vocab, args.prompt) for _ in range(batch // group)]
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One turn to play: which prompt, for which episode of it, how many tokens."""
 
-    async def episode(index: int) -> None:
-        prompt = prompts[index // group]
-        context = prompt
-        observation = np.arange(args.observation) % vocab
-        for _ in range(args.turns):
-            names = f"{seed}.{index // group}", f"{seed}.{index}"
-            request = SamplingRequest(*names, context, len(prompt), args.completion, seed=index, top_p=args.top_p)
-            generation = await sampler.generate(request)
-            context = np.concatenate([context, generation.token_ids_T, observation])
-        await sampler.release(f"{seed}.{index}")
+    group: str
+    episode: int
+    prompt_ids: np.ndarray
+    tokens: int
 
+    def request(self) -> SamplingRequest:
+        name = f"{self.group}/{self.episode}"
+        return SamplingRequest(self.group, name, self.prompt_ids, len(self.prompt_ids), self.tokens, seed=self.episode)
+
+
+def make_prompts(chat: Chat, docs: str, batches: Sequence[int], rounds: int, room: int) -> list[Prompts]:
+    """`rounds` rounds; the shared prompts of neighbouring lengths, the longest first: later rounds need no further shape."""
+    suite = Bfcl(docs=docs)
+    tasks = [*suite.tasks("train"), *suite.tasks("test")]
+    openings = [suite.create(task).observe() for task in tasks]
+    rendered = sorted((chat.opening(o.messages, o.tools) for o in openings), key=len)
+    fitting = [ids for ids in rendered if len(ids) <= room]
+    if len(fitting) < rounds:
+        raise SystemExit(f"{room} tokens of context are left for a prompt, the shortest has {len(rendered[0])}: try --docs signatures")
+    middle = (len(fitting) - rounds) // 2
+    queries = [QUESTION.format(o.messages[-1].content) for o in openings]
+    short = [chat.opening((Message("user", query),)) for query in queries]
+    widest = max(batches)
+    pick = lambda r: tuple(short[(r * widest + i) % len(short)] for i in range(widest))
+    return [Prompts(shared, pick(r)) for r, shared in enumerate(fitting[middle : middle + rounds][::-1])]
+
+
+async def play(sampler: Sampler, turns: Sequence[Turn]) -> float:
+    """Seconds that all turns at once take; refuses a turn that ended early, for it would count as fast."""
     start = time.perf_counter()
-    await asyncio.gather(*[episode(i) for i in range(batch // group * group)])
-    return time.perf_counter() - start
+    generations = await asyncio.gather(*[sampler.generate(turn.request()) for turn in turns])
+    seconds = time.perf_counter() - start
+    if any(len(generation.token_ids_T) != turn.tokens for generation, turn in zip(generations, turns, strict=True)):
+        raise RuntimeError("a turn ended before its last token: the rates would not compare")
+    return seconds
 
 
-async def measure(config: ModelConfig, params: Params, args: argparse.Namespace) -> list[dict[str, float]]:
-    results = []
-    sampler = NativeSampler(
-        config, params, NoText(), eos_token_ids=(), max_rows=max(args.batch), decode_chunk=args.chunk, compute_dtype=jnp.dtype(args.dtype)
-    )
-    print(f"{'batch':>6} {'tokens':>8} {'seconds':>8} {'tokens/s':>9} {'prefilled':>9} {'compiled':>8} {'first':>8}")
-    for batch in args.batch:
-        first = await play(sampler, args, batch, 2 * batch)
-        before = sampler.metrics
-        seconds = await play(sampler, args, batch, 2 * batch + 1)
-        made = {k: v - getattr(before, k) for k, v in dataclasses.asdict(sampler.metrics).items()}
-        rate = made["generated_tokens"] / seconds
-        print(
-            f"{batch:>6} {made['generated_tokens']:>8} {seconds:>8.2f} {rate:>9.1f} {made['prefill_tokens']:>9}"
-            f" {sampler.compilations:>8} {first:>7.1f}s"
-        )
-        results.append({"batch": batch, "seconds": round(seconds, 3), "tokens_per_second": round(rate, 1)} | made)
-    await sampler.close()
-    return results
+async def release(sampler: Sampler, turns: Sequence[Turn]) -> None:
+    for turn in turns:
+        await sampler.release(turn.request().episode_id)
+
+
+async def play_round(sides: dict[str, Sampler], prompts: Prompts, name: str, batches: Sequence[int], tokens: int) -> dict[tuple, float]:
+    """Tokens a second by (workload, batch, side); those of `prefill` are prompt tokens."""
+    rates = {}
+    first = Turn(f"{name}-shared", 0, prompts.shared, 1)
+    for side, sampler in sides.items():
+        rates["prefill", 1, side] = len(prompts.shared) / await play(sampler, [first])
+    for batch in batches:
+        shared = [Turn(first.group, 1000 * batch + i, prompts.shared, tokens) for i in range(batch)]
+        short = [Turn(f"{name}-short-{batch}-{i}", i, prompts.short[i], tokens) for i in range(batch)]
+        for workload, turns in (("short", short), ("shared", shared)):
+            for side, sampler in sides.items():
+                rates[workload, batch, side] = batch * tokens / await play(sampler, turns)
+                await release(sampler, turns)
+    for sampler in sides.values():
+        await release(sampler, [first])
+    return rates
+
+
+@contextlib.contextmanager
+def serve_vllm(python: str, model: Path, config: ModelConfig, params: Params, context: int, rows: int) -> Iterator[VllmSampler]:
+    """vLLM on this machine, with the same weights by the ordinary publish."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(_weight_folder(Path(folder), config)) as versions:
+        server = VllmServer(ServerPlan(python, model, context, rows, cache_bytes=2**30), Path(folder) / "vllm.log")
+        try:
+            server.wait(900)
+            limits = VllmLimits(rows, context, request_seconds=900, publish_seconds=900, retries=0)
+            sampler = VllmSampler((server.url,), limits, eos_token_ids=(), versions=versions, failure=server.failure)
+            yield sampler
+        finally:
+            server.close()
+
+
+def _weight_folder(folder: Path, config: ModelConfig) -> WeightFolder:
+    return WeightFolder(folder, published_bytes(make_layout(config, 1)))
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """What the line of JSON says."""
+    config = ModelConfig.from_folder(args.model)
+    tokenizer = load_tokenizer(args.model)
+    rows = max(args.batch)
+    prompts = make_prompts(Chat(tokenizer), args.docs, args.batch, args.rounds + 1, config.context_length - args.tokens)
+    context = len(prompts[0].shared) + args.tokens
+    params = load_params(args.model, config, np.float32)
+    rates: dict[tuple, list[float]] = defaultdict(list)
+    with contextlib.ExitStack() as stack:
+        loop = stack.enter_context(EventLoopThread())
+        sides: dict[str, Sampler] = {}
+        for dtype in args.dtype:
+            sampler = NativeSampler(
+                config, params, tokenizer, eos_token_ids=(), max_rows=rows, decode_chunk=args.chunk, compute_dtype=jnp.dtype(dtype),
+                max_cache_tokens=rows * (max(map(len, prompts[0].short)) + args.tokens + 256) + 2 * context,
+            )  # fmt: skip
+            sides[f"embedded {dtype}"] = sampler
+            stack.callback(lambda closing=sampler: loop.call(closing.close()))
+        if args.python:
+            vllm = stack.enter_context(serve_vllm(args.python, args.model, config, params, max(context, 2048), rows))
+            stack.callback(lambda: loop.call(vllm.close()))
+            loop.call(vllm.publish(0, WholeWeights(params, config)))
+            sides["vllm bfloat16"] = vllm
+        del params
+        for number, round_prompts in enumerate(prompts):
+            found = loop.call(play_round(sides, round_prompts, f"round-{number}", args.batch, args.tokens))
+            for key, rate in found.items() if number else ():
+                rates[key].append(rate)
+        compiled = {side: sampler.compilations for side, sampler in sides.items() if isinstance(sampler, NativeSampler)}
+    return {
+        "benchmark": "sampler",
+        "model": args.model.name,
+        "device": f"{jax.devices()[0].device_kind} x1, {os.cpu_count()} CPU cores",
+        "prompt_tokens": {"shared": len(prompts[-1].shared), "short": round(statistics.mean(map(len, prompts[-1].short)))},
+        "tokens": args.tokens,
+        "rounds": args.rounds,
+        "compilations": compiled,
+        "results": [
+            {"workload": workload, "batch": batch, "side": side, "tokens_per_second": round(statistics.median(found), 1)}
+            for (workload, batch, side), found in rates.items()
+        ],
+    }
+
+
+def table(measured: dict[str, Any]) -> str:
+    """One line a workload and batch, one column a side."""
+    results = measured["results"]
+    sides = list(dict.fromkeys(result["side"] for result in results))
+    rates = {(result["workload"], result["batch"], result["side"]): result["tokens_per_second"] for result in results}
+    lines = ["tokens/s".ljust(16) + "".join(side.rjust(20) for side in sides)]
+    for workload, batch in sorted({key[:2] for key in rates}, key=lambda key: (key[0] != "prefill", key)):
+        lines.append(f"{workload} x {batch}".ljust(16) + "".join(f"{rates[workload, batch, side]:20.1f}" for side in sides))
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", help="a Hugging Face model folder; a random small model without it")
+    parser.add_argument("model", nargs="?", type=Path, default=TINY)
+    parser.add_argument("--python", help="the interpreter of vLLM's environment")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16])
-    parser.add_argument("--group", type=int, default=8)
-    parser.add_argument("--prompt", type=int, default=1000)
-    parser.add_argument("--completion", type=int, default=100)
-    parser.add_argument("--turns", type=int, default=1)
-    parser.add_argument("--observation", type=int, default=24)
-    parser.add_argument("--vocab", type=int, default=4096, help="of the random model")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--chunk", type=int, default=16)
-    parser.add_argument("--dtype", default="float32" if jax.default_backend() == "cpu" else "bfloat16")
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--docs", default="signatures", help="full, without_response or signatures: how long the shared prompt is")
+    parser.add_argument("--chunk", type=int, default=16, help="decode_chunk of the embedded sampler")
+    parser.add_argument("--dtype", nargs="+", default=["float32" if jax.default_backend() == "cpu" else "bfloat16"])
+    parser.add_argument("--json", action="store_true", help="the line of JSON alone")
     args = parser.parse_args()
-    if args.folder:
-        config = ModelConfig.from_folder(args.folder)
-        params = load_params(args.folder, config, np.dtype(jnp.dtype(args.dtype)))
-        args.vocab = config.vocab_size
-    else:
-        config, params = demo_model(args.vocab)
-    results = asyncio.run(measure(config, params, args))
-    device = f"{jax.devices()[0].device_kind} x1, {os.cpu_count()} CPU cores"
-    about = {"benchmark": "sampler", "model": args.folder or "random 5M", "device": device, "dtype": args.dtype}
-    print(json.dumps(about | {"prompt": args.prompt, "completion": args.completion, "turns": args.turns, "results": results}))
+    measured = measure(args)
+    if not args.json:
+        print(table(measured))
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":

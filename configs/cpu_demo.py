@@ -34,7 +34,7 @@ def get_config() -> Config:
         native=NativeSamplerSettings(max_rows=64, decode_chunk=16),
         packing=PackingSettings(aggregation="sequence", mask_overlong=False, prompt_multiple=256, completion_multiple=128),
         optimizer=OptimizerSettings(learning_rate=1.5e-4, warmup_steps=4, max_grad_norm=1.0),
-        training=TrainingSettings(steps=120, iterations=2, reference_every=20),
+        training=TrainingSettings(steps=120, iterations=2, reference_every=20, attention="xla", remat="attention"),
         evaluation=EvaluationSettings(samples=8, splits=("train", "test")),
         recording=RecordingSettings(checkpoint_every=40),
     )

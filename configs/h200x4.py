@@ -2,8 +2,12 @@
 
 Command    python -m jaxgrpo.train --config configs/h200x4.py
 Hardware   four H200: three train, the fourth serves the rollouts with vLLM (the README says how to install it)
-Batches    96 rollouts (12 tasks x 8) a batch, two optimizer steps on each, 1,600 steps in all
-Time       not measured
+Batches    96 rollouts (12 tasks x 8) a batch in 4 micro-batches of 3 groups, two optimizer steps on each; 1,600 steps = 800 batches =
+           100 epochs of the 100 tasks
+Memory     64.4 GiB a training GPU at the limits (8,192 prompt and 2,048 completion tokens in their buckets), 55.6 at 4,096 and 1,024;
+           compiled for three H200, not run (python -m tools.plan_memory --config configs/h200x4.py)
+Time       not measured; at an MFU of 0.4 a step takes 12.5 s at the limits, 5.7 s at 4,096 and 1,024, and the run 6.5 or 3.0 hours
+           besides the rollouts
 Result     not measured here; the article reports 55 % -> 78 % on the held-out tasks
 
 Recipe: clip 0.2, k3 KL of beta 0.001 against a reference that is replaced by the policy every 100 steps, AdamW (0.9, 0.99) at a constant
@@ -23,6 +27,6 @@ def get_config() -> Config:
         sampler="vllm",
         rollout=RolloutSettings(group_size=8, tasks_per_step=12, max_prompt_tokens=6656, max_completion_tokens=2048, max_turns=10),
         vllm=VllmSettings(gpus=(3,)),
-        training=TrainingSettings(steps=1600, iterations=2, devices=3, gpus=(0, 1, 2), reference_every=100),
+        training=TrainingSettings(steps=1600, iterations=2, devices=3, gpus=(0, 1, 2), reference_every=100, remat="attention"),
         evaluation=EvaluationSettings(every=100, samples=1, splits=("test",)),
     )

@@ -18,7 +18,7 @@ def get_config() -> Config:
         rollout=RolloutSettings(group_size=4, tasks_per_step=4, max_prompt_tokens=512, max_completion_tokens=256, max_turns=4),
         packing=PackingSettings(prompt_multiple=128, completion_multiple=64),
         optimizer=OptimizerSettings(learning_rate=2e-4, warmup_steps=4, max_grad_norm=1.0),
-        training=TrainingSettings(steps=20, iterations=2, reference_every=None),
+        training=TrainingSettings(steps=20, iterations=2, reference_every=None, remat="none"),
         evaluation=EvaluationSettings(samples=1, before=False),
         recording=RecordingSettings(checkpoint_every=10),
     )

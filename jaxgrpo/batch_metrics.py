@@ -9,16 +9,13 @@ from jaxgrpo.types import GroupBatch, StopReason
 from jaxgrpo.update import StepReport
 
 
-def rollout_metrics(
-    result: RolloutResult, skipped: Sequence[RolloutResult], version: int, seconds: Mapping[str, float]
-) -> dict[str, float | int | str]:
+def rollout_metrics(result: RolloutResult, skipped: Sequence[RolloutResult], version: int) -> dict[str, float | int | str]:
     """What the episodes of a batch came to, and the batches `skipped` before it: no group of them was left, their faults are counted here.
 
     `version` is that of the weights about to be trained; a token's staleness is how many versions older it is.
     """
     trajectories = [t for group in result.groups for t in group.trajectories]
-    sampled = np.concatenate([t.sampled_C for t in trajectories])
-    versions = np.concatenate([t.weight_versions_C for t in trajectories])[sampled]
+    staleness = version - result.sampled_versions_T
     tokens = np.array([len(t.completion_ids_C) for t in trajectories])
     metrics: dict[str, float | int | str] = {
         "train/reward_mean": float(np.mean([g.rewards_G.mean() for g in result.groups])),
@@ -34,10 +31,10 @@ def rollout_metrics(
         "train/turns_mean": float(np.mean([t.turns for t in trajectories])),
         "train/tool_calls_mean": float(np.mean([len(t.calls) for t in trajectories])),
         "train/overlong_share": float(np.mean([t.overlong for t in trajectories])),
-        "train/staleness_mean": float(np.mean(version - versions)),
-        "train/staleness_max": int(np.max(version - versions)),
-        "time/rollout_seconds": seconds["rollout"],
-        "speed/sampled_tokens_per_second": float(sampled.sum() / seconds["rollout"]),
+        "train/staleness_mean": float(np.mean(staleness)),
+        "train/staleness_max": int(np.max(staleness)),
+        "time/rollout_seconds": result.seconds,
+        "speed/sampled_tokens_per_second": len(staleness) / result.seconds,
     }
     for reason in StopReason:
         metrics[f"stop/{reason}"] = float(np.mean([t.stop_reason is reason for t in trajectories]))
@@ -52,10 +49,13 @@ def update_metrics(
     """What the optimizer steps on a batch came to.
 
     Loss, KL, entropy and the sampler's mismatch are those of the first, on-policy step; the clip share is the last step's (the first one's
-    is zero by construction); the gradient norm is the mean over the steps.
+    is zero by construction); the gradient norm is the mean over the steps. Of what passed through the layers, padding included, the
+    share that is real tokens, and how many positions it was for each completion token; `prompt_sharing` is how many times as many real
+    tokens there would be with the prompt in every row.
     """
     first = reports[0].sums.summary()
-    real = sum(int(b.completion_lengths_NG.sum()) + int(b.prompt_lengths_N[b.completion_lengths_NG.any(axis=1)].sum()) for b in batches)
+    completions = sum(int(b.completion_lengths_NG.sum()) for b in batches)
+    real = completions + sum(int(b.prompt_lengths_N[b.completion_lengths_NG.any(axis=1)].sum()) for b in batches)
     computed = sum(b.prompt_NP.size + b.completions_NGC.size for b in batches)
     repeated = sum(int((b.completion_lengths_NG + b.prompt_lengths_N[:, None] * (b.completion_lengths_NG > 0)).sum()) for b in batches)
     return {
@@ -63,10 +63,22 @@ def update_metrics(
         "train/clip_share": reports[-1].sums.summary()["clip_share"],
         "train/grad_norm": float(np.mean([r.grad_norm for r in reports])),
         "train/real_token_share": real / computed,
+        "train/forwarded_per_completion_token": computed / completions,
         "train/prompt_sharing": repeated / real,
         "train/compilations": compilations,
         "time/reference_seconds": seconds["reference"],
         "time/update_seconds": seconds["update"],
         "time/publish_seconds": seconds["publish"],
         "speed/trained_tokens_per_second": real * len(reports) / seconds["update"],
+    }
+
+
+def schedule_metrics(seconds: Mapping[str, float], sampler_idle_share: float) -> dict[str, float | int | str]:
+    """How long a batch took in all, and for which share of it each side was idle: the trainer while it waited for rollouts, the sampler
+    while no request was in flight."""
+    return {
+        "time/batch_seconds": seconds["all"],
+        "time/wait_seconds": seconds["wait"],
+        "time/trainer_idle_share": seconds["wait"] / seconds["all"],
+        "time/sampler_idle_share": sampler_idle_share,
     }

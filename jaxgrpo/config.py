@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from envs.base import TaskSuite
+from jaxgrpo import lora
 from jaxgrpo.advantages import NORMALIZATIONS
+from jaxgrpo.lora import LoraSettings
 from jaxgrpo.losses import LossSettings
+from jaxgrpo.model import REMAT
 from jaxgrpo.overrides import leaves, overridden, typed
 from jaxgrpo.packing import AGGREGATIONS, PackingSettings
 from jaxgrpo.samplers.cache import pages_for
 from jaxgrpo.update import OptimizerSettings
 
 SAMPLERS = ("native", "vllm")
+ATTENTION = ("auto", "xla", "cudnn")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 SPLITS = ("train", "test")
 
@@ -72,6 +76,7 @@ class NativeSamplerSettings:
 class VllmSettings:
     """vLLM as the sampler. Without `urls` a server is started, and ended, by the trainer: with the interpreter `python` (None: the
     trainer's own), on the GPUs of these indices (none: on the CPU), taking `gpu_memory` of each; or `cache_bytes` for its cache;
+    one server is tensor-parallel over its GPUs, and several `servers` share them out in equal parts;
     `arguments` are added to vLLM's own. It listens at `host` and `port` (0: any free one), for whoever has the key in the environment
     variable VLLM_API_KEY, or a random one of this run's when there is none. `urls` name servers that someone else runs. Weights pass
     through a folder that the servers read too: `weights_folder`, or shared memory, or the run folder.
@@ -83,6 +88,7 @@ class VllmSettings:
     urls: tuple[str, ...] = ()
     python: str | None = None
     gpus: tuple[int, ...] = ()
+    servers: int = 1
     gpu_memory: float = 0.9
     cache_bytes: int | None = None
     arguments: tuple[str, ...] = ()
@@ -101,15 +107,24 @@ class VllmSettings:
 class TrainingSettings:
     """`steps` counts optimizer steps; `iterations` (mu) of them are taken on each batch. `devices` None takes all; `gpus` limits what jax
     sees to the GPUs of these indices. A micro-batch holds `groups_per_device` groups a device. The reference is replaced by the policy
-    every `reference_every` steps; None keeps it fixed."""
+    every `reference_every` steps; None keeps it fixed. Batches are played ahead of the one in training as long as no token is more than
+    `max_staleness` weight versions older than the weights it trains; 0 plays a batch when the one before it is published.
+
+    `attention` "auto" is cuDNN's flash attention where it can be used and plain XLA elsewhere; either can be asked for by name. `remat`
+    says what the backward pass computes again: every layer ("full"), all but attention's output ("attention"), or nothing ("none").
+    `compilation_cache` keeps compiled programs from run to run, in the project's cache folder."""
 
     steps: int = 1600
     iterations: int = 2
+    max_staleness: int = 0
     devices: int | None = None
     gpus: tuple[int, ...] | None = None
     groups_per_device: int = 1
     reference_every: int | None = 100
     head_chunk: int = 1024
+    attention: str = "auto"
+    remat: str = "full"
+    compilation_cache: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +168,7 @@ class Config:
     vllm: VllmSettings = VllmSettings()
     packing: PackingSettings = PackingSettings()
     loss: LossSettings = LossSettings()
+    lora: LoraSettings = LoraSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -160,8 +176,9 @@ class Config:
 
 
 MAY_CHANGE = (
-    "name", "training.steps", "training.devices", "training.gpus", "training.groups_per_device", "training.head_chunk", "evaluation.",
-    "recording.", "native.", "vllm.", "rollout.max_in_flight", "rollout.environment_threads", "rollout.environment_deadline",
+    "name", "training.steps", "training.devices", "training.gpus", "training.groups_per_device", "training.head_chunk",
+    "training.attention", "training.remat", "training.compilation_cache", "evaluation.", "recording.", "native.", "vllm.",
+    "lora.export", "rollout.max_in_flight", "rollout.environment_threads", "rollout.environment_deadline",
 )  # fmt: skip
 """What a resumed run may set otherwise than before: none of it changes what the next step is meant to compute."""
 
@@ -238,17 +255,19 @@ _AT_LEAST = {
     "seed": 0, "rollout.group_size": 2, "rollout.tasks_per_step": 1, "rollout.max_prompt_tokens": 1, "rollout.max_completion_tokens": 1,
     "rollout.max_turns": 1, "rollout.max_in_flight": 1, "rollout.max_retries": 0, "rollout.environment_threads": 1, "native.max_rows": 1,
     "native.decode_chunk": 1, "native.max_cache_tokens": 1, "vllm.cache_bytes": 1, "vllm.port": 0, "vllm.max_requests": 1,
-    "vllm.retries": 0, "packing.prompt_multiple": 1, "packing.completion_multiple": 1,
-    "loss.clip_low": 0, "loss.clip_high": 0, "loss.kl_beta": 0, "loss.tis_cap": 1, "optimizer.learning_rate": 0,
+    "vllm.servers": 1, "vllm.retries": 0, "packing.prompt_multiple": 1, "packing.completion_multiple": 1,
+    "loss.clip_low": 0, "loss.clip_high": 0, "loss.kl_beta": 0, "loss.tis_cap": 1, "lora.rank": 0, "optimizer.learning_rate": 0,
     "optimizer.warmup_steps": 0, "optimizer.weight_decay": 0, "training.steps": 1, "training.iterations": 1, "training.devices": 1,
-    "training.groups_per_device": 1, "training.reference_every": 1, "training.head_chunk": 1, "evaluation.every": 1,
-    "evaluation.samples": 1, "evaluation.tasks": 1, "evaluation.temperature": 0, "recording.checkpoint_every": 1, "recording.keep": 1,
+    "training.max_staleness": 0, "training.groups_per_device": 1, "training.reference_every": 1, "training.head_chunk": 1,
+    "evaluation.every": 1, "evaluation.samples": 1, "evaluation.tasks": 1, "evaluation.temperature": 0,
+    "recording.checkpoint_every": 1, "recording.keep": 1,
 }  # fmt: skip
 _AT_MOST = {"loss.clip_low": 1, "evaluation.top_p": 1, "vllm.gpu_memory": 1, "vllm.port": 65535}
 _ABOVE = dict.fromkeys(
     (
         "rollout.temperature",
         "rollout.environment_deadline",
+        "lora.alpha",
         "optimizer.max_grad_norm",
         "optimizer.epsilon",
         "evaluation.top_p",
@@ -281,14 +300,18 @@ def _check_choices(config: Config) -> list[str]:
     choices = [
         ("sampler", config.sampler, SAMPLERS),
         ("model.compute_dtype", config.model.compute_dtype, COMPUTE_DTYPES),
+        ("training.attention", config.training.attention, ATTENTION),
+        ("training.remat", config.training.remat, REMAT),
         ("packing.advantage_normalization", config.packing.advantage_normalization, NORMALIZATIONS),
         ("packing.aggregation", config.packing.aggregation, AGGREGATIONS),
+        ("lora.export", config.lora.export, lora.EXPORTS),
+        *[("lora.targets", target, tuple(lora.TARGETS)) for target in config.lora.targets],
         *[("evaluation.splits", split, SPLITS) for split in config.evaluation.splits],
     ]
     problems = []
     for key, given, allowed in choices:
         if given not in allowed:
-            close = difflib.get_close_matches(given, allowed, 1)
+            close = difflib.get_close_matches(given, allowed, 1) or [name for name in allowed if given.startswith(f"{name}_")]  # q_proj
             hint = f" Did you mean {close[0]!r}?" if close else ""
             problems.append(f"{key} must be one of {', '.join(allowed)}; got {given!r}.{hint}")
     return problems
@@ -315,7 +338,16 @@ def _check_across(config: Config) -> list[str]:
             f"native.max_cache_tokens ({config.native.max_cache_tokens}) cannot hold one episode of rollout.max_prompt_tokens "
             f"({rollout.max_prompt_tokens}) and rollout.max_completion_tokens ({rollout.max_completion_tokens}): raise it"
         )
-    problems += _check_gpus(config)
+    problems += _check_gpus(config) + lora.contradictions(config.lora)
+    if training.max_staleness > 0 and config.loss.tis_cap is None:
+        problems.append(
+            f"training.max_staleness ({training.max_staleness}) lets older weights sample what trains newer ones, but loss.tis_cap None "
+            "takes every sample for the policy's own: set it, e.g. to 2.0"
+        )
+    if training.attention == "cudnn" and config.model.compute_dtype == "float32":
+        problems.append("training.attention is 'cudnn', which computes in bfloat16: set model.compute_dtype to 'auto' or 'bfloat16'")
+    if config.lora.export == "adapter" and not config.recording.export_hf:
+        problems.append("lora.export is 'adapter', but recording.export_hf is False, which exports nothing: set one of them otherwise")
     if config.loss.kl_beta == 0 and training.reference_every is not None:
         problems.append("training.reference_every has no effect when loss.kl_beta is 0: set it to None")
     if (evaluation.every or evaluation.before or evaluation.after) and not evaluation.splits:
@@ -342,10 +374,13 @@ def _check_gpus(config: Config) -> list[str]:
         problems.append(f"training.gpus and vllm.gpus share GPU {', '.join(map(str, shared))}: each takes most of a GPU's memory")
     if vllm.gpus and mine is None:
         problems.append("vllm.gpus is set and training.gpus is not: jax would take the memory of all GPUs; name the trainer's")
-    if vllm.urls and (vllm.gpus or vllm.port):
+    if vllm.urls and (vllm.gpus or vllm.port or vllm.servers > 1):
         problems.append(
-            "vllm.urls names servers that are there; vllm.gpus and vllm.port are of one to be started: leave out one or the other"
+            "vllm.urls names servers that are there; vllm.gpus, vllm.port and vllm.servers are of those to be started: leave out one or "
+            "the other"
         )
+    if len(vllm.gpus) % max(vllm.servers, 1):
+        problems.append(f"vllm.servers ({vllm.servers}) must divide the {len(vllm.gpus)} GPU(s) of vllm.gpus: each server has as many")
     problems += [f"vllm.urls must be like http://host:8000, got {url!r}" for url in vllm.urls if not re.match(r"https?://[^/]+/?$", url)]
     return problems
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ from jaxgrpo.setup import (
     check_episodes,
     compute_dtype,
     initial_params,
+    keep_compiled,
     open_policy,
     open_tasks,
     run_folder,
@@ -121,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.set)
         take_gpus(config)
+        keep_compiled(config)
         samples = config.evaluation.samples if args.samples is None else args.samples
         _check_arguments(args.split, samples, args.checkpoint, args.step)
         folder = run_folder(args.run_dir, f"{config.name}-eval-{args.split}")
@@ -152,7 +155,8 @@ def _read_weights(config: Config, policy: Policy, checkpoint: str | None, step: 
     if checkpoint is None:
         return initial_params(policy, dtype), 0
     try:
-        params, at_step = read_policy(Path(checkpoint) / "checkpoints", policy.config, step)
+        base = functools.partial(initial_params, policy, dtype)
+        params, at_step = read_policy(Path(checkpoint) / "checkpoints", policy.config, step, base)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"--checkpoint {checkpoint}: {error}") from error
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params), at_step

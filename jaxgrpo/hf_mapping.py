@@ -112,7 +112,11 @@ def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], wher
 
 def check_leaves(config: ModelConfig, found: Mapping[Path, tuple[int, ...]], where: object) -> None:
     """Raises ValueError naming every missing, extra or misshapen leaf among `found` (path in the logical tree -> shape)."""
-    expected = leaf_shapes(config)
+    check_paths(leaf_shapes(config), found, where)
+
+
+def check_paths(expected: Mapping[Path, tuple[int, ...]], found: Mapping[Path, tuple[int, ...]], where: object) -> None:
+    """Raises ValueError naming every missing, extra or misshapen leaf among `found`; both are paths -> shapes."""
     missing = {"/".join(path) for path in expected.keys() - found.keys()}
     extra = {"/".join(path) for path in found.keys() - expected.keys()}
     problems = [f"missing: {_some(missing)}"] if missing else []

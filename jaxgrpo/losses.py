@@ -20,12 +20,14 @@ from jaxgrpo.types import AnyArray
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """How log-probabilities are computed: the table's shape [V, D], its storage, the tokens a chunk, and the sampling temperature."""
+    """How log-probabilities are computed: the table's shape [V, D], its storage, the tokens a chunk, and the sampling temperature. A table
+    that is not `trained` gets no gradient, and none is computed."""
 
     shape: tuple[int, int]
     storage: Storage
     chunk: int
     temperature: float
+    trained: bool = True
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -56,9 +58,12 @@ def _logprobs_forward(hidden: Array, table: Array, targets: Array, head: Head) -
 
     def one(_: None, args: tuple[Array, Array]) -> tuple[None, tuple[Array, Array, Array]]:
         logits = _logits(args[0], weight, head.temperature)
-        log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(logits - top)  # once, for the normalizer and for the entropy
+        total = jnp.sum(weights, axis=-1)
+        log_normalizer = top[:, 0] + jnp.log(total)
         chosen = jnp.take_along_axis(logits, args[1][:, None], axis=-1)[:, 0]
-        mean_logit = jnp.sum(jnp.exp(logits - log_normalizer[:, None]) * logits, axis=-1)
+        mean_logit = jnp.sum(weights * logits, axis=-1) / total
         return None, (chosen - log_normalizer, log_normalizer - mean_logit, log_normalizer)
 
     _, outs = jax.lax.scan(one, None, (_chunked(hidden, chunk), _chunked(targets, chunk)))
@@ -66,23 +71,25 @@ def _logprobs_forward(hidden: Array, table: Array, targets: Array, head: Head) -
     return (logprobs, entropies), (hidden, table, targets, log_normalizers)
 
 
-def _logprobs_backward(head: Head, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple[Array, Array, None]:
+def _logprobs_backward(head: Head, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple[Array, Array | None, None]:
     hidden, table, targets, log_normalizers = residuals
     weight = head.storage.load(table, head.shape)
     tokens = hidden.shape[0]
     chunk = min(head.chunk, tokens)
 
-    def one(gradient: Array, args: tuple[Array, ...]) -> tuple[Array, Array]:
+    def one(gradient: Array | None, args: tuple[Array, ...]) -> tuple[Array | None, Array]:
         h, y, log_normalizer, cotangent = args
         probabilities = jnp.exp(_logits(h, weight, head.temperature) - log_normalizer[:, None])
         one_hot = jnp.arange(head.shape[0])[None] == y[:, None]
         dlogits = ((one_hot - probabilities) * (cotangent / head.temperature)[:, None]).astype(h.dtype)
-        gradient = gradient + einsum_float32("tv,td->vd", dlogits, h)
+        if gradient is not None:
+            gradient = gradient + einsum_float32("tv,td->vd", dlogits, h)
         return gradient, jnp.einsum("tv,vd->td", dlogits, weight)
 
     chunks = tuple(_chunked(x, chunk) for x in (hidden, targets, log_normalizers, cotangents[0]))
-    gradient, dhidden = jax.lax.scan(one, head.storage.zeros(head.shape), chunks)
-    return dhidden.reshape(-1, hidden.shape[1])[:tokens], head.storage.reduce(gradient, head.shape), None
+    gradient, dhidden = jax.lax.scan(one, head.storage.zeros(head.shape) if head.trained else None, chunks)
+    dtable = None if gradient is None else head.storage.reduce(gradient, head.shape)
+    return dhidden.reshape(-1, hidden.shape[1])[:tokens], dtable, None
 
 
 token_logprobs.defvjp(_logprobs_forward, _logprobs_backward)

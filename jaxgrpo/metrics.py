@@ -69,10 +69,11 @@ def _mend(path: Path, after: int | None) -> None:
 
 
 class Stopwatch:
-    """Seconds of named phases: `with stopwatch.phase("rollout"): ...`; `take` hands them over and starts afresh."""
+    """Seconds of named phases: `with stopwatch.phase("update"): ...`; `take` hands them over, with "all" of the time, and starts anew."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -83,7 +84,9 @@ class Stopwatch:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def take(self) -> dict[str, float]:
-        taken, self._seconds = self._seconds, {}
+        now = time.perf_counter()
+        taken = self._seconds | {"all": now - self._began}
+        self._seconds, self._began = {}, now
         return taken
 
 
@@ -125,7 +128,8 @@ class TerminalView:
     def step(self, step: int, metrics: Metrics) -> None:
         """A batch is done."""
         reward, passed, tokens = (metrics[f"train/{key}"] for key in ("reward_mean", "pass_rate", "completion_tokens_mean"))
-        self._status = f"reward {reward:.3f}  passed {passed:.0%}  tokens {tokens:.0f}  {self._left(step)}"
+        idle = "  ".join(f"{side} idle {metrics[f'time/{side}_idle_share']:.0%}" for side in ("trainer", "sampler"))
+        self._status = f"reward {reward:.3f}  passed {passed:.0%}  tokens {tokens:.0f}  {idle}  {self._left(step)}"
         self._bar.update(self._task, completed=step, status=self._status)
         if not self.console.is_terminal:
             self.say(f"step {step}/{self._total}  {self._status}")

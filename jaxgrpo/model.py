@@ -9,6 +9,7 @@ The logical parameter tree (`Params`), with the layer axis L in front of every l
     norm/scale [D]
     lm_head/embedding [V, D]                    only when the embeddings are not tied
 
+With LoRA, the adapters of jaxgrpo.lora lie beside the kernels.
 Every function takes `load`: how a leaf of the tree becomes the weight that is computed with. Here it is a cast; in the sharded update it is
 the gather of jaxgrpo.sharding. Architecture: Qwen2.5 technical report (arXiv:2412.15115).
 """
@@ -26,11 +27,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxgrpo.attention import apply_rope, attend, causal_mask
+from jaxgrpo.attention import OUTPUT_NAMES, XLA, Kernel, apply_rope, attend
+from jaxgrpo.lora import NO_LORA, LoraSettings, only_adapters
+from jaxgrpo.numerics import matmul
 from jaxgrpo.types import AnyArray
 
 Params = dict[str, Any]
 Load = Callable[[Any], Any]
+Layer = Callable[[Any, Params], Any]
+ScanLayers = Callable[[Layer, Any, Params], Any]
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
@@ -113,16 +118,39 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         raise ValueError(f"hidden_act is {config['hidden_act']!r}; only 'silu' is supported")
 
 
-class Linear(nnx.Module):
-    """x [..., in] -> x @ kernel [in, out] (+ bias [out])."""
+class Adapter(nnx.Module):
+    """x [..., in] -> scale * (x @ a.T) @ b, with a [r, in] and b [r, out] (LoRA, arXiv:2106.09685, eq. 3).
 
-    def __init__(self, in_size: int, out_size: int, *, bias: bool, rngs: nnx.Rngs, stddev: float = 0.02):
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (in_size, out_size)) * stddev)
-        self.bias = nnx.Param(jnp.zeros(out_size)) if bias else None
+    At first b is zero, and a is uniform as in PEFT.
+    """
+
+    def __init__(self, in_size: int, out_size: int, lora: LoraSettings, *, rngs: nnx.Rngs):
+        bound = in_size**-0.5
+        self.a = nnx.Param(jax.random.uniform(rngs.params(), (lora.rank, in_size), minval=-bound, maxval=bound))
+        self.b = nnx.Param(jnp.zeros((lora.rank, out_size)))
+        self.scale = lora.scale
 
     def __call__(self, x: Array) -> Array:
-        y = x @ self.kernel[...]
-        return y if self.bias is None else y + self.bias[...]
+        return self.scale * (x @ self.a[...].T) @ self.b[...]
+
+
+class Linear(nnx.Module):
+    """x [..., in] -> x @ kernel [in, out] (+ bias [out]) (+ adapter(x), with LoRA)."""
+
+    def __init__(
+        self, in_size: int, out_size: int, *, bias: bool, rngs: nnx.Rngs, lora: LoraSettings | None = None, stddev: float = 0.02
+    ):
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (in_size, out_size)) * stddev)
+        self.bias = nnx.Param(jnp.zeros(out_size)) if bias else None
+        self.adapter = Adapter(in_size, out_size, lora, rngs=rngs) if lora else None
+
+    def __call__(self, x: Array) -> Array:
+        # In two dimensions, because XLA's CPU backend transposes in a plain loop to make the kernel's gradient from more.
+        flat = x.reshape(-1, x.shape[-1])
+        y = matmul(flat, self.kernel[...])
+        y = y if self.bias is None else y + self.bias[...]
+        y = y if self.adapter is None else y + self.adapter(flat)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):
@@ -140,19 +168,19 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
     """x [..., D] over its root mean square, times scale [D]; the statistics in float32, the result in x's dtype."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
-    return normed.astype(x.dtype) * scale
+    return (normed.astype(x.dtype).reshape(-1, x.shape[-1]) * scale).reshape(x.shape)  # in two dimensions, as in `Linear`
 
 
 class Attention(nnx.Module):
     """Grouped-query attention's projections; how queries and keys meet is the caller's."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, lora: LoraSettings = NO_LORA, *, rngs: nnx.Rngs):
         c = config
         self.config = config
-        self.q = Linear(c.width, c.heads * c.head_size, bias=True, rngs=rngs)
-        self.k = Linear(c.width, c.kv_heads * c.head_size, bias=True, rngs=rngs)
-        self.v = Linear(c.width, c.kv_heads * c.head_size, bias=True, rngs=rngs)
-        self.o = Linear(c.heads * c.head_size, c.width, bias=False, rngs=rngs)
+        self.q = Linear(c.width, c.heads * c.head_size, bias=True, lora=lora.of("q"), rngs=rngs)
+        self.k = Linear(c.width, c.kv_heads * c.head_size, bias=True, lora=lora.of("k"), rngs=rngs)
+        self.v = Linear(c.width, c.kv_heads * c.head_size, bias=True, lora=lora.of("v"), rngs=rngs)
+        self.o = Linear(c.heads * c.head_size, c.width, bias=False, lora=lora.of("o"), rngs=rngs)
 
     def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """x [..., T, D], positions [..., T] -> rotated queries [..., T, H, h], rotated keys [..., T, K, h], values [..., T, K, h]."""
@@ -169,10 +197,10 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU (arXiv:2002.05202)."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.gate = Linear(config.width, config.mlp_width, bias=False, rngs=rngs)
-        self.up = Linear(config.width, config.mlp_width, bias=False, rngs=rngs)
-        self.down = Linear(config.mlp_width, config.width, bias=False, rngs=rngs)
+    def __init__(self, config: ModelConfig, lora: LoraSettings = NO_LORA, *, rngs: nnx.Rngs):
+        self.gate = Linear(config.width, config.mlp_width, bias=False, lora=lora.of("gate"), rngs=rngs)
+        self.up = Linear(config.width, config.mlp_width, bias=False, lora=lora.of("up"), rngs=rngs)
+        self.down = Linear(config.mlp_width, config.width, bias=False, lora=lora.of("down"), rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
@@ -181,11 +209,11 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """One pre-norm decoder layer, in the three pieces that every way of attending shares."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, lora: LoraSettings = NO_LORA, *, rngs: nnx.Rngs):
         self.input_norm = RMSNorm(config.width, config.norm_epsilon)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, lora, rngs=rngs)
         self.post_attention_norm = RMSNorm(config.width, config.norm_epsilon)
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp = MLP(config, lora, rngs=rngs)
 
     def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """Queries, keys and values of the normed input."""
@@ -205,14 +233,14 @@ class Embedding(nnx.Module):
 
 
 @functools.cache
-def layer_graph(config: ModelConfig) -> nnx.GraphDef:
+def layer_graph(config: ModelConfig, lora: LoraSettings = NO_LORA) -> nnx.GraphDef:
     """The structure of a DecoderLayer, to be merged with one layer's weights."""
-    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, rngs=nnx.Rngs(0))))[0]
+    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, lora, rngs=nnx.Rngs(0))))[0]
 
 
-def merge_layer(config: ModelConfig, weights: Params) -> DecoderLayer:
-    """One layer's weights (no L axis) as the module."""
-    return nnx.merge(layer_graph(config), nnx.State(jax.tree.map(nnx.Param, weights)))
+def merge_layer(config: ModelConfig, weights: Params, lora: LoraSettings = NO_LORA) -> DecoderLayer:
+    """One layer's weights (no L axis), with those of its adapters if `lora` says that there are some, as the module."""
+    return nnx.merge(layer_graph(config, lora), nnx.State(jax.tree.map(nnx.Param, weights)))
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
@@ -240,6 +268,23 @@ def param_shapes(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def init_adapters(config: ModelConfig, lora: LoraSettings, key: Array) -> Params:
+    """The adapters of step 0 in the logical tree, float32: a random, b zero."""
+
+    def one_layer(layer_key: Array) -> Params:
+        return only_adapters(nnx.to_pure_dict(nnx.state(DecoderLayer(config, lora, rngs=nnx.Rngs(params=layer_key)))))
+
+    return {"layers": jax.vmap(one_layer)(jax.random.split(key, config.layers))}
+
+
+def trained_shapes(config: ModelConfig, lora: LoraSettings) -> Params:
+    """The logical tree of what is trained, the adapters or all weights, as float32 ShapeDtypeStructs; nothing is computed."""
+    if not lora.rank:
+        return param_shapes(config)
+    return jax.eval_shape(lambda: init_adapters(config, lora, jax.random.key(0)))
+
+
 def head_table(params: Params) -> Any:
     """The output head's table leaf [V, D]: the embedding's own when tied."""
     return params["lm_head"]["embedding"] if "lm_head" in params else params["embed"]["embedding"]
@@ -255,6 +300,25 @@ def default_embed(params: Params, ids: Array, load: Load) -> Array:
     return load(params["embed"]["embedding"][ids])
 
 
+REMAT = ("full", "attention", "none")
+
+
+def rematerialised(layer: Layer, remat: str) -> Layer:
+    """A layer whose backward pass computes again what it needs: all of it ("full"), all but attention's output, which is saved
+    ("attention"), or nothing ("none": everything is saved, except scores, which never are)."""
+    if remat not in REMAT:
+        raise ValueError(f"remat must be one of {REMAT}, got {remat!r}")
+    if remat == "none":
+        return layer
+    policy = jax.checkpoint_policies.save_only_these_names(*OUTPUT_NAMES) if remat == "attention" else None
+    return jax.checkpoint(layer, prevent_cse=False, policy=policy)
+
+
+def scan_stack(layer: Layer, carry: Any, stack: Params) -> Any:
+    """`carry` through `layer(carry, leaves)` for each row of the stack (leaves [L, ...])."""
+    return jax.lax.scan(lambda c, leaves: (layer(c, leaves), None), carry, stack)[0]
+
+
 def forward_shared_prompt(
     config: ModelConfig,
     params: Params,
@@ -265,12 +329,18 @@ def forward_shared_prompt(
     load: Load,
     embed: Callable[[Params, Array], Array],
     load_layer: Load | None = None,
+    scan_layers: ScanLayers = scan_stack,
+    kernel: Kernel = XLA,
+    remat: str = "full",
+    lora: LoraSettings = NO_LORA,
 ) -> Array:
     """Final normed hidden states [N, G, C, D]; position c predicts `completions_NGC[..., c]`. The prompt of a group is computed once.
 
     Row g of group n is the prompt's last token followed by its completion less the last token: its keys are the prompt before that last
     token, shared by the group, and the row's own. Padding is on the right of prompts and of completions; padded positions hold garbage.
-    `load_layer` maps one layer's subtree of leaves to its weights (default: `load` on every leaf). Layers are rematerialised.
+    `load_layer` maps one layer's subtree of leaves to its weights (default: `load` on every leaf). `kernel` computes attention, `remat` is
+    how layers are rematerialised (`rematerialised`), `scan_layers` what takes the hidden states through them. `params` hold the adapters
+    that `lora` describes.
     """
     chex.assert_rank([prompt_NP, prompt_lengths_N, completions_NGC], [2, 1, 3])
     load_layer = load_layer or functools.partial(jax.tree.map, load)
@@ -278,25 +348,22 @@ def forward_shared_prompt(
     n, g, c = completions_NGC.shape
     last_N11 = jnp.take_along_axis(prompt_NP, prompt_lengths_N[:, None] - 1, axis=1)[:, :, None]
     rows_NGC = jnp.concatenate([jnp.broadcast_to(last_N11, (n, g, 1)), completions_NGC[:, :, :-1]], axis=2)
-    prompt_positions = jnp.broadcast_to(jnp.arange(p), (n, p))
     row_positions = jnp.broadcast_to((prompt_lengths_N[:, None] - 1 + jnp.arange(c))[:, None], (n, g, c))
-    context_NP = jnp.arange(p) < prompt_lengths_N[:, None] - 1
-    mask_prompt = causal_mask(p)
-    mask_row = causal_mask(c)
+    positions = jnp.concatenate([jnp.broadcast_to(jnp.arange(p), (n, p)), row_positions.reshape(n, g * c)], axis=1)
 
-    def layer(carry: tuple[Array, Array], leaves: Params) -> tuple[tuple[Array, Array], None]:
-        x_prompt, x_rows = carry
-        block = merge_layer(config, load_layer(leaves))
-        q_p, k_p, v_p = block.project(x_prompt, prompt_positions)
-        q_r, k_r, v_r = block.project(x_rows, row_positions)
-        attended_prompt = attend(q_p[:, None], k_p[:, None], v_p[:, None], mask_prompt)[:, 0]
-        attended_rows = attend(q_r, k_r, v_r, mask_row, k_p, v_p, context_NP)
-        return (block.finish(x_prompt, attended_prompt), block.finish(x_rows, attended_rows)), None
+    def layer(x: Array, leaves: Params) -> Array:
+        """x [N, P + G * C, D]: prompt and rows pass through the weights together and part only in attention."""
+        block = merge_layer(config, load_layer(leaves), lora)
+        q, k, v = block.project(x, positions)
+        q_prompt, k_prompt, v_prompt = (y[:, :p] for y in (q, k, v))
+        q_rows, k_rows, v_rows = (y[:, p:].reshape(n, g, c, *y.shape[2:]) for y in (q, k, v))
+        prompt = attend(kernel, q_prompt[:, None], k_prompt[:, None], v_prompt[:, None])[:, 0]
+        rows = attend(kernel, q_rows, k_rows, v_rows, k_prompt, v_prompt, jnp.asarray(prompt_lengths_N) - 1)
+        return block.finish(x, jnp.concatenate([prompt, rows.reshape(n, g * c, *rows.shape[3:])], axis=1))
 
     x = embed(params, jnp.concatenate([prompt_NP, rows_NGC.reshape(n, g * c)], axis=1))
-    carry = (x[:, :p], x[:, p:].reshape(n, g, c, -1))
-    (_, x_rows), _ = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), carry, params["layers"])
-    return rms_norm(x_rows, load(params["norm"]["scale"]), config.norm_epsilon)
+    x = scan_layers(rematerialised(layer, remat), x, params["layers"])
+    return rms_norm(x[:, p:].reshape(n, g, c, -1), load(params["norm"]["scale"]), config.norm_epsilon)
 
 
 def forward(config: ModelConfig, params: Params, ids_BT: Array, *, load: Load) -> Array:
@@ -304,12 +371,11 @@ def forward(config: ModelConfig, params: Params, ids_BT: Array, *, load: Load) -
     chex.assert_rank(ids_BT, 2)
     b, t = ids_BT.shape
     positions = jnp.broadcast_to(jnp.arange(t), (b, t))
-    mask = causal_mask(t)
 
-    def layer(x: Array, leaves: Params) -> tuple[Array, None]:
+    def layer(x: Array, leaves: Params) -> Array:
         block = merge_layer(config, jax.tree.map(load, leaves))
         q, k, v = block.project(x, positions)
-        return block.finish(x, attend(q[:, None], k[:, None], v[:, None], mask)[:, 0]), None
+        return block.finish(x, attend(XLA, q[:, None], k[:, None], v[:, None])[:, 0])
 
-    x, _ = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), default_embed(params, ids_BT, load), params["layers"])
+    x = scan_stack(rematerialised(layer, "full"), default_embed(params, ids_BT, load), params["layers"])
     return rms_norm(x, load(params["norm"]["scale"]), config.norm_epsilon)

@@ -19,3 +19,16 @@ def einsum_float32(axes: str, a: Array, b: Array) -> Array:
         cpu=lambda x, y: jnp.einsum(axes, x.astype(jnp.float32), y.astype(jnp.float32)),
         default=lambda x, y: jnp.einsum(axes, x, y, preferred_element_type=jnp.float32),
     )
+
+
+def matmul(x: Array, kernel: Array) -> Array:
+    """x [..., in] @ kernel [in, out], in the operands' type.
+
+    XLA's CPU backend has a fast kernel for products of bfloat16 only when the result is float32: there it is rounded afterwards, which the
+    plain product does as well, at a tenth of the speed.
+    """
+    if x.dtype == kernel.dtype == jnp.float32:
+        return x @ kernel
+    return jax.lax.platform_dependent(
+        x, kernel, cpu=lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype), default=jnp.matmul
+    )

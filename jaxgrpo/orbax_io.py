@@ -6,7 +6,9 @@ arrays through tensorstore, a chunk at a time. What results is an ordinary orbax
 module, whole or sharded, and reading one layer of a kernel touches that layer's chunks only.
 """
 
+import contextlib
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -104,3 +106,18 @@ def open_leaves(folder: Path) -> dict[hf_mapping.Path, ts.TensorStore]:
     if not leaves:
         raise ValueError(f"{folder} holds no arrays: convert the model again")
     return leaves
+
+
+@contextlib.contextmanager
+def without_ocdbt_hint() -> Iterator[None]:
+    """At every save that is not in its OCDBT format, orbax warns that it merges nothing."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "Skipping merge of OCDBT" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)

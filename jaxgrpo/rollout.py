@@ -7,9 +7,13 @@ caller after all other episodes are cancelled and released.
 
 import asyncio
 import dataclasses
+import functools
+import time
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
+
+import numpy as np
 
 from envs.base import TaskSuite
 from jaxgrpo.background import BlockingCalls
@@ -51,17 +55,25 @@ class DroppedGroup:
 class RolloutResult:
     """What became of the tasks, in their order: scored groups, and dropped ones.
 
-    `failures` holds every episode that its environment ended with an error, those included that a later try made good.
+    `failures` holds every episode that its environment ended with an error, those included that a later try made good. `seconds` went by
+    from the batch's start to its end.
     """
 
     groups: tuple[Group, ...]
     dropped: tuple[DroppedGroup, ...]
     failures: tuple[Trajectory, ...]
+    seconds: float = 0.0
+
+    @property
+    def sampled_versions_T(self) -> np.ndarray:
+        """The weight version of each sampled token of the groups, one after the other."""
+        trajectories = [t for group in self.groups for t in group.trajectories]
+        return np.concatenate([np.zeros(0, np.int32), *(t.weight_versions_C[t.sampled_C] for t in trajectories)])
 
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """What stays the same from batch to batch.
+    """What stays the same from batch to batch. Batches that are played side by side share the places for episodes and the threads.
 
     Everything runs on one event loop, the sampler's. A synchronous program gives it one:
 
@@ -76,6 +88,15 @@ class Rollout:
     decoding: Decoding = Decoding()
     execution: Execution = Execution()
 
+    @functools.cached_property
+    def _places(self) -> asyncio.Semaphore:
+        """First come, first served: while batches overlap, a later one's episodes take the places that an earlier one leaves."""
+        return asyncio.Semaphore(self.execution.episodes_in_flight)
+
+    @functools.cached_property
+    def _calls(self) -> BlockingCalls:
+        return BlockingCalls(self.execution.environment_threads, self.execution.step_deadline_seconds)
+
     async def groups(
         self, tasks: Sequence[Task], group_size: int, seed: int, batch: str, progress: Progress | None = None
     ) -> RolloutResult:
@@ -89,10 +110,10 @@ class Rollout:
             raise ValueError(f"group_size must be at least 1, got {group_size}")
         if len({task.id for task in tasks}) < len(tasks):
             raise ValueError(f"a task occurs twice in batch {batch!r}: its episodes would be the same; give it two batches")
-        calls = BlockingCalls(self.execution.environment_threads, self.execution.step_deadline_seconds)
-        player = EpisodePlayer(self.sampler, self.suite, self.chat, self.limits, self.decoding, calls)
+        start = time.perf_counter()
+        player = EpisodePlayer(self.sampler, self.suite, self.chat, self.limits, self.decoding, self._calls)
         counter = _Counter(progress, len(tasks) * group_size)
-        runner = _BatchRunner(player, self.execution, EpisodeKey(seed, batch, "", 0), counter)
+        runner = _BatchRunner(player, self._places, self.execution.max_retries, EpisodeKey(seed, batch, "", 0), counter)
         openings = await _all([runner.open(task) for task in tasks])
         outcomes = await _all([runner.run_group(task, opening, group_size) for task, opening in zip(tasks, openings, strict=True)])
         position = {task.id: i for i, task in enumerate(tasks)}
@@ -100,6 +121,7 @@ class Rollout:
             groups=tuple(outcome for outcome in outcomes if isinstance(outcome, Group)),
             dropped=tuple(outcome for outcome in outcomes if isinstance(outcome, DroppedGroup)),
             failures=tuple(sorted(runner.failures, key=lambda failure: (position[failure.task_id], failure.sample_index))),
+            seconds=time.perf_counter() - start,
         )
 
 
@@ -110,10 +132,10 @@ class _TriesSpentError(Exception):
 class _BatchRunner:
     """One batch under way."""
 
-    def __init__(self, player: EpisodePlayer, execution: Execution, key: EpisodeKey, counter: "_Counter"):
+    def __init__(self, player: EpisodePlayer, places: asyncio.Semaphore, max_retries: int, key: EpisodeKey, counter: "_Counter"):
         self._player = player
-        self._tries = 1 + execution.max_retries
-        self._in_flight = asyncio.Semaphore(execution.episodes_in_flight)
+        self._tries = 1 + max_retries
+        self._in_flight = places
         self._key = key
         self._counter = counter
         self.failures: list[Trajectory] = []

@@ -129,7 +129,7 @@ def write_folder(folder: Path, tensors: Iterable[Outgoing], shard_bytes: int = S
         metadata = {"total_size": sum(t.nbytes for shard in shards for t in shard)}
         (folder / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n")
     for file, shard in zip(files, shards, strict=True):
-        _write_file(file, shard)
+        write_file(file, shard)
     return files
 
 
@@ -151,7 +151,8 @@ def _header(tensors: Iterable[Outgoing]) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
-def _write_file(file: Path, tensors: list[Outgoing]) -> None:
+def write_file(file: Path, tensors: list[Outgoing]) -> None:
+    """Write one file of the tensors in their order."""
     header = _header(tensors)
     with file.open("wb") as stream:
         stream.write(len(header).to_bytes(8, "little"))

@@ -5,28 +5,27 @@ import dataclasses
 import os
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxgrpo.background import EventLoopThread
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.model import ModelConfig, Params
+from jaxgrpo.processes import Told, Work, nobody
 from jaxgrpo.samplers.base import Generation, PolicyWeights, Sampler, SamplerError, SamplingRequest
 from jaxgrpo.samplers.native import NativeSampler
 from jaxgrpo.samplers.vllm import TokenizerProbe, VllmLimits, VllmSampler
 from jaxgrpo.samplers.vllm_auth import KEY_VARIABLE
 from jaxgrpo.samplers.vllm_server import ServerPlan, VllmServer
 from jaxgrpo.setup import Policy, compute_dtype
-from jaxgrpo.sharding import Layout, logical_on_devices, make_layout, make_mesh, store
+from jaxgrpo.sharding import logical_on_devices, make_layout, make_mesh, store
 from jaxgrpo.types import GroupBatch, Task
-from jaxgrpo.update import Update
+from jaxgrpo.update import TrainState, Update
 from jaxgrpo.weights import WeightFolder, publish_weights, published_bytes
 
 _PROBE_TEXT = 'Call the tool: {"name": "añadir", "arguments": {"x": -12.5}}\n\n<tool_call> done 你好'
@@ -35,23 +34,24 @@ _CHECK_SAMPLES = 4
 
 @dataclasses.dataclass(frozen=True)
 class StoredWeights:
-    """A trainer's weights, in flat shards; a sampler computes with them in `dtype`."""
+    """A trainer's policy, in flat shards, adapters merged; a sampler computes with it in the trainer's compute dtype. `tell` is for the
+    trainer's other processes, which merge, gather and write too."""
 
-    params: Params
-    layout: Layout
-    mesh: Mesh
-    model: ModelConfig
-    dtype: Any
-
-    @classmethod
-    def of(cls, params: Params, update: Update) -> "StoredWeights":
-        return cls(params, update.layout, update.mesh, update.config, update.compute_dtype)
+    state: TrainState
+    update: Update
+    tell: Callable[[Told], None] = nobody
 
     def logical(self) -> Params:
-        return logical_on_devices(self.params, self.layout, self.mesh, self.dtype)
+        """On this process's first device."""
+        self.tell(Told(Work.GATHER))
+        update = self.update
+        whole = logical_on_devices(update.merged(self.state), update.model_layout, update.mesh, update.compute_dtype)
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
     def write(self, version: int, root: Path) -> Path:
-        return publish_weights(self.params, self.layout, self.mesh, self.model, version, root)
+        self.tell(Told(Work.PUBLISH, version, str(root)))
+        update = self.update
+        return publish_weights(update.merged(self.state), update.model_layout, update.mesh, update.config, version, root)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,19 +106,22 @@ def _vllm(
     v = config.vllm
     versions = _version_folder(v.weights_folder, folder, policy.config)
     stack.callback(versions.close)
-    server, key = None, os.environ.get(KEY_VARIABLE)
+    servers: list[VllmServer] = []
+    key = os.environ.get(KEY_VARIABLE)
     if not v.urls:
         key = key or secrets.token_urlsafe(32)  # the routes that change weights are nobody else's on this host either
-        server = VllmServer(server_plan(config, policy), folder / "vllm.log", key)
-        stack.callback(server.close)
-        server.wait(v.start_seconds)
+        for i, plan in enumerate(server_plans(config, policy)):
+            servers.append(VllmServer(plan, folder / ("vllm.log" if i == 0 else f"vllm-{i}.log"), key))
+            stack.callback(servers[-1].close)
+        for server in servers:
+            server.wait(v.start_seconds)
     sampler = VllmSampler(
-        v.urls if server is None else (server.url,),
+        v.urls or tuple(server.url for server in servers),
         VllmLimits(v.max_requests, _context_tokens(config), v.request_seconds, v.publish_seconds, v.retries),
         eos_token_ids=policy.chat.eos_ids,
         versions=versions,
         api_key=key,
-        failure=(lambda: None) if server is None else server.failure,
+        failure=lambda: next((failure for server in servers if (failure := server.failure()) is not None), None),
     )
     stack.callback(lambda: loop.call(sampler.close()))
     probe = TokenizerProbe(_PROBE_TEXT, tuple(policy.tokenizer.encode(_PROBE_TEXT, add_special_tokens=False)))
@@ -137,8 +140,17 @@ def _version_folder(given: str | None, run_folder: Path, model: ModelConfig) -> 
     return WeightFolder(run_folder, bytes_of_a_version, shared)
 
 
+def server_plans(config: Config, policy: Policy) -> list[ServerPlan]:
+    """The servers that a config describes: the GPUs in equal parts, from the given port on."""
+    v = config.vllm
+    one, share = server_plan(config, policy), len(v.gpus) // v.servers
+    return [
+        dataclasses.replace(one, gpus=v.gpus[i * share : (i + 1) * share], port=one.port + i if one.port else 0) for i in range(v.servers)
+    ]
+
+
 def server_plan(config: Config, policy: Policy, own_weights: bool = False) -> ServerPlan:
-    """The server that a config describes."""
+    """One server with all that the config gives to servers."""
     v = config.vllm
     return ServerPlan(
         python=str(Path(v.python).expanduser()) if v.python else sys.executable,
@@ -173,9 +185,10 @@ class AgreementCheck:
     temperature: float
     bound: float
     tokens: int = 16
+    tell: Callable[[Told], None] = nobody
 
     def run(self, loop: EventLoopThread, sampler: Sampler, params: Params, version: int) -> dict[str, float]:
-        """The mean and the largest difference of log-probabilities; `params` are the trainer's stored weights, published as `version`.
+        """The mean and the largest difference of log-probabilities; `params` are the trainer's (`Update.policy`), published as `version`.
 
         Raises MismatchError beyond the bound.
         """
@@ -183,7 +196,9 @@ class AgreementCheck:
         served = sorted({int(v) for generation in generations for v in generation.weight_versions_T})
         if served != [version]:
             raise MismatchError(f"after publishing weights of version {version} the sampler answers with version {served}")
-        train_GC = np.asarray(self.update.logprobs(params, self._batch(generations)))[0]
+        batch = self._batch(generations)
+        self.tell(Told(Work.SCORE, batches=(batch,)))
+        train_GC = np.asarray(self.update.logprobs(params, batch).addressable_data(0))[0]
         pairs = [(train_C[: len(g.logprobs_T)], g.logprobs_T) for train_C, g in zip(train_GC, generations, strict=True)]
         differences = np.abs(np.concatenate([train - sampled for train, sampled in pairs]))
         mean, largest = float(differences.mean()), float(differences.max())
@@ -225,11 +240,14 @@ class AgreementCheck:
         )
 
 
-def agreement_check(config: Config, policy: Policy, update: Update, task: Task) -> AgreementCheck | None:
+def agreement_check(
+    config: Config, policy: Policy, update: Update, task: Task, tell: Callable[[Told], None] = nobody
+) -> AgreementCheck | None:
     """With the opening of a task as the prompt, for a sampler in another process: there a weight can be lost or stale."""
     if config.sampler == "native":
         return None
     opening = config.environment.create(task).observe()
     prompt_ids_P = policy.chat.opening(opening.messages, opening.tools)
     r = config.rollout
-    return AgreementCheck(update, prompt_ids_P, r.temperature, config.vllm.max_mismatch, min(r.max_completion_tokens, 16))
+    tokens, bound = min(r.max_completion_tokens, 16), config.vllm.max_mismatch
+    return AgreementCheck(update, prompt_ids_P, r.temperature, bound, tokens, tell)

@@ -1,6 +1,7 @@
 """Build what a run is made of from its config: the same parts for training and for evaluation."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxgrpo.attention import Kernel
 from jaxgrpo.chat import Chat
 from jaxgrpo.config import Config, ConfigError, refuse
-from jaxgrpo.model import ModelConfig, Params, param_shapes
+from jaxgrpo.cudnn import choose_kernel
+from jaxgrpo.lora import NO_LORA, LoraSettings
+from jaxgrpo.model import ModelConfig, Params, trained_shapes
+from jaxgrpo.paths import cache_root, machine
 from jaxgrpo.pretrained import load_params, load_tokenizer, locate
 from jaxgrpo.rollout import Decoding, Execution, Limits, Rollout
 from jaxgrpo.samplers.base import Sampler
@@ -91,6 +97,11 @@ def device_count(config: Config) -> int:
     problems = []
     if wanted > len(available):
         problems.append(f"training.devices is {wanted}, but jax sees {len(available)} device(s) of kind {available[0].platform}")
+    elif wanted < len(available) and jax.process_count() > 1:
+        problems.append(
+            f"training.devices is {wanted}, but the {jax.process_count()} processes have {len(available)} devices, all of which take part: "
+            "leave it None, and limit each process with training.gpus"
+        )
     if config.rollout.tasks_per_step % micro_batch:
         problems.append(
             f"rollout.tasks_per_step ({config.rollout.tasks_per_step}) must be a multiple of the {micro_batch} groups of a micro-batch "
@@ -107,16 +118,44 @@ def compute_dtype(config: Config) -> Any:
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
+def attention_kernel(config: Config, model: ModelConfig, mesh: Mesh, dtype: Any) -> tuple[Kernel, str]:
+    """What computes attention in the update over a mesh, and a line that says so. Raises ConfigError where it cannot be as asked for."""
+    try:
+        return choose_kernel(config.training.attention, dtype, model.head_size, mesh.devices.flat[0].platform)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def keep_compiled(config: Config) -> None:
+    """Let jax keep what it compiles from run to run. JAX_COMPILATION_CACHE_DIR, where set, says where. Before jax's first use."""
+    if config.training.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla" / machine()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def training_mesh(config: Config) -> Mesh:
+    """Over the devices that the config asks for."""
+    return make_mesh(jax.devices()[: device_count(config)])
+
+
 def build_update(config: Config, model: ModelConfig) -> Update:
     """The sharded update over the devices that the config asks for."""
+    return update_on(training_mesh(config), config, model, compute_dtype(config))
+
+
+def update_on(mesh: Mesh, config: Config, model: ModelConfig, dtype: Any) -> Update:
+    """The sharded update over a mesh, whose devices may be described only, to compile for."""
     return Update(
         model,
-        make_mesh(jax.devices()[: device_count(config)]),
+        mesh,
         config.loss,
         config.optimizer,
-        compute_dtype=compute_dtype(config),
+        compute_dtype=dtype,
         temperature=config.rollout.temperature,
         head_chunk=config.training.head_chunk,
+        kernel=attention_kernel(config, model, mesh, dtype)[0],
+        remat=config.training.remat,
+        lora=config.lora,
     )
 
 
@@ -136,9 +175,9 @@ def build_rollout(config: Config, policy: Policy, sampler: Sampler, decoding: De
     return Rollout(sampler, config.environment, policy.chat, limits, decoding, execution)
 
 
-def parameter_count(model: ModelConfig) -> int:
-    """Parameters of the model, tied tables once."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(param_shapes(model)))
+def parameter_count(model: ModelConfig, lora: LoraSettings = NO_LORA) -> int:
+    """Parameters of the model, tied tables once; or those of its adapters."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(trained_shapes(model, lora)))
 
 
 def run_folder(given: str | None, name: str) -> Path:

@@ -9,7 +9,7 @@ inside the layer loop).
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -64,12 +64,18 @@ Layout = Any  # the parameter tree with a LeafLayout for each tensor
 
 def make_layout(config: ModelConfig, devices: int) -> Layout:
     """The layout of a model's whole parameter tree."""
+    return layout_of(param_shapes(config), devices)
+
+
+def layout_of(shapes: Params, devices: int) -> Layout:
+    """The layout of a logical tree, or of a part of it, of which the shapes are given."""
 
     def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> LeafLayout:
-        stacked = path[0].key == "layers"
-        return LeafLayout(shape.shape[1:] if stacked else shape.shape, stacked, config.layers if stacked else 1, devices)
+        if path[0].key == "layers":
+            return LeafLayout(shape.shape[1:], True, shape.shape[0], devices)
+        return LeafLayout(shape.shape, False, 1, devices)
 
-    return jax.tree_util.tree_map_with_path(leaf, param_shapes(config))
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 def specs(layout: Layout) -> Any:
@@ -83,13 +89,20 @@ def store_leaf(value: Any, leaf: LeafLayout, mesh: Mesh, dtype: Any = jnp.float3
     if value.shape != leaf.logical_shape:
         raise ValueError(f"a tensor has shape {value.shape}, the model's config says {leaf.logical_shape}")
     flat = value.reshape(leaf.layers, leaf.size)
+    return store_rows(lambda start, stop: flat[:, start:stop], leaf, mesh, dtype)
+
+
+def store_rows(read: Callable[[int, int], np.ndarray], leaf: LeafLayout, mesh: Mesh, dtype: Any) -> Array:
+    """Stored shards of what `read(start, stop)` gives: elements of each layer's flat values, [layers, stop - start]. Asked for what the
+    devices of this process hold, and no more."""
 
     def shard(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
         start, stop, _ = index[-1].indices(leaf.padded)
         piece = np.zeros((leaf.layers, stop - start), dtype)
         real = max(0, min(stop, leaf.size) - start)
-        piece[:, :real] = flat[:, start : start + real]
+        if real:
+            piece[:, :real] = read(start, start + real)
         return piece if leaf.stacked else piece[0]
 
     return jax.make_array_from_callback(leaf.stored_shape, NamedSharding(mesh, leaf.spec), shard)

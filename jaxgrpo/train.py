@@ -16,31 +16,36 @@ import numpy as np
 
 from jaxgrpo import records
 from jaxgrpo.background import EventLoopThread
-from jaxgrpo.batch_metrics import rollout_metrics, update_metrics
-from jaxgrpo.checkpoint import Checkpoints, newest_step
+from jaxgrpo.batch_metrics import rollout_metrics, schedule_metrics, update_metrics
+from jaxgrpo.checkpoint import newest_step, read_adapters, read_policy
 from jaxgrpo.config import MAY_CHANGE, Config, ConfigError, changes_of_meaning, load_config, refuse, to_json
 from jaxgrpo.evaluate import NothingLeftError, evaluate, split_tasks
-from jaxgrpo.metrics import Recorder, Stopwatch, TerminalView
+from jaxgrpo.learner import Learner, passed
+from jaxgrpo.metrics import Recorder, TerminalView
 from jaxgrpo.packing import pack
+from jaxgrpo.peft_format import save_adapter
 from jaxgrpo.pretrained import save_hf
+from jaxgrpo.processes import ClusterFlags, PeerError, Processes, Told, Work, add_flags, join
 from jaxgrpo.rollout import Decoding, RolloutResult
-from jaxgrpo.samplers.base import SamplerError
-from jaxgrpo.serving import StoredWeights, agreement_check, open_sampler
+from jaxgrpo.samplers.base import Sampler, SamplerError
+from jaxgrpo.samplers.metered import MeteredSampler
+from jaxgrpo.schedule import RolloutsAhead, check_staleness
+from jaxgrpo.serving import agreement_check, open_sampler
 from jaxgrpo.setup import (
     Policy,
+    attention_kernel,
     build_rollout,
-    build_update,
     check_episodes,
     compute_dtype,
     device_count,
-    initial_params,
+    keep_compiled,
     open_policy,
     open_tasks,
     parameter_count,
     run_folder,
     take_gpus,
+    training_mesh,
 )
-from jaxgrpo.sharding import logical_on_host
 from jaxgrpo.types import GroupBatch, Task
 from jaxgrpo.update import StepReport, TrainState
 
@@ -63,57 +68,40 @@ def task_batch(tasks: Sequence[Task], tasks_per_step: int, seed: int, index: int
     return [tasks[i] for i in order[position * tasks_per_step : (position + 1) * tasks_per_step]]
 
 
-def passed(every: int | None, step: int, advance: int) -> bool:
-    """True when a multiple of `every` lies within the last `advance` steps, `step` included."""
-    return every is not None and step // every > (step - advance) // every
+class Training(Learner):
+    """One run, in the process that leads it: what it is made of, and the loop."""
 
-
-class Training:
-    """One run: what it is made of, and the loop."""
-
-    def __init__(self, config: Config, folder: Path, resume: bool, stack: ExitStack):
-        self.config = config
-        self.folder = folder
-        self.policy: Policy = open_policy(config)
-        self.tasks, _ = training_tasks(config, self.policy)
-        self.update = build_update(config, self.policy.config)
-        self.checkpoints = Checkpoints(folder / "checkpoints", config.recording.keep)
-        stack.callback(self.checkpoints.close)
-        self.state, self.batch = self._first_state(resume)
+    def __init__(self, config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack):
+        policy = open_policy(config)
+        self.tasks, _ = training_tasks(config, policy)
+        super().__init__(config, policy, folder, resume, processes, stack)
         self.skipped: list[RolloutResult] = []
         self.loop = stack.enter_context(EventLoopThread())
-        self.sampler = open_sampler(config, self.policy, self.weights, self.version, self.loop, folder, stack)
-        self.agreement = agreement_check(config, self.policy, self.update, self.tasks[0])
+        self.sampler = MeteredSampler(self.open_sampler(stack))
+        self.rollout = build_rollout(config, self.policy, self.sampler, Decoding(config.rollout.temperature))
+        self.ahead = RolloutsAhead(self.loop, self.rollout_of, self.batch, config.training.max_staleness)
+        stack.callback(self.ahead.close)
+        self.agreement = agreement_check(config, self.policy, self.update, self.tasks[0], processes.tell)
         self.served = self.check_sampler()
         r = config.recording
         after = self.state.step if resume else None
         self.recorder = Recorder(folder, tensorboard=r.tensorboard, wandb_project=r.wandb_project, name=config.name, after=after)
         stack.callback(self.recorder.close)
-        self.clock = Stopwatch()
         self.view = stack.enter_context(TerminalView(config.training.steps))
+        self.view.say(f"attention: {attention_kernel(config, self.policy.config, self.update.mesh, self.update.compute_dtype)[1]}")
 
-    def _first_state(self, resume: bool) -> tuple[TrainState, int]:
-        if resume:
-            return self.checkpoints.restore(self.update)
-        return self.update.init(initial_params(self.policy, np.float32)), 0
-
-    @property
-    def weights(self) -> StoredWeights:
-        """The policy's weights, as samplers take them."""
-        return StoredWeights.of(self.state.params, self.update)
-
-    @property
-    def version(self) -> int:
-        """The number of the policy's weights: it grows by one with each batch that was trained on."""
-        return self.state.step // self.config.training.iterations
+    def open_sampler(self, stack: ExitStack) -> Sampler:
+        """The config's sampler, serving the weights of now."""
+        return open_sampler(self.config, self.policy, self.weights, self.version, self.loop, self.folder, stack)
 
     def run(self) -> None:
-        """The loop. `state` and `batch`, the number of batches played, are all that changes from turn to turn."""
+        """The loop. `state` and `batch`, the number of batches taken from `play`, are all that changes from turn to turn."""
         if self.config.evaluation.before and self.state.step == 0:
             self.evaluate()
         self.view.begin(self.state.step)
+        self.measure()  # what went by so far is no batch's
         while self.state.step < self.config.training.steps:
-            result = self.play(task_batch(self.tasks, self.config.rollout.tasks_per_step, self.config.seed, self.batch))
+            result = self.play()
             self.batch += 1
             if not result.groups:
                 self.skip(result)
@@ -126,13 +114,23 @@ class Training:
             self.checkpoint_if_due()
         self.finish()
 
-    def play(self, tasks: Sequence[Task]) -> RolloutResult:
-        """Tasks -> scored groups."""
-        rollout = build_rollout(self.config, self.policy, self.sampler, Decoding(self.config.rollout.temperature))
-        with self.clock.phase("rollout"):
-            return self.loop.call(
-                rollout.groups(tasks, self.config.rollout.group_size, self.config.seed, f"batch-{self.batch}", self.view.episodes)
-            )
+    def play(self) -> RolloutResult:
+        """The next batch's tasks -> scored groups. With training.max_staleness the batches after it are played meanwhile."""
+        with self.clock.phase("wait"):
+            result = self.ahead.next((self.config.training.steps - self.state.step) // self.config.training.iterations)
+        check_staleness(result, self.version, self.config.training.max_staleness)
+        return result
+
+    async def rollout_of(self, batch: int) -> RolloutResult:
+        """The rollout of any batch: a function of its number, whenever it is played."""
+        r, seed = self.config.rollout, self.config.seed
+        tasks = task_batch(self.tasks, r.tasks_per_step, seed, batch)
+
+        def progress(done: int, total: int) -> None:
+            if batch == self.batch:  # those ahead are not what is waited for
+                self.view.episodes(done, total)
+
+        return await self.rollout.groups(tasks, r.group_size, seed, f"batch-{batch}", progress)
 
     def skip(self, result: RolloutResult) -> None:
         """Go on without a batch of which no group was left. Raises NothingLeftError when it is one of too many in a row."""
@@ -147,20 +145,6 @@ class Training:
         micro_batch_groups = self.update.mesh.size * self.config.training.groups_per_device
         return pack(result.groups, micro_batch_groups, self.config.rollout.max_completion_tokens, self.config.packing)
 
-    def learn(self, batches: Sequence[GroupBatch]) -> list[StepReport]:
-        """Micro-batches -> `iterations` optimizer steps, the first of them on-policy."""
-        with self.clock.phase("reference"):
-            reference = self.update.reference_logprobs(self.state, batches)
-        behaviour, reports = None, []
-        with self.clock.phase("update"):
-            for _ in range(self.config.training.iterations):
-                self.state, logprobs, report = self.update.optimizer_step(self.state, batches, behaviour, reference)
-                behaviour = logprobs if behaviour is None else behaviour
-                reports.append(report)
-                if passed(self.config.training.reference_every, self.state.step, 1):
-                    self.state = self.update.replace_reference(self.state)
-        return reports
-
     def publish(self) -> None:
         """The sampler serves the new weights, under the next version."""
         with self.clock.phase("publish"):
@@ -170,18 +154,23 @@ class Training:
 
     def check_sampler(self) -> dict[str, float]:
         """How far what is served is from the trainer's own forward. Raises MismatchError when it is too far."""
-        return {} if self.agreement is None else self.agreement.run(self.loop, self.sampler, self.state.params, self.version)
+        return {} if self.agreement is None else self.agreement.run(self.loop, self.sampler, self.update.policy(self.state), self.version)
 
     def record(self, result: RolloutResult, batches: Sequence[GroupBatch], reports: Sequence[StepReport]) -> None:
         """Metrics and episodes of the batch."""
-        seconds = self.clock.take()
-        played = rollout_metrics(result, self.skipped, self.version - 1, seconds)
-        metrics = played | update_metrics(batches, reports, self.update.compilations, seconds) | self.served
+        seconds, sampler_idle_share = self.measure()
+        played = rollout_metrics(result, self.skipped, self.version - 1)
+        trained = update_metrics(batches, reports, self.update.compilations, seconds)
+        metrics = played | trained | schedule_metrics(seconds, sampler_idle_share) | self.served
         metrics["time/check_seconds"] = seconds["check"]
         self.skipped = []
         self.recorder.record(self.state.step, metrics)
         self.view.step(self.state.step, metrics)
         self.save_episodes(result, "train")
+
+    def measure(self) -> tuple[dict[str, float], float]:
+        """Since this was asked last: the seconds of each phase and of all, and the sampler's idle share."""
+        return self.clock.take(), self.loop.call(self.sampler.take_idle_share())
 
     def evaluate_if_due(self) -> None:
         """After the last step when asked for, and every so many steps before it."""
@@ -189,9 +178,11 @@ class Training:
         last = step >= self.config.training.steps
         if evaluation.after if last else passed(evaluation.every, step, self.config.training.iterations):
             self.evaluate()
+            self.measure()  # an evaluation's time is no batch's
 
     def evaluate(self) -> None:
-        """Every split that the config names, with the weights being served."""
+        """Every split that the config names, with the weights being served: nothing is published meanwhile. Rollouts that are ahead go on
+        beside it, under the same weights."""
         e = self.config.evaluation
         rollout = build_rollout(self.config, self.policy, self.sampler, Decoding(e.temperature, e.top_p))
         for split in e.splits:
@@ -212,7 +203,7 @@ class Training:
         """Last of all, so that what a resumed run goes on from is recorded in full."""
         step = self.state.step
         if step >= self.config.training.steps or passed(self.config.recording.checkpoint_every, step, self.config.training.iterations):
-            self.checkpoints.save(self.state, self.batch, self.update)
+            self.save()
 
     def save_episodes(self, result: RolloutResult, kind: str) -> None:
         """Under the step that the batch led to."""
@@ -221,13 +212,21 @@ class Training:
             records.write(path, result, kind, self.state.step)
 
     def finish(self) -> None:
-        """The trained policy as a Hugging Face folder, in place of that of a run that was shorter."""
-        if self.config.recording.export_hf:
-            folder = self.folder / "hf"
-            if folder.exists():
-                shutil.rmtree(folder)
-            save_hf(logical_on_host(self.state.params, self.update.layout), self.policy.folder, folder)
-            self.view.say(f"the policy is in {folder}")
+        """The trained policy as a Hugging Face folder, or its adapter as PEFT's, in place of that of a run that was shorter."""
+        if not self.config.recording.export_hf:
+            return
+        lora, model, saved = self.config.lora, self.config.model, self.folder / "checkpoints"
+        folder = self.folder / ("adapter" if lora.export == "adapter" else "hf")
+        if folder.exists():
+            shutil.rmtree(folder)
+        if lora.export == "adapter":
+            base = str(self.policy.folder.resolve()) if Path(model.source).expanduser().is_dir() else model.source
+            adapters = read_adapters(saved, self.policy.config, self.state.step)
+            save_adapter(adapters, self.policy.config, lora, base, model.revision, folder)
+        else:
+            params, _ = read_policy(saved, self.policy.config, self.state.step, self.base)
+            save_hf(params, self.policy.folder, folder)
+        self.view.say(f"the policy is in {folder}")
 
 
 def training_tasks(config: Config, policy: Policy) -> tuple[Sequence[Task], int]:
@@ -249,7 +248,11 @@ def describe(config: Config) -> Iterator[str]:
     micro_batch = devices * t.groups_per_device
     yield to_json(config)
     yield f"parameters              {parameter_count(policy.config):,} ({policy.config.layers} layers of width {policy.config.width})"
+    if config.lora.rank:
+        adapters = f"LoRA of rank {config.lora.rank} on {', '.join(config.lora.targets)}"
+        yield f"trained parameters      {parameter_count(policy.config, config.lora):,} ({adapters})"
     yield f"devices                 {devices}, compute in {compute_dtype(config)}"
+    yield f"attention               {attention_kernel(config, policy.config, training_mesh(config), compute_dtype(config))[1]}"
     yield f"longest prompt          {longest_prompt} tokens of at most {r.max_prompt_tokens}"
     yield f"rollouts a batch        {r.tasks_per_step} tasks x {r.group_size} samples = {r.tasks_per_step * r.group_size}"
     yield f"micro-batches a step    {r.tasks_per_step // micro_batch} of {micro_batch} groups"
@@ -258,18 +261,35 @@ def describe(config: Config) -> Iterator[str]:
     yield f"the run                 {t.steps} steps = {t.steps // t.iterations} batches = {t.steps / (batches * t.iterations):.1f} epochs"
 
 
-def train(config: Config, folder: Path, resume: bool = False) -> TrainState:
-    """Run a config to its end, recorded in `folder`; returns the final state. Raises ConfigError when the folder holds a run and `resume`
-    was not asked for, or the other way round."""
+def train(config: Config, folder: Path, resume: bool = False, processes: Processes | None = None) -> TrainState:
+    """Run a config to its end, recorded in `folder`; returns the final state. Called by each of a run's processes (None: there is one).
+
+    Raises ConfigError when the folder holds a run and `resume` was not asked for, or the other way round; PeerError when another process
+    has failed.
+    """
+    processes = processes or Processes()
+    with processes.together(), ExitStack() as stack:
+        processes.agree(f"{resume} {to_json(config)}")
+        learner = _lead(config, folder, resume, processes, stack) if processes.leads else _follow(config, folder, resume, processes, stack)
+    return learner.state
+
+
+def _lead(config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack) -> Learner:
     if resume:
         check_resumable(config, folder)
     elif newest_step(folder / "checkpoints") is not None or _has_content(folder / "metrics.jsonl"):
         raise ConfigError(f"{folder} holds a run already: pass --resume to go on with it, or another --run-dir")
-    with ExitStack() as stack:
-        training = Training(config, folder, resume, stack)
-        (folder / "config.json").write_text(to_json(config), encoding="utf-8")
-        training.run()
-    return training.state
+    training = Training(config, folder, resume, processes, stack)
+    (folder / "config.json").write_text(to_json(config), encoding="utf-8")
+    training.run()
+    processes.tell(Told(Work.END))
+    return training
+
+
+def _follow(config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack) -> Learner:
+    learner = Learner(config, open_policy(config), folder, resume, processes, stack)
+    learner.follow()
+    return learner
 
 
 def _has_content(file: Path) -> bool:
@@ -296,26 +316,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run-dir", help="where the run is recorded (default: runs/NAME)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    add_flags(parser)
     args = parser.parse_args(arguments)
     try:
         config = load_config(args.config, args.set)
         folder = run_folder(args.run_dir, config.name)
         take_gpus(config)
+        keep_compiled(config)
+        processes = join(ClusterFlags.of(args), config.training.gpus)
         if args.dry_run:
-            print("\n".join(describe(config)))
+            print("\n".join(describe(config) if processes.leads else []), end="\n" if processes.leads else "")
             return 0
-        return _train_until_told(config, folder, args.resume)
+        return _train_until_told(config, folder, args.resume, processes)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _train_until_told(config: Config, folder: Path, resume: bool) -> int:
+def _train_until_told(config: Config, folder: Path, resume: bool, processes: Processes) -> int:
     """Train; the exit status. SIGTERM ends the run as Ctrl-C does: at once, with what the last checkpoint holds."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        train(config, folder, resume)
-    except (NothingLeftError, SamplerError) as error:
+        train(config, folder, resume, processes)
+    except (NothingLeftError, SamplerError, PeerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

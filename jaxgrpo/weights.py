@@ -8,7 +8,6 @@ the bare values, so the blocks go straight to their places in it, and whoever re
 """
 
 import asyncio
-import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -19,7 +18,7 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
@@ -35,6 +34,7 @@ from jax.sharding import Mesh
 
 from jaxgrpo import hf_mapping
 from jaxgrpo.model import ModelConfig, Params
+from jaxgrpo.orbax_io import without_ocdbt_hint
 from jaxgrpo.sharding import Layout, LeafLayout
 from jaxgrpo.weight_manifest import BARE, MANIFEST, PARAMS, Manifest, StoredArray, StoredTensor, WeightError, write_json, write_manifest
 
@@ -148,23 +148,8 @@ def _write(folder: Path, leaves: dict[hf_mapping.Path, _Leaf]) -> None:
     # orbax asks the handler of arrays for a store of metadata, and warns when there is none
     registry = ocp.type_handlers.create_type_handler_registry((_Leaf, handler), (jax.Array, ocp.type_handlers.ArrayHandler()))
     tree_handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
-    with _without_hint(), ocp.Checkpointer(tree_handler) as checkpointer:
+    with without_ocdbt_hint(), ocp.Checkpointer(tree_handler) as checkpointer:
         checkpointer.save((folder / PARAMS).absolute(), ocp.args.PyTreeSave(hf_mapping.unflatten(leaves)))
-
-
-@contextlib.contextmanager
-def _without_hint() -> Iterator[None]:
-    """At every save that is not in its OCDBT format, orbax warns that it merges nothing."""
-
-    def wanted(record: logging.LogRecord) -> bool:
-        return "Skipping merge of OCDBT" not in record.getMessage()
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(wanted)
-    try:
-        yield
-    finally:
-        logger.removeFilter(wanted)
 
 
 def _pieces_file(process: int) -> str:
@@ -287,8 +272,9 @@ class WeightFolder:
 
     def __init__(self, run_folder: Path, version_bytes: int, shared_memory: Path = SHARED_MEMORY):
         _remove_abandoned(shared_memory)
-        # several processes may be on several hosts, which share the run folder but no memory
-        in_memory = jax.process_count() == 1 and _room(shared_memory) > 3 * version_bytes
+        # several processes may be on several hosts, which share folders but no memory
+        shared = jax.process_count() == 1 or shared_memory != SHARED_MEMORY
+        in_memory = shared and _room(shared_memory) > 3 * version_bytes
         name = f"jaxgrpo-{getpass.getuser()}-{zlib.crc32(str(run_folder.absolute()).encode()):08x}"
         self.root = (shared_memory / name if in_memory else run_folder / "weights").absolute()
         self._lock: TextIO | None = _claim(self.root) if jax.process_index() == 0 else None

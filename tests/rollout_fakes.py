@@ -74,6 +74,36 @@ class ScriptedSampler:
         pass
 
 
+def one_turn(name: str, seed: int = 0) -> SamplingRequest:
+    """A request of an episode of its own."""
+    return SamplingRequest(name, name, np.arange(3, dtype=np.int32), 3, max_tokens=8, seed=seed)
+
+
+class VersionedSampler:
+    """Says a letter, with the version that was published last; one that `forgets` to take up what is published stays at the first."""
+
+    def __init__(self, version: int, forgets: bool = False):
+        self.version = version
+        self.closed = False
+        self._forgets = forgets
+
+    async def generate(self, request: SamplingRequest) -> Generation:
+        await asyncio.sleep(0)
+        return Generation(
+            np.array([97 + request.seed % 60], np.int32), np.array([-5.0], np.float32), np.array([self.version]), FinishReason.STOP
+        )
+
+    async def release(self, episode_id: str) -> None:
+        pass
+
+    async def publish(self, version: int, weights: object) -> dict[str, float]:
+        self.version = self.version if self._forgets else version
+        return {}
+
+    async def close(self) -> None:
+        self.closed = True
+
+
 class EchoEnvironment:
     """Answers "ab" in a tool message with one call; "done" finishes, "cannot" gives up, "broken" fails. The reward counts the calls."""
 

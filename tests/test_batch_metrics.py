@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxgrpo.batch_metrics import rollout_metrics, update_metrics
+from jaxgrpo.batch_metrics import rollout_metrics, schedule_metrics, update_metrics
 from jaxgrpo.losses import LossSums
 from jaxgrpo.packing import PackingSettings, pack
 from jaxgrpo.rollout import DroppedGroup, RolloutResult
@@ -38,11 +38,11 @@ GROUPS = (
     Group(Task("b"), (trajectory("b", [1] * 6, 0.5, StopReason.TOKEN_LIMIT), trajectory("b", [1, 1, 1, 0], 0.5, StopReason.GAVE_UP))),
 )
 FAILED = trajectory("c", [1], 0.0, StopReason.ENVIRONMENT_ERROR)
-RESULT = RolloutResult(GROUPS, (DroppedGroup(Task("c"), "lost"),), (FAILED, FAILED))
+RESULT = RolloutResult(GROUPS, (DroppedGroup(Task("c"), "lost"),), (FAILED, FAILED), seconds=2.0)
 
 
 def test_rollout_metrics_by_hand():
-    metrics = rollout_metrics(RESULT, [], 4, {"rollout": 2.0})
+    metrics = rollout_metrics(RESULT, [], 4)
     expected = {
         "train/reward_mean": 0.5,
         "train/pass_rate": 0.25,
@@ -73,7 +73,7 @@ def test_rollout_metrics_by_hand():
 
 def test_faults_of_skipped_batches_are_counted_with_the_next():
     lost = RolloutResult((), (DroppedGroup(Task("x"), "e"), DroppedGroup(Task("y"), "e")), (FAILED,) * 3)
-    metrics = rollout_metrics(RESULT, [lost, lost], 4, {"rollout": 1.0})
+    metrics = rollout_metrics(RESULT, [lost, lost], 4)
     assert (metrics["train/skipped_batches"], metrics["train/dropped_groups"], metrics["train/environment_errors"]) == (2, 5, 8)
 
 
@@ -96,6 +96,7 @@ def test_update_metrics_by_hand():
         "train/mismatch_outside_share": 0.5,
         "train/grad_norm": 3.0,
         "train/real_token_share": real / (2 * 4 + 4 * 8),
+        "train/forwarded_per_completion_token": (2 * 4 + 4 * 8) / 16,
         "train/prompt_sharing": (16 + 4 * 3) / real,
         "train/compilations": 3,
         "time/reference_seconds": 0.1,
@@ -106,6 +107,16 @@ def test_update_metrics_by_hand():
     assert metrics == pytest.approx(expected)
 
 
+def test_what_a_batch_took_and_who_waited_by_hand():
+    metrics = schedule_metrics({"all": 10.0, "wait": 4.0, "update": 5.0}, 0.1)
+    assert metrics == {
+        "time/batch_seconds": 10.0,
+        "time/wait_seconds": 4.0,
+        "time/trainer_idle_share": 0.4,
+        "time/sampler_idle_share": 0.1,
+    }
+
+
 def test_empty_groups_that_fill_a_micro_batch_count_nothing():
     one = pack(GROUPS[:1], 1, 8, PackingSettings(prompt_multiple=4, completion_multiple=8))
     filled = pack(GROUPS[:1], 3, 8, PackingSettings(prompt_multiple=4, completion_multiple=8))
@@ -113,11 +124,13 @@ def test_empty_groups_that_fill_a_micro_batch_count_nothing():
     seconds = {"reference": 1.0, "update": 1.0, "publish": 1.0}
     a, b = (update_metrics(batches, report, 1, seconds) for batches in (one, filled))
     assert b["train/real_token_share"] == pytest.approx(a["train/real_token_share"] / 3)
-    assert {**a, "train/real_token_share": 0} == {**b, "train/real_token_share": 0}
+    assert b["train/forwarded_per_completion_token"] == pytest.approx(a["train/forwarded_per_completion_token"] * 3)
+    padded = dict.fromkeys(("train/real_token_share", "train/forwarded_per_completion_token"), 0)
+    assert a | padded == b | padded
 
 
 def test_score_parts_that_only_some_episodes_have_count_as_zero():
     odd = dataclasses.replace(GROUPS[0].trajectories[0], score=Score(1.0, True, {"rare": 1.0}))
-    result = RolloutResult((Group(Task("a"), (odd, GROUPS[0].trajectories[1])),), (), ())
-    metrics = rollout_metrics(result, [], 4, {"rollout": 1.0})
+    result = RolloutResult((Group(Task("a"), (odd, GROUPS[0].trajectories[1])),), (), (), seconds=1.0)
+    metrics = rollout_metrics(result, [], 4)
     assert (metrics["reward/rare"], metrics["reward/tidy"]) == (0.5, 0.0)

@@ -139,7 +139,7 @@ def test_what_a_killed_process_was_writing_never_counts(tmp_path):
     checkpoints.close()
     torn = tmp_path / "4.orbax-checkpoint-tmp"  # the name under which orbax writes
     shutil.copytree(tmp_path / "2", torn)
-    shutil.rmtree(torn / "policy" / "d")
+    shutil.rmtree(torn / "policy" / "embed.embedding")
     assert newest_step(tmp_path) == 2
     assert read_policy(tmp_path, MODEL)[1] == 2
     assert torn.is_dir()  # a reader cleans nothing up: another process may be writing

@@ -104,6 +104,8 @@ def test_overrides_of_one_section_are_checked_together(tmp_path):
         ("evaluation.splits=test,test", "names a split twice"),
         ("training.iterations=4", "training.steps (6) must be a multiple of training.iterations (4)"),
         ("training.groups_per_device=4", "must be a multiple of training.devices x training.groups_per_device (1 x 4)"),
+        ("training.remat=all", "training.remat must be one of full, attention, none; got 'all'"),
+        ("training.attention=cudn", "Did you mean 'cudnn'?"),
         ("native.max_cache_tokens=64", "native.max_cache_tokens (64) cannot hold one episode"),
         ("loss.kl_beta=0", "training.reference_every has no effect when loss.kl_beta is 0"),
         ("recording.wandb_project=p", "wandb is not installed"),
@@ -113,6 +115,8 @@ def test_overrides_of_one_section_are_checked_together(tmp_path):
         ("vllm.max_mismatch=0", "vllm.max_mismatch must be above 0"),
         ("vllm.gpus=(1,1)", "vllm.gpus must be different indices"),
         ("training.gpus=()", "training.devices is 1, but training.gpus names 0"),
+        ("training.max_staleness=-1", "training.max_staleness must be at least 0"),
+        ("training.max_staleness=1", "loss.tis_cap None takes every sample for the policy's own: set it"),
     ],
 )
 def test_each_refusal_names_the_key_and_what_is_allowed(tmp_path, monkeypatch, override, said):
@@ -126,6 +130,8 @@ def test_each_refusal_names_the_key_and_what_is_allowed(tmp_path, monkeypatch, o
         (("training.gpus=(0,1)", "vllm.gpus=(1,)"), "training.gpus and vllm.gpus share GPU 1"),
         (("vllm.gpus=(1,)",), "vllm.gpus is set and training.gpus is not"),
         (("vllm.urls=http://a:1", "vllm.port=5"), "leave out one or the other"),
+        (("vllm.urls=http://a:1", "vllm.servers=2"), "leave out one or the other"),
+        (("vllm.gpus=(1,2,3)", "training.gpus=(0,)", "vllm.servers=2"), "vllm.servers (2) must divide the 3 GPU(s) of vllm.gpus"),
         (("vllm.urls=a:8000",), "vllm.urls must be like http://host:8000, got 'a:8000'"),
     ],
 )
@@ -197,7 +203,7 @@ def test_every_setting_is_read_outside_its_definition():
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 read.add(node.attr)
     sections = [kind for kind in typing.get_type_hints(Config).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
-    assert len(sections) == 10
+    assert len(sections) == 11
     unread = {
         f"{kind.__name__}.{field.name}" for kind in (Config, *sections) for field in dataclasses.fields(kind) if field.name not in read
     }

@@ -1,11 +1,13 @@
 """jaxgrpo.decode against the plain forward and against NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxgrpo import decode
-from jaxgrpo.model import ModelConfig, cast_to, forward, head_table, init_params
+from jaxgrpo.model import ModelConfig, Params, cast_to, forward, head_table, init_params
 
 CONFIG = ModelConfig(97, 32, 2, 4, 2, 8, 48, 512, 1e4, 1e-6, True)
 PARAMS = jax.tree.map(lambda leaf: leaf * 4 if leaf.ndim > 1 else leaf, init_params(CONFIG, jax.random.key(1)))
@@ -38,6 +40,14 @@ def rows_of(tokens: list[int], positions: list[int], limits: list[int], temperat
     )
 
 
+def decode_chunk(params: Params, context: decode.Context, rows: decode.DecodeRows, eos: int, steps: int, at_once: int = 6) -> decode.Chunk:
+    """A whole chunk, `at_once` steps a call."""
+    progress, buffers = decode.begin_chunk(CONFIG, rows, steps=steps, dtype=jnp.float32)
+    for _ in range(0, steps, at_once):
+        progress, buffers = decode.run_steps(CONFIG, params, context, rows, jnp.array([eos]), progress, buffers, steps=at_once)
+    return progress.chunk
+
+
 def test_extend_then_decode_over_a_shared_prompt_equals_the_plain_forward():
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 97, n).astype(np.int32) for n in (70, 9)]
@@ -66,7 +76,7 @@ def test_extend_then_decode_over_a_shared_prompt_equals_the_plain_forward():
     own_lengths = np.array([len(ids) - 1 for ids in own])
     context = context._replace(own=decode.gather_pages(pool, np.array([[4], [5], [6]])), own_lengths_B=own_lengths)
     rows = rows_of([int(ids[-1]) for ids in own], list(bases + own_lengths), [5, 3, 5])
-    chunk, _ = decode.decode_chunk(CONFIG, params, context, rows, jnp.array([-1]), steps=5)
+    chunk = decode_chunk(params, context, rows, -1, 5)
     assert chunk.counts_B.tolist() == [5, 3, 5]
     for b, g in enumerate(group_of_row):
         tokens = np.asarray(chunk.tokens_BC[b, : chunk.counts_B[b]])
@@ -79,14 +89,37 @@ def test_extend_then_decode_over_a_shared_prompt_equals_the_plain_forward():
 
 def test_a_chunk_stops_each_row_at_its_end_token():
     params = decode.serving_params(PARAMS, jnp.float32)
-    free, _ = decode.decode_chunk(CONFIG, params, empty_context(2), rows_of([3, 5], [0, 0], [6, 6], 1.0), jnp.array([-1]), steps=6)
+    free = decode_chunk(params, empty_context(2), rows_of([3, 5], [0, 0], [6, 6], 1.0), -1, 6)
     end = int(free.tokens_BC[0, 2])
-    ended, _ = decode.decode_chunk(CONFIG, params, empty_context(2), rows_of([3, 5], [0, 0], [6, 6], 1.0), jnp.array([end]), steps=6)
+    ended = decode_chunk(params, empty_context(2), rows_of([3, 5], [0, 0], [6, 6], 1.0), end, 6)
     for b in range(2):
         tokens = np.asarray(free.tokens_BC[b])
         at = np.flatnonzero(tokens == end)
         assert int(ended.counts_B[b]) == (at[0] + 1 if len(at) else 6)
     np.testing.assert_array_equal(ended.tokens_BC[0, :3], free.tokens_BC[0, :3])
+
+
+def test_a_chunk_in_pieces_is_the_same_chunk():
+    params = decode.serving_params(PARAMS, jnp.float32)
+    whole, *pieces = (decode_chunk(params, empty_context(2), rows_of([3, 5], [0, 0], [7, 4], 1.0), -1, 7, at_once) for at_once in (7, 3, 1))
+    assert whole.counts_B.tolist() == [7, 4]
+    for piece in pieces:
+        assert piece.counts_B.tolist() == [7, 4]
+        np.testing.assert_array_equal(piece.tokens_BC, whole.tokens_BC)
+        np.testing.assert_array_equal(piece.logprobs_BC, whole.logprobs_BC)
+
+
+def test_an_untied_head_has_its_own_table():
+    config = dataclasses.replace(CONFIG, tied_embeddings=False)
+    untied = PARAMS | {"lm_head": init_params(config, jax.random.key(2))["lm_head"]}
+    tied, own = (
+        decode_chunk(decode.serving_params(tree, jnp.float32), empty_context(1), rows_of([3], [0], [1]), -1, 1) for tree in (PARAMS, untied)
+    )
+    hidden = forward(config, untied, jnp.array([[3]]), load=cast_to(jnp.float32))[0, 0]
+    for chunk, tree in ((tied, PARAMS), (own, untied)):
+        expected = jax.nn.log_softmax(hidden @ head_table(tree).T)
+        assert int(chunk.tokens_BC[0, 0]) == int(expected.argmax())
+        np.testing.assert_allclose(chunk.logprobs_BC[0, 0], expected.max(), atol=2e-5)
 
 
 def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():

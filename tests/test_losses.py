@@ -152,6 +152,49 @@ def test_the_clipped_objective_by_hand() -> None:
     chex.assert_trees_all_close(objective, jnp.array([2.6, 1.0, 2.0, -3.0, -1.6]), rtol=1e-6)
 
 
+class TestStaleSamples:
+    """A bandit whose policy is softmax(logits), its actions drawn by an older policy. Every action is one row, weighted with its
+    probability under the older policy, so that the loss is an expectation, not an estimate."""
+
+    LOGITS = np.array([0.5, -1.0, 1.5, 0.0])
+    OLDER = np.array([0.05, 0.65, 0.1, 0.2])
+    REWARDS = np.array([1.0, 0.0, -1.0, 2.0])
+
+    @property
+    def policy(self) -> np.ndarray:
+        return np.exp(self.LOGITS) / np.exp(self.LOGITS).sum()
+
+    def policy_gradient(self, drawn: np.ndarray) -> np.ndarray:
+        """sum over actions of drawn(a) R(a) grad log policy(a), in float64: with drawn = policy the gradient of the expected reward."""
+        return drawn * self.REWARDS - self.policy * (drawn @ self.REWARDS)
+
+    def gradient(self, tis_cap: float | None) -> np.ndarray:
+        """Of minus the loss, at the first step on a batch: behaviour is the policy itself."""
+        rows = lambda values: np.asarray(values, np.float32).reshape(1, 4, 1)
+
+        def loss(logits: jax.Array) -> jax.Array:
+            train = jax.nn.log_softmax(logits).reshape(1, 4, 1)
+            fixed = (jax.lax.stop_gradient(train), None, rows(np.log(self.OLDER)), jnp.zeros_like(train))
+            settings = dataclasses.replace(PLAIN, tis_cap=tis_cap)
+            return -grpo_loss(train, *fixed, rows(self.REWARDS)[..., 0], rows(self.OLDER), rows(np.ones(4)) > 0, settings)[0]
+
+        return np.asarray(jax.grad(loss)(jnp.asarray(self.LOGITS, jnp.float32)))
+
+    def test_with_the_importance_weight_the_gradient_is_the_on_policy_one(self) -> None:
+        np.testing.assert_allclose(self.gradient(math.inf), self.policy_gradient(self.policy), rtol=1e-5)
+
+    def test_without_it_it_is_another(self) -> None:
+        np.testing.assert_allclose(self.gradient(None), self.policy_gradient(self.OLDER), rtol=1e-5)
+        on_policy, biased = self.policy_gradient(self.policy), self.gradient(None)
+        assert on_policy[0] > 0.2 and biased[0] < -0.02  # a good action that the older policy hardly took would become rarer
+
+    def test_a_cap_bounds_the_weight_and_leaves_the_rest_as_it_is(self) -> None:
+        """policy / older is about 4.4, 0.08, 6 and 0.7: a cap of 2 counts the first and the third action twice, where they lack more."""
+        drawn = np.minimum(self.policy, 2.0 * self.OLDER)
+        assert (drawn < self.policy).tolist() == [True, False, True, False]
+        np.testing.assert_allclose(self.gradient(2.0), self.policy_gradient(drawn), rtol=1e-5)
+
+
 def test_no_gradient_flows_through_the_importance_weight() -> None:
     gradient = jax.grad(lambda x: truncated_importance_weight(x, jnp.float32(-1.0), 2.0))(jnp.float32(-1.2))
     assert float(gradient) == 0.0

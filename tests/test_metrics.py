@@ -11,7 +11,10 @@ from rich.console import Console
 
 from jaxgrpo.metrics import Recorder, Stopwatch, TerminalView
 
-STEP = {"train/reward_mean": 0.25, "train/pass_rate": 0.5, "train/completion_tokens_mean": 12.4}
+STEP = {
+    "train/reward_mean": 0.25, "train/pass_rate": 0.5, "train/completion_tokens_mean": 12.4, "time/trainer_idle_share": 0.3,
+    "time/sampler_idle_share": 0.45,
+}  # fmt: skip
 
 
 def recorder(folder, after=None, tensorboard=False, project=None):
@@ -73,7 +76,7 @@ def test_wandb_gets_the_numbers_of_its_project(tmp_path, monkeypatch):
 
 
 def test_stopwatch_adds_up_phases_and_starts_afresh(monkeypatch):
-    now = iter([0.0, 1.0, 10.0, 12.5, 20.0, 21.0])
+    now = iter([0.0, 0.0, 1.0, 10.0, 12.5, 20.0, 21.0, 30.0, 34.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
     clock = Stopwatch()
     with clock.phase("a"):
@@ -82,8 +85,8 @@ def test_stopwatch_adds_up_phases_and_starts_afresh(monkeypatch):
         pass
     with pytest.raises(KeyError), clock.phase("b"):
         raise KeyError
-    assert clock.take() == {"a": 3.5, "b": 1.0}
-    assert clock.take() == {}
+    assert clock.take() == {"a": 3.5, "b": 1.0, "all": 30.0}
+    assert clock.take() == {"all": 4.0}
 
 
 def shown(terminal: bool, use) -> str:
@@ -104,7 +107,8 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch):
         view.step(4, STEP)  # two steps in two minutes, six to go
         view.say("[b] stays as it is")
 
-    assert shown(False, use) == "step 4/10  reward 0.250  passed 50%  tokens 12  6 min left\n[b] stays as it is\n"
+    status = "reward 0.250  passed 50%  tokens 12  trainer idle 30%  sampler idle 45%  6 min left"
+    assert shown(False, use) == f"step 4/10  {status}\n[b] stays as it is\n"
 
 
 def test_a_bar_with_the_reward_and_the_time_left_in_a_terminal():

@@ -1,6 +1,7 @@
 """The embedded sampler against the plain forward, alone and in company, over turns, publishes, cancellations and failures."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ import pytest
 
 from jaxgrpo.model import ModelConfig, cast_to, forward, head_table, init_params
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplingRequest
+from jaxgrpo.samplers.engine import Engine, EngineLimits, Job
 from jaxgrpo.samplers.native import NativeSampler, SamplerError
 from jaxgrpo.serving import WholeWeights
 from tests.test_stops import TOKENIZER
@@ -212,6 +214,34 @@ def test_a_stop_string_ends_a_turn_at_the_token_that_completes_it_and_the_next_t
     run(body)
 
 
+def engine_of(*requests: SamplingRequest) -> tuple[Engine, list[Job]]:
+    """An engine with chunks of 16 steps, and the requests' jobs."""
+    engine = Engine(CONFIG, PARAMS, 0, (), EngineLimits(8, 2048, 16), jnp.float32)
+    for r in requests:
+        engine.add(r)
+    return engine, [Job(r, TOKENIZER) for r in requests]
+
+
+def test_finished_turns_are_told_while_the_others_go_on():
+    engine, jobs = engine_of(request(0, 0, max_tokens=2), request(0, 1, max_tokens=16))
+    told = []
+    engine.step(jobs, lambda: told.append([len(job.token_ids) for job in jobs]))
+    assert told == [[2, 4], [2, 16]]
+
+
+def test_a_chunk_ends_soon_after_its_last_row_found_a_stop_string():
+    [free] = generate(request(0, max_tokens=16))
+    stop = next(c for c in TOKENIZER.decode(free.token_ids_T) if c.isascii())
+    end = completing(free.token_ids_T, stop)
+    engine, [job] = engine_of(request(0, max_tokens=40, stop_strings=(stop,)))
+    engine.step([job])
+    assert job.finish_reason is FinishReason.STOP
+    np.testing.assert_array_equal(job.token_ids, free.token_ids_T[:end])
+    assert end <= 4  # found at the first look, after four steps, while the next four ran
+    assert engine.metrics.decode_row_steps == 4 * 8
+    assert engine.metrics.discarded_tokens == 8 - end
+
+
 def test_a_stop_string_of_an_earlier_turn_does_not_count():
     [free] = generate(request(0, max_tokens=8))
     tail = [*TOKENIZER.encode("</call>"), 2, 3]
@@ -291,6 +321,19 @@ def test_running_jobs_give_way_to_earlier_ones_and_finish():
     requests = [request(2, e, max_tokens=100) for e in range(3)]
     for a, b in zip(generate(*requests), generate(*requests, max_cache_tokens=64 * 4), strict=True):
         same(a, b)
+
+
+def test_nobody_waits_for_the_next_turn_of_an_episode_that_is_over():
+    async def body(sampler: NativeSampler) -> float:
+        async def episode(e: int, tokens: int) -> None:
+            await sampler.generate(request(0, e, max_tokens=tokens))
+            await sampler.release(f"g0e{e}")
+
+        start = time.monotonic()
+        await asyncio.gather(episode(0, 3), episode(1, 12))
+        return time.monotonic() - start
+
+    assert run(body, gather_seconds=60) < 60
 
 
 def test_a_cancelled_request_leaves_and_the_rest_go_on():

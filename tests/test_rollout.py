@@ -186,6 +186,21 @@ def test_episodes_in_flight_are_bounded():
     assert sampler.most_running == 3
 
 
+def test_batches_side_by_side_share_the_places_and_the_earlier_one_comes_first():
+    sampler = ScriptedSampler([Say("x"), Say("done")], jitter=True)
+    shared = rollout(sampler, episodes_in_flight=3)
+
+    async def both():
+        return await asyncio.gather(*[shared.groups(TASKS, 2, 0, batch) for batch in ("step-1", "step-2")])
+
+    first, second = asyncio.run(both())
+    assert len(first.groups) == len(second.groups) == 3
+    assert sampler.most_running == 3
+    begun = list(dict.fromkeys(request.episode_id for request in sampler.requests))
+    assert [name.partition("/")[0] for name in begun] == ["step-1"] * 6 + ["step-2"] * 6
+    assert 0 < first.seconds < second.seconds
+
+
 def test_environment_threads_are_bounded():
     running, most, lock = 0, 0, threading.Lock()
 

@@ -12,7 +12,7 @@ from jaxgrpo.background import EventLoopThread
 from jaxgrpo.config import VllmSettings
 from jaxgrpo.samplers.base import Generation, SamplerError, SamplingRequest
 from jaxgrpo.samplers.native import NativeSampler
-from jaxgrpo.serving import AgreementCheck, MismatchError, StoredWeights, WholeWeights, server_plan
+from jaxgrpo.serving import AgreementCheck, MismatchError, StoredWeights, WholeWeights, server_plan, server_plans
 from jaxgrpo.weight_manifest import read_manifest
 from jaxgrpo.weight_reader import read_tensors
 from tests.training import changed, make_model, small_config
@@ -44,7 +44,7 @@ def update(model, devices: int) -> setup.Update:
 
 def test_stored_and_whole_weights_are_the_same_to_every_sampler(model, policy, params, tmp_path):
     on_two = update(model, 2)
-    forms = [StoredWeights.of(on_two.init(params).params, on_two), WholeWeights(params, policy.config)]
+    forms = [StoredWeights(on_two.init(params), on_two), WholeWeights(params, policy.config)]
     for form in forms:
         for ours, theirs in zip(jax.tree.leaves(form.logical()), jax.tree.leaves(params), strict=True):
             np.testing.assert_array_equal(np.asarray(ours), theirs)
@@ -55,6 +55,18 @@ def test_stored_and_whole_weights_are_the_same_to_every_sampler(model, policy, p
     assert read[0].keys() == read[1].keys()
     for name, (array, _) in read[0].items():
         np.testing.assert_array_equal(array.view(np.uint16), read[1][name][0].view(np.uint16))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_is_served_outlives_the_trainers_weights(model, policy, params, devices):
+    """The optimizer step reuses the buffers of the weights before it, while the sampler goes on with them."""
+    on = update(model, devices)
+    state = on.init(params)
+    served = StoredWeights(state, on).logical()
+    jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0, tree), donate_argnums=0)(state.params))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    for ours, theirs in zip(jax.tree.leaves(served), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), theirs)
 
 
 class TestAgreement:
@@ -103,6 +115,17 @@ def test_settings_reach_the_server(model, policy, tmp_path):
         "gpus": (1,), "gpu_memory": 0.5, "cache_bytes": 1000, "arguments": ("--enforce-eager",), "own_weights": False,
     }  # fmt: skip
     assert VllmSettings().host == "127.0.0.1"
+
+
+def test_gpus_are_one_tensor_parallel_server_or_shared_out_to_several(model, policy, tmp_path):
+    overrides = ("sampler=vllm", "vllm.gpus=(4,5,6,7)", "training.gpus=(0,)", "vllm.port=8000")
+
+    def plans(*more: str) -> list[tuple[tuple[int, ...], int]]:
+        return [(plan.gpus, plan.port) for plan in server_plans(changed(tmp_path, model, *overrides, *more), policy)]
+
+    assert plans() == [((4, 5, 6, 7), 8000)]
+    assert plans("vllm.servers=2") == [((4, 5), 8000), ((6, 7), 8001)]
+    assert plans("vllm.servers=4", "vllm.port=0") == [((4,), 0), ((5,), 0), ((6,), 0), ((7,), 0)]
 
 
 def test_jax_is_told_which_gpus_are_its_own(model, tmp_path, monkeypatch):

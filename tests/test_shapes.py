@@ -1,5 +1,9 @@
 """Which shapes the embedded sampler compiles."""
 
+import collections
+
+import numpy as np
+
 from jaxgrpo.samplers.shapes import Shape, ShapeBook
 
 
@@ -10,9 +14,56 @@ def test_shapes_are_few_and_follow_lasting_work():
     almost = Shape(rows=50, tokens=16, groups=8, group_rows=7, shared=900, own=90)
     assert book.choose("decode", almost) == Shape(64, 16, 8, 8, 1024, 128)  # close enough for good
     tail = Shape(rows=5, tokens=16, groups=2, group_rows=3, shared=700, own=200)
-    assert book.choose("decode", tail) == Shape(8, 16, 2, 4, 768, 256)  # nothing covers 200 own tokens
+    chosen = book.choose("decode", tail)  # nothing covers 200 own tokens; 1,024 of the prompt cost little more than 768 and serve longer
+    assert chosen == Shape(8, 16, 2, 4, 1024, 256)
     few = Shape(rows=2, tokens=16, groups=1, group_rows=2, shared=60, own=10)
     chosen = [book.choose("decode", few) for _ in range(9)]
-    assert chosen == [Shape(8, 16, 2, 4, 768, 256)] * 7 + [Shape(4, 16, 1, 4, 64, 64)] * 2  # wasteful, so replaced once it is wanted often
+    assert chosen == [Shape(8, 16, 2, 4, 1024, 256)] * 7 + [Shape(4, 16, 1, 4, 64, 64)] * 2  # wasteful, so replaced once it is wanted often
     assert book.compilations == 3
     assert book.choose("extend", few) == Shape(4, 16, 1, 4, 64, 64)
+
+
+def test_an_extension_of_many_tokens_is_not_padded_with_rows():
+    book = ShapeBook(row_cost=100.0)
+    assert [book.choose("extend", Shape(1, tokens, 1, 1, 0, 0)).rows for tokens in (16, 64, 512)] == [4, 1, 1]
+    assert book.choose("decode", Shape(1, 64, 1, 1, 0, 0)).rows == 4
+
+
+def play_batch(book: ShapeBook, rng: np.random.Generator) -> None:
+    """The shapes that 64 episodes of one to three turns ask for, 8 a group: prompts of 350 to 760 tokens, turns of 26 on average."""
+    prompts = rng.integers(350, 760, 8).tolist()
+    own = [0] * 64
+    turns = [[(int(1 + rng.exponential(26)), int(rng.integers(15, 60))) for _ in range(rng.integers(1, 4))] for _ in own]
+    turn_of, left = [0] * 64, [t[0][0] for t in turns]
+    book.choose("extend", Shape(len(prompts), 512, 1, len(prompts), 0, 0))
+    while live := [b for b in range(64) if left[b] > 0]:
+        sizes = lambda rows: {  # which sizes of a shape these rows need
+            "rows": len(rows),
+            "groups": len({b // 8 for b in rows}),
+            "group_rows": max(collections.Counter(b // 8 for b in rows).values()),
+            "shared": max(prompts[b // 8] for b in rows),
+            "own": max(own[b] for b in rows),
+        }
+        book.choose("decode", Shape(tokens=16, **sizes(live)))
+        answered = []
+        for b in live:
+            made = min(16, left[b])
+            own[b], left[b] = own[b] + made, left[b] - made
+            if left[b] == 0 and turn_of[b] + 1 < len(turns[b]):
+                answered.append(b)
+                turn_of[b] += 1
+                left[b] = turns[b][turn_of[b]][0]
+        if answered:
+            book.choose("extend", Shape(tokens=64, **sizes(answered)))
+        for b in answered:
+            own[b] += turns[b][turn_of[b]][1]
+
+
+def test_a_run_of_batches_that_thin_out_compiles_few_shapes_and_soon_none():
+    book, rng, counts = ShapeBook(row_cost=1700.0), np.random.default_rng(0), []
+    for _ in range(100):
+        play_batch(book, rng)
+        counts.append(book.compilations)
+    assert counts[9] <= 16
+    assert counts[59] <= 22
+    assert counts[99] - counts[59] <= 1

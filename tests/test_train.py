@@ -2,9 +2,14 @@
 
 import dataclasses
 import json
+import platform
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
+import time
 from contextlib import ExitStack
 
 import jax
@@ -14,15 +19,22 @@ import pytest
 from envs.procedural import Warehouse
 from jaxgrpo import records, serving, setup
 from jaxgrpo import train as train_module
+from jaxgrpo.attention import XLA
 from jaxgrpo.background import EventLoopThread
+from jaxgrpo.checkpoint import newest_step
 from jaxgrpo.config import ConfigError
+from jaxgrpo.lora import LoraSettings
 from jaxgrpo.model import ModelConfig
 from jaxgrpo.packing import PackingSettings
 from jaxgrpo.pretrained import load_params
+from jaxgrpo.processes import Processes
 from jaxgrpo.rollout import Decoding, Execution, Limits
+from jaxgrpo.samplers.base import SamplerError
+from jaxgrpo.schedule import StalenessError
 from jaxgrpo.sharding import logical_leaf
-from jaxgrpo.train import main, passed, task_batch, train
+from jaxgrpo.train import Training, main, passed, task_batch, train
 from jaxgrpo.types import Task
+from tests.rollout_fakes import VersionedSampler
 from tests.training import changed, make_model, metric_lines, small_config, write_config
 
 TIMES = ("time/", "speed/", "eval/seconds", "train/compilations")
@@ -100,7 +112,7 @@ class TestRecords:
 
         assert AutoConfig.from_pretrained(folder / "hf").hidden_size == 32
         assert AutoTokenizer.from_pretrained(folder / "hf").chat_template
-        layout = train_module.build_update(small_config(model), ModelConfig.from_folder(model)).layout
+        layout = setup.build_update(small_config(model), ModelConfig.from_folder(model)).layout
         exported = load_params(folder / "hf")
         mine = jax.tree.map(lambda leaf, stored: logical_leaf(np.asarray(stored), leaf), layout, state.params)
         for ours, theirs in zip(jax.tree.leaves(mine), jax.tree.leaves(exported), strict=True):
@@ -189,6 +201,118 @@ class TestResume:
         assert not (tmp_path / "nowhere").exists()
 
 
+def played(folder, step: int) -> list:
+    return [r.trajectory for r in records.read_records(folder / "trajectories" / f"train-{step:06d}.jsonl.gz").records]
+
+
+def task_numbers(folder, step: int) -> list[int]:
+    return list(dict.fromkeys(int(t.task_id.removeprefix("train_")) for t in played(folder, step)))
+
+
+class TestOverlap:
+    AHEAD = ("training.max_staleness=1", "loss.tis_cap=2.0")
+
+    def test_without_staleness_it_is_the_plain_loop_to_the_last_bit(self, straight, model, tmp_path):
+        """Play, pack, learn, publish, one after the other, as they are."""
+        config = changed(tmp_path, model)
+        with ExitStack() as stack:
+            training = Training(config, tmp_path / "run", False, Processes(), stack)
+            for batch in range(3):
+                rollout = setup.build_rollout(config, training.policy, training.sampler, Decoding(1.0))
+                tasks = task_batch(training.tasks, 2, 0, batch)
+                result = training.loop.call(rollout.groups(tasks, 4, 0, f"batch-{batch}"))
+                training.learn(training.pack(result))
+                training.publish()
+        for ours, theirs in zip(weights(training.state), weights(straight[1]), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        assert all(line["train/staleness_max"] == 0 for line in metric_lines(straight[0]) if "train/loss" in line)
+
+    def test_batches_are_the_same_tasks_sampled_earlier_and_within_the_bound(self, straight, model, tmp_path):
+        evaluated = ("evaluation.every=4", "evaluation.samples=2")
+        state = train(changed(tmp_path, model, *self.AHEAD, *evaluated), tmp_path / "run")
+        for step in (2, 4, 6):
+            assert task_numbers(tmp_path / "run", step) == task_numbers(straight[0], step)
+        lines = [line for line in metric_lines(tmp_path / "run") if "train/loss" in line]
+        assert [line["train/staleness_max"] for line in lines[:2]] == [0, 1] and lines[2]["train/staleness_max"] <= 1
+        assert {v for t in played(tmp_path / "run", 4) for v in t.weight_versions_C[t.sampled_C].tolist()} == {0}
+        read = records.read_records(tmp_path / "run" / "trajectories" / "eval-test-000004.jsonl.gz").records
+        assert {v for r in read for v in r.trajectory.weight_versions_C[r.trajectory.sampled_C].tolist()} == {2}
+        for line in lines:
+            assert 0 <= line["time/trainer_idle_share"] <= 1 and 0 <= line["time/sampler_idle_share"] <= 1
+            assert line["time/wait_seconds"] <= line["time/batch_seconds"]
+        assert any((ours != theirs).any() for ours, theirs in zip(weights(state), weights(straight[1]), strict=True))
+
+    def test_two_devices_train_while_one_of_them_samples(self, model, tmp_path):
+        state = train(changed(tmp_path, model, *self.AHEAD, "training.devices=2"), tmp_path / "run")
+        assert state.step == 6 and all(np.isfinite(leaf).all() for leaf in weights(state))
+
+    def test_a_run_cut_off_plays_what_was_ahead_again(self, straight, model, tmp_path, monkeypatch):
+        """Whatever was in flight when it ended, each batch is trained once, in its order."""
+
+        def stop(self):
+            if self.state.step == 4:
+                raise KeyboardInterrupt
+
+        options = (*self.AHEAD, "recording.checkpoint_every=2")
+        threads = threading.active_count()
+        monkeypatch.setattr(Training, "evaluate_if_due", stop)  # before the checkpoint: the last batch is lost, and the one ahead
+        with pytest.raises(KeyboardInterrupt):
+            train(changed(tmp_path, model, *options), tmp_path / "run")
+        monkeypatch.undo()
+        assert threading.active_count() <= threads + 2
+        train(changed(tmp_path, model, *options), tmp_path / "run", resume=True)
+        for step in (2, 4, 6):
+            assert task_numbers(tmp_path / "run", step) == task_numbers(straight[0], step)
+        assert [line["step"] for line in metric_lines(tmp_path / "run")] == [2, 4, 6]
+
+    @pytest.mark.faults
+    def test_a_run_killed_in_the_middle_of_rollouts_and_training(self, model, tmp_path):
+        options = [part for option in (*self.AHEAD, "recording.checkpoint_every=2", "training.steps=24") for part in ("--set", option)]
+        command = ["--config", str(write_config(tmp_path, model)), "--run-dir", str(tmp_path / "run"), *options]
+        running = subprocess.Popen([sys.executable, "-m", "jaxgrpo.train", *command])
+        while newest_step(tmp_path / "run" / "checkpoints") in (None, 2, 4) and running.poll() is None:
+            time.sleep(0.005)
+        running.kill()
+        assert running.wait() == -signal.SIGKILL
+        assert main([*command, "--resume"]) == 0
+        tasks = tasks_of(model)
+        for batch in range(12):
+            assert task_numbers(tmp_path / "run", 2 * batch + 2) == [task.payload[1] for task in task_batch(tasks, 2, 0, batch)]
+        assert [line["step"] for line in metric_lines(tmp_path / "run")] == list(range(2, 26, 2))
+
+    def test_a_lost_batch_is_skipped_and_those_after_it_are_not_older_than_allowed(self, model, tmp_path):
+        order = [[t.payload[1] for t in batch] for batch in (task_batch(tasks_of(model), 2, 0, i) for i in range(3))]
+        broken = ",".join(map(str, order[1]))
+        train(changed(tmp_path, model, *self.AHEAD, f"environment.broken=({broken})", "training.steps=4"), tmp_path / "run")
+        first, second = metric_lines(tmp_path / "run")
+        assert (first["train/skipped_batches"], second["train/skipped_batches"]) == (0, 1)
+        assert task_numbers(tmp_path / "run", 4) == order[2]
+
+    def test_a_sampler_that_does_not_take_up_what_is_published_ends_the_run(self, model, tmp_path, monkeypatch):
+        sampler = VersionedSampler(0, forgets=True)
+        monkeypatch.setattr(train_module, "open_sampler", lambda *args: sampler)
+        for staleness, steps in (("0", 2), ("2", 6)):
+            folder = tmp_path / staleness
+            with pytest.raises(StalenessError, match=rf"older than training.max_staleness \({staleness}\) allows"):
+                train(changed(tmp_path, model, "loss.tis_cap=2.0", f"training.max_staleness={staleness}", "training.steps=20"), folder)
+            assert metric_lines(folder)[-1]["step"] == steps
+
+    def test_a_sampler_that_fails_ahead_ends_the_run_with_its_error(self, model, tmp_path, monkeypatch):
+        sampler = VersionedSampler(0)
+        generate = sampler.generate
+
+        async def failing(request):
+            if request.group_id.startswith("batch-1/"):
+                raise SamplerError("the server is gone")
+            return await generate(request)
+
+        sampler.generate = failing
+        monkeypatch.setattr(train_module, "open_sampler", lambda *args: sampler)
+        with pytest.raises(SamplerError, match="the server is gone"):
+            train(changed(tmp_path, model, *self.AHEAD), tmp_path / "run")
+        assert [line["step"] for line in metric_lines(tmp_path / "run")] == [2]  # the batch before it was trained and recorded
+
+
 class TestFailingEnvironments:
     def test_a_batch_without_groups_is_skipped_and_counted(self, model, tmp_path):
         order = [[t.payload[1] for t in batch] for batch in (task_batch(tasks_of(model), 2, 0, i) for i in range(3))]
@@ -274,15 +398,16 @@ class TestOptions:
         monkeypatch.setattr(serving, "NativeSampler", lambda *args, **options: given.update(sampler=options))
         monkeypatch.setattr(setup, "Update", lambda *args, **options: given.update(update=options, devices=args[1].size))
         native = ("native.max_rows=3", "native.decode_chunk=5", "native.max_cache_tokens=4096")
-        update = ("training.head_chunk=32", "rollout.temperature=0.5", "model.compute_dtype=bfloat16", "training.devices=2")
-        config = changed(tmp_path, model, *native, *update)
+        update = ("training.head_chunk=32", "rollout.temperature=0.5", "model.compute_dtype=bfloat16", "training.devices=2", "lora.rank=2")
+        config = changed(tmp_path, model, *native, *update, "training.remat=none", "training.attention=xla")
         policy = setup.open_policy(config)
         with EventLoopThread() as loop:
             serving.open_sampler(config, policy, serving.WholeWeights({}, policy.config), 3, loop, tmp_path, ExitStack())
         setup.build_update(config, policy.config)
         sampler = {"version": 3, "max_rows": 3, "decode_chunk": 5, "max_cache_tokens": 4096, "compute_dtype": "bfloat16"}
         assert {key: given["sampler"][key] for key in sampler} == sampler
-        assert given["update"] == {"head_chunk": 32, "temperature": 0.5, "compute_dtype": "bfloat16"}
+        update = {"head_chunk": 32, "temperature": 0.5, "compute_dtype": "bfloat16", "remat": "none", "kernel": XLA}
+        assert given["update"] == {**update, "lora": LoraSettings(2)}
         assert given["devices"] == 2
 
     def test_the_reference_follows_the_policy_every_so_many_steps(self, model, tmp_path):
@@ -390,3 +515,25 @@ class TestCommandLine:
         status, out, _ = self.call(capsys, *arguments, "--resume")
         assert status == 0 and "step 6/6" in out
         assert [line["step"] for line in metric_lines(tmp_path / "run")] == [2, 4, 6]
+
+
+def test_compiled_programs_are_kept_in_the_projects_cache_when_so_set(model, tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(setup.jax.config, "update", given.__setitem__)
+    monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path))
+    setup.keep_compiled(small_config(model))
+    assert given == {}  # the user's own folder stands: the tests have one
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    setup.keep_compiled(changed(tmp_path, model, "training.compilation_cache=False"))
+    assert given == {}
+    setup.keep_compiled(small_config(model))
+    folder = given["jax_compilation_cache_dir"]
+    assert re.fullmatch(re.escape(f"{tmp_path}/xla/{platform.machine()}-") + "[0-9a-f]{8}", folder)
+
+
+def test_cudnn_on_a_cpu_is_refused_and_a_dry_run_says_what_computes_attention(model, tmp_path, capsys):
+    arguments = ["--config", str(write_config(tmp_path, model)), "--dry-run", "--set"]
+    assert main([*arguments, "training.attention=cudnn"]) == 2
+    assert "training.attention is 'cudnn', but it needs an NVIDIA GPU, and jax computes on cpu" in capsys.readouterr().err
+    assert main([*arguments, "training.attention=auto"]) == 0
+    assert "attention               plain XLA and not cuDNN: it needs an NVIDIA GPU" in capsys.readouterr().out

@@ -17,7 +17,7 @@ import optax
 import pytest
 
 from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import ModelConfig, Params, cast_to, forward, head_table
+from jaxgrpo.model import REMAT, ModelConfig, Params, cast_to, forward, head_table, rematerialised
 from jaxgrpo.packing import PackingSettings, pack
 from jaxgrpo.sharding import logical_on_host, make_mesh
 from jaxgrpo.types import Group, GroupBatch
@@ -363,7 +363,47 @@ def test_the_reference_stays_while_the_policy_moves_until_it_is_replaced() -> No
     assert worst_error(logical_on_host(state.reference, update.layout), logical_on_host(state.params, update.layout)) > 1e-3
 
 
+# Rematerialisation.
+
+
+def accumulate_text(update: Update, batch: GroupBatch) -> str:
+    """The program of a micro-batch's forward and backward."""
+    state, placed = update.init(params_of(TINY)), update._put(batch)
+    given = placed.sampler_logprobs_NGC
+    return update._accumulate.lower(state.params, state.params, placed, given, given, True, None).as_text()
+
+
+def test_less_is_computed_again_by_each_way_of_rematerialising_and_the_gradients_are_the_same() -> None:
+    batch = packed(GROUPS, 4)[0]
+    products, gradients = [], []
+    for remat in REMAT:
+        update = Update(TINY, make_mesh(jax.devices()[:1]), NO_KL, ADAM, compute_dtype=jnp.float32, head_chunk=16, remat=remat)
+        products.append(accumulate_text(update, batch).count("dot_general"))
+        state, _, _ = update.optimizer_step(update.init(params_of(TINY)), [batch], None, [None])
+        gradients.append(clipped_gradient(update, state))
+    # First attention's six (its three parts' scores and outputs) are spared, then q, k, v, o, gate and up.
+    assert (products[0] - products[1], products[1] - products[2]) == (6, 6)
+    for other in gradients[1:]:
+        assert worst_error(other, gradients[0]) < 1e-6
+
+
+def test_an_unknown_way_of_rematerialising_is_refused() -> None:
+    with pytest.raises(ValueError, match="remat must be one of"):
+        rematerialised(lambda x, _: (x, None), "some")
+
+
 # Where things lie, and what is compiled.
+
+
+def test_every_pass_computes_the_prompt_of_a_group_once() -> None:
+    """The scoring pass, which is the reference's, and the training pass, which is also the behaviour's."""
+    update, batch = update_of(1), packed(GROUPS, 4)[0]
+    (n, g, c), p = batch.completions_NGC.shape, batch.prompt_NP.shape[1]
+    stored = update.init(params_of(TINY)).params
+    texts = update._score.lower(stored, update._put(batch)).as_text(), accumulate_text(update_of(1, TINY, NO_KL), batch)
+    for text in texts:
+        assert f"tensor<{n * (p + g * c)}x{TINY.mlp_width}xf32>" in text  # what the MLP sees
+        assert f"{n * g * (p + c)}x" not in text
 
 
 def test_no_device_holds_more_than_its_slice_of_weights_moments_reference_and_gradients() -> None:

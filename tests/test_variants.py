@@ -12,7 +12,7 @@ from jaxgrpo.train import main
 from tests.training import make_model
 
 CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py") if path.stem != "__init__")
-ARTICLE = ("dr_grpo", "no_kl", "kl_0_04_fixed_reference", "native_tools", "article_rubric", "all_turns")
+ARTICLE = ("dr_grpo", "no_kl", "kl_0_04_fixed_reference", "native_tools", "article_rubric", "all_turns", "h200x4_async", "lora")
 IDENTITY = {"name", "model.source", "model.revision"}
 
 
@@ -47,7 +47,30 @@ def test_it_loads_and_its_docstring_gives_its_command(name):
             "native_tools",
             {"environment.protocol": "native", "environment.docs": "without_response", "environment.result_limit": 4000},
         ),
+        (
+            "lora",
+            {
+                "lora.export": "adapter",
+                "lora.rank": 32,
+                "optimizer.learning_rate": 1e-5,
+                "training.devices": 1,
+                "training.gpus": (0,),
+                "vllm.gpus": (1,),
+            },
+        ),
         ("article_rubric", {"environment.reward": "call_match"}),
+        ("h200x4_async", {"loss.tis_cap": 2.0, "training.max_staleness": 1}),
+        ("h200x8", {"training.devices": 6, "training.gpus": (0, 1, 2, 3, 4, 5), "vllm.gpus": (6, 7), "vllm.servers": 2}),
+        (
+            "multi_host",
+            {
+                "rollout.tasks_per_step": 16,
+                "training.devices": None,
+                "training.gpus": tuple(range(8)),
+                "vllm.gpus": (),
+                "vllm.urls": ("http://rollout:8000",),
+            },
+        ),
         (
             "all_turns",
             {

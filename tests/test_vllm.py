@@ -359,6 +359,22 @@ class TestEvaluation:
         assert not (tmp_path / "eval" / "metrics.jsonl").exists()
 
 
+def test_a_run_with_rollouts_ahead(server, tmp_path, monkeypatch):
+    """Turns are in flight at publishes: each batch is within the bound, and what is served is the trainer's policy all the same."""
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    run = config(urls=(server.url,), python=None)
+    run = dataclasses.replace(
+        run,
+        loss=dataclasses.replace(run.loss, tis_cap=2.0),
+        training=dataclasses.replace(run.training, steps=4, max_staleness=1),
+    )
+    train(run, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train/staleness_max"] for line in lines[:2]] == [0, 1]
+    for line in lines:
+        assert line["train/staleness_max"] <= 1 and 0 < line["check/mismatch_mean"] < BOUND
+
+
 class TestBadInput:
     """One clear line each, before the first rollout."""
 

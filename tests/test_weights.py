@@ -213,6 +213,17 @@ def test_weights_are_in_shared_memory_when_there_is_room(tmp_path: Path) -> None
     folder.close()
 
 
+def test_several_processes_share_a_folder_that_was_named_and_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    folder = weight_folder(tmp_path)
+    assert folder.root.parent == tmp_path / "memory"
+    folder.close()
+    monkeypatch.setattr(weights, "SHARED_MEMORY", tmp_path / "memory")
+    folder = weight_folder(tmp_path)
+    assert folder.root == tmp_path / "run" / "weights"
+    folder.close()
+
+
 def test_old_versions_and_unfinished_ones_are_removed(tmp_path: Path) -> None:
     folder = weight_folder(tmp_path)
     publish(folder.root, random_params(), version=1)

@@ -7,13 +7,14 @@ needs. So its wheel (Apache 2.0) is downloaded as a file, through pip, which hon
 
 import hashlib
 import importlib.metadata
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+from jaxgrpo.paths import cache_root
 
 VERSION = "2026.3.23"
 WHEEL = f"bfcl_eval-{VERSION}-py3-none-any.whl"
@@ -43,11 +44,6 @@ def package_folder(folder: str | None = None) -> Path:
     if folder is not None:
         return _given_folder(Path(folder).expanduser())
     return _installed_folder() or cached_folder(cache_root())
-
-
-def cache_root() -> Path:
-    """The project's cache: `JAXGRPO_CACHE`, else `~/.cache/jaxgrpo`."""
-    return Path(os.environ.get("JAXGRPO_CACHE") or Path("~/.cache/jaxgrpo")).expanduser()
 
 
 def cached_folder(root: Path) -> Path:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,13 +16,14 @@ from jaxgrpo.samplers.cache import CachedGroup, CachedSequence, PageTable, page_
 from jaxgrpo.samplers.shapes import Shape, ShapeBook, widest
 from jaxgrpo.samplers.stops import Decoder, StopFinder
 
-_EXTEND_TOKENS = (32, 128, 512)  # widths of one extension; longer ones take several
+_EXTEND_TOKENS = (64, 128, 512)  # widths of one extension; longer ones take several
 _EXTEND_BUDGET = 2048  # tokens of one extension over all rows
+_STEPS_A_LOOK = 4  # the host looks at a chunk's tokens so often, while the device is at the next ones
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineLimits:
-    """`max_rows` decode at once; the cache holds `max_cache_tokens`; a chunk is `decode_chunk` steps between looks at stop strings."""
+    """`max_rows` decode at once; the cache holds `max_cache_tokens`; a chunk is `decode_chunk` steps, between which requests join."""
 
     max_rows: int = 64
     max_cache_tokens: int = 65536
@@ -159,13 +160,16 @@ class Engine:
             self._pages.drop(group.shared)
             del self._groups[group_id]
 
-    def step(self, jobs: Sequence[Job]) -> None:
-        """Generate a chunk for the first jobs, in their order, that fit; the rest wait for a later step."""
+    def step(self, jobs: Sequence[Job], finished: Callable[[], object] = lambda: None) -> None:
+        """Generate a chunk for the first jobs, in their order, that fit; the rest wait for a later step.
+
+        `finished` is called whenever jobs are found to be finished, mostly while the device still works on the others.
+        """
         chosen = self._admit(jobs)
         groups = {id(group): group for group in map(self._group, chosen)}.values()
         self.metrics.prefill_tokens += self._extend([(g.shared, g.prompt_ids[:-1], None) for g in groups])
         self.metrics.extend_tokens += self._extend([(self._row(j), j.own_ids[:-1], self._group(j)) for j in chosen])
-        self._decode(chosen)
+        self._decode(chosen, finished)
 
     def _group(self, job: Job) -> CachedGroup:
         return self._groups[job.request.group_id]
@@ -261,36 +265,62 @@ class Engine:
         pages, offsets = token_places(sequences, rows, tokens, self._pages.page_count)
         self._pool = decode.write_pages(self._pool, new, pages, offsets)
 
-    def _decode(self, jobs: Sequence[Job]) -> None:
-        """One chunk for these jobs, whose caches hold all their tokens but the last."""
+    def _decode(self, jobs: Sequence[Job], finished: Callable[[], object]) -> None:
+        """One chunk for these jobs, whose caches hold all their tokens but the last.
+
+        The device gets a few steps at a time, the next ones always before the host looks at the last ones' tokens: it never waits for stop
+        strings but at the chunk's end.
+        """
         steps = self.limits.decode_chunk
         sequences = [self._row(job) for job in jobs]
         context, rows = self._context("decode", sequences, [self._group(job) for job in jobs], steps)
+        inputs = self._inputs(jobs, rows)
+        progress, buffers = decode.begin_chunk(self.config, inputs, steps=steps, dtype=self._dtype)
+        seen = np.zeros(rows, np.int32)
+        unseen: list[decode.Chunk] = []
+        for _ in range(0, steps, _STEPS_A_LOOK):
+            progress, buffers = decode.run_steps(
+                self.config, self._params, context, inputs, self._eos_E, progress, buffers, steps=_STEPS_A_LOOK
+            )
+            unseen.append(progress.chunk)
+            if len(unseen) == 2:
+                seen = self._take(jobs, unseen.pop(0), seen, finished)
+                if all(job.finish_reason is not None for job in jobs):
+                    break
+        self._write(buffers, sequences, rows, steps)
+        seen = self._take(jobs, unseen.pop(), seen, finished)
+        for job, sequence in zip(jobs, sequences, strict=True):  # a cache ends before the job's last token, whatever was computed past it
+            sequence.ids = job.own_ids[:-1]
+        self.metrics.decode_chunks += 1
+        self.metrics.decode_row_steps += rows * int(seen.max())
+
+    def _inputs(self, jobs: Sequence[Job], rows: int) -> decode.DecodeRows:
         requests = [job.request for job in jobs]
-        inputs = decode.DecodeRows(
+        return decode.DecodeRows(
             tokens_B=_padded([job.own_ids[-1] for job in jobs], rows),
             positions_B=_padded([len(job.request.context_ids) + len(job.token_ids) - 1 for job in jobs], rows),
-            limits_B=_padded([min(steps, job.remaining) for job in jobs], rows),
+            limits_B=_padded([min(self.limits.decode_chunk, job.remaining) for job in jobs], rows),
             seeds_B2=_padded([divmod(r.seed % 2**64, 2**32) for r in requests], rows, np.uint32),
             temperatures_B=_padded([r.temperature for r in requests], rows, np.float32),
             top_ps_B=_padded([r.top_p for r in requests], rows, np.float32),
         )
-        chunk, new = decode.decode_chunk(self.config, self._params, context, inputs, self._eos_E, steps=steps)
-        self._write(new, sequences, rows, steps)
-        self._take(jobs, sequences, jax.device_get(chunk), rows)
 
-    def _take(self, jobs: Sequence[Job], sequences: Sequence[CachedSequence], chunk: decode.Chunk, rows: int) -> None:
-        """Hand a chunk's tokens to their jobs; a cache ends before the job's last token, whatever was computed past it."""
-        self.metrics.decode_chunks += 1
-        self.metrics.decode_row_steps += rows * int(chunk.counts_B.max())
-        for i, (job, sequence) in enumerate(zip(jobs, sequences, strict=True)):
-            count, before = int(chunk.counts_B[i]), len(job.token_ids)
-            if not np.isfinite(chunk.logprobs_BC[i, :count]).all():
+    def _take(self, jobs: Sequence[Job], chunk: decode.Chunk, seen: np.ndarray, finished: Callable[[], object]) -> np.ndarray:
+        """Hand a chunk's tokens from `seen` on to their jobs; how many there are of each row now."""
+        tokens_BC, logprobs_BC, counts_B = jax.device_get(chunk)
+        over = sum(job.finish_reason is not None for job in jobs)
+        for i, job in enumerate(jobs):
+            new, before = slice(seen[i], counts_B[i]), len(job.token_ids)
+            if not np.isfinite(logprobs_BC[i, new]).all():
                 raise FloatingPointError(f"weight version {self.version} gives log-probabilities that are not finite: the policy is broken")
-            job.push(np.asarray(chunk.tokens_BC[i, :count]), np.asarray(chunk.logprobs_BC[i, :count]), self.version, self._eos)
-            sequence.ids = job.own_ids[:-1]
-            self.metrics.generated_tokens += len(job.token_ids) - before
-            self.metrics.discarded_tokens += count - (len(job.token_ids) - before)
+            if job.finish_reason is None and seen[i] < counts_B[i]:
+                job.push(tokens_BC[i, new], logprobs_BC[i, new], self.version, self._eos)
+            kept = len(job.token_ids) - before
+            self.metrics.generated_tokens += kept
+            self.metrics.discarded_tokens += int(counts_B[i] - seen[i]) - kept
+        if sum(job.finish_reason is not None for job in jobs) > over:
+            finished()
+        return counts_B
 
 
 def _padded(values: Sequence[Any], rows: int, dtype: Any = np.int32) -> np.ndarray:

@@ -54,7 +54,7 @@ class NativeSampler:
     ):
         """`eos_token_ids` default to the model config's; see EngineLimits for the three sizes.
 
-        `gather_seconds` is how long the next turns of episodes that just got one are awaited before the next chunk.
+        `gather_seconds` is how long the next turns (or ends) of episodes that just got one are awaited before the next chunk.
         """
         eos = config.eos_token_ids if eos_token_ids is None else eos_token_ids
         limits = EngineLimits(max_rows, max_cache_tokens, decode_chunk)
@@ -68,7 +68,8 @@ class NativeSampler:
         self._serving: asyncio.Task[None] | None = None
         self._failure: Exception | None = None
         self._published = version
-        self._arrivals = 0
+        self._delivered = 0  # turns given to their callers
+        self._answers = 0  # what callers did next: further requests, and releases
 
     @property
     def compilations(self) -> int:
@@ -88,13 +89,14 @@ class NativeSampler:
             raise ValueError(f"episode {request.episode_id!r} is generating a turn already")
         ticket = _Ticket(Job(request, self._tokenizer), asyncio.get_running_loop().create_future())
         self._tickets.append(ticket)
-        self._arrivals += 1
+        self._answers += 1
         self._ensure_serving()
         return await ticket.result  # cancelling the caller cancels the future: the ticket leaves at the next chunk
 
     async def release(self, episode_id: str) -> None:
         """Forget an episode's cache at the next chunk. Returns at once: cleaning up after an episode stalls nobody."""
         self._released.append(episode_id)
+        self._answers += 1
 
     async def publish(self, version: int, weights: PolicyWeights) -> Mapping[str, float]:
         """Serve these weights; returns once they are in use."""
@@ -130,13 +132,17 @@ class NativeSampler:
         """Chunk after chunk until nothing is asked for; whatever ends it early is handed to everyone who waits."""
         try:
             await self._let_callers_run(0)
+            loop = asyncio.get_running_loop()
+            deliver = lambda: loop.call_soon_threadsafe(self._deliver)
             while (self._tickets or self._orders) and self._failure is None:
                 await self._carry_out_orders()
                 self._admit()
+                busy = self._delivered - self._answers  # callers at something that takes longer: nobody waits for them again
                 if self._tickets:  # the engine's books are this thread's between its steps
                     jobs = [ticket.job for ticket in self._tickets]
-                    await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.step, jobs)
-                await self._let_callers_run(self._deliver())
+                    await loop.run_in_executor(self._thread, self._engine.step, jobs, deliver)
+                self._deliver()
+                await self._let_callers_run(self._delivered - busy)
         except Exception as error:  # the one edge: any failure of the engine belongs to those who wait for it
             self._failure = error
             self._refuse_everyone(error)
@@ -167,23 +173,23 @@ class NativeSampler:
                 ticket.result.set_exception(error)
         self._tickets = [ticket for ticket in self._tickets if not ticket.result.done()]
 
-    def _deliver(self) -> int:
-        """Give finished turns to their callers; how many there were."""
-        finished = [ticket for ticket in self._tickets if ticket.job.finish_reason is not None and not ticket.result.done()]
-        for ticket in finished:
-            ticket.result.set_result(ticket.job.generation())
+    def _deliver(self) -> None:
+        """Give finished turns to their callers."""
+        for ticket in self._tickets:
+            if ticket.job.finish_reason is not None and not ticket.result.done():
+                ticket.result.set_result(ticket.job.generation())
+                self._delivered += 1
         self._tickets = [ticket for ticket in self._tickets if not ticket.result.done()]
-        return len(finished)
 
-    async def _let_callers_run(self, expected: int) -> None:
-        """Let the event loop deliver requests that are ready, and wait a moment for the next turns of `expected` episodes."""
-        loop, before, quiet = asyncio.get_running_loop(), self._arrivals, 0
+    async def _let_callers_run(self, answers: int) -> None:
+        """Let the event loop deliver requests that are ready, and wait a moment until callers have answered so often in all."""
+        loop, quiet = asyncio.get_running_loop(), 0
         while quiet < 3:
-            seen = self._arrivals
+            seen = self._answers
             await asyncio.sleep(0)
-            quiet = quiet + 1 if self._arrivals == seen else 0
+            quiet = quiet + 1 if self._answers == seen else 0
         deadline = loop.time() + self._gather_seconds
-        while self._arrivals - before < expected and loop.time() < deadline:
+        while self._answers < answers and loop.time() < deadline:
             await asyncio.sleep(self._gather_seconds / 10)
 
     def _refuse_everyone(self, cause: Exception) -> None:

@@ -1,0 +1,91 @@
+"""The update of the plain PyTorch path, as TRL's GRPOTrainer makes it, for benchmarks.update: the prompt in every row, logits only for the
+completions (`logits_to_keep`), selective log-softmax, clipped objective with k3 KL, gradient clipping, fused AdamW; attention by sdpa."""
+
+import numpy as np
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from jaxgrpo.hf_mapping import params_from_hf, params_to_hf
+from jaxgrpo.losses import LossSettings
+from jaxgrpo.model import ModelConfig, Params
+from jaxgrpo.types import GroupBatch
+from jaxgrpo.update import OptimizerSettings
+
+
+def causal_lm(config: ModelConfig, params: Params) -> Qwen2ForCausalLM:
+    """The model of transformers with these weights (the logical tree), float32, on the CPU."""
+    model = Qwen2ForCausalLM._from_config(
+        Qwen2Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.width,
+            intermediate_size=config.mlp_width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            max_position_embeddings=config.context_length,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            rms_norm_eps=config.norm_epsilon,
+            tie_word_embeddings=config.tied_embeddings,
+        ),
+        attn_implementation="sdpa",
+    )
+    state = {name: torch.tensor(np.asarray(tensor)) for name, tensor in params_to_hf(config, params).items()}
+    model.load_state_dict(state, strict=not config.tied_embeddings)
+    return model.train()
+
+
+class TorchUpdate:
+    """One group's update and its passes without gradients. `checkpointing` is transformers' gradient checkpointing, TRL's default."""
+
+    def __init__(
+        self, config: ModelConfig, params: Params, loss: LossSettings, optimizer: OptimizerSettings, batch: GroupBatch, checkpointing: bool
+    ):
+        self.config, self.loss, self.max_grad_norm = config, loss, optimizer.max_grad_norm
+        self.model = causal_lm(config, params)
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=optimizer.learning_rate,
+            betas=(optimizer.b1, optimizer.b2),
+            eps=optimizer.epsilon,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
+        self.completions = torch.tensor(np.asarray(batch.completions_NGC[0]), dtype=torch.long)
+        prompt = torch.tensor(np.asarray(batch.prompt_NP[0]), dtype=torch.long)
+        self.ids = torch.cat([prompt.expand(len(self.completions), -1), self.completions], dim=1)
+        self.mask = torch.ones_like(self.ids)
+        self.weights = torch.tensor(np.asarray(batch.loss_weights_NGC[0]))
+        self.advantages = torch.tensor(np.asarray(batch.advantages_NG[0]))[:, None]
+
+    def logprobs(self) -> torch.Tensor:
+        """Log-probabilities of the completions [G, C]."""
+        kept = self.completions.shape[1]
+        logits = self.model(self.ids, attention_mask=self.mask, logits_to_keep=kept + 1, use_cache=False).logits[:, :-1]
+        return logits.gather(-1, self.completions[..., None])[..., 0] - torch.logsumexp(logits, dim=-1)
+
+    def score(self) -> np.ndarray:
+        """The same without gradients: the reference or the behaviour pass."""
+        with torch.no_grad():
+            return self.logprobs().numpy()
+
+    def step(self, reference: torch.Tensor) -> tuple[float, float]:
+        """One on-policy optimizer step; the loss and the gradient's norm before clipping."""
+        self.optimizer.zero_grad(set_to_none=True)
+        train = self.logprobs()
+        ratio = torch.exp(train - train.detach())
+        held = torch.clamp(ratio, 1 - self.loss.clip_low, 1 + self.loss.clip_high)
+        objective = torch.minimum(ratio * self.advantages, held * self.advantages)
+        delta = reference - train
+        kl = torch.exp(delta) - delta - 1
+        loss = ((self.loss.kl_beta * kl - objective) * self.weights).sum()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        return float(loss.detach()), float(norm)
+
+    def gradients(self) -> Params:
+        """The clipped gradients of the last step in the logical tree."""
+        tensors = {name: p.grad.numpy() for name, p in self.model.named_parameters() if p.grad is not None}
+        return params_from_hf(self.config, tensors)

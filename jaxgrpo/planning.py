@@ -1,0 +1,256 @@
+"""What an update costs, by arithmetic alone: floating-point operations, bytes a device holds, bytes between devices, seconds. Pure.
+
+Only products of matrices are counted, two operations a multiplication and addition. Model FLOPs are those that the mathematics asks for:
+the prompt of a group once, each completion against its prompt and itself, no pair that a mask hides, the head on completions only, twice
+as much backward as forward, nothing computed again. Hardware FLOPs add what rematerialisation computes again.
+"""
+
+import dataclasses
+
+import jax
+
+from jaxgrpo.model import ModelConfig
+from jaxgrpo.sharding import LeafLayout, make_layout
+
+COMPUTE_BYTES = 2  # bfloat16, in which weights are gathered and the reference is stored
+MASTER_BYTES = 4  # float32: weights, moments, gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupShape:
+    """A group's lengths in tokens: of its prompt and of each of its completions."""
+
+    prompt: int
+    completions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, prompt: int, rows: int, completion: int) -> "GroupShape":
+        """`rows` completions of one length."""
+        return cls(prompt, (completion,) * rows)
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(self.completions)
+
+    @property
+    def forwarded_tokens(self) -> int:
+        """Positions that pass through the layers: a completion's row begins with the prompt's last token and lacks its own last."""
+        return self.prompt - 1 + self.trained_tokens
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key that it may attend to."""
+        context = self.prompt - 1
+        return context * (context + 1) // 2 + sum(c * context + c * (c + 1) // 2 for c in self.completions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Operations in the layers' weights, between queries and keys and values, and in the head."""
+
+    layers: float
+    attention: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        return self.layers + self.attention + self.head
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.layers + other.layers, self.attention + other.attention, self.head + other.head)
+
+    def times(self, factor: float) -> "Flops":
+        return Flops(self.layers * factor, self.attention * factor, self.head * factor)
+
+
+def layer_matrix_parameters(model: ModelConfig) -> int:
+    """Entries of the matrices of one layer: of q and o, of k and v, and of the three of the MLP. No biases, no norms."""
+    m = model
+    return 2 * m.width * m.heads * m.head_size + 2 * m.width * m.kv_heads * m.head_size + 3 * m.width * m.mlp_width
+
+
+def forward_flops(model: ModelConfig, shape: GroupShape) -> Flops:
+    """One forward pass of a group to the log-probabilities of its completions: what the reference costs."""
+    return _flops(model, shape.forwarded_tokens, shape.pairs, shape.trained_tokens)
+
+
+def model_flops(model: ModelConfig, shape: GroupShape) -> Flops:
+    """Forward and backward of a group in one optimizer step: the numerator of MFU (PaLM, arXiv:2204.02311, appendix B)."""
+    return forward_flops(model, shape).times(3)
+
+
+def recomputed(model: ModelConfig, forward: Flops) -> Flops:
+    """What the backward pass computes again of a forward pass: all but the last product of each layer, the MLP's down projection, which
+    its own gradient does not need. Layers are rematerialised whole, logits by the chunked head."""
+    down = model.width * model.mlp_width / layer_matrix_parameters(model)
+    return Flops(forward.layers * (1 - down), forward.attention, forward.head)
+
+
+def hardware_flops(model: ModelConfig, shape: GroupShape) -> Flops:
+    """As `model_flops`, and what rematerialisation computes again."""
+    return model_flops(model, shape) + recomputed(model, forward_flops(model, shape))
+
+
+def dense_forward_flops(model: ModelConfig, shape: GroupShape) -> Flops:
+    """One forward pass as it runs without knowledge of masks and lengths: all pairs, the whole prompt, rows as long as the longest."""
+    p, rows, c = shape.prompt, len(shape.completions), max(shape.completions)
+    return _flops(model, p + rows * c, p * p + rows * c * (p + c), rows * c)
+
+
+def _flops(model: ModelConfig, tokens: int, pairs: int, head_tokens: int) -> Flops:
+    return Flops(
+        layers=2 * model.layers * layer_matrix_parameters(model) * tokens,
+        attention=4 * model.layers * model.heads * model.head_size * pairs,
+        head=2 * model.width * model.vocab_size * head_tokens,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class StateBytes:
+    """What one device holds between programs: float32 weights, AdamW's two moments, the accumulated gradient, the bfloat16 reference."""
+
+    parameters: int
+    optimizer: int
+    gradients: int
+    reference: int
+
+
+def state_bytes(model: ModelConfig, devices: int, *, reference: bool) -> StateBytes:
+    """The state in the flat ZeRO-3 layout, padding included; AdamW's step counters (a few bytes) are left out."""
+    elements = sum(leaf.layers * leaf.padded for leaf in jax.tree.leaves(make_layout(model, devices))) // devices
+    return StateBytes(
+        MASTER_BYTES * elements, 2 * MASTER_BYTES * elements, MASTER_BYTES * elements, COMPUTE_BYTES * elements if reference else 0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Bytes of whole arrays that a program collects on every device (bfloat16) and of those that it adds up over all (float32)."""
+
+    gathered: int
+    scattered: int
+
+    @property
+    def total(self) -> int:
+        return self.gathered + self.scattered
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.gathered + other.gathered, self.scattered + other.scattered)
+
+    def times(self, count: int) -> "Traffic":
+        return Traffic(self.gathered * count, self.scattered * count)
+
+
+def forward_traffic(model: ModelConfig, devices: int) -> Traffic:
+    """A forward pass: every weight gathered once; the table of tied embeddings twice, for the look-up and for the head."""
+    return Traffic(COMPUTE_BYTES * (_padded(model, devices, "layers") + _tables(model, devices)), 0)
+
+
+def gradient_traffic(model: ModelConfig, devices: int) -> Traffic:
+    """The gradient of a micro-batch: layers gathered once more by rematerialisation, every gradient scattered once. (The head's table is
+    kept from its forward pass to its backward pass, which follow each other.)"""
+    layers, tables = _padded(model, devices, "layers"), _tables(model, devices)
+    return Traffic(COMPUTE_BYTES * (2 * layers + tables), MASTER_BYTES * (layers + tables))
+
+
+def _padded(model: ModelConfig, devices: int, *names: str) -> int:
+    layout = make_layout(model, devices)
+    leaves: list[LeafLayout] = jax.tree.leaves([layout[name] for name in names])
+    return sum(leaf.layers * leaf.padded for leaf in leaves)
+
+
+def _tables(model: ModelConfig, devices: int) -> int:
+    """Elements of what lies outside the layers: the final norm, the embedding, and the head, which is the embedding again when tied."""
+    return _padded(model, devices, "norm", "embed", "embed" if model.tied_embeddings else "lm_head")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """Devices in hosts of up to `devices_per_host`; bytes a second that a device takes in from its host's others and from other hosts."""
+
+    devices: int
+    devices_per_host: int
+    link: float
+    network: float
+
+    @property
+    def hosts(self) -> int:
+        return -(-self.devices // self.devices_per_host)
+
+    def received(self, traffic: Traffic) -> float:
+        """Bytes that each device takes in (and gives out) when rings carry the traffic."""
+        return traffic.total * (self.devices - 1) / self.devices
+
+    def seconds(self, traffic: Traffic) -> float:
+        """The slower of two: each device's part over its link, and each host's part over the network links of its devices."""
+        between = traffic.total * (self.hosts - 1) / self.hosts
+        return max(self.received(traffic) / self.link, between / (min(self.devices, self.devices_per_host) * self.network))
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A run's schedule: groups of one shape a batch, in micro-batches, `iterations` optimizer steps on each batch, `steps` in all."""
+
+    shape: GroupShape
+    groups: int
+    micro_batches: int
+    iterations: int
+    steps: int
+    reference: bool
+
+    @property
+    def rollouts(self) -> int:
+        """A batch's."""
+        return self.groups * len(self.shape.completions)
+
+    @property
+    def tokens(self) -> int:
+        """A batch's, in completions."""
+        return self.groups * self.shape.trained_tokens
+
+    @property
+    def batches(self) -> int:
+        return self.steps // self.iterations
+
+    def step_flops(self, model: ModelConfig) -> Flops:
+        """Model FLOPs of one optimizer step."""
+        return model_flops(model, self.shape).times(self.groups)
+
+    def reference_flops(self, model: ModelConfig) -> Flops:
+        """Of scoring a batch under the reference, once a batch."""
+        return forward_flops(model, self.shape).times(self.groups if self.reference else 0)
+
+    def step_traffic(self, model: ModelConfig, devices: int) -> Traffic:
+        """Of one optimizer step."""
+        return gradient_traffic(model, devices).times(self.micro_batches)
+
+    def reference_traffic(self, model: ModelConfig, devices: int) -> Traffic:
+        """Of scoring a batch under the reference, once a batch."""
+        return forward_traffic(model, devices).times(self.micro_batches if self.reference else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """Seconds of one optimizer step, of one batch under the reference, and of one batch's rollouts (None: no rate was given)."""
+
+    step: float
+    step_communication: float
+    reference: float
+    rollouts: float | None
+
+    def run_seconds(self, work: Work) -> float:
+        """The whole run on the synchronous schedule, communication hidden behind computation; rollouts only when their rate is known."""
+        step = max(self.step, self.step_communication)
+        return work.batches * (work.iterations * step + self.reference + (self.rollouts or 0.0))
+
+
+def forecast(model: ModelConfig, work: Work, cluster: Cluster, flops_per_second: float, rollout_rate: float | None) -> Forecast:
+    """Expected seconds at `flops_per_second` a device (peak times MFU) and `rollout_rate` sampled tokens a second over all samplers."""
+    rate = cluster.devices * flops_per_second
+    reference = max(work.reference_flops(model).total / rate, cluster.seconds(work.reference_traffic(model, cluster.devices)))
+    return Forecast(
+        step=work.step_flops(model).total / rate,
+        step_communication=cluster.seconds(work.step_traffic(model, cluster.devices)),
+        reference=reference,
+        rollouts=None if rollout_rate is None else work.tokens / rollout_rate,
+    )

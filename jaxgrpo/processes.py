@@ -1,0 +1,233 @@
+"""Several trainer processes, one a host or one a GPU: how they find each other, what passes between them, how one's failure ends all.
+
+The first process leads: it plays the episodes, decides, records. What computes on the whole mesh, every process has to call at the same
+point; so the leader tells the others what it is about to do (`tell`), and they do the same (`listen`). What is told is a few words in the
+key-value store of jax.distributed, where nobody computes while it waits; micro-batches follow over the devices' own network.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import enum
+import json
+import os
+import signal
+import sys
+import threading
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import distributed  # the key-value store has no public name; orbax takes it from here too
+from jax.experimental import multihost_utils
+
+from jaxgrpo.config import ConfigError
+from jaxgrpo.types import GroupBatch
+
+_SHUTDOWN_SECONDS = 60
+_GRACE_SECONDS = 60
+_POLL_MILLISECONDS = 1000
+_FAILED = "jaxgrpo/failed"
+
+
+class Work(enum.StrEnum):
+    """What the leader is about to do, and every process with it."""
+
+    LEARN = "learn"  # the optimizer steps on the micro-batches
+    SCORE = "score"  # log-probabilities of one micro-batch
+    GATHER = "gather"  # the whole policy onto every device, for a sampler in the leader's process
+    PUBLISH = "publish"  # weights of version `number` into the folder `text`
+    SAVE = "save"  # a checkpoint, after `number` batches
+    END = "end"
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """One piece of work with what it needs, e.g. `Told(Work.PUBLISH, number=3, text="/shared/run/weights")`."""
+
+    work: Work
+    number: int = 0
+    text: str = ""
+    batches: tuple[GroupBatch, ...] = ()
+
+
+def nobody(told: Told) -> None:
+    """Tells no one: for what runs in one process."""
+
+
+class PeerError(RuntimeError):
+    """Another process of the run has failed; the message says which, and how."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterFlags:
+    """The command line's: `coordinator` HOST:PORT is where process 0 listens; what is None is found out by jax when `detect`."""
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process_id: int | None = None
+    detect: bool = False
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "ClusterFlags":
+        return cls(args.coordinator, args.processes, args.process_id, args.distributed)
+
+    @property
+    def several(self) -> bool:
+        return self.detect or (self.coordinator, self.processes, self.process_id) != (None, None, None)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What a command of several processes is told beside its config, which is the same for all."""
+    cluster = parser.add_argument_group("several processes (docs/scale-out.md)", "the same command on every host or GPU")
+    cluster.add_argument("--distributed", action="store_true", help="jax finds the others: Slurm, Open MPI, Kubernetes")
+    cluster.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    cluster.add_argument("--processes", type=int, help="how many there are")
+    cluster.add_argument("--process-id", type=int, help="which this is, from 0 on")
+
+
+def join(flags: ClusterFlags, gpus: Sequence[int] | None) -> "Processes":
+    """Meet the other processes; before jax's first use. `gpus` are those that this process takes (None: as jax decides).
+
+    Raises ConfigError when the flags say too little or jax cannot find out the rest. When the others are not there within five minutes, jax
+    itself ends the process, and says so.
+    """
+    if not flags.several:
+        return Processes()
+    given = (flags.coordinator, flags.processes, flags.process_id)
+    if None in given and not flags.detect:
+        raise ConfigError("--coordinator, --processes and --process-id belong together; --distributed has jax find out what is not given")
+    try:
+        jax.distributed.initialize(*given, local_device_ids=gpus, shutdown_timeout_seconds=_SHUTDOWN_SECONDS)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"the processes of this run do not find each other: {error}") from error
+    return Processes(jax.process_index(), jax.process_count(), distributed.global_state.client)
+
+
+class Processes:
+    """The processes of one run, as one of them sees them. `Processes()` is a run in one process, where telling is nothing."""
+
+    def __init__(self, index: int = 0, count: int = 1, store: Any = None):
+        self.index = index
+        self.count = count
+        self._store = store
+        self._told = 0
+        self._failure: str | None = None
+        self._over = threading.Event()
+
+    @property
+    def leads(self) -> bool:
+        return self.index == 0
+
+    def agree(self, text: str) -> None:
+        """Raises ConfigError when another process was started with another `text` (the resolved config) than the leader."""
+        if self.count == 1:
+            return
+        mine = f"{zlib.crc32(text.encode()):08x}"
+        if self.leads:
+            self._store.key_value_set("jaxgrpo/config", mine)
+        elif self._store.blocking_key_value_get("jaxgrpo/config", 1000 * _SHUTDOWN_SECONDS) != mine:
+            raise ConfigError(
+                f"process {self.index} was started with another config than process 0: give all the same --config, --set and --resume"
+            )
+
+    def tell(self, told: Told) -> None:
+        """Called by the leader right before it computes on the mesh; of the others, and in a run of one process, it does nothing.
+
+        Tells come from one thread at a time: whoever computes on the mesh meanwhile would be out of step with the others.
+        """
+        if self.count == 1 or not self.leads:
+            return
+        self._told += 1
+        arrays = [_arrays(batch) for batch in told.batches]
+        forms = [{name: (array.dtype.name, array.shape) for name, array in of_one.items()} for of_one in arrays]
+        message = {"work": told.work, "number": told.number, "text": told.text, "batches": forms}
+        self._store.key_value_set(_key(self._told), json.dumps(message))
+        self._store.key_value_delete(_key(self._told - 2))  # that one was carried out: the last one computed with everybody
+        for of_one in arrays:
+            multihost_utils.broadcast_one_to_all(of_one)
+
+    def listen(self) -> Told:
+        """Wait for what the leader tells next. Raises PeerError when another process has failed."""
+        self._told += 1
+        message = json.loads(self._wait(_key(self._told)))
+        batches = [GroupBatch(**multihost_utils.broadcast_one_to_all(_empty(forms))) for forms in message["batches"]]
+        return Told(Work(message["work"]), message["number"], message["text"], tuple(batches))
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """While this holds, what one process raises ends all: the others raise PeerError, or, where one is stuck in a computation that
+        needs the failed one, end with status 1. (A process that is killed is noticed by jax.distributed, which ends the others.)"""
+        if self.count == 1:
+            yield
+            return
+        watcher = threading.Thread(target=self._watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            if self._failure is None:
+                self._fail("it was interrupted")
+                raise
+            raise PeerError(self._failure) from interrupt
+        except PeerError:
+            raise
+        except BaseException as error:
+            self._fail(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._over.set()
+            watcher.join()
+
+    def _fail(self, how: str) -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one failed first
+            self._store.key_value_set(_FAILED, f"process {self.index} failed: {how}")
+
+    def _wait(self, key: str) -> str:
+        while self._failure is None:
+            with contextlib.suppress(_NotYet):
+                return self._get(key)
+        raise PeerError(self._failure)
+
+    def _get(self, key: str) -> str:
+        """Raises _NotYet when it was not set within a moment."""
+        try:
+            return self._store.blocking_key_value_get(key, _POLL_MILLISECONDS)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                raise _NotYet from error
+            raise
+
+    def _watch(self) -> None:
+        """In a thread: when another process fails, interrupt the main thread; and end the process when that does not help."""
+        while not self._over.is_set():
+            with contextlib.suppress(_NotYet):
+                self._failure = self._get(_FAILED)
+                break
+        if self._failure is None or self._failure.startswith(f"process {self.index} "):
+            return
+        main_thread = threading.main_thread().ident
+        assert main_thread is not None
+        signal.pthread_kill(main_thread, signal.SIGINT)  # to that thread, so that what it waits for is interrupted
+        if not self._over.wait(_GRACE_SECONDS):
+            print(f"error: {self._failure}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+class _NotYet(Exception):  # noqa: N818
+    pass
+
+
+def _key(number: int) -> str:
+    return f"jaxgrpo/told/{number}"
+
+
+def _arrays(batch: GroupBatch) -> dict[str, np.ndarray]:
+    return {field.name: np.asarray(getattr(batch, field.name)) for field in dataclasses.fields(batch)}
+
+
+def _empty(forms: Mapping[str, tuple[str, Sequence[int]]]) -> dict[str, np.ndarray]:
+    """What the leader's arrays are received into."""
+    return {name: np.zeros(shape, dtype) for name, (dtype, shape) in forms.items()}

@@ -1,0 +1,43 @@
+"""How busy a sampler is."""
+
+import time
+from collections.abc import Callable, Mapping
+
+from jaxgrpo.samplers.base import Generation, PolicyWeights, Sampler, SamplingRequest
+
+
+class MeteredSampler:
+    """A sampler that also measures for how long it had nothing to do: no request in flight. All of it runs on the sampler's event loop."""
+
+    def __init__(self, sampler: Sampler, clock: Callable[[], float] = time.perf_counter):
+        self._sampler = sampler
+        self._clock = clock
+        self._running = 0
+        self._asked = self._since = clock()
+        self._idle = 0.0
+
+    async def generate(self, request: SamplingRequest) -> Generation:
+        if self._running == 0:
+            self._idle += self._clock() - self._since
+        self._running += 1
+        try:
+            return await self._sampler.generate(request)
+        finally:
+            self._running -= 1
+            self._since = self._clock()
+
+    async def release(self, episode_id: str) -> None:
+        await self._sampler.release(episode_id)
+
+    async def publish(self, version: int, weights: PolicyWeights) -> Mapping[str, float]:
+        return await self._sampler.publish(version, weights)
+
+    async def close(self) -> None:
+        await self._sampler.close()
+
+    async def take_idle_share(self) -> float:
+        """The share of the time without a request in flight, since this was asked last."""
+        now = self._clock()
+        share = (self._idle + (now - self._since if self._running == 0 else 0.0)) / (now - self._asked)
+        self._idle, self._asked, self._since = 0.0, now, now
+        return share

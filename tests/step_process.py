@@ -1,0 +1,39 @@
+"""Trainer processes that resume a checkpoint of tests.test_update's model, take one optimizer step and save: FROM TO and the flags."""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+
+from jaxgrpo.checkpoint import Checkpoints
+from jaxgrpo.processes import ClusterFlags, add_flags, join
+from jaxgrpo.update import StepReport, TrainState, Update
+from tests.test_update import GROUPS, packed, update_of
+
+
+def step(update: Update, state: TrainState) -> tuple[TrainState, StepReport]:
+    """On twelve groups in one micro-batch."""
+    batches = packed(GROUPS, 12)
+    state, _, report = update.optimizer_step(state, batches, None, update.reference_logprobs(state, batches))
+    return state, report
+
+
+def main(source: Path, destination: Path) -> None:
+    update = update_of(jax.device_count())
+    reading, writing = Checkpoints(source, 1), Checkpoints(destination, 1)
+    state, batches = reading.restore(update)
+    state, report = step(update, state)
+    writing.save(state, batches + 1, update)
+    if jax.process_index() == 0:
+        (destination / "report.json").write_text(json.dumps([report.sums.loss, report.grad_norm]))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("source", type=Path)
+    parser.add_argument("destination", type=Path)
+    add_flags(parser)
+    args = parser.parse_args()
+    join(ClusterFlags.of(args), None)
+    main(args.source, args.destination)
