@@ -9,8 +9,9 @@ import dataclasses
 
 import jax
 
-from jaxgrpo.model import ModelConfig
-from jaxgrpo.sharding import LeafLayout, make_layout
+from jaxgrpo.lora import NO_LORA, LoraSettings
+from jaxgrpo.model import ModelConfig, Params, param_shapes, trained_shapes
+from jaxgrpo.sharding import LeafLayout, layout_of, make_layout
 
 COMPUTE_BYTES = 2  # bfloat16, in which weights are gathered and the reference is stored
 MASTER_BYTES = 4  # float32: weights, moments, gradients
@@ -74,9 +75,14 @@ def forward_flops(model: ModelConfig, shape: GroupShape) -> Flops:
     return _flops(model, shape.forwarded_tokens, shape.pairs, shape.trained_tokens)
 
 
-def model_flops(model: ModelConfig, shape: GroupShape) -> Flops:
-    """Forward and backward of a group in one optimizer step: the numerator of MFU (PaLM, arXiv:2204.02311, appendix B)."""
-    return forward_flops(model, shape).times(3)
+def model_flops(model: ModelConfig, shape: GroupShape, lora: LoraSettings = NO_LORA) -> Flops:
+    """Forward and backward of a group in one optimizer step: the numerator of MFU (PaLM, arXiv:2204.02311, appendix B). With LoRA frozen
+    weights have no gradient, which saves a third of their share; the adapters' own products come on top."""
+    forward = forward_flops(model, shape)
+    if not lora.rank:
+        return forward.times(3)
+    adapters = 3 * 2 * _elements(trained_shapes(model, lora), 1) * shape.forwarded_tokens
+    return Flops(2 * forward.layers + adapters, 3 * forward.attention, 2 * forward.head)
 
 
 def recomputed(model: ModelConfig, forward: Flops, remat: str) -> Flops:
@@ -88,9 +94,9 @@ def recomputed(model: ModelConfig, forward: Flops, remat: str) -> Flops:
     return Flops(layers, forward.attention * (1.5 if remat == "full" else 0.5), forward.head)
 
 
-def hardware_flops(model: ModelConfig, shape: GroupShape, remat: str) -> Flops:
-    """As `model_flops`, and what is computed again."""
-    return model_flops(model, shape) + recomputed(model, forward_flops(model, shape), remat)
+def hardware_flops(model: ModelConfig, shape: GroupShape, remat: str, lora: LoraSettings = NO_LORA) -> Flops:
+    """As `model_flops`, and what is computed again (less what of it is the adapters')."""
+    return model_flops(model, shape, lora) + recomputed(model, forward_flops(model, shape), remat)
 
 
 def dense_forward_flops(model: ModelConfig, shape: GroupShape) -> Flops:
@@ -109,20 +115,37 @@ def _flops(model: ModelConfig, tokens: int, pairs: int, head_tokens: int) -> Flo
 
 @dataclasses.dataclass(frozen=True)
 class StateBytes:
-    """What one device holds between programs: float32 weights, AdamW's two moments, the accumulated gradient, the bfloat16 reference."""
+    """What one device holds between programs: the float32 weights that are trained, AdamW's two moments, the accumulated gradient, the
+    bfloat16 reference, and with LoRA the frozen bfloat16 weights."""
 
     parameters: int
     optimizer: int
     gradients: int
     reference: int
+    frozen: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.optimizer + self.gradients + self.reference + self.frozen
 
 
-def state_bytes(model: ModelConfig, devices: int, *, reference: bool) -> StateBytes:
+def state_bytes(model: ModelConfig, devices: int, *, reference: bool, lora: LoraSettings = NO_LORA) -> StateBytes:
     """The state in the flat ZeRO-3 layout, padding included; AdamW's step counters (a few bytes) are left out."""
-    elements = sum(leaf.layers * leaf.padded for leaf in jax.tree.leaves(make_layout(model, devices))) // devices
+    trained = _elements(trained_shapes(model, lora), devices) // devices
+    frozen = _elements(param_shapes(model), devices) // devices if lora.rank else 0
     return StateBytes(
-        MASTER_BYTES * elements, 2 * MASTER_BYTES * elements, MASTER_BYTES * elements, COMPUTE_BYTES * elements if reference else 0
+        parameters=MASTER_BYTES * trained,
+        optimizer=2 * MASTER_BYTES * trained,
+        gradients=MASTER_BYTES * trained,
+        reference=COMPUTE_BYTES * trained if reference else 0,
+        frozen=COMPUTE_BYTES * frozen,
     )
+
+
+def _elements(shapes: Params, devices: int) -> int:
+    """Stored elements of a logical tree, padding included."""
+    leaves: list[LeafLayout] = jax.tree.leaves(layout_of(shapes, devices))
+    return sum(leaf.layers * leaf.padded for leaf in leaves)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,11 +171,13 @@ def forward_traffic(model: ModelConfig, devices: int) -> Traffic:
     return Traffic(COMPUTE_BYTES * (_padded(model, devices, "layers") + _tables(model, devices)), 0)
 
 
-def gradient_traffic(model: ModelConfig, devices: int) -> Traffic:
-    """The gradient of a micro-batch: layers gathered once more by rematerialisation, every gradient scattered once. (The head's table is
-    kept from its forward pass to its backward pass, which follow each other.)"""
+def gradient_traffic(model: ModelConfig, devices: int, lora: LoraSettings = NO_LORA) -> Traffic:
+    """The gradient of a micro-batch: layers gathered once more by rematerialisation, every gradient scattered once; with LoRA there are
+    those of the adapters only. (The head's table is kept from its forward pass to its backward pass, which follow each other.)"""
     layers, tables = _padded(model, devices, "layers"), _tables(model, devices)
-    return Traffic(COMPUTE_BYTES * (2 * layers + tables), MASTER_BYTES * (layers + tables))
+    adapters = _elements(trained_shapes(model, lora), devices) if lora.rank else 0
+    scattered = adapters if lora.rank else layers + tables
+    return Traffic(COMPUTE_BYTES * (2 * (layers + adapters) + tables), MASTER_BYTES * scattered)
 
 
 def _padded(model: ModelConfig, devices: int, *names: str) -> int:
@@ -199,6 +224,7 @@ class Work:
     iterations: int
     steps: int
     reference: bool
+    lora: LoraSettings = NO_LORA
 
     @property
     def rollouts(self) -> int:
@@ -216,7 +242,7 @@ class Work:
 
     def step_flops(self, model: ModelConfig) -> Flops:
         """Model FLOPs of one optimizer step."""
-        return model_flops(model, self.shape).times(self.groups)
+        return model_flops(model, self.shape, self.lora).times(self.groups)
 
     def reference_flops(self, model: ModelConfig) -> Flops:
         """Of scoring a batch under the reference, once a batch."""
@@ -224,7 +250,7 @@ class Work:
 
     def step_traffic(self, model: ModelConfig, devices: int) -> Traffic:
         """Of one optimizer step."""
-        return gradient_traffic(model, devices).times(self.micro_batches)
+        return gradient_traffic(model, devices, self.lora).times(self.micro_batches)
 
     def reference_traffic(self, model: ModelConfig, devices: int) -> Traffic:
         """Of scoring a batch under the reference, once a batch."""

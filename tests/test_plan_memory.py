@@ -9,12 +9,17 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxgrpo.config import ConfigError
+from jaxgrpo.lora import LoraSettings
+from jaxgrpo.losses import LossSettings
 from jaxgrpo.model_sizes import QWEN2_5
 from jaxgrpo.planning import StateBytes, gradient_traffic, state_bytes
-from tests.test_update import GROUPS, NO_KL, UNTIED, packed, params_of, update_of
+from jaxgrpo.sharding import make_mesh
+from jaxgrpo.update import Update
+from tests.test_update import ADAM, GROUPS, NO_KL, UNTIED, packed, params_of, update_of
 from tests.training import CONFIG_JSON, Letters, write_config
 from tools.plan_memory import Plan, Planner, describe, main, model_sizes, notes, parse, refusal, table
 from tools.step_memory import ProgramMemory, StepMemory, describe_collectives, measure
@@ -50,6 +55,16 @@ def test_the_compiled_step_is_given_what_a_real_one_is() -> None:
     arrays += (4 + 1 + 4 + 4) * n * g * c  # completions, which are sampled, weights, the sampler's log-probabilities
     assert memory.batch == arrays // 3 + 2 * 4 * n * g * c // 3 + 1  # behaviour's and reference's log-probabilities; whether on-policy
     assert memory.apply.arguments == bytes_of(state.params) * 2 + bytes_of(state.opt_state)
+
+
+def test_the_compiled_step_of_adapters_is_given_what_a_real_one_is() -> None:
+    lora = LoraSettings(rank=2)
+    update = Update(UNTIED, make_mesh(jax.devices()[:3]), LossSettings(), ADAM, compute_dtype=jnp.bfloat16, head_chunk=16, lora=lora)
+    state, counted = update.init(params_of(UNTIED)), state_bytes(UNTIED, 3, reference=True, lora=lora)
+    assert bytes_of(state.params) == counted.parameters == counted.gradients
+    assert (bytes_of(state.frozen), bytes_of(state.reference)) == (counted.frozen, counted.reference)
+    memory = measure(update.lower(3, 3, 8, 8), counted, gpu=False)
+    assert memory.batch == 4 * 8 + 4 + 4 * 3 + (4 + 1 + 4 + 4) * 24 + 2 * 4 * 24 + 1
 
 
 def test_a_step_without_reference_has_no_reference_program() -> None:
@@ -90,6 +105,7 @@ def test_what_fits_is_not_refused_and_what_does_not_is_with_the_settings_that_he
     assert helps == [
         "- training.devices (or --devices) of 4 or more: the state's 42.56 GiB are split over them",
         "- loss.kl_beta=0: the reference's 4.73 GiB are not needed then",
+        "- lora.rank above 0: the model is frozen in bfloat16 then, and only adapters have gradients and moments",
         "- training.groups_per_device below 2",
         "- rollout.max_completion_tokens below 2048, of which a group has 8",
         "- rollout.max_prompt_tokens below 8192",
@@ -99,7 +115,7 @@ def test_what_fits_is_not_refused_and_what_does_not_is_with_the_settings_that_he
 
 def test_where_the_state_is_too_large_shorter_episodes_are_not_advised() -> None:
     helps = refusal(*planned(170.0, "--devices", "1", state=state_bytes(QWEN2_5["7B"], 1, reference=True)))[1:]
-    assert len(helps) == 2
+    assert len(helps) == 3
     assert helps[0].startswith("- training.devices (or --devices) of 2 or more: the state's 127.67 GiB")
 
 
@@ -190,7 +206,7 @@ def test_a_run_is_planned_without_weights(tmp_path: Path) -> None:
     figures = json.loads(lines[-1])
     assert figures["devices"] == 2
     assert figures["exact"] == "cpu"
-    assert figures["exact_figures"] == ["parameters", "optimizer", "gradients", "reference", "batch"]
+    assert figures["exact_figures"] == ["parameters", "optimizer", "gradients", "reference", "frozen", "batch"]
     assert figures["fits"] is True
     assert figures["peak_gib"] == round(max(v for k, v in figures["gib"].items() if k.startswith("peak_")), 3)
     # embedding, two layers, last norm: 8320 + 2 x (32 x 32 x 2 + 32 x 16 x 2 + 3 x 32 x 64 + 64 + 2 x 32) + 32

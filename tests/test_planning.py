@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxgrpo.lora import LoraSettings
 from jaxgrpo.losses import Head, token_logprobs
 from jaxgrpo.model import REMAT, ModelConfig, Params, cast_to, default_embed, forward_shared_prompt, head_table, param_shapes
 from jaxgrpo.model_sizes import QWEN2_5, known_size
@@ -90,6 +91,18 @@ def test_the_7b_is_counted_by_hand() -> None:
     again["none"] = 0.5 * forward.attention
     for remat, flops in again.items():
         assert hardware_flops(SEVEN_B, shape, remat).total == pytest.approx(3 * forward.total + flops + forward.head, rel=1e-12)
+
+
+def test_lora_is_counted_by_hand() -> None:
+    shape, lora = GroupShape.of(4096, 8, 1024), LoraSettings(rank=32, targets=("q", "down"))
+    trained = 28 * 32 * (2 * 3584 + 18_944 + 3584)
+    forward = forward_flops(SEVEN_B, shape)
+    expected = Flops(2 * forward.layers + 6 * trained * 12_287, 3 * forward.attention, 2 * forward.head)
+    assert model_flops(SEVEN_B, shape, lora) == expected
+    state, whole = state_bytes(SEVEN_B, 1, reference=True, lora=lora), state_bytes(SEVEN_B, 1, reference=True)
+    assert state == StateBytes(4 * trained, 8 * trained, 4 * trained, 2 * trained, frozen=whole.reference)
+    assert state.total == 18 * trained + whole.reference
+    assert gradient_traffic(SEVEN_B, 1, lora).scattered == 4 * trained
 
 
 def loss(model: ModelConfig, params: Params, prompt_NP: Any, completions_NGC: Any, chunk: int, remat: str = "full") -> jax.Array:

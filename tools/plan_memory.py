@@ -89,14 +89,15 @@ class Planner:
         given = described_gpus(self.target, devices, per_host) if self.gpu else simulated_devices(devices)
         update = update_on(make_mesh(given), self.config, self.model, jnp.bfloat16)
         lowered = update.lower(devices * per_device, rows, self.shape.prompt, max(self.shape.completions))
-        state = state_bytes(self.model, devices, reference=bool(self.config.loss.kl_beta))
+        state = state_bytes(self.model, devices, reference=bool(self.config.loss.kl_beta), lora=self.config.lora)
         return self.plan_of(measure(lowered, state, gpu=self.gpu), devices, groups, per_host)
 
     def plan_of(self, memory: StepMemory, devices: int, groups: int, per_host: int) -> Plan:
         """What follows from the memory and the sizes."""
         training, args = self.config.training, self.args
         micro_batches = groups // (devices * training.groups_per_device)
-        work = Work(self.shape, groups, micro_batches, training.iterations, training.steps, bool(self.config.loss.kl_beta))
+        reference, lora = bool(self.config.loss.kl_beta), self.config.lora
+        work = Work(self.shape, groups, micro_batches, training.iterations, training.steps, reference, lora)
         cluster = Cluster(devices, per_host, args.link * 1e9, args.network * 1e9)
         expected = forecast(self.model, work, cluster, args.mfu * self.target.peak_flops, args.rollout_tokens_per_second)
         return Plan(self.model, cluster, devices + self.samplers, work, memory, expected)
@@ -165,6 +166,7 @@ def describe_memory(planner: Planner, plan: Plan) -> Iterator[str]:
         ("optimizer, float32", state.optimizer),
         ("gradients, float32, of all micro-batches", state.gradients),
         ("reference, bfloat16", state.reference),
+        *([("frozen weights, bfloat16", state.frozen)] if state.frozen else []),
         ("a micro-batch", memory.batch),
         ("activations and temporaries", memory.accumulate.temporaries),
     )
@@ -179,7 +181,7 @@ def describe_work(planner: Planner, plan: Plan) -> Iterator[str]:
     """Operations, seconds, the run."""
     work, cluster, expected, args = plan.work, plan.cluster, plan.forecast, planner.args
     step, reference = work.step_flops(plan.model), work.reference_flops(plan.model)
-    hardware = hardware_flops(plan.model, work.shape, planner.config.training.remat).times(work.groups)
+    hardware = hardware_flops(plan.model, work.shape, planner.config.training.remat, work.lora).times(work.groups)
     traffic = work.step_traffic(plan.model, cluster.devices)
     yield ""
     yield f"an optimizer step of {work.groups} groups in {work.micro_batches} micro-batches"
@@ -224,7 +226,7 @@ def refusal(planner: Planner, plan: Plan) -> list[str]:
     if over <= 0:
         return []
     state = memory.state
-    whole = state.parameters + state.optimizer + state.gradients + state.reference
+    whole = state.total
     rest = memory.peak - whole
     lines = [f"the step needs {gib(memory.peak)} GiB a device; an {target.name} has {gib(target.usable_bytes)} usable. What helps:"]
     if rest < target.usable_bytes:
@@ -232,6 +234,8 @@ def refusal(planner: Planner, plan: Plan) -> list[str]:
         lines.append(f"- training.devices (or --devices) of {enough} or more: the state's {gib(whole)} GiB are split over them")
     if state.reference:
         lines.append(f"- loss.kl_beta=0: the reference's {gib(state.reference)} GiB are not needed then")
+    if not config.lora.rank:
+        lines.append("- lora.rank above 0: the model is frozen in bfloat16 then, and only adapters have gradients and moments")
     if over > rest / 2:
         return lines  # activations are not what is in the way
     if config.training.groups_per_device > 1:
@@ -280,7 +284,7 @@ def table(plans: Sequence[Plan]) -> Iterator[str]:
 def as_json(planner: Planner, plan: Plan, plans: Sequence[Plan]) -> dict[str, Any]:
     """`exact` is what the compiler's target was; `exact_figures` are those that do not depend on it, and all of them for a GPU."""
     work, memory = plan.work, plan.memory
-    exact = ["parameters", "optimizer", "gradients", "reference", "batch"]
+    exact = ["parameters", "optimizer", "gradients", "reference", "frozen", "batch"]
     return {
         "peak_gib": round(memory.peak / GIB, 3),
         "devices": plan.cluster.devices,
@@ -297,7 +301,7 @@ def as_json(planner: Planner, plan: Plan, plans: Sequence[Plan]) -> dict[str, An
         | {"batch": memory.batch / GIB, "temporaries": memory.accumulate.temporaries / GIB}
         | {f"peak_{name}": program.total / GIB for name, program in memory.programs()},
         "model_flops": work.step_flops(plan.model).total,
-        "hardware_flops": hardware_flops(plan.model, work.shape, planner.config.training.remat).times(work.groups).total,
+        "hardware_flops": hardware_flops(plan.model, work.shape, planner.config.training.remat, work.lora).times(work.groups).total,
         "seconds": dataclasses.asdict(plan.forecast) | {"run": plan.forecast.run_seconds(work)},
         "gpu_hours": plan.gpu_hours,
         "collectives": describe_collectives(memory.collectives),

@@ -55,10 +55,10 @@ def measure(lowered: LoweredStep, state: StateBytes, *, gpu: bool) -> StepMemory
     accumulate = _memory(compiled, state.optimizer + state.reference, gpu)
     return StepMemory(
         state,
-        batch=accumulate.arguments - state.parameters - state.gradients,
+        batch=accumulate.arguments - state.parameters - state.gradients - state.frozen,
         score=_memory(lowered.score.compile(), state.parameters + state.optimizer, gpu) if lowered.score else None,
         accumulate=accumulate,
-        apply=_memory(lowered.apply.compile(), state.reference, gpu),
+        apply=_memory(lowered.apply.compile(), state.reference + state.frozen, gpu),
         collectives=tuple(collectives(compiled.as_text() or "")),
     )
 
