@@ -8,7 +8,6 @@ from jaxgrpo.decode import PAGE
 
 _SLACK = 1.5  # a compiled shape serves for good when it costs at most this many times what the best fitting one would
 _PATIENCE = 8  # and otherwise until the better one was wanted this often: most shapes of a batch's tail come once and are gone
-_GROWTH = 1.25  # a shape that is compiled anyway is as large as any that was asked for, while that costs at most this many times as much
 _LEAST_ROWS = 4  # fewer rows are padded: a step is bound by reading weights and caches, which such rows share
 _LEAST_TOKENS = 64  # and so is an extension of few tokens; one of more pays for each row
 
@@ -69,7 +68,6 @@ class ShapeBook:
         self._row_cost = row_cost
         self._known: dict[str, set[Shape]] = {}
         self._wanted: collections.Counter[tuple[str, Shape]] = collections.Counter()
-        self._largest: dict[tuple[str, int], Shape] = {}  # each size at its largest, for each kind and number of tokens
 
     @property
     def compilations(self) -> int:
@@ -78,8 +76,6 @@ class ShapeBook:
     def choose(self, kind: str, exact: Shape) -> Shape:
         """The cheapest known shape that covers `exact`, or its bucket where every known one keeps wasting too much."""
         bucket = _bucket(kind, exact)
-        largest = self._largest.setdefault((kind, exact.tokens), bucket)
-        self._largest[kind, exact.tokens] = Shape(*map(max, largest.key, bucket.key))
         known = self._known.setdefault(kind, set())
         best = min((s for s in known if s.covers(exact)), key=self._cost, default=None)
         if best is not None and self._cost(best) <= _SLACK * self._cost(bucket):
@@ -87,18 +83,8 @@ class ShapeBook:
         self._wanted[kind, bucket] += 1
         if best is not None and self._wanted[kind, bucket] < _PATIENCE:
             return best
-        grown = self._grown(bucket, self._largest[kind, exact.tokens])
-        known.add(grown)
-        return grown
-
-    def _grown(self, bucket: Shape, largest: Shape) -> Shape:
-        """The bucket with as many of its sizes as `largest` has them as its cost allows."""
-        grown = bucket
-        for name in ("shared", "groups", "group_rows", "own", "rows"):
-            larger = dataclasses.replace(grown, **{name: dataclasses.asdict(largest)[name]})
-            if self._cost(larger) <= _GROWTH * self._cost(bucket):
-                grown = larger
-        return grown
+        known.add(bucket)
+        return bucket
 
     def _cost(self, shape: Shape) -> float:
         return shape.cost(self._row_cost)
