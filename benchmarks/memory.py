@@ -17,25 +17,15 @@ import resource
 import jax
 import jax.numpy as jnp
 
-from benchmarks.workload import Sizes, Stepping, random_groups
+from benchmarks.workload import SMALL_MODEL, Sizes, Stepping, random_groups
 from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import ModelConfig, init_params
+from jaxgrpo.model import init_params
 from jaxgrpo.sharding import make_mesh
 from jaxgrpo.update import OptimizerSettings, Update
 
 SIZES = Sizes(P=64, C=256, G=4)
-CONFIG = ModelConfig(
-    vocab_size=151936,
-    width=64,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_size=16,
-    mlp_width=256,
-    context_length=SIZES.P + SIZES.C,
-    rope_theta=10000.0,
-    norm_epsilon=1e-6,
-    tied_embeddings=True,
+CONFIG = dataclasses.replace(
+    SMALL_MODEL, vocab_size=151_936, width=64, layers=2, head_size=16, mlp_width=256, context_length=SIZES.P + SIZES.C, tied_embeddings=True
 )
 
 

@@ -8,30 +8,19 @@ attention out, so the measured ratio can exceed it: a prompt's own attention is 
 """
 
 import argparse
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.workload import Sizes, Stepping, interleaved, one_row_each, random_groups
+from benchmarks.workload import SMALL_MODEL, Sizes, Stepping, interleaved, one_row_each, random_groups
 from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import ModelConfig, init_params
+from jaxgrpo.model import init_params
 from jaxgrpo.sharding import make_mesh
 from jaxgrpo.update import OptimizerSettings, Update
 
-CONFIG = ModelConfig(
-    vocab_size=2048,
-    width=256,
-    layers=4,
-    heads=4,
-    kv_heads=2,
-    head_size=64,
-    mlp_width=1024,
-    context_length=8192,
-    rope_theta=10000.0,
-    norm_epsilon=1e-6,
-    tied_embeddings=True,
-)
+CONFIG = dataclasses.replace(SMALL_MODEL, vocab_size=2048, context_length=8192, tied_embeddings=True)
 BASE = Sizes(P=512, C=64, G=8)
 GRID = (
     *(Sizes(BASE.P, BASE.C, g) for g in (1, 2, 4, 8, 16)),

@@ -14,7 +14,8 @@ import numpy as np
 from jaxgrpo import records
 from jaxgrpo.background import EventLoopThread
 from jaxgrpo.checkpoint import read_policy
-from jaxgrpo.config import SPLITS, Config, ConfigError, load_config
+from jaxgrpo.config import Config, ConfigError, load_config
+from jaxgrpo.config_checks import SPLITS
 from jaxgrpo.metrics import Recorder, TerminalView
 from jaxgrpo.model import Params
 from jaxgrpo.rollout import Decoding, Rollout, RolloutResult
