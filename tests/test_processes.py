@@ -123,6 +123,20 @@ def test_a_run_of_two_processes_is_that_of_one_and_either_goes_on_with_the_other
 
 
 @pytest.mark.slow
+def test_two_processes_train_adapters_as_one_does(model, tmp_path):
+    """The merged weights that the sampler is given after each batch, and a resumed run, included."""
+    options = ("training.devices=None", "lora.rank=2", "recording.checkpoint_every=2")
+    config = write_config(tmp_path, model)
+    run_processes(2, 1, *command(config, tmp_path / "two", "training.steps=4", *options))
+    run_processes(2, 1, *command(config, tmp_path / "two", "training.steps=6", *options, flags=("--resume",)))
+    train(changed(tmp_path, model, "training.steps=6", options[1]), tmp_path / "one")
+    one, two = metric_lines(tmp_path / "one"), metric_lines(tmp_path / "two")
+    assert [line["step"] for line in two] == [2, 4, 6]
+    for ours, theirs in zip(two, one, strict=True):
+        assert {key: ours[key] for key in SAME} == pytest.approx({key: theirs[key] for key in SAME}, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
 def test_jax_finds_the_processes_that_slurm_started(on_three, tmp_path):
     slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     ranks = [slurm | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
