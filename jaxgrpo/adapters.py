@@ -27,7 +27,8 @@ def merge_stored(base: Params, adapters: Params, base_layout: Layout, adapter_la
     if ADAPTER in adapters:
         shapes = (base_layout["kernel"], adapter_layout[ADAPTER]["a"], adapter_layout[ADAPTER]["b"])
         merge = _merge_kernel(*shapes, mesh, scale)
-        return {**base, "kernel": merge(base["kernel"], adapters[ADAPTER]["a"], adapters[ADAPTER]["b"])}
+        merged = merge(base["kernel"], adapters[ADAPTER]["a"], adapters[ADAPTER]["b"])
+        return {**base, "kernel": jax.block_until_ready(merged)}  # one by one: several processes must meet in the same order
     return {
         key: merge_stored(value, adapters[key], base_layout[key], adapter_layout[key], mesh, scale) if key in adapters else value
         for key, value in base.items()

@@ -46,6 +46,7 @@ class StoredWeights:
         self.tell(Told(Work.GATHER))
         update = self.update
         whole = logical_on_devices(update.merged(self.state), update.model_layout, update.mesh, update.compute_dtype)
+        jax.block_until_ready(whole)  # what all processes compute next must not overtake this gather in one of them
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
     def write(self, version: int, root: Path) -> Path:

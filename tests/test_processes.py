@@ -168,8 +168,9 @@ def test_what_the_first_process_raises_ends_the_others(model, tmp_path):
 @pytest.mark.slow
 def test_too_few_devices_named_for_several_processes(model, tmp_path):
     ended = outcomes(start_processes([command(write_config(tmp_path, model), tmp_path / "run")] * 2, 1), 120)
-    assert ended[0][0] == 2 and ended[1][0] in (1, 2)  # each finds it out, or is told first
-    assert "training.devices is 1, but the 2 processes have 2 devices, all of which take part" in ended[0][1]
+    assert {2} <= {status for status, _ in ended} <= {1, 2}  # each finds it out, or is told first
+    for _, said in ended:
+        assert "training.devices is 1, but the 2 processes have 2 devices, all of which take part" in said
 
 
 @pytest.mark.faults
