@@ -256,7 +256,8 @@ class TestPublishing:
 
     def test_turns_in_flight_go_on_under_the_new_weights(self, client, params, other):
         client.eos = ()
-        requests = [request(max_tokens=400, seed=seed) for seed in range(32)]  # some seconds of work
+        # Some seconds of work; of different lengths, or all that run at once would end at once, and the publish could fall between two turns.
+        requests = [request(max_tokens=400 - 5 * seed, seed=seed) for seed in range(32)]
         before = generated_tokens(client.server)
 
         async def body(sampler: VllmSampler) -> list[Generation]:
@@ -268,9 +269,9 @@ class TestPublishing:
 
         generations = client(body)
         firsts = [int((generation.weight_versions_T == 1).sum()) for generation in generations]
-        for first, generation in zip(firsts, generations, strict=True):
-            assert generation.weight_versions_T.tolist() == [1] * first + [2] * (400 - first)
-        mixed = [i for i, first in enumerate(firsts) if 0 < first < 400]
+        for r, first, generation in zip(requests, firsts, generations, strict=True):
+            assert generation.weight_versions_T.tolist() == [1] * first + [2] * (r.max_tokens - first)
+        mixed = [i for i, (r, first) in enumerate(zip(requests, firsts, strict=True)) if 0 < first < r.max_tokens]
         assert mixed, firsts
         for r, generation in [(requests[i], generations[i]) for i in mixed[:4]]:
             versions_T = generation.weight_versions_T
@@ -362,9 +363,12 @@ class TestEvaluation:
 def test_a_run_with_rollouts_ahead(server, tmp_path, monkeypatch):
     """Turns are in flight at publishes: each batch is within the bound, and what is served is the trainer's policy all the same."""
     monkeypatch.setenv("VLLM_API_KEY", KEY)
-    run = config(urls=(server.url,), python=None)
+    run, base = config(urls=(server.url,), python=None), vllm_cpu()
     run = dataclasses.replace(
         run,
+        environment=base.environment,  # where it earns rewards: without any, its weights drift wherever rounding leads
+        packing=base.packing,
+        rollout=dataclasses.replace(base.rollout, tasks_per_step=4),
         loss=dataclasses.replace(run.loss, tis_cap=2.0),
         training=dataclasses.replace(run.training, steps=4, max_staleness=1),
     )
