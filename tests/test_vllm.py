@@ -256,7 +256,7 @@ class TestPublishing:
 
     def test_turns_in_flight_go_on_under_the_new_weights(self, client, params, other):
         client.eos = ()
-        # Some seconds of work; of different lengths, or all that run at once would end at once, and the publish could fall between two turns.
+        # Some seconds of work. Of different lengths: all that run at once would end at once, and the publish could fall between two turns.
         requests = [request(max_tokens=400 - 5 * seed, seed=seed) for seed in range(32)]
         before = generated_tokens(client.server)
 
@@ -368,7 +368,7 @@ def test_a_run_with_rollouts_ahead(server, tmp_path, monkeypatch):
         run,
         environment=base.environment,  # where it earns rewards: without any, its weights drift wherever rounding leads
         packing=base.packing,
-        rollout=dataclasses.replace(base.rollout, tasks_per_step=4),
+        rollout=dataclasses.replace(base.rollout, tasks_per_step=4, max_completion_tokens=128),
         loss=dataclasses.replace(run.loss, tis_cap=2.0),
         training=dataclasses.replace(run.training, steps=4, max_staleness=1),
     )
