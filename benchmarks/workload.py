@@ -54,7 +54,7 @@ def random_groups(vocab: int, sizes: Sizes, seed: int = 0) -> GroupBatch:
     n, shape = sizes.N, (sizes.N, sizes.G, sizes.C)
     ids = lambda *axes: rng.integers(0, vocab, axes).astype(np.int32)
     rewards = rng.normal(size=shape[:2])
-    advantages = (rewards - rewards.mean(1, keepdims=True)) / rewards.std(1, keepdims=True)
+    advantages = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-4)
     return GroupBatch(
         prompt_NP=ids(n, sizes.P),
         prompt_lengths_N=np.full(n, sizes.P, np.int32),
