@@ -16,6 +16,7 @@ from jaxgrpo.background import EventLoopThread
 from jaxgrpo.checkpoint import read_policy
 from jaxgrpo.config import Config, ConfigError, load_config
 from jaxgrpo.config_checks import SPLITS
+from jaxgrpo.lora import NO_LORA
 from jaxgrpo.metrics import Recorder, TerminalView
 from jaxgrpo.model import Params
 from jaxgrpo.rollout import Decoding, Rollout, RolloutResult
@@ -166,9 +167,10 @@ def _read_weights(config: Config, policy: Policy, checkpoint: str | None, step: 
 def _check_sampler(
     config: Config, policy: Policy, params: Params, version: int, task: Task, loop: EventLoopThread, sampler: Sampler
 ) -> dict[str, float]:
-    """As training does, on one device. Raises MismatchError when the sampler serves other weights than those to be evaluated."""
+    """As training does, on one device and with whole weights: adapters have been merged. Raises MismatchError when the sampler serves
+    other weights than those to be evaluated."""
     on_one = dataclasses.replace(config.training, devices=1, groups_per_device=1)
-    update = build_update(dataclasses.replace(config, training=on_one), policy.config)
+    update = build_update(dataclasses.replace(config, training=on_one, lora=NO_LORA), policy.config)
     check = agreement_check(config, policy, update, task)
     if check is None:
         return {}

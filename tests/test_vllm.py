@@ -349,8 +349,10 @@ class TestEvaluation:
         options = ("--set", "evaluation.tasks=2", "--samples", "2", "--run-dir", str(tmp_path / "eval"))
         return evaluate(["--config", str(file), *options, *more])
 
-    def test_the_server_is_checked_first(self, server, tmp_path, monkeypatch):
-        assert self.call(server.url, tmp_path, monkeypatch) == 0
+    @pytest.mark.parametrize("rank", [0, 2])
+    def test_the_server_is_checked_first(self, server, tmp_path, monkeypatch, rank):
+        """A config of adapters included: what is evaluated are whole weights."""
+        assert self.call(server.url, tmp_path, monkeypatch, "--set", f"lora.rank={rank}") == 0
         line = json.loads((tmp_path / "eval" / "metrics.jsonl").read_text())
         assert line["eval/tasks"] == 2 and 0 < line["check/mismatch_mean"] < BOUND
 
