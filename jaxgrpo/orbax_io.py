@@ -55,17 +55,21 @@ class StreamedLeaf:
                 yield np.s_[start : start + rows,], self.read(start, start + rows)
 
 
-class _StreamedLeafHandler(ocp.type_handlers.TypeHandler):
-    """Saves `StreamedLeaf`s; restoring is the business of orbax's own NumPy handler, whose type name is recorded."""
+class WriteOnlyHandler(ocp.type_handlers.TypeHandler):
+    """Of leaves that are only written; restoring is the business of orbax's own NumPy handler, whose type name is recorded."""
 
     def typestr(self) -> str:
         return "np.ndarray"
 
     async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
-        raise NotImplementedError("a streamed leaf is only written")
+        raise NotImplementedError("leaves of this type are only written")
 
     async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
-        raise NotImplementedError("a streamed leaf is only written")
+        raise NotImplementedError("leaves of this type are only written")
+
+
+class _StreamedLeafHandler(WriteOnlyHandler):
+    """Saves `StreamedLeaf`s."""
 
     async def serialize(self, values: Sequence[StreamedLeaf], infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
         for value, info in zip(values, infos, strict=True):

@@ -21,6 +21,7 @@ import tensorstore as ts
 from jax import Array
 from jax.sharding import Mesh
 
+from jaxgrpo.orbax_io import WriteOnlyHandler
 from jaxgrpo.sharding import LeafLayout, store_rows
 
 CHUNK_BYTES = 2**26
@@ -104,17 +105,8 @@ def saved_shape(store: ts.TensorStore) -> tuple[int, ...]:
     return tuple(attributes.get("logical_shape", store.shape))
 
 
-class _ShardedLeafHandler(ocp.type_handlers.TypeHandler):
-    """Saves the pieces that this process holds. Restoring whole arrays is for orbax's own NumPy handler, whose type name is recorded."""
-
-    def typestr(self) -> str:
-        return "np.ndarray"
-
-    async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
-        raise NotImplementedError("sharded leaves are only written here")
-
-    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
-        raise NotImplementedError("sharded leaves are only written here")
+class _ShardedLeafHandler(WriteOnlyHandler):
+    """Saves the pieces that this process holds."""
 
     async def serialize(self, values: Sequence[ShardedLeaf], infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
         context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})

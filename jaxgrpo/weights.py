@@ -34,7 +34,7 @@ from jax.sharding import Mesh
 
 from jaxgrpo import hf_mapping
 from jaxgrpo.model import ModelConfig, Params
-from jaxgrpo.orbax_io import without_ocdbt_hint
+from jaxgrpo.orbax_io import WriteOnlyHandler, without_ocdbt_hint
 from jaxgrpo.sharding import Layout, LeafLayout
 from jaxgrpo.weight_manifest import BARE, MANIFEST, PARAMS, Manifest, StoredArray, StoredTensor, WeightError, write_json, write_manifest
 
@@ -156,23 +156,11 @@ def _pieces_file(process: int) -> str:
     return f"pieces-{process}.json"
 
 
-class _LeafHandler(ocp.type_handlers.TypeHandler):
-    """Saves this process's pieces of `_Leaf`s, and their checksums as `checksums_file`: leaf -> first element of a block -> one a row.
-
-    Restoring is the business of orbax's own NumPy handler, whose type name is recorded.
-    """
+class _LeafHandler(WriteOnlyHandler):
+    """Saves this process's pieces of `_Leaf`s, and their checksums as `checksums_file`: leaf -> first element of a block -> one a row."""
 
     def __init__(self, checksums_file: Path):
         self._checksums_file = checksums_file
-
-    def typestr(self) -> str:
-        return "np.ndarray"
-
-    async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
-        raise NotImplementedError("published leaves are only written here")
-
-    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
-        raise NotImplementedError("published leaves are only written here")
 
     async def serialize(self, values: Sequence[_Leaf], infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
         checksums: dict[str, dict[int, list[int]]] = {leaf.name: {} for leaf in values}
