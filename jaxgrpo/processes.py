@@ -115,6 +115,7 @@ class Processes:
         self._store = store
         self._told = 0
         self._failure: str | None = None
+        self._leaving = False
         self._over = threading.Event()
 
     @property
@@ -163,10 +164,14 @@ class Processes:
         if self.count == 1:
             yield
             return
+        before = signal.signal(signal.SIGINT, self._interrupt)
         watcher = threading.Thread(target=self._watch, daemon=True)
         watcher.start()
         try:
-            yield
+            try:
+                yield
+            finally:
+                self._leaving = True
         except KeyboardInterrupt as interrupt:
             if self._failure is None:
                 self._fail("it was interrupted")
@@ -180,6 +185,12 @@ class Processes:
         finally:
             self._over.set()
             watcher.join()
+            signal.signal(signal.SIGINT, before)
+
+    def _interrupt(self, *_: Any) -> None:
+        """Handles SIGINT, in the main thread: what the watcher sends must not break into the handling of this process's own failure."""
+        if self._failure is None or not self._leaving:
+            raise KeyboardInterrupt
 
     def _fail(self, how: str) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one failed first

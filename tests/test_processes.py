@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from jaxgrpo.checkpoint import Checkpoints, read_policy
 from jaxgrpo.config import ConfigError
 from jaxgrpo.model import ModelConfig
-from jaxgrpo.processes import ClusterFlags, Told, Work, join
+from jaxgrpo.processes import ClusterFlags, Processes, Told, Work, join
 from jaxgrpo.sharding import logical_on_host
 from jaxgrpo.train import train
 from tests.processes import outcomes, run_processes, start, start_processes
@@ -44,6 +45,30 @@ def test_without_flags_there_is_one_process_which_leads_and_tells_nobody():
     alone.agree("anything")
     with pytest.raises(KeyError), alone.together():
         raise KeyError
+
+
+class FailsMeanwhile:
+    """The key-value store, as process 1 sees it when process 0 fails while it tells of its own failure."""
+
+    def __init__(self):
+        self.failed = threading.Event()
+
+    def key_value_set(self, key: str, value: str) -> None:
+        self.failed.set()
+        time.sleep(1)  # an interruption would come now
+        raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
+
+    def blocking_key_value_get(self, key: str, milliseconds: int) -> str:
+        if not self.failed.wait(milliseconds / 1000):
+            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+        return "process 0 failed: of something else"
+
+
+def test_a_failure_elsewhere_does_not_break_into_the_handling_of_ones_own():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ZeroDivisionError), Processes(1, 2, FailsMeanwhile()).together():
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 # One step.
