@@ -122,7 +122,8 @@ def one_round(bench: Bench, server: VllmServer | None, root: Path, version: int)
     found = bench.round(root, version)
     if server is not None:
         found |= serve(bench, server, root, version)
-    weights.remove_version(root, version - 1)
+    if version > 1:
+        weights.retire_version(root, version - 1)
     return found
 
 

@@ -2,7 +2,8 @@
 
 Everything is checked before anything is given back: a reader that raises has changed nothing. What jaxgrpo.weights writes are bare values
 (a zarr array without a compressor), so the files are mapped rather than read: a tensor that lies in one file is never copied, and in shared
-memory it is in memory already. A version's files are written once and never changed; removing them leaves the mappings whole.
+memory it is in memory already. A version's files are not changed before every reader is through with them; removing them leaves the
+mappings whole.
 """
 
 import dataclasses

@@ -12,6 +12,7 @@ import dataclasses
 import fcntl
 import functools
 import getpass
+import io
 import itertools
 import json
 import logging
@@ -40,6 +41,7 @@ from jaxgrpo.weight_manifest import BARE, MANIFEST, PARAMS, Manifest, StoredArra
 
 SHARED_MEMORY = Path("/dev/shm")
 _LOCK = ".jaxgrpo-weights"
+_SPARE = "spare"
 _WRITERS = 4
 FILE_BYTES = 2**25
 """Rows share a file up to this size; a row is not cut because of it, so that a tensor is in one place. Files are written side by side."""
@@ -55,13 +57,14 @@ def publish_weights(
     """Write stored weights (jaxgrpo.sharding) as a version's folder under `root`; returns it when it is published, on every process.
 
     Called by all processes of the trainer, which must all see `root`; `params` must not be donated meanwhile. Memory beyond the
-    weights: a few chunks. Raises FileExistsError when the version is there, WeightError when a weight is not finite.
+    weights: a few chunks. Files of the version that was retired last are written over where they fit, which spares the system making
+    fresh pages. Raises FileExistsError when the version is there, WeightError when a weight is not finite.
     """
     leaves = _leaves(params, layout, mesh, np.dtype(dtype))
     folder = version_folder(root, version)
     if jax.process_index() == 0:
         folder.mkdir(parents=True)
-    _write(folder, leaves)
+    _write(folder, root / _SPARE / PARAMS, leaves)
     if jax.process_index() == 0:
         write_manifest(folder, _manifest(folder, leaves, model_config, version))
     if jax.process_count() > 1:
@@ -79,6 +82,13 @@ def remove_version(root: Path, version: int) -> None:
     folder = version_folder(root, version)
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def retire_version(root: Path, version: int) -> None:
+    """Take a published version back, when no reader has it open any more: its files are for the next one to be written over."""
+    (version_folder(root, version) / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(root / _SPARE, ignore_errors=True)
+    version_folder(root, version).rename(root / _SPARE)
 
 
 def published_bytes(layout: Layout, dtype: Any = jnp.bfloat16) -> int:
@@ -143,8 +153,8 @@ def _leaves(params: Params, layout: Layout, mesh: Mesh, dtype: np.dtype) -> dict
     return {path: _Leaf(".".join(path), values[path], leaf, dtype) for path, leaf in layouts.items()}
 
 
-def _write(folder: Path, leaves: dict[hf_mapping.Path, _Leaf]) -> None:
-    handler = _LeafHandler(folder / _pieces_file(jax.process_index()))
+def _write(folder: Path, spare: Path, leaves: dict[hf_mapping.Path, _Leaf]) -> None:
+    handler = _LeafHandler(folder / _pieces_file(jax.process_index()), spare)
     # orbax asks the handler of arrays for a store of metadata, and warns when there is none
     registry = ocp.type_handlers.create_type_handler_registry((_Leaf, handler), (jax.Array, ocp.type_handlers.ArrayHandler()))
     tree_handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
@@ -157,10 +167,12 @@ def _pieces_file(process: int) -> str:
 
 
 class _LeafHandler(WriteOnlyHandler):
-    """Saves this process's pieces of `_Leaf`s, and their checksums as `checksums_file`: leaf -> first element of a block -> one a row."""
+    """Saves this process's pieces of `_Leaf`s, and their checksums as `checksums_file`: leaf -> first element of a block -> one a row.
+    Leaves of an earlier version are in `spare`, if anywhere."""
 
-    def __init__(self, checksums_file: Path):
+    def __init__(self, checksums_file: Path, spare: Path):
         self._checksums_file = checksums_file
+        self._spare = spare
 
     async def serialize(self, values: Sequence[_Leaf], infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
         checksums: dict[str, dict[int, list[int]]] = {leaf.name: {} for leaf in values}
@@ -170,8 +182,9 @@ class _LeafHandler(WriteOnlyHandler):
                 await ts.open(_spec(leaf, info.path))  # creates the array's metadata
                 rows, columns = leaf.file
                 for row, (column, pieces) in itertools.product(range(0, leaf.layout.layers, rows), _by_file(leaf.pieces, columns)):
-                    file = Path(f"{info.path}/c/{row // rows}/{column}" if leaf.layout.stacked else f"{info.path}/c/{column}")
-                    writing.append(loop.run_in_executor(pool, _write_file, file, leaf, row, pieces))
+                    place = f"c/{row // rows}/{column}" if leaf.layout.stacked else f"c/{column}"
+                    file, used = Path(info.path, place), self._spare / leaf.name / place
+                    writing.append(loop.run_in_executor(pool, _write_file, file, used, leaf, row, pieces))
             for leaf, found in await asyncio.gather(*writing):  # in order of rows
                 for start, of_rows in found.items():
                     checksums[leaf.name].setdefault(start, []).extend(of_rows)
@@ -202,14 +215,13 @@ def _outgoing(piece: Array, starts: tuple[int, ...], shape: tuple[int, ...], dty
     return block, jnp.isfinite(jnp.sum(block, dtype=jnp.float32))
 
 
-def _write_file(path: Path, leaf: _Leaf, row: int, pieces: list[tuple[int, Any]]) -> tuple[_Leaf, dict[int, list[int]]]:
-    """The file of the rows from `row` on of these pieces; the checksums of its rows by the first element of each block. Not synchronised to
-    the disk: a version that a loss of power spoils is of no use to anybody."""
+def _write_file(path: Path, used: Path, leaf: _Leaf, row: int, pieces: list[tuple[int, Any]]) -> tuple[_Leaf, dict[int, list[int]]]:
+    """The file of the rows from `row` on of these pieces, over the `used` one if there is one; the checksums of its rows by the first
+    element of each block. Not synchronised to the disk: a version that a loss of power spoils is of no use to anybody."""
     checksums: dict[int, list[int]] = {}
     (rows, columns), (block_rows, elements) = leaf.file, leaf.block
     first = pieces[0][0]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb", buffering=0) as file:
+    with _open(path, used, rows * columns * leaf.dtype.itemsize) as file:
         for start, shard in pieces:
             for element, block_row in itertools.product(range(0, leaf.piece, elements), range(0, rows, block_rows)):
                 block_RE = _block(leaf, shard, row + block_row, element)
@@ -217,6 +229,15 @@ def _write_file(path: Path, leaf: _Leaf, row: int, pieces: list[tuple[int, Any]]
                     checksums.setdefault(start + element, []).append(zlib.crc32(values_E.data))
                     _write_at(file, values_E.data, ((block_row + i) * columns + start + element - first) * leaf.dtype.itemsize)
     return leaf, checksums
+
+
+def _open(path: Path, used: Path, size: int) -> io.FileIO:
+    """A file of `size` bytes to be written in full."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if used.is_file() and used.stat().st_size == size:
+        used.rename(path)
+        return io.FileIO(path, "r+")
+    return io.FileIO(path, "w")
 
 
 def _block(leaf: _Leaf, shard: Any, row: int, element: int) -> np.ndarray:
@@ -227,7 +248,7 @@ def _block(leaf: _Leaf, shard: Any, row: int, element: int) -> np.ndarray:
     return np.asarray(block).reshape(leaf.block)
 
 
-def _write_at(file: Any, data: memoryview, place: int) -> None:
+def _write_at(file: io.FileIO, data: memoryview, place: int) -> None:
     """All of it: the system may take less at a time."""
     while data:
         written = os.pwrite(file.fileno(), data, place)
@@ -268,10 +289,10 @@ class WeightFolder:
         self._lock: TextIO | None = _claim(self.root) if jax.process_index() == 0 else None
 
     def keep_only(self, versions: Collection[int]) -> None:
-        """Remove every other version: those that no server reads, or goes back to, any more."""
+        """Retire every other version: those that no server reads, or goes back to, any more."""
         for path in self.root.glob("[0-9]*"):
             if path.name.isdecimal() and int(path.name) not in versions:
-                remove_version(self.root, int(path.name))
+                retire_version(self.root, int(path.name))
 
     def close(self) -> None:
         """Remove the folder. To be called again without harm."""

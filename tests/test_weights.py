@@ -110,6 +110,8 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
     config = ModelConfig.from_hf(CONFIG_JSON)
     params = jax.tree.map(np.asarray, init_params(config, jax.random.key(0)))
     save_hf(params, skeleton, tmp_path / "model")
+    weights.retire_version(tmp_path / "two", int(publish_by_processes(2, tmp_path / "model", 6, tmp_path / "two").name))
+    (tmp_path / "two" / "spare" / "params" / BIAS / "c" / "0" / "0").write_bytes(b"another size")
     two = publish_by_processes(2, tmp_path / "model", 7, tmp_path / "two")
     mesh, layout = make_mesh(jax.devices()), make_layout(config, 4)
     one = weights.publish_weights(store(params, layout, mesh), layout, mesh, config, 7, tmp_path / "one")
@@ -234,6 +236,33 @@ def test_old_versions_and_unfinished_ones_are_removed(tmp_path: Path) -> None:
     assert_same_bits(read(folder.root / "000002", 2), expected_tensors(random_params(seed=1)))
     weights.remove_version(folder.root, 2)
     assert not (folder.root / "000002").exists()
+    folder.close()
+
+
+def stored_values(folder: Path) -> dict[Path, int]:
+    """The files of values in a version's folder, and their inodes."""
+    return {path.relative_to(folder): path.stat().st_ino for path in folder.glob("params/*/c/**/*") if path.is_file()}
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_a_version_is_written_over_the_files_of_the_one_retired_before_it(tmp_path: Path, devices: int) -> None:
+    folder = weight_folder(tmp_path)
+    versions = [publish(folder.root, random_params(seed=seed), devices, seed) for seed in (0, 1)]
+    inodes = stored_values(versions[0])
+    folder.keep_only({1})
+    versions.append(publish(folder.root, random_params(seed=2), devices, 2))
+    assert stored_values(versions[2]) == inodes
+    for seed in (1, 2):
+        assert_same_bits(read(versions[seed], seed), expected_tensors(random_params(seed=seed)))
+    folder.close()
+
+
+def test_files_of_another_size_are_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = weight_folder(tmp_path)
+    publish(folder.root, random_params(), version=1)
+    folder.keep_only({2})
+    monkeypatch.setattr(weights, "FILE_BYTES", 20)
+    assert_same_bits(read(publish(folder.root, random_params(seed=1), version=2), 2), expected_tensors(random_params(seed=1)))
     folder.close()
 
 
