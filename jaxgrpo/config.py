@@ -69,9 +69,10 @@ class VllmSettings:
     """vLLM as the sampler. Without `urls` a server is started, and ended, by the trainer: with the interpreter `python` (None: the
     trainer's own), on the GPUs of these indices (none: on the CPU), taking `gpu_memory` of each; or `cache_bytes` for its cache;
     one server is tensor-parallel over its GPUs, and several `servers` share them out in equal parts;
-    `arguments` are added to vLLM's own. It listens at `host` and `port` (0: any free one), for whoever has the key in the environment
-    variable VLLM_API_KEY, or a random one of this run's when there is none. `urls` name servers that someone else runs. Weights pass
-    through a folder that the servers read too: `weights_folder`, or shared memory, or the run folder.
+    `arguments` are added to vLLM's own. `float32_logits` has it compute logits as the trainer does, not rounded to bfloat16: that costs
+    nothing on a GPU, but much on a CPU where the vocabulary is large. It listens at `host` and `port` (0: any free one), for whoever has
+    the key in the environment variable VLLM_API_KEY, or a random one of this run's when there is none. `urls` name servers that someone
+    else runs. Weights pass through a folder that the servers read too: `weights_folder`, or shared memory, or the run folder.
 
     `max_requests` are in flight on one server, others wait. A turn may take `request_seconds` in all, and is asked for `retries` times
     again when a server does not answer. After each publish, short generations are compared with the trainer's own forward: the run
@@ -84,6 +85,7 @@ class VllmSettings:
     gpu_memory: float = 0.9
     cache_bytes: int | None = None
     arguments: tuple[str, ...] = ()
+    float32_logits: bool = True
     host: str = "127.0.0.1"
     port: int = 0
     weights_folder: str | None = None

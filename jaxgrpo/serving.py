@@ -164,6 +164,7 @@ def server_plan(config: Config, policy: Policy, own_weights: bool = False) -> Se
         gpu_memory=v.gpu_memory,
         cache_bytes=v.cache_bytes,
         arguments=v.arguments,
+        float32_logits=v.float32_logits,
         own_weights=own_weights,
     )
 

@@ -108,11 +108,13 @@ def test_settings_reach_the_server(model, policy, tmp_path):
     config = changed(
         tmp_path, model, "sampler=vllm", "vllm.python=/opt/python", "vllm.cache_bytes=1000", "vllm.arguments=--enforce-eager",
         "vllm.port=77", "vllm.max_requests=5", "vllm.gpus=(1,)", "training.gpus=(0,)", "vllm.gpu_memory=0.5", "vllm.host=::1",
+        "vllm.float32_logits=False",
     )  # fmt: skip
     plan = server_plan(config, policy)
     assert dataclasses.asdict(plan) == {
         "python": "/opt/python", "model": policy.folder, "context_tokens": 96 + 8, "max_requests": 5, "host": "::1", "port": 77,
-        "gpus": (1,), "gpu_memory": 0.5, "cache_bytes": 1000, "arguments": ("--enforce-eager",), "own_weights": False,
+        "gpus": (1,), "gpu_memory": 0.5, "cache_bytes": 1000, "arguments": ("--enforce-eager",), "float32_logits": False,
+        "own_weights": False,
     }  # fmt: skip
     assert VllmSettings().host == "127.0.0.1"
 

@@ -62,6 +62,9 @@ class TestCommand:
         assert value(command, "--middleware") == "jaxgrpo.samplers.vllm_auth.RequireKey"
         assert "--no-enable-chunked-prefill" not in command
 
+    def test_logits_in_bfloat16_as_vllm_has_them_by_itself(self):
+        assert "--hf-overrides" not in plan(float32_logits=False).command(8123, guarded=False)
+
     def test_the_device_is_named_among_those_that_the_trainer_may_use(self):
         ours = {"PATH": "/bin", "PYTHONPATH": "/ours", "XLA_FLAGS": "x"}
         assert plan(gpus=(3,)).environment(ours, None)["CUDA_VISIBLE_DEVICES"] == "3"

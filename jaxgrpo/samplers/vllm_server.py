@@ -52,6 +52,7 @@ class ServerPlan:
     gpu_memory: float = 0.9
     cache_bytes: int | None = None
     arguments: tuple[str, ...] = ()
+    float32_logits: bool = True
     own_weights: bool = False
 
     def command(self, port: int, guarded: bool) -> list[str]:
@@ -66,7 +67,6 @@ class ServerPlan:
             "max-num-seqs": self.max_requests,
             "tensor-parallel-size": max(len(self.gpus), 1),
             "logprobs-mode": "processed_logprobs",  # of the tempered distribution, as the trainer computes them
-            "hf-overrides": json.dumps({"head_dtype": "float32"}),  # as the trainer: logits rounded to bfloat16 are off by up to 0.06 at 16
             "generation-config": "vllm",  # nothing is taken from the model's generation_config.json
             "weight-transfer-config": json.dumps({"backend": "orbax"}),
             "load-format": "auto" if self.own_weights else "dummy",
@@ -76,6 +76,8 @@ class ServerPlan:
             options["gpu-memory-utilization"] = self.gpu_memory
         else:  # a request with a seed whose prompt is computed in parts kills vLLM's CPU engine
             options["max-num-batched-tokens"] = max(self.context_tokens, 2048)
+        if self.float32_logits:  # as the trainer: logits rounded to bfloat16 are off by up to 0.06 at 16
+            options["hf-overrides"] = json.dumps({"head_dtype": "float32"})
         if self.cache_bytes is not None:
             options["kv-cache-memory-bytes"] = self.cache_bytes
         flags = ["--enable-scale-out", *([] if self.gpus else ["--no-enable-chunked-prefill"])]
