@@ -286,7 +286,7 @@ def keep(params: Params) -> None:
 
 
 def soften_embedding(params: Params) -> None:
-    params["embed"]["embedding"] *= 0.7
+    params["embed"]["embedding"] *= 0.8
 
 
 def soften_layers(params: Params) -> None:
