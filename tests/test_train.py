@@ -434,6 +434,14 @@ class TestOptions:
         assert jax.tree.leaves(losses[1][1].params)[0].sharding.num_devices == 2
 
 
+def test_a_policy_that_is_lost_ends_the_run_and_is_not_saved(model, tmp_path, capsys):
+    """At this rate the first step's weights overflow; the second step on the batch has a gradient of nothing but NaN."""
+    arguments = ["--config", str(write_config(tmp_path, model)), "--run-dir", str(tmp_path / "run"), "--set", "optimizer.learning_rate=1e38"]
+    assert main(arguments) == 1
+    assert "error: the gradient of step 2 is not finite" in capsys.readouterr().err
+    assert newest_step(tmp_path / "run/checkpoints") is None
+
+
 def test_every_epoch_is_a_fresh_shuffle_into_whole_batches():
     tasks = [Task(str(i)) for i in range(7)]
     epochs = [[t.id for i in (2 * e, 2 * e + 1) for t in task_batch(tasks, 3, 5, i)] for e in (0, 1)]
