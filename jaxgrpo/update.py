@@ -357,7 +357,7 @@ class Update:
 
     def _apply_gradients(self, params: Params, opt_state: Any, gradients: Params) -> tuple[Params, Any, Array]:
         updates, opt_state = self.optimizer.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, optax.global_norm(gradients)
+        return optax.apply_updates(params, updates), opt_state, optax.tree.norm(gradients)
 
 
 jax.tree_util.register_dataclass(GroupBatch, data_fields=list(_BATCH_FIELDS), meta_fields=[])
