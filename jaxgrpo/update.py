@@ -228,8 +228,9 @@ class Update:
         state = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
         if not math.isfinite(report.grad_norm):
             raise DivergedError(
-                f"the gradient of step {state.step} is not finite (norm {report.grad_norm}, loss {total.loss}, KL {total.kl}), and the policy "
-                "is lost: go on from the last checkpoint, if need be with a lower optimizer.learning_rate"
+                f"the gradient of step {state.step} is not finite (norm {report.grad_norm}, loss {total.loss}, KL {total.kl}), and the "
+                "policy is lost: --resume goes on from the last checkpoint; where this comes again, a new run needs a lower "
+                "optimizer.learning_rate"
             )
         return state, train_logprobs, report
 

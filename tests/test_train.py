@@ -436,8 +436,8 @@ class TestOptions:
 
 def test_a_policy_that_is_lost_ends_the_run_and_is_not_saved(model, tmp_path, capsys):
     """At this rate the first step's weights overflow; the second step on the batch has a gradient of nothing but NaN."""
-    arguments = ["--config", str(write_config(tmp_path, model)), "--run-dir", str(tmp_path / "run"), "--set", "optimizer.learning_rate=1e38"]
-    assert main(arguments) == 1
+    config = str(write_config(tmp_path, model))
+    assert main(["--config", config, "--run-dir", str(tmp_path / "run"), "--set", "optimizer.learning_rate=1e38"]) == 1
     assert "error: the gradient of step 2 is not finite" in capsys.readouterr().err
     assert newest_step(tmp_path / "run/checkpoints") is None
 
