@@ -20,8 +20,8 @@ from jaxgrpo.model_sizes import QWEN2_5
 from jaxgrpo.planning import StateBytes, gradient_traffic, state_bytes
 from jaxgrpo.sharding import make_mesh
 from jaxgrpo.update import Update
-from tests.test_update import ADAM, GROUPS, NO_KL, UNTIED, packed, params_of, update_of
 from tests.training import CONFIG_JSON, Letters, write_config
+from tests.updates import ADAM, GROUPS, NO_KL, UNTIED, packed, params_of, update_of
 from tools.hlo import Collective, collectives
 from tools.plan_memory import Plan, Planner, describe, main, model_sizes, notes, parse, refusal, table
 from tools.step_memory import ProgramMemory, StepMemory, describe_collectives, measure
