@@ -254,3 +254,7 @@ class TestVerify:
         pretrained.write_orbax(pretrained.open_weights(hf_folder), orbax_folder.with_name("clean"))
         command(monkeypatch, verify_conversion, hf_folder, orbax_folder.with_name("clean"), "--logits", "--logits-bound", "1e-4")
         assert "largest absolute difference" in capsys.readouterr().out
+
+    def test_logits_of_an_orbax_folder_are_not_asked_of_transformers(self, hf_folder, orbax_folder, monkeypatch):
+        with pytest.raises(SystemExit, match=r"--logits has transformers load the first folder, but .* is an orbax folder: name it second"):
+            command(monkeypatch, verify_conversion, orbax_folder, hf_folder, "--logits")
