@@ -171,13 +171,15 @@ def forward_traffic(model: ModelConfig, devices: int) -> Traffic:
     return Traffic(COMPUTE_BYTES * (_padded(model, devices, "layers") + _tables(model, devices)), 0)
 
 
-def gradient_traffic(model: ModelConfig, devices: int, lora: LoraSettings = NO_LORA) -> Traffic:
-    """The gradient of a micro-batch: layers gathered once more by rematerialisation, every gradient scattered once; with LoRA there are
-    those of the adapters only. (The head's table is kept from its forward pass to its backward pass, which follow each other.)"""
+def gradient_traffic(model: ModelConfig, devices: int, lora: LoraSettings = NO_LORA, remat: str = "full") -> Traffic:
+    """The gradient of a micro-batch: layers gathered once more where they are rematerialised (`training.remat` "none" keeps them), every
+    gradient scattered once; with LoRA there are those of the adapters only. (The head's table is kept from its forward pass to its backward
+    pass, which follow each other.)"""
     layers, tables = _padded(model, devices, "layers"), _tables(model, devices)
     adapters = _elements(trained_shapes(model, lora), devices) if lora.rank else 0
     scattered = adapters if lora.rank else layers + tables
-    return Traffic(COMPUTE_BYTES * (2 * (layers + adapters) + tables), MASTER_BYTES * scattered)
+    times = 1 if remat == "none" else 2
+    return Traffic(COMPUTE_BYTES * (times * (layers + adapters) + tables), MASTER_BYTES * scattered)
 
 
 def _padded(model: ModelConfig, devices: int, *names: str) -> int:
@@ -225,6 +227,7 @@ class Work:
     steps: int
     reference: bool
     lora: LoraSettings = NO_LORA
+    remat: str = "full"
 
     @property
     def rollouts(self) -> int:
@@ -250,7 +253,7 @@ class Work:
 
     def step_traffic(self, model: ModelConfig, devices: int) -> Traffic:
         """Of one optimizer step."""
-        return gradient_traffic(model, devices, self.lora).times(self.micro_batches)
+        return gradient_traffic(model, devices, self.lora, self.remat).times(self.micro_batches)
 
     def reference_traffic(self, model: ModelConfig, devices: int) -> Traffic:
         """Of scoring a batch under the reference, once a batch."""

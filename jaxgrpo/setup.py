@@ -28,12 +28,21 @@ from jaxgrpo.update import Update
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """The model's folder, its sizes, its chat format and its tokenizer; no weights yet."""
+    """The model's folder, its sizes, its chat format and its tokenizer; no weights yet.
+
+    Raises ValueError when the tokenizer has more tokens than the model: a look-up beyond the table would take its last row unnoticed."""
 
     folder: Path
     config: ModelConfig
     tokenizer: Any
     chat: Chat
+
+    def __post_init__(self) -> None:
+        if len(self.tokenizer) > self.config.vocab_size:
+            raise ValueError(
+                f"its tokenizer has {len(self.tokenizer)} tokens, its weights have {self.config.vocab_size} (vocab_size in config.json): "
+                "take the tokenizer that belongs to the model"
+            )
 
 
 def open_policy(config: Config) -> Policy:

@@ -47,12 +47,8 @@ class ShardedLeaf:
 
     @property
     def chunk(self) -> tuple[int, int]:
-        """Rows and elements of a chunk: whole rows of a piece while they fit into CHUNK_BYTES, else equal parts of one row."""
-        most = max(1, CHUNK_BYTES // self.value.dtype.itemsize)
-        if self.piece <= most:
-            return _divisor(self.layout.layers, most // self.piece), self.piece
-        part = _divisor(self.piece, most)
-        return 1, part if part >= most // 4 else self.piece  # a piece without such a divisor is not cut into crumbs
+        """Rows and elements of a chunk."""
+        return equal_parts(self.layout.layers, self.piece, max(1, CHUNK_BYTES // self.value.dtype.itemsize))
 
     @property
     def starts(self) -> Iterator[tuple[int, int]]:
@@ -61,9 +57,18 @@ class ShardedLeaf:
         return itertools.product(range(0, self.layout.layers, rows), range(0, self.piece, elements))
 
 
-def _divisor(number: int, most: int) -> int:
-    """The largest divisor of `number` that is at most `most`."""
-    return next(number // parts for parts in range(max(1, -(-number // most)), number + 1) if number % parts == 0)
+def equal_parts(rows: int, elements: int, most: int) -> tuple[int, int]:
+    """Rows and elements of the equal parts that [rows, elements] is cut into, of at most `most` elements: whole rows where one fits, else
+    parts of one row. Without such parts of a quarter of `most` or more, a part is one row."""
+    if elements <= most:
+        return _equal_part(rows, most // elements) or 1, elements
+    return 1, _equal_part(elements, most) or elements
+
+
+def _equal_part(number: int, most: int) -> int | None:
+    """The largest divisor of `number` between `most` / 4 and `most`, if there is one."""
+    least = -(-number // most)
+    return next((number // parts for parts in range(least, 4 * least + 1) if number % parts == 0), None)
 
 
 def checkpoint_handler() -> ocp.PyTreeCheckpointHandler:

@@ -47,7 +47,7 @@ from jaxgrpo.setup import (
     training_mesh,
 )
 from jaxgrpo.types import GroupBatch, Task
-from jaxgrpo.update import StepReport, TrainState
+from jaxgrpo.update import DivergedError, StepReport, TrainState
 
 MOST_SKIPPED = 3
 """So many batches in a row may be lost to failing environments; then the run ends."""
@@ -338,7 +338,7 @@ def _train_until_told(config: Config, folder: Path, resume: bool, processes: Pro
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         train(config, folder, resume, processes)
-    except (NothingLeftError, SamplerError, PeerError) as error:
+    except (NothingLeftError, SamplerError, PeerError, DivergedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

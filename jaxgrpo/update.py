@@ -8,6 +8,7 @@ With LoRA the parameters are the adapters, and the model's own weights are froze
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -51,6 +52,10 @@ class OptimizerSettings:
     epsilon: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 0.2
+
+
+class DivergedError(RuntimeError):
+    """A step's gradient is not finite, so neither are the weights that it made: says what it was, and what helps."""
 
 
 class TrainState(NamedTuple):
@@ -204,6 +209,7 @@ class Update:
         """One optimizer step on all micro-batches. `behaviour` is None on the first step on a batch.
 
         Returns the new state (the old one's buffers are donated), each micro-batch's train log-probabilities [N, G, C], and the report.
+        Raises DivergedError, with the state lost, when the gradient is not finite.
         """
         gradients = self._zeros(state.params)
         train_logprobs, sums = [], []
@@ -218,8 +224,15 @@ class Update:
             sums.append(micro_sums)
         params, opt_state, grad_norm = self._apply(state.params, state.opt_state, gradients)
         total = functools.reduce(LossSums.add, (LossSums._make(map(float, s)) for s in jax.device_get(sums)))
+        report = StepReport(total, float(grad_norm))
         state = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
-        return state, train_logprobs, StepReport(total, float(grad_norm))
+        if not math.isfinite(report.grad_norm):
+            raise DivergedError(
+                f"the gradient of step {state.step} is not finite (norm {report.grad_norm}, loss {total.loss}, KL {total.kl}), and the "
+                "policy is lost: --resume goes on from the last checkpoint; where this comes again, a new run needs a lower "
+                "optimizer.learning_rate"
+            )
+        return state, train_logprobs, report
 
     def lower(self, groups: int, group_size: int, prompt: int, completion: int) -> LoweredStep:
         """The programs of a step for micro-batches of one shape, from shapes alone: nothing is computed, and the mesh may be of devices
@@ -345,7 +358,7 @@ class Update:
 
     def _apply_gradients(self, params: Params, opt_state: Any, gradients: Params) -> tuple[Params, Any, Array]:
         updates, opt_state = self.optimizer.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, optax.global_norm(gradients)
+        return optax.apply_updates(params, updates), opt_state, optax.tree.norm(gradients)
 
 
 jax.tree_util.register_dataclass(GroupBatch, data_fields=list(_BATCH_FIELDS), meta_fields=[])

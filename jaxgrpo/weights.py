@@ -36,6 +36,7 @@ from jax.sharding import Mesh
 from jaxgrpo import hf_mapping
 from jaxgrpo.model import ModelConfig, Params
 from jaxgrpo.orbax_io import WriteOnlyHandler, without_ocdbt_hint
+from jaxgrpo.shard_io import equal_parts
 from jaxgrpo.sharding import Layout, LeafLayout
 from jaxgrpo.weight_manifest import BARE, MANIFEST, PARAMS, Manifest, StoredArray, StoredTensor, WeightError, write_json, write_manifest
 
@@ -126,21 +127,12 @@ class _Leaf:
         share = self.layout.padded // len(starts)
         shared = all(min(s) % share == 0 and s == set(range(min(s), min(s) + share, self.piece)) for s in starts.values())
         columns = share if shared else self.piece
-        return _equal_part(self.layout.layers, FILE_BYTES // (columns * self.dtype.itemsize)) or 1, columns
+        return equal_parts(self.layout.layers, columns, FILE_BYTES // self.dtype.itemsize)[0], columns
 
     @property
     def block(self) -> tuple[int, int]:
         """Rows and elements of one device's part of a file that are written at once."""
-        most = max(1, BLOCK_BYTES // self.dtype.itemsize)
-        if self.piece <= most:
-            return _equal_part(self.file[0], most // self.piece) or 1, self.piece
-        return 1, _equal_part(self.piece, most) or self.piece
-
-
-def _equal_part(number: int, most: int) -> int | None:
-    """The largest divisor of `number` between `most` / 4 and `most`, if there is one."""
-    least = -(-number // max(most, 1))
-    return next((number // parts for parts in range(least, 4 * least + 1) if number % parts == 0), None)
+        return equal_parts(self.file[0], self.piece, BLOCK_BYTES // self.dtype.itemsize)
 
 
 def _leaves(params: Params, layout: Layout, mesh: Mesh, dtype: np.dtype) -> dict[hf_mapping.Path, _Leaf]:

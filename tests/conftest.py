@@ -4,9 +4,28 @@ import getpass
 import os
 import tempfile
 
+import pytest
+
 for _flag in ("--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=0"):
     if _flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"jaxgrpo-tests-xla-{getpass.getuser()}"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+@pytest.fixture
+def hf_folder(tmp_path):
+    """A small untied model of bfloat16 in Hugging Face layout."""
+    from tests.model_folders import make_folder, random_tensors  # imports jax, which reads the environment
+
+    return make_folder(tmp_path / "hf", random_tensors(False, "bfloat16"))
+
+
+@pytest.fixture
+def orbax_folder(hf_folder, tmp_path):
+    """The same as an orbax folder."""
+    from jaxgrpo import pretrained
+
+    pretrained.write_orbax(pretrained.open_weights(hf_folder), tmp_path / "orbax")
+    return tmp_path / "orbax"

@@ -1,4 +1,4 @@
-"""Trainer processes that resume a checkpoint of tests.test_update's model, take one optimizer step and save: FROM TO and the flags."""
+"""Trainer processes that resume a checkpoint of the model of tests.updates, take one optimizer step and save: FROM TO and the flags."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ import jax
 from jaxgrpo.checkpoint import Checkpoints
 from jaxgrpo.processes import ClusterFlags, add_flags, join
 from jaxgrpo.update import StepReport, TrainState, Update
-from tests.test_update import GROUPS, packed, update_of
+from tests.updates import GROUPS, packed, update_of
 
 
 def step(update: Update, state: TrainState) -> tuple[TrainState, StepReport]:

@@ -4,7 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxgrpo import cudnn
 from jaxgrpo.attention import XLA, attend
@@ -13,13 +15,14 @@ from jaxgrpo.cudnn import CUDNN, choose_kernel
 N, G, P, C, H, K, SIZE = 2, 3, 128, 48, 4, 2, 64
 
 
-def lowered(kernel, c: int = C, dtype=jnp.bfloat16) -> str:
+def lowered(kernel, c: int = C, dtype=jnp.bfloat16, wrap=lambda function: function) -> str:
     """The program of forward and backward for an NVIDIA GPU."""
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
     own = [shape((N, G, c, heads, SIZE)) for heads in (H, K, K)]
     context = [shape((N, P, K, SIZE)), shape((N, P, K, SIZE)), jax.ShapeDtypeStruct((N,), jnp.int32)]
     gradient = jax.grad(lambda *a: jnp.sum(attend(kernel, *a).astype(jnp.float32)), argnums=(0, 1, 2, 3, 4))
-    return jax.jit(gradient).trace(*own, *context).lower(lowering_platforms=("cuda",)).as_text()
+    program = jax.jit(wrap(gradient))
+    return program.trace(*own, *context).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_each_part_is_one_call_of_the_kernel_forward_and_one_backward() -> None:
@@ -41,6 +44,12 @@ def test_odd_lengths_are_filled_up() -> None:
     calls = [line for line in lowered(CUDNN, c=31).splitlines() if "__cudnn$" in line]
     assert len(calls) == 4
     assert not any(f"x31x{H}" in line for line in calls)
+
+
+def test_it_can_be_split_over_a_mesh() -> None:
+    mesh, over = Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data")
+    text = lowered(CUDNN, wrap=lambda gradient: jax.shard_map(gradient, mesh=mesh, in_specs=over, out_specs=over))
+    assert text.count("__cudnn$") == 4
 
 
 def test_auto_is_cudnn_where_it_can_be_and_says_why_where_not() -> None:

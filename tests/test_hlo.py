@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 import pytest
 
-from tests.test_update import GROUPS, TINY, UNTIED, packed, update_of
+from tests.updates import GROUPS, TINY, UNTIED, packed, update_of
 from tools.hlo import Collective, collectives
 
 ASYNCHRONOUS = """\

@@ -26,7 +26,7 @@ from jaxgrpo.sharding import logical_on_host, make_layout, make_mesh, store
 from jaxgrpo.update import TrainState, Update
 from jaxgrpo.weight_manifest import read_manifest
 from jaxgrpo.weight_reader import read_tensors
-from tests.test_update import (
+from tests.updates import (
     ADAM,
     GROUPS,
     LOSS,

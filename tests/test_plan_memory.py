@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -19,8 +20,9 @@ from jaxgrpo.model_sizes import QWEN2_5
 from jaxgrpo.planning import StateBytes, gradient_traffic, state_bytes
 from jaxgrpo.sharding import make_mesh
 from jaxgrpo.update import Update
-from tests.test_update import ADAM, GROUPS, NO_KL, UNTIED, packed, params_of, update_of
 from tests.training import CONFIG_JSON, Letters, write_config
+from tests.updates import ADAM, GROUPS, NO_KL, UNTIED, packed, params_of, update_of
+from tools.hlo import Collective, collectives
 from tools.plan_memory import Plan, Planner, describe, main, model_sizes, notes, parse, refusal, table
 from tools.step_memory import ProgramMemory, StepMemory, describe_collectives, measure
 from tools.targets import GIB, TARGETS, can_compile_for_gpus, simulated_devices
@@ -72,9 +74,20 @@ def test_a_step_without_reference_has_no_reference_program() -> None:
     assert compiled_step().score is not None
 
 
+def gathered_elements(found: Sequence[Collective]) -> int:
+    return sum(c.elements * (c.times or 0) for c in found if c.kind == "all-gather")
+
+
+def test_layers_that_are_not_rematerialised_are_gathered_once() -> None:
+    update = Update(UNTIED, make_mesh(jax.devices()[:3]), NO_KL, ADAM, compute_dtype=jnp.float32, head_chunk=16, remat="none")
+    gathered = gathered_elements(collectives(update.lower(3, 3, 8, 8).accumulate.compile().as_text()))
+    expected = gradient_traffic(UNTIED, 3, remat="none").gathered // 2
+    assert gathered in (expected, expected + 97 * 33)  # without optimisation the head's table is gathered again
+
+
 def test_the_compiled_step_moves_the_bytes_that_the_arithmetic_says() -> None:
     found, traffic = compiled_step().collectives, gradient_traffic(UNTIED, 3)
-    gathered = sum(c.elements * (c.times or 0) for c in found if c.kind == "all-gather")
+    gathered = gathered_elements(found)
     scattered = sum(3 * c.elements * (c.times or 0) for c in found if c.kind == "reduce-scatter")
     head = 97 * 33  # without optimisation the head's table is gathered for its backward pass again
     assert gathered in (traffic.gathered // 2, traffic.gathered // 2 + head)

@@ -182,6 +182,8 @@ def test_traffic_is_counted_by_hand() -> None:
     assert layers + tables == 7_615_616_512
     assert forward_traffic(SEVEN_B, 1) == Traffic(2 * (layers + tables), 0)
     assert gradient_traffic(SEVEN_B, 1) == Traffic(2 * (2 * layers + tables), 4 * (layers + tables))
+    assert gradient_traffic(SEVEN_B, 1, remat="attention") == gradient_traffic(SEVEN_B, 1)
+    assert gradient_traffic(SEVEN_B, 1, remat="none").gathered == 2 * (layers + tables)
     table = 151_936 * 896  # looked up, and multiplied with
     assert forward_traffic(QWEN2_5["0.5B"], 1) == Traffic(2 * (494_032_768 + table), 0)
     assert gradient_traffic(QWEN2_5["0.5B"], 1).scattered == 4 * (494_032_768 + table)

@@ -19,8 +19,8 @@ from jaxgrpo.sharding import logical_on_host
 from jaxgrpo.train import train
 from tests.processes import outcomes, run_processes, start, start_processes
 from tests.step_process import step
-from tests.test_update import TINY, change_error, clipped_gradient, params_of, update_of, worst_error
 from tests.training import changed, make_model, metric_lines, write_config
+from tests.updates import TINY, change_error, clipped_gradient, params_of, update_of, worst_error
 
 SAME = ("train/loss", "train/grad_norm", "train/kl", "train/entropy", "train/reward_mean", "train/loss_tokens")
 

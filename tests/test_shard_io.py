@@ -53,6 +53,14 @@ def test_large_pieces_are_cut_into_equal_chunks_that_end_where_they_do(tmp_path:
     np.testing.assert_array_equal(store.read().result(), value)
 
 
+def test_rows_are_put_together_or_cut_into_equal_parts_by_hand() -> None:
+    assert shard_io.equal_parts(28, 100, 1000) == (7, 100)  # 10 would fit; 7 divides 28
+    assert shard_io.equal_parts(29, 100, 1000) == (1, 100)
+    assert shard_io.equal_parts(28, 1500, 1000) == (1, 750)
+    assert shard_io.equal_parts(28, 1511, 1000) == (1, 1511)  # a prime number
+    assert shard_io.equal_parts(1, 42955459, 2**24) == (1, 42955459)  # another: a 72B's table over 29 devices
+
+
 def test_a_device_without_a_number_writes_nothing(tmp_path: Path) -> None:
     save(tmp_path / "saved", {"w": numbered(1, 2)}, 4)
     assert files(tmp_path / "saved" / "w") == {"c/0/0", "c/0/1"}

@@ -1,7 +1,7 @@
-"""The jitted, sharded train step: the same update on any number of devices and for any split, and equal to a plain one.
+"""The sharded train step: the same update on any number of devices and for any split, and equal to a plain one.
 
 The plain one repeats the prompt for every row, builds its rows from the trajectories themselves, takes a dense log-softmax, and steps with
-AdamW in float64 NumPy. Epsilon is large here, so that what is compared is the gradient, not the signs that Adam makes of its last digits.
+AdamW in float64 NumPy.
 """
 
 import dataclasses
@@ -13,114 +13,34 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import REMAT, ModelConfig, Params, cast_to, forward, head_table, rematerialised
-from jaxgrpo.packing import PackingSettings, pack
-from jaxgrpo.sharding import logical_on_host, make_mesh
+from jaxgrpo.model import ModelConfig, Params, cast_to, forward, head_table
+from jaxgrpo.sharding import logical_on_host
 from jaxgrpo.types import Group, GroupBatch
-from jaxgrpo.update import OptimizerSettings, StepReport, TrainState, Update, make_optimizer
+from jaxgrpo.update import DivergedError, OptimizerSettings, make_optimizer
 from tests import reference
-from tests.episodes import random_groups
-from tests.random_weights import random_params
-
-TINY = ModelConfig(
-    vocab_size=97,
-    width=33,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_size=8,
-    mlp_width=45,
-    context_length=64,
-    rope_theta=10000.0,
-    norm_epsilon=1e-6,
-    tied_embeddings=True,
+from tests.updates import (
+    ADAM,
+    GROUPS,
+    LONGEST,
+    LOSS,
+    NO_KL,
+    TEMPERATURE,
+    TINY,
+    UNTIED,
+    assert_same_run,
+    change_error,
+    changed,
+    clipped_gradient,
+    packed,
+    params_of,
+    run_of,
+    two_steps,
+    update_of,
+    worst_error,
 )
-UNTIED = dataclasses.replace(TINY, tied_embeddings=False)
-LOSS = LossSettings(clip_low=0.2, clip_high=0.28, kl_beta=0.05, tis_cap=1.5)
-NO_KL = LossSettings(clip_low=0.2, clip_high=0.2, kl_beta=0.0)
-ADAM = OptimizerSettings(learning_rate=0.05, warmup_steps=1, b1=0.9, b2=0.99, epsilon=1e-3, weight_decay=0.01, max_grad_norm=0.1)
-TEMPERATURE = 1.3
-LONGEST = 8
-GROUPS = random_groups(0, 12, 3, TINY.vocab_size, LONGEST, LONGEST)
-
-
-def params_of(config: ModelConfig) -> Params:
-    return random_params(config, seed=7, scale=0.25)
-
-
-def packed(groups: Sequence[Group], micro_batch_groups: int) -> list[GroupBatch]:
-    return pack(groups, micro_batch_groups, LONGEST, PackingSettings(prompt_multiple=LONGEST, completion_multiple=LONGEST))
-
-
-@functools.cache
-def update_of(devices: int, config: ModelConfig = TINY, loss: LossSettings = LOSS, dtype: Any = jnp.float32) -> Update:
-    """One Update for all tests that need it: compiling takes longer than anything else here."""
-    mesh = make_mesh(jax.devices()[:devices])
-    return Update(config, mesh, loss, ADAM, compute_dtype=dtype, temperature=TEMPERATURE, head_chunk=16)
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Two optimizer steps on one batch: the weights' changes, the first gradient (clipped), and what was reported."""
-
-    gradient: Params
-    first_change: Params
-    second_change: Params
-    reports: tuple[StepReport, StepReport]
-
-
-def changed(before: Params, after: Params) -> Params:
-    return jax.tree.map(lambda a, b: np.asarray(b, np.float64) - np.asarray(a, np.float64), before, after)
-
-
-def clipped_gradient(update: Update, state: TrainState) -> Params:
-    """The gradient of the first step, after clipping: Adam's first moment is (1 - b1) of it."""
-    moments = optax.tree_utils.tree_get(state.opt_state, "mu")
-    return jax.tree.map(lambda m: m / (1 - ADAM.b1), logical_on_host(moments, update.layout))
-
-
-def two_steps(update: Update, batches: Sequence[GroupBatch], params: Params) -> Run:
-    """The reference is a policy of other weights than the first step's."""
-    state = update.init(jax.tree.map(lambda x: x * np.float32(0.97), params))
-    other = update.init(params)
-    state = other._replace(reference=state.reference)
-    anchors = update.reference_logprobs(state, batches)
-    state, behaviour, first = update.optimizer_step(state, batches, None, anchors)
-    gradient, middle = clipped_gradient(update, state), logical_on_host(state.params, update.layout)
-    state, _, second = update.optimizer_step(state, batches, behaviour, anchors)
-    after = logical_on_host(state.params, update.layout)
-    return Run(gradient, changed(params, middle), changed(middle, after), (first, second))
-
-
-@functools.cache
-def run_of(devices: int, micro_batch_groups: int = 12) -> Run:
-    return two_steps(update_of(devices), packed(GROUPS, micro_batch_groups), params_of(TINY))
-
-
-def worst_error(got: Params, expected: Params) -> float:
-    """The largest difference in a tensor over the largest entry of that tensor, over all tensors."""
-    errors = jax.tree.map(lambda a, b: float(np.max(np.abs(np.asarray(a, np.float64) - b)) / np.max(np.abs(b))), got, expected)
-    return max(jax.tree.leaves(errors))
-
-
-def change_error(got: Params, expected: Params) -> float:
-    """The largest difference of the weights' changes over the largest change. (A change is as exact as the weight's own last digit.)"""
-    pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True))
-    return max(float(np.max(np.abs(a - b))) for a, b in pairs) / max(float(np.max(np.abs(b))) for _, b in pairs)
-
-
-def assert_same_run(got: Run, expected: Run) -> None:
-    assert worst_error(got.gradient, expected.gradient) < 1e-5
-    assert change_error(got.first_change, expected.first_change) < 1e-5
-    assert change_error(got.second_change, expected.second_change) < 1e-5
-    for ours, theirs in zip(got.reports, expected.reports, strict=True):
-        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-6)
-        assert ours.sums == pytest.approx(theirs.sums, rel=1e-5, abs=1e-6)
-
 
 # One batch however it is spread.
 
@@ -343,6 +263,14 @@ def test_a_batch_masked_whole_gives_exactly_no_gradient() -> None:
     assert (report.grad_norm, report.sums.loss, report.sums.loss_tokens) == (0.0, 0.0, 0.0)
 
 
+def test_a_gradient_that_is_not_finite_is_an_error() -> None:
+    update, (batch,) = update_of(1), packed(GROUPS, 12)
+    spoilt = dataclasses.replace(batch, sampler_logprobs_NGC=np.where(batch.loss_weights_NGC > 0, np.float32(np.nan), 0))
+    state = update.init(params_of(TINY))
+    with pytest.raises(DivergedError, match=r"the gradient of step 1 is not finite \(norm nan, loss nan, KL "):
+        update.optimizer_step(state, [spoilt], None, update.reference_logprobs(state, [spoilt]))
+
+
 def test_without_kl_there_is_no_reference() -> None:
     update = update_of(3, UNTIED, NO_KL)
     state = update.init(params_of(UNTIED))
@@ -361,97 +289,6 @@ def test_the_reference_stays_while_the_policy_moves_until_it_is_replaced() -> No
     chex.assert_trees_all_equal(logical_on_host(state.reference, update.layout), logical_on_host(state.params, update.layout))
     state, _, _ = update.optimizer_step(state, batches, None, update.reference_logprobs(state, batches))
     assert worst_error(logical_on_host(state.reference, update.layout), logical_on_host(state.params, update.layout)) > 1e-3
-
-
-# Rematerialisation.
-
-
-def accumulate_text(update: Update, batch: GroupBatch) -> str:
-    """The program of a micro-batch's forward and backward."""
-    state, placed = update.init(params_of(TINY)), update._put(batch)
-    given = placed.sampler_logprobs_NGC
-    return update._accumulate.lower(state.params, state.params, placed, given, given, True, None).as_text()
-
-
-def test_less_is_computed_again_by_each_way_of_rematerialising_and_the_gradients_are_the_same() -> None:
-    batch = packed(GROUPS, 4)[0]
-    products, gradients = [], []
-    for remat in REMAT:
-        update = Update(TINY, make_mesh(jax.devices()[:1]), NO_KL, ADAM, compute_dtype=jnp.float32, head_chunk=16, remat=remat)
-        products.append(accumulate_text(update, batch).count("dot_general"))
-        state, _, _ = update.optimizer_step(update.init(params_of(TINY)), [batch], None, [None])
-        gradients.append(clipped_gradient(update, state))
-    # First attention's six (its three parts' scores and outputs) are spared, then q, k, v, o, gate and up.
-    assert (products[0] - products[1], products[1] - products[2]) == (6, 6)
-    for other in gradients[1:]:
-        assert worst_error(other, gradients[0]) < 1e-6
-
-
-def test_an_unknown_way_of_rematerialising_is_refused() -> None:
-    with pytest.raises(ValueError, match="remat must be one of"):
-        rematerialised(lambda x, _: (x, None), "some")
-
-
-# Where things lie, and what is compiled.
-
-
-def test_every_pass_computes_the_prompt_of_a_group_once() -> None:
-    """The scoring pass, which is the reference's, and the training pass, which is also the behaviour's."""
-    update, batch = update_of(1), packed(GROUPS, 4)[0]
-    (n, g, c), p = batch.completions_NGC.shape, batch.prompt_NP.shape[1]
-    stored = update.init(params_of(TINY)).params
-    texts = update._score.lower(stored, update._put(batch)).as_text(), accumulate_text(update_of(1, TINY, NO_KL), batch)
-    for text in texts:
-        assert f"tensor<{n * (p + g * c)}x{TINY.mlp_width}xf32>" in text  # what the MLP sees
-        assert f"{n * g * (p + c)}x" not in text
-
-
-def test_no_device_holds_more_than_its_slice_of_weights_moments_reference_and_gradients() -> None:
-    update = update_of(4)
-    state = update.init(params_of(TINY))
-    batches = packed(GROUPS, 12)
-    gradients = update._zeros(state.params)
-    after, _, _ = update.optimizer_step(update.init(params_of(TINY)), batches, None, update.reference_logprobs(state, batches))
-    moments = [optax.tree_utils.tree_get(s.opt_state, name) for s in (state, after) for name in ("mu", "nu")]
-    for tree in (state.params, state.reference, gradients, after.params, *moments):
-        for leaf, value in zip(jax.tree.leaves(update.layout), jax.tree.leaves(tree), strict=True):
-            slice_shape = (*leaf.stored_shape[:-1], leaf.padded // 4)
-            assert [s.data.shape for s in value.addressable_shards] == [slice_shape] * 4
-
-
-def test_one_shape_is_compiled_once() -> None:
-    """Micro-batches, and a state that was stored, stepped once or stepped twice, are all one shape. (This Update sees no other.)"""
-    update, batches = update_of(3, UNTIED, NO_KL), packed(GROUPS, 6)
-    state, behaviour, _ = update.optimizer_step(update.init(params_of(UNTIED)), batches, None, [None] * 2)
-    state, _, _ = update.optimizer_step(state, batches, behaviour, [None] * 2)
-    assert update.compilations == 1
-    assert [f._cache_size() for f in (update._zeros, update._accumulate, update._apply)] == [1, 1, 1]
-
-
-def test_each_new_shape_is_counted() -> None:
-    update, params = update_of(1), params_of(TINY)
-    before = update.compilations
-    longer = pack(GROUPS[:1], 1, LONGEST, PackingSettings(prompt_multiple=2 * LONGEST, completion_multiple=LONGEST))
-    stored = update.init(params).params
-    for _ in range(2):
-        update.logprobs(stored, longer[0])
-    assert update.compilations == before + 1
-
-
-def test_groups_that_do_not_divide_over_the_devices_are_refused() -> None:
-    update = update_of(3, UNTIED, NO_KL)
-    with pytest.raises(ValueError, match="4 groups in a micro-batch do not divide over 3 devices"):
-        update.optimizer_step(update.init(params_of(UNTIED)), packed(GROUPS, 4), None, [None] * 3)
-
-
-def test_bfloat16_compute_keeps_float32_weights_and_nearly_the_gradient() -> None:
-    run, update = run_of(1), update_of(2, TINY, LOSS, jnp.bfloat16)
-    state = update.init(params_of(TINY))
-    assert {x.dtype for x in jax.tree.leaves(state.reference)} == {jnp.dtype(jnp.bfloat16)}
-    low = two_steps(update, packed(GROUPS, 12), params_of(TINY))
-    cosines = jax.tree.map(lambda a, b: float(np.vdot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)), low.gradient, run.gradient)
-    assert min(jax.tree.leaves(cosines)) > 0.99
-    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
 
 
 # The optimizer.

@@ -97,7 +97,7 @@ class Planner:
         training, args = self.config.training, self.args
         micro_batches = groups // (devices * training.groups_per_device)
         reference, lora = bool(self.config.loss.kl_beta), self.config.lora
-        work = Work(self.shape, groups, micro_batches, training.iterations, training.steps, reference, lora)
+        work = Work(self.shape, groups, micro_batches, training.iterations, training.steps, reference, lora, training.remat)
         cluster = Cluster(devices, per_host, args.link * 1e9, args.network * 1e9)
         expected = forecast(self.model, work, cluster, args.mfu * self.target.peak_flops, args.rollout_tokens_per_second)
         return Plan(self.model, cluster, devices + self.samplers, work, memory, expected)

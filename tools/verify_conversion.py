@@ -69,6 +69,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         first, second = pretrained.open_weights(args.first), pretrained.open_weights(args.second)
+        if args.logits and pretrained.is_orbax(args.first):
+            raise ValueError(f"--logits has transformers load the first folder, but {args.first} is an orbax folder: name it second")
         differing = differing_tensors(first, second)
     except (OSError, ValueError) as error:
         raise SystemExit(f"verify_conversion: {error}") from error

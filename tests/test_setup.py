@@ -1,0 +1,20 @@
+"""What a run is made of: parts that do not belong together are refused."""
+
+import json
+
+import pytest
+
+from jaxgrpo.config import ConfigError
+from jaxgrpo.setup import open_policy
+from tests.training import CONFIG_JSON, make_model, small_config
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    model = make_model(tmp_path)
+    tokens = len(open_policy(small_config(model)).tokenizer)
+    config = {**CONFIG_JSON, "vocab_size": tokens}
+    (model / "config.json").write_text(json.dumps(config))
+    assert open_policy(small_config(model)).config.vocab_size == tokens
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": tokens - 1}))
+    with pytest.raises(ConfigError, match=rf"its tokenizer has {tokens} tokens, its weights have {tokens - 1} "):
+        open_policy(small_config(model))
