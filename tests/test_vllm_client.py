@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError, SamplingRequest
 from jaxgrpo.samplers.vllm import TokenizerProbe, VllmLimits, VllmSampler
+from jaxgrpo.weight_manifest import WeightError
 from tests.fake_vllm import FakeVllm, choice
 
 EOS = 2
@@ -268,6 +270,56 @@ def test_a_server_that_closes_a_connection_after_an_error_does_not_stay_frozen()
     with pytest.raises(SamplerError, match="update_weights answered 500"):
         run(body, server)
     assert not server.paused
+
+
+def test_a_sampler_that_is_closed_amid_a_publish_leaves_no_server_frozen():
+    server = FakeVllm(update_seconds=0.2)
+
+    async def body(sampler: VllmSampler) -> None:
+        publishing = asyncio.create_task(sampler.publish(2, Written()))
+        while "/update_weights" not in server.routes():
+            await asyncio.sleep(0.005)
+        publishing.cancel()
+        await sampler.close()
+        assert publishing.cancelled() and not server.paused
+
+    run(body, server)
+
+
+def test_a_sampler_that_is_closed_amid_a_publish_waits_for_the_writing():
+    """It cannot be stopped, and the folder that it writes to is removed next."""
+
+    class Slow(Written):
+        begun = ended = False
+
+        def write(self, version: int, root: Path) -> Path:
+            self.begun = True
+            time.sleep(0.2)
+            self.ended = True
+            return super().write(version, root)
+
+    async def body(sampler: VllmSampler) -> None:
+        weights = Slow()
+        publishing = asyncio.create_task(sampler.publish(2, weights))
+        while not weights.begun:
+            await asyncio.sleep(0.005)
+        publishing.cancel()
+        await sampler.close()
+        assert weights.ended and publishing.cancelled()
+
+    run(body, FakeVllm())
+
+
+@pytest.mark.parametrize("error", [WeightError("norm holds values that are not finite"), OSError(28, "No space left on device")])
+def test_weights_that_cannot_be_written_are_the_samplers_failure(error):
+    class Broken(Written):
+        def write(self, version: int, root: Path) -> Path:
+            raise error
+
+    server = FakeVllm()
+    with pytest.raises(SamplerError, match="weights of version 2 cannot be published: .*(not finite|No space left)"):
+        run(lambda sampler: sampler.publish(2, Broken()), server)
+    assert server.seen == []
 
 
 def test_an_update_that_a_client_left_open_is_ended_under_its_own_label():
