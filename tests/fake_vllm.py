@@ -102,7 +102,7 @@ class FakeVllm:
         elif route == "/update_weights":
             await asyncio.sleep(self.update_seconds)
         elif route == "/finish_weight_update":
-            self.session, self.weights = False, body["weight_version"]
+            self.session, self.weights = False, body.get("weight_version", self.weights)
         answers: dict[str, Body] = {
             "/version": {"version": self.vllm},
             "/tokenize": {"tokens": list(self.tokens), "max_model_len": self.context},

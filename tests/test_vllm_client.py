@@ -185,6 +185,37 @@ def test_another_server_is_asked_when_one_does_not_answer():
     assert (broken.counts[GENERATE], whole.counts[GENERATE]) == (1, 1)
 
 
+def test_a_publish_needs_no_place_among_turns_that_another_server_did_not_take():
+    broken, whole = FakeVllm(failures={GENERATE: [503] * 99}), FakeVllm(served([7]), delay=0.5)
+
+    async def body(sampler: VllmSampler) -> None:
+        turns = [asyncio.create_task(sampler.generate(request(f"e{i}"))) for i in range(40)]
+        while whole.running < 28:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.02)
+        running = whole.running
+        await sampler.publish(2, Written())
+        assert whole.running >= running  # it did not wait for any of them
+        await asyncio.gather(*turns)
+
+    run(body, broken, whole, max_requests=20)
+
+
+def test_waiting_for_a_place_takes_nothing_of_a_turns_deadline():
+    server = FakeVllm(served([7]), delay=0.3)
+
+    async def body(sampler: VllmSampler) -> Generation:
+        first = asyncio.create_task(sampler.generate(request("first")))
+        await asyncio.sleep(0.05)
+        server.failures[GENERATE] = [503]
+        second = await sampler.generate(request("second"))
+        await first
+        return second
+
+    assert run(body, server, max_requests=1, request_seconds=0.32).token_ids_T.tolist() == [7]
+    assert server.counts[GENERATE] == 3
+
+
 def test_the_least_loaded_server_is_taken_and_an_episode_returns_to_its_own():
     first, second = FakeVllm(served([7]), delay=0.2), FakeVllm(served([7]), delay=0.2)
 
@@ -247,7 +278,7 @@ def test_versions_only_grow():
         run(lambda sampler: sampler.publish(1, Written()), FakeVllm())
 
 
-def test_a_refused_publish_leaves_no_server_frozen():
+def test_a_refused_publish_leaves_no_server_frozen_and_no_update_open():
     good, bad = FakeVllm(), FakeVllm()
 
     async def body(sampler: VllmSampler) -> None:
@@ -257,7 +288,7 @@ def test_a_refused_publish_leaves_no_server_frozen():
     with pytest.raises(SamplerError, match="update_weights answered 400: told to fail"):
         run(body, good, bad)
     assert not good.paused and not bad.paused
-    assert bad.weights == "1"
+    assert bad.weights == "1" and not bad.session  # a parallel server's workers do not all end it by themselves
 
 
 def test_a_server_that_closes_a_connection_after_an_error_does_not_stay_frozen():
@@ -317,7 +348,7 @@ def test_weights_that_cannot_be_written_are_the_samplers_failure(error):
             raise error
 
     server = FakeVllm()
-    with pytest.raises(SamplerError, match="weights of version 2 cannot be published: .*(not finite|No space left)"):
+    with pytest.raises(SamplerError, match=r"weights of version 2 cannot be published: .*(not finite|No space left)"):
         run(lambda sampler: sampler.publish(2, Broken()), server)
     assert server.seen == []
 

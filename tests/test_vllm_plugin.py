@@ -5,7 +5,6 @@ weights, and with themselves, bit by bit, when the same weights come back.
 """
 
 import asyncio
-import contextlib
 import json
 import os
 import shutil
@@ -98,10 +97,6 @@ class Serving:
 
         try:
             self.talk(conversation)
-        except SamplerError:  # the workers that did not raise have a session open, the one that did has none
-            with contextlib.suppress(SamplerError):
-                self.talk(lambda connection: connection._call("POST", "/finish_weight_update"))
-            raise
         finally:  # over a new connection: after an error vLLM closes the one that it came over
             self.talk(lambda connection: connection.resume())
 

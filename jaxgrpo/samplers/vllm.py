@@ -93,16 +93,19 @@ class VllmSampler:
         needed = len(request.context_ids) + request.max_tokens
         if needed > self._limits.context_tokens:
             raise ValueError(f"{needed} tokens of context and completion exceed the {self._limits.context_tokens} that the servers hold")
-        asked = time.monotonic()
+        deadline = time.monotonic() + self._limits.request_seconds
         avoided: list[_Server] = []
         problem = ""
         for attempt in range(1 + self._limits.retries):
-            left = self._limits.request_seconds - (time.monotonic() - asked)
+            left = deadline - time.monotonic()
             if left <= 0:
                 break
             if attempt:
                 await asyncio.sleep(min(_FIRST_WAIT * 2 ** (attempt - 1), left))
+            queued = time.monotonic()
             async with self._place(request.episode_id, avoided) as server:
+                deadline += time.monotonic() - queued  # waiting for a place is not the server's time
+                left = deadline - time.monotonic()
                 try:
                     choice = await server.connection.generate(request.context_ids.tolist(), self._sampling(request), left)
                 except UnreachableError as error:
