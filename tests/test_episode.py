@@ -10,7 +10,7 @@ from envs.base import Observation, StepResult
 from jaxgrpo.background import BlockingCalls
 from jaxgrpo.chat import Chat
 from jaxgrpo.episode import Decoding, EpisodeKey, EpisodePlayer, Limits
-from jaxgrpo.samplers.base import FinishReason, Generation
+from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall, Trajectory
 from tests.byte_chat import AB, END, START, byte_tokenizer
 from tests.rollout_fakes import OPENING, EchoEnvironment, FailingEnvironment, Say, ScriptedSampler, SlowEnvironment, Suite
@@ -213,8 +213,11 @@ def broken_environment(**methods):
     [
         ({"step": None}, "returned NoneType, not StepResult"),
         ({"score": 1.0}, "returned float, not Score"),
-        ({"score": Score(float("nan"), False)}, "scored {'reward': nan}: a reward and its parts must be finite"),
-        ({"score": Score(1.0, True, {"state": float("inf")})}, "a reward and its parts must be finite"),
+        ({"score": Score(float("nan"), False)}, "scored {'reward': nan}: a reward and its parts must be finite numbers"),
+        ({"score": Score(1.0, True, {"state": float("inf")})}, "a reward and its parts must be finite numbers"),
+        ({"score": Score(None, False)}, "scored {'reward': None}: a reward and its parts must be finite numbers"),
+        ({"score": Score(1.0, True, {"state": "equal"})}, "a reward and its parts must be finite numbers"),
+        ({"score": Score(1.0, 1.0)}, "scored passed=1.0: it must be True or False"),
         ({"step": StepResult(stop_reason=StopReason.ENVIRONMENT_ERROR)}, "stopped the episode with ENVIRONMENT_ERROR"),
     ],
 )
@@ -222,6 +225,16 @@ def test_an_environment_that_breaks_its_contract(methods, message):
     trajectory = play([Say("done")], environment=lambda: broken_environment(**methods))
     assert trajectory.stop_reason is StopReason.ENVIRONMENT_ERROR
     assert message in trajectory.error
+
+
+def test_a_message_without_text_is_an_environment_error():
+    class Wordless(EchoEnvironment):
+        def step(self, action):
+            return StepResult(Observation((Message("tool", None),)))
+
+    trajectory = play([Say("x")], environment=Wordless)
+    assert trajectory.stop_reason is StopReason.ENVIRONMENT_ERROR
+    assert "a message's role and content must be texts, got 'tool' and None" in trajectory.error
 
 
 def test_episodes_that_open_differently_are_refused():
@@ -246,7 +259,7 @@ def test_generations_that_would_poison_a_batch_are_refused(ids, logprobs, messag
             return Generation(np.array(ids, int), np.array(logprobs), np.zeros(len(ids), int), FinishReason.STOP)
 
     sampler = Bad([])
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(SamplerError, match=message):
         play(None, limits=Limits(4, 10, 50, 1000), sampler=sampler)
     assert sampler.released == ["step-1/echo_1/2/0"]
 
