@@ -227,14 +227,23 @@ def test_an_environment_that_breaks_its_contract(methods, message):
     assert message in trajectory.error
 
 
-def test_a_message_without_text_is_an_environment_error():
-    class Wordless(EchoEnvironment):
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda: StepResult(Observation((Message("tool", None),))), "a message's role and content must be texts, got 'tool' and None"),
+        (lambda: StepResult(Observation(("ab",))), "an observation's messages must be of Message, got ('ab',)"),
+        (lambda: StepResult(Message("tool", "ab")), "a step gives an Observation or a StopReason, got Message(role='tool', content='ab')"),
+        (lambda: StepResult(stop_reason="finished"), "a step gives an Observation or a StopReason, got 'finished'"),
+    ],
+)
+def test_an_answer_of_the_wrong_type_is_an_environment_error(answer, message):
+    class Careless(EchoEnvironment):
         def step(self, action):
-            return StepResult(Observation((Message("tool", None),)))
+            return answer()
 
-    trajectory = play([Say("x")], environment=Wordless)
+    trajectory = play([Say("x")], environment=Careless)
     assert trajectory.stop_reason is StopReason.ENVIRONMENT_ERROR
-    assert "a message's role and content must be texts, got 'tool' and None" in trajectory.error
+    assert message in trajectory.error
 
 
 def test_episodes_that_open_differently_are_refused():
