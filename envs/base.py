@@ -20,6 +20,10 @@ class Observation:
     tools: tuple[dict, ...] = ()
     stop_strings: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not all(isinstance(message, Message) for message in self.messages):
+            raise TypeError(f"an observation's messages must be of Message, got {self.messages!r}")
+
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
@@ -32,6 +36,9 @@ class StepResult:
     def __post_init__(self) -> None:
         if (self.observation is None) == (self.stop_reason is None):
             raise ValueError("a step either observes or stops: set exactly one of observation and stop_reason")
+        answer = self.stop_reason if self.observation is None else self.observation
+        if not isinstance(answer, Observation | StopReason):
+            raise TypeError(f"a step gives an Observation or a StopReason, got {answer!r}")
 
     @property
     def done(self) -> bool:

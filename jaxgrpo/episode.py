@@ -13,6 +13,7 @@ import hashlib
 import math
 import traceback
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 from envs.base import Environment, Observation, StepResult, TaskSuite
 from jaxgrpo.background import BlockingCalls
 from jaxgrpo.chat import Chat
-from jaxgrpo.samplers.base import FinishReason, Generation, Sampler, SamplingRequest
+from jaxgrpo.samplers.base import FinishReason, Generation, Sampler, SamplerError, SamplingRequest
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall, Trajectory
 
 T = TypeVar("T")
@@ -257,8 +258,10 @@ class _Tape:
 
 def _checked_score(score: Score) -> Score:
     numbers = {"reward": score.reward, **score.parts}
-    if not all(map(math.isfinite, numbers.values())):
-        raise FaultyEnvironmentError(f"the environment scored {numbers}: a reward and its parts must be finite")
+    if not all(isinstance(number, Real | np.bool_) and math.isfinite(number) for number in numbers.values()):
+        raise FaultyEnvironmentError(f"the environment scored {numbers}: a reward and its parts must be finite numbers")
+    if not isinstance(score.passed, bool | np.bool_):
+        raise FaultyEnvironmentError(f"the environment scored passed={score.passed!r}: it must be True or False")
     return score
 
 
@@ -266,6 +269,6 @@ def _check_generation(generation: Generation, max_tokens: int, key: EpisodeKey) 
     """Refuse what would poison a batch: no tokens, more than were asked for, or log-probabilities that are not finite."""
     count = len(generation.token_ids_T)
     if not 0 < count <= max_tokens:
-        raise RuntimeError(f"the sampler gave {count} tokens for {key.episode_id}, asked for 1 to {max_tokens}")
+        raise SamplerError(f"the sampler gave {count} tokens for {key.episode_id}, asked for 1 to {max_tokens}")
     if not np.isfinite(generation.logprobs_T).all():
-        raise RuntimeError(f"the sampler gave log-probabilities that are not finite for {key.episode_id}: {generation.logprobs_T}")
+        raise SamplerError(f"the sampler gave log-probabilities that are not finite for {key.episode_id}: {generation.logprobs_T}")

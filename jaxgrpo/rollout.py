@@ -199,5 +199,6 @@ async def _all(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
-            task.cancel()
+            if not task.cancelling():  # a second time would cut its cleaning up short
+                task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

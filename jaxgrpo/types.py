@@ -47,6 +47,10 @@ class Message:
     role: str
     content: str
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.role, str) or not isinstance(self.content, str):
+            raise TypeError(f"a message's role and content must be texts, got {self.role!r} and {self.content!r}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:

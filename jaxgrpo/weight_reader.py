@@ -58,8 +58,9 @@ def read_tensors(folder: Path, manifest: Manifest) -> dict[str, tuple[np.ndarray
 
 
 def _leave_bound_core() -> None:
-    """vLLM's CPU build binds its worker, and so every thread that it starts, to fewer cores than there are; it stands still meanwhile."""
-    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    """vLLM's CPU build binds its worker, and so every thread that it starts, to fewer cores than its server may use, the worker's parent;
+    the worker stands still meanwhile."""
+    os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
 
 
 @dataclasses.dataclass(frozen=True)

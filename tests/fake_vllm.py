@@ -29,6 +29,7 @@ class FakeVllm:
 
     answer: Callable[[Body], Body] = lambda body: choice([7, 8], stop="!")
     delay: float = 0.0
+    update_seconds: float = 0.0
     vllm: str = "0.32.0"
     tokens: tuple[int, ...] = (1, 2, 3)
     context: int = 4096
@@ -98,8 +99,10 @@ class FakeVllm:
             if self.session:
                 return 500, {"error": {"message": "an update is going on"}}
             self.session = True
+        elif route == "/update_weights":
+            await asyncio.sleep(self.update_seconds)
         elif route == "/finish_weight_update":
-            self.session, self.weights = False, body["weight_version"]
+            self.session, self.weights = False, body.get("weight_version", self.weights)
         answers: dict[str, Body] = {
             "/version": {"version": self.vllm},
             "/tokenize": {"tokens": list(self.tokens), "max_model_len": self.context},

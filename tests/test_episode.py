@@ -10,7 +10,7 @@ from envs.base import Observation, StepResult
 from jaxgrpo.background import BlockingCalls
 from jaxgrpo.chat import Chat
 from jaxgrpo.episode import Decoding, EpisodeKey, EpisodePlayer, Limits
-from jaxgrpo.samplers.base import FinishReason, Generation
+from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall, Trajectory
 from tests.byte_chat import AB, END, START, byte_tokenizer
 from tests.rollout_fakes import OPENING, EchoEnvironment, FailingEnvironment, Say, ScriptedSampler, SlowEnvironment, Suite
@@ -213,13 +213,35 @@ def broken_environment(**methods):
     [
         ({"step": None}, "returned NoneType, not StepResult"),
         ({"score": 1.0}, "returned float, not Score"),
-        ({"score": Score(float("nan"), False)}, "scored {'reward': nan}: a reward and its parts must be finite"),
-        ({"score": Score(1.0, True, {"state": float("inf")})}, "a reward and its parts must be finite"),
+        ({"score": Score(float("nan"), False)}, "scored {'reward': nan}: a reward and its parts must be finite numbers"),
+        ({"score": Score(1.0, True, {"state": float("inf")})}, "a reward and its parts must be finite numbers"),
+        ({"score": Score(None, False)}, "scored {'reward': None}: a reward and its parts must be finite numbers"),
+        ({"score": Score(1.0, True, {"state": "equal"})}, "a reward and its parts must be finite numbers"),
+        ({"score": Score(1.0, 1.0)}, "scored passed=1.0: it must be True or False"),
         ({"step": StepResult(stop_reason=StopReason.ENVIRONMENT_ERROR)}, "stopped the episode with ENVIRONMENT_ERROR"),
     ],
 )
 def test_an_environment_that_breaks_its_contract(methods, message):
     trajectory = play([Say("done")], environment=lambda: broken_environment(**methods))
+    assert trajectory.stop_reason is StopReason.ENVIRONMENT_ERROR
+    assert message in trajectory.error
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda: StepResult(Observation((Message("tool", None),))), "a message's role and content must be texts, got 'tool' and None"),
+        (lambda: StepResult(Observation(("ab",))), "an observation's messages must be of Message, got ('ab',)"),
+        (lambda: StepResult(Message("tool", "ab")), "a step gives an Observation or a StopReason, got Message(role='tool', content='ab')"),
+        (lambda: StepResult(stop_reason="finished"), "a step gives an Observation or a StopReason, got 'finished'"),
+    ],
+)
+def test_an_answer_of_the_wrong_type_is_an_environment_error(answer, message):
+    class Careless(EchoEnvironment):
+        def step(self, action):
+            return answer()
+
+    trajectory = play([Say("x")], environment=Careless)
     assert trajectory.stop_reason is StopReason.ENVIRONMENT_ERROR
     assert message in trajectory.error
 
@@ -246,7 +268,7 @@ def test_generations_that_would_poison_a_batch_are_refused(ids, logprobs, messag
             return Generation(np.array(ids, int), np.array(logprobs), np.zeros(len(ids), int), FinishReason.STOP)
 
     sampler = Bad([])
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(SamplerError, match=message):
         play(None, limits=Limits(4, 10, 50, 1000), sampler=sampler)
     assert sampler.released == ["step-1/echo_1/2/0"]
 

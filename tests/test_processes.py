@@ -225,7 +225,7 @@ def test_a_process_that_fails_within_a_step_ends_the_one_that_waits_for_it_there
 
 
 VLLM_CONFIG = """import dataclasses
-from tests.test_vllm import config
+from tests.vllm_serving import config
 
 
 def get_config():

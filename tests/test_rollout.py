@@ -109,8 +109,16 @@ def test_a_step_past_its_deadline_is_tried_again():
     assert "deadline of 0.1 seconds" in result.failures[0].error
 
 
+class SlowlyReleasing(ScriptedSampler):
+    """Takes longer to release the second episode of a group than the first."""
+
+    async def release(self, episode_id):
+        await asyncio.sleep(0.02 * int(episode_id.split("/")[2]))
+        await super().release(episode_id)
+
+
 def test_a_samplers_error_reaches_the_caller_and_ends_the_other_episodes():
-    class Dying(ScriptedSampler):
+    class Dying(SlowlyReleasing):
         async def generate(self, request):
             if request.episode_id == "step-1/green/1/0":
                 await asyncio.sleep(0.01)
@@ -124,7 +132,7 @@ def test_a_samplers_error_reaches_the_caller_and_ends_the_other_episodes():
 
 
 def test_cancelling_a_rollout_releases_every_episode_that_began():
-    class Hanging(ScriptedSampler):
+    class Hanging(SlowlyReleasing):
         async def generate(self, request):
             self.requests.append(request)
             await asyncio.Event().wait()

@@ -1,82 +1,20 @@
 """The vLLM sampler's client against a small server with vLLM's routes: what it sends, how it maps answers, what it does about failures."""
 
 import asyncio
-import dataclasses
-from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError, SamplingRequest
-from jaxgrpo.samplers.vllm import TokenizerProbe, VllmLimits, VllmSampler
+from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError
+from jaxgrpo.samplers.vllm import VllmLimits, VllmSampler
 from tests.fake_vllm import FakeVllm, choice
-
-EOS = 2
-PROBE = TokenizerProbe("probe", (1, 2, 3))
-GENERATE = "/inference/v1/generate"
-
-
-@dataclasses.dataclass
-class Folder:
-    """Versions on disk: the one protocol that the client needs."""
-
-    root: Path
-    kept: list[list[int]] = dataclasses.field(default_factory=list)
-
-    def keep_only(self, versions: Sequence[int]) -> None:
-        self.kept.append(list(versions))
-
-
-class Written:
-    """Weights that write nothing."""
-
-    def logical(self) -> Any:
-        raise AssertionError("another process has no use for the tree in this one")
-
-    def write(self, version: int, root: Path) -> Path:
-        return root / f"{version:06d}"
-
-
-def request(episode: str = "e", **options: Any) -> SamplingRequest:
-    context = np.array([5, 6, 7, 8], np.int32)
-    return SamplingRequest("g", episode, context, 3, **({"max_tokens": 4, "seed": 11} | options))
-
-
-def run(
-    body: Callable[[VllmSampler], Awaitable[Any]], *servers: FakeVllm, published: bool = True, api_key: str | None = None, **limits: Any
-) -> Any:
-    """Run `body` on a client of the servers, which have taken weights of version 1 if `published`."""
-
-    async def main() -> Any:
-        for server in servers:
-            await server.__aenter__()
-        sizes = {"max_requests": 4, "context_tokens": 64, "request_seconds": 5.0, "publish_seconds": 5.0, "retries": 2}
-        folder = Folder(Path("/weights"))
-        urls = [server.url for server in servers]
-        sampler = VllmSampler(urls, VllmLimits(**(sizes | limits)), eos_token_ids=(EOS,), versions=folder, api_key=api_key)
-        try:
-            if published:
-                await sampler.publish(1, Written())
-                for server in servers:
-                    server.seen.clear()
-            return await asyncio.wait_for(body(sampler), 30)
-        finally:
-            await sampler.close()
-            for server in servers:
-                await server.__aexit__()
-
-    return asyncio.run(main())
+from tests.vllm_clients import EOS, GENERATE, PROBE, Folder, Written, request, run, served
 
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
     monkeypatch.setattr("jaxgrpo.samplers.vllm._FIRST_WAIT", 0.01)
-
-
-def served(token_ids: list[int], **options: Any) -> Callable[[dict], dict]:
-    return lambda body: choice(token_ids, **({"version": "1"} | options))
 
 
 def test_what_is_asked_for():
@@ -183,6 +121,37 @@ def test_another_server_is_asked_when_one_does_not_answer():
     assert (broken.counts[GENERATE], whole.counts[GENERATE]) == (1, 1)
 
 
+def test_a_publish_needs_no_place_among_turns_that_another_server_did_not_take():
+    broken, whole = FakeVllm(failures={GENERATE: [503] * 99}), FakeVllm(served([7]), delay=0.5)
+
+    async def body(sampler: VllmSampler) -> None:
+        turns = [asyncio.create_task(sampler.generate(request(f"e{i}"))) for i in range(40)]
+        while whole.running < 28:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.02)
+        running = whole.running
+        await sampler.publish(2, Written())
+        assert whole.running >= running  # it did not wait for any of them
+        await asyncio.gather(*turns)
+
+    run(body, broken, whole, max_requests=20)
+
+
+def test_waiting_for_a_place_takes_nothing_of_a_turns_deadline():
+    server = FakeVllm(served([7]), delay=0.3)
+
+    async def body(sampler: VllmSampler) -> Generation:
+        first = asyncio.create_task(sampler.generate(request("first")))
+        await asyncio.sleep(0.05)
+        server.failures[GENERATE] = [503]
+        second = await sampler.generate(request("second"))
+        await first
+        return second
+
+    assert run(body, server, max_requests=1, request_seconds=0.32).token_ids_T.tolist() == [7]
+    assert server.counts[GENERATE] == 3
+
+
 def test_the_least_loaded_server_is_taken_and_an_episode_returns_to_its_own():
     first, second = FakeVllm(served([7]), delay=0.2), FakeVllm(served([7]), delay=0.2)
 
@@ -226,61 +195,6 @@ def test_a_turn_beyond_the_context_is_refused_before_it_is_sent():
     with pytest.raises(ValueError, match="65 tokens of context and completion exceed the 64"):
         run(lambda sampler: sampler.generate(request(max_tokens=61)), server)
     assert server.counts[GENERATE] == 0
-
-
-def test_a_publish_freezes_loads_and_goes_on():
-    server = FakeVllm()
-    stages = run(lambda sampler: sampler.publish(2, Written()), server)
-    assert server.routes() == [
-        "/pause?mode=keep&clear_cache=true", "/start_weight_update", "/update_weights", "/finish_weight_update", "/weight_info", "/resume",
-        "/is_paused",
-    ]  # fmt: skip
-    assert server.seen[2][1] == {"update_info": {"path": "/weights/000002", "version": 2}}
-    assert (server.weights, server.paused) == ("2", False)
-    assert set(stages) == {"write", "pause", "load", "resume"} and all(seconds >= 0 for seconds in stages.values())
-
-
-def test_versions_only_grow():
-    with pytest.raises(ValueError, match="weight version 1 is not above 1"):
-        run(lambda sampler: sampler.publish(1, Written()), FakeVllm())
-
-
-def test_a_refused_publish_leaves_no_server_frozen():
-    good, bad = FakeVllm(), FakeVllm()
-
-    async def body(sampler: VllmSampler) -> None:
-        bad.failures["/update_weights"] = [400]
-        await sampler.publish(2, Written())
-
-    with pytest.raises(SamplerError, match="update_weights answered 400: told to fail"):
-        run(body, good, bad)
-    assert not good.paused and not bad.paused
-    assert bad.weights == "1"
-
-
-def test_a_server_that_closes_a_connection_after_an_error_does_not_stay_frozen():
-    server = FakeVllm()
-
-    async def body(sampler: VllmSampler) -> None:
-        server.failures |= {"/update_weights": [500], "/resume": ["drop"]}
-        await sampler.publish(2, Written())
-
-    with pytest.raises(SamplerError, match="update_weights answered 500"):
-        run(body, server)
-    assert not server.paused
-
-
-def test_an_update_that_a_client_left_open_is_ended_under_its_own_label():
-    server = FakeVllm(session=True, weights="5")
-    run(lambda sampler: sampler.publish(6, Written()), server, published=False)
-    finished = [body["weight_version"] for route, body in server.seen if route == "/finish_weight_update"]
-    assert finished == ["5", "6"]
-
-
-def test_a_server_that_was_left_frozen_is_woken_up():
-    server = FakeVllm(paused=True)
-    run(lambda sampler: sampler.connect(PROBE), server, published=False)
-    assert not server.paused
 
 
 @pytest.mark.parametrize(

@@ -98,10 +98,6 @@ class Serving:
 
         try:
             self.talk(conversation)
-        except SamplerError:  # the workers that did not raise have a session open, the one that did has none
-            with contextlib.suppress(SamplerError):
-                self.talk(lambda connection: connection._call("POST", "/finish_weight_update"))
-            raise
         finally:  # over a new connection: after an error vLLM closes the one that it came over
             self.talk(lambda connection: connection.resume())
 
@@ -122,6 +118,10 @@ class Serving:
     def fail_in_next_apply(self, after: int, rank: int = 0) -> None:
         body = {"method": "fail_in_next_apply", "kwargs": {"after": after, "rank": rank}}
         self.talk(lambda connection: connection._call("POST", "/collective_rpc", body))
+
+    def echoes(self) -> list[str]:
+        body = {"method": "echo", "kwargs": {"value": "7"}}
+        return self.talk(lambda connection: connection._call("POST", "/collective_rpc", body))["results"]
 
     def mismatch(self, params: Params, answers: list[tuple[list[int], list[float]]] | None = None, dtype: Any = jnp.float32) -> float:
         """Mean absolute difference between the server's log-probabilities and the trainer's, which computes in `dtype`."""
@@ -308,6 +308,23 @@ def test_workers_of_a_parallel_server_go_back_together(parallel: Serving) -> Non
         parallel.load(folder)
     assert parallel.answers() == before
     parallel.load(folder)
+    assert parallel.mismatch(parallel.params(1)) < BOUND
+    assert parallel.echoes() == ["7", "7"]  # no worker's answer to an earlier call was left for a later one
+
+
+def test_a_parallel_server_survives_a_request_that_no_worker_understands(parallel: Serving) -> None:
+    async def conversation(connection: Connection) -> None:
+        await connection._call("POST", "/start_weight_update")
+        try:
+            await connection._call("POST", "/update_weights", {"update_info": {"folder": "somewhere"}})
+        finally:
+            with contextlib.suppress(SamplerError):
+                await connection._call("POST", "/finish_weight_update")
+
+    with pytest.raises(SamplerError, match="not understood"):
+        parallel.talk(conversation)
+    assert parallel.echoes() == ["7", "7"]
+    parallel.load(parallel.publish(parallel.params(1)))
     assert parallel.mismatch(parallel.params(1)) < BOUND
 
 

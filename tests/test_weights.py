@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import mmap
+import os
 import shutil
 import subprocess
 import sys
@@ -203,6 +204,25 @@ def test_the_readers_modules_import_no_jax() -> None:
 def weight_folder(tmp_path: Path, version_bytes: int = 1) -> weights.WeightFolder:
     (tmp_path / "memory").mkdir(exist_ok=True)
     return weights.WeightFolder(tmp_path / "run", version_bytes, tmp_path / "memory")
+
+
+READING_THREAD = """
+import os, sys
+from concurrent.futures import ThreadPoolExecutor
+from jaxgrpo.weight_reader import _leave_bound_core
+os.sched_setaffinity(0, {int(sys.argv[1])})  # as vLLM's CPU build does with its worker
+with ThreadPoolExecutor(1, initializer=_leave_bound_core) as pool:
+    print(sorted(pool.submit(os.sched_getaffinity, 0).result()))
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core")
+def test_the_reader_leaves_a_workers_core_but_not_those_of_its_server() -> None:
+    given = sorted(os.sched_getaffinity(0))
+    for allowed in (given, given[:1]):
+        start = f"import os, subprocess, sys; os.sched_setaffinity(0, {allowed}); subprocess.run(sys.argv[1:], check=True)"
+        command = [sys.executable, "-c", start, sys.executable, "-c", READING_THREAD, str(given[0])]
+        assert json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) == allowed
 
 
 def test_weights_are_in_shared_memory_when_there_is_room(tmp_path: Path) -> None:

@@ -10,6 +10,10 @@ class Faults:
     weight_transfer_engine: Any
     rank: int
 
+    def echo(self, value: str) -> str:
+        """What each worker answers to this very call, unless its answers lag behind."""
+        return value
+
     def fail_in_next_apply(self, after: int, rank: int = 0) -> None:
         """The worker `rank` fails when it has been given `after` tensors of the next version."""
         engine = self.weight_transfer_engine

@@ -3,16 +3,18 @@
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from jaxgrpo.samplers.base import FinishReason, Generation, PolicyWeights, SamplerError, SamplingRequest
 from jaxgrpo.samplers.vllm_http import SUPPORTED_VLLM, Connection, UnreachableError
+from jaxgrpo.weight_manifest import WeightError
 
+T = TypeVar("T")
 _FIRST_WAIT = 0.5
 
 
@@ -79,6 +81,7 @@ class VllmSampler:
         self._failure = failure
         self._room = asyncio.Semaphore(limits.max_requests * len(self._servers))
         self._homes: dict[str, _Server] = {}
+        self._publishing = asyncio.Lock()
         self._published: list[int] = []
 
     async def connect(self, probe: TokenizerProbe) -> None:
@@ -90,16 +93,19 @@ class VllmSampler:
         needed = len(request.context_ids) + request.max_tokens
         if needed > self._limits.context_tokens:
             raise ValueError(f"{needed} tokens of context and completion exceed the {self._limits.context_tokens} that the servers hold")
-        asked = time.monotonic()
+        deadline = time.monotonic() + self._limits.request_seconds
         avoided: list[_Server] = []
         problem = ""
         for attempt in range(1 + self._limits.retries):
-            left = self._limits.request_seconds - (time.monotonic() - asked)
+            left = deadline - time.monotonic()
             if left <= 0:
                 break
             if attempt:
                 await asyncio.sleep(min(_FIRST_WAIT * 2 ** (attempt - 1), left))
+            queued = time.monotonic()
             async with self._place(request.episode_id, avoided) as server:
+                deadline += time.monotonic() - queued  # waiting for a place is not the server's time
+                left = deadline - time.monotonic()
                 try:
                     choice = await server.connection.generate(request.context_ids.tolist(), self._sampling(request), left)
                 except UnreachableError as error:
@@ -117,20 +123,30 @@ class VllmSampler:
         self._homes.pop(episode_id, None)
 
     async def publish(self, version: int, weights: PolicyWeights) -> Mapping[str, float]:
-        """Write the weights and load them into every server. Raises SamplerError; the servers then go on with what they had."""
+        """Write the weights and load them into every server. Raises SamplerError; the servers then go on with what they had. A cancelled
+        publish is over when nobody writes any more and no server is frozen."""
         if self._published and version <= self._published[-1]:
             raise ValueError(f"weight version {version} is not above {self._published[-1]}, the last one published")
-        start = time.perf_counter()
-        folder = await asyncio.to_thread(weights.write, version, self._versions.root)
-        written = time.perf_counter()
-        self._published.append(version)
-        paused, loaded = await self._load(folder, version)
-        await asyncio.to_thread(self._versions.keep_only, [version])  # a server that must go back reads the last one again
+        async with self._publishing:
+            start = time.perf_counter()
+            folder = await self._write(version, weights)
+            written = time.perf_counter()
+            self._published.append(version)
+            paused, loaded = await self._load(folder, version)
+            await asyncio.to_thread(self._versions.keep_only, [version])  # a server that must go back reads the last one again
         return {"write": written - start, "pause": paused - written, "load": loaded - paused, "resume": time.perf_counter() - loaded}
 
     async def close(self) -> None:
-        for server in self._servers:
-            await server.connection.close()
+        """A publish that was cancelled ends first: its folder may then go, and its servers have been woken up."""
+        async with self._publishing:
+            for server in self._servers:
+                await server.connection.close()
+
+    async def _write(self, version: int, weights: PolicyWeights) -> Path:
+        try:
+            return await _to_its_end(asyncio.to_thread(weights.write, version, self._versions.root))
+        except (WeightError, OSError) as error:
+            raise SamplerError(f"weights of version {version} cannot be published: {error}") from error
 
     async def _load(self, folder: Path, version: int) -> tuple[float, float]:
         """Freeze, load, go on, on every server; when they were frozen, and when they had the weights."""
@@ -237,3 +253,13 @@ class VllmSampler:
         if choice["finish_reason"] != "stop":
             raise SamplerError(f"the server ended a turn with {choice['finish_reason']!r}, which is none of stop, length and abort")
         return FinishReason.EOS if choice["token_ids"] and choice["token_ids"][-1] in self._eos else FinishReason.STOP
+
+
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Await what runs in a thread, which no cancellation stops: that is passed on when the thread is done."""
+    running = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.gather(running, return_exceptions=True)
+        raise

@@ -1,6 +1,7 @@
 """One vLLM server over HTTP: its routes as methods, its failures as exceptions that say whether asking again can help."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,14 +28,15 @@ class RefusedError(SamplerError):
 
 
 class Connection:
-    """A pool of connections to one server. Every method raises UnreachableError or RefusedError."""
+    """A pool of connections to one server, so many of which are kept. Every method raises UnreachableError or RefusedError."""
 
     def __init__(self, url: str, api_key: str | None, connections: int):
         self.url = url.rstrip("/")
         self._client = httpx2.AsyncClient(
             base_url=self.url,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
+            # as many as are asked for: frozen turns must not keep the calls of a publish waiting; the sampler bounds the turns
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=connections),
             timeout=httpx2.Timeout(None, connect=10.0),  # how long an answer may take is each call's own affair
             trust_env=False,  # a proxy meant for the internet must not see loopback traffic
         )
@@ -76,7 +78,12 @@ class Connection:
     async def update_weights(self, path: str, version: int, seconds: float) -> None:
         """Load published weights, all or nothing, and label them. Raises RefusedError when the server keeps its old ones."""
         await self._start_update()
-        await self._call("POST", "/update_weights", {"update_info": {"path": path, "version": version}}, seconds=seconds)
+        try:
+            await self._call("POST", "/update_weights", {"update_info": {"path": path, "version": version}}, seconds=seconds)
+        except SamplerError:  # of a parallel server's workers only the last one, which raised, has ended its session
+            with contextlib.suppress(SamplerError):
+                await self._call("POST", "/finish_weight_update")
+            raise
         await self._call("POST", "/finish_weight_update", {"weight_version": str(version)})
         served = await self.weight_version()
         if served != str(version):

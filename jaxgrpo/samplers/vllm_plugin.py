@@ -90,7 +90,10 @@ class OrbaxWeightTransfer(WeightTransferEngine[OrbaxInitInfo, OrbaxUpdateInfo]):
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """As the base class has it, less a synchronisation that CPUs have no function for."""
-        self.receive_weights(self.parse_update_info(update_info))
+        info, failure = _attempt(lambda: self.parse_update_info(update_info))
+        if failure is not None:  # in all workers alike
+            return _refuse(f"the update is not understood: {failure}", failure)
+        self.receive_weights(info)
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 

@@ -1,0 +1,172 @@
+"""The embedded sampler at work: publishes, more requests than room, cancellations, failures, refusals."""
+
+import asyncio
+import time
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgrpo.samplers.base import Generation, SamplingRequest
+from jaxgrpo.samplers.native import NativeSampler, SamplerError
+from jaxgrpo.serving import WholeWeights
+from tests.native_samplers import CONFIG, OTHER, PARAMS, PROMPTS, generate, logprobs_of, make, plain_logits, request, run, same
+
+
+def test_publish_changes_outputs_and_versions_and_going_back_restores_them_bit_for_bit():
+    async def body(sampler: NativeSampler) -> list[Generation]:
+        generations = [await sampler.generate(request(0))]
+        for version, params in ((3, OTHER), (4, PARAMS)):
+            await sampler.publish(version, WholeWeights(params, CONFIG))
+            generations.append(await sampler.generate(request(0)))
+        with pytest.raises(ValueError, match="not above 4"):
+            await sampler.publish(4, WholeWeights(PARAMS, CONFIG))
+        return generations
+
+    first, other, back = run(body)
+    assert [g.weight_versions_T[0] for g in (first, other, back)] == [0, 3, 4]
+    np.testing.assert_allclose(other.logprobs_T, logprobs_of(plain_logits(request(0), other, OTHER), other.token_ids_T), atol=2e-5)
+    assert other.token_ids_T.tolist() != first.token_ids_T.tolist()
+    np.testing.assert_array_equal(first.token_ids_T, back.token_ids_T)
+    np.testing.assert_array_equal(first.logprobs_T, back.logprobs_T)
+
+
+def test_a_publish_between_chunks_is_recorded_token_by_token():
+    async def body(sampler: NativeSampler) -> Generation:
+        running = asyncio.create_task(sampler.generate(request(0, max_tokens=120)))
+        while sampler.metrics.decode_chunks < 1:
+            await asyncio.sleep(0.001)
+        await sampler.publish(1, WholeWeights(OTHER, CONFIG))
+        return await running
+
+    generation = run(body)
+    versions = generation.weight_versions_T
+    first = int((versions == 0).sum())
+    assert versions.tolist() == [0] * first + [1] * (120 - first)
+    assert 0 < first < 80
+    shown = Generation(generation.token_ids_T[:80], generation.logprobs_T[:80], versions[:80], generation.finish_reason)
+    for params, of_version in ((PARAMS, 0), (OTHER, 1)):  # each token's log-probability is that of the weights that it names
+        expected = logprobs_of(plain_logits(request(0), shown, params), shown.token_ids_T)
+        mine = shown.weight_versions_T == of_version
+        np.testing.assert_allclose(shown.logprobs_T[mine], expected[mine], atol=2e-5)
+
+
+def test_more_requests_than_room_wait_and_finish_and_idle_caches_give_way():
+    async def body(sampler: NativeSampler) -> tuple[list[Generation], int]:
+        async def episode(g: int, e: int) -> Generation:
+            first = await sampler.generate(request(g, e))
+            await asyncio.sleep(0)
+            return await sampler.generate(request(g, e, tail=[*first.token_ids_T, 4, 5]))
+
+        generations = await asyncio.gather(*[episode(g, e) for g in range(3) for e in range(3)])
+        return generations, sampler.metrics.evictions
+
+    roomy, none = run(body)
+    tight, some = run(body, max_rows=2, max_cache_tokens=64 * 4)
+    assert none == 0 < some
+    for a, b in zip(roomy, tight, strict=True):
+        same(a, b)
+
+
+def test_running_jobs_give_way_to_earlier_ones_and_finish():
+    """Rows that fit at first outgrow the pool: the latest lose their caches and go on afterwards."""
+    requests = [request(2, e, max_tokens=100) for e in range(3)]
+    for a, b in zip(generate(*requests), generate(*requests, max_cache_tokens=64 * 4), strict=True):
+        same(a, b)
+
+
+def test_nobody_waits_for_the_next_turn_of_an_episode_that_is_over():
+    async def body(sampler: NativeSampler) -> float:
+        async def episode(e: int, tokens: int) -> None:
+            await sampler.generate(request(0, e, max_tokens=tokens))
+            await sampler.release(f"g0e{e}")
+
+        start = time.monotonic()
+        await asyncio.gather(episode(0, 3), episode(1, 12))
+        return time.monotonic() - start
+
+    assert run(body, gather_seconds=60) < 60
+
+
+def test_a_cancelled_request_leaves_and_the_rest_go_on():
+    async def body(sampler: NativeSampler) -> Generation:
+        doomed = asyncio.create_task(sampler.generate(request(0, 0, max_tokens=300)))
+        other = asyncio.create_task(sampler.generate(request(0, 1)))
+        while sampler.metrics.decode_chunks < 1:
+            await asyncio.sleep(0.001)
+        doomed.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await doomed
+        await sampler.release("g0e0")
+        generation = await other
+        await asyncio.sleep(0.05)
+        assert sampler.metrics.generated_tokens < 100
+        return generation
+
+    same(run(body), generate(request(0, 1))[0])
+
+
+def test_a_failure_of_the_engine_reaches_everyone():
+    class Broken:
+        def decode(self, ids: Any, **_: Any) -> str:
+            raise KeyError("no such token")
+
+    async def main() -> None:
+        sampler = NativeSampler(CONFIG, PARAMS, Broken(), decode_chunk=4, max_rows=8, max_cache_tokens=2048, compute_dtype=jnp.float32)
+        calls = [sampler.generate(request(0, e, stop_strings=("x",))) for e in range(3)]
+        for outcome in await asyncio.gather(*calls, return_exceptions=True):
+            assert isinstance(outcome, SamplerError) and isinstance(outcome.__cause__, KeyError)
+        await sampler.release("g0e0")  # cleaning up is no reason to fail again
+        for later in (sampler.generate(request(0, 9)), sampler.publish(1, WholeWeights(PARAMS, CONFIG))):
+            with pytest.raises(SamplerError, match="no such token"):
+                await later
+        await sampler.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_request_that_contradicts_its_group_is_refused_and_the_others_are_served():
+    async def body(sampler: NativeSampler) -> None:
+        good = asyncio.create_task(sampler.generate(request(0, 0)))
+        await sampler.generate(request(0, 5))
+        other = PROMPTS[0].copy()
+        other[3] += 1
+        with pytest.raises(ValueError, match="does not begin with the prompt"):
+            await sampler.generate(SamplingRequest("g0", "stranger", other, len(other), 4, seed=0))
+        with pytest.raises(ValueError, match="belongs to group"):
+            await sampler.generate(SamplingRequest("elsewhere", "g0e5", PROMPTS[1], 90, 4, seed=0))
+        assert len((await good).token_ids_T) == 10
+        for episode in ("g0e0", "g0e5", "unknown"):
+            await sampler.release(episode)
+        again = await sampler.generate(SamplingRequest("g0", "stranger", other, len(other), 4, seed=0))  # the group is over: a new one
+        assert len(again.token_ids_T) == 4
+
+    run(body)
+
+
+def test_requests_that_never_fit_are_refused():
+    async def body(sampler: NativeSampler) -> None:
+        with pytest.raises(ValueError, match="exceed the model's context of 512"):
+            await sampler.generate(request(0, max_tokens=473))
+        with pytest.raises(ValueError, match="raise it"):
+            await sampler.generate(request(0, max_tokens=200))
+        running = asyncio.create_task(sampler.generate(request(0)))
+        await asyncio.sleep(0)
+        with pytest.raises(ValueError, match="generating a turn already"):
+            await sampler.generate(request(0))
+        await running
+
+    run(body, max_cache_tokens=192)
+
+
+def test_closing_tells_those_who_wait():
+    async def main() -> None:
+        sampler = make()
+        waiting = asyncio.create_task(sampler.generate(request(0, max_tokens=300)))
+        await asyncio.sleep(0.01)
+        await sampler.close()
+        with pytest.raises(SamplerError, match="closed"):
+            await waiting
+
+    asyncio.run(asyncio.wait_for(main(), 60))
