@@ -127,6 +127,13 @@ def compute_dtype(config: Config) -> Any:
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
+def served_dtype(config: Config) -> Any:
+    """The dtype of the weights that samplers hold, where it differs from what the trainer computes in: servers get them in bfloat16.
+
+    None with LoRA: it is the merged weights that are rounded then, and the trainer has none."""
+    return jnp.dtype(jnp.bfloat16) if config.sampler == "vllm" and not config.lora.rank else None
+
+
 def attention_kernel(config: Config, model: ModelConfig, mesh: Mesh, dtype: Any) -> tuple[Kernel, str]:
     """What computes attention in the update over a mesh, and a line that says so. Raises ConfigError where it cannot be as asked for."""
     try:
@@ -160,6 +167,7 @@ def update_on(mesh: Mesh, config: Config, model: ModelConfig, dtype: Any) -> Upd
         config.loss,
         config.optimizer,
         compute_dtype=dtype,
+        served_dtype=served_dtype(config),
         temperature=config.rollout.temperature,
         head_chunk=config.training.head_chunk,
         kernel=attention_kernel(config, model, mesh, dtype)[0],

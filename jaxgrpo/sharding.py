@@ -168,10 +168,14 @@ class Whole:
 
 @dataclasses.dataclass(frozen=True)
 class Sharded:
-    """Leaves are this device's flat shards; to be used inside `jax.shard_map` over AXIS."""
+    """Leaves are this device's flat shards; to be used inside `jax.shard_map` over AXIS.
+
+    Weights are rounded to what `rounded_to` can hold, when that is given, and then computed with in `dtype`; gradients know nothing of it,
+    as they know nothing of the cast."""
 
     devices: int
     dtype: Any
+    rounded_to: Any = None
 
     def load(self, leaf: Array, shape: tuple[int, ...]) -> Array:
         return _gather(leaf, shape, self)
@@ -188,6 +192,9 @@ class Sharded:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(shard: Array, shape: tuple[int, ...], storage: Sharded) -> Array:
     """All-gather in the compute dtype; plain autodiff would also reduce-scatter in it, hence the custom rule."""
+    if storage.rounded_to is not None:  # two casts in a row would be taken out by XLA
+        bits = jnp.finfo(storage.rounded_to)
+        shard = lax.reduce_precision(shard, bits.nexp, bits.nmant)
     whole = lax.all_gather(shard.astype(storage.dtype), AXIS, tiled=True)
     return whole[: math.prod(shape)].reshape(shape)
 

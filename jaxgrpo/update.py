@@ -101,6 +101,8 @@ class LoweredStep(NamedTuple):
 class Update:
     """The compiled functions of the train step for one model on one mesh.
 
+    `served_dtype` is that of the weights that the sampler holds, where it is not `compute_dtype`: the policy in training is the one that
+    samples, so its weights are rounded as theirs are. The master weights keep what a step adds to them.
     Shapes are compiled as they come; `compilations` counts the distinct ones over all functions.
     """
 
@@ -112,6 +114,7 @@ class Update:
         optimizer: OptimizerSettings,
         *,
         compute_dtype: Any,
+        served_dtype: Any = None,
         temperature: float = 1.0,
         head_chunk: int = 1024,
         kernel: Kernel = XLA,
@@ -129,7 +132,8 @@ class Update:
         self.optimizer = make_optimizer(optimizer)
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.kernel, self.remat = kernel, remat
-        storage = Sharded(mesh.size, self.compute_dtype)
+        rounded_to = None if served_dtype == self.compute_dtype else served_dtype
+        storage = Sharded(mesh.size, self.compute_dtype, rounded_to)
         self._head = Head((config.vocab_size, config.width), storage, head_chunk, temperature, trained=not lora.rank)
         self._shapes: set[tuple] = set()
         specification, frozen, whole = specs(self.layout), specs(self.frozen_layout), specs(self._whole_layout)

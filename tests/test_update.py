@@ -222,6 +222,28 @@ def _is_row(batch: GroupBatch, i: int, group: Group) -> bool:
     return same_prompt and np.array_equal(batch.completions_NGC[i, 0, : batch.completion_lengths_NG[i, 0]], first)
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_the_policy_in_training_is_the_one_whose_weights_are_served(devices: int) -> None:
+    """Rounded as they are, whatever it computes in; the gradient goes to the master weights, which are not."""
+    params, batches = params_of(TINY), packed(GROUPS, 12)
+    served = jax.tree.map(lambda leaf: np.asarray(leaf.astype(jnp.bfloat16), np.float32), params)
+    rounding, plain = update_of(devices, served_dtype=jnp.bfloat16), update_of(devices)
+    states = [rounding.init(params), plain.init(served)]
+    anchors = [update.reference_logprobs(state, batches) for update, state in zip((rounding, plain), states, strict=True)]
+    for ours, theirs in zip(*anchors, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    stepped = [
+        update.optimizer_step(state, batches, None, anchor)
+        for update, state, anchor in zip((rounding, plain), states, anchors, strict=True)
+    ]
+    gradients = [clipped_gradient(plain, state) for state, _, _ in stepped]
+    assert worst_error(*gradients) < 1e-6
+    moved = [
+        changed(start, logical_on_host(state.params, plain.layout)) for start, (state, _, _) in zip((params, served), stepped, strict=True)
+    ]
+    assert change_error(*moved) < 1e-3  # less the weight decay of a rounding
+
+
 def test_the_first_steps_logprobs_are_those_of_the_weights_before_it() -> None:
     update, batches = update_of(1), packed(GROUPS, 4)
     state = update.init(params_of(TINY))

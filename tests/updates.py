@@ -54,10 +54,12 @@ def packed(groups: Sequence[Group], micro_batch_groups: int) -> list[GroupBatch]
 
 
 @functools.cache
-def update_of(devices: int, config: ModelConfig = TINY, loss: LossSettings = LOSS, dtype: Any = jnp.float32) -> Update:
+def update_of(
+    devices: int, config: ModelConfig = TINY, loss: LossSettings = LOSS, dtype: Any = jnp.float32, served_dtype: Any = None
+) -> Update:
     """One Update for all tests that need it: compiling takes longer than anything else here."""
     mesh = make_mesh(jax.devices()[:devices])
-    return Update(config, mesh, loss, ADAM, compute_dtype=dtype, temperature=TEMPERATURE, head_chunk=16)
+    return Update(config, mesh, loss, ADAM, compute_dtype=dtype, served_dtype=served_dtype, temperature=TEMPERATURE, head_chunk=16)
 
 
 @dataclasses.dataclass(frozen=True)
