@@ -216,7 +216,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1500, help="start no update after so long")
     args = parser.parse_args()
     end = time.monotonic() + args.seconds
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")  # jax takes that share of the memory at its first use
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its older name
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.93")  # jax takes that share of the memory at its first use
     device = jax.devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit", 0)
     scale = tiny_scale() if args.tiny else gpu_scale(memory)

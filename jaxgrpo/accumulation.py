@@ -57,9 +57,7 @@ def _pull_back(tree: Any, place: list[int | None], kept: list[jax.Array], rows: 
     return jax.tree.unflatten(tree, [next(others) if at is None else own[at] for at in place])
 
 
-def _backward(
-    layer: Layer, residuals: tuple[Partial, list, _Stacks, Params], cotangent: Carry
-) -> tuple[Carry, Params, None, None]:
+def _backward(layer: Layer, residuals: tuple[Partial, list, _Stacks, Params], cotangent: Carry) -> tuple[Carry, Params, None, None]:
     rebuild, kept, stacks, accumulator = residuals
 
     def one(state: tuple[Carry, Params], row: tuple[jax.Array, list, _Stacks]) -> tuple[tuple[Carry, Params], None]:

@@ -5,7 +5,7 @@ import concurrent.futures
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
@@ -106,3 +106,15 @@ async def _cancel_others() -> None:
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+
+
+async def all_or_none(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order. At the first exception the others are cancelled and awaited, and that exception is raised as it is."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            if not task.cancelling():  # a second time would cut its cleaning up short
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -92,9 +92,7 @@ def newest_step(folder: Path) -> int | None:
     return max(_steps(folder), default=None)
 
 
-def read_policy(
-    folder: Path, model: ModelConfig, step: int | None = None, base: Callable[[], Params] | None = None
-) -> tuple[Params, int]:
+def read_policy(folder: Path, model: ModelConfig, step: int | None = None, base: Callable[[], Params] | None = None) -> tuple[Params, int]:
     """The logical weights of a run's checkpoint (NumPy, float32), and their step; nothing else of it is read, nothing is changed.
 
     Of a run with LoRA, its adapters are merged into the weights that `base` reads, and the result is of their type. Raises

@@ -284,9 +284,7 @@ def run_steps(
     return jax.lax.while_loop(live, body, (progress, buffers))
 
 
-def sample(
-    logits_BV: Array, seeds_B2: Given, positions_B: Given, temperatures_B: Given, top_ps_B: Given
-) -> tuple[Array, Array]:
+def sample(logits_BV: Array, seeds_B2: Given, positions_B: Given, temperatures_B: Given, top_ps_B: Given) -> tuple[Array, Array]:
     """Tokens [B] and their log-probabilities [B] before top-p: argmax of log p + Gumbel noise, or of the logits at temperature 0.
 
     The noise of a row is a function of its seed (two 32-bit words) and of the token's position, so a row does not depend on its batch.

@@ -137,9 +137,7 @@ class Adapter(nnx.Module):
 class Linear(nnx.Module):
     """x [..., in] -> x @ kernel [in, out] (+ bias [out]) (+ adapter(x), with LoRA)."""
 
-    def __init__(
-        self, in_size: int, out_size: int, *, bias: bool, rngs: nnx.Rngs, lora: LoraSettings | None = None, stddev: float = 0.02
-    ):
+    def __init__(self, in_size: int, out_size: int, *, bias: bool, rngs: nnx.Rngs, lora: LoraSettings | None = None, stddev: float = 0.02):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (in_size, out_size)) * stddev)
         self.bias = nnx.Param(jnp.zeros(out_size)) if bias else None
         self.adapter = Adapter(in_size, out_size, lora, rngs=rngs) if lora else None

@@ -77,9 +77,7 @@ def pack(groups: Sequence[Group], micro_batch_groups: int, max_completion_tokens
     rows = [weights[n * g : (n + 1) * g] for n in range(len(groups))]
     order = sorted(range(len(groups)), key=lambda n: (_padded_shape([groups[n]], settings), n))
     chunks = [order[i : i + micro_batch_groups] for i in range(0, len(order), micro_batch_groups)]
-    return [
-        _pack_micro_batch([(groups[n], advantages_NG[n], rows[n]) for n in chunk], micro_batch_groups, g, settings) for chunk in chunks
-    ]
+    return [_pack_micro_batch([(groups[n], advantages_NG[n], rows[n]) for n in chunk], micro_batch_groups, g, settings) for chunk in chunks]
 
 
 def _padded_shape(groups: Sequence[Group], settings: PackingSettings) -> tuple[int, int]:

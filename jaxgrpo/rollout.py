@@ -10,19 +10,17 @@ import dataclasses
 import functools
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from envs.base import TaskSuite
-from jaxgrpo.background import BlockingCalls
+from jaxgrpo.background import BlockingCalls, all_or_none
 from jaxgrpo.chat import Chat
 from jaxgrpo.episode import Decoding, EpisodeKey, EpisodePlayer, FaultyEnvironmentError, Limits, Opening
 from jaxgrpo.samplers.base import Sampler
 from jaxgrpo.types import Group, StopReason, Task, Trajectory
 
-T = TypeVar("T")
 Progress = Callable[[int, int], None]
 
 
@@ -114,8 +112,8 @@ class Rollout:
         player = EpisodePlayer(self.sampler, self.suite, self.chat, self.limits, self.decoding, self._calls)
         counter = _Counter(progress, len(tasks) * group_size)
         runner = _BatchRunner(player, self._places, self.execution.max_retries, EpisodeKey(seed, batch, "", 0), counter)
-        openings = await _all([runner.open(task) for task in tasks])
-        outcomes = await _all([runner.run_group(task, opening, group_size) for task, opening in zip(tasks, openings, strict=True)])
+        openings = await all_or_none([runner.open(task) for task in tasks])
+        outcomes = await all_or_none([runner.run_group(task, opening, group_size) for task, opening in zip(tasks, openings, strict=True)])
         position = {task.id: i for i, task in enumerate(tasks)}
         return RolloutResult(
             groups=tuple(outcome for outcome in outcomes if isinstance(outcome, Group)),
@@ -164,7 +162,7 @@ class _BatchRunner:
             return trajectory
 
         try:
-            return Group(task, tuple(await _all([run(i) for i in range(group_size)])))
+            return Group(task, tuple(await all_or_none([run(i) for i in range(group_size)])))
         except _TriesSpentError as failed:
             self._counter.add(group_size - finished)
             return DroppedGroup(task, str(failed))
@@ -190,15 +188,3 @@ class _Counter:
         self._done += count
         if self._progress is not None:
             self._progress(self._done, self._total)
-
-
-async def _all(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results in order. At the first exception the others are cancelled and awaited, and that exception is raised as it is."""
-    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            if not task.cancelling():  # a second time would cut its cleaning up short
-                task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,6 +1,5 @@
 """What a sampler serves: the weights in the form that each sampler takes, the sampler of a config, the check that it serves the truth."""
 
-import asyncio
 import dataclasses
 import os
 import secrets
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrpo.background import EventLoopThread
+from jaxgrpo.background import EventLoopThread, all_or_none
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.model import ModelConfig, Params
 from jaxgrpo.processes import Told, Work, nobody
@@ -218,10 +217,11 @@ class AgreementCheck:
             SamplingRequest(group, f"{group}/{i}", prompt, len(prompt), self.tokens, seed=i, temperature=self.temperature)
             for i in range(_CHECK_SAMPLES)
         ]
-        generations = await asyncio.gather(*[sampler.generate(request) for request in requests])
-        for request in requests:
-            await sampler.release(request.episode_id)
-        return generations
+        try:
+            return await all_or_none([sampler.generate(request) for request in requests])
+        finally:
+            for request in requests:
+                await sampler.release(request.episode_id)
 
     def _batch(self, generations: Sequence[Generation]) -> GroupBatch:
         """One group of all generations, repeated for every device."""

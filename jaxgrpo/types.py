@@ -115,10 +115,7 @@ class Trajectory:
     error: str = ""
 
     def __post_init__(self) -> None:
-        lengths = {
-            name: len(getattr(self, name))
-            for name in ("completion_ids_C", "sampled_C", "sampler_logprobs_C", "weight_versions_C")
-        }
+        lengths = {name: len(getattr(self, name)) for name in ("completion_ids_C", "sampled_C", "sampler_logprobs_C", "weight_versions_C")}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"a trajectory's token arrays must be of one length, got {lengths}")
         if len(self.prompt_ids_P) == 0:

@@ -11,7 +11,6 @@ import asyncio
 import dataclasses
 import fcntl
 import functools
-import getpass
 import io
 import itertools
 import json
@@ -276,7 +275,7 @@ class WeightFolder:
         # several processes may be on several hosts, which share folders but no memory
         shared = jax.process_count() == 1 or shared_memory != SHARED_MEMORY
         in_memory = shared and _room(shared_memory) > 3 * version_bytes
-        name = f"jaxgrpo-{getpass.getuser()}-{zlib.crc32(str(run_folder.absolute()).encode()):08x}"
+        name = f"jaxgrpo-{os.getuid()}-{zlib.crc32(str(run_folder.absolute()).encode()):08x}"
         self.root = (shared_memory / name if in_memory else run_folder / "weights").absolute()
         self._lock: TextIO | None = _claim(self.root) if jax.process_index() == 0 else None
 
@@ -321,7 +320,7 @@ def _locked(lock: TextIO) -> bool:
 
 def _remove_abandoned(shared_memory: Path) -> None:
     """Folders of this user whose process has ended: what is left in shared memory is lost to everybody until someone removes it."""
-    for root in shared_memory.glob(f"jaxgrpo-{getpass.getuser()}-*"):
+    for root in shared_memory.glob(f"jaxgrpo-{os.getuid()}-*"):
         if (root / _LOCK).is_file():
             with (root / _LOCK).open() as lock:
                 if _locked(lock):

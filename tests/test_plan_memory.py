@@ -148,7 +148,7 @@ def test_that_shorter_episodes_fit_is_said(tmp_path: Path) -> None:
 
 def test_a_share_of_memory_that_jax_does_not_take_by_itself_is_noted() -> None:
     assert list(notes(*planned(100.0))) == []
-    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in "".join(notes(*planned(110.0)))
+    assert "XLA_CLIENT_MEM_FRACTION" in "".join(notes(*planned(110.0)))
 
 
 def test_the_options_change_what_is_said() -> None:

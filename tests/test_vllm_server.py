@@ -119,10 +119,12 @@ class TestRefusals:
     def test_the_interpreter(self, tmp_path):
         assert "/no/python cannot be run (FileNotFoundError" in self.refused(python="/no/python")
         assert "has no vLLM: vllm.python names the interpreter" in self.refused(python=self.interpreter(tmp_path, "[{}, []]"))
-        old = self.interpreter(tmp_path, '[{"vllm": "0.31.0"}, ["jaxgrpo"]]')
+        old = self.interpreter(tmp_path, '[{"vllm": "0.31.0"}, []]')
         assert self.refused(python=old) == f"{old} has vLLM 0.31.0; supported: 0.32.x"
         bare = self.interpreter(tmp_path, '[{"vllm": "0.32.1"}, []]')
         assert f"lacks this package's plugin: {bare} -m pip install --no-deps" in self.refused(python=bare)
+        stale = self.interpreter(tmp_path, '[{"vllm": "0.32.1"}, [1, null, 2, 3]]')
+        assert f"has another version of this package's plugin than the trainer: {stale} -m pip install" in self.refused(python=stale)
 
 
 def gone(pid: int) -> bool:

