@@ -216,27 +216,39 @@ def _run_file(path: Path) -> Config:
         config = module.get_config()
     except ConfigError:
         raise
-    except Exception as error:  # the edge to a user's file: whatever it raises is told with its place
+    except (Exception, SystemExit) as error:  # the edge to a user's file: whatever it raises is told with its place
         raise ConfigError(f"{_place(path, error)}: {type(error).__name__}: {error}{_unexpected_argument(error)}") from error
     if not isinstance(config, Config):
         raise ConfigError(f"get_config() of {path} returned {type(config).__name__}, not a jaxgrpo.config.Config")
-    if not dataclasses.is_dataclass(config.environment) or isinstance(config.environment, type):
+    refuse(
+        [
+            f"{name} must be of type {kind.__name__}, got {getattr(config, name)!r}"
+            for name, kind in _sections().items()
+            if not isinstance(getattr(config, name), kind)
+        ]
+    )
+    plays = all(callable(getattr(config.environment, method, None)) for method in ("tasks", "create"))
+    if not dataclasses.is_dataclass(config.environment) or isinstance(config.environment, type) or not plays:
         raise ConfigError(f"environment of {path} must be an instance of a dataclass with tasks() and create(), got {config.environment!r}")
     return config
 
 
-def _place(path: Path, error: Exception) -> str:
-    if isinstance(error, SyntaxError):
+def _sections() -> dict[str, type]:
+    """The sections of a config that are this project's own: all but the environment."""
+    return {name: kind for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)}
+
+
+def _place(path: Path, error: BaseException) -> str:
+    if isinstance(error, SyntaxError) and error.filename is not None:
         return f"{error.filename}, line {error.lineno}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return f"{path}, line {lines[-1]}" if lines else str(path)
 
 
-def _unexpected_argument(error: Exception) -> str:
+def _unexpected_argument(error: BaseException) -> str:
     """For a section that was given an argument it does not have: the nearest one that it has."""
     found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    sections = (Config, *typing.get_type_hints(Config).values())
-    kinds = {kind.__name__: kind for kind in sections if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
+    kinds = {kind.__name__: kind for kind in (Config, *_sections().values())}
     if found is None or found[1] not in kinds:
         return ""
     close = difflib.get_close_matches(found[2], [field.name for field in dataclasses.fields(kinds[found[1]])], 1)
