@@ -170,6 +170,52 @@ class TestCommandLine:
             assert "Traceback" not in err
         assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
+    @pytest.mark.parametrize(
+        ("file", "text", "said"),
+        [
+            ("config.json", "[]", "config.json holds a list"),
+            ("config.json", '{"model_type": "qwen2"', "config.json is not JSON"),
+            ("tokenizer.json", '{"version": "1.0", "model": 3}', "cannot be read by transformers"),
+            ("tokenizer_config.json", "[]", "cannot be read by transformers"),
+            ("chat_template.jinja", "{% for x in %}", "the chat template cannot render messages"),
+        ],
+    )
+    def test_a_damaged_model_folder_is_refused(self, model, tmp_path, capsys, file, text, said):
+        damaged = tmp_path / "damaged"
+        shutil.copytree(model, damaged)
+        (damaged / file).write_text(text)
+        status, _, err = self.call(capsys, "--config", write_config(tmp_path, damaged), "--dry-run")
+        assert status == 2 and err.startswith("error: model.source") and said in err
+
+    @pytest.mark.parametrize(
+        ("method", "said"),
+        [
+            ("tasks(self, split): raise KeyError('lost')", "gives no tasks of the train split: KeyError: 'lost'"),
+            ("tasks(self, split): return None", "must be a list of jaxgrpo.types.Task, got None"),
+            ("tasks(self, split): return ['a', 'b']", "must be a list of jaxgrpo.types.Task, got ['a', 'b']"),
+            ("tasks(self, split): return [Task('a')] * 4", "gives task 'a' twice in the train split"),
+        ],
+    )
+    def test_an_environment_whose_tasks_are_none_is_refused(self, model, tmp_path, capsys, method, said):
+        config = write_config(tmp_path, model)
+        imports = "import dataclasses\nfrom jaxgrpo.types import Task\nfrom tests.training import Letters, small_config\n"
+        suite = f"@dataclasses.dataclass(frozen=True)\nclass Mine(Letters):\n    def {method}\n\n\n"
+        made = f"def get_config():\n    return dataclasses.replace(small_config({str(model)!r}), environment=Mine())\n"
+        config.write_text(imports + suite + made)
+        status, _, err = self.call(capsys, "--config", config, "--dry-run")
+        assert status == 2 and err.startswith("error: the environment") and said in err
+
+    def test_an_environment_that_observes_nonsense_is_counted_as_failing(self, model, tmp_path, capsys):
+        config = write_config(tmp_path, model)
+        config.write_text(
+            "import dataclasses\nfrom tests.training import Letters, LettersEnvironment, small_config\n"
+            "class Silent(LettersEnvironment):\n    def observe(self): return 'hello'\n\n"
+            "@dataclasses.dataclass(frozen=True)\nclass Mine(Letters):\n    def create(self, task): return Silent(self, 'a', False)\n\n"
+            f"def get_config():\n    return dataclasses.replace(small_config({str(model)!r}), environment=Mine())\n"
+        )
+        status, _, err = self.call(capsys, "--config", config, "--run-dir", tmp_path / "run")
+        assert status == 1 and "observe returned str, not Observation" in err
+
     def test_sigterm_ends_the_run_and_says_how_to_go_on(self, model, tmp_path, capsys, monkeypatch):
         def stop(self):
             if self.state.step == 4:
