@@ -235,7 +235,7 @@ def _run_file(path: Path) -> Config:
 
 def _sections() -> dict[str, type]:
     """The sections of a config that are this project's own: all but the environment."""
-    return {name: kind for name, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)}
+    return {name: kind for name, kind in typing.get_type_hints(Config).items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
 
 
 def _place(path: Path, error: BaseException) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import reprlib
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -200,3 +201,13 @@ def parameter_count(model: ModelConfig, lora: LoraSettings = NO_LORA) -> int:
 def run_folder(given: str | None, name: str) -> Path:
     """Where the run is recorded: as given, or runs/NAME."""
     return Path(given) if given else Path("runs") / name
+
+
+def make_run_folder(folder: Path) -> None:
+    """Make it where it is not there. Raises ConfigError when nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"can it be written to?")
+    except OSError as error:
+        raise ConfigError(f"the run folder {folder} cannot be written to ({error.strerror}): give another one with --run-dir") from error

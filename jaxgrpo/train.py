@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from jaxgrpo import records
@@ -51,6 +52,12 @@ from jaxgrpo.update import StepReport, TrainState
 
 MOST_SKIPPED = 3
 """So many batches in a row may be lost to failing environments; then the run ends."""
+
+
+_LESS_MEMORY = (
+    "python -m tools.plan_memory says what a step needs. Less: training.groups_per_device=1, a smaller training.head_chunk, "
+    "training.remat=full, more devices, LoRA; with the embedded sampler a smaller native.max_rows and native.max_cache_tokens"
+)
 
 
 def batches_per_epoch(tasks: int, tasks_per_step: int) -> int:
@@ -301,7 +308,10 @@ def check_resumable(config: Config, folder: Path) -> None:
     step = newest_step(folder / "checkpoints")
     if step is None or not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} holds no checkpoint to resume from: leave out --resume, and give a --run-dir of its own")
-    changes = changes_of_meaning((folder / "config.json").read_text(encoding="utf-8"), config)
+    try:
+        changes = changes_of_meaning((folder / "config.json").read_text(encoding="utf-8"), config)
+    except ValueError as error:
+        raise ConfigError(f"{folder / 'config.json'} is no longer what the run wrote: {error}") from error
     if changes:
         refuse([*changes, f"to go on with {folder}, set these as they were (a resumed run may change {', '.join(MAY_CHANGE)})"])
     if step > config.training.steps:
@@ -341,14 +351,25 @@ def _train_until_told(config: Config, folder: Path, resume: bool, processes: Pro
     except (NothingLeftError, SamplerError, PeerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"error: {error}; {_how_to_go_on(folder)}", file=sys.stderr)
+        return 1
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"error: out of memory: {str(error).splitlines()[0]}; {_how_to_go_on(folder)}\n{_LESS_MEMORY}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        step = newest_step(folder / "checkpoints")
-        how = "no checkpoint was saved yet" if step is None else f"--resume goes on from step {step}"
-        print(f"interrupted: {how} (run folder {folder})", file=sys.stderr)
+        print(f"interrupted: {_how_to_go_on(folder)}", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _how_to_go_on(folder: Path) -> str:
+    step = newest_step(folder / "checkpoints")
+    return f"{'no checkpoint was saved yet' if step is None else f'--resume goes on from step {step}'} (run folder {folder})"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import platform
 import re
+import resource
 import shutil
 import signal
 import threading
@@ -215,6 +216,60 @@ class TestCommandLine:
         )
         status, _, err = self.call(capsys, "--config", config, "--run-dir", tmp_path / "run")
         assert status == 1 and "observe returned str, not Observation" in err
+
+    def test_a_run_folder_that_cannot_be_written_to_is_refused(self, model, tmp_path, capsys):
+        (tmp_path / "file").write_text("")
+        for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+            status, _, err = self.call(capsys, "--config", write_config(tmp_path, model), "--run-dir", folder)
+            assert status == 2 and f"the run folder {folder} cannot be written to (" in err and "--run-dir" in err
+
+    @pytest.mark.parametrize(
+        ("file", "said"),
+        [
+            ("config.json", "config.json is no longer what the run wrote"),
+            ("checkpoints/2/policy/embed.embedding/zarr.json", "cannot go on with"),
+            ("checkpoints/2/policy/embed.embedding/c/0", "cannot go on with"),
+        ],
+    )
+    def test_a_run_that_was_damaged_is_not_gone_on_with(self, model, tmp_path, capsys, file, said):
+        arguments = ("--config", write_config(tmp_path, model), "--run-dir", tmp_path / "run", "--set")
+        assert self.call(capsys, *arguments, "training.steps=2")[0] == 0
+        (tmp_path / "run" / file).write_text("{")
+        status, _, err = self.call(capsys, *arguments, "training.steps=4", "--resume")
+        assert status == 2 and err.startswith("error: ") and said in err
+
+    @pytest.mark.parametrize(
+        ("before", "at", "said"),
+        [("pack", 2, "File too large"), ("evaluate_if_due", 4, "the checkpoint of step 4 cannot be written: ")],
+    )
+    def test_a_disk_that_takes_no_more_ends_the_run_and_what_was_saved_stays(self, model, tmp_path, capsys, monkeypatch, before, at, said):
+        """A limit on the size of files stands for a full disk: first the metrics, then the checkpoint do not fit."""
+        limits, method = resource.getrlimit(resource.RLIMIT_FSIZE), getattr(train_module.Training, before)
+
+        def fill(self, *arguments):
+            if self.state.step == at:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+            return method(self, *arguments)
+
+        monkeypatch.setattr(train_module.Training, before, fill)
+        arguments = ("--config", write_config(tmp_path, model), "--set", "recording.checkpoint_every=2", "--run-dir", tmp_path / "run")
+        try:
+            status, _, err = self.call(capsys, *arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert status == 1 and said in err and "--resume goes on from step 2" in err
+        monkeypatch.undo()
+        assert self.call(capsys, *arguments, "--resume")[0] == 0
+        assert [line["step"] for line in metric_lines(tmp_path / "run")] == [2, 4, 6]
+
+    def test_memory_that_runs_out_is_told_with_what_needs_less(self, model, tmp_path, capsys, monkeypatch):
+        def grow(self, batches):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.\nBufferAssignment: ...")
+
+        monkeypatch.setattr(train_module.Training, "learn", grow)
+        status, _, err = self.call(capsys, "--config", write_config(tmp_path, model), "--run-dir", tmp_path / "run")
+        assert status == 1 and "error: out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.; no check" in err
+        assert "tools.plan_memory" in err and "BufferAssignment" not in err
 
     def test_sigterm_ends_the_run_and_says_how_to_go_on(self, model, tmp_path, capsys, monkeypatch):
         def stop(self):
