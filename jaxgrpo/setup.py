@@ -40,10 +40,11 @@ class Policy:
     chat: Chat
 
 
-def open_policy(config: Config) -> Policy:
-    """Find the model and read its small files. Raises ConfigError that says what is missing or not supported."""
+def open_policy(config: Config, weights: bool = True) -> Policy:
+    """Find the model and read its small files; without `weights` nothing else is fetched. Raises ConfigError that says what is missing
+    or not supported."""
     try:
-        folder = locate(config.model.source, config.model.revision)
+        folder = locate(config.model.source, config.model.revision, weights)
         sizes = ModelConfig.from_folder(folder)  # first: transformers reads config.json too, and says less about it
         tokenizer = load_tokenizer(folder)
         return Policy(folder, sizes, tokenizer, Chat(tokenizer))

@@ -246,8 +246,8 @@ def training_tasks(config: Config, policy: Policy) -> tuple[Sequence[Task], int]
 
 
 def describe(config: Config) -> Iterator[str]:
-    """What `--dry-run` prints: the resolved config, the arithmetic of a batch, the parameter count. Reads no weights."""
-    policy = open_policy(config)
+    """What `--dry-run` prints: the resolved config, the arithmetic of a batch, the parameter count. Reads and fetches no weights."""
+    policy = open_policy(config, weights=False)
     tasks, longest_prompt = training_tasks(config, policy)
     devices = device_count(config)
     r, t = config.rollout, config.training

@@ -7,7 +7,9 @@ import shutil
 import signal
 import threading
 from contextlib import ExitStack
+from fnmatch import fnmatch
 
+import huggingface_hub
 import jax
 import pytest
 
@@ -146,6 +148,19 @@ class TestCommandLine:
             assert line in out
         status, _, err = self.call(capsys, "--config", write_config(tmp_path, bare), "--run-dir", tmp_path / "run")
         assert status == 2 and "the weights in" in err
+
+    def test_a_dry_run_fetches_a_models_small_files_only(self, model, tmp_path, capsys, monkeypatch):
+        fetched = []
+
+        def snapshot_download(name, revision, allow_patterns):
+            fetched.append([path.name for path in model.iterdir() if any(fnmatch(path.name, pattern) for pattern in allow_patterns)])
+            return str(model)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        arguments = ("--config", write_config(tmp_path, model), "--set", "model.source=Qwen/Tiny", "--run-dir", tmp_path / "run")
+        assert self.call(capsys, *arguments, "--dry-run")[0] == 0
+        assert self.call(capsys, *arguments, "--set", "training.steps=2")[0] == 0
+        assert [("config.json" in names, "model.safetensors" in names) for names in fetched] == [(True, False), (True, True)]
 
     @pytest.mark.parametrize(
         ("options", "said"),
