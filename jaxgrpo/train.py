@@ -5,7 +5,6 @@ Read down from `Training.run`: tasks -> rollouts -> scored groups -> packed batc
 
 import argparse
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxgrpo import records
-from jaxgrpo.background import EventLoopThread
+from jaxgrpo.background import EventLoopThread, interruptible
 from jaxgrpo.batch_metrics import rollout_metrics, schedule_metrics, update_metrics
 from jaxgrpo.checkpoint import newest_step, read_adapters, read_policy
 from jaxgrpo.config import MAY_CHANGE, Config, ConfigError, changes_of_meaning, load_config, refuse, to_json
@@ -328,6 +327,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     add_flags(parser)
     args = parser.parse_args(arguments)
+    with interruptible():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Do what the command line says; the exit status."""
     try:
         config = load_config(args.config, args.set)
         folder = run_folder(args.run_dir, config.name)
@@ -341,11 +346,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _train_until_told(config: Config, folder: Path, resume: bool, processes: Processes) -> int:
-    """Train; the exit status. SIGTERM ends the run as Ctrl-C does: at once, with what the last checkpoint holds."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Train; the exit status. An interruption ends the run at once, with what the last checkpoint holds."""
     try:
         train(config, folder, resume, processes)
     except (NothingLeftError, SamplerError, PeerError) as error:
@@ -362,8 +369,6 @@ def _train_until_told(config: Config, folder: Path, resume: bool, processes: Pro
     except KeyboardInterrupt:
         print(f"interrupted: {_how_to_go_on(folder)}", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
 
 
