@@ -38,10 +38,11 @@ class ModelSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSettings:
-    """Episodes. `max_completion_tokens` counts everything after the prompt in an episode, tool results included; `max_turns` counts the
-    policy's turns. `max_in_flight` episodes are played at once; their environments run in `environment_threads` threads, and a call into
-    one may take `environment_deadline` seconds. An episode whose environment fails is played again in a fresh one up to `max_retries`
-    times; then its whole group is dropped."""
+    """Episodes. A batch holds `tasks_per_step` tasks and `group_size` episodes of each, sampled at `temperature`. `max_completion_tokens`
+    counts everything after the prompt in an episode, tool results included; `max_turns` counts the policy's turns. `max_in_flight` episodes
+    are played at once; their environments run in `environment_threads` threads, and a call into one may take `environment_deadline`
+    seconds. An episode whose environment fails is played again in a fresh one up to `max_retries` times; then its whole group is
+    dropped."""
 
     group_size: int = 8
     tasks_per_step: int = 12
@@ -67,15 +68,16 @@ class NativeSamplerSettings:
 @dataclasses.dataclass(frozen=True)
 class VllmSettings:
     """vLLM as the sampler. Without `urls` a server is started, and ended, by the trainer: with the interpreter `python` (None: the
-    trainer's own), on the GPUs of these indices (none: on the CPU), taking `gpu_memory` of each; or `cache_bytes` for its cache;
-    one server is tensor-parallel over its GPUs, and several `servers` share them out in equal parts;
-    `arguments` are added to vLLM's own. It listens at `host` and `port` (0: any free one), for whoever has the key in the environment
-    variable VLLM_API_KEY, or a random one of this run's when there is none. `urls` name servers that someone else runs. Weights pass
-    through a folder that the servers read too: `weights_folder`, or shared memory, or the run folder.
+    trainer's own), on the GPUs of these indices (none: on the CPU), taking `gpu_memory` of each; or `cache_bytes` for its cache; one server
+    is tensor-parallel over its GPUs, and several `servers` share them out in equal parts; `arguments` are added to vLLM's own. It listens
+    at `host` and `port` (0: any free one), for whoever has the key in the environment variable VLLM_API_KEY, or a random one of this run's
+    when there is none. `urls` name servers that someone else runs. Weights pass through a folder that the servers read too:
+    `weights_folder`, or shared memory, or the run folder. A server has `start_seconds` to come up, and `publish_seconds` to take up new
+    weights.
 
     `max_requests` are in flight on one server, others wait. A turn may take `request_seconds` in all, and is asked for `retries` times
-    again when a server does not answer. After each publish, short generations are compared with the trainer's own forward: the run
-    stops when their log-probabilities differ by more than `max_mismatch` on average."""
+    again when a server does not answer. After each publish, short generations are compared with the trainer's own forward: the run stops
+    when their log-probabilities differ by more than `max_mismatch` on average."""
 
     urls: tuple[str, ...] = ()
     python: str | None = None
@@ -104,7 +106,8 @@ class TrainingSettings:
 
     `attention` "auto" is cuDNN's flash attention where it can be used and plain XLA elsewhere; either can be asked for by name. `remat`
     says what the backward pass computes again: every layer ("full"), all but attention's output ("attention"), or nothing ("none").
-    `compilation_cache` keeps compiled programs from run to run, in the project's cache folder."""
+    `head_chunk` tokens pass through the output head at once: less takes less memory. `compilation_cache` keeps compiled programs from run
+    to run, in the project's cache folder."""
 
     steps: int = 1600
     iterations: int = 2
@@ -122,7 +125,7 @@ class TrainingSettings:
 @dataclasses.dataclass(frozen=True)
 class EvaluationSettings:
     """Evaluation on `splits` every `every` steps (None: never in between), and before the first or after the last step when so asked.
-    `tasks` limits each split to its first tasks."""
+    `samples` episodes of each task are played, at `temperature` and `top_p`; `tasks` limits each split to its first tasks."""
 
     every: int | None = None
     before: bool = True
@@ -136,7 +139,9 @@ class EvaluationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RecordingSettings:
-    """The run folder. `checkpoint_every` None saves only the last step; `keep` checkpoints stay."""
+    """The run folder. `checkpoint_every` None saves only the last step; `keep` checkpoints stay. `trajectories` keeps every episode,
+    `export_hf` ends the run with a Hugging Face folder (or the adapter), `tensorboard` writes its events, `wandb_project` reports to
+    W&B."""
 
     checkpoint_every: int | None = 100
     keep: int = 2

@@ -283,8 +283,10 @@ def train(config: Config, folder: Path, resume: bool = False, processes: Process
 def _lead(config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack) -> Learner:
     if resume:
         check_resumable(config, folder)
-    elif newest_step(folder / "checkpoints") is not None or _has_content(folder / "metrics.jsonl"):
+    elif newest_step(folder / "checkpoints") is not None:
         raise ConfigError(f"{folder} holds a run already: pass --resume to go on with it, or another --run-dir")
+    elif _has_content(folder / "metrics.jsonl"):
+        raise ConfigError(f"{folder} holds a run that ended before its first checkpoint: remove it, or give another --run-dir")
     training = Training(config, folder, resume, processes, stack)
     (folder / "config.json").write_text(to_json(config), encoding="utf-8")
     training.run()
@@ -306,7 +308,7 @@ def check_resumable(config: Config, folder: Path) -> None:
     """Refuse (ConfigError) to go on with a run that saved nothing, or under a config that means something else."""
     step = newest_step(folder / "checkpoints")
     if step is None or not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} holds no checkpoint to resume from: leave out --resume, and give a --run-dir of its own")
+        raise ConfigError(f"{folder} holds no checkpoint to resume from: leave out --resume, and begin in a folder that is new")
     try:
         changes = changes_of_meaning((folder / "config.json").read_text(encoding="utf-8"), config)
     except ValueError as error:

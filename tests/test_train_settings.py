@@ -238,6 +238,14 @@ class TestCommandLine:
             status, _, err = self.call(capsys, "--config", write_config(tmp_path, model), "--run-dir", folder)
             assert status == 2 and f"the run folder {folder} cannot be written to (" in err and "--run-dir" in err
 
+    def test_a_run_that_ended_before_its_first_checkpoint_is_told_from_one_to_go_on_with(self, model, tmp_path, capsys):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "eval/split": "test"}\n')
+        arguments = ("--config", write_config(tmp_path, model), "--run-dir", tmp_path / "run")
+        for more, said in (((), "ended before its first checkpoint: remove it"), (("--resume",), "leave out --resume")):
+            status, _, err = self.call(capsys, *arguments, *more)
+            assert status == 2 and said in err
+
     @pytest.mark.parametrize(
         ("file", "said"),
         [
