@@ -329,12 +329,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     add_flags(parser)
     args = parser.parse_args(arguments)
-    with interruptible():
-        return _run(args)
-
-
-def _run(args: argparse.Namespace) -> int:
-    """Do what the command line says; the exit status."""
     try:
         config = load_config(args.config, args.set)
         folder = run_folder(args.run_dir, config.name)
@@ -344,7 +338,8 @@ def _run(args: argparse.Namespace) -> int:
         if args.dry_run:
             print("\n".join(describe(config) if processes.leads else []), end="\n" if processes.leads else "")
             return 0
-        return _train_until_told(config, folder, args.resume, processes)
+        with interruptible():  # after `join`, in which jax takes SIGTERM for itself
+            return _train_until_told(config, folder, args.resume, processes)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
