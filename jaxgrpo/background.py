@@ -1,14 +1,18 @@
-"""Bridges between threads and an event loop: blocking calls awaited with a deadline, and a loop that a synchronous program drives."""
+"""Bridges between threads and an event loop: blocking calls awaited with a deadline, a loop that a synchronous program drives, and
+interruptions that are not lost."""
 
 import asyncio
 import concurrent.futures
 import contextlib
 import functools
+import signal
+import sys
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
+_AGAIN_SECONDS = 0.05
 
 
 class BlockingCalls:
@@ -118,3 +122,32 @@ async def all_or_none(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
             if not task.cancelling():  # a second time would cut its cleaning up short
                 task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """While this holds, SIGTERM raises KeyboardInterrupt in the main thread, as Ctrl-C does, and no interruption is lost.
+
+    One that strikes where Python prints an exception and goes on (a destructor, or the callback that jax has in the garbage collector) is
+    sent again a moment later.
+    """
+    main_thread = threading.main_thread().ident
+    assert main_thread is not None
+    again: list[threading.Timer] = []
+    hook, handler = sys.unraisablehook, signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def ignored(unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            hook(unraisable)
+            return
+        again.append(threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, (main_thread, signal.SIGINT)))
+        again[-1].start()
+
+    sys.unraisablehook = ignored
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for timer in again:
+            timer.cancel()
+        signal.signal(signal.SIGTERM, handler)

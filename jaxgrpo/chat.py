@@ -63,7 +63,11 @@ class Chat:
         if tools and not self._verified_tools:
             self._verify(tools)
             self._verified_tools = True
-        return self._encode(self._render(messages, tools))
+        try:
+            return self._encode(self._render(messages, tools))
+        except _template_error() as error:
+            roles = tuple(message.role for message in messages)
+            raise ValueError(f"the chat template refuses to begin with messages of role {roles}: {error}") from error
 
     def continuation(self, messages: Sequence[Message], ended_with_eos: bool) -> np.ndarray:
         """What stands between the policy's turn and its next one.
@@ -128,7 +132,10 @@ class Chat:
                 )
 
     def _find_end_of_turn(self) -> int:
-        after = self._encode(self._after_sentinel(_SHORT_HISTORY, _PROBES[0], ()))
+        try:
+            after = self._encode(self._after_sentinel(_SHORT_HISTORY, _PROBES[0], ()))
+        except _template_error() as error:
+            raise ValueError(f"the chat template cannot render messages of user and assistant in turn: {error}") from error
         ends = [int(token) for token in after if int(token) in self._special_ids]
         if not ends:
             raise ValueError(

@@ -50,7 +50,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def save(self, state: TrainState, batches: int, update: Update) -> None:
-        """Save under `state.step`, with the number of batches played; a step that is there already is left as it is."""
+        """Save under `state.step`, with the number of batches played; a step that is there already is left as it is. Raises OSError when it
+        cannot be written, as on a full disk; those before it stay."""
         if state.step in self._manager.all_steps():
             return
         policy = jax.tree.map(ShardedLeaf, state.params, update.layout)
@@ -60,9 +61,12 @@ class Checkpoints:
         items: dict[str, Any] = {POLICY: ocp.args.PyTreeSave(policy), TRAINING: ocp.args.PyTreeSave(training)}
         if state.frozen is not None:
             items[ADAPTER] = ocp.args.JsonSave(_adapter_record(update.lora, fingerprint(state.frozen, update.model_layout, update.mesh)))
-        with without_ocdbt_hint():
-            self._manager.save(state.step, args=ocp.args.Composite(**items))
-            self._manager.wait_until_finished()
+        try:
+            with without_ocdbt_hint():
+                self._manager.save(state.step, args=ocp.args.Composite(**items))
+                self._manager.wait_until_finished()
+        except ValueError as error:  # tensorstore's, for whatever the file system refuses
+            raise OSError(f"the checkpoint of step {state.step} cannot be written: {error}") from error
 
     def restore(self, update: Update, step: int | None = None, frozen: Params | None = None) -> tuple[TrainState, int]:
         """The state of `step` (default: the newest) and the number of batches played. With LoRA, `frozen` is the base, stored anew.

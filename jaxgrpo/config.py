@@ -38,10 +38,11 @@ class ModelSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSettings:
-    """Episodes. `max_completion_tokens` counts everything after the prompt in an episode, tool results included; `max_turns` counts the
-    policy's turns. `max_in_flight` episodes are played at once; their environments run in `environment_threads` threads, and a call into
-    one may take `environment_deadline` seconds. An episode whose environment fails is played again in a fresh one up to `max_retries`
-    times; then its whole group is dropped."""
+    """Episodes. A batch holds `tasks_per_step` tasks and `group_size` episodes of each, sampled at `temperature`. `max_completion_tokens`
+    counts everything after the prompt in an episode, tool results included; `max_turns` counts the policy's turns. `max_in_flight` episodes
+    are played at once; their environments run in `environment_threads` threads, and a call into one may take `environment_deadline`
+    seconds. An episode whose environment fails is played again in a fresh one up to `max_retries` times; then its whole group is
+    dropped."""
 
     group_size: int = 8
     tasks_per_step: int = 12
@@ -67,16 +68,17 @@ class NativeSamplerSettings:
 @dataclasses.dataclass(frozen=True)
 class VllmSettings:
     """vLLM as the sampler. Without `urls` a server is started, and ended, by the trainer: with the interpreter `python` (None: the
-    trainer's own), on the GPUs of these indices (none: on the CPU), taking `gpu_memory` of each; or `cache_bytes` for its cache;
-    one server is tensor-parallel over its GPUs, and several `servers` share them out in equal parts;
-    `arguments` are added to vLLM's own. `float32_logits` has it compute logits as the trainer does, not rounded to bfloat16: that costs
-    nothing on a GPU, but much on a CPU where the vocabulary is large. It listens at `host` and `port` (0: any free one), for whoever has
-    the key in the environment variable VLLM_API_KEY, or a random one of this run's when there is none. `urls` name servers that someone
-    else runs. Weights pass through a folder that the servers read too: `weights_folder`, or shared memory, or the run folder.
+    trainer's own), on the GPUs of these indices (none: on the CPU), taking `gpu_memory` of each; or `cache_bytes` for its cache; one server
+    is tensor-parallel over its GPUs, and several `servers` share them out in equal parts; `arguments` are added to vLLM's own.
+    `float32_logits` has it compute logits as the trainer does, not rounded to bfloat16: that costs nothing on a GPU, but much on a CPU
+    where the vocabulary is large. It listens at `host` and `port` (0: any free one), for whoever has the key in the environment variable
+    VLLM_API_KEY, or a random one of this run's when there is none. `urls` name servers that someone else runs. Weights pass through a
+    folder that the servers read too: `weights_folder`, or shared memory, or the run folder. A server has `start_seconds` to come up, and
+    `publish_seconds` to take up new weights.
 
     `max_requests` are in flight on one server, others wait. A turn may take `request_seconds` in all, and is asked for `retries` times
-    again when a server does not answer. After each publish, short generations are compared with the trainer's own forward: the run
-    stops when their log-probabilities differ by more than `max_mismatch` on average."""
+    again when a server does not answer. After each publish, short generations are compared with the trainer's own forward: the run stops
+    when their log-probabilities differ by more than `max_mismatch` on average."""
 
     urls: tuple[str, ...] = ()
     python: str | None = None
@@ -106,7 +108,8 @@ class TrainingSettings:
 
     `attention` "auto" is cuDNN's flash attention where it can be used and plain XLA elsewhere; either can be asked for by name. `remat`
     says what the backward pass computes again: every layer ("full"), all but attention's output ("attention"), or nothing ("none").
-    `compilation_cache` keeps compiled programs from run to run, in the project's cache folder."""
+    `head_chunk` tokens pass through the output head at once: less takes less memory. `compilation_cache` keeps compiled programs from run
+    to run, in the project's cache folder."""
 
     steps: int = 1600
     iterations: int = 2
@@ -124,7 +127,7 @@ class TrainingSettings:
 @dataclasses.dataclass(frozen=True)
 class EvaluationSettings:
     """Evaluation on `splits` every `every` steps (None: never in between), and before the first or after the last step when so asked.
-    `tasks` limits each split to its first tasks."""
+    `samples` episodes of each task are played, at `temperature` and `top_p`; `tasks` limits each split to its first tasks."""
 
     every: int | None = None
     before: bool = True
@@ -138,7 +141,9 @@ class EvaluationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RecordingSettings:
-    """The run folder. `checkpoint_every` None saves only the last step; `keep` checkpoints stay."""
+    """The run folder. `checkpoint_every` None saves only the last step; `keep` checkpoints stay. `trajectories` keeps every episode,
+    `export_hf` ends the run with a Hugging Face folder (or the adapter), `tensorboard` writes its events, `wandb_project` reports to
+    W&B."""
 
     checkpoint_every: int | None = 100
     keep: int = 2
@@ -218,27 +223,39 @@ def _run_file(path: Path) -> Config:
         config = module.get_config()
     except ConfigError:
         raise
-    except Exception as error:  # the edge to a user's file: whatever it raises is told with its place
+    except (Exception, SystemExit) as error:  # the edge to a user's file: whatever it raises is told with its place
         raise ConfigError(f"{_place(path, error)}: {type(error).__name__}: {error}{_unexpected_argument(error)}") from error
     if not isinstance(config, Config):
         raise ConfigError(f"get_config() of {path} returned {type(config).__name__}, not a jaxgrpo.config.Config")
-    if not dataclasses.is_dataclass(config.environment) or isinstance(config.environment, type):
+    refuse(
+        [
+            f"{name} must be of type {kind.__name__}, got {getattr(config, name)!r}"
+            for name, kind in _sections().items()
+            if not isinstance(getattr(config, name), kind)
+        ]
+    )
+    plays = all(callable(getattr(config.environment, method, None)) for method in ("tasks", "create"))
+    if not dataclasses.is_dataclass(config.environment) or isinstance(config.environment, type) or not plays:
         raise ConfigError(f"environment of {path} must be an instance of a dataclass with tasks() and create(), got {config.environment!r}")
     return config
 
 
-def _place(path: Path, error: Exception) -> str:
-    if isinstance(error, SyntaxError):
+def _sections() -> dict[str, type]:
+    """The sections of a config that are this project's own: all but the environment."""
+    return {name: kind for name, kind in typing.get_type_hints(Config).items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
+
+
+def _place(path: Path, error: BaseException) -> str:
+    if isinstance(error, SyntaxError) and error.filename is not None:
         return f"{error.filename}, line {error.lineno}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return f"{path}, line {lines[-1]}" if lines else str(path)
 
 
-def _unexpected_argument(error: Exception) -> str:
+def _unexpected_argument(error: BaseException) -> str:
     """For a section that was given an argument it does not have: the nearest one that it has."""
     found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    sections = (Config, *typing.get_type_hints(Config).values())
-    kinds = {kind.__name__: kind for kind in sections if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
+    kinds = {kind.__name__: kind for kind in (Config, *_sections().values())}
     if found is None or found[1] not in kinds:
         return ""
     close = difflib.get_close_matches(found[2], [field.name for field in dataclasses.fields(kinds[found[1]])], 1)

@@ -12,7 +12,7 @@ from jaxgrpo.metrics import Stopwatch
 from jaxgrpo.model import Params
 from jaxgrpo.processes import Processes, Told, Work
 from jaxgrpo.serving import StoredWeights
-from jaxgrpo.setup import Policy, build_update, initial_params
+from jaxgrpo.setup import Policy, build_update, initial_params, make_run_folder
 from jaxgrpo.types import GroupBatch
 from jaxgrpo.update import StepReport, TrainState
 
@@ -34,6 +34,7 @@ class Learner:
         self.folder = folder
         self.processes = processes
         self.update = build_update(config, policy.config)
+        make_run_folder(folder)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.recording.keep)
         stack.callback(self.checkpoints.close)
         self.state, self.batch = self._first_state(resume)
@@ -41,15 +42,15 @@ class Learner:
 
     def _first_state(self, resume: bool) -> tuple[TrainState, int]:
         """The state to go on from, and the batches played. With LoRA the base is read anew on resuming: checkpoints hold adapters only."""
-        lora = self.config.lora.rank > 0
-        if resume and not lora:
-            return self.checkpoints.restore(self.update)
-        state = self.update.init(self.base() if lora else initial_params(self.policy, np.float32), self.config.seed)
+        lora, frozen = self.config.lora.rank > 0, None
+        if lora or not resume:
+            state = self.update.init(self.base() if lora else initial_params(self.policy, np.float32), self.config.seed)
+            frozen = state.frozen
         if not resume:
             return state, 0
         try:
-            return self.checkpoints.restore(self.update, frozen=state.frozen)
-        except ValueError as error:
+            return self.checkpoints.restore(self.update, frozen=frozen)
+        except (ValueError, OSError) as error:
             raise ConfigError(f"cannot go on with {self.folder}: {error}") from error
 
     def base(self) -> Params:

@@ -115,7 +115,8 @@ def truncated_importance_weight(behaviour_logprobs: Array, sampler_logprobs: Arr
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings:
-    """The loss. `kl_beta` 0 leaves the reference out altogether; `tis_cap` None leaves the correction out."""
+    """The loss. The ratio is clipped to [1 - `clip_low`, 1 + `clip_high`]. `kl_beta` 0 leaves the reference out altogether;
+    `tis_cap` None leaves the correction out."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2

@@ -58,14 +58,23 @@ class Recorder:
 
 
 def _mend(path: Path, after: int | None) -> None:
-    """Remove a line that was being written when the run was cut off, and the lines of steps later than `after`."""
+    """Remove a line that was being written when the run was cut off; before resuming from `after`, also the lines of later steps, and
+    those that a loss of power left unreadable."""
     if not path.exists():
         return
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in whole if after is None or json.loads(line)["step"] <= after]
+    whole = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in whole if after is None or _step(line) <= after]
     mended = path.with_suffix(".mended")
     mended.write_text("".join(kept), encoding="utf-8")
     mended.replace(path)
+
+
+def _step(line: str) -> float:
+    """The step of a line; infinity for what is no line of ours."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class Stopwatch:

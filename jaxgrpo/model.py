@@ -39,6 +39,8 @@ ScanLayers = Callable[[Layer, Any, Params], Any]
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
+_OTHER_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+
 _REFUSED = {
     "rope_scaling": "rope scaling is not supported",
     "quantization_config": "quantised weights are not supported: dequantise the checkpoint first",
@@ -70,7 +72,7 @@ class ModelConfig:
         kv_heads = config.get("num_key_value_heads", heads)
         if kv_heads is None:
             kv_heads = heads
-        if kv_heads < 1 or heads % kv_heads:
+        if heads % kv_heads:
             raise ValueError(f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})")
         rope = config.get("rope_parameters") or {}
         eos = config.get("eos_token_id")
@@ -95,15 +97,29 @@ class ModelConfig:
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"no config.json in {folder}: a model folder holds config.json, the weights and the tokenizer")
-        return cls.from_hf(json.loads(path.read_text()))
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} holds a {type(config).__name__}, not the settings of a model by name")
+        return cls.from_hf(config)
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     if config.get("model_type") != "qwen2":
         raise ValueError(f"model_type is {config.get('model_type')!r}; only 'qwen2' (Qwen2 and Qwen2.5) is supported")
-    absent = [key for key in _SIZES if key not in config]
+    absent = [key for key in _SIZES if config.get(key) is None]
     if absent:
         raise ValueError(f"config.json has no {', '.join(absent)}: it is not the whole config of a model")
+    for key in (*_SIZES, *_OTHER_SIZES):
+        if config.get(key) is not None and not (type(config[key]) is int and config[key] > 0):
+            raise ValueError(f"{key} in config.json must be a whole number above 0, got {config[key]!r}")
+    for key in ("rms_norm_eps", "rope_theta"):
+        if not (type(config.get(key, 1)) in (int, float) and config.get(key, 1) > 0):
+            raise ValueError(f"{key} in config.json must be a number above 0, got {config[key]!r}")
+    if not isinstance(config.get("rope_parameters") or {}, Mapping):
+        raise ValueError(f"rope_parameters in config.json must be settings by name, got {config['rope_parameters']!r}")
     for key, why in _REFUSED.items():
         if config.get(key):
             raise ValueError(f"{key} is set: {why}")

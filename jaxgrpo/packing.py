@@ -15,6 +15,8 @@ AGGREGATIONS = ("token", "sequence", "constant")
 class PackingSettings:
     """How groups become arrays.
 
+    `advantage_normalization` "std" divides a group's centred rewards by their standard deviation, "none" leaves them. `mask_overlong` takes
+    the loss from episodes that were cut for want of room.
     `aggregation` "token" divides by all tokens with loss in the batch (DAPO, arXiv:2503.14476), "sequence" by the row's tokens and the rows
     with loss (GRPO, arXiv:2402.03300), "constant" by rows times `max_completion_tokens` (Dr. GRPO, arXiv:2503.20783).
     Lengths are rounded up to a multiple of `prompt_multiple` or `completion_multiple`, doubled as lengths grow (1, 2, 3, 4, 6, 8, 12, 16,

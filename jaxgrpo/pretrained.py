@@ -28,11 +28,13 @@ from jaxgrpo.model import ModelConfig, Params
 ORBAX_SUBFOLDER = "params"
 _LOCK = ".jaxgrpo-unfinished"
 _COMPANION_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".md"}
-_HUB_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "LICENSE*"]
+_HUB_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]
+_WEIGHT_PATTERNS = ["*.safetensors"]
 
 
-def locate(model: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model that is named by its folder, or by its hub name and a revision (commit, tag or branch), which is then fetched.
+def locate(model: str | Path, revision: str | None = None, weights: bool = True) -> Path:
+    """The folder of a model that is named by its folder, or by its hub name and a revision (commit, tag or branch), which is then fetched;
+    without `weights` only its small files are.
 
     Raises FileNotFoundError that says what to put where when neither is to be had, ValueError for a revision of a folder.
     """
@@ -47,7 +49,8 @@ def locate(model: str | Path, revision: str | None = None) -> Path:
     import huggingface_hub  # only a hub name needs it, and importing it takes a second
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_HUB_PATTERNS))
+        patterns = [*_HUB_PATTERNS, *(_WEIGHT_PATTERNS if weights else ())]
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError) as error:
         raise FileNotFoundError(
             f"{name} (revision {revision or 'main'}) is no folder here, is not in the Hugging Face cache, and cannot be fetched "
@@ -65,7 +68,7 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the edge to transformers and tokenizers, which raise anything for broken files, Exception itself included
         raise ValueError(f"the tokenizer files in {folder} cannot be read by transformers: {error}") from error
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer in {folder} has no chat template: take an Instruct model, or add chat_template.jinja there")

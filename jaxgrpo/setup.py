@@ -2,6 +2,9 @@
 
 import dataclasses
 import os
+import reprlib
+import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from envs.base import Observation
 from jaxgrpo.attention import Kernel
 from jaxgrpo.chat import Chat
 from jaxgrpo.config import Config, ConfigError, refuse
@@ -45,22 +49,32 @@ class Policy:
             )
 
 
-def open_policy(config: Config) -> Policy:
-    """Find the model and read its small files. Raises ConfigError that says what is missing or not supported."""
+def open_policy(config: Config, weights: bool = True) -> Policy:
+    """Find the model and read its small files; without `weights` nothing else is fetched. Raises ConfigError that says what is missing
+    or not supported."""
     try:
-        folder = locate(config.model.source, config.model.revision)
+        folder = locate(config.model.source, config.model.revision, weights)
+        sizes = ModelConfig.from_folder(folder)  # first: transformers reads config.json too, and says less about it
         tokenizer = load_tokenizer(folder)
-        return Policy(folder, ModelConfig.from_folder(folder), tokenizer, Chat(tokenizer))
+        return Policy(folder, sizes, tokenizer, Chat(tokenizer))
     except (ValueError, OSError) as error:
         raise ConfigError(f"model.source {config.model.source!r}: {error}") from error
 
 
 def open_tasks(config: Config, split: str) -> Sequence[Task]:
-    """The environment's tasks of a split. Raises ConfigError when it refuses, or cannot find them."""
+    """The environment's tasks of a split. Raises ConfigError when it refuses, cannot find them, or gives something else."""
     try:
-        return config.environment.tasks(split)
+        tasks = config.environment.tasks(split)
     except (ValueError, OSError, RuntimeError) as error:
         raise ConfigError(f"the environment gives no tasks of the {split} split: {error}") from error
+    except Exception as error:  # the edge to a user's environment
+        raise ConfigError(f"the environment gives no tasks of the {split} split: {type(error).__name__}: {error}") from error
+    if not isinstance(tasks, Sequence) or not all(isinstance(task, Task) for task in tasks):
+        raise ConfigError(f"the environment's tasks of the {split} split must be a list of jaxgrpo.types.Task, got {reprlib.repr(tasks)}")
+    repeated = [task_id for task_id, times in Counter(task.id for task in tasks).items() if times > 1]
+    if repeated:
+        raise ConfigError(f"the environment gives task {repeated[0]!r} twice in the {split} split: each needs an id of its own")
+    return tasks
 
 
 def check_episodes(config: Config, policy: Policy, tasks: Sequence[Task]) -> int:
@@ -89,7 +103,12 @@ def _prompt_length(config: Config, policy: Policy, task: Task) -> int | None:
         opening = config.environment.create(task).observe()
     except Exception:
         return None  # the edge to a user's environment: what it raises is counted, task by task, by the rollout
-    return len(policy.chat.opening(opening.messages, opening.tools))
+    if not isinstance(opening, Observation):
+        return None  # counted in the same way
+    try:
+        return len(policy.chat.opening(opening.messages, opening.tools))
+    except ValueError as error:
+        raise ConfigError(f"the prompt of task {task.id!r}: {error}") from error
 
 
 def take_gpus(config: Config) -> None:
@@ -200,3 +219,13 @@ def parameter_count(model: ModelConfig, lora: LoraSettings = NO_LORA) -> int:
 def run_folder(given: str | None, name: str) -> Path:
     """Where the run is recorded: as given, or runs/NAME."""
     return Path(given) if given else Path("runs") / name
+
+
+def make_run_folder(folder: Path) -> None:
+    """Make it where it is not there. Raises ConfigError when nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"can it be written to?")
+    except OSError as error:
+        raise ConfigError(f"the run folder {folder} cannot be written to ({error.strerror}): give another one with --run-dir") from error

@@ -5,17 +5,17 @@ Read down from `Training.run`: tasks -> rollouts -> scored groups -> packed batc
 
 import argparse
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from jaxgrpo import records
-from jaxgrpo.background import EventLoopThread
+from jaxgrpo.background import EventLoopThread, interruptible
 from jaxgrpo.batch_metrics import rollout_metrics, schedule_metrics, update_metrics
 from jaxgrpo.checkpoint import newest_step, read_adapters, read_policy
 from jaxgrpo.config import MAY_CHANGE, Config, ConfigError, changes_of_meaning, load_config, refuse, to_json
@@ -51,6 +51,12 @@ from jaxgrpo.update import DivergedError, StepReport, TrainState
 
 MOST_SKIPPED = 3
 """So many batches in a row may be lost to failing environments; then the run ends."""
+
+
+_LESS_MEMORY = (
+    "python -m tools.plan_memory says what a step needs. Less: training.groups_per_device=1, a smaller training.head_chunk, "
+    "training.remat=full, more devices, LoRA; with the embedded sampler a smaller native.max_rows and native.max_cache_tokens"
+)
 
 
 def batches_per_epoch(tasks: int, tasks_per_step: int) -> int:
@@ -239,8 +245,8 @@ def training_tasks(config: Config, policy: Policy) -> tuple[Sequence[Task], int]
 
 
 def describe(config: Config) -> Iterator[str]:
-    """What `--dry-run` prints: the resolved config, the arithmetic of a batch, the parameter count. Reads no weights."""
-    policy = open_policy(config)
+    """What `--dry-run` prints: the resolved config, the arithmetic of a batch, the parameter count. Reads and fetches no weights."""
+    policy = open_policy(config, weights=False)
     tasks, longest_prompt = training_tasks(config, policy)
     devices = device_count(config)
     r, t = config.rollout, config.training
@@ -277,8 +283,10 @@ def train(config: Config, folder: Path, resume: bool = False, processes: Process
 def _lead(config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack) -> Learner:
     if resume:
         check_resumable(config, folder)
-    elif newest_step(folder / "checkpoints") is not None or _has_content(folder / "metrics.jsonl"):
+    elif newest_step(folder / "checkpoints") is not None:
         raise ConfigError(f"{folder} holds a run already: pass --resume to go on with it, or another --run-dir")
+    elif _has_content(folder / "metrics.jsonl"):
+        raise ConfigError(f"{folder} holds a run that ended before its first checkpoint: remove it, or give another --run-dir")
     training = Training(config, folder, resume, processes, stack)
     (folder / "config.json").write_text(to_json(config), encoding="utf-8")
     training.run()
@@ -300,8 +308,11 @@ def check_resumable(config: Config, folder: Path) -> None:
     """Refuse (ConfigError) to go on with a run that saved nothing, or under a config that means something else."""
     step = newest_step(folder / "checkpoints")
     if step is None or not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} holds no checkpoint to resume from: leave out --resume, and give a --run-dir of its own")
-    changes = changes_of_meaning((folder / "config.json").read_text(encoding="utf-8"), config)
+        raise ConfigError(f"{folder} holds no checkpoint to resume from: leave out --resume, and begin in a folder that is new")
+    try:
+        changes = changes_of_meaning((folder / "config.json").read_text(encoding="utf-8"), config)
+    except ValueError as error:
+        raise ConfigError(f"{folder / 'config.json'} is no longer what the run wrote: {error}") from error
     if changes:
         refuse([*changes, f"to go on with {folder}, set these as they were (a resumed run may change {', '.join(MAY_CHANGE)})"])
     if step > config.training.steps:
@@ -327,28 +338,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.dry_run:
             print("\n".join(describe(config) if processes.leads else []), end="\n" if processes.leads else "")
             return 0
-        return _train_until_told(config, folder, args.resume, processes)
+        with interruptible():  # after `join`, in which jax takes SIGTERM for itself
+            return _train_until_told(config, folder, args.resume, processes)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _train_until_told(config: Config, folder: Path, resume: bool, processes: Processes) -> int:
-    """Train; the exit status. SIGTERM ends the run as Ctrl-C does: at once, with what the last checkpoint holds."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Train; the exit status. An interruption ends the run at once, with what the last checkpoint holds."""
     try:
         train(config, folder, resume, processes)
     except (NothingLeftError, SamplerError, PeerError, DivergedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"error: {error}; {_how_to_go_on(folder)}", file=sys.stderr)
+        return 1
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"error: out of memory: {str(error).splitlines()[0]}; {_how_to_go_on(folder)}\n{_LESS_MEMORY}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        step = newest_step(folder / "checkpoints")
-        how = "no checkpoint was saved yet" if step is None else f"--resume goes on from step {step}"
-        print(f"interrupted: {how} (run folder {folder})", file=sys.stderr)
+        print(f"interrupted: {_how_to_go_on(folder)}", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _how_to_go_on(folder: Path) -> str:
+    step = newest_step(folder / "checkpoints")
+    return f"{'no checkpoint was saved yet' if step is None else f'--resume goes on from step {step}'} (run folder {folder})"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Blocking calls with a deadline, and an event loop that a synchronous program drives."""
 
 import asyncio
+import signal
 import subprocess
 import sys
 import threading
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from jaxgrpo.background import BlockingCalls, EventLoopThread
+from jaxgrpo.background import BlockingCalls, EventLoopThread, interruptible
 
 
 def test_a_call_returns_its_value_and_raises_its_error():
@@ -103,3 +104,38 @@ def test_closing_cancels_what_still_runs_and_lets_it_clean_up():
         loop.call(asyncio.sleep(0.01))
     assert cleaned == [True]
     assert future.cancelled()
+
+
+class Dying:
+    """Its destructor is interrupted: Python prints what it raises, and goes on."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_an_interruption_that_python_ignores_comes_again():
+    term, hook = signal.getsignal(signal.SIGTERM), sys.unraisablehook
+
+    @interruptible()
+    def run():
+        doomed = Dying()
+        del doomed
+        time.sleep(10)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert signal.getsignal(signal.SIGTERM) is term and sys.unraisablehook is hook
+
+
+def test_what_else_python_ignores_is_still_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(unraisable.exc_type))
+
+    class Failing:
+        def __del__(self):
+            raise KeyError
+
+    with interruptible():
+        doomed = Failing()
+        del doomed
+    assert told == [KeyError]

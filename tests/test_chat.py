@@ -168,6 +168,18 @@ def test_a_template_without_end_token_is_refused():
         Chat(byte_tokenizer(template))
 
 
+def test_a_template_that_cannot_be_rendered_is_refused():
+    for template in ("{% for x in %}", "{{ raise_exception('no') }}", "{{ messages[0].author.name }}"):
+        with pytest.raises(ValueError, match="cannot render messages of user and assistant in turn"):
+            Chat(byte_tokenizer(template))
+
+
+def test_an_opening_that_the_template_refuses_says_so():
+    chat = Chat(byte_tokenizer("{%- if messages[0].role == 'tool' %}{{ raise_exception('who?') }}{% endif -%}" + TEMPLATE))
+    with pytest.raises(ValueError, match=r"refuses to begin with messages of role \('tool',\): who\?"):
+        chat.opening([Message("tool", "news")])
+
+
 def test_a_role_that_the_template_refuses_says_so():
     refusing = "{%- for m in messages if m.role == 'tool' -%}{{- raise_exception('no tools here') -}}{%- endfor -%}" + TEMPLATE
     chat = Chat(byte_tokenizer(refusing))

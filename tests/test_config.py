@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import re
 import typing
 from pathlib import Path
 
@@ -152,6 +153,8 @@ def test_all_contradictions_are_listed_at_once(tmp_path):
         ("def get_config(:\n    pass\n", "c.py, line 1: SyntaxError"),
         ("\nx = 1 / 0\n", "c.py, line 2: ZeroDivisionError"),
         ("def get_config():\n    a = 1\n    raise KeyError('gone')\n", "c.py, line 3: KeyError: 'gone'"),
+        ("import sys\nsys.exit(3)\n", "c.py, line 2: SystemExit: 3"),
+        ("x = '\0'\n", "c.py: SyntaxError: source code string cannot contain null bytes"),
         ("x = 1\n", "has no get_config()"),
         ("def get_config():\n    return 3\n", "returned int, not a jaxgrpo.config.Config"),
         ("from envs.procedural import Warehouse\nWarehouse(\n    kinds=('walk',))\n", "line 2: ValueError: kinds must be"),
@@ -179,6 +182,25 @@ def test_a_missing_file_and_an_environment_that_is_none(tmp_path):
     )
     with pytest.raises(ConfigError, match="must be an instance of a dataclass"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("rollout=RolloutSettings", "rollout must be of type RolloutSettings, got <class"),
+        ("rollout=TrainingSettings()", "rollout must be of type RolloutSettings, got TrainingSettings("),
+        ("model='m'", "model must be of type ModelSettings, got 'm'"),
+        ("environment=RolloutSettings()", "must be an instance of a dataclass with tasks() and create(), got RolloutSettings("),
+    ],
+)
+def test_a_section_of_another_kind(tmp_path, change, said):
+    path = tmp_path / "c.py"
+    path.write_text(
+        "import dataclasses\nfrom jaxgrpo.config import RolloutSettings, TrainingSettings\nfrom tests.training import small_config\n"
+        f"def get_config():\n    return dataclasses.replace(small_config('m'), {change})\n"
+    )
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_config(path, ["rollout.group_size=4"])
 
 
 def test_json_names_the_environment_and_tells_what_changed():

@@ -42,6 +42,12 @@ def test_resuming_drops_later_lines_and_a_torn_one(tmp_path):
     assert lines(tmp_path)[-1] == {"step": 6, "again": 1}
 
 
+def test_resuming_drops_lines_that_cannot_be_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 2}\n\0\0\0\n{"step": 4}\nnull\n\xff\n{"stop": 4}\n')
+    recorder(tmp_path, after=4).close()
+    assert lines(tmp_path) == [{"step": 2}, {"step": 4}]
+
+
 def test_without_a_step_to_resume_from_all_whole_lines_stay(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 100}\n{"step": 2')
     r = recorder(tmp_path)

@@ -229,6 +229,13 @@ class TestConfig:
             ({"model_type": "qwen3"}, "qwen3"),
             ({"model_type": "qwen2_moe"}, "qwen2_moe"),
             ({"hidden_act": "gelu"}, "hidden_act"),
+            ({"hidden_size": None}, "config.json has no hidden_size"),
+            ({"hidden_size": "3584"}, "hidden_size in config.json must be a whole number above 0, got '3584'"),
+            ({"num_attention_heads": 0}, "num_attention_heads in config.json must be a whole number above 0, got 0"),
+            ({"max_position_embeddings": 1.5}, "max_position_embeddings in config.json must be a whole number"),
+            ({"rope_theta": None}, "rope_theta in config.json must be a number above 0, got None"),
+            ({"rms_norm_eps": "x"}, "rms_norm_eps in config.json must be a number above 0, got 'x'"),
+            ({"rope_parameters": 3}, "rope_parameters in config.json must be settings by name, got 3"),
         ],
     )
     def test_refusals_by_name(self, change, named):
@@ -249,4 +256,10 @@ class TestConfig:
 
     def test_a_folder_without_config(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"config\.json"):
+            ModelConfig.from_folder(tmp_path)
+
+    @pytest.mark.parametrize(("text", "said"), [("{", "is not JSON"), ("\xff", "is not JSON"), ("[1]", "holds a list, not the settings")])
+    def test_a_config_that_is_none(self, tmp_path, text, said):
+        (tmp_path / "config.json").write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match=said):
             ModelConfig.from_folder(tmp_path)

@@ -131,7 +131,7 @@ def model_sizes(config: Config) -> ModelConfig:
     source = config.model.source
     try:
         known = None if Path(source).is_dir() else known_size(source)
-        return known or ModelConfig.from_folder(locate(source, config.model.revision))
+        return known or ModelConfig.from_folder(locate(source, config.model.revision, weights=False))
     except (ValueError, OSError) as error:
         raise ConfigError(f"model.source {source!r}: {error}") from error
 
