@@ -74,11 +74,14 @@ def update_metrics(
 
 
 def schedule_metrics(seconds: Mapping[str, float], sampler_idle_share: float) -> dict[str, float | int | str]:
-    """How long a batch took in all, and for which share of it each side was idle: the trainer while it waited for rollouts, the sampler
-    while no request was in flight."""
+    """How long a batch took in all, less evaluations, and for which share of it each side was idle: the trainer while it waited for
+    rollouts, the sampler while no request was in flight. Recording and a checkpoint are those of the batch before."""
+    whole = seconds["all"] - seconds.get("evaluate", 0.0)
     return {
-        "time/batch_seconds": seconds["all"],
+        "time/batch_seconds": whole,
         "time/wait_seconds": seconds["wait"],
-        "time/trainer_idle_share": seconds["wait"] / seconds["all"],
+        "time/record_seconds": seconds.get("record", 0.0),
+        "time/checkpoint_seconds": seconds.get("checkpoint", 0.0),
+        "time/trainer_idle_share": seconds["wait"] / whole,
         "time/sampler_idle_share": sampler_idle_share,
     }

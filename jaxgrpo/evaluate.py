@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxgrpo import records
-from jaxgrpo.background import EventLoopThread
+from jaxgrpo.background import EventLoopThread, interruptible
 from jaxgrpo.checkpoint import read_policy
 from jaxgrpo.config import Config, ConfigError, load_config
 from jaxgrpo.config_checks import SPLITS
@@ -129,13 +129,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         samples = config.evaluation.samples if args.samples is None else args.samples
         _check_arguments(args.split, samples, args.checkpoint, args.step)
         folder = run_folder(args.run_dir, f"{config.name}-eval-{args.split}")
-        _evaluate_once(config, args.checkpoint, args.step, args.split, samples, folder)
+        with interruptible():
+            _evaluate_once(config, args.checkpoint, args.step, args.split, samples, folder)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (NothingLeftError, SamplerError) as error:
+    except (NothingLeftError, SamplerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -85,7 +85,8 @@ class Learner:
     def save(self) -> None:
         """A checkpoint of the state and of how many batches led to it."""
         self.processes.tell(Told(Work.SAVE, number=self.batch))
-        self.checkpoints.save(self.state, self.batch, self.update)
+        with self.clock.phase("checkpoint"):
+            self.checkpoints.save(self.state, self.batch, self.update)
 
     def follow(self) -> None:
         """Do what the first process tells, until it is at its end. Raises PeerError when another process has failed."""

@@ -131,7 +131,8 @@ class Processes:
             self._store.key_value_set("jaxgrpo/config", mine)
         elif self._store.blocking_key_value_get("jaxgrpo/config", 1000 * _SHUTDOWN_SECONDS) != mine:
             raise ConfigError(
-                f"process {self.index} was started with another config than process 0: give all the same --config, --set and --resume"
+                f"process {self.index} was started with another config than process 0: give all the same --config, --set and --resume, "
+                "and a --run-dir that is one folder to all"
             )
 
     def tell(self, told: Told) -> None:

@@ -163,16 +163,17 @@ class Training(Learner):
         return {} if self.agreement is None else self.agreement.run(self.loop, self.sampler, self.update.policy(self.state), self.version)
 
     def record(self, result: RolloutResult, batches: Sequence[GroupBatch], reports: Sequence[StepReport]) -> None:
-        """Metrics and episodes of the batch."""
+        """Metrics and episodes of the batch. What recording it takes is counted with the next one's time, as is a checkpoint."""
         seconds, sampler_idle_share = self.measure()
         played = rollout_metrics(result, self.skipped, self.version - 1)
         trained = update_metrics(batches, reports, self.update.compilations, seconds)
         metrics = played | trained | schedule_metrics(seconds, sampler_idle_share) | self.served
         metrics["time/check_seconds"] = seconds["check"]
         self.skipped = []
-        self.recorder.record(self.state.step, metrics)
-        self.view.step(self.state.step, metrics)
-        self.save_episodes(result, "train")
+        with self.clock.phase("record"):
+            self.recorder.record(self.state.step, metrics)
+            self.view.step(self.state.step, metrics)
+            self.save_episodes(result, "train")
 
     def measure(self) -> tuple[dict[str, float], float]:
         """Since this was asked last: the seconds of each phase and of all, and the sampler's idle share."""
@@ -183,8 +184,9 @@ class Training(Learner):
         evaluation, step = self.config.evaluation, self.state.step
         last = step >= self.config.training.steps
         if evaluation.after if last else passed(evaluation.every, step, self.config.training.iterations):
-            self.evaluate()
-            self.measure()  # an evaluation's time is no batch's
+            with self.clock.phase("evaluate"):  # no batch's time
+                self.evaluate()
+            self.loop.call(self.sampler.take_idle_share())
 
     def evaluate(self) -> None:
         """Every split that the config names, with the weights being served: nothing is published meanwhile. Rollouts that are ahead go on
@@ -270,23 +272,38 @@ def describe(config: Config) -> Iterator[str]:
 def train(config: Config, folder: Path, resume: bool = False, processes: Processes | None = None) -> TrainState:
     """Run a config to its end, recorded in `folder`; returns the final state. Called by each of a run's processes (None: there is one).
 
-    Raises ConfigError when the folder holds a run and `resume` was not asked for, or the other way round; PeerError when another process
-    has failed.
+    With `resume` it goes on from the folder's newest checkpoint, or begins (again) when there is none. Raises ConfigError when the folder
+    holds a run and `resume` was not asked for, or one under settings that mean something else; PeerError when another process has failed.
     """
     processes = processes or Processes()
     with processes.together(), ExitStack() as stack:
-        processes.agree(f"{resume} {to_json(config)}")
-        learner = _lead(config, folder, resume, processes, stack) if processes.leads else _follow(config, folder, resume, processes, stack)
+        saved = newest_step(folder / "checkpoints") is not None
+        processes.agree(f"{resume} {saved} {to_json(config)}")
+        if processes.leads:
+            _prepare(config, folder, resume, saved)
+            learner = _lead(config, folder, saved, processes, stack)
+        else:
+            learner = _follow(config, folder, saved, processes, stack)
     return learner.state
 
 
-def _lead(config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack) -> Learner:
-    if resume:
-        check_resumable(config, folder)
-    elif newest_step(folder / "checkpoints") is not None:
+def _prepare(config: Config, folder: Path, resume: bool, saved: bool) -> None:
+    """Refuse (ConfigError) what would spoil the run that a folder holds; clear away what one left that saved nothing."""
+    if saved and not resume:
         raise ConfigError(f"{folder} holds a run already: pass --resume to go on with it, or another --run-dir")
+    if saved:
+        check_resumable(config, folder)
     elif _has_content(folder / "metrics.jsonl"):
-        raise ConfigError(f"{folder} holds a run that ended before its first checkpoint: remove it, or give another --run-dir")
+        if not resume:
+            raise ConfigError(
+                f"{folder} holds a run that ended before its first checkpoint: pass --resume to begin it again, or another --run-dir"
+            )
+        for left in ("trajectories", "tensorboard"):
+            shutil.rmtree(folder / left, ignore_errors=True)
+        (folder / "metrics.jsonl").unlink()
+
+
+def _lead(config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack) -> Learner:
     training = Training(config, folder, resume, processes, stack)
     (folder / "config.json").write_text(to_json(config), encoding="utf-8")
     training.run()
@@ -305,10 +322,10 @@ def _has_content(file: Path) -> bool:
 
 
 def check_resumable(config: Config, folder: Path) -> None:
-    """Refuse (ConfigError) to go on with a run that saved nothing, or under a config that means something else."""
+    """Refuse (ConfigError) to go on with a run under a config that means something else."""
     step = newest_step(folder / "checkpoints")
     if step is None or not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} holds no checkpoint to resume from: leave out --resume, and begin in a folder that is new")
+        raise ConfigError(f"{folder} holds checkpoints and no config.json that says what of: give another --run-dir")
     try:
         changes = changes_of_meaning((folder / "config.json").read_text(encoding="utf-8"), config)
     except ValueError as error:
@@ -325,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="a Python file with get_config()")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. training.steps=20")
     parser.add_argument("--run-dir", help="where the run is recorded (default: runs/NAME)")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder, if there is one")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     add_flags(parser)
     args = parser.parse_args(arguments)

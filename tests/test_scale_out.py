@@ -37,7 +37,7 @@ def test_the_trainers_flags_are_those_of_the_command(capsys: pytest.CaptureFixtu
         main(["--help"])
     offered = capsys.readouterr().out
     flags = [argument.partition("=")[0] for argument in container("Job")["args"]]
-    assert len(flags) == 5 and all(flag in offered for flag in flags)
+    assert len(flags) == 6 and all(flag in offered for flag in flags)
 
 
 @pytest.mark.parametrize("where", ["Kubernetes", "Slurm"])

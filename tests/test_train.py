@@ -196,10 +196,16 @@ class TestResume:
         with pytest.raises(ConfigError, match="is at step 6, beyond training"):
             train(changed(tmp_path, model, "training.steps=4"), straight[0], resume=True)
 
-    def test_a_folder_without_a_checkpoint_is_refused(self, model, tmp_path):
-        with pytest.raises(ConfigError, match="holds no checkpoint to resume from"):
-            train(changed(tmp_path, model), tmp_path / "nowhere", resume=True)
-        assert not (tmp_path / "nowhere").exists()
+    def test_a_run_that_saved_nothing_begins_again(self, straight, model, tmp_path):
+        """What it left is gone, and the run is the one it would have been."""
+        run = tmp_path / "run"
+        (run / "trajectories").mkdir(parents=True)
+        (run / "trajectories" / "train-000001.jsonl.gz").write_text("left")
+        (run / "metrics.jsonl").write_text('{"step": 0, "eval/split": "test"}\n{"step": 2}\n')
+        train(changed(tmp_path, model, "training.steps=2"), run, resume=True)
+        (line,) = metric_lines(run)
+        assert line["train/loss"] == metric_lines(straight[0])[0]["train/loss"] and line["step"] == 2
+        assert [path.name for path in (run / "trajectories").iterdir()] == ["train-000002.jsonl.gz"]
 
 
 def played(folder, step: int) -> list:
