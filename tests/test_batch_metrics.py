@@ -108,10 +108,12 @@ def test_update_metrics_by_hand():
 
 
 def test_what_a_batch_took_and_who_waited_by_hand():
-    metrics = schedule_metrics({"all": 10.0, "wait": 4.0, "update": 5.0}, 0.1)
+    metrics = schedule_metrics({"all": 13.0, "wait": 4.0, "update": 5.0, "evaluate": 3.0, "record": 0.5, "checkpoint": 0.25}, 0.1)
     assert metrics == {
         "time/batch_seconds": 10.0,
         "time/wait_seconds": 4.0,
+        "time/record_seconds": 0.5,
+        "time/checkpoint_seconds": 0.25,
         "time/trainer_idle_share": 0.4,
         "time/sampler_idle_share": 0.1,
     }
