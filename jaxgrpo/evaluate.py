@@ -169,13 +169,13 @@ def _read_weights(config: Config, policy: Policy, checkpoint: str | None, step: 
 
 
 def _check_sampler(
-    config: Config, policy: Policy, params: Params, version: int, task: Task, loop: EventLoopThread, sampler: Sampler
+    config: Config, policy: Policy, params: Params, version: int, tasks: Sequence[Task], loop: EventLoopThread, sampler: Sampler
 ) -> dict[str, float]:
     """As training does, on one device and with whole weights: adapters have been merged. Raises MismatchError when the sampler serves
     other weights than those to be evaluated."""
     on_one = dataclasses.replace(config.training, devices=1, groups_per_device=1)
     update = build_update(dataclasses.replace(config, training=on_one, lora=NO_LORA), policy.config)
-    check = agreement_check(config, policy, update, task)
+    check = agreement_check(config, policy, update, tasks)
     if check is None:
         return {}
     return check.run(loop, sampler, store(params, update.layout, update.mesh, update.compute_dtype), version)
@@ -190,7 +190,7 @@ def _evaluate_once(config: Config, checkpoint: str | None, step: int | None, spl
     with EventLoopThread() as loop, TerminalView(len(tasks) * samples, unit="episode") as view, ExitStack() as stack:
         version = at_step // config.training.iterations
         sampler = open_sampler(config, policy, WholeWeights(params, policy.config), version, loop, folder, stack)
-        check = _check_sampler(config, policy, params, version, tasks[0], loop, sampler)
+        check = _check_sampler(config, policy, params, version, tasks, loop, sampler)
         rollout = build_rollout(config, policy, sampler, decoding)
         outcome = evaluate(
             rollout, loop, tasks, split=split, samples=samples, seed=config.seed, name=f"eval-{at_step}", progress=view.advance

@@ -81,7 +81,7 @@ def check_episodes(config: Config, policy: Policy, tasks: Sequence[Task]) -> int
     """The longest prompt of the tasks, in tokens. Raises ConfigError when the model or the settings leave an episode no room: better now
     than at the batch that draws the task."""
     r, context = config.rollout, policy.config.context_length
-    prompts = {task.id: length for task in tasks if (length := _prompt_length(config, policy, task)) is not None}
+    prompts = {task.id: len(ids) for task in tasks if (ids := prompt_ids(config, policy, task)) is not None}
     longest = max(prompts, key=prompts.__getitem__, default=None)
     problems = []
     if r.max_prompt_tokens + r.max_completion_tokens > context:
@@ -98,7 +98,8 @@ def check_episodes(config: Config, policy: Policy, tasks: Sequence[Task]) -> int
     return 0 if longest is None else prompts[longest]
 
 
-def _prompt_length(config: Config, policy: Policy, task: Task) -> int | None:
+def prompt_ids(config: Config, policy: Policy, task: Task) -> np.ndarray | None:
+    """The prompt [P] that a task opens with; None when its environment fails. Raises ConfigError when the template cannot render it."""
     try:
         opening = config.environment.create(task).observe()
     except Exception:
@@ -106,7 +107,7 @@ def _prompt_length(config: Config, policy: Policy, task: Task) -> int | None:
     if not isinstance(opening, Observation):
         return None  # counted in the same way
     try:
-        return len(policy.chat.opening(opening.messages, opening.tools))
+        return policy.chat.opening(opening.messages, opening.tools)
     except ValueError as error:
         raise ConfigError(f"the prompt of task {task.id!r}: {error}") from error
 
@@ -121,7 +122,6 @@ def device_count(config: Config) -> int:
     """Devices to train on. Raises ConfigError when there are not as many, or the batch does not divide over them."""
     available = jax.devices()
     wanted = config.training.devices or len(available)
-    micro_batch = wanted * config.training.groups_per_device
     problems = []
     if wanted > len(available):
         problems.append(f"training.devices is {wanted}, but jax sees {len(available)} device(s) of kind {available[0].platform}")
@@ -130,13 +130,21 @@ def device_count(config: Config) -> int:
             f"training.devices is {wanted}, but the {jax.process_count()} processes have {len(available)} devices, all of which take part: "
             "leave it None, and limit each process with training.gpus"
         )
-    if config.rollout.tasks_per_step % micro_batch:
-        problems.append(
-            f"rollout.tasks_per_step ({config.rollout.tasks_per_step}) must be a multiple of the {micro_batch} groups of a micro-batch "
-            f"({wanted} devices x training.groups_per_device {config.training.groups_per_device})"
-        )
     refuse(problems)
+    micro_batches(config, wanted)
     return wanted
+
+
+def micro_batches(config: Config, devices: int) -> int:
+    """Of one optimizer step on so many devices. Raises ConfigError when they do not come out even."""
+    groups = devices * config.training.groups_per_device
+    count, rest = divmod(config.rollout.tasks_per_step, groups)
+    if rest:
+        raise ConfigError(
+            f"rollout.tasks_per_step ({config.rollout.tasks_per_step}) must be a multiple of the {groups} groups of a micro-batch "
+            f"({devices} devices x training.groups_per_device {config.training.groups_per_device})"
+        )
+    return count
 
 
 def compute_dtype(config: Config) -> Any:

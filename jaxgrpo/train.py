@@ -37,8 +37,8 @@ from jaxgrpo.setup import (
     build_rollout,
     check_episodes,
     compute_dtype,
-    device_count,
     keep_compiled,
+    micro_batches,
     open_policy,
     open_tasks,
     parameter_count,
@@ -87,7 +87,7 @@ class Training(Learner):
         self.rollout = build_rollout(config, self.policy, self.sampler, Decoding(config.rollout.temperature))
         self.ahead = RolloutsAhead(self.loop, self.rollout_of, self.batch, config.training.max_staleness)
         stack.callback(self.ahead.close)
-        self.agreement = agreement_check(config, self.policy, self.update, self.tasks[0], processes.tell)
+        self.agreement = agreement_check(config, self.policy, self.update, self.tasks, processes.tell)
         self.served = self.check_sampler()
         r = config.recording
         after = self.state.step if resume else None
@@ -247,23 +247,27 @@ def training_tasks(config: Config, policy: Policy) -> tuple[Sequence[Task], int]
 
 
 def describe(config: Config) -> Iterator[str]:
-    """What `--dry-run` prints: the resolved config, the arithmetic of a batch, the parameter count. Reads and fetches no weights."""
+    """What `--dry-run` prints: the resolved config, the arithmetic of a batch, the parameter count. Reads and fetches no weights, and needs
+    none of the run's devices."""
     policy = open_policy(config, weights=False)
     tasks, longest_prompt = training_tasks(config, policy)
-    devices = device_count(config)
+    there = len(jax.devices())
+    devices = config.training.devices or there
     r, t = config.rollout, config.training
     batches = batches_per_epoch(len(tasks), r.tasks_per_step)
-    micro_batch = devices * t.groups_per_device
     yield to_json(config)
     yield f"parameters              {parameter_count(policy.config):,} ({policy.config.layers} layers of width {policy.config.width})"
     if config.lora.rank:
         adapters = f"LoRA of rank {config.lora.rank} on {', '.join(config.lora.targets)}"
         yield f"trained parameters      {parameter_count(policy.config, config.lora):,} ({adapters})"
-    yield f"devices                 {devices}, compute in {compute_dtype(config)}"
-    yield f"attention               {attention_kernel(config, policy.config, training_mesh(config), compute_dtype(config))[1]}"
+    if devices > there:
+        yield f"devices                 {devices}: this machine has {there} of kind {jax.default_backend()}, where the run would be refused"
+    else:
+        yield f"devices                 {devices}, compute in {compute_dtype(config)}"
+        yield f"attention               {attention_kernel(config, policy.config, training_mesh(config), compute_dtype(config))[1]}"
     yield f"longest prompt          {longest_prompt} tokens of at most {r.max_prompt_tokens}"
     yield f"rollouts a batch        {r.tasks_per_step} tasks x {r.group_size} samples = {r.tasks_per_step * r.group_size}"
-    yield f"micro-batches a step    {r.tasks_per_step // micro_batch} of {micro_batch} groups"
+    yield f"micro-batches a step    {micro_batches(config, devices)} of {devices * t.groups_per_device} groups"
     yield f"optimizer steps a batch {t.iterations}"
     yield f"an epoch                {len(tasks)} tasks = {batches} batches = {batches * t.iterations} steps"
     yield f"the run                 {t.steps} steps = {t.steps // t.iterations} batches = {t.steps / (batches * t.iterations):.1f} epochs"

@@ -1,5 +1,6 @@
 """Weights as samplers take them, the check that a sampler serves them, and what reaches vLLM from a config. No server."""
 
+import asyncio
 import dataclasses
 
 import jax
@@ -9,13 +10,14 @@ import pytest
 
 from jaxgrpo import setup
 from jaxgrpo.background import EventLoopThread
-from jaxgrpo.config import VllmSettings
+from jaxgrpo.config import ConfigError, VllmSettings
 from jaxgrpo.samplers.base import Generation, SamplerError, SamplingRequest
 from jaxgrpo.samplers.native import NativeSampler
-from jaxgrpo.serving import AgreementCheck, MismatchError, StoredWeights, WholeWeights, server_plan, server_plans
+from jaxgrpo.serving import AgreementCheck, MismatchError, StoredWeights, WholeWeights, agreement_check, server_plan, server_plans
+from jaxgrpo.types import Task
 from jaxgrpo.weight_manifest import read_manifest
 from jaxgrpo.weight_reader import read_tensors
-from tests.training import changed, make_model, small_config
+from tests.training import Letters, LettersEnvironment, changed, make_model, small_config
 
 PROMPT = np.arange(40, 70, dtype=np.int32)
 
@@ -90,6 +92,41 @@ class TestAgreement:
             with pytest.raises(MismatchError, match=r"weights of version 3 the sampler answers with version \[2\]"):
                 check.run(loop, sampler, state.params, 3)
             loop.call(sampler.close())
+
+    def test_one_that_fails_leaves_no_request_behind(self, model, policy, params):
+        class Failing:
+            asked, released, cancelled = 0, 0, 0
+
+            async def generate(self, request: SamplingRequest) -> Generation:
+                self.asked += 1
+                try:
+                    await asyncio.sleep(0 if request.seed == 0 else 60)
+                except asyncio.CancelledError:
+                    self.cancelled += 1
+                    raise
+                raise SamplerError("gone")
+
+            async def release(self, episode_id: str) -> None:
+                self.released += 1
+
+        own, failing = update(model, 1), Failing()
+        with EventLoopThread() as loop, pytest.raises(SamplerError, match="gone"):
+            AgreementCheck(own, PROMPT, 1.0, 0.05).run(loop, failing, own.init(params).params, 2)
+        assert (failing.asked, failing.cancelled, failing.released) == (4, 3, 4)
+
+    def test_its_prompt_is_of_the_first_task_that_opens(self, model, policy, tmp_path):
+        class Closed(Letters):
+            def create(self, task: Task) -> LettersEnvironment:
+                if task.payload[1] < 2:
+                    raise KeyError("closed")
+                return super().create(task)
+
+        config = dataclasses.replace(changed(tmp_path, model, "sampler=vllm"), environment=Closed())
+        tasks = config.environment.tasks("train")
+        check = agreement_check(config, policy, update(model, 1), tasks)
+        np.testing.assert_array_equal(check.prompt_ids_P, setup.prompt_ids(config, policy, tasks[2]))
+        with pytest.raises(ConfigError, match="opens none of its 2 tasks"):
+            agreement_check(config, policy, update(model, 1), tasks[:2])
 
     def test_log_probabilities_that_are_no_numbers_do_not_pass(self, model, policy, params):
         class Nan:

@@ -149,6 +149,16 @@ class TestCommandLine:
         status, _, err = self.call(capsys, "--config", write_config(tmp_path, bare), "--run-dir", tmp_path / "run")
         assert status == 2 and "the weights in" in err
 
+    def test_a_dry_run_needs_no_devices_and_a_run_does(self, model, tmp_path, capsys):
+        arguments = ["--config", write_config(tmp_path, model), "--run-dir", tmp_path / "run"]
+        for setting in ("training.devices=64", "rollout.tasks_per_step=64", "environment.train_size=64"):
+            arguments += ["--set", setting]
+        status, out, _ = self.call(capsys, *arguments, "--dry-run")
+        assert status == 0 and "devices                 64: this machine has 4 of kind cpu" in out
+        assert "micro-batches a step    1 of 64 groups" in out
+        status, _, err = self.call(capsys, *arguments)
+        assert status == 2 and "training.devices is 64, but jax sees 4 device(s)" in err
+
     def test_a_dry_run_fetches_a_models_small_files_only(self, model, tmp_path, capsys, monkeypatch):
         fetched = []
 
@@ -170,7 +180,6 @@ class TestCommandLine:
             (("rollout.max_completion_tokens=2000",), "exceeds the 1024 tokens of context"),
             (("rollout.max_prompt_tokens=8",), "has 41 tokens"),
             (("rollout.tasks_per_step=64",), "the train split holds 6 tasks"),
-            (("training.devices=64", "rollout.tasks_per_step=64", "environment.train_size=64"), "jax sees 4 device(s)"),
             (("training.devices=None",), "must be a multiple of the 4 groups of a micro-batch"),
             (("environment.train_size=0",), "the train split holds 0 tasks"),
             (("evaluation.before=True", "environment.test_size=0"), "the test split of the environment is empty"),
