@@ -216,6 +216,20 @@ def test_nor_do_the_writers_processes(tied: Serving) -> None:
     assert tied.answers() == before and tied.version() == str(tied.published)
 
 
+def test_what_is_served_does_not_hang_on_its_files(tied: Serving) -> None:
+    """They are written over when a later version is published."""
+    folder = tied.publish(tied.params(1))
+    tied.load(folder)
+    before = tied.answers()
+    files = [path for path in folder.glob("params/*/c/**/*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        with path.open("r+b") as file:
+            file.write(bytes(path.stat().st_size))
+    assert tied.answers() == before
+    tied.load(tied.publish(tied.params(0)))
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damaged_weights_change_nothing(tied: Serving, name: str) -> None:
     tied.load(tied.publish(tied.params(0)))
