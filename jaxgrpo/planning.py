@@ -128,6 +128,11 @@ class StateBytes:
     def total(self) -> int:
         return self.parameters + self.optimizer + self.gradients + self.reference + self.frozen
 
+    @property
+    def saved(self) -> int:
+        """What a checkpoint holds of it."""
+        return self.parameters + self.optimizer + self.reference
+
 
 def state_bytes(model: ModelConfig, devices: int, *, reference: bool, lora: LoraSettings = NO_LORA) -> StateBytes:
     """The state in the flat ZeRO-3 layout, padding included; AdamW's step counters (a few bytes) are left out."""

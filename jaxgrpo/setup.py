@@ -131,18 +131,17 @@ def device_count(config: Config) -> int:
             "leave it None, and limit each process with training.gpus"
         )
     refuse(problems)
-    micro_batches(config, wanted)
+    micro_batches(config.rollout.tasks_per_step, devices=wanted, groups_per_device=config.training.groups_per_device)
     return wanted
 
 
-def micro_batches(config: Config, devices: int) -> int:
-    """Of one optimizer step on so many devices. Raises ConfigError when they do not come out even."""
-    groups = devices * config.training.groups_per_device
-    count, rest = divmod(config.rollout.tasks_per_step, groups)
+def micro_batches(groups: int, *, devices: int, groups_per_device: int) -> int:
+    """How many make up an optimizer step of so many groups. Raises ConfigError when they do not come out even."""
+    count, rest = divmod(groups, devices * groups_per_device)
     if rest:
         raise ConfigError(
-            f"rollout.tasks_per_step ({config.rollout.tasks_per_step}) must be a multiple of the {groups} groups of a micro-batch "
-            f"({devices} devices x training.groups_per_device {config.training.groups_per_device})"
+            f"rollout.tasks_per_step ({groups}) must be a multiple of the {devices * groups_per_device} groups of a micro-batch "
+            f"({devices} devices x training.groups_per_device {groups_per_device})"
         )
     return count
 

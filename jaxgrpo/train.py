@@ -267,7 +267,9 @@ def describe(config: Config) -> Iterator[str]:
         yield f"attention               {attention_kernel(config, policy.config, training_mesh(config), compute_dtype(config))[1]}"
     yield f"longest prompt          {longest_prompt} tokens of at most {r.max_prompt_tokens}"
     yield f"rollouts a batch        {r.tasks_per_step} tasks x {r.group_size} samples = {r.tasks_per_step * r.group_size}"
-    yield f"micro-batches a step    {micro_batches(config, devices)} of {devices * t.groups_per_device} groups"
+    per_device = t.groups_per_device
+    count = micro_batches(r.tasks_per_step, devices=devices, groups_per_device=per_device)
+    yield f"micro-batches a step    {count} of {devices * per_device} groups"
     yield f"optimizer steps a batch {t.iterations}"
     yield f"an epoch                {len(tasks)} tasks = {batches} batches = {batches * t.iterations} steps"
     yield f"the run                 {t.steps} steps = {t.steps // t.iterations} batches = {t.steps / (batches * t.iterations):.1f} epochs"

@@ -224,6 +224,7 @@ def test_a_run_is_planned_without_weights(tmp_path: Path) -> None:
     assert figures["peak_gib"] == round(max(v for k, v in figures["gib"].items() if k.startswith("peak_")), 3)
     # embedding, two layers, last norm: 8320 + 2 x (32 x 32 x 2 + 32 x 16 x 2 + 3 x 32 x 64 + 64 + 2 x 32) + 32
     assert figures["gib"]["parameters"] * GIB == 4 * 27_040 / 2
+    assert figures["checkpoint_gb"] == (14 if figures["gib"]["reference"] else 12) * 27_040 / 1e9
     assert any(line.startswith("an epoch              6 tasks = 3 batches = 6 steps") for line in lines)
 
 

@@ -172,6 +172,7 @@ def test_the_state_is_counted_by_hand() -> None:
     # 7,615,616,512 parameters; on one device nothing is padded.
     n = 7_615_616_512
     assert state_bytes(SEVEN_B, 1, reference=True) == StateBytes(4 * n, 8 * n, 4 * n, 2 * n)
+    assert state_bytes(SEVEN_B, 1, reference=True).saved == 14 * n  # all but the gradients
     assert state_bytes(SEVEN_B, 1, reference=False).reference == 0
     # On three, one or two elements pad each of a layer's norms, biases, matrices of attention and of the MLP, and one the last norm.
     assert state_bytes(SEVEN_B, 3, reference=True).parameters * 3 == 4 * (n + 28 * (2 * 1 + 3 * 1 + 4 * 2 + 3 * 2) + 1)

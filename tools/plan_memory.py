@@ -28,7 +28,7 @@ from jaxgrpo.model_sizes import known_size
 from jaxgrpo.packing import bucket
 from jaxgrpo.planning import Cluster, Forecast, GroupShape, Work, forecast, hardware_flops, state_bytes
 from jaxgrpo.pretrained import locate
-from jaxgrpo.setup import open_tasks, parameter_count, update_on
+from jaxgrpo.setup import micro_batches, open_tasks, parameter_count, update_on
 from jaxgrpo.sharding import make_mesh
 from tools.step_memory import StepMemory, describe_collectives, measure
 from tools.targets import GIB, TARGETS, Target, can_compile_for_gpus, described_gpus, simulate, simulated_devices
@@ -81,11 +81,7 @@ class Planner:
     def plan(self, devices: int, groups: int, per_host: int) -> Plan:
         """Compile the step for so many training devices and a batch of so many groups. Raises ConfigError when they do not divide."""
         per_device, rows = self.config.training.groups_per_device, self.config.rollout.group_size
-        if groups % (devices * per_device):
-            raise ConfigError(
-                f"rollout.tasks_per_step ({groups}) must be a multiple of the {devices * per_device} groups of a micro-batch "
-                f"({devices} devices x training.groups_per_device {per_device})"
-            )
+        micro_batches(groups, devices=devices, groups_per_device=per_device)
         given = described_gpus(self.target, devices, per_host) if self.gpu else simulated_devices(devices)
         update = update_on(make_mesh(given), self.config, self.model, jnp.bfloat16)
         lowered = update.lower(devices * per_device, rows, self.shape.prompt, max(self.shape.completions))
@@ -95,9 +91,9 @@ class Planner:
     def plan_of(self, memory: StepMemory, devices: int, groups: int, per_host: int) -> Plan:
         """What follows from the memory and the sizes."""
         training, args = self.config.training, self.args
-        micro_batches = groups // (devices * training.groups_per_device)
+        count = micro_batches(groups, devices=devices, groups_per_device=training.groups_per_device)
         reference, lora = bool(self.config.loss.kl_beta), self.config.lora
-        work = Work(self.shape, groups, micro_batches, training.iterations, training.steps, reference, lora, training.remat)
+        work = Work(self.shape, groups, count, training.iterations, training.steps, reference, lora, training.remat)
         cluster = Cluster(devices, per_host, args.link * 1e9, args.network * 1e9)
         expected = forecast(self.model, work, cluster, args.mfu * self.target.peak_flops, args.rollout_tokens_per_second)
         return Plan(self.model, cluster, devices + self.samplers, work, memory, expected)
@@ -200,6 +196,9 @@ def describe_work(planner: Planner, plan: Plan) -> Iterator[str]:
     yield epoch(planner.config, work)
     yield f"the run               {work.steps} steps = {work.batches} batches = {work.batches * work.rollouts:,} rollouts"
     yield f"  time                {expected.run_seconds(work) / 3600:.2f} h, {plan.gpu_hours:.1f} GPU-hours on {plan.gpus} GPUs"
+    checkpoint, keep = plan.memory.state.saved * plan.cluster.devices / 1e9, planner.config.recording.keep
+    disk = f"a checkpoint has {checkpoint:.1f} GB; {checkpoint * (keep + 1):.0f} GB with the {keep} kept and one being written"
+    yield f"  disk                {disk}"
     if args.gpu_hour_price is not None:
         yield f"  cost                {plan.gpu_hours * args.gpu_hour_price:,.2f} at {args.gpu_hour_price:g} a GPU-hour"
 
@@ -304,6 +303,7 @@ def as_json(planner: Planner, plan: Plan, plans: Sequence[Plan]) -> dict[str, An
         "hardware_flops": hardware_flops(plan.model, work.shape, planner.config.training.remat, work.lora).times(work.groups).total,
         "seconds": dataclasses.asdict(plan.forecast) | {"run": plan.forecast.run_seconds(work)},
         "gpu_hours": plan.gpu_hours,
+        "checkpoint_gb": plan.memory.state.saved * plan.cluster.devices / 1e9,
         "collectives": describe_collectives(memory.collectives),
         "table": [{"gpus": p.gpus, "devices": p.cluster.devices, "peak_gib": round(p.memory.peak / GIB, 3)} for p in plans],
     }
