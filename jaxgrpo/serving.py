@@ -137,7 +137,7 @@ def _version_folder(given: str | None, run_folder: Path, model: ModelConfig) -> 
         return WeightFolder(run_folder, bytes_of_a_version)
     shared = Path(given).expanduser()
     shared.mkdir(parents=True, exist_ok=True)
-    return WeightFolder(run_folder, bytes_of_a_version, shared)
+    return WeightFolder(run_folder, bytes_of_a_version, shared, elsewhere=True)
 
 
 def server_plans(config: Config, policy: Policy) -> list[ServerPlan]:

@@ -57,8 +57,8 @@ def publish_weights(
     """Write stored weights (jaxgrpo.sharding) as a version's folder under `root`; returns it when it is published, on every process.
 
     Called by all processes of the trainer, which must all see `root`; `params` must not be donated meanwhile. Memory beyond the
-    weights: a few chunks. Files of the version that was retired last are written over where they fit, which spares the system making
-    fresh pages. Raises FileExistsError when the version is there, WeightError when a weight is not finite.
+    weights: a few chunks. Files of the version that was retired last are written over where they fit, since fresh pages cost more than
+    what is written to them. Raises FileExistsError when the version is there, WeightError when a weight is not finite.
     """
     leaves = _leaves(params, layout, mesh, np.dtype(dtype))
     folder = version_folder(root, version)
@@ -268,9 +268,12 @@ class WeightFolder:
     """The folder of one run's published weights: in shared memory when two versions fit there with room to spare, else in the run folder.
 
     It is this process's while it lives: a lock says so, and what an ended process left behind, in either place, is removed by the next.
+    Where writers or readers may be on other hosts (several trainer processes, or `elsewhere`), no file is written over: when a network's
+    file system shows a change there is its own affair.
     """
 
-    def __init__(self, run_folder: Path, version_bytes: int, shared_memory: Path = SHARED_MEMORY):
+    def __init__(self, run_folder: Path, version_bytes: int, shared_memory: Path = SHARED_MEMORY, elsewhere: bool = False):
+        self._elsewhere = elsewhere or jax.process_count() > 1
         _remove_abandoned(shared_memory)
         # several processes may be on several hosts, which share folders but no memory
         shared = jax.process_count() == 1 or shared_memory != SHARED_MEMORY
@@ -280,10 +283,11 @@ class WeightFolder:
         self._lock: TextIO | None = _claim(self.root) if jax.process_index() == 0 else None
 
     def keep_only(self, versions: Collection[int]) -> None:
-        """Retire every other version: those that no server reads, or goes back to, any more."""
+        """Take back every other version: those that no server reads, or goes back to, any more."""
+        take_back = remove_version if self._elsewhere else retire_version
         for path in self.root.glob("[0-9]*"):
             if path.name.isdecimal() and int(path.name) not in versions:
-                retire_version(self.root, int(path.name))
+                take_back(self.root, int(path.name))
 
     def close(self) -> None:
         """Remove the folder. To be called again without harm."""

@@ -277,6 +277,14 @@ def test_a_version_is_written_over_the_files_of_the_one_retired_before_it(tmp_pa
     folder.close()
 
 
+def test_files_that_other_hosts_may_have_open_are_not_written_over(tmp_path: Path) -> None:
+    folder = weights.WeightFolder(tmp_path / "run", 1, tmp_path, elsewhere=True)
+    publish(folder.root, random_params(), version=1)
+    folder.keep_only({2})
+    assert list(folder.root.glob("[!.]*")) == []
+    folder.close()
+
+
 def test_files_of_another_size_are_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = weight_folder(tmp_path)
     publish(folder.root, random_params(), version=1)
