@@ -217,24 +217,34 @@ class TestPublishing:
 
     def test_turns_in_flight_go_on_under_the_new_weights(self, client, params, other):
         client.eos = ()
-        # Some seconds of work. Of different lengths: all that run at once would end at once, and the publish could fall between two turns.
+        # Of different lengths: all that run at once would end at once, and the publish could fall between two turns.
         requests = [request(max_tokens=400 - 5 * seed, seed=seed) for seed in range(32)]
         before = generated_tokens(client.server)
 
-        async def body(sampler: VllmSampler) -> list[Generation]:
-            running = [asyncio.create_task(sampler.generate(r)) for r in requests]
+        async def body(sampler: VllmSampler) -> list[tuple[SamplingRequest, Generation]]:
+            published = asyncio.Event()
+
+            async def turns(r: SamplingRequest) -> list[tuple[SamplingRequest, Generation]]:
+                """One after the other, the last of them begun before the publish was through."""
+                ended = [(r, await sampler.generate(r))]
+                while not published.is_set():
+                    ended.append((r, await sampler.generate(r)))
+                return ended
+
+            running = [asyncio.create_task(turns(r)) for r in requests]
             while generated_tokens(client.server) < before + 100:
                 await asyncio.sleep(0.02)
             await sampler.publish(2, WholeWeights(other, POLICY.config))
-            return [await task for task in running]
+            published.set()
+            return [turn for task in running for turn in await task]
 
-        generations = client(body)
-        firsts = [int((generation.weight_versions_T == 1).sum()) for generation in generations]
-        for r, first, generation in zip(requests, firsts, generations, strict=True):
+        mixed = []
+        for r, generation in client(body):
+            first = int((generation.weight_versions_T == 1).sum())
             assert generation.weight_versions_T.tolist() == [1] * first + [2] * (r.max_tokens - first)
-        mixed = [i for i, (r, first) in enumerate(zip(requests, firsts, strict=True)) if 0 < first < r.max_tokens]
-        assert mixed, firsts
-        for r, generation in [(requests[i], generations[i]) for i in mixed[:4]]:
+            mixed += [(r, generation)] if 0 < first < r.max_tokens else []
+        assert mixed
+        for r, generation in mixed[:4]:
             versions_T = generation.weight_versions_T
             for tree, version in ((params, 1), (other, 2)):  # each token is of the weights that it names, keys before it included
                 differences_T = np.abs(logprobs(tree, r, generation) - generation.logprobs_T)
