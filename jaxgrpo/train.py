@@ -52,7 +52,6 @@ from jaxgrpo.update import DivergedError, StepReport, TrainState
 MOST_SKIPPED = 3
 """So many batches in a row may be lost to failing environments; then the run ends."""
 
-
 _LESS_MEMORY = (
     "python -m tools.plan_memory says what a step needs. Less: training.groups_per_device=1, a smaller training.head_chunk, "
     "training.remat=full, more devices, LoRA; with the embedded sampler a smaller native.max_rows and native.max_cache_tokens"
@@ -283,22 +282,21 @@ def train(config: Config, folder: Path, resume: bool = False, processes: Process
     """
     processes = processes or Processes()
     with processes.together(), ExitStack() as stack:
-        saved = newest_step(folder / "checkpoints") is not None
+        saved = newest_step(folder / "checkpoints")
         processes.agree(f"{resume} {saved} {to_json(config)}")
         if processes.leads:
             _prepare(config, folder, resume, saved)
-            learner = _lead(config, folder, saved, processes, stack)
-        else:
-            learner = _follow(config, folder, saved, processes, stack)
-    return learner.state
+        begin = _lead if processes.leads else _follow
+        return begin(config, folder, saved is not None, processes, stack).state
 
 
-def _prepare(config: Config, folder: Path, resume: bool, saved: bool) -> None:
-    """Refuse (ConfigError) what would spoil the run that a folder holds; clear away what one left that saved nothing."""
-    if saved and not resume:
-        raise ConfigError(f"{folder} holds a run already: pass --resume to go on with it, or another --run-dir")
-    if saved:
-        check_resumable(config, folder)
+def _prepare(config: Config, folder: Path, resume: bool, saved: int | None) -> None:
+    """Refuse (ConfigError) what would spoil the run that a folder holds, `saved` its newest step; clear away what one left that saved
+    nothing."""
+    if saved is not None:
+        if not resume:
+            raise ConfigError(f"{folder} holds a run already: pass --resume to go on with it, or another --run-dir")
+        check_resumable(config, folder, saved)
     elif _has_content(folder / "metrics.jsonl"):
         if not resume:
             raise ConfigError(
@@ -327,10 +325,9 @@ def _has_content(file: Path) -> bool:
     return file.exists() and file.stat().st_size > 0
 
 
-def check_resumable(config: Config, folder: Path) -> None:
-    """Refuse (ConfigError) to go on with a run under a config that means something else."""
-    step = newest_step(folder / "checkpoints")
-    if step is None or not (folder / "config.json").is_file():
+def check_resumable(config: Config, folder: Path, step: int) -> None:
+    """Refuse (ConfigError) to go on with a run, now at `step`, under a config that means something else."""
+    if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} holds checkpoints and no config.json that says what of: give another --run-dir")
     try:
         changes = changes_of_meaning((folder / "config.json").read_text(encoding="utf-8"), config)
