@@ -1,9 +1,12 @@
-"""Run BFCL's own `multi_turn_checker`, in this process of its own: `python benchmarks/bfcl_official.py FOLDER < cases > verdicts`.
+"""Run BFCL's own `multi_turn_checker`, in this process of its own.
 
-FOLDER holds the package `bfcl_eval`. Each line of the input is a case, `{"id": ..., "category": ..., "turns": [[["cd(folder='a')"]]]}`,
-turns of steps of calls; the ground truth is cut to as many turns. Each line of the output is `{"valid": ..., "error": ...}`. Every case
-runs in a fork: the checker keeps its simulators, and some of their tables, for as long as its process lives.
-(benchmarks/bfcl_parity.py starts this.)
+    python benchmarks/bfcl_official.py FOLDER RELEASE < cases > verdicts
+
+FOLDER holds the package `bfcl_eval`; RELEASE names its data, as in `BFCL_v3_multi_turn_base.json`.
+Each line of the input is a case, `{"id": ..., "category": ..., "turns": [[["cd(folder='a')"]]]}`,
+turns of steps of calls; the ground truth is cut to as many turns. Each line of the output is
+`{"valid": ..., "error": ...}`. Every case runs in a fork: the checker keeps its simulators, and
+some of their tables, for as long as its process lives. (benchmarks/bfcl_parity.py starts this.)
 """
 
 import functools
@@ -14,8 +17,8 @@ from pathlib import Path
 
 
 @functools.cache
-def read(folder: Path, category: str) -> dict[str, dict]:
-    rows = [json.loads(line) for line in (folder / f"BFCL_v4_{category}.json").read_text("utf-8").splitlines()]
+def read(folder: Path, release: str, category: str) -> dict[str, dict]:
+    rows = [json.loads(line) for line in (folder / f"BFCL_{release}_{category}.json").read_text("utf-8").splitlines()]
     return {row["id"]: row for row in rows}
 
 
@@ -30,19 +33,17 @@ def verdict(case: dict, entry: dict, truth: list) -> dict:
     return {"valid": result["valid"], "error": result.get("error_type", "")}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, release: str) -> None:
     sys.path.insert(0, str(folder))
-    from bfcl_eval.constants.executable_backend_config import BACKEND_PATH_PREFIX
-
     __import__("bfcl_eval.eval_checker.multi_turn_eval.multi_turn_checker")
     for module in ("gorilla_file_system", "math_api", "message_api", "posting_api", "ticket_api", "trading_bot", "travel_booking",
                    "vehicle_control"):  # fmt: skip
-        __import__(f"{BACKEND_PATH_PREFIX}.{module}")  # once, before the forks
+        __import__(f"bfcl_eval.eval_checker.multi_turn_eval.func_source_code.{module}")  # once, before the forks
     for line in sys.stdin:
         case = json.loads(line)
         data = folder / "bfcl_eval" / "data"
-        entry = read(data, case["category"])[case["id"]]
-        truth = read(data / "possible_answer", case["category"])[case["id"]]["ground_truth"]
+        entry = read(data, release, case["category"])[case["id"]]
+        truth = read(data / "possible_answer", release, case["category"])[case["id"]]["ground_truth"]
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
@@ -54,4 +55,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

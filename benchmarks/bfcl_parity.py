@@ -1,8 +1,11 @@
-"""Does our check of BFCL's multi-turn tasks give the official verdicts? `python -m benchmarks.bfcl_parity [--tasks 200] [--folder DIR]`
+"""Does our check of BFCL's multi-turn tasks give the official verdicts?
 
-For each task, lists of calls derived from its ground truth (as it is, none, reversed, doubled, without the last call, with one wrong
-argument, after another task's calls) are judged twice: by `envs.bfcl.scoring.check_calls`, and by the package's own `multi_turn_checker` in
-a process of its own, on fresh instances. First turn alone, and all turns. About a minute and a half on one core for everything.
+    python -m benchmarks.bfcl_parity [--release v3] [--tasks 200] [--folder DIR]
+
+For each task, lists of calls derived from its ground truth (as it is, none, reversed, doubled,
+without the last call, with one wrong argument, after another task's calls) are judged twice: by
+`envs.bfcl.scoring.check_calls`, and by the package's own `multi_turn_checker` in a process of its
+own, on fresh instances. First turn alone, and all turns. About a minute and a half on one core.
 """
 
 import argparse
@@ -15,7 +18,7 @@ from pathlib import Path
 
 from envs.bfcl.execution import Call
 from envs.bfcl.scoring import check_calls
-from envs.bfcl.source import package_folder
+from envs.bfcl.source import RELEASES, Package, open_package
 from envs.bfcl.tasks import CATEGORIES, BfclTask, Library, load_library
 
 VARIANTS = ("perfect", "empty", "reversed", "doubled", "truncated", "wrong_argument", "after_another")
@@ -77,7 +80,7 @@ def ours(library: Library, case: Case) -> bool:
     return len(verdicts) == len(truth) and verdicts[-1].passed
 
 
-def official(package: Path, listed: Sequence[Case]) -> list[bool]:
+def official(package: Package, listed: Sequence[Case]) -> list[bool]:
     """The official verdicts, from a process of its own."""
     lines = [
         json.dumps({
@@ -87,7 +90,7 @@ def official(package: Path, listed: Sequence[Case]) -> list[bool]:
         })
         for case in listed
     ]  # fmt: skip
-    command = [sys.executable, str(Path(__file__).with_name("bfcl_official.py")), str(package.parent)]
+    command = [sys.executable, str(Path(__file__).with_name("bfcl_official.py")), str(package.folder.parent), package.release.name]
     done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"the official checker failed: {done.stderr[-2000:]}")
@@ -98,7 +101,7 @@ def _text(call: Call) -> str:
     return f"{call.name}({', '.join(f'{name}={value!r}' for name, value in call.arguments.items())})"
 
 
-def compare(library: Library, package: Path, listed: Sequence[Case]) -> list[tuple[Case, bool, bool]]:
+def compare(library: Library, package: Package, listed: Sequence[Case]) -> list[tuple[Case, bool, bool]]:
     """Each case with our verdict and the official one."""
     theirs = official(package, listed)
     if len(theirs) != len(listed):
@@ -108,10 +111,11 @@ def compare(library: Library, package: Path, listed: Sequence[Case]) -> list[tup
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--release", default="v3", choices=list(RELEASES), help="whose data, simulators and checker (default: v3)")
     parser.add_argument("--tasks", type=int, default=200, help="how many tasks of each category")
     parser.add_argument("--folder", help="an unpacked bfcl_eval instead of the fetched one")
     options = parser.parse_args()
-    package = package_folder(options.folder)
+    package = open_package(options.release, options.folder)
     library = load_library(package)
     compared = compare(library, package, list(cases(library, CATEGORIES, VARIANTS, options.tasks)))
     print(f"{'category':14}{'calls':16}{'turns':12}{'cases':>6}{'agree':>7}{'passed':>8}")
@@ -122,7 +126,8 @@ def main() -> None:
                 agree, passed = sum(mine == theirs for _, mine, theirs in rows), sum(theirs for _, _, theirs in rows)
                 print(f"{category:14}{variant:16}{scope:12}{len(rows):6}{agree:7}{passed:8}")
     differing = [f"{case.task.id}/{case.variant}/{case.scope}" for case, mine, theirs in compared if mine != theirs]
-    print(json.dumps({"cases": len(compared), "agree": len(compared) - len(differing), "differing": differing}))
+    summary = {"release": package.release.version, "cases": len(compared), "agree": len(compared) - len(differing)}
+    print(json.dumps(summary | {"differing": differing}))
 
 
 if __name__ == "__main__":

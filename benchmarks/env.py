@@ -22,7 +22,7 @@ import numpy as np
 from envs.base import Environment
 from envs.bfcl import Bfcl
 from envs.bfcl.scoring import judge_turn
-from envs.bfcl.source import package_folder
+from envs.bfcl.source import open_package
 from envs.bfcl.tasks import BfclTask, Library, load_library
 from jaxgrpo.background import BlockingCalls
 from jaxgrpo.chat import Chat
@@ -92,8 +92,8 @@ async def play_in_threads(suite: Bfcl, tasks: Sequence[Task], threads: int) -> N
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """What the line of JSON says: milliseconds, microseconds and rates by name."""
-    suite = Bfcl(categories=tuple(args.categories), docs=args.docs, max_turns=args.turns)
-    loading, library = timed(load_library, package_folder())
+    suite = Bfcl(release=args.release, categories=tuple(args.categories), docs=args.docs, max_turns=args.turns)
+    loading, library = timed(load_library, open_package(args.release))
     chat = Chat(load_tokenizer(args.model))
     tasks = [*suite.tasks("train"), *suite.tasks("test")]
     payloads = [task.payload for task in tasks if isinstance(task.payload, BfclTask)]
@@ -106,6 +106,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "benchmark": "env",
         "model": args.model.name,
+        "release": args.release,
         "docs": args.docs,
         "user_turns": args.turns,
         "episodes": len(tasks),
@@ -143,6 +144,7 @@ def table(measured: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, default=TINY)
+    parser.add_argument("--release", default="v3", help="v3 or v4")
     parser.add_argument("--categories", nargs="+", default=["base"])
     parser.add_argument("--docs", default="full", help="full, without_response or signatures")
     parser.add_argument("--turns", type=int, default=1, help="user turns of each task that are played")

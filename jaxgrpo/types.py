@@ -31,13 +31,13 @@ class StopReason(enum.StrEnum):
     FAILED = "failed"  # the environment ended the episode: it cannot succeed any more
     TOKEN_LIMIT = "token_limit"  # the episode's completion tokens ran out (overlong)
     CONTEXT_LIMIT = "context_limit"  # the model's context ran out (overlong)
-    STEP_LIMIT = "step_limit"  # the policy's turns ran out (overlong)
+    STEP_LIMIT = "step_limit"  # the policy's turns ran out
     ENVIRONMENT_ERROR = "environment_error"  # the environment raised: no reward is known
 
     @property
     def overlong(self) -> bool:
-        """True when a limit, not the policy or the environment, ended the episode."""
-        return self in (StopReason.TOKEN_LIMIT, StopReason.CONTEXT_LIMIT, StopReason.STEP_LIMIT)
+        """True when the episode ran out of tokens."""
+        return self in (StopReason.TOKEN_LIMIT, StopReason.CONTEXT_LIMIT)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,13 +6,13 @@ from envs.bfcl import Bfcl
 from envs.bfcl.env import BfclEnvironment
 from envs.bfcl.execution import Call, Session
 from envs.bfcl.simulators import create_instances
-from envs.bfcl.source import package_folder
+from envs.bfcl.source import open_package
 from envs.bfcl.tasks import Library, load_library
 from jaxgrpo.types import StopReason, Task
 
 
-def library() -> Library:
-    return load_library(package_folder())
+def library(release: str = "v3") -> Library:
+    return load_library(open_package(release))
 
 
 def all_tasks(suite: Bfcl) -> list[Task]:
@@ -40,9 +40,9 @@ def play(env, texts) -> StopReason | None:
     return None
 
 
-def session(owner: str, scenario: dict | None = None, long_context: bool = False) -> Session:
+def session(owner: str, scenario: dict | None = None, long_context: bool = False, release: str = "v3") -> Session:
     """A session on one simulator, from a scenario made up by a test."""
-    shared = library()
+    shared = library(release)
     instances = create_instances(shared.classes, [owner], json.dumps({owner: scenario or {}}), long_context)
     return Session(instances, list(shared.documents[owner]))
 

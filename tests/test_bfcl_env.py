@@ -13,11 +13,12 @@ SOLVED = tool(
 )
 
 
+@pytest.mark.parametrize("release", ["v3", "v4"])
 @pytest.mark.parametrize("protocol", ["tags", "native"])
 @pytest.mark.parametrize("max_turns", [1, 99])
 @pytest.mark.parametrize("reward", ["official", "call_match"])
-def test_the_demonstration_of_every_base_task_is_rewarded(protocol: str, max_turns: int, reward: str) -> None:
-    suite = Bfcl(protocol=protocol, max_turns=max_turns, reward=reward)
+def test_the_demonstration_of_every_base_task_is_rewarded(release: str, protocol: str, max_turns: int, reward: str) -> None:
+    suite = Bfcl(release=release, protocol=protocol, max_turns=max_turns, reward=reward)
     failed = []
     for each in all_tasks(suite):
         env = suite.create(each)
@@ -28,9 +29,10 @@ def test_the_demonstration_of_every_base_task_is_rewarded(protocol: str, max_tur
     assert failed == []
 
 
+@pytest.mark.parametrize("release", ["v3", "v4"])
 @pytest.mark.parametrize("category", ["miss_func", "miss_param", "long_context"])
-def test_the_demonstration_of_the_other_categories_is_rewarded(category: str) -> None:
-    suite = Bfcl(categories=(category,), max_turns=99)
+def test_the_demonstration_of_the_other_categories_is_rewarded(release: str, category: str) -> None:
+    suite = Bfcl(release=release, categories=(category,), max_turns=99)
     failed = []
     for each in all_tasks(suite):
         env = suite.create(each)
@@ -52,7 +54,7 @@ def test_the_opening_in_tags() -> None:
 
 
 def test_the_opening_in_the_native_form() -> None:
-    observation = environment("base_0", protocol="native", docs="signatures").observe()
+    observation = environment("base_0", release="v4", protocol="native", docs="signatures").observe()
     assert observation.stop_strings == ()
     names = [schema["function"]["name"] for schema in observation.tools]
     assert "mv" in names and "post_tweet" in names and "cp" not in names
@@ -146,13 +148,25 @@ def test_the_tenth_steps_calls_still_run() -> None:
     assert play(env, ["what?"] * 9) is None
     last = env.step(SOLVED)
     assert last.stop_reason is StopReason.STEP_LIMIT
-    assert last.stop_reason.overlong
+    assert not last.stop_reason.overlong
     assert [call.ok for call in last.calls] == [True, True, True]
     score = env.score()
     assert score.passed
     assert score.parts["finished"] == 0.0
     with pytest.raises(RuntimeError, match="is over"):
         env.step("<TASK_FINISHED>")
+
+
+def test_the_tenth_steps_calls_may_be_left_out_as_in_the_articles_code() -> None:
+    env = environment("base_0", run_last_step=False)
+    assert play(env, ["what?"] * 9) is None
+    last = env.step(SOLVED)
+    assert (last.stop_reason, last.calls) == (StopReason.STEP_LIMIT, ())
+    assert not env.score().passed
+    ended = environment("base_0", run_last_step=False)
+    play(ended, [SOLVED, *["what?"] * 8])
+    assert ended.step("<TASK_FINISHED>").stop_reason is StopReason.FINISHED
+    assert ended.score().passed
 
 
 def test_fewer_steps_may_be_allowed() -> None:

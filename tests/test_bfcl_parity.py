@@ -9,13 +9,13 @@ from benchmarks.bfcl_parity import SCOPES, VARIANTS, Case, cases, compare, offic
 from envs.bfcl import Bfcl
 from envs.bfcl.execution import Call
 from envs.bfcl.scoring import missing_items
-from envs.bfcl.source import package_folder
+from envs.bfcl.source import open_package
 from envs.bfcl.tasks import as_task
 from tests.bfcl_fixtures import library, tool
 
 
 def differing(listed: list[Case]) -> list[str]:
-    compared = compare(library(), package_folder(), listed)
+    compared = compare(library(), open_package(), listed)
     return [f"{case.task.id}/{case.variant}/{case.scope}: ours {ours}" for case, ours, theirs in compared if ours != theirs]
 
 
@@ -31,7 +31,7 @@ def test_perfect_runs_of_the_other_categories_pass_officially() -> None:
         for case in cases(library(), ("miss_func", "miss_param", "long_context"), ("perfect",), 200)
         if case.scope == "all_turns" and case.task.id.endswith("0")
     ]
-    compared = compare(library(), package_folder(), listed)
+    compared = compare(library(), open_package(), listed)
     assert len(compared) == 60
     assert all(ours and theirs for _, ours, theirs in compared)
 
@@ -47,7 +47,7 @@ def test_whole_episodes_get_the_official_verdicts() -> None:
             made = [[Call(call.name, json.loads(call.arguments)) for call in step] for step in steps]
             played.append(dataclasses.replace(case, turns=[made]))
             rewards.append(bool(env.score().reward))
-    verdicts = official(package_folder(), played)
+    verdicts = official(open_package(), played)
     assert rewards == verdicts
     assert 40 < sum(rewards) < len(rewards) - 40
 

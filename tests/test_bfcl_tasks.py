@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from envs.bfcl import Bfcl, docs
@@ -11,8 +12,9 @@ from envs.bfcl.execution import Call
 from tests.bfcl_fixtures import all_tasks, environment, library, task
 
 
-def test_the_articles_split() -> None:
-    suite = Bfcl()
+@pytest.mark.parametrize("release", ["v3", "v4"])
+def test_the_articles_split(release: str) -> None:
+    suite = Bfcl(release=release)
     test, train = [t.id for t in suite.tasks("test")], [t.id for t in suite.tasks("train")]
     assert test[:3] == ["multi_turn_base_184", "multi_turn_base_111", "multi_turn_base_125"]
     assert test[-2:] == ["multi_turn_base_122", "multi_turn_base_27"]
@@ -23,18 +25,33 @@ def test_the_articles_split() -> None:
         suite.tasks("dev")
 
 
-def test_measured_facts_of_the_base_category() -> None:
-    payloads = list(library().tasks["base"].values())
+@pytest.mark.parametrize(
+    ("release", "first_calls", "turns", "calls"),
+    [
+        ("v3", {1: 92, 2: 67, 3: 22, 4: 8, 5: 9, 6: 1, 7: 1}, 745, 1160),
+        ("v4", {1: 98, 2: 61, 3: 22, 4: 8, 5: 9, 6: 1, 7: 1}, 734, 1142),
+    ],
+)
+def test_measured_facts_of_the_base_category(release: str, first_calls: dict[int, int], turns: int, calls: int) -> None:
+    payloads = list(library(release).tasks["base"].values())
     firsts = [len(payload.turns[0].truth) for payload in payloads]
-    assert collections.Counter(firsts) == {1: 98, 2: 61, 3: 22, 4: 8, 5: 9, 6: 1, 7: 1}
+    assert collections.Counter(firsts) == first_calls
     assert collections.Counter(len(payload.involved) for payload in payloads) == {1: 65, 2: 135}
-    assert sum(len(payload.turns) for payload in payloads) == 734
-    assert sum(len(turn.truth) for payload in payloads for turn in payload.turns) == 1142
+    assert sum(len(payload.turns) for payload in payloads) == turns
+    assert sum(len(turn.truth) for payload in payloads for turn in payload.turns) == calls
 
 
+def test_the_releases_differ_in_46_first_queries_and_42_first_ground_truths() -> None:
+    pairs = [(old, library("v4").tasks["base"][name]) for name, old in library("v3").tasks["base"].items()]
+    assert sum(old.turns[0].query != new.turns[0].query for old, new in pairs) == 46
+    assert sum(old.turns[0].truth != new.turns[0].truth for old, new in pairs) == 42
+    assert sum(json.loads(old.initial_config) != json.loads(new.initial_config) for old, new in pairs) == 72
+
+
+@pytest.mark.parametrize("release", ["v3", "v4"])
 @pytest.mark.parametrize("category", ["base", "miss_func", "miss_param", "long_context"])
-def test_every_category_loads(category: str) -> None:
-    suite = Bfcl(categories=(category,))
+def test_every_category_loads(release: str, category: str) -> None:
+    suite = Bfcl(release=release, categories=(category,))
     assert suite.tasks("test")[0].id == f"multi_turn_{category}_184"
     assert len(all_tasks(suite)) == 200
 
@@ -55,19 +72,22 @@ def test_positional_ground_truth_gets_names_and_lists_stay_lists() -> None:
     assert type(lock.arguments["door"]) is list
 
 
-def test_excluded_tools_are_not_offered() -> None:
+@pytest.mark.parametrize(("release", "excluding"), [("v3", 0), ("v4", 18)])
+def test_excluded_tools_are_not_offered(release: str, excluding: int) -> None:
     without = [
         payload.id
-        for payload in library().tasks["base"].values()
+        for payload in library(release).tasks["base"].values()
         if "GorillaFileSystem" in payload.involved and not {"cp", "mv", "rm"} <= set(payload.tools)
     ]
-    assert len(without) == 18
-    assert "cp" not in task("base_0").payload.tools
-    assert '"cp"' not in environment("base_0").observe().messages[0].content
+    assert len(without) == excluding
+    offered = environment("base_0", release=release).observe().messages[0].content
+    assert ("cp" in task("base_0", Bfcl(release=release)).payload.tools) == (release == "v3")
+    assert ('"cp"' in offered) == (release == "v3")
 
 
-def test_no_ground_truth_needs_a_tool_that_is_not_offered_then() -> None:
-    for tasks in library().tasks.values():
+@pytest.mark.parametrize("release", ["v3", "v4"])
+def test_no_ground_truth_needs_a_tool_that_is_not_offered_then(release: str) -> None:
+    for tasks in library(release).tasks.values():
         for payload in tasks.values():
             offered = set(payload.tools)
             for turn in payload.turns:
@@ -100,9 +120,49 @@ def test_details_of_the_documents() -> None:
     full = json.loads(docs.describe([document], "full"))
     assert full == document
     assert sorted(json.loads(docs.describe([document], "without_response"))) == ["description", "name", "parameters"]
-    sizes = [len(environment("base_0", docs=detail).observe().messages[0].content) for detail in docs.DETAILS]
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[2] < 1500 < 8000 < sizes[1]
+    full, _, without, signatures = (len(environment("base_0", docs=d).observe().messages[0].content) for d in docs.DETAILS)
+    assert signatures < 1500 < 8000 < without < full
+
+
+def test_the_articles_wording_of_the_documents() -> None:
+    document = library().documents["MathAPI"]["add"]
+    worded = docs.describe([document], "article")
+    assert worded.startswith('{"name": "add", "description": "Add two numbers.", "parameters": {"type": "dict", ')
+    assert json.loads(worded) == {**document, "description": "Add two numbers."}
+    every = docs.describe([d for owned in library().documents.values() for d in owned.values()], "article")
+    assert every.count("\n") == 128 and "Tool description" not in every
+    native = docs.schema(document, "article")["function"]
+    assert native["description"] == "Add two numbers." and "response" in native
+
+
+def test_the_curriculum_plays_few_turns_first_in_the_articles_order() -> None:
+    suite = Bfcl(curriculum=True, max_turns=3)
+    tasks = suite.tasks("train")
+    turns = [len(each.payload.turns) for each in tasks]
+    assert turns == sorted(turns)
+    assert collections.Counter(turns) == {1: 100, 2: 98, 3: 79}
+    assert [each.id for each in tasks[:3]] == ["multi_turn_base_51:1", "multi_turn_base_140:1", "multi_turn_base_177:1"]
+    assert {each.payload.id for each in tasks} == {each.id for each in Bfcl().tasks("train")}
+    assert [each.id for each in suite.tasks("test")] == [each.id for each in Bfcl().tasks("test")]
+    env = suite.create(tasks[100])
+    assert [env.step(text).done for text in suite.demonstration(tasks[100])] == [False, False, False, True]
+    assert env.score().parts["turns_passed"] == 1.0
+    assert len(Bfcl(curriculum=True, max_turns=3, task_ids=("multi_turn_base_101",)).tasks("train")) == 3
+
+
+def test_the_curriculums_order_by_an_independent_sort() -> None:
+    """As a stable sort of (turns + noise) over the copies of all turns in the data's order, the longer ones left out afterwards."""
+    train = {each.id for each in Bfcl().tasks("train")}
+    rows = [
+        (payload.id, count)
+        for payload in library().tasks["base"].values()
+        if payload.id in train
+        for count in range(1, len(payload.turns) + 1)
+    ]
+    noise = np.random.RandomState(42).random(len(rows))
+    ordered = sorted(range(len(rows)), key=lambda i: rows[i][1] + noise[i] * 0.1)
+    expected = [f"{rows[i][0]}:{rows[i][1]}" for i in ordered if rows[i][1] <= 2]
+    assert [each.id for each in Bfcl(curriculum=True, max_turns=2).tasks("train")] == expected
 
 
 def test_schemas_speak_json_schema() -> None:
@@ -148,6 +208,7 @@ def test_training_on_fewer_tasks() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"release": "v5"}, "unknown release 'v5': did you mean 'v4'.*allowed: v3, v4"),
         ({"categories": ("bse",)}, "unknown category 'bse': did you mean 'base'"),
         ({"categories": "base"}, "must be a tuple"),
         ({"categories": ()}, "must be a tuple"),

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import mpmath
 import pytest
 
-from envs.bfcl import Bfcl, guards, scoring, simulators
+from envs.bfcl import Bfcl, guards, scoring
 from envs.bfcl.execution import Call, result_text
 from tests.bfcl_fixtures import all_tasks, environment, library, play, run, session, task, tool
 
@@ -225,15 +225,15 @@ def test_no_arguments_make_any_tool_raise_or_hang() -> None:
     assert time.perf_counter() - started < 30
 
 
-def test_today_is_fixed() -> None:
-    assert simulators.TODAY.date().isoformat() == "2026-03-23"
-    on = session("TravelAPI", {"user_first_name": "A", "user_last_name": "B"})
+@pytest.mark.parametrize(("release", "of_age", "a_day_younger"), [("v3", "2007-06-08", "2007-06-09"), ("v4", "2008-03-23", "2008-03-24")])
+def test_today_is_fixed(release: str, of_age: str, a_day_younger: str) -> None:
+    on = session("TravelAPI", {"user_first_name": "A", "user_last_name": "B"}, release=release)
     birthdays = {
         birthday: run(on, "verify_traveler_information", first_name="A", last_name="B", date_of_birth=birthday, passport_number="US1")
-        for birthday in ("2008-03-23", "2008-03-24")
+        for birthday in (of_age, a_day_younger)
     }
-    assert birthdays["2008-03-23"] == '{"verification_status": true}'
-    assert json.loads(birthdays["2008-03-24"])["verification_status"] is False
+    assert birthdays[of_age] == '{"verification_status": true}'
+    assert json.loads(birthdays[a_day_younger])["verification_status"] is False
 
 
 def test_long_context_tables_are_not_shared() -> None:
@@ -283,21 +283,23 @@ def test_many_threads_play_the_same_tasks() -> None:
     assert rewards == [1.0] * 240
 
 
-def test_no_ground_truth_call_fails() -> None:
-    for tasks in library().tasks.values():
+@pytest.mark.parametrize("release", ["v3", "v4"])
+def test_no_ground_truth_call_fails(release: str) -> None:
+    for tasks in library(release).tasks.values():
         for payload in tasks.values():
-            on = library().session(payload)
+            on = library(release).session(payload)
             assert all(on.run(call).ok for turn in payload.turns for call in turn.truth), payload.id
 
 
-def test_first_turns_that_leave_the_public_state_alone() -> None:
+@pytest.mark.parametrize(("release", "expected"), [("v3", 110), ("v4", 102)])
+def test_first_turns_that_leave_the_public_state_alone(release: str, expected: int) -> None:
     unchanged = 0
-    for payload in library().tasks["base"].values():
-        on = library().session(payload)
+    for payload in library(release).tasks["base"].values():
+        on = library(release).session(payload)
         for call in payload.turns[0].truth:
             on.run(call)
-        unchanged += not scoring.state_differences(on.instances, library().session(payload).instances)
-    assert unchanged == 102
+        unchanged += not scoring.state_differences(on.instances, library(release).session(payload).instances)
+    assert unchanged == expected
 
 
 def test_a_task_that_only_reads_is_told_by_its_response() -> None:

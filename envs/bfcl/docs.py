@@ -1,9 +1,14 @@
-"""How tools are described to the policy: whole documents, documents without their `response`, or one line a tool; or JSON schemas."""
+"""How tools are described to the policy: whole documents, documents without their `response`, or one line a tool; or JSON schemas.
+
+"article" is the whole document as the article's code words it: a description loses what the tools of its class repeat (all up to
+"Tool description: "), and JSON has spaces and escapes, as `json.dumps` writes it by default.
+"""
 
 import json
 from collections.abc import Sequence
 
-DETAILS = ("full", "without_response", "signatures")
+DETAILS = ("full", "article", "without_response", "signatures")
+_REPEATED = "Tool description: "
 
 _PYTHON_TYPES = {"string": "str", "integer": "int", "float": "float", "number": "float", "boolean": "bool", "array": "list", "dict": "dict"}
 _SCHEMA_TYPES = {"dict": "object", "float": "number", "tuple": "array"}
@@ -13,6 +18,8 @@ def describe(documents: Sequence[dict], detail: str) -> str:
     """The documents as text, one tool a line."""
     if detail == "signatures":
         return "\n".join(signature(document) for document in documents)
+    if detail == "article":
+        return "\n".join(json.dumps(_trimmed(document, detail)) for document in documents)
     # Compact separators: a sixth fewer tokens.
     return "\n".join(json.dumps(_trimmed(document, detail), ensure_ascii=False, separators=(",", ":")) for document in documents)
 
@@ -30,16 +37,19 @@ def signature(document: dict) -> str:
 
 def schema(document: dict, detail: str) -> dict:
     """The tool in the form that chat templates take: `{"type": "function", "function": {...}}` with JSON schema types."""
+    document = _trimmed(document, detail)
     function = {"name": document["name"]}
     if detail != "signatures":
         function["description"] = document["description"]
     function["parameters"] = _json_schema(document["parameters"], descriptions=detail != "signatures")
-    if detail == "full":
+    if detail in ("full", "article"):
         function["response"] = _json_schema(document["response"], descriptions=True)
     return {"type": "function", "function": function}
 
 
 def _trimmed(document: dict, detail: str) -> dict:
+    if detail == "article":
+        return {**document, "description": document["description"].rpartition(_REPEATED)[2]}
     return {key: value for key, value in document.items() if key != "response"} if detail == "without_response" else document
 
 

@@ -23,6 +23,7 @@ class EpisodeOptions:
     examples: int
     max_turns: int
     max_steps_per_turn: int
+    run_last_step: bool
     reward: str
     result_limit: int
 
@@ -64,15 +65,22 @@ class BfclEnvironment:
             return self._end_turn(parsed)
         if parsed.fault:
             return self._answer(self._options.protocol.fault(parsed.fault), ())
+        if self._is_last_step and not self._options.run_last_step:
+            self._over = True
+            return StepResult(stop_reason=StopReason.STEP_LIMIT)
         calls = self._run(parsed.requests)
         return self._answer(self._options.protocol.results(calls, len(parsed.requests) - len(calls)), calls)
 
     def _answer(self, observation: Observation, calls: tuple[ToolCall, ...]) -> StepResult:
-        """Go on, or stop where the turn's steps are used up; the last step's calls have run all the same."""
-        if self._policy_turns >= self._options.max_steps_per_turn:
+        """Go on, or stop where the turn's steps are used up."""
+        if self._is_last_step:
             self._over = True
             return StepResult(stop_reason=StopReason.STEP_LIMIT, calls=calls)
         return StepResult(observation=observation, calls=calls)
+
+    @property
+    def _is_last_step(self) -> bool:
+        return self._policy_turns >= self._options.max_steps_per_turn
 
     def _run(self, requests: Sequence[ToolRequest]) -> tuple[ToolCall, ...]:
         """Run a list of calls up to the first that fails; what ran before it stands."""

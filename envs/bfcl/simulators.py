@@ -23,6 +23,8 @@ from typing import Any
 
 import mpmath
 
+from envs.bfcl.source import RELEASES, Package, SourceError
+
 MODULES = {
     "GorillaFileSystem": "gorilla_file_system",
     "MathAPI": "math_api",
@@ -35,34 +37,46 @@ MODULES = {
 }
 DOCS = {name: f"{module}.json" for name, module in MODULES.items()}
 STATELESS = ("MathAPI",)  # has no scenario to load
-TODAY = datetime.datetime(2026, 3, 23)
 
 _ORIGINAL_PREFIX = "bfcl_eval.eval_checker.multi_turn_eval.func_source_code"
 _LOADING = threading.Lock()
 
 
-class _FixedToday(datetime.datetime):
-    """`datetime` whose today is the package's release day."""
+def _datetime_on(day: datetime.date) -> type[datetime.datetime]:
+    """`datetime` whose today is always this day."""
 
-    @classmethod
-    def today(cls) -> "_FixedToday":
-        return cls(TODAY.year, TODAY.month, TODAY.day)
+    class FixedToday(datetime.datetime):
+        @classmethod
+        def today(cls) -> "FixedToday":
+            return cls(day.year, day.month, day.day)
+
+    return FixedToday
 
 
-def load_classes(package: Path) -> Mapping[str, type]:
-    """The simulator classes by their names in the data; loaded once a package folder."""
+def load_classes(package: Package) -> Mapping[str, type]:
+    """The simulator classes by their names in the data; loaded once a package. Raises SourceError when one is not as expected."""
     with _LOADING:
         return _load_classes(package)
 
 
 @functools.cache
-def _load_classes(package: Path) -> Mapping[str, type]:
-    folder = package / "eval_checker" / "multi_turn_eval" / "func_source_code"
+def _load_classes(package: Package) -> Mapping[str, type]:
+    try:
+        return _load_all(package)
+    except (OSError, ImportError, SyntaxError, AttributeError) as error:
+        raise SourceError(
+            f"the simulators in {package.folder} are not understood ({type(error).__name__}: {error}); "
+            f"known releases: {', '.join(r.version for r in RELEASES.values())}"
+        ) from error
+
+
+def _load_all(package: Package) -> Mapping[str, type]:
+    folder = package.folder / "eval_checker" / "multi_turn_eval" / "func_source_code"
     siblings = {f"{_ORIGINAL_PREFIX}.long_context": _load_module("long_context", folder, {})}
     loaded = {name: _load_module(module, folder, siblings) for name, module in MODULES.items()}
     context = mpmath.MPContext()
     loaded["MathAPI"].__dict__["mpmath"] = types.SimpleNamespace(mp=context, log=context.log)
-    loaded["TravelAPI"].__dict__["datetime"] = _FixedToday
+    loaded["TravelAPI"].__dict__["datetime"] = _datetime_on(package.release.published)
     return types.MappingProxyType({name: getattr(module, name) for name, module in loaded.items()})
 
 

@@ -9,8 +9,8 @@ from envs.bfcl.docs import DETAILS
 from envs.bfcl.env import BfclEnvironment, EpisodeOptions
 from envs.bfcl.protocols import EXAMPLES, PROTOCOLS
 from envs.bfcl.simulators import MODULES
-from envs.bfcl.source import package_folder
-from envs.bfcl.tasks import CATEGORIES, BfclTask, Library, as_task, load_library, split_ids
+from envs.bfcl.source import RELEASES, open_package
+from envs.bfcl.tasks import CATEGORIES, BfclTask, Library, as_task, curriculum, load_library, split_ids
 from jaxgrpo.types import Task
 
 REWARDS = ("official", "call_match")
@@ -20,12 +20,17 @@ REWARDS = ("official", "call_match")
 class Bfcl:
     """BFCL's multi-turn tasks, split as in the article: 100 a category to train on, the other 100 to test.
 
+    release              "v3" (what the article trained on) or "v4" (what today's leaderboard plays)
     categories           any of base, miss_func, miss_param, long_context
     protocol             "tags" (plain text) or "native" (the chat template's tool calls)
-    docs                 "full", "without_response", or "signatures" (one short line a tool)
+    docs                 "full", "article" (full, as the article's code words it), "without_response", or "signatures" (one short
+                         line a tool)
     examples             worked protocol examples with made-up tools before the task, 0 to 3
     max_turns            user turns of each task that are played; 1 is the first query only
-    max_steps_per_turn   policy turns in a user turn; the last one's calls still run, then the episode ends with STEP_LIMIT
+    curriculum           train on a copy of each task for every number of user turns up to max_turns, in the order of the article's
+                         code: few turns first
+    max_steps_per_turn   policy turns in a user turn; then the episode ends with STEP_LIMIT
+    run_last_step        whether the calls of the last of these run; the article's code leaves them out
     reward               "official" (state and response of each turn) or "call_match" (the article's rubric)
     result_limit         characters of one tool result that the policy is shown, 0 for all; the check always sees all
     task_ids             train on these alone (they must be of the train split), in the split's order
@@ -35,12 +40,15 @@ class Bfcl:
     folder               an unpacked bfcl_eval to use instead of the fetched one
     """
 
+    release: str = "v3"
     categories: tuple[str, ...] = ("base",)
     protocol: str = "tags"
     docs: str = "full"
     examples: int = 0
     max_turns: int = 1
+    curriculum: bool = False
     max_steps_per_turn: int = 10
+    run_last_step: bool = True
     reward: str = "official"
     result_limit: int = 0
     task_ids: tuple[str, ...] = ()
@@ -50,6 +58,7 @@ class Bfcl:
     folder: str | None = None
 
     def __post_init__(self) -> None:
+        _require("release", self.release, RELEASES)
         if isinstance(self.categories, str) or not self.categories:
             raise ValueError(f'categories must be a tuple such as ("base",), got {self.categories!r}')
         for category in self.categories:
@@ -82,9 +91,10 @@ class Bfcl:
         if split != "train":
             return tasks
         if self.task_ids:
+            ids = {_payload(task).id for task in tasks}
             for wanted in self.task_ids:
-                _require("task id of the train split", wanted, [task.id for task in tasks])
-            tasks = [task for task in tasks if task.id in self.task_ids]
+                _require("task id of the train split", wanted, ids)
+            tasks = [task for task in tasks if _payload(task).id in self.task_ids]
         if self.classes:
             tasks = [task for task in tasks if set(task.labels) <= set(self.classes)]
         if self.max_calls:
@@ -111,10 +121,14 @@ class Bfcl:
 
     def _category_split(self, category: str, split: str) -> list[Task]:
         tasks = self._library().tasks[category]
-        return [as_task(tasks[task_id]) for task_id in split_ids(list(tasks), split)]
+        ids = split_ids(list(tasks), split)
+        if not self.curriculum or split != "train":
+            return [as_task(tasks[task_id]) for task_id in ids]
+        copies = curriculum([task for task in tasks.values() if task.id in ids], self.max_turns)
+        return [as_task(copy, f"{copy.id}:{len(copy.turns)}") for copy in copies]
 
     def _library(self) -> Library:
-        return load_library(package_folder(self.folder))
+        return load_library(open_package(self.release, self.folder))
 
     def _options(self) -> EpisodeOptions:
         return EpisodeOptions(
@@ -123,6 +137,7 @@ class Bfcl:
             examples=self.examples,
             max_turns=self.max_turns,
             max_steps_per_turn=self.max_steps_per_turn,
+            run_last_step=self.run_last_step,
             reward=self.reward,
             result_limit=self.result_limit,
         )

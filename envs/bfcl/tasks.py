@@ -1,6 +1,6 @@
-"""BFCL's multi-turn tasks as records, and the article's split.
+"""BFCL's multi-turn tasks as records, the article's split, and its curriculum.
 
-Data: JSON lines in the package, `data/BFCL_v4_multi_turn_<category>.json`, with the ground truth under `possible_answer/`.
+Data: JSON lines in the package, `data/BFCL_<release>_multi_turn_<category>.json`, with the ground truth under `possible_answer/`.
 """
 
 import dataclasses
@@ -15,11 +15,14 @@ import numpy as np
 
 from envs.bfcl import simulators
 from envs.bfcl.execution import Call, Session, parse_call
+from envs.bfcl.source import RELEASES, Package, SourceError
 from jaxgrpo.types import Task
 
 CATEGORIES = ("base", "miss_func", "miss_param", "long_context")
 SPLIT_SEED = 42
 SPLIT_SIZE = 100
+CATEGORY_SIZE = 200
+CURRICULUM_SEED = 42
 
 _LOADING = threading.Lock()
 
@@ -67,21 +70,27 @@ class Library:
         return Session(instances, [name for owner in task.involved for name in self.documents[owner]])
 
 
-def load_library(package: Path) -> Library:
-    """Read the package's data; once a folder."""
+def load_library(package: Package) -> Library:
+    """Read the package's data; once a package. Raises SourceError when they are not as expected."""
     with _LOADING:
         return _load_library(package)
 
 
 @functools.cache
-def _load_library(package: Path) -> Library:
+def _load_library(package: Package) -> Library:
     classes = simulators.load_classes(package)
-    documents = {
-        owner: {doc["name"]: doc for doc in _read_lines(package / "data" / "multi_turn_func_doc" / file)}
-        for owner, file in simulators.DOCS.items()
-    }
-    signatures = {name: inspect.signature(getattr(classes[owner], name)) for owner, docs in documents.items() for name in docs}
-    tasks = {category: _read_category(package, category, documents, signatures) for category in CATEGORIES}
+    try:
+        documents = {
+            owner: {doc["name"]: doc for doc in _read_lines(package.folder / "data" / "multi_turn_func_doc" / file)}
+            for owner, file in simulators.DOCS.items()
+        }
+        signatures = {name: inspect.signature(getattr(classes[owner], name)) for owner, docs in documents.items() for name in docs}
+        tasks = {category: _read_category(package, category, documents, signatures) for category in CATEGORIES}
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, SyntaxError) as error:
+        raise SourceError(
+            f"the data in {package.folder} are not understood as those of BFCL {package.release.name} "
+            f"({type(error).__name__}: {error}); known releases: {', '.join(r.version for r in RELEASES.values())}"
+        ) from error
     return Library(classes, documents, tasks)
 
 
@@ -90,14 +99,16 @@ def _read_lines(path: Path) -> list[dict]:
 
 
 def _read_category(
-    package: Path, category: str, documents: Mapping[str, Mapping[str, dict]], signatures: Mapping[str, inspect.Signature]
+    package: Package, category: str, documents: Mapping[str, Mapping[str, dict]], signatures: Mapping[str, inspect.Signature]
 ) -> dict[str, BfclTask]:
-    name = f"BFCL_v4_multi_turn_{category}.json"
-    truths = {row["id"]: row["ground_truth"] for row in _read_lines(package / "data" / "possible_answer" / name)}
+    name = package.release.data_file(category)
+    truths = {row["id"]: row["ground_truth"] for row in _read_lines(package.folder / "data" / "possible_answer" / name)}
     tasks = {}
-    for row in _read_lines(package / "data" / name):
+    for row in _read_lines(package.folder / "data" / name):
         truth = [tuple(parse_call(text, signatures) for text in turn) for turn in truths[row["id"]]]
         tasks[row["id"]] = _task(row, category, truth, documents)
+    if len(tasks) != CATEGORY_SIZE:
+        raise ValueError(f"{name} holds {len(tasks)} tasks, not {CATEGORY_SIZE}")
     return tasks
 
 
@@ -141,6 +152,19 @@ def split_ids(ids: Sequence[str], split: str) -> list[str]:
     raise ValueError(f"no split {split!r}: a split is 'train' or 'test'")
 
 
-def as_task(task: BfclTask) -> Task:
-    """The record that crosses rooms; its labels are the API classes involved."""
-    return Task(task.id, labels=task.involved, payload=task)
+def curriculum(tasks: Sequence[BfclTask], max_turns: int) -> list[BfclTask]:
+    """A copy of each task for every number of user turns from 1 to its own, at most `max_turns`: those of few turns first, shuffled
+    within a number of turns, in the order of the article's code. `tasks` are one split's, in the order of the data file.
+
+    The article's code sorts by turns + u, u uniform in [0, 0.1) from RandomState(42), before it leaves out the longer ones.
+    """
+    copies = [dataclasses.replace(task, turns=task.turns[:count]) for task in tasks for count in range(1, len(task.turns) + 1)]
+    noise = np.random.RandomState(CURRICULUM_SEED).random_sample(len(copies)) * 0.1
+    keys = [len(copy.turns) + shift for copy, shift in zip(copies, noise, strict=True)]
+    ordered = [copies[index] for index in np.argsort(keys, kind="stable")]
+    return [copy for copy in ordered if len(copy.turns) <= max_turns]
+
+
+def as_task(task: BfclTask, name: str | None = None) -> Task:
+    """The record that crosses rooms, under its id or another name; its labels are the API classes involved."""
+    return Task(name or task.id, labels=task.involved, payload=task)
