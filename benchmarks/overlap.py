@@ -103,7 +103,7 @@ def configured(args: argparse.Namespace, staleness: int, batches: int) -> Config
         config,
         loss=dataclasses.replace(config.loss, tis_cap=2.0),
         packing=dataclasses.replace(
-            config.packing, mask_overlong=False, prompt_multiple=r.max_prompt_tokens, completion_multiple=r.max_completion_tokens
+            config.packing, masked_stop_reasons=(), prompt_multiple=r.max_prompt_tokens, completion_multiple=r.max_completion_tokens
         ),
         training=dataclasses.replace(t, steps=batches * t.iterations, max_staleness=staleness),
         evaluation=EvaluationSettings(before=False, after=False),

@@ -8,10 +8,10 @@ Result     not measured
 import dataclasses
 
 from configs.h200x4 import get_config as article
-from envs.bfcl import Bfcl
 from jaxgrpo.config import Config
 
 
 def get_config() -> Config:
-    environment = Bfcl(protocol="native", docs="without_response", result_limit=4000)
-    return dataclasses.replace(article(), name="native_tools", environment=environment)
+    config = article()
+    environment = dataclasses.replace(config.environment, protocol="native", docs="without_response", result_limit=4000)
+    return dataclasses.replace(config, name="native_tools", environment=environment)

@@ -38,7 +38,8 @@ class ModelSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSettings:
-    """Episodes. A batch holds `tasks_per_step` tasks and `group_size` episodes of each, sampled at `temperature`. `max_completion_tokens`
+    """Episodes. A batch holds `tasks_per_step` tasks and `group_size` episodes of each, sampled at `temperature`. `task_order` "shuffled"
+    draws a fresh order of the tasks for each epoch, "as_given" keeps the environment's (for a curriculum). `max_completion_tokens`
     counts everything after the prompt in an episode, tool results included; `max_turns` counts the policy's turns. `max_in_flight` episodes
     are played at once; their environments run in `environment_threads` threads, and a call into one may take `environment_deadline`
     seconds. An episode whose environment fails is played again in a fresh one up to `max_retries` times; then its whole group is
@@ -46,6 +47,7 @@ class RolloutSettings:
 
     group_size: int = 8
     tasks_per_step: int = 12
+    task_order: str = "shuffled"
     max_prompt_tokens: int = 8192
     max_completion_tokens: int = 2048
     max_turns: int = 10

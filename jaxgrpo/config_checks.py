@@ -11,6 +11,7 @@ from jaxgrpo.model import REMAT
 from jaxgrpo.overrides import leaves
 from jaxgrpo.packing import AGGREGATIONS
 from jaxgrpo.samplers.cache import pages_for
+from jaxgrpo.types import StopReason
 
 if TYPE_CHECKING:
     from jaxgrpo.config import Config
@@ -19,6 +20,8 @@ SAMPLERS = ("native", "vllm")
 ATTENTION = ("auto", "xla", "cudnn")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 SPLITS = ("train", "test")
+TASK_ORDERS = ("shuffled", "as_given")
+MASKABLE = tuple(reason.value for reason in StopReason if reason is not StopReason.ENVIRONMENT_ERROR)
 
 _AT_LEAST = {
     "seed": 0, "rollout.group_size": 2, "rollout.tasks_per_step": 1, "rollout.max_prompt_tokens": 1, "rollout.max_completion_tokens": 1,
@@ -76,6 +79,8 @@ def _check_choices(config: "Config") -> list[str]:
         ("packing.aggregation", config.packing.aggregation, AGGREGATIONS),
         ("lora.export", config.lora.export, lora.EXPORTS),
         *[("lora.targets", target, tuple(lora.TARGETS)) for target in config.lora.targets],
+        *[("packing.masked_stop_reasons", reason, MASKABLE) for reason in config.packing.masked_stop_reasons],
+        ("rollout.task_order", config.rollout.task_order, TASK_ORDERS),
         *[("evaluation.splits", split, SPLITS) for split in config.evaluation.splits],
     ]
     problems = []

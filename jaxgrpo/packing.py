@@ -1,12 +1,12 @@
 """Scored groups -> GroupBatches: bucketed shapes, loss masks, loss weights. Pure NumPy."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from jaxgrpo.advantages import group_advantages
-from jaxgrpo.types import Group, GroupBatch
+from jaxgrpo.types import Group, GroupBatch, StopReason
 
 AGGREGATIONS = ("token", "sequence", "constant")
 
@@ -15,8 +15,8 @@ AGGREGATIONS = ("token", "sequence", "constant")
 class PackingSettings:
     """How groups become arrays.
 
-    `advantage_normalization` "std" divides a group's centred rewards by their standard deviation, "none" leaves them. `mask_overlong` takes
-    the loss from episodes that were cut for want of room.
+    `advantage_normalization` "std" divides a group's centred rewards by their standard deviation, "none" leaves them. Episodes that ended
+    for one of `masked_stop_reasons` (values of StopReason) carry no loss: by default those that ran out of tokens, which are overlong.
     `aggregation` "token" divides by all tokens with loss in the batch (DAPO, arXiv:2503.14476), "sequence" by the row's tokens and the rows
     with loss (GRPO, arXiv:2402.03300), "constant" by rows times `max_completion_tokens` (Dr. GRPO, arXiv:2503.20783).
     Lengths are rounded up to a multiple of `prompt_multiple` or `completion_multiple`, doubled as lengths grow (1, 2, 3, 4, 6, 8, 12, 16,
@@ -25,7 +25,7 @@ class PackingSettings:
 
     advantage_normalization: str = "std"
     aggregation: str = "token"
-    mask_overlong: bool = True
+    masked_stop_reasons: tuple[str, ...] = (StopReason.TOKEN_LIMIT.value, StopReason.CONTEXT_LIMIT.value)
     prompt_multiple: int = 256
     completion_multiple: int = 64
 
@@ -42,9 +42,9 @@ def bucket(length: int, multiple: int) -> int:
     return size
 
 
-def loss_masks(groups: Sequence[Group], mask_overlong: bool) -> list[np.ndarray]:
-    """For each row of each group: true where a token carries loss. The policy's own do, unless the row is overlong and those are masked."""
-    return [t.sampled_C & (not (mask_overlong and t.overlong)) for group in groups for t in group.trajectories]
+def loss_masks(groups: Sequence[Group], masked_stop_reasons: Collection[str]) -> list[np.ndarray]:
+    """For each row of each group: true where a token carries loss. The policy's own do, unless the episode ended for a masked reason."""
+    return [t.sampled_C & (t.stop_reason not in masked_stop_reasons) for group in groups for t in group.trajectories]
 
 
 def loss_weights(masks: Sequence[np.ndarray], aggregation: str, max_completion_tokens: int) -> list[np.ndarray]:
@@ -75,7 +75,7 @@ def pack(groups: Sequence[Group], micro_batch_groups: int, max_completion_tokens
         raise ValueError(f"groups must have one size and be at least one, got sizes {sorted(sizes)}")
     g = sizes.pop()
     advantages_NG = group_advantages(np.stack([group.rewards_G for group in groups]), settings.advantage_normalization)
-    weights = loss_weights(loss_masks(groups, settings.mask_overlong), settings.aggregation, max_completion_tokens)
+    weights = loss_weights(loss_masks(groups, settings.masked_stop_reasons), settings.aggregation, max_completion_tokens)
     rows = [weights[n * g : (n + 1) * g] for n in range(len(groups))]
     order = sorted(range(len(groups)), key=lambda n: (_padded_shape([groups[n]], settings), n))
     chunks = [order[i : i + micro_batch_groups] for i in range(0, len(order), micro_batch_groups)]

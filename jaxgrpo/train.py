@@ -65,11 +65,12 @@ def batches_per_epoch(tasks: int, tasks_per_step: int) -> int:
     return tasks // tasks_per_step
 
 
-def task_batch(tasks: Sequence[Task], tasks_per_step: int, seed: int, index: int) -> list[Task]:
-    """The tasks of batch `index`: every epoch is a fresh shuffle, cut into whole batches. A pure function, so that a run can resume."""
+def task_batch(tasks: Sequence[Task], tasks_per_step: int, seed: int, index: int, shuffle: bool = True) -> list[Task]:
+    """The tasks of batch `index`: every epoch is a fresh shuffle, or the tasks as given, cut into whole batches. A pure function, so that
+    a run can resume."""
     per_epoch = batches_per_epoch(len(tasks), tasks_per_step)
     epoch, position = divmod(index, per_epoch)
-    order = np.random.default_rng([seed, epoch]).permutation(len(tasks))
+    order = np.random.default_rng([seed, epoch]).permutation(len(tasks)) if shuffle else range(len(tasks))
     return [tasks[i] for i in order[position * tasks_per_step : (position + 1) * tasks_per_step]]
 
 
@@ -129,7 +130,7 @@ class Training(Learner):
     async def rollout_of(self, batch: int) -> RolloutResult:
         """The rollout of any batch: a function of its number, whenever it is played."""
         r, seed = self.config.rollout, self.config.seed
-        tasks = task_batch(self.tasks, r.tasks_per_step, seed, batch)
+        tasks = task_batch(self.tasks, r.tasks_per_step, seed, batch, r.task_order == "shuffled")
 
         def progress(done: int, total: int) -> None:
             if batch == self.batch:  # those ahead are not what is waited for

@@ -11,6 +11,7 @@ from jaxgrpo.types import GroupBatch, StopReason
 from tests.episodes import episode, group, random_groups
 
 SMALL = PackingSettings(prompt_multiple=4, completion_multiple=4)
+OVERLONG = ("token_limit", "context_limit")
 
 # A golden group of two multi-turn episodes: s the policy's tokens, e the environment's.
 #                                       s  s  s  e   e   e   s  s
@@ -44,21 +45,29 @@ def by_task(batches: list[GroupBatch], groups: list) -> list[tuple]:
 
 
 def test_the_golden_loss_masks() -> None:
-    first, second = loss_masks([group(GOLDEN_FIRST, GOLDEN_SECOND)], mask_overlong=True)
+    first, second = loss_masks([group(GOLDEN_FIRST, GOLDEN_SECOND)], OVERLONG)
     assert first.tolist() == [True, True, True, False, False, False, True, True]
     assert second.tolist() == [True, True, False, False, True]
 
 
-@pytest.mark.parametrize("reason", [StopReason.TOKEN_LIMIT, StopReason.CONTEXT_LIMIT, StopReason.STEP_LIMIT])
+@pytest.mark.parametrize("reason", [StopReason.TOKEN_LIMIT, StopReason.CONTEXT_LIMIT])
 def test_an_overlong_row_loses_its_whole_mask(reason: StopReason) -> None:
     overlong = dataclasses.replace(GOLDEN_SECOND, stop_reason=reason)
-    first, second = loss_masks([group(GOLDEN_FIRST, overlong)], mask_overlong=True)
+    first, second = loss_masks([group(GOLDEN_FIRST, overlong)], OVERLONG)
     assert first.tolist() == [True, True, True, False, False, False, True, True]
     assert second.tolist() == [False, False, False, False, False]
 
 
+def test_a_row_that_ran_out_of_steps_keeps_its_mask_unless_that_is_asked_for() -> None:
+    steps = dataclasses.replace(GOLDEN_SECOND, stop_reason=StopReason.STEP_LIMIT)
+    _, second = loss_masks([group(GOLDEN_FIRST, steps)], OVERLONG)
+    assert second.tolist() == [True, True, False, False, True]
+    _, second = loss_masks([group(GOLDEN_FIRST, steps)], ("step_limit",))
+    assert second.tolist() == [False, False, False, False, False]
+
+
 def test_overlong_rows_keep_their_mask_when_they_are_not_masked() -> None:
-    _, second = loss_masks([group(GOLDEN_FIRST, GOLDEN_OVERLONG)], mask_overlong=False)
+    _, second = loss_masks([group(GOLDEN_FIRST, GOLDEN_OVERLONG)], ())
     assert second.tolist() == [True, True, False, False, True]
 
 
@@ -134,7 +143,7 @@ def test_the_tokens_of_a_whole_batch_weigh_one_over_all_micro_batches() -> None:
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
 def test_a_group_masked_whole_carries_no_loss(aggregation: str) -> None:
     settings = dataclasses.replace(SMALL, aggregation=aggregation)
-    overlong = dataclasses.replace(GOLDEN_FIRST, stop_reason=StopReason.STEP_LIMIT)
+    overlong = dataclasses.replace(GOLDEN_FIRST, stop_reason=StopReason.CONTEXT_LIMIT)
     other = group(episode([9], [1], [1], 0.0), episode([9], [2], [1], 1.0))
     weights = [w for w, _ in by_task(pack([group(overlong, GOLDEN_OVERLONG), other], 1, 8, settings), [group(overlong, GOLDEN_OVERLONG)])]
     assert [float(w.sum()) for row in weights for w in row] == [0.0, 0.0]

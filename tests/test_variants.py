@@ -93,7 +93,7 @@ def test_the_articles_recipe():
     expected = {
         "training.iterations": 2, "training.reference_every": 100, "loss.clip_low": 0.2, "loss.clip_high": 0.2, "loss.kl_beta": 0.001,
         "optimizer.learning_rate": 1e-6, "optimizer.warmup_steps": 20, "optimizer.b1": 0.9, "optimizer.b2": 0.99,
-        "optimizer.max_grad_norm": 0.2, "packing.advantage_normalization": "std", "packing.mask_overlong": True,
+        "optimizer.max_grad_norm": 0.2, "packing.advantage_normalization": "std", "packing.masked_stop_reasons": ("token_limit", "context_limit"),
         "rollout.max_completion_tokens": 2048, "rollout.max_turns": 10, "rollout.temperature": 1.0,
     }  # fmt: skip
     assert {key: recipe[key] for key in expected} == expected

@@ -1,7 +1,7 @@
-"""The article's run without a KL term, in the later fashion: no reference policy, DAPO's wider upper clip (arXiv:2503.14476), a mean over
+"""The article's run in the later fashion: no KL term, DAPO's wider upper clip (arXiv:2503.14476), a mean over
 rows, and the mismatch between sampler and trainer corrected by truncated importance sampling.
 
-Command    python -m jaxgrpo.train --config configs/no_kl.py
+Command    python -m jaxgrpo.train --config configs/dapo_style.py
 Hardware   as h200x4.py
 Result     not measured
 """
@@ -18,8 +18,8 @@ def get_config() -> Config:
     config = article()
     return dataclasses.replace(
         config,
-        name="no_kl",
+        name="dapo_style",
         loss=LossSettings(clip_high=0.28, kl_beta=0.0, tis_cap=2.0),
-        packing=PackingSettings(aggregation="sequence", mask_overlong=False),
+        packing=PackingSettings(aggregation="sequence", masked_stop_reasons=()),
         training=dataclasses.replace(config.training, reference_every=None),
     )

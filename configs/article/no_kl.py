@@ -1,8 +1,8 @@
-"""The article's run with a KL term of beta 0.04 against the initial policy, which is never replaced.
+"""The article's run without a KL term, and so without a reference policy.
 
-Command    python -m jaxgrpo.train --config configs/kl_0_04_fixed_reference.py
-Hardware   as h200x4.py
-Result     not measured
+Command    python -m jaxgrpo.train --config configs/article/no_kl.py
+Hardware   as configs/h200x4.py
+Result     not measured here
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ def get_config() -> Config:
     config = article()
     return dataclasses.replace(
         config,
-        name="kl_0_04_fixed_reference",
-        loss=LossSettings(kl_beta=0.04),
+        name="article_no_kl",
+        loss=LossSettings(kl_beta=0.0),
         training=dataclasses.replace(config.training, reference_every=None),
     )

@@ -1,0 +1,18 @@
+"""The article's run with Dr. GRPO's loss (arXiv:2503.20783): advantages are not divided by the group's
+standard deviation, and the denominator is the constant rows x max_completion_tokens.
+
+Command    python -m jaxgrpo.train --config configs/article/dr_grpo.py
+Hardware   as configs/h200x4.py
+Result     not measured here
+"""
+
+import dataclasses
+
+from configs.h200x4 import get_config as article
+from jaxgrpo.config import Config
+from jaxgrpo.packing import PackingSettings
+
+
+def get_config() -> Config:
+    packing = PackingSettings(advantage_normalization="none", aggregation="constant")
+    return dataclasses.replace(article(), name="article_dr_grpo", packing=packing)
