@@ -120,6 +120,11 @@ def test_every_epoch_is_a_fresh_shuffle_into_whole_batches():
         task_batch(tasks, 8, 5, 0)
 
 
+def test_tasks_in_the_given_order_are_the_same_in_every_epoch() -> None:
+    tasks = [Task(str(i)) for i in range(7)]
+    assert [[t.id for t in task_batch(tasks, 3, 5, i, shuffle=False)] for i in range(3)] == [["0", "1", "2"], ["3", "4", "5"], ["0", "1", "2"]]
+
+
 def test_passed_a_multiple():
     assert [passed(4, step, 3) for step in (3, 6, 9, 12, 15)] == [False, True, True, True, False]
     assert passed(2, 7, 3) and not passed(None, 4, 2)

@@ -11,8 +11,11 @@ from jaxgrpo.overrides import leaves
 from jaxgrpo.train import main
 from tests.training import make_model
 
-CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py") if path.stem != "__init__")
-ARTICLE = ("dr_grpo", "no_kl", "kl_0_04_fixed_reference", "native_tools", "article_rubric", "all_turns", "h200x4_async", "lora")
+CONFIGS = sorted(
+    path.relative_to("configs").with_suffix("").as_posix() for path in Path("configs").rglob("*.py") if path.stem != "__init__"
+)
+TREATMENTS = [name for name in CONFIGS if name.startswith("article/")]
+VARIANTS = ("h200x4", "dapo_style", "native_tools", "h200x4_async", "lora", *TREATMENTS)
 IDENTITY = {"name", "model.source", "model.revision"}
 
 
@@ -21,28 +24,32 @@ def settings(name: str) -> dict:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_it_loads_and_its_docstring_gives_its_command(name):
+def test_it_loads_and_its_docstring_gives_its_command(name: str) -> None:
     config = load_config(f"configs/{name}.py")
-    assert config.name == name
+    assert config.name == name.replace("/", "_")
     assert f"--config configs/{name}.py" in Path(f"configs/{name}.py").read_text()
 
 
 @pytest.mark.parametrize(
     ("name", "differences"),
     [
-        ("dr_grpo", {"packing.advantage_normalization": "none", "packing.aggregation": "constant"}),
+        ("article/final", {}),
+        ("article/dr_grpo", {"packing.advantage_normalization": "none", "packing.aggregation": "constant"}),
         (
-            "no_kl",
+            "dapo_style",
             {
                 "loss.clip_high": 0.28,
                 "loss.kl_beta": 0.0,
                 "loss.tis_cap": 2.0,
                 "packing.aggregation": "sequence",
-                "packing.mask_overlong": False,
+                "packing.masked_stop_reasons": (),
                 "training.reference_every": None,
             },
         ),
-        ("kl_0_04_fixed_reference", {"loss.kl_beta": 0.04, "training.reference_every": None}),
+        ("article/no_kl", {"loss.kl_beta": 0.0, "training.reference_every": None}),
+        ("article/kl_0_04", {"loss.kl_beta": 0.04}),
+        ("article/fixed_reference", {"training.reference_every": None}),
+        ("article/mu_1", {"training.iterations": 1}),
         (
             "native_tools",
             {"environment.protocol": "native", "environment.docs": "without_response", "environment.result_limit": 4000},
@@ -58,7 +65,7 @@ def test_it_loads_and_its_docstring_gives_its_command(name):
                 "vllm.gpus": (1,),
             },
         ),
-        ("article_rubric", {"environment.reward": "call_match"}),
+        ("article/own_rubric", {"environment.reward": "call_match"}),
         ("h200x4_async", {"loss.tis_cap": 2.0, "training.max_staleness": 1}),
         ("h200x8", {"training.devices": 6, "training.gpus": (0, 1, 2, 3, 4, 5), "vllm.gpus": (6, 7), "vllm.servers": 2}),
         (
@@ -72,17 +79,17 @@ def test_it_loads_and_its_docstring_gives_its_command(name):
             },
         ),
         (
-            "all_turns",
+            "article/curriculum",
             {
-                "environment.categories": ("base", "miss_func", "miss_param"),
-                "environment.max_turns": 3,
-                "rollout.max_completion_tokens": 6144,
-                "rollout.max_turns": 30,
+                "environment.curriculum": True,
+                "environment.max_turns": 4,
+                "rollout.max_turns": 40,
+                "rollout.task_order": "as_given",
             },
         ),
     ],
 )
-def test_a_variant_differs_from_the_article_only_in_what_it_says(name, differences):
+def test_a_variant_differs_from_the_article_only_in_what_it_says(name: str, differences: dict) -> None:
     article, variant = settings("h200x4"), settings(name)
     assert {key: variant[key] for key in article if variant[key] != article[key] and key not in IDENTITY} == differences
 
@@ -95,6 +102,8 @@ def test_the_articles_recipe():
         "optimizer.learning_rate": 1e-6, "optimizer.warmup_steps": 20, "optimizer.b1": 0.9, "optimizer.b2": 0.99,
         "optimizer.max_grad_norm": 0.2, "packing.advantage_normalization": "std", "packing.masked_stop_reasons": ("token_limit", "context_limit"),
         "rollout.max_completion_tokens": 2048, "rollout.max_turns": 10, "rollout.temperature": 1.0,
+        "environment.release": "v3", "environment.categories": ("base",), "environment.max_turns": 1, "environment.docs": "article",
+        "environment.run_last_step": False, "environment.reward": "official", "training.steps": 1600,
     }  # fmt: skip
     assert {key: recipe[key] for key in expected} == expected
 
@@ -104,7 +113,7 @@ def model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize("name", ["h200x4", *ARTICLE])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_dry_run_with_a_tiny_model(name, model, tmp_path, capsys, monkeypatch):
     """On the warehouse in place of BFCL, which has to be fetched, and within the tiny model's context."""
     load = load_config
@@ -119,5 +128,5 @@ def test_dry_run_with_a_tiny_model(name, model, tmp_path, capsys, monkeypatch):
     assert main(["--config", f"configs/{name}.py", *arguments, "--dry-run", "--run-dir", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
     assert "rollouts a batch        12 tasks x 8 samples = 96" in out
-    assert "the run                 1600 steps = 800 batches" in out
+    assert f"the run                 1600 steps = {1600 if name == 'article/mu_1' else 800} batches" in out
     assert not (tmp_path / "run").exists()
