@@ -11,12 +11,13 @@ import dataclasses
 import decimal
 import inspect
 import json
+import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from envs.bfcl import guards
 
-# These two write module-level state of the package while they run (mpmath's constants, a shared weather table).
+# These two write state of the process while they run (mpmath's constants and Python's limit on digits; a shared weather table).
 _SHARED_STATE = frozenset({"logarithm", "get_outside_temperature_from_google"})
 _SHARED_STATE_LOCK = threading.Lock()
 
@@ -65,10 +66,22 @@ def _invoke(method: Callable[..., object], arguments: dict[str, object]) -> tupl
     for parameter in inspect.signature(method).parameters.values():
         if isinstance(parameter.default, list | dict) and parameter.name not in arguments:
             arguments[parameter.name] = copy.deepcopy(parameter.default)  # else all instances share one default
-    lock = _SHARED_STATE_LOCK if method.__name__ in _SHARED_STATE else contextlib.nullcontext()
-    with lock, decimal.localcontext():
+    shared = _shared_state() if method.__name__ in _SHARED_STATE else contextlib.nullcontext()
+    with shared, decimal.localcontext():
         result = method(**arguments)
         return result_text(result), not _says_error(result)
+
+
+@contextlib.contextmanager
+def _shared_state() -> Iterator[None]:
+    """One call at a time. mpmath lifts Python's limit on the digits of whole numbers while it reads a text, and leaves it lifted where it
+    cannot read it."""
+    with _SHARED_STATE_LOCK:
+        limit = sys.get_int_max_str_digits()
+        try:
+            yield
+        finally:
+            sys.set_int_max_str_digits(limit)
 
 
 def result_text(result: object) -> str:

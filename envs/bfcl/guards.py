@@ -2,14 +2,17 @@
 
 The simulators compute whatever they are asked: `power(9, 10**9)`, a logarithm to a billion digits, a directory copied into itself until
 its tree is larger than memory. A refusal is an error result that the policy sees, like any other. No ground-truth call comes near a bound.
+What is merely wrong (a text for a number, say) is left to the simulator: it may take it, and otherwise has its own words for it.
 """
 
+import re
 from collections.abc import Mapping
 
 MAX_DIGITS = 1_000  # of precision and of rounding; the data asks for at most 10
 MAX_POWER_BITS = 1 << 16  # Python itself prints at most 4,300 digits, about 14,300 bits
 MAX_TREE = 5_000  # files and directories of one file system
-MAX_NUMBER_TEXT = 40  # characters of a number given as text
+MAX_EXPONENT = 400  # of a number given as text: a float goes up to 308
+MAX_NUMBER_TEXT = 4_300  # characters of such a text; Python itself reads no more digits
 
 
 def refusal(name: str, arguments: Mapping[str, object], instance: object) -> str | None:
@@ -25,24 +28,38 @@ def _power(arguments: Mapping[str, object], instance: object) -> str | None:
     return "the result is too large" if base.bit_length() * exponent > MAX_POWER_BITS else None
 
 
-def _precision(arguments: Mapping[str, object], instance: object) -> str | None:
-    for key in ("precision", "decimal_places"):
-        value = arguments.get(key, 0)
-        if not isinstance(value, int | float) or abs(value) > MAX_DIGITS:
-            return f"{key} must be a number of at most {MAX_DIGITS}"
-    for key in ("value", "base", "number"):
-        value = arguments.get(key)
-        if isinstance(value, str) and not _short_number(value):
-            return f"{key} must be a number"
+def _logarithm(arguments: Mapping[str, object], instance: object) -> str | None:
+    """mpmath takes texts for numbers, expands `1e1000000000` digit by digit, and computes as many digits as it is asked for."""
+    precision = arguments.get("precision")
+    if isinstance(precision, str | float | int) and _whole(precision) > MAX_DIGITS:
+        return f"precision must be at most {MAX_DIGITS}"
+    for key in ("value", "base"):
+        text = arguments.get(key)
+        if isinstance(text, str) and (len(text) > MAX_NUMBER_TEXT or _has_large_exponent(text)):
+            return f"{key} is too large"
     return None
 
 
-def _short_number(text: str) -> bool:
-    """Whether the text is short and within a float's range: mpmath would otherwise expand `1e1000000000` digit by digit."""
+def _has_large_exponent(text: str) -> bool:
+    return any(abs(int(exponent)) > MAX_EXPONENT for exponent in re.findall(r"[eEpP]([+-]?\d{1,20})", text))
+
+
+def _whole(number: str | float) -> int:
+    """The whole number that Python's `int` reads, or 0 where it refuses."""
     try:
-        return len(text) <= MAX_NUMBER_TEXT and abs(float(text)) < 1e300
-    except ValueError:
-        return False
+        return int(number)
+    except (ValueError, OverflowError):
+        return 0
+
+
+def _square_root(arguments: Mapping[str, object], instance: object) -> str | None:
+    precision = arguments.get("precision")
+    return f"precision must be at most {MAX_DIGITS}" if isinstance(precision, int) and precision > MAX_DIGITS else None
+
+
+def _round_number(arguments: Mapping[str, object], instance: object) -> str | None:
+    places = arguments.get("decimal_places")
+    return f"decimal_places must be at least -{MAX_DIGITS}" if isinstance(places, int) and places < -MAX_DIGITS else None
 
 
 def _copy(arguments: Mapping[str, object], instance: object) -> str | None:
@@ -69,8 +86,8 @@ def tree_size(item: object, limit: int = MAX_TREE) -> int:
 
 _CHECKS = {
     "power": _power,
-    "logarithm": _precision,
-    "square_root": _precision,
-    "round_number": _precision,
+    "logarithm": _logarithm,
+    "square_root": _square_root,
+    "round_number": _round_number,
     "cp": _copy,
 }

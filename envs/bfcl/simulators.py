@@ -1,11 +1,12 @@
 """BFCL's simulator classes, loaded from the unpacked package into private modules.
 
-Isolation: the modules enter neither `sys.modules` nor `sys.path`. Three things in them are shared by a whole process in the original and
-are made private or fixed here, because episodes run in many threads:
+Isolation: the modules enter neither `sys.modules` nor `sys.path`. Four things in them depend on the process in the original and
+are made private or fixed here, because episodes run in many threads, and runs are resumed:
 
 - the precision of `mpmath` (`MathAPI.logarithm` sets it): the module gets an mpmath context of its own;
 - today's date (`TravelAPI.verify_traveler_information`): fixed to the day of the package's release, so that the same actions always give
   the same observations, and midnight cannot fall between the policy's call and the ground truth's;
+- sets, which print in an order that depends on the process, are replaced by ones that do not (`stable_sets.py`);
 - module-level tables that long-context scenarios hand out by reference: instances get deep copies (`create_instances`).
 """
 
@@ -13,7 +14,6 @@ import builtins
 import copy
 import datetime
 import functools
-import importlib.util
 import json
 import threading
 import types
@@ -23,6 +23,7 @@ from typing import Any
 
 import mpmath
 
+from envs.bfcl import stable_sets
 from envs.bfcl.source import RELEASES, Package, SourceError
 
 MODULES = {
@@ -86,12 +87,11 @@ def _load_module(name: str, folder: Path, siblings: Mapping[str, types.ModuleTyp
     def private_import(target: str, *rest: Any, **named: Any) -> types.ModuleType:
         return siblings[target] if target in siblings else builtins.__import__(target, *rest, **named)
 
-    spec = importlib.util.spec_from_file_location(f"{__package__}.isolated.{name}", folder / f"{name}.py")
-    if spec is None or spec.loader is None:
-        raise ImportError(f"cannot load {folder / name}.py")
-    module = importlib.util.module_from_spec(spec)
+    file = folder / f"{name}.py"
+    module = types.ModuleType(f"{__package__}.isolated.{name}")
     module.__dict__["__builtins__"] = {**vars(builtins), "__import__": private_import}
-    spec.loader.exec_module(module)
+    module.__dict__[stable_sets.NAME] = stable_sets.StableSet
+    exec(stable_sets.stabilized(file.read_bytes(), str(file)), module.__dict__)
     return module
 
 
