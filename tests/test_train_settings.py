@@ -122,7 +122,8 @@ def test_every_epoch_is_a_fresh_shuffle_into_whole_batches():
 
 def test_tasks_in_the_given_order_are_the_same_in_every_epoch() -> None:
     tasks = [Task(str(i)) for i in range(7)]
-    assert [[t.id for t in task_batch(tasks, 3, 5, i, shuffle=False)] for i in range(3)] == [["0", "1", "2"], ["3", "4", "5"], ["0", "1", "2"]]
+    batches = [[t.id for t in task_batch(tasks, 3, 5, i, shuffle=False)] for i in range(3)]
+    assert batches == [["0", "1", "2"], ["3", "4", "5"], ["0", "1", "2"]]
 
 
 def test_passed_a_multiple():

@@ -100,7 +100,8 @@ def test_the_articles_recipe():
     expected = {
         "training.iterations": 2, "training.reference_every": 100, "loss.clip_low": 0.2, "loss.clip_high": 0.2, "loss.kl_beta": 0.001,
         "optimizer.learning_rate": 1e-6, "optimizer.warmup_steps": 20, "optimizer.b1": 0.9, "optimizer.b2": 0.99,
-        "optimizer.max_grad_norm": 0.2, "packing.advantage_normalization": "std", "packing.masked_stop_reasons": ("token_limit", "context_limit"),
+        "optimizer.max_grad_norm": 0.2, "packing.advantage_normalization": "std",
+        "packing.masked_stop_reasons": ("token_limit", "context_limit"),
         "rollout.max_completion_tokens": 2048, "rollout.max_turns": 10, "rollout.temperature": 1.0,
         "environment.release": "v3", "environment.categories": ("base",), "environment.max_turns": 1, "environment.docs": "article",
         "environment.run_last_step": False, "environment.reward": "official", "training.steps": 1600,

@@ -51,13 +51,13 @@ class StableSet(set):
 class _Sets(ast.NodeTransformer):
     """Set displays, set comprehensions and the name `set` -> StableSet."""
 
-    def visit_Set(self, node: ast.Set) -> ast.AST:  # noqa: N802 - ast's own name
+    def visit_Set(self, node: ast.Set) -> ast.AST:
         return self._call(node, ast.List(node.elts, ast.Load()))
 
-    def visit_SetComp(self, node: ast.SetComp) -> ast.AST:  # noqa: N802
+    def visit_SetComp(self, node: ast.SetComp) -> ast.AST:
         return self._call(node, ast.ListComp(node.elt, node.generators))
 
-    def visit_Name(self, node: ast.Name) -> ast.AST:  # noqa: N802
+    def visit_Name(self, node: ast.Name) -> ast.AST:
         return ast.copy_location(ast.Name(NAME, node.ctx), node) if node.id == "set" else node
 
     def _call(self, node: ast.expr, items: ast.expr) -> ast.AST:
