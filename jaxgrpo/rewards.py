@@ -27,11 +27,14 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from jaxgrpo.types import Score, Trajectory
+
+if TYPE_CHECKING:
+    from jaxgrpo.config import Config
 
 ENVIRONMENT = "environment"
 """The part that is the environment's own reward."""
@@ -75,9 +78,9 @@ class RewardFunction(abc.ABC):
         """Judge one episode. What is raised counts as an error of the environment: the episode is
         played again, and nothing is rewarded."""
 
-    def problems(self, deadline_seconds: float) -> Sequence[str]:
-        """What keeps it from working here, as lines to show before anything is loaded. All
-        functions together may take `deadline_seconds` for an episode."""
+    def problems(self, config: "Config") -> Sequence[str]:
+        """What keeps it from working in this run, as lines to show before anything is loaded. E.g.
+        all functions together get `config.rollout.environment_deadline` seconds for an episode."""
         return ()
 
 
@@ -159,12 +162,12 @@ class RewardSettings:
             f"{name}.{field}" for name, record in self._records() for field in record.may_change
         )
 
-    def problems(self, deadline_seconds: float) -> list[str]:
-        """What keeps functions from working here: lines to show."""
+    def problems(self, config: "Config") -> list[str]:
+        """What keeps functions from working in this run: lines to show."""
         return [
             f"rewards.{name}: {problem}"
             for name, record in self._records()
-            for problem in record.problems(deadline_seconds)
+            for problem in record.problems(config)
         ]
 
     def _records(self) -> Iterator[tuple[str, RewardFunction]]:

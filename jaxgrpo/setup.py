@@ -78,8 +78,8 @@ def open_tasks(config: Config, split: str) -> Sequence[Task]:
 
 
 def check_rewards(config: Config) -> None:
-    """Raises ConfigError when a reward function cannot work here. Before anything is loaded."""
-    refuse(config.rewards.problems(config.rollout.environment_deadline))
+    """Raises ConfigError when a reward function cannot work in this run. Before anything is loaded."""
+    refuse(config.rewards.problems(config))
 
 
 def check_episodes(config: Config, policy: Policy, tasks: Sequence[Task]) -> int:

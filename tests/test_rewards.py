@@ -39,12 +39,8 @@ class Shouting(RewardFunction):
         }
         return Reward(parts, self.penalty if loud else None, {"shouting": loud[0]} if loud else {})
 
-    def problems(self, deadline_seconds: float) -> list[str]:
-        return (
-            [f"patience {self.patience} is more than {deadline_seconds}"]
-            if self.patience > deadline_seconds
-            else []
-        )
+    def problems(self, config: Config) -> list[str]:
+        return ["no patience"] if self.patience == 0 else []
 
 
 def played(*texts: str, reward: float = 1.0) -> Trajectory:
