@@ -19,6 +19,7 @@ from jaxgrpo.lora import LoraSettings
 from jaxgrpo.losses import LossSettings
 from jaxgrpo.overrides import overridden, typed
 from jaxgrpo.packing import PackingSettings
+from jaxgrpo.rewards import ENVIRONMENT, RewardSettings
 from jaxgrpo.update import OptimizerSettings
 
 
@@ -165,6 +166,7 @@ class Config:
     sampler: str = "native"
     seed: int = 0
     rollout: RolloutSettings = RolloutSettings()
+    rewards: RewardSettings = RewardSettings()
     native: NativeSamplerSettings = NativeSamplerSettings()
     vllm: VllmSettings = VllmSettings()
     packing: PackingSettings = PackingSettings()
@@ -182,6 +184,10 @@ MAY_CHANGE = (
     "lora.export", "rollout.max_in_flight", "rollout.environment_threads", "rollout.environment_deadline",
 )  # fmt: skip
 """What a resumed run may set otherwise than before: none of it changes what the next step is meant to compute."""
+
+
+_BEFORE_REWARDS = {"rewards.functions": [], "rewards.weights": [[ENVIRONMENT, 1.0]]}
+"""What a run had that was saved before there were reward functions."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -265,8 +271,10 @@ def _unexpected_argument(error: BaseException) -> str:
 
 
 def to_json(config: Config) -> str:
-    """The resolved config, readable; the environment's class is named beside its fields."""
+    """The resolved config, readable; it says where the environment's class and the reward functions
+    are defined."""
     tree = dataclasses.asdict(config)  # type: ignore[call-overload]
+    tree["rewards"] = config.rewards.described()
     kind = type(config.environment)
     tree["environment"] = {"class": f"{kind.__module__}.{kind.__qualname__}", **tree["environment"]}
     return json.dumps(tree, indent=2, default=str)
@@ -274,8 +282,10 @@ def to_json(config: Config) -> str:
 
 def changes_of_meaning(saved: str, config: Config) -> list[str]:
     """How `config` differs from a run's saved one (`to_json`) in what a resumed run must not change: lines to show. See MAY_CHANGE."""
-    before, now = _flat(json.loads(saved)), _flat(json.loads(to_json(config)))
-    changed = [key for key in before if key in now and before[key] != now[key] and not key.startswith(MAY_CHANGE)]
+    before, now = _BEFORE_REWARDS | _flat(json.loads(saved)), _flat(json.loads(to_json(config)))
+    may_change = (*MAY_CHANGE, *(f"rewards.{key}" for key in config.rewards.may_change))
+    changed = [key for key in before if key in now and before[key] != now[key]]
+    changed = [key for key in changed if not key.startswith(may_change)]
     return [f"{key} was {before[key]!r} and is now {now[key]!r}" for key in changed]
 
 

@@ -1,18 +1,18 @@
 """Plays one episode: the sampler and the environment take turns over one growing list of token ids.
 
 A turn: the sampler generates from the exact ids so far; the environment takes the turn's text and answers; the answer is rendered on its
-own and appended. The environment's stop ends the episode, or a limit does; then the environment scores. What was sampled is never tokenised
-again.
+own and appended. The environment's stop ends the episode, or a limit does; then the environment
+scores, and the reward functions look at both. What was sampled is never tokenised again.
 
-An environment that raises or outlives its deadline ends the episode with ENVIRONMENT_ERROR and no score. A sampler that raises is not
-caught here.
+An environment or a reward function that raises or outlives its deadline ends the episode with
+ENVIRONMENT_ERROR and no score. A sampler that raises is not caught here.
 """
 
 import dataclasses
 import hashlib
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import TypeVar
 
@@ -21,6 +21,7 @@ import numpy as np
 from envs.base import Environment, Observation, StepResult, TaskSuite
 from jaxgrpo.background import BlockingCalls
 from jaxgrpo.chat import Chat
+from jaxgrpo.rewards import RewardSettings, is_text_mapping
 from jaxgrpo.samplers.base import FinishReason, Generation, Sampler, SamplerError, SamplingRequest
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall, Trajectory
 
@@ -108,7 +109,8 @@ class Opening:
 
 
 class FaultyEnvironmentError(Exception):
-    """The environment raised, outlived its deadline, or broke its contract; the cause says how."""
+    """The environment or a reward function raised, outlived its deadline, or broke its contract;
+    the cause says how."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,12 +123,14 @@ class EpisodePlayer:
     limits: Limits
     decoding: Decoding
     environment_calls: BlockingCalls
+    rewards: RewardSettings = RewardSettings()
 
     async def open(self, task: Task) -> Opening:
         """The opening that all episodes of the task share. Raises FaultyEnvironmentError, or ValueError when the prompt is too long."""
         environment = await self._of_environment(object, self.suite.create, task)
         observation = await self._of_environment(Observation, environment.observe)
         prompt_ids_P = self.chat.opening(observation.messages, observation.tools)
+        prompt_ids_P.flags.writeable = False  # all the task's episodes hold this one
         if len(prompt_ids_P) > self.limits.max_prompt_tokens:
             raise ValueError(
                 f"the prompt of task {task.id!r} has {len(prompt_ids_P)} tokens, max_prompt_tokens allows {self.limits.max_prompt_tokens}: "
@@ -144,6 +148,9 @@ class EpisodePlayer:
                 raise ValueError(f"task {task.id!r} opens differently from one episode to the next: its episodes would not share a prompt")
             stop_reason = await self._take_turns(environment, observation, tape, key)
             score = _checked_score(await self._of_environment(Score, environment.score))
+            if not self.rewards.environment_alone:
+                played = tape.trajectory(key, stop_reason, score)
+                score = await self._of_environment(Score, self.rewards.rewarded, played)
         except FaultyEnvironmentError:
             return tape.trajectory(key, StopReason.ENVIRONMENT_ERROR, None, traceback.format_exc())
         finally:
@@ -257,6 +264,15 @@ class _Tape:
 
 
 def _checked_score(score: Score) -> Score:
+    named = isinstance(score.parts, Mapping) and all(isinstance(name, str) for name in score.parts)
+    if not named:
+        raise FaultyEnvironmentError(
+            f"the environment scored parts={score.parts!r}: they must be numbers by name"
+        )
+    if not is_text_mapping(score.notes):
+        raise FaultyEnvironmentError(
+            f"the environment scored notes={score.notes!r}: they must be texts by name"
+        )
     numbers = {"reward": score.reward, **score.parts}
     if not all(isinstance(number, Real | np.bool_) and math.isfinite(number) for number in numbers.values()):
         raise FaultyEnvironmentError(f"the environment scored {numbers}: a reward and its parts must be finite numbers")

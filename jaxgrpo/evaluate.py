@@ -27,6 +27,7 @@ from jaxgrpo.setup import (
     build_rollout,
     build_update,
     check_episodes,
+    check_rewards,
     compute_dtype,
     initial_params,
     keep_compiled,
@@ -182,6 +183,7 @@ def _check_sampler(
 
 
 def _evaluate_once(config: Config, checkpoint: str | None, step: int | None, split: str, samples: int, folder: Path) -> None:
+    check_rewards(config)
     policy = open_policy(config)
     tasks = split_tasks(config, split)
     check_episodes(config, policy, tasks)

@@ -13,7 +13,12 @@ S = TypeVar("S")
 
 
 def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, value, annotated type) of every field of a section and of its sections."""
+    """(dotted key, value, annotated type) of every field of a section and of its sections.
+
+    Records in a tuple are sections beside it, under the names of their classes:
+    `rewards.GibberishJudge.url` for a GibberishJudge among `rewards.functions`. Where a tuple holds
+    two of one class they are none: the name would not tell them apart.
+    """
     hints = typing.get_type_hints(type(section))
     for field in dataclasses.fields(section):
         value, key = getattr(section, field.name), f"{prefix}{field.name}"
@@ -21,6 +26,16 @@ def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield from leaves(value, f"{key}.")
         else:
             yield key, value, hints[field.name]
+            for name, record in _records(value).items():
+                yield from leaves(record, f"{prefix}{name}.")
+
+
+def _records(value: Any) -> dict[str, Any]:
+    """The records in a tuple by the names of their classes, or none where a name occurs twice."""
+    items = value if isinstance(value, tuple) else ()
+    records = [it for it in items if dataclasses.is_dataclass(it) and not isinstance(it, type)]
+    named = {type(record).__name__: record for record in records}
+    return named if len(named) == len(records) else {}
 
 
 def overridden(config: S, overrides: Sequence[str]) -> tuple[S, list[str]]:
@@ -56,6 +71,12 @@ def _replaced(section: Any, values: Mapping[str, Any], prefix: str) -> tuple[Any
         elif any(name.startswith(f"{key}.") for name in values):
             changes[field.name], inner = _replaced(value, values, f"{key}.")
             problems += inner
+        for kind, record in _records(value).items():
+            if any(name.startswith(f"{prefix}{kind}.") for name in values):
+                new, inner = _replaced(record, values, f"{prefix}{kind}.")
+                problems += inner
+                now = changes.get(field.name, value)
+                changes[field.name] = tuple(new if item is record else item for item in now)
     try:
         return dataclasses.replace(section, **changes) if changes else section, problems
     except (ValueError, TypeError) as error:

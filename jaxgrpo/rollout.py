@@ -18,6 +18,7 @@ from envs.base import TaskSuite
 from jaxgrpo.background import BlockingCalls, all_or_none
 from jaxgrpo.chat import Chat
 from jaxgrpo.episode import Decoding, EpisodeKey, EpisodePlayer, FaultyEnvironmentError, Limits, Opening
+from jaxgrpo.rewards import RewardSettings
 from jaxgrpo.samplers.base import Sampler
 from jaxgrpo.types import Group, StopReason, Task, Trajectory
 
@@ -85,6 +86,7 @@ class Rollout:
     limits: Limits = Limits()
     decoding: Decoding = Decoding()
     execution: Execution = Execution()
+    rewards: RewardSettings = RewardSettings()
 
     @functools.cached_property
     def _places(self) -> asyncio.Semaphore:
@@ -109,7 +111,9 @@ class Rollout:
         if len({task.id for task in tasks}) < len(tasks):
             raise ValueError(f"a task occurs twice in batch {batch!r}: its episodes would be the same; give it two batches")
         start = time.perf_counter()
-        player = EpisodePlayer(self.sampler, self.suite, self.chat, self.limits, self.decoding, self._calls)
+        player = EpisodePlayer(
+            self.sampler, self.suite, self.chat, self.limits, self.decoding, self._calls, self.rewards
+        )
         counter = _Counter(progress, len(tasks) * group_size)
         runner = _BatchRunner(player, self._places, self.execution.max_retries, EpisodeKey(seed, batch, "", 0), counter)
         openings = await all_or_none([runner.open(task) for task in tasks])

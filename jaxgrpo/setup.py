@@ -77,6 +77,11 @@ def open_tasks(config: Config, split: str) -> Sequence[Task]:
     return tasks
 
 
+def check_rewards(config: Config) -> None:
+    """Raises ConfigError when a reward function cannot work in this run. Before anything is loaded."""
+    refuse(config.rewards.problems(config))
+
+
 def check_episodes(config: Config, policy: Policy, tasks: Sequence[Task]) -> int:
     """The longest prompt of the tasks, in tokens. Raises ConfigError when the model or the settings leave an episode no room: better now
     than at the batch that draws the task."""
@@ -215,7 +220,9 @@ def build_rollout(config: Config, policy: Policy, sampler: Sampler, decoding: De
     r = config.rollout
     limits = Limits(r.max_completion_tokens, r.max_turns, r.max_prompt_tokens, policy.config.context_length)
     execution = Execution(r.max_in_flight, r.environment_threads, r.environment_deadline, r.max_retries)
-    return Rollout(sampler, config.environment, policy.chat, limits, decoding, execution)
+    return Rollout(
+        sampler, config.environment, policy.chat, limits, decoding, execution, config.rewards
+    )
 
 
 def parameter_count(model: ModelConfig, lora: LoraSettings = NO_LORA) -> int:

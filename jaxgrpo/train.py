@@ -36,6 +36,7 @@ from jaxgrpo.setup import (
     attention_kernel,
     build_rollout,
     check_episodes,
+    check_rewards,
     compute_dtype,
     keep_compiled,
     micro_batches,
@@ -78,6 +79,7 @@ class Training(Learner):
     """One run, in the process that leads it: what it is made of, and the loop."""
 
     def __init__(self, config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack):
+        check_rewards(config)
         policy = open_policy(config)
         self.tasks, _ = training_tasks(config, policy)
         super().__init__(config, policy, folder, resume, processes, stack)
@@ -249,6 +251,7 @@ def training_tasks(config: Config, policy: Policy) -> tuple[Sequence[Task], int]
 def describe(config: Config) -> Iterator[str]:
     """What `--dry-run` prints: the resolved config, the arithmetic of a batch, the parameter count. Reads and fetches no weights, and needs
     none of the run's devices."""
+    check_rewards(config)
     policy = open_policy(config, weights=False)
     tasks, longest_prompt = training_tasks(config, policy)
     there = len(jax.devices())

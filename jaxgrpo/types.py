@@ -127,6 +127,13 @@ class Trajectory:
     def overlong(self) -> bool:
         return self.stop_reason.overlong
 
+    @property
+    def policy_texts(self) -> tuple[str, ...]:
+        """What the policy said, turn by turn: the last `turns` messages of role assistant. Any
+        before them belong to the opening, as worked examples do."""
+        said = [message.content for message in self.messages if message.role == "assistant"]
+        return tuple(said[len(said) - self.turns :])
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:

@@ -204,7 +204,7 @@ def test_a_lost_turn_ends_the_episode() -> None:
     assert score.reward == 0.0
     assert score.parts["turns_passed"] == 0.0
     assert score.notes["turn 0"] == "the state differs"
-    assert "turn 1" in score.notes
+    assert score.notes["turn 1"] == "no call was made"  # the lost turn's calls are its own
     assert environment("base_0", max_turns=99, reward="call_match").step("<TASK_FINISHED>").observation is not None
 
 
@@ -230,7 +230,8 @@ def test_notes_say_what_differs() -> None:
     env = environment("base_0")
     play(env, [tool(("cd", {"folder": "document"}), ("mkdir", {"dir_name": "tmp"})), "<TASK_FINISHED>"])
     score = env.score()
-    assert score.parts == {"state": 0.0, "response": 0.0, "turns_passed": 0.0, "finished": 1.0}
+    shares = {"state_match": 0.5, "calls_match": 0.0}
+    assert score.parts == {"state": 0.0, "response": 0.0, "turns_passed": 0.0, "finished": 1.0, **shares}
     assert "document/tmp: (empty), expected (absent)" in score.notes["turn 0: GorillaFileSystem.root"]
     assert "moved to" in score.notes["turn 0: missing results"]
 
@@ -238,7 +239,8 @@ def test_notes_say_what_differs() -> None:
 def test_call_match_wants_the_calls_and_the_state() -> None:
     solved = environment("base_0", reward="call_match")
     play(solved, [SOLVED, "<TASK_FINISHED>"])
-    assert solved.score().parts == {"state": 1.0, "calls": 1.0, "turns_passed": 1.0, "finished": 1.0}
+    shares = {"state_match": 1.0, "calls_match": 1.0}
+    assert solved.score().parts == {"state": 1.0, "calls": 1.0, "turns_passed": 1.0, "finished": 1.0, **shares}
     other_way = environment("base_0", reward="call_match")
     cd, mkdir = ("cd", {"folder": "document"}), ("mkdir", {"dir_name": "temp"})
     play(other_way, [tool(cd, mkdir, ("mv", {"destination": "temp", "source": "final_report.pdf"}), mkdir), "<TASK_FINISHED>"])

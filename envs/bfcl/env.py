@@ -43,6 +43,7 @@ class BfclEnvironment:
         self._policy_turns = 0  # policy texts in this user turn
         self._results: list[CallResult] = []  # of the whole episode
         self._verdicts: list[TurnVerdict] = []
+        self._turns_matched = 0  # those whose ground-truth calls were all made
         self._over = False
         self._start_turn()
 
@@ -113,6 +114,7 @@ class BfclEnvironment:
 
     def _end_turn(self, parsed: Action) -> StepResult:
         self._judge_turn()
+        self._start_turn()
         verdict = self._verdicts[-1]
         last = self._turn == len(self._turns)
         lost = self._options.reward == "official" and not verdict.passed
@@ -122,15 +124,17 @@ class BfclEnvironment:
             return StepResult(stop_reason=reason)
         turn = self._turns[self._turn]
         self._offered.update(turn.new_tools)
-        self._start_turn()
         return StepResult(observation=self._options.protocol.query(turn_text(self._library, self._task, turn, self._options.docs)))
 
     def _judge_turn(self) -> None:
-        expected = [self._truth.run(call).text for call in self._turns[self._turn].truth]
+        truth = self._turns[self._turn].truth
+        expected = [self._truth.run(call).text for call in truth]
         so_far = [result.text for result in self._results]
         self._verdicts.append(
             scoring.judge_turn(self._turn, self._policy, self._truth, expected, so_far, self._calls_made, self._call_steps)
         )
+        made = self._results[len(self._results) - self._calls_made :]
+        self._turns_matched += not scoring.missing_calls(truth, made)
         self._turn += 1
 
     def score(self) -> Score:
@@ -140,6 +144,12 @@ class BfclEnvironment:
             self._judge_turn()
             self._start_turn()
         self._over = True
+        state_match = scoring.state_match(self._policy.instances, self._truth.instances)
+        shares = {"state_match": state_match, "calls_match": self._turns_matched / len(self._turns)}
+        score = self._verdict(finished)
+        return dataclasses.replace(score, parts={**score.parts, **shares})
+
+    def _verdict(self, finished: bool) -> Score:
         if self._options.reward == "official":
             return scoring.official_score(self._verdicts, len(self._turns), finished)
         differences = scoring.state_differences(self._policy.instances, self._truth.instances)

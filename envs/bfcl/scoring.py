@@ -12,7 +12,7 @@ The task passes when every turn does.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from envs.bfcl.execution import Call, CallResult, Session
 from jaxgrpo.types import Score
@@ -99,6 +99,21 @@ def missing_items(expected: Iterable, given: Iterable) -> list:
     return missing
 
 
+def missing_calls(
+    expected: Iterable[Call], made: Iterable[CallResult]
+) -> list[tuple[str, dict[str, object]]]:
+    """The expected calls, by name and arguments, that are not among those made with success."""
+    successful = [(result.call.name, dict(result.call.arguments)) for result in made if result.ok]
+    return missing_items([(call.name, dict(call.arguments)) for call in expected], successful)
+
+
+def state_match(policy: Mapping[str, object], truth: Mapping[str, object]) -> float:
+    """The share of the simulators whose public state equals the ground truth's."""
+    pairs = _public(policy, truth)
+    differing = {name for name, _, given, expected in pairs if not _equal(given, expected)}
+    return 1 - len(differing) / len(truth)
+
+
 def official_score(verdicts: Sequence[TurnVerdict], turns: int, finished: bool) -> Score:
     """1 when all turns passed, else 0. `verdicts` may end early, at the first turn that failed or where a limit ended the episode."""
     passed = len(verdicts) == turns and all(verdict.passed for verdict in verdicts)
@@ -116,8 +131,7 @@ def call_match_score(
     """The article's rubric: at the end, the state must be equal (`differences` is empty), and the ground truth's (name, arguments) must
     all be among the successful calls, as a multiset. Departure: positional ground-truth arguments have got their names (without, 13 of
     the base tasks could never pass)."""
-    successful = [(result.call.name, dict(result.call.arguments)) for result in made if result.ok]
-    missing = missing_items([(call.name, dict(call.arguments)) for call in expected], successful)
+    missing = missing_calls(expected, made)
     score = _score(not differences and not missing, verdicts, turns, finished, {"calls": float(not missing)})
     parts = {**score.parts, "state": float(not differences)}
     notes = {**score.notes, **{f"end: {where}": what for where, what in differences.items()}}
@@ -147,12 +161,21 @@ def _all(values: Iterable[bool]) -> bool:
 
 def state_differences(policy: Mapping[str, object], truth: Mapping[str, object]) -> dict[str, str]:
     """What differs, readable, by `Class.attribute`; empty when the states are equal. Attributes that begin with `_` are not compared."""
-    notes = {}
-    for name, expected in truth.items():
-        for attribute, value in vars(expected).items():
-            if not attribute.startswith("_") and not _equal(getattr(policy[name], attribute), value):
-                notes[f"{name}.{attribute}"] = _describe(getattr(policy[name], attribute), value)
-    return notes
+    return {
+        f"{name}.{attribute}": _describe(given, expected)
+        for name, attribute, given, expected in _public(policy, truth)
+        if not _equal(given, expected)
+    }
+
+
+def _public(
+    policy: Mapping[str, object], truth: Mapping[str, object]
+) -> Iterator[tuple[str, str, object, object]]:
+    """(class, attribute, the policy's value, the ground truth's) of the state that is compared."""
+    for name, instance in truth.items():
+        for attribute, value in vars(instance).items():
+            if not attribute.startswith("_"):
+                yield name, attribute, getattr(policy[name], attribute), value
 
 
 def _equal(policy: object, truth: object) -> bool:
