@@ -1,0 +1,119 @@
+"""The article's treatments, three batches each, on the demo's model and tasks: every config runs, and changes what it says."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.cpu_demo import get_config as demo
+from jaxgrpo import records
+from jaxgrpo.config import Config, load_config
+from jaxgrpo.train import train
+from jaxgrpo.types import Trajectory
+from tests.training import metric_lines
+
+BATCHES = 3
+ON_TWO_CORES = (
+    "model.source=assets/tiny-qwen2.5", "model.revision=None", "sampler=native", "training.devices=1", "training.gpus=None",
+    "vllm.gpus=()", "rollout.tasks_per_step=2", "rollout.max_prompt_tokens=1024", "rollout.max_completion_tokens=256",
+    "rollout.max_turns=3", "environment.docs=signatures", "environment.max_calls=1", "optimizer.learning_rate=1.5e-4",
+    "optimizer.warmup_steps=0", "packing.completion_multiple=256", "evaluation.before=False", "evaluation.after=False",
+    "evaluation.every=None", "recording.export_hf=False", "recording.tensorboard=False", "recording.checkpoint_every=None",
+)  # fmt: skip
+
+
+def small(name: str, *overrides: str) -> Config:
+    """A treatment at the demo's size, on the tasks that the demo's model sometimes solves."""
+    config = load_config(f"configs/article/{name}.py", (*ON_TWO_CORES, *overrides))
+    environment = dataclasses.replace(config.environment, classes=demo().environment.classes)  # type: ignore[type-var, attr-defined]
+    training = dataclasses.replace(config.training, steps=BATCHES * config.training.iterations)
+    return dataclasses.replace(config, environment=environment, training=training)
+
+
+class Runs:
+    """Runs by their treatment and overrides, each made once."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._made = folder, {}
+
+    def __call__(self, name: str, *overrides: str) -> tuple[list[dict], list[Trajectory]]:
+        """The metrics of the batches and the episodes, batch after batch."""
+        if (name, overrides) not in self._made:
+            folder = self._folder / str(len(self._made))
+            train(small(name, *overrides), folder)
+            files = sorted((folder / "trajectories").glob("train-*.jsonl.gz"))
+            episodes = [record.trajectory for file in files for record in records.read_records(file).records]
+            self._made[name, overrides] = metric_lines(folder), episodes
+        return self._made[name, overrides]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("treatments"))
+
+
+EVERY_BATCH = "training.reference_every=2"
+"""So that the reference is replaced within three batches."""
+
+
+@pytest.mark.slow
+class TestTreatments:
+    def test_final(self, run: Runs) -> None:
+        metrics, episodes = run("final", EVERY_BATCH)
+        assert [line["step"] for line in metrics] == [2, 4, 6]
+        assert len(episodes) == 3 * 2 * 8
+        assert max(line["train/grad_norm"] for line in metrics) > 0
+        assert [line["train/kl"] for line in metrics] == pytest.approx([0, 0, 0], abs=1e-6)  # the reference is each batch's first policy
+
+    def test_fixed_reference(self, run: Runs) -> None:
+        metrics, _ = run("fixed_reference")
+        assert metrics[0]["train/kl"] == pytest.approx(0, abs=1e-6)
+        assert min(line["train/kl"] for line in metrics[1:]) > 1e-5
+
+    def test_no_kl(self, run: Runs) -> None:
+        metrics, _ = run("no_kl")
+        assert [line["train/kl"] for line in metrics] == [0, 0, 0]
+        assert all(line["time/reference_seconds"] < 0.05 for line in metrics)
+
+    def test_kl_0_04(self, run: Runs) -> None:
+        fixed = "training.reference_every=None"
+        (_, low, *_), _ = run("fixed_reference")
+        (_, high, *_), _ = run("kl_0_04", fixed)
+        assert high["train/kl"] > 1e-5
+        assert high["train/loss"] != low["train/loss"]  # after the first batch, where the KL is zero
+
+    def test_dr_grpo(self, run: Runs) -> None:
+        ours, theirs = run("dr_grpo", EVERY_BATCH), run("final", EVERY_BATCH)
+        first = [line for line, other in zip(ours[0], theirs[0], strict=True) if other["train/grad_norm"] > 0][0]
+        assert 0 < first["train/grad_norm"] < 0.5 * theirs[0][ours[0].index(first)]["train/grad_norm"]  # over 256, not the tokens
+
+    def test_mu_1(self, run: Runs) -> None:
+        metrics, _ = run("mu_1")
+        assert [line["step"] for line in metrics] == [1, 2, 3]
+        assert [line["train/clip_share"] for line in metrics] == [0, 0, 0]  # every step is on-policy
+
+    def test_own_rubric(self, run: Runs) -> None:
+        _, episodes = run("own_rubric")
+        for score in (e.score for e in episodes):
+            assert score is not None
+            assert score.reward == float(score.parts["state"] == 1 and score.parts["calls"] == 1)
+
+    def test_curriculum(self, run: Runs) -> None:
+        metrics, episodes = run("curriculum", "environment.max_turns=2", "rollout.task_order=as_given")
+        tasks = small("curriculum").environment.tasks("train")
+        assert [e.task_id for e in episodes[::8]] == [task.id for task in tasks[:6]]
+        assert len(metrics) == 3
+
+    @pytest.mark.parametrize("name", ["correctness", "format_correctness", "execution_format_correctness"])
+    def test_rewards_in_parts(self, run: Runs, name: str) -> None:
+        metrics, episodes = run(name)
+        weights = {"correctness": 1.0, "format": 0.2, "execution": 0.2}
+        used = [part for part in weights if part in name]
+        for score in (e.score for e in episodes):
+            assert score is not None
+            assert score.reward == pytest.approx(sum(weights[part] * score.parts[part] for part in used))
+            assert set(weights) & set(score.parts) == set(used)
+        for line in metrics:
+            assert line["train/reward_mean"] == pytest.approx(sum(weights[part] * line[f"reward/{part}"] for part in used))
+        assert np.ptp([e.score.reward for e in episodes if e.score is not None]) > 0
