@@ -44,7 +44,7 @@ class Shouting(RewardFunction):
 
 
 def played(*texts: str, reward: float = 1.0) -> Trajectory:
-    """An episode of these policy texts after an opening with a worked example; three sampled tokens."""
+    """An episode of these texts after an opening with a worked example; three sampled tokens."""
     messages = [
         Message("user", "(example) hi"),
         Message("assistant", "AN EXAMPLE"),
@@ -158,11 +158,11 @@ async def later(trajectory, score):
 
 FAULTY = {
     raises: "tests.test_rewards.raises raised ZeroDivisionError: division by zero",
-    gives_text: "gives_text gave {'gives_text': '1.0'} and override None: they must be finite numbers",
+    gives_text: "gives_text gave {'gives_text': '1.0'} and override None: they must be",
     gives_nothing: "gives_nothing gave {'gives_nothing': None}",
     gives_nan: "gives_nan gave {'gives_nan': nan}",
     gives_infinity: "they must be finite numbers",
-    gives_a_part_too_many: "must give a number for each of its parts (gives_a_part_too_many), it gave",
+    gives_a_part_too_many: "must give a number for each of its parts (gives_a_part_too_many), it",
     gives_no_part: "must give a number for each of its parts (gives_no_part), it gave {}",
     overrides_with_nan: "override nan: they must be finite numbers",
     notes_a_number: "gave notes that are not texts by name: {'a': 1}",
@@ -237,7 +237,7 @@ def environment(trajectory, score):
         (
             brevity,
             (),
-            "functions must be a tuple of reward functions, such as (brevity,), got <function brevity",
+            "functions must be a tuple of reward functions, such as (brevity,), got <function",
         ),
         (
             (3,),
@@ -268,7 +268,7 @@ def environment(trajectory, score):
         (
             (brevity,),
             {"brevty": 1},
-            "a weight is given for 'brevty', but the parts are environment, brevity. Did you mean 'brevity'?",
+            "for 'brevty', but the parts are environment, brevity. Did you mean 'brevity'?",
         ),
         (
             (brevity,),
