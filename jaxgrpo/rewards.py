@@ -148,12 +148,17 @@ class RewardSettings:
     def described(self) -> dict[str, Any]:
         """What a run's config.json says: where the functions are defined, the fields of those that
         have any, and the weights of all parts."""
-        fields: dict[str, Any] = {name: _fields(record) for name, record in self._records()}
+        fields = {name: dataclasses.asdict(record) for name, record in self._records()}
         return {
             "functions": [name_of(function) for function in self.functions],
             **fields,
             "weights": [list(p) for p in self.parts.items()],
         }
+
+    @property
+    def formula(self) -> str:
+        """How the parts are summed, e.g. `0 x environment + 0.2 x execution + 1 x correctness`."""
+        return " + ".join(f"{weight:g} x {part}" for part, weight in self.parts.items())
 
     @property
     def may_change(self) -> tuple[str, ...]:
@@ -170,12 +175,8 @@ class RewardSettings:
             for problem in record.problems(config)
         ]
 
-    def _records(self) -> Iterator[tuple[str, RewardFunction]]:
+    def _records(self) -> Iterator[tuple[str, Any]]:
         return ((type(f).__name__, f) for f in self.functions if isinstance(f, RewardFunction))
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    return dataclasses.asdict(record)
 
 
 class RewardError(ValueError):

@@ -1,4 +1,4 @@
-"""Rewards in episodes, rollouts and whole runs: faults, deadlines, metrics, records, evaluation, resuming, and the judge at work."""
+"""Rewards in rollouts and whole runs: faults, metrics, records, resuming, the judge at work."""
 
 import asyncio
 import dataclasses
@@ -71,9 +71,7 @@ def test_a_function_that_fails_costs_the_group_and_nothing_is_rewarded():
     assert [group.task.id for group in result.groups] == ["red"]
     (dropped,) = result.dropped
     assert "test_reward_runs.fails_on_green raised KeyError: 'no such colour'" in dropped.error
-    assert len(result.failures) == 3 + 3 - (
-        len(result.failures) == 5
-    )  # the other episode may be cut
+    assert 3 <= len(result.failures) <= 6  # of one episode, and of the other before it was cut
     assert all(t.stop_reason is StopReason.ENVIRONMENT_ERROR for t in result.failures)
     assert all(t.score is None for t in result.failures)
 
@@ -205,6 +203,9 @@ def test_three_steps_with_a_function_of_ones_own(write, tmp_path, capsys):
         "functions": ["jaxgrpo_config_mine.early"],
         "weights": [["environment", 2.0], ["early", 1.0]],
     }
+
+    assert train_main(["--config", write("early,"), "--dry-run"]) == 0
+    assert "reward                  2 x environment + 1 x early\n" in capsys.readouterr().out
 
     resumed = ["--config", write("early,", steps=4), "--run-dir", str(folder), "--resume"]
     assert train_main([*resumed, "--set", "rewards.weights={'early': 3}"]) == 2

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from jaxgrpo.config import Config, ConfigError, changes_of_meaning, load_config, to_json
 from jaxgrpo.rewards import Reward, RewardError, RewardFunction, RewardSettings
-from jaxgrpo.types import Message, Score, StopReason, Trajectory
+from jaxgrpo.types import Message, Score, StopReason, ToolCall, Trajectory
 from tests.episodes import episode
 from tests.training import small_config
 
@@ -416,3 +417,24 @@ def test_stop_reasons_and_tokens_are_there_to_be_looked_at():
 def overlong(trajectory: Trajectory, score: Score) -> float:
     assert trajectory.score is score
     return -1.0 if trajectory.overlong else 0.0
+
+
+def test_the_pages_examples_are_a_config_of_their_own(tmp_path):
+    """Both functions of docs/rewards.md in one file, with annotations that are texts."""
+    blocks = re.findall(r"```python\n(.*?)```", Path("docs/rewards.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    path = tmp_path / "examples.py"
+    path.write_text(
+        "from __future__ import annotations\n"
+        + "".join(blocks)
+        + "from tests.training import small_config\n\n\ndef get_config():\n"
+        "    functions = (NoShouting(), progress)\n"
+        "    rewards = RewardSettings(functions, weights={'progress': 0.2})\n"
+        "    return dataclasses.replace(small_config('m'), rewards=rewards)\n"
+    )
+    rewards = load_config(path, ["rewards.NoShouting.penalty=-2"]).rewards
+    calls = tuple(ToolCall("ls", "{}", "", ok) for ok in (True, False, True, True))
+    for text, reward in (("hi", 1 + 0.2 * 0.75), ("HI", -2.0)):
+        score = rewards.rewarded(dataclasses.replace(played(text), calls=calls))
+        assert score.reward == pytest.approx(reward, abs=1e-12)
+        assert (score.parts["shouting"], score.parts["progress"]) == (-2.0 * (text == "HI"), 0.75)
