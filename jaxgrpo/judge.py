@@ -130,7 +130,7 @@ class _Service:
         self._key = os.environ.get(judge.key_variable, "").strip()
         self._client = httpx2.Client(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            limits=httpx2.Limits(max_connections=judge.max_in_flight),
+            limits=httpx2.Limits(max_keepalive_connections=judge.max_in_flight),
             trust_env=not _is_loopback(judge.url),  # a proxy is for the internet
         )
         self._places = threading.BoundedSemaphore(judge.max_in_flight)

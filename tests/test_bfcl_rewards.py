@@ -162,6 +162,8 @@ def test_a_call_in_the_wrong_user_turn_does_not_count():
     late = played("base_0", end, first, second, end, max_turns=2, reward="call_match")
     assert (late.score.reward, late.score.parts["calls_match"]) == (1.0, 0.5)
     assert parts(late)[2] == 0.0
+    early = played("base_0", first, second, end, end, max_turns=2, reward="call_match")
+    assert (early.score.reward, early.score.parts["calls_match"]) == (1.0, 0.5)
 
 
 def test_every_demonstration_is_correct():

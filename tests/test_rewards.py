@@ -190,11 +190,11 @@ def test_numbers_of_all_kinds_become_floats(answer):
     assert type(score.parts["gives"]) is float
 
 
-def _giving(answer):
+def _giving(answer, local=False):
     def gives(trajectory, score):
         return answer
 
-    gives.__qualname__ = "gives"
+    gives.__qualname__ = gives.__qualname__ if local else "gives"
     return gives
 
 
@@ -246,6 +246,7 @@ def environment(trajectory, score):
             "3 is neither a function defined by name at the top level of a module nor an instance",
         ),
         ((lambda trajectory, score: 1.0,), (), "<lambda>"),
+        ((_giving(1.0, local=True),), (), "neither a function defined by name at the top level"),
         ((Shouting,), (), "the reward function Shouting is a class: write Shouting()"),
         ((Thawed(),), (), "the reward function Thawed must be a frozen dataclass"),
         ((Undecorated(),), (), "the reward function Undecorated must be a frozen dataclass"),
