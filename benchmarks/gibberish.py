@@ -4,7 +4,7 @@
 
 In order are the demonstrations of all of BFCL's tasks in both protocols, the queries of its users,
 and, as ordinary English, the docstrings of Python's standard library and this project's own pages.
-Gibberish are random tokens, alone and after a demonstration, sentences in random order, and repeated
+Gibberish are random tokens, alone and after a demonstration, sentences in random order, repeated
 sentences and calls.
 """
 
