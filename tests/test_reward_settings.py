@@ -44,7 +44,7 @@ def test_settings_of_functions_and_weights_are_overridden_by_key(config_file):
     )
     brevity, shouting = config.rewards.functions
     assert (brevity.__name__, shouting) == ("brevity", Shouting(penalty=-2.0))
-    assert config.rewards.weights == (("environment", 0.5), ("brevity", 1.0))
+    assert config.rewards.weights == (("environment", 0.5),)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,16 @@ def test_the_reward_is_the_weighted_sum_of_all_parts():
     assert (score.passed, dict(score.notes)) == (True, {"turn 0": "fine"})
 
 
+def test_weights_that_mean_the_same_are_the_same():
+    same = [
+        RewardSettings((brevity, doubled), weights)
+        for weights in ({"doubled": 2, "environment": 0.5}, (("environment", 0.5), ("doubled", 2.0)))
+    ]
+    same.append(dataclasses.replace(same[0], weights=[("brevity", 1), *same[0].weights]))
+    assert [rewards.weights for rewards in same] == [(("environment", 0.5), ("doubled", 2.0))] * 3
+    assert len(set(same)) == 1
+
+
 def test_without_functions_the_environments_reward_is_all():
     assert RewardSettings().environment_alone
     assert RewardSettings((), {"environment": 1}).environment_alone
