@@ -6,6 +6,7 @@ import importlib.machinery
 import importlib.util
 import json
 import re
+import sys
 import traceback
 import types
 import typing
@@ -223,7 +224,7 @@ def _run_file(path: Path) -> Config:
     if not path.is_file():
         raise ConfigError(f"no config file {path}: a config is a Python file with a get_config() that returns jaxgrpo.config.Config")
     loader = importlib.machinery.SourceFileLoader(f"jaxgrpo_config_{path.stem}", str(path))
-    module = types.ModuleType(loader.name)
+    module = sys.modules[loader.name] = types.ModuleType(loader.name)  # where dataclasses look
     try:
         loader.exec_module(module)
         if "get_config" not in vars(module):

@@ -47,8 +47,8 @@ class LocalGibberish(RewardFunction):
     - a piece of a turn, of at most `longest_piece` characters, letters or digits among them, stands
       `repeats` times in a row or more, over `loop_chars` characters or more;
     - one turn, or a sequence of turns, stands `turn_repeats` times in a row or more;
-    - what a turn says beside calls, `least_chars` or more, is compressed (zlib) by a factor above
-      `compression`;
+    - the words of a turn beside its calls, `least_chars` or more, are compressed (zlib) by a
+      factor above `compression`;
     - more than `broken_chars` characters are replacement characters, control characters, private or
       unassigned ones (but for replacement characters at a turn's end, where a limit may have cut);
     - more than `glued_words` different words have `glued_letters` letters or more, and these words
@@ -57,7 +57,8 @@ class LocalGibberish(RewardFunction):
       more than `most_scripts` scripts occur.
 
     With the defaults nothing is found in the demonstrations of BFCL's tasks and next to nothing in
-    ordinary English; docs/rewards.md has the figures. Raises ValueError for thresholds that would find all of it.
+    ordinary English; docs/rewards.md has the figures. Raises ValueError for thresholds that would
+    find all of it.
     """
 
     parts: ClassVar[tuple[str, ...]] = ("gibberish",)
@@ -120,9 +121,10 @@ class LocalGibberish(RewardFunction):
         return f"turns repeat {piece[0][:SHOWN_CHARS]!r}" if piece else ""
 
     def _compression(self, turn: int, text: str) -> str:
-        if len(text) < self.least_chars:
+        said = " ".join(re.findall(r"\w+", text))  # without rulers and spaces, which pack well
+        if len(said) < self.least_chars:
             return ""
-        data = text.encode("utf-8", "surrogatepass")
+        data = said.encode("utf-8", "surrogatepass")
         ratio = len(data) / len(zlib.compress(data, 9))
         return f"turn {turn} compresses by {ratio:.1f}" if ratio > self.compression else ""
 

@@ -88,9 +88,9 @@ class RewardFunction(abc.ABC):
 class RewardSettings:
     """What an episode earns. `functions` are functions defined at the top level of a module and
     instances of RewardFunctions; each gives parts of its own. `weights` has the weights that are
-    not 1, none below 0: a dict, or pairs of name and weight, which is how it is kept. A function
-    all of whose parts have weight 0 is only watched: its parts are recorded, and it overrides
-    nothing.
+    not 1, none below 0: a dict, or pairs of name and weight, which is how those that are not 1 are
+    kept, so that equal settings are equal. A function all of whose parts have weight 0 is only
+    watched: its parts are recorded, and it overrides nothing.
 
     Without functions the reward is the environment's, to the last bit. `passed` always is the
     environment's. Raises ValueError for what cannot be.
@@ -106,7 +106,9 @@ class RewardSettings:
         if problems:
             raise ValueError("; ".join(problems))
         object.__setattr__(self, "functions", tuple(self.functions))
-        object.__setattr__(self, "weights", tuple((name, float(weight)) for name, weight in pairs))
+        weights = {name: float(weight) for name, weight in pairs}
+        named = [name for name in _all_parts(self) if weights.get(name, 1.0) != 1.0]
+        object.__setattr__(self, "weights", tuple((name, weights[name]) for name in named))
 
     @property
     def parts(self) -> dict[str, float]:
@@ -148,12 +150,17 @@ class RewardSettings:
     def described(self) -> dict[str, Any]:
         """What a run's config.json says: where the functions are defined, the fields of those that
         have any, and the weights of all parts."""
-        fields: dict[str, Any] = {name: _fields(record) for name, record in self._records()}
+        fields = {name: dataclasses.asdict(record) for name, record in self._records()}
         return {
             "functions": [name_of(function) for function in self.functions],
             **fields,
             "weights": [list(p) for p in self.parts.items()],
         }
+
+    @property
+    def formula(self) -> str:
+        """How the parts are summed, e.g. `0 x environment + 0.2 x execution + 1 x correctness`."""
+        return " + ".join(f"{weight:g} x {part}" for part, weight in self.parts.items())
 
     @property
     def may_change(self) -> tuple[str, ...]:
@@ -170,12 +177,8 @@ class RewardSettings:
             for problem in record.problems(config)
         ]
 
-    def _records(self) -> Iterator[tuple[str, RewardFunction]]:
+    def _records(self) -> Iterator[tuple[str, Any]]:
         return ((type(f).__name__, f) for f in self.functions if isinstance(f, RewardFunction))
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    return dataclasses.asdict(record)
 
 
 class RewardError(ValueError):

@@ -111,9 +111,8 @@ class Rollout:
         if len({task.id for task in tasks}) < len(tasks):
             raise ValueError(f"a task occurs twice in batch {batch!r}: its episodes would be the same; give it two batches")
         start = time.perf_counter()
-        player = EpisodePlayer(
-            self.sampler, self.suite, self.chat, self.limits, self.decoding, self._calls, self.rewards
-        )
+        played_with = (self.limits, self.decoding, self._calls, self.rewards)
+        player = EpisodePlayer(self.sampler, self.suite, self.chat, *played_with)
         counter = _Counter(progress, len(tasks) * group_size)
         runner = _BatchRunner(player, self._places, self.execution.max_retries, EpisodeKey(seed, batch, "", 0), counter)
         openings = await all_or_none([runner.open(task) for task in tasks])

@@ -78,7 +78,8 @@ def open_tasks(config: Config, split: str) -> Sequence[Task]:
 
 
 def check_rewards(config: Config) -> None:
-    """Raises ConfigError when a reward function cannot work in this run. Before anything is loaded."""
+    """To be called before anything is loaded. Raises ConfigError when a reward function cannot work
+    in this run."""
     refuse(config.rewards.problems(config))
 
 

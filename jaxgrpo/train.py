@@ -268,6 +268,8 @@ def describe(config: Config) -> Iterator[str]:
     else:
         yield f"devices                 {devices}, compute in {compute_dtype(config)}"
         yield f"attention               {attention_kernel(config, policy.config, training_mesh(config), compute_dtype(config))[1]}"
+    if not config.rewards.environment_alone:
+        yield f"reward                  {config.rewards.formula}"
     yield f"longest prompt          {longest_prompt} tokens of at most {r.max_prompt_tokens}"
     yield f"rollouts a batch        {r.tasks_per_step} tasks x {r.group_size} samples = {r.tasks_per_step * r.group_size}"
     per_device = t.groups_per_device

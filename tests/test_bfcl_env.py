@@ -231,7 +231,9 @@ def test_notes_say_what_differs() -> None:
     play(env, [tool(("cd", {"folder": "document"}), ("mkdir", {"dir_name": "tmp"})), "<TASK_FINISHED>"])
     score = env.score()
     shares = {"state_match": 0.5, "calls_match": 0.0}
-    assert score.parts == {"state": 0.0, "response": 0.0, "turns_passed": 0.0, "finished": 1.0, **shares}
+    assert score.parts == {
+        "state": 0.0, "response": 0.0, "turns_passed": 0.0, "finished": 1.0, **shares,
+    }  # fmt: skip
     assert "document/tmp: (empty), expected (absent)" in score.notes["turn 0: GorillaFileSystem.root"]
     assert "moved to" in score.notes["turn 0: missing results"]
 
@@ -240,7 +242,9 @@ def test_call_match_wants_the_calls_and_the_state() -> None:
     solved = environment("base_0", reward="call_match")
     play(solved, [SOLVED, "<TASK_FINISHED>"])
     shares = {"state_match": 1.0, "calls_match": 1.0}
-    assert solved.score().parts == {"state": 1.0, "calls": 1.0, "turns_passed": 1.0, "finished": 1.0, **shares}
+    assert solved.score().parts == {
+        "state": 1.0, "calls": 1.0, "turns_passed": 1.0, "finished": 1.0, **shares,
+    }  # fmt: skip
     other_way = environment("base_0", reward="call_match")
     cd, mkdir = ("cd", {"folder": "document"}), ("mkdir", {"dir_name": "temp"})
     play(other_way, [tool(cd, mkdir, ("mv", {"destination": "temp", "source": "final_report.pdf"}), mkdir), "<TASK_FINISHED>"])

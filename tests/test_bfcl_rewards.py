@@ -24,7 +24,7 @@ ALL = article_rewards(Execution(), Format(), Correctness())
 
 
 def played(name: str, *texts: str, **options) -> Trajectory:
-    """An episode of a base task, e.g. `played("base_0", SOLVED, END)`, as its environment scores it."""
+    """An episode of a base task with its environment's score: `played("base_0", SOLVED, END)`."""
     suite = Bfcl(**options)
     environment = suite.create(task(name, suite))
     messages, calls = list(environment.observe().messages), []
@@ -152,7 +152,7 @@ def test_the_state_counts_by_class_and_calls_by_user_turn():
     assert (right["state_match"], right["calls_match"]) == (1.0, 1.0)
     lazy = played("base_0", turns[0], *turns[1:2] * 2, max_turns=2, reward="call_match").score.parts
     assert (lazy["state_match"], lazy["calls_match"]) == (1.0, 0.5)  # the second turn only reads
-    half = played("base_0", WHY + tool(CD), END).score.parts  # files differ, what is posted does not
+    half = played("base_0", WHY + tool(CD), END).score.parts  # files differ, posts do not
     assert (half["state_match"], half["calls_match"]) == (0.5, 0.0)
 
 
@@ -162,6 +162,8 @@ def test_a_call_in_the_wrong_user_turn_does_not_count():
     late = played("base_0", end, first, second, end, max_turns=2, reward="call_match")
     assert (late.score.reward, late.score.parts["calls_match"]) == (1.0, 0.5)
     assert parts(late)[2] == 0.0
+    early = played("base_0", first, second, end, end, max_turns=2, reward="call_match")
+    assert (early.score.reward, early.score.parts["calls_match"]) == (1.0, 0.5)
 
 
 def test_every_demonstration_is_correct():

@@ -307,7 +307,9 @@ def test_a_task_that_only_reads_is_told_by_its_response() -> None:
     play(lazy, [tool(("get_current_time", {})), "<TASK_FINISHED>"])
     play(right, Bfcl().demonstration(task("base_101")))
     shares = {"state_match": 1.0, "calls_match": 0.0}
-    assert lazy.score().parts == {"state": 1.0, "response": 0.0, "turns_passed": 0.0, "finished": 1.0, **shares}
+    assert lazy.score().parts == {
+        "state": 1.0, "response": 0.0, "turns_passed": 0.0, "finished": 1.0, **shares,
+    }  # fmt: skip
     assert right.score().reward == 1.0
 
 

@@ -1,17 +1,14 @@
 """Reward functions beside the environment: sums, overrides, refusals, faults, and whole runs."""
 
 import dataclasses
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxgrpo.config import Config, ConfigError, changes_of_meaning, load_config, to_json
+from jaxgrpo.config import Config
 from jaxgrpo.rewards import Reward, RewardError, RewardFunction, RewardSettings
 from jaxgrpo.types import Message, Score, StopReason, Trajectory
 from tests.episodes import episode
-from tests.training import small_config
 
 
 def brevity(trajectory: Trajectory, score: Score) -> float:
@@ -44,7 +41,7 @@ class Shouting(RewardFunction):
 
 
 def played(*texts: str, reward: float = 1.0) -> Trajectory:
-    """An episode of these policy texts after an opening with a worked example; three sampled tokens."""
+    """An episode of these texts after an opening with a worked example; three sampled tokens."""
     messages = [
         Message("user", "(example) hi"),
         Message("assistant", "AN EXAMPLE"),
@@ -69,6 +66,16 @@ def test_the_reward_is_the_weighted_sum_of_all_parts():
     assert score.reward == 4.625
     assert dict(score.parts) == {"state": 1.0, "environment": 1.0, "brevity": -0.75, "doubled": 2.0}
     assert (score.passed, dict(score.notes)) == (True, {"turn 0": "fine"})
+
+
+def test_weights_that_mean_the_same_are_the_same():
+    same = [
+        RewardSettings((brevity, doubled), weights)
+        for weights in ({"doubled": 2, "environment": 0.5}, (("environment", 0.5), ("doubled", 2.0)))
+    ]
+    same.append(dataclasses.replace(same[0], weights=[("brevity", 1), *same[0].weights]))
+    assert [rewards.weights for rewards in same] == [(("environment", 0.5), ("doubled", 2.0))] * 3
+    assert len(set(same)) == 1
 
 
 def test_without_functions_the_environments_reward_is_all():
@@ -158,11 +165,11 @@ async def later(trajectory, score):
 
 FAULTY = {
     raises: "tests.test_rewards.raises raised ZeroDivisionError: division by zero",
-    gives_text: "gives_text gave {'gives_text': '1.0'} and override None: they must be finite numbers",
+    gives_text: "gives_text gave {'gives_text': '1.0'} and override None: they must be",
     gives_nothing: "gives_nothing gave {'gives_nothing': None}",
     gives_nan: "gives_nan gave {'gives_nan': nan}",
     gives_infinity: "they must be finite numbers",
-    gives_a_part_too_many: "must give a number for each of its parts (gives_a_part_too_many), it gave",
+    gives_a_part_too_many: "must give a number for each of its parts (gives_a_part_too_many), it",
     gives_no_part: "must give a number for each of its parts (gives_no_part), it gave {}",
     overrides_with_nan: "override nan: they must be finite numbers",
     notes_a_number: "gave notes that are not texts by name: {'a': 1}",
@@ -189,11 +196,11 @@ def test_numbers_of_all_kinds_become_floats(answer):
     assert type(score.parts["gives"]) is float
 
 
-def _giving(answer):
+def _giving(answer, local=False):
     def gives(trajectory, score):
         return answer
 
-    gives.__qualname__ = "gives"
+    gives.__qualname__ = gives.__qualname__ if local else "gives"
     return gives
 
 
@@ -237,7 +244,7 @@ def environment(trajectory, score):
         (
             brevity,
             (),
-            "functions must be a tuple of reward functions, such as (brevity,), got <function brevity",
+            "functions must be a tuple of reward functions, such as (brevity,), got <function",
         ),
         (
             (3,),
@@ -245,6 +252,7 @@ def environment(trajectory, score):
             "3 is neither a function defined by name at the top level of a module nor an instance",
         ),
         ((lambda trajectory, score: 1.0,), (), "<lambda>"),
+        ((_giving(1.0, local=True),), (), "neither a function defined by name at the top level"),
         ((Shouting,), (), "the reward function Shouting is a class: write Shouting()"),
         ((Thawed(),), (), "the reward function Thawed must be a frozen dataclass"),
         ((Undecorated(),), (), "the reward function Undecorated must be a frozen dataclass"),
@@ -268,7 +276,7 @@ def environment(trajectory, score):
         (
             (brevity,),
             {"brevty": 1},
-            "a weight is given for 'brevty', but the parts are environment, brevity. Did you mean 'brevity'?",
+            "for 'brevty', but the parts are environment, brevity. Did you mean 'brevity'?",
         ),
         (
             (brevity,),
@@ -305,107 +313,6 @@ def test_what_cannot_be_is_refused_by_name(functions, weights, said):
         RewardSettings(functions, weights)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
-
-
-CONFIG = """
-import dataclasses
-from jaxgrpo.rewards import RewardSettings
-from tests.test_rewards import Shouting
-from tests.training import small_config
-
-
-def brevity(trajectory, score):
-    return -0.25 * trajectory.turns
-
-
-def get_config():
-    rewards = RewardSettings(functions=(brevity, Shouting()), weights={"brevity": 2})
-    return dataclasses.replace(small_config("m"), rewards=rewards)
-"""
-
-
-@pytest.fixture
-def config_file(tmp_path: Path) -> Path:
-    path = tmp_path / "mine.py"
-    path.write_text(CONFIG)
-    return path
-
-
-def test_settings_of_functions_and_weights_are_overridden_by_key(config_file):
-    config = load_config(
-        config_file,
-        ["rewards.Shouting.penalty=-2", "rewards.weights={'environment': 0.5, 'brevity': 1}"],
-    )
-    brevity, shouting = config.rewards.functions
-    assert (brevity.__name__, shouting) == ("brevity", Shouting(penalty=-2.0))
-    assert config.rewards.weights == (("environment", 0.5), ("brevity", 1.0))
-
-
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
-        ("rewards.Shouting.penalt=1", "Did you mean 'rewards.Shouting.penalty'?"),
-        (
-            "rewards.Shouting.penalty=much",
-            "rewards.Shouting.penalty must be of type float, got 'much'",
-        ),
-        ("rewards.Shouting=1", "'rewards.Shouting' is a section: set one of its fields"),
-        ("rewards.weights={'brev': 1}", "rewards: a weight is given for 'brev'"),
-        ("rewards.weights=3", "rewards.weights must be of type"),
-        ("rewards.functions=brevity", "rewards.functions must be of type"),
-    ],
-)
-def test_each_refusal_of_an_override_names_the_key(config_file, override, said):
-    with pytest.raises(ConfigError) as error:
-        load_config(config_file, [override])
-    assert said in str(error.value)
-
-
-def test_the_json_says_which_functions_with_which_settings(config_file):
-    assert json.loads(to_json(load_config(config_file)))["rewards"] == {
-        "functions": ["jaxgrpo_config_mine.brevity", "tests.test_rewards.Shouting"],
-        "Shouting": {"penalty": -1.0, "patience": 3},
-        "weights": [["environment", 1.0], ["brevity", 2.0], ["shouting", 1.0], ["polite", 1.0]],
-    }
-
-
-def test_a_resumed_run_may_not_reward_otherwise(config_file):
-    config = load_config(config_file)
-    saved = to_json(config)
-    assert changes_of_meaning(saved, config) == []
-    assert (
-        changes_of_meaning(saved, load_config(config_file, ["rewards.Shouting.patience=5"])) == []
-    )
-    assert changes_of_meaning(saved, load_config(config_file, ["rewards.Shouting.penalty=-2"])) == [
-        "rewards.Shouting.penalty was -1.0 and is now -2.0"
-    ]
-    fewer = dataclasses.replace(
-        config, rewards=RewardSettings(config.rewards.functions[:1], {"brevity": 2})
-    )
-    assert [line.split(" was ")[0] for line in changes_of_meaning(saved, fewer)] == [
-        "rewards.functions",
-        "rewards.weights",
-    ]
-
-
-def test_a_run_from_before_there_were_reward_functions_had_none(config_file):
-    config = load_config(config_file)
-    tree = json.loads(to_json(config))
-    del tree["rewards"]
-    old = json.dumps(tree)
-    assert changes_of_meaning(old, dataclasses.replace(config, rewards=RewardSettings())) == []
-    assert changes_of_meaning(old, config)[0].startswith(
-        "rewards.functions was [] and is now ['jaxgrpo_config_mine.brevity'"
-    )
-
-
-def test_the_default_changes_nothing_in_a_config():
-    config: Config = small_config("m")
-    assert config.rewards == RewardSettings()
-    assert json.loads(to_json(config))["rewards"] == {
-        "functions": [],
-        "weights": [["environment", 1.0]],
-    }
 
 
 def test_stop_reasons_and_tokens_are_there_to_be_looked_at():
