@@ -208,6 +208,15 @@ def test_a_lost_turn_ends_the_episode() -> None:
     assert environment("base_0", max_turns=99, reward="call_match").step("<TASK_FINISHED>").observation is not None
 
 
+def test_a_lost_turn_may_be_played_on_and_stays_lost() -> None:
+    suite = Bfcl(max_turns=2, stop_at_lost_turn=False)
+    env = suite.create(task("base_0", suite))
+    assert env.step("<TASK_FINISHED>").observation is not None
+    assert play(env, suite.demonstration(task("base_0"))[2:]) is StopReason.FINISHED
+    score = env.score()
+    assert (score.passed, score.notes["turn 0"]) == (False, "no call was made")
+
+
 def test_giving_up_ends_a_turn() -> None:
     env = environment("base_0")
     assert env.step("<TASK_ERROR>").stop_reason is StopReason.GAVE_UP

@@ -11,6 +11,7 @@ from jaxgrpo import records
 from jaxgrpo.config import Config, load_config
 from jaxgrpo.train import train
 from jaxgrpo.types import Trajectory
+from tests.judge_service import KEY, Handler, completion, serving
 from tests.training import metric_lines
 
 BATCHES = 3
@@ -100,10 +101,25 @@ class TestTreatments:
             assert score.reward == float(score.parts["state"] == 1 and score.parts["calls"] == 1)
 
     def test_curriculum(self, run: Runs) -> None:
-        metrics, episodes = run("curriculum", "environment.max_turns=2", "rollout.task_order=as_given")
-        tasks = small("curriculum").environment.tasks("train")
+        two_turns = ("environment.max_turns=2", "environment.max_calls=3")
+        _, episodes = run("curriculum", *two_turns)
+        tasks = small("curriculum", *two_turns).environment.tasks("train")
         assert [e.task_id for e in episodes[::8]] == [task.id for task in tasks[:6]]
-        assert len(metrics) == 3
+        assert {len(task.payload.turns) for task in tasks} == {1, 2}
+
+    def test_gibberish_penalty(self, run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+        def odd(handler: Handler, body: dict) -> None:
+            handler.answer(completion("yes" if len(body["messages"][-1]["content"]) % 2 else "no"))
+
+        with serving(odd) as service:
+            metrics, episodes = run("gibberish_penalty", f"rewards.GibberishJudge.url={service.url}")
+        scores = [e.score for e in episodes if e.score is not None]
+        assert {score.reward for score in scores if score.parts["gibberish_judge"]} == {-1.0}
+        assert all(score.reward == score.parts["environment"] for score in scores if not score.parts["gibberish_judge"])
+        assert 0 < sum(score.parts["gibberish_judge"] < 0 for score in scores) < len(scores)
+        assert [line["reward/gibberish_judge"] < 0 for line in metrics] == [True] * 3
 
     @pytest.mark.parametrize("name", ["correctness", "format_correctness", "execution_format_correctness"])
     def test_rewards_in_parts(self, run: Runs, name: str) -> None:

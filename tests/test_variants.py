@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from envs.bfcl.rewards import Correctness, Execution, Format
 from envs.procedural import Warehouse
 from jaxgrpo.config import load_config
+from jaxgrpo.judge import GibberishJudge
 from jaxgrpo.overrides import leaves
 from jaxgrpo.train import main
 from tests.training import make_model
@@ -65,6 +67,28 @@ def test_it_loads_and_its_docstring_gives_its_command(name: str) -> None:
                 "vllm.gpus": (1,),
             },
         ),
+        (
+            "article/gibberish_penalty",
+            {"rewards.functions": (GibberishJudge(url="https://api.openai.com/v1", model="gpt-4o-mini"),)},
+        ),
+        (
+            "article/correctness",
+            {"rewards.functions": (Correctness(),), "rewards.weights": (("environment", 0.0),)},
+        ),
+        (
+            "article/format_correctness",
+            {
+                "rewards.functions": (Format(), Correctness()),
+                "rewards.weights": (("environment", 0.0), ("format", 0.2)),
+            },
+        ),
+        (
+            "article/execution_format_correctness",
+            {
+                "rewards.functions": (Execution(), Format(), Correctness()),
+                "rewards.weights": (("environment", 0.0), ("execution", 0.2), ("format", 0.2)),
+            },
+        ),
         ("article/own_rubric", {"environment.reward": "call_match"}),
         ("h200x4_async", {"loss.tis_cap": 2.0, "training.max_staleness": 1}),
         ("h200x8", {"training.devices": 6, "training.gpus": (0, 1, 2, 3, 4, 5), "vllm.gpus": (6, 7), "vllm.servers": 2}),
@@ -83,6 +107,7 @@ def test_it_loads_and_its_docstring_gives_its_command(name: str) -> None:
             {
                 "environment.curriculum": True,
                 "environment.max_turns": 4,
+                "environment.stop_at_lost_turn": False,
                 "rollout.max_turns": 40,
                 "rollout.task_order": "as_given",
             },

@@ -25,6 +25,7 @@ class EpisodeOptions:
     max_steps_per_turn: int
     run_last_step: bool
     reward: str
+    stop_at_lost_turn: bool
     result_limit: int
 
 
@@ -117,7 +118,7 @@ class BfclEnvironment:
         self._start_turn()
         verdict = self._verdicts[-1]
         last = self._turn == len(self._turns)
-        lost = self._options.reward == "official" and not verdict.passed
+        lost = self._options.stop_at_lost_turn and self._options.reward == "official" and not verdict.passed
         if last or lost:
             self._over = True
             reason = StopReason.GAVE_UP if parsed.gave_up else StopReason.FINISHED if last else StopReason.FAILED

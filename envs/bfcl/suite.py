@@ -32,6 +32,7 @@ class Bfcl:
     max_steps_per_turn   policy turns in a user turn; then the episode ends with STEP_LIMIT
     run_last_step        whether the calls of the last of these run; the article's code leaves them out
     reward               "official" (state and response of each turn) or "call_match" (the article's rubric)
+    stop_at_lost_turn    whether the first turn that fails the official check ends the episode; the article's code plays on
     result_limit         characters of one tool result that the policy is shown, 0 for all; the check always sees all
     task_ids             train on these alone (they must be of the train split), in the split's order
     classes              train on tasks alone that involve no other API classes than these, () for any
@@ -50,6 +51,7 @@ class Bfcl:
     max_steps_per_turn: int = 10
     run_last_step: bool = True
     reward: str = "official"
+    stop_at_lost_turn: bool = True
     result_limit: int = 0
     task_ids: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
@@ -139,6 +141,7 @@ class Bfcl:
             max_steps_per_turn=self.max_steps_per_turn,
             run_last_step=self.run_last_step,
             reward=self.reward,
+            stop_at_lost_turn=self.stop_at_lost_turn,
             result_limit=self.result_limit,
         )
 
