@@ -23,7 +23,9 @@ import tensorstore as ts
 
 from jaxgrpo import hf_mapping, orbax_io, safetensors_io
 from jaxgrpo.hf_mapping import HFTensor
-from jaxgrpo.model import ModelConfig, Params
+from jaxgrpo.json_files import read_object
+from jaxgrpo.model import Params
+from jaxgrpo.model_config import ModelConfig, eos_token_ids
 
 ORBAX_SUBFOLDER = "params"
 _LOCK = ".jaxgrpo-unfinished"
@@ -73,6 +75,18 @@ def load_tokenizer(folder: str | Path) -> Any:
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer in {folder} has no chat template: take an Instruct model, or add chat_template.jinja there")
     return tokenizer
+
+
+def generation_ends(folder: str | Path) -> tuple[int, ...]:
+    """The tokens that end a generation by the folder's generation_config.json, where it has one: at
+    which transformers and vLLM stop. Raises ValueError that names the file."""
+    path = Path(folder) / "generation_config.json"
+    if not path.is_file():
+        return ()
+    try:
+        return eos_token_ids(read_object(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 class WeightSource(Protocol):
@@ -126,6 +140,12 @@ class OrbaxWeights:
         self._leaves: dict[hf_mapping.Path, ts.TensorStore] = orbax_io.open_leaves(folder / ORBAX_SUBFOLDER)
         hf_mapping.check_leaves(config, {path: leaf.shape for path, leaf in self._leaves.items()}, folder)
         self.dtypes = {path: leaf.dtype.numpy_dtype for path, leaf in self._leaves.items()}
+        for path, dtype in self.dtypes.items():
+            if dtype not in safetensors_io.NAMES:
+                raise ValueError(
+                    f"{'/'.join(path)} in {folder} is {dtype}; allowed are "
+                    f"{', '.join(map(str, safetensors_io.NAMES))}: convert the model again"
+                )
 
     def read(self, tensor: HFTensor) -> np.ndarray:
         leaf = self._leaves[tensor.path]
@@ -252,11 +272,12 @@ def save_hf(
 
 
 def _write_dtype(path: Path, dtype: str) -> None:
-    """Say in config.json what type the weights have: transformers and vLLM load them as that. Under the key that is there, old or new."""
-    config = json.loads(path.read_text())
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    if config.get(key) != dtype:
-        path.write_text(json.dumps({**config, key: dtype}, indent=2) + "\n")
+    """Say in config.json what type the weights have: transformers and vLLM load them as that. Under the
+    keys that are there, old and new: which of the two is read depends on the reader's version."""
+    config = read_object(path)
+    said = dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"], dtype)
+    if config != {**config, **said}:
+        path.write_text(json.dumps({**config, **said}, indent=2) + "\n")
 
 
 def copy_companions(source: Path, destination: Path) -> None:

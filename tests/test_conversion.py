@@ -190,7 +190,7 @@ class TestRefusals:
 
     def test_a_file_that_is_a_pointer(self, hf_folder, tmp_path):
         (hf_folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-        self.refused(hf_folder, tmp_path, "fetch it again")
+        self.refused(hf_folder, tmp_path, "is a Git LFS pointer")
 
     def test_an_orbax_folder_is_not_converted_again(self, orbax_folder, tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match="orbax folder already"):

@@ -17,7 +17,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
     (model / "config.json").write_text(json.dumps(config))
     assert open_policy(small_config(model)).config.vocab_size == tokens
     (model / "config.json").write_text(json.dumps({**config, "vocab_size": tokens - 1}))
-    with pytest.raises(ConfigError, match=rf"its tokenizer has {tokens} tokens, its weights have {tokens - 1} "):
+    with pytest.raises(ConfigError, match=rf"its tokenizer's ids need {tokens} rows, its weights have {tokens - 1} "):
         open_policy(small_config(model))
 
 
