@@ -23,7 +23,7 @@ import tensorstore as ts
 
 from jaxgrpo import hf_mapping, orbax_io, safetensors_io
 from jaxgrpo.hf_mapping import HFTensor
-from jaxgrpo.json_files import read_object
+from jaxgrpo.json_files import is_lfs_pointer, read_object
 from jaxgrpo.model import Params
 from jaxgrpo.model_config import ModelConfig, eos_token_ids
 
@@ -32,6 +32,14 @@ _LOCK = ".jaxgrpo-unfinished"
 _COMPANION_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".md"}
 _HUB_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]
 _WEIGHT_PATTERNS = ["*.safetensors"]
+_TOKENIZER_OBJECTS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
+_TOKENIZER_TEXTS = ("merges.txt", "chat_template.jinja")
 
 
 def locate(model: str | Path, revision: str | None = None, weights: bool = True) -> Path:
@@ -62,14 +70,22 @@ def locate(model: str | Path, revision: str | None = None, weights: bool = True)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a model folder, through transformers. Raises FileNotFoundError or ValueError that says what is missing."""
+    """The tokenizer of a model folder, through transformers. Raises FileNotFoundError that says what is
+    missing, ValueError that says what is damaged."""
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise FileNotFoundError(f"no tokenizer in {folder}: put tokenizer.json and tokenizer_config.json (or vocab.json, merges.txt) there")
+    for name in _TOKENIZER_OBJECTS:
+        if (folder / name).is_file():
+            read_object(folder / name)
+    for name in _TOKENIZER_TEXTS:
+        if (folder / name).is_file() and is_lfs_pointer((folder / name).read_bytes()):
+            raise ValueError(f"{folder / name} is a Git LFS pointer: fetch the file itself (git lfs pull)")
     from transformers import AutoTokenizer  # slow to import
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer.encode("text", add_special_tokens=False)  # some settings are looked at only here
     except Exception as error:  # the edge to transformers and tokenizers, which raise anything for broken files, Exception itself included
         raise ValueError(f"the tokenizer files in {folder} cannot be read by transformers: {error}") from error
     if not tokenizer.chat_template:

@@ -91,8 +91,8 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 def _place(file: Path, name: str, entry: Any) -> tuple[int, int]:
     """Where in the data a tensor begins and ends. Raises ValueError for an entry that is none."""
-    keys = {"dtype", "shape", "data_offsets"}
-    if not isinstance(entry, dict) or entry.keys() != keys or not isinstance(entry["dtype"], str):
+    whole = isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= entry.keys()
+    if not whole or not isinstance(entry["dtype"], str):
         raise ValueError(
             f"{file}: the header describes {name} by {reprlib.repr(entry)}, not by its dtype (a text), "
             "shape and data_offsets: fetch the file again"
@@ -158,7 +158,8 @@ def _weight_map(index: Path) -> dict[str, str]:
             "fetch it again"
         )
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).is_absolute() or ".." in Path(shard).parts:
+        inside = isinstance(shard, str) and shard and ".." not in Path(shard).parts
+        if not inside or Path(shard).is_absolute():
             raise ValueError(f"{index} places {name} in {shard!r}, which names no file of the folder")
     return weight_map
 

@@ -114,7 +114,7 @@ def test_no_generation_prompt(what):
 
 
 def test_the_r1_distilled_models_shape_is_refused():
-    with pytest.raises(ValueError, match="chat template .* after an assistant's turn"):
+    with pytest.raises(ValueError, match="leaves out or moves a message of role 'system'"):
         Chat(byte_tokenizer(GATHERING))
 
 
@@ -182,7 +182,7 @@ class TestOpenings:
     def test_a_message_that_is_dropped(self):
         chat = Chat(byte_tokenizer(skipping("message.role == 'system' and loop.nextitem.role == 'system'")))
         chat.opening([Message("system", "s"), Message("user", "q")])
-        with pytest.raises(ValueError, match=r"leaves out or moves a message of role 'system' of \('system', 'system', 'user'\) at the beg"):
+        with pytest.raises(ValueError, match=r"leaves out or moves a message of role 'system' of .* at the beginning"):
             chat.opening([Message("system", "s"), Message("system", "s"), Message("user", "q")])
 
     def test_no_generation_prompt(self):
@@ -196,7 +196,7 @@ class TestOpenings:
 def test_a_template_that_is_no_text(template):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
-    with pytest.raises(ValueError, match="chat template of the tokenizer .* must be a text"):
+    with pytest.raises(ValueError, match=r"chat template of the tokenizer .* must be a text"):
         Chat(tokenizer)
 
 
@@ -209,5 +209,5 @@ def test_named_templates():
     with pytest.raises(ValueError, match="depends on the history or the tools"):
         Chat(tokenizer).opening(messages, (ADD,))
     tokenizer.chat_template = {"tool_use": TEMPLATE}
-    with pytest.raises(ValueError, match="cannot render messages of user and assistant in turn: .*no default"):
+    with pytest.raises(ValueError, match=r"cannot render messages of user and assistant in turn: .*no default"):
         Chat(tokenizer)

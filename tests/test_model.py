@@ -131,9 +131,9 @@ def test_each_weight_matters(name):
         assert moved > 1e-2, "/".join(path)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("seed", [0, 1])
 def test_transformers_directly(seed):
-    pytest.importorskip("torch")
     from transformers import Qwen2Config
 
     from tests.golden import make_golden
