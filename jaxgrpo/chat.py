@@ -3,7 +3,8 @@
 An episode's ids grow only at the end: the opening (the chat template's rendering of the first messages), then in turn what the policy
 sampled and what stands between that and its next turn. The latter, the continuation, is rendered on its own:
 
-    template([user "one", assistant SENTINEL] + new messages, generation prompt)  =  ... SENTINEL <continuation>
+    template([user "one", assistant SENTINEL] + new messages, generation prompt)
+    = ... SENTINEL <continuation>
 
 What follows the sentinel is the template's own end of the assistant's turn, separators included, the new messages, and the next generation
 prompt. History is never rendered again from text, so it cannot drift. This is right only where what follows does not depend on what came
@@ -23,14 +24,14 @@ from jaxgrpo.types import Message
 class Chat:
     """The chat template of one tokenizer, as the rollout needs it.
 
-    `tokenizer` is a Hugging Face tokenizer that has a chat template; `end_ids` are tokens, beside its
-    own, that end a generation. With Qwen2.5's, after a sampled call that ended its turn:
+    `tokenizer` is a Hugging Face tokenizer that has a chat template; `end_ids` are tokens, beside
+    its own, that end a generation. With Qwen2.5's, after a sampled call that ended its turn:
 
         chat.continuation((Message("tool", "3"),), ended_with_eos=True)
         = ids of "\\n<|im_start|>user\\n<tool_response>\\n3\\n</tool_response><|im_end|>\\n<|im_start|>assistant\\n"
 
     A mark is a special token that is not an ordinary one as well. Text that spells a mark is broken
-    by a space, wherever it comes from: neither a task nor a tool can forge the template's own marks.
+    by a space, wherever it comes from: neither a task nor a tool can forge the template's marks.
     """
 
     def __init__(self, tokenizer: Any, end_ids: Sequence[int] = ()):
@@ -44,12 +45,14 @@ class Chat:
         ends = {self.end_of_turn_id, tokenizer.eos_token_id, tokenizer.pad_token_id, *end_ids}
         self.eos_ids: tuple[int, ...] = tuple(sorted(ends & marks.keys()))
         """The tokens that end a generation: the template's end of turn, and, where they are other
-        marks, the tokenizer's end and padding tokens and `end_ids` (Qwen2.5's <|endoftext|>: nothing
-        that a policy says after it is worth reading)."""
+        marks, the tokenizer's end and padding tokens and `end_ids` (Qwen2.5's <|endoftext|>:
+        nothing that a policy says after it is worth reading)."""
 
-    def opening(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> np.ndarray:
+    def opening(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> np.ndarray:
         """The prompt [P] of an episode: the first messages, the tools where there are any, and the
-        generation prompt. Raises ValueError when the template refuses them, or does not show them all.
+        generation prompt. Raises ValueError when the template refuses or does not show them all.
         """
         broken = [self._broken(message) for message in messages]
         try:
@@ -64,7 +67,7 @@ class Chat:
     def continuation(self, messages: Sequence[Message], ended_with_eos: bool) -> np.ndarray:
         """What stands between the policy's turn and its next one.
 
-        `ended_with_eos` says whether the sampled ids end with the end-of-turn token (see `ends_turn`),
+        `ended_with_eos` says whether the sampled ids end with the end-of-turn token (`ends_turn`),
         which is then not repeated. Raises ValueError when the template refuses the messages.
         """
         try:
@@ -72,7 +75,8 @@ class Chat:
         except TemplateRefusesError as error:
             roles = _roles(messages)
             raise ValueError(
-                f"the chat template refuses a message of role {roles} after an assistant's turn: {error}"
+                f"the chat template refuses a message of role {roles} after an assistant's turn: "
+                f"{error}"
             ) from error
         ids = self._encode(after)
         if not ended_with_eos:
@@ -88,7 +92,9 @@ class Chat:
         ids = [int(token) for token in token_ids]
         if ids and ids[-1] in self.eos_ids:
             ids = ids[:-1]
-        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self._tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
     def _broken(self, message: Message) -> Message:
         return Message(message.role, self._broken_text(message.content))
@@ -99,11 +105,13 @@ class Chat:
             return self._broken_text(value)
         if isinstance(value, Mapping):
             return {self._broken_in(key): self._broken_in(item) for key, item in value.items()}
-        return [self._broken_in(item) for item in value] if isinstance(value, list | tuple) else value
+        if isinstance(value, list | tuple):
+            return [self._broken_in(item) for item in value]
+        return value
 
     def _broken_text(self, text: str) -> str:
-        """Without marks, and with replacement characters for lone surrogates, which JSON lets through
-        and no tokenizer takes."""
+        """Without marks, and with replacement characters for lone surrogates, which JSON lets
+        through and no tokenizer takes."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if self._mark_pattern is None:
             return text
@@ -115,21 +123,21 @@ class Chat:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), np.int32)
 
     def _find_end_of_turn(self, marks: frozenset[int]) -> int:
-        """The first mark of every continuation: it closes the assistant's turn, whatever follows."""
+        """The first mark of every continuation: it closes the assistant's turn whatever follows."""
         found: dict[int, str] = {}
         for after in self._template.continuations:
             ends = [token for token in self._encode(after).tolist() if token in marks]
             if not ends:
                 raise ValueError(
-                    f"the chat template closes the assistant's turn with no special token (it gives "
+                    "the chat template closes the assistant's turn with no special token (it gives "
                     f"{after!r}): the policy could not end its turn"
                 )
             found.setdefault(ends[0], after)
         if len(found) > 1:
             one, other = list(found.values())[:2]
             raise ValueError(
-                "the special token with which the chat template closes the assistant's turn depends on "
-                f"what comes next ({one!r}, {other!r}): use another chat template"
+                "the special token with which the chat template closes the assistant's turn "
+                f"depends on what comes next ({one!r}, {other!r}): use another chat template"
             )
         return next(iter(found))
 
@@ -149,7 +157,9 @@ def _marks(tokenizer: Any) -> dict[int, str]:
     from transformers import PreTrainedTokenizerFast  # slow to import
 
     added = tokenizer.added_tokens_decoder.items()
-    special = {token: text.content for token, text in added if text.special and text.content.strip()}
+    special = {
+        token: text.content for token, text in added if text.special and text.content.strip()
+    }
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return special
     model = tokenizer.backend_tokenizer.model

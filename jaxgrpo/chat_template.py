@@ -1,4 +1,4 @@
-"""A model's chat template, rendered to text, and what is asked of it before episodes are built with it.
+"""A model's chat template, rendered to text, and what is asked of it before it builds episodes.
 
 What an episode needs is asked once of outlines: messages of the same roles, and tools of the same
 number, with texts and names that nothing else spells. A template is refused when in what it renders
@@ -31,8 +31,9 @@ _HISTORIES = (
     (*_CALLED, Message("tool", "ten"), Message("assistant", "eleven"), Message("user", "twelve")),
 )
 _DEPENDS = (
-    "what the chat template puts after an assistant's turn depends on the history or the tools, and "
-    "episodes of several turns are continued without rendering those again (use another chat template)"
+    "what the chat template puts after an assistant's turn depends on the history or the tools, "
+    "and episodes of several turns are continued without rendering those again (use another chat "
+    "template)"
 )
 
 
@@ -43,20 +44,23 @@ class TemplateRefusesError(ValueError):
 class ChatTemplate:
     """The chat template of a Hugging Face tokenizer.
 
-    `continuations` holds what follows an assistant's turn, for each outline of new messages that the
-    template takes. Raises ValueError when there is no template, or when it cannot build episodes.
+    `continuations` holds what follows an assistant's turn, for each outline of new messages that
+    the template takes. Raises ValueError when there is none, or when it cannot build episodes.
     """
 
     def __init__(self, tokenizer: Any):
         name, template = tokenizer.name_or_path or type(tokenizer).__name__, tokenizer.chat_template
         if not template:
             raise ValueError(
-                f"the tokenizer {name!r} has no chat template: take the instruct variant of the model, "
-                "or put a chat_template.jinja into its folder"
+                f"the tokenizer {name!r} has no chat template: take the instruct variant of the "
+                "model, or put a chat_template.jinja into its folder"
             )
         texts = template.values() if isinstance(template, dict) else [template]
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"the chat template of the tokenizer {name!r} must be a text, got {template!r}")
+            raise ValueError(
+                f"the chat template of the tokenizer {name!r} must be a text, got "
+                f"{reprlib.repr(template)}"
+            )
         self._tokenizer = tokenizer
         self._checked_openings: set[tuple[tuple[str, ...], int]] = set()
         self._checked_tools = False
@@ -93,8 +97,8 @@ class ChatTemplate:
         _, sentinel, after = rendered.partition(_SENTINEL)
         if not sentinel:
             raise ValueError(
-                "the chat template leaves out the assistant's earlier turns: it cannot build episodes "
-                "of several turns"
+                "the chat template leaves out the assistant's earlier turns: it cannot build "
+                "episodes of several turns"
             )
         return after
 
@@ -119,7 +123,9 @@ class ChatTemplate:
                 continue  # an environment that sends these will hear so
             if any(refusals):
                 why = next(filter(None, refusals))
-                raise ValueError(f"{_DEPENDS}: it refuses messages of role {roles} only after some ({why})")
+                raise ValueError(
+                    f"{_DEPENDS}: it refuses messages of role {roles} only after some ({why})"
+                )
             after = self.after(messages)
             _check_same(roles, after, [self.after(messages, history) for history in histories])
             _check_order(after, messages, "after an assistant's turn")
@@ -151,9 +157,9 @@ class ChatTemplate:
         if unseen:
             some = ", ".join([*unseen[:4], *(["..."] if len(unseen) > 4 else [])])
             raise ValueError(
-                f"the chat template does not show the tools that the environment gives: {len(unseen)} "
-                f"of {len(names)} are not in the prompt ({some}). Use a template that does, as "
-                "Qwen2.5's, or an environment that describes its tools in its messages"
+                "the chat template does not show the tools that the environment gives: "
+                f"{len(unseen)} of {len(names)} are not in the prompt ({some}). Use a template "
+                "that does, as Qwen2.5's, or an environment that puts its tools into its messages"
             )
         _check_order(rendered, messages, "at the beginning")
         self._check_prompt(messages, renamed)

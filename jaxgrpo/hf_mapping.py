@@ -101,8 +101,8 @@ def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], wher
     problems = [f"missing: {_some(expected.keys() - found.keys())}"] if expected.keys() - found.keys() else []
     if config.tied_embeddings and EMBEDDING not in found and HEAD in found:
         problems.append(
-            f"found: {HEAD}, with which config.json ties the missing {EMBEDDING} (tie_word_embeddings): "
-            f"save the tensor as {EMBEDDING}"
+            f"found: {HEAD}, with which config.json ties the missing {EMBEDDING} "
+            f"(tie_word_embeddings): save the tensor as {EMBEDDING}"
         )
     extra = {name for name in found if name not in allowed and not is_ignored(name)}
     problems += [f"not a tensor of this architecture: {_some(extra)}"] if extra else []

@@ -1,4 +1,5 @@
-"""The sizes of a Qwen2 model, out of a Hugging Face config.json; what this port does not compute is refused by name."""
+"""The sizes of a Qwen2 model, out of a Hugging Face config.json; what this port does not compute is
+refused by name."""
 
 import dataclasses
 import reprlib
@@ -22,7 +23,7 @@ _OTHER_SIZES = ("num_key_value_heads", "head_dim")  # null counts as absent
 _REFUSED = {
     "quantization_config": "quantised weights are not supported: dequantise the checkpoint first",
     "per_layer_config": "layers of different sizes are not supported",
-    "configuration_files": "transformers may read another file in place of this one: put its settings here",
+    "configuration_files": "transformers may read another file in its place: put its settings here",
 }
 
 
@@ -45,22 +46,22 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
-        """Read a `config.json` as transformers 5 reads it, its defaults included. Raises ValueError by
-        name for what it would not read, and for what this port does not compute."""
+        """Read a `config.json` as transformers 5 reads it, its defaults included. Raises ValueError
+        by name for what it would not read, and for what this port does not compute."""
         _refuse_unsupported(config)
         heads = config["num_attention_heads"]
         kv_heads = config.get("num_key_value_heads", 32)
         kv_heads = heads if kv_heads is None else kv_heads
         if heads % kv_heads:
             raise ValueError(
-                f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads}; "
-                "absent, it is 32)"
+                f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads "
+                f"({kv_heads}; absent, it is 32)"
             )
         head_size = config.get("head_dim") or config["hidden_size"] // heads
-        if head_size % 2:
+        if head_size % 2 or head_size == 0:
             raise ValueError(
-                "the head size (head_dim, or hidden_size / num_attention_heads) must be even, got "
-                f"{head_size}"
+                "the head size (head_dim, or hidden_size / num_attention_heads) must be even and "
+                f"above 0, got {head_size}"
             )
         return cls(
             vocab_size=config["vocab_size"],
@@ -79,11 +80,13 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
-        """Read `config.json` of a Hugging Face folder. Raises FileNotFoundError, or ValueError that names the file."""
+        """Read `config.json` of a Hugging Face folder. Raises FileNotFoundError, or ValueError that
+        names the file."""
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(
-                f"no config.json in {folder}: a model folder holds config.json, the weights and the tokenizer"
+                f"no config.json in {folder}: a model folder holds config.json, the weights and "
+                "the tokenizer"
             )
         config = read_object(path)
         try:
@@ -93,8 +96,8 @@ class ModelConfig:
 
 
 def eos_token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """What `eos_token_id` of a config.json or generation_config.json names: no token, one, or several.
-    Raises ValueError for anything else."""
+    """What `eos_token_id` of a config.json or generation_config.json names: no token, one, or
+    several. Raises ValueError for anything else."""
     given = config.get("eos_token_id")
     ids = given if isinstance(given, list) else [] if given is None else [given]
     if not all(type(token) is int for token in ids):
@@ -105,7 +108,8 @@ def eos_token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     if config.get("model_type") != "qwen2":
         raise ValueError(
-            f"model_type is {config.get('model_type')!r}; only 'qwen2' (Qwen2 and Qwen2.5) is supported"
+            f"model_type is {config.get('model_type')!r}; only 'qwen2' (Qwen2 and Qwen2.5) is "
+            "supported"
         )
     absent = [key for key in _SIZES if config.get(key) is None]
     if absent:
@@ -130,11 +134,12 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         raise ValueError(
             "sliding-window attention is in use (use_sliding_window): it is not supported"
         )
-    layer_types = config.get("layer_types")
-    if layer_types is not None and layer_types != ["full_attention"] * config["num_hidden_layers"]:
+    kinds, layers = config.get("layer_types"), config["num_hidden_layers"]
+    plain = isinstance(kinds, list) and kinds.count("full_attention") == len(kinds) == layers
+    if kinds is not None and not plain:
         raise ValueError(
             "layer_types in config.json must be 'full_attention' once a layer (num_hidden_layers "
-            f"{config['num_hidden_layers']}), without sliding windows, got {reprlib.repr(layer_types)}"
+            f"{layers}), without sliding windows, got {reprlib.repr(kinds)}"
         )
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act is {config['hidden_act']!r}; only 'silu' is supported")
@@ -158,13 +163,14 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
     ]
     if nested:
         raise ValueError(
-            f"{section} has settings for a type of layers ({', '.join(nested)}): give one rope_type and "
-            "rope_theta for all"
+            f"{section} has settings for a type of layers ({', '.join(nested)}): give one "
+            "rope_type and rope_theta for all"
         )
     for key in ("rope_type", "type"):
         if rope.get(key, "default") != "default":
             raise ValueError(
-                f"{section} asks for {rope[key]!r} ({key}): rope scaling is not supported, only 'default'"
+                f"{section} asks for {rope[key]!r} ({key}): rope scaling is not supported, only "
+                "'default'"
             )
     factor = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if factor is not None and factor != 1:

@@ -70,8 +70,8 @@ def locate(model: str | Path, revision: str | None = None, weights: bool = True)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a model folder, through transformers. Raises FileNotFoundError that says what is
-    missing, ValueError that says what is damaged."""
+    """The tokenizer of a model folder, through transformers. Raises FileNotFoundError that says
+    what is missing, ValueError that says what is damaged."""
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise FileNotFoundError(f"no tokenizer in {folder}: put tokenizer.json and tokenizer_config.json (or vocab.json, merges.txt) there")
@@ -80,7 +80,10 @@ def load_tokenizer(folder: str | Path) -> Any:
             read_object(folder / name)
     for name in _TOKENIZER_TEXTS:
         if (folder / name).is_file() and is_lfs_pointer((folder / name).read_bytes()):
-            raise ValueError(f"{folder / name} is a Git LFS pointer: fetch the file itself (git lfs pull)")
+            raise ValueError(
+                f"{folder / name} is a Git LFS pointer, not the file itself: fetch that "
+                "(git lfs pull)"
+            )
     from transformers import AutoTokenizer  # slow to import
 
     try:
@@ -157,10 +160,10 @@ class OrbaxWeights:
         hf_mapping.check_leaves(config, {path: leaf.shape for path, leaf in self._leaves.items()}, folder)
         self.dtypes = {path: leaf.dtype.numpy_dtype for path, leaf in self._leaves.items()}
         for path, dtype in self.dtypes.items():
-            if dtype not in safetensors_io.NAMES:
+            if dtype not in safetensors_io.WEIGHT_DTYPES:
                 raise ValueError(
                     f"{'/'.join(path)} in {folder} is {dtype}; allowed are "
-                    f"{', '.join(map(str, safetensors_io.NAMES))}: convert the model again"
+                    f"{', '.join(map(str, safetensors_io.WEIGHT_DTYPES))}: convert the model again"
                 )
 
     def read(self, tensor: HFTensor) -> np.ndarray:
@@ -288,12 +291,13 @@ def save_hf(
 
 
 def _write_dtype(path: Path, dtype: str) -> None:
-    """Say in config.json what type the weights have: transformers and vLLM load them as that. Under the
-    keys that are there, old and new: which of the two is read depends on the reader's version."""
+    """Say in config.json what type the weights have: transformers and vLLM load them as that.
+    Under the keys that are there, old and new: which one is read depends on the reader."""
     config = read_object(path)
-    said = dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"], dtype)
-    if config != {**config, **said}:
-        path.write_text(json.dumps({**config, **said}, indent=2) + "\n")
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    said: dict[str, Any] = {**config, **dict.fromkeys(keys, dtype)}
+    if said != config:
+        path.write_text(json.dumps(said, indent=2) + "\n")
 
 
 def copy_companions(source: Path, destination: Path) -> None:

@@ -23,7 +23,8 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 
 _DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
-NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+WEIGHT_DTYPES = tuple(_NAMES)
 _MAX_HEADER = 100 * 2**20
 
 
@@ -51,15 +52,15 @@ class Stored:
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of one file. Raises ValueError that names the file when it is truncated, damaged or
-    no safetensors file: the tensors must fill the data after the header, one behind the other."""
+    """The tensors of one file. Raises ValueError that names the file when it is truncated, damaged
+    or no safetensors file: the tensors must fill what follows the header, one behind the other."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(64)
         length = int.from_bytes(start[:8], "little")
         if is_lfs_pointer(start):
             raise ValueError(
-                f"{file} is a Git LFS pointer, not the weights themselves: fetch them (git lfs pull)"
+                f"{file} is a Git LFS pointer, not the file itself: fetch that (git lfs pull)"
             )
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise ValueError(
@@ -80,8 +81,8 @@ def read_header(file: Path) -> dict[str, Stored]:
         position = end
     if 8 + length + position != size:
         raise ValueError(
-            f"{file} has {size} bytes, its header says {8 + length + position}: it is truncated or was "
-            "changed; fetch it again"
+            f"{file} has {size} bytes, its header says {8 + length + position}: it is truncated or "
+            "was changed; fetch it again"
         )
     return {
         name: Stored(file, 8 + length + places[name][0], tuple(entry["shape"]), entry["dtype"])
@@ -94,8 +95,8 @@ def _place(file: Path, name: str, entry: Any) -> tuple[int, int]:
     whole = isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= entry.keys()
     if not whole or not isinstance(entry["dtype"], str):
         raise ValueError(
-            f"{file}: the header describes {name} by {reprlib.repr(entry)}, not by its dtype (a text), "
-            "shape and data_offsets: fetch the file again"
+            f"{file}: the header describes {name} by {reprlib.repr(entry)}, not by its dtype (a "
+            "text), shape and data_offsets: fetch the file again"
         )
     shape, offsets = entry["shape"], entry["data_offsets"]
     for key, numbers in (("shape", shape), ("data_offsets", offsets)):
@@ -113,8 +114,8 @@ def _place(file: Path, name: str, entry: Any) -> tuple[int, int]:
     dtype = _DTYPES.get(entry["dtype"])
     if dtype is not None and end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(
-            f"{file}: {name} has {end - begin} bytes, which is not {shape} of {entry['dtype']}: fetch "
-            "the file again"
+            f"{file}: {name} has {end - begin} bytes, which is not {shape} of {entry['dtype']}: "
+            "fetch the file again"
         )
     return begin, end
 
@@ -150,17 +151,19 @@ def read_folder(folder: Path) -> dict[str, Stored]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> file of an index. Raises ValueError that names the index when it has no such map."""
+    """Tensor -> file of an index. Raises ValueError that names the index if it has no such map."""
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(
-            f"{index} must hold a weight_map of tensor names to files, got {reprlib.repr(weight_map)}: "
-            "fetch it again"
+            f"{index} must hold a weight_map of tensor names to files, got "
+            f"{reprlib.repr(weight_map)}: fetch it again"
         )
     for name, shard in weight_map.items():
         inside = isinstance(shard, str) and shard and ".." not in Path(shard).parts
         if not inside or Path(shard).is_absolute():
-            raise ValueError(f"{index} places {name} in {shard!r}, which names no file of the folder")
+            raise ValueError(
+                f"{index} places {name} in {shard!r}, which names no file of the folder"
+            )
     return weight_map
 
 
@@ -208,10 +211,10 @@ def _header(tensors: Iterable[Outgoing]) -> bytes:
     entries: dict[str, Mapping[str, Any]] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
-        if tensor.dtype not in NAMES:
-            raise ValueError(f"{tensor.name} is {tensor.dtype}; safetensors are written as one of {sorted(str(d) for d in NAMES)}")
+        if tensor.dtype not in _NAMES:
+            raise ValueError(f"{tensor.name} is {tensor.dtype}; safetensors are written as one of {sorted(str(d) for d in _NAMES)}")
         place = [offset, offset + tensor.nbytes]
-        entries[tensor.name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+        entries[tensor.name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
         offset = place[1]
     text = json.dumps(entries, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)

@@ -45,8 +45,9 @@ class Policy:
         needed = max(self.tokenizer.get_vocab().values(), default=-1) + 1
         if needed > self.config.vocab_size:
             raise ValueError(
-                f"its tokenizer's ids need {needed} rows, its weights have {self.config.vocab_size} (vocab_size in config.json): "
-                "take the tokenizer that belongs to the model"
+                f"its tokenizer's ids need {needed} rows, its weights have "
+                f"{self.config.vocab_size} (vocab_size in config.json): take the tokenizer that "
+                "belongs to the model"
             )
 
 
@@ -57,7 +58,8 @@ def open_policy(config: Config, weights: bool = True) -> Policy:
         folder = locate(config.model.source, config.model.revision, weights)
         sizes = ModelConfig.from_folder(folder)  # first: transformers reads config.json too, and says less about it
         tokenizer = load_tokenizer(folder)
-        return Policy(folder, sizes, tokenizer, Chat(tokenizer, (*sizes.eos_token_ids, *generation_ends(folder))))
+        ends = (*sizes.eos_token_ids, *generation_ends(folder))
+        return Policy(folder, sizes, tokenizer, Chat(tokenizer, ends))
     except (ValueError, OSError) as error:
         raise ConfigError(f"model.source {config.model.source!r}: {error}") from error
 

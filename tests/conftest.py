@@ -15,11 +15,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def pytest_collection_modifyitems(items):
-    """`@pytest.mark.torch("peft")`: skip where PyTorch, or a package named beside it, is not installed. Nothing else skips for want of
-    them, so that one pass with `-m torch`, where they are, has run all that need them."""
+    """`@pytest.mark.torch("peft")`: skip where PyTorch, or a package named beside it, is missing.
+    Nothing else skips for want of them: where they are, `-m torch` runs all that need them."""
     for item in items:
         for mark in item.iter_markers("torch"):
-            missing = [package for package in ("torch", *mark.args) if importlib.util.find_spec(package) is None]
+            needed = ("torch", *mark.args)
+            missing = [package for package in needed if importlib.util.find_spec(package) is None]
             if missing:
                 item.add_marker(pytest.mark.skip(reason=f"{', '.join(missing)} not installed"))
 

@@ -1,9 +1,9 @@
-"""Qwen2's logits in float64 NumPy, out of Hugging Face tensors, and how far float32 may be from them.
+"""Qwen2's logits in float64 NumPy, out of Hugging Face tensors, and how far float32 may be off.
 
 Nothing is imported from the package. Float32 is off, in each step, by at most the number of its
-roundings times 2**-24 times the size of what is rounded; for a product that is the sum of its terms'
-sizes (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). `float32_error` puts an
-error of just that size, of random sign, into every step, and sees what the logits make of it.
+roundings times 2**-24 times the size of what is rounded; for a product that is the sum of the sizes
+of its terms (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). `float32_error`
+puts an error of just that size, of random sign, into every step, and sees how far the logits move.
 """
 
 import functools
@@ -21,24 +21,30 @@ def _exactly(value: np.ndarray, size: np.ndarray, roundings: int) -> np.ndarray:
     return value
 
 
-def qwen2_logits(config: dict, tensors: Mapping[str, np.ndarray], ids_T: np.ndarray, off: Off = _exactly) -> np.ndarray:
-    """Logits [T, V] of one sequence [T]; `off(value, size, roundings)` puts an error into a step's value."""
+def qwen2_logits(
+    config: dict, tensors: Mapping[str, np.ndarray], ids_T: np.ndarray, off: Off = _exactly
+) -> np.ndarray:
+    """Logits [T, V] of one sequence [T]; `off(value, size, roundings)` may change a step's."""
     weights = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
     layer = functools.partial(_layer, config, weights, off, _rotation(config, len(ids_T), off))
     x = weights["model.embed_tokens.weight"][ids_T]
     for i in range(config["num_hidden_layers"]):
         x = layer(f"model.layers.{i}.", x)
-    head = weights["model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"]
+    head = weights[
+        "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
+    ]
     return _product(off, _norm(config, off, x, weights["model.norm.weight"]), head.T)
 
 
 def float32_error(config: dict, tensors: Mapping[str, np.ndarray], ids_T: np.ndarray) -> float:
-    """About the most that a forward pass in float32 may be off, anywhere in the logits: the least of a few draws."""
+    """About the most that float32 may be off, anywhere in the logits: the least of a few draws."""
     exact = qwen2_logits(config, tensors, ids_T)
 
     def draw(seed: int) -> float:
         rng = np.random.default_rng(seed)
-        off = lambda value, size, roundings: value + rng.choice([-_UNIT, _UNIT], value.shape) * roundings * size
+        off = lambda value, size, roundings: (
+            value + rng.choice([-_UNIT, _UNIT], value.shape) * roundings * size
+        )
         return float(np.abs(qwen2_logits(config, tensors, ids_T, off) - exact).max())
 
     return min(draw(seed) for seed in range(_DRAWS))
@@ -58,11 +64,20 @@ def _norm(config: dict, off: Off, x: np.ndarray, scale: np.ndarray) -> np.ndarra
 def _rotation(config: dict, length: int, off: Off) -> np.ndarray:
     """cos + i sin [T, 1, h / 2]; an angle is off by its own size, which grows with the position."""
     half = config["hidden_size"] // config["num_attention_heads"] // 2
-    angles = np.arange(length)[:, None, None] * float(config["rope_theta"]) ** (-np.arange(half) / half)
+    angles = np.arange(length)[:, None, None] * float(config["rope_theta"]) ** (
+        -np.arange(half) / half
+    )
     return np.exp(1j * off(angles, angles, _FUNCTION + 1))
 
 
-def _layer(config: dict, weights: Mapping[str, np.ndarray], off: Off, rotation: np.ndarray, name: str, x: np.ndarray) -> np.ndarray:
+def _layer(
+    config: dict,
+    weights: Mapping[str, np.ndarray],
+    off: Off,
+    rotation: np.ndarray,
+    name: str,
+    x: np.ndarray,
+) -> np.ndarray:
     def linear(x: np.ndarray, part: str) -> np.ndarray:
         bias = weights.get(f"{name}{part}.bias", 0.0)
         return _product(off, x, weights[f"{name}{part}.weight"].T) + bias

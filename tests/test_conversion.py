@@ -15,7 +15,14 @@ import safetensors
 
 from jaxgrpo import hf_mapping, pretrained
 from jaxgrpo.model import ModelConfig
-from tests.model_folders import command, config_of, make_folder, random_tensors, read_safetensors, write_safetensors
+from tests.model_folders import (
+    command,
+    config_of,
+    make_folder,
+    random_tensors,
+    read_safetensors,
+    write_safetensors,
+)
 from tests.reference_model import float32_error, qwen2_logits
 from tools import convert_hf_to_orbax, convert_orbax_to_hf, verify_conversion
 
@@ -252,30 +259,36 @@ class TestVerify:
 
     @pytest.fixture
     def finite(self, hf_folder, tmp_path) -> tuple[Path, Path, np.ndarray, float]:
-        """A folder of either kind of one model without NaNs; its logits in float64, and how far float32 may be from them."""
-        tensors = {name: np.nan_to_num(t.astype(np.float32)).astype(t.dtype) for name, t in random_tensors(False, "bfloat16").items()}
+        """One model without NaNs as a folder of either kind; its logits in float64, and how far
+        float32 may be off."""
+        found = random_tensors(False, "bfloat16").items()
+        tensors = {name: np.nan_to_num(t.astype(np.float32)).astype(t.dtype) for name, t in found}
         write_safetensors(hf_folder / "model.safetensors", tensors)
         pretrained.write_orbax(pretrained.open_weights(hf_folder), tmp_path / "finite")
         config, ids_T = config_of(False), verify_conversion.prompt_ids(hf_folder)
         exact, error = qwen2_logits(config, tensors, ids_T), float32_error(config, tensors, ids_T)
-        assert np.abs(qwen2_logits({**config, "rope_theta": 1.01e4}, tensors, ids_T) - exact).max() > 100 * error
-        assert np.abs(qwen2_logits({**config, "rms_norm_eps": 1e-4}, tensors, ids_T) - exact).max() > 5 * error
+        for fault, at_least in (({"rope_theta": 1.01e4}, 100), ({"rms_norm_eps": 1e-4}, 5)):
+            wrong = qwen2_logits({**config, **fault}, tensors, ids_T)
+            assert np.abs(wrong - exact).max() > at_least * error
         return hf_folder, tmp_path / "finite", exact, error
 
     def test_our_logits(self, finite):
         _, folder, exact, error = finite
-        assert np.abs(verify_conversion.our_logits(folder, verify_conversion.prompt_ids(folder)) - exact).max() < error
+        ids_T = verify_conversion.prompt_ids(folder)
+        assert np.abs(verify_conversion.our_logits(folder, ids_T) - exact).max() < error
 
     @pytest.mark.torch
     def test_logits(self, finite, monkeypatch, capsys):
         folder, converted, exact, error = finite
-        assert np.abs(verify_conversion.their_logits(folder, verify_conversion.prompt_ids(folder)) - exact).max() < error
-        command(monkeypatch, verify_conversion, folder, converted, "--logits", "--logits-bound", 2 * error)
+        ids_T = verify_conversion.prompt_ids(folder)
+        assert np.abs(verify_conversion.their_logits(folder, ids_T) - exact).max() < error
+        bound = ("--logits", "--logits-bound", 2 * error)
+        command(monkeypatch, verify_conversion, folder, converted, *bound)
         assert "largest absolute difference" in capsys.readouterr().out
 
     def test_logits_without_pytorch(self, hf_folder, orbax_folder, monkeypatch):
         monkeypatch.setitem(sys.modules, "torch", None)  # as where it is not installed
-        with pytest.raises(SystemExit, match="verify_conversion: --logits needs PyTorch, which is not installed"):
+        with pytest.raises(SystemExit, match="--logits needs PyTorch, which is not installed"):
             command(monkeypatch, verify_conversion, hf_folder, orbax_folder, "--logits")
 
     def test_logits_of_an_orbax_folder_are_not_asked_of_transformers(self, hf_folder, orbax_folder, monkeypatch):

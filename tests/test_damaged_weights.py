@@ -1,4 +1,4 @@
-"""Weight files that are damaged, or something else altogether: each is refused by one line that names the file."""
+"""Weight files that are damaged, or something else: each is refused by one line that names it."""
 
 import json
 import struct
@@ -35,21 +35,48 @@ HEADERS = {
     "a key twice": (b'{"a":%s,"a":%s}' % ((json.dumps(A).encode(),) * 2), "'a' is there twice"),
     "an entry that is null": ({"a": A, "b": None}, "describes b by None"),
     "an entry that is a list": ({"a": A, "b": [8, 16]}, "describes b by"),
-    "an entry without a type": ({"a": A, "b": {"shape": [4], "data_offsets": [8, 16]}}, "describes b by"),
+    "an entry without a type": (
+        {"a": A, "b": {"shape": [4], "data_offsets": [8, 16]}},
+        "describes b by",
+    ),
     "a type that is a list": ({"a": A, "b": {**B, "dtype": ["BF16"]}}, "describes b by"),
-    "a shape that is a text": ({"a": A, "b": {**B, "shape": "4"}}, "the shape of b must be a list of whole numbers"),
+    "a shape that is a text": (
+        {"a": A, "b": {**B, "shape": "4"}},
+        "the shape of b must be a list of whole numbers",
+    ),
     "a shape of texts": ({"a": A, "b": {**B, "shape": ["2", "2"]}}, "the shape of b must be"),
     "a shape below zero": ({"a": A, "b": {**B, "shape": [-2, -2]}}, "the shape of b must be"),
-    "offsets that are null": ({"a": A, "b": {**B, "data_offsets": None}}, "the data_offsets of b must be a list"),
-    "one offset": ({"a": A, "b": {**B, "data_offsets": [8]}}, "the data_offsets of b must be its begin and end"),
-    "three offsets": ({"a": A, "b": {**B, "data_offsets": [8, 16, 16]}}, "the data_offsets of b must be its begin and end"),
-    "offsets turned round": ({"a": A, "b": {**B, "data_offsets": [16, 8]}}, "the data_offsets of b must be its begin and end"),
-    "a fraction": ({"a": A, "b": {**B, "data_offsets": [8, 16.0]}}, "the data_offsets of b must be a list"),
+    "offsets that are null": (
+        {"a": A, "b": {**B, "data_offsets": None}},
+        "the data_offsets of b must be a list",
+    ),
+    "one offset": (
+        {"a": A, "b": {**B, "data_offsets": [8]}},
+        "the data_offsets of b must be its begin and end",
+    ),
+    "three offsets": (
+        {"a": A, "b": {**B, "data_offsets": [8, 16, 16]}},
+        "the data_offsets of b must be its begin and end",
+    ),
+    "offsets turned round": (
+        {"a": A, "b": {**B, "data_offsets": [16, 8]}},
+        "the data_offsets of b must be its begin and end",
+    ),
+    "a fraction": (
+        {"a": A, "b": {**B, "data_offsets": [8, 16.0]}},
+        "the data_offsets of b must be a list",
+    ),
     "a shape of another size": ({"a": A, "b": {**B, "shape": [3]}}, "b has 8 bytes, which is not"),
-    "two at one place": ({"a": A, "b": {**B, "data_offsets": [0, 8]}}, "b begins at byte 0 of the data, the tensor before it ends at 8"),
+    "two at one place": (
+        {"a": A, "b": {**B, "data_offsets": [0, 8]}},
+        "b begins at byte 0 of the data, the tensor before it ends at 8",
+    ),
     "two that overlap": ({"a": A, "b": {**B, "data_offsets": [4, 12]}}, "b begins at byte 4"),
     "a hole": ({"a": A, "b": {**B, "data_offsets": [10, 18]}}, "b begins at byte 10"),
-    "beyond the end": ({"a": A, "b": {**B, "shape": [4, 2], "data_offsets": [8, 24]}}, "has .* bytes, its header says"),
+    "beyond the end": (
+        {"a": A, "b": {**B, "shape": [4, 2], "data_offsets": [8, 24]}},
+        "has .* bytes, its header says",
+    ),
     "less than the file": ({"a": A}, "has .* bytes, its header says"),
     "nothing": ({}, "has .* bytes, its header says"),
 }
@@ -59,14 +86,19 @@ HEADERS = {
 def test_a_damaged_header(tmp_path, what):
     header, said = HEADERS[what]
     file = write(tmp_path / "model.safetensors", header)
-    with pytest.raises((safetensors.SafetensorError, UnicodeDecodeError)):  # the library refuses it as well
+    with pytest.raises(
+        (safetensors.SafetensorError, UnicodeDecodeError)
+    ):  # the library refuses it as well
         safetensors.deserialize(file.read_bytes())
     refused(safetensors_io.read_header, file, file, said)
 
 
 def test_a_sound_file_is_read(tmp_path):
     empty = {"dtype": "F16", "shape": [0, 3], "data_offsets": [8, 8]}
-    file = write(tmp_path / "model.safetensors", {"b": B, "empty": empty, "a": A, "__metadata__": {"format": "pt"}})
+    file = write(
+        tmp_path / "model.safetensors",
+        {"b": B, "empty": empty, "a": A, "__metadata__": {"format": "pt"}},
+    )
     assert {name for name, _ in safetensors.deserialize(file.read_bytes())} == {"a", "b", "empty"}
     found = safetensors_io.read_header(file)
     start = file.stat().st_size - 16
@@ -94,7 +126,7 @@ def test_a_file_that_was_cut(tmp_path, kept):
 def test_a_pointer_in_place_of_a_file(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_text(POINTER)
-    refused(safetensors_io.read_folder, tmp_path, file, "is a Git LFS pointer, not the weights")
+    refused(safetensors_io.read_folder, tmp_path, file, "is a Git LFS pointer, not the file")
 
 
 class TestIndex:
@@ -109,13 +141,22 @@ class TestIndex:
             ('{"metadata": {}}', "must hold a weight_map of tensor names to files, got None"),
             ('{"weight_map": ["one.safetensors"]}', "must hold a weight_map"),
             ('{"weight_map": {}}', "must hold a weight_map"),
-            ('{"weight_map": {"a": ["one.safetensors"]}}', "places a in .'one.safetensors'., which names no file"),
+            (
+                '{"weight_map": {"a": ["one.safetensors"]}}',
+                "places a in .'one.safetensors'., which names no file",
+            ),
             ('{"weight_map": {"a": null}}', "places a in None"),
             ('{"weight_map": {"a": ""}}', "places a in ''"),
             ('{"weight_map": {"a": "/one.safetensors"}}', "places a in '/one.safetensors'"),
             ('{"weight_map": {"a": "../one.safetensors"}}', "places a in '../one.safetensors'"),
-            ('{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}', "'a' is there twice"),
-            ('{"weight_map": {"c": "one.safetensors"}}', "places tensors in shards that do not hold them: c"),
+            (
+                '{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}',
+                "'a' is there twice",
+            ),
+            (
+                '{"weight_map": {"c": "one.safetensors"}}',
+                "places tensors in shards that do not hold them: c",
+            ),
         ],
     )
     def test_a_damaged_one(self, tmp_path, text, said):
@@ -129,7 +170,12 @@ class TestIndex:
             write(tmp_path / f"{name}.safetensors", {"a": A, "b": B})
         places = {"a": "one.safetensors", "b": "two.safetensors"}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-        refused(safetensors_io.read_folder, tmp_path, tmp_path, "a is in two shards of .*: one.safetensors and two.safetensors")
+        refused(
+            safetensors_io.read_folder,
+            tmp_path,
+            tmp_path,
+            "a is in two shards of .*: one.safetensors and two.safetensors",
+        )
 
     def test_shards_in_a_folder(self, tmp_path):
         (tmp_path / "parts").mkdir()
@@ -146,13 +192,26 @@ class TestOrbax:
         file.write_text(text)
         refused(pretrained.open_weights, orbax_folder, file, "is damaged: convert the model again")
 
-    @pytest.mark.parametrize(("name", "said"), [("uint16", "norm/scale in .* is uint16; allowed are"), ("bfloat17", "is damaged")])
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [("uint16", "norm/scale in .* is uint16; allowed are"), ("bfloat17", "is damaged")],
+    )
     def test_a_type_that_no_weight_has(self, orbax_folder, name, said):
         file = orbax_folder / "params/norm.scale/zarr.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "data_type": name, "fill_value": 0}))
+        file.write_text(
+            json.dumps({**json.loads(file.read_text()), "data_type": name, "fill_value": 0})
+        )
         refused(pretrained.open_weights, orbax_folder, orbax_folder, said)
 
-    @pytest.mark.parametrize("change", [lambda data: b"", lambda data: data[:-1], lambda data: data + b"0", lambda data: POINTER.encode()])
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda data: b"",
+            lambda data: data[:-1],
+            lambda data: data + b"0",
+            lambda data: POINTER.encode(),
+        ],
+    )
     def test_values(self, orbax_folder, change):
         file = orbax_folder / "params/norm.scale/c/0"
         file.write_bytes(change(file.read_bytes()))

@@ -137,8 +137,9 @@ class TestRefusals:
             hf_mapping.check_shapes(TIED, {**SHAPES, "lm_head.weight": (4, 4)}, "here")
 
     def test_a_tied_model_with_only_the_head(self):
-        shapes = {name: shape for name, shape in SHAPES.items() if name != "model.embed_tokens.weight"}
-        said = r"missing: model\.embed_tokens\.weight; found: lm_head\.weight, with which config\.json ties .* save the tensor as"
+        shapes = {**SHAPES}
+        del shapes["model.embed_tokens.weight"]
+        said = r"missing: model\.embed_tokens\.weight; found: lm_head\.weight, .* save the tensor"
         with pytest.raises(ValueError, match=said):
             hf_mapping.check_shapes(TIED, shapes, "here")
         with pytest.raises(ValueError, match=r"missing: model\.embed_tokens\.weight$"):

@@ -92,7 +92,8 @@ def test_the_adapter_folder_read_by_hand_gives_the_merged_folder(run, model):
         weight, a, b = (x.astype(np.float64) for x in (weight, a, b))
         expected = weight + 6 / 4 * b @ a
         assert np.max(np.abs(expected - weight)) > 0.01
-        # In float32: four products, their sum, the scale, the sum with the weight; where the two nearly cancel, that is what is left.
+        # In float32: four products and their sum, the scale, the sum with the weight. Where weight
+        # and update nearly cancel, no other error is as large.
         float32 = 7 * 2**-24 * (np.abs(weight) + 6 / 4 * np.abs(b) @ np.abs(a))
         one_rounding = 2**-8 * (np.abs(expected) + float32)  # to bfloat16
         assert np.all(np.abs(merged[name].astype(np.float64) - expected) <= one_rounding + float32)

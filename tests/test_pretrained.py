@@ -62,6 +62,9 @@ class TestLoadParams:
         assert max(peaks.values()) < 3 * 2**20, peaks
 
 
+BOTH = {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+
+
 class TestSaveHF:
     @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
     @pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
@@ -85,19 +88,22 @@ class TestSaveHF:
     @pytest.mark.parametrize(
         ("said", "expected"),
         [
-            ({"dtype": "float16", "torch_dtype": "bfloat16"}, {"dtype": "bfloat16", "torch_dtype": "bfloat16"}),
-            ({"dtype": "bfloat16", "torch_dtype": "float16"}, {"dtype": "bfloat16", "torch_dtype": "bfloat16"}),
-            ({"dtype": None, "torch_dtype": "float16"}, {"dtype": "bfloat16", "torch_dtype": "bfloat16"}),
+            ({"dtype": "float16", "torch_dtype": "bfloat16"}, BOTH),
+            ({"dtype": "bfloat16", "torch_dtype": "float16"}, BOTH),
+            ({"dtype": None, "torch_dtype": "float16"}, BOTH),
             ({"torch_dtype": "float16"}, {"torch_dtype": "bfloat16"}),
             ({"dtype": "float16"}, {"dtype": "bfloat16"}),
             ({}, {"dtype": "bfloat16"}),
         ],
     )
-    def test_transformers_reads_the_type_that_was_written(self, hf_folder, tmp_path, said, expected):
+    def test_transformers_reads_the_type_that_was_written(
+        self, hf_folder, tmp_path, said, expected
+    ):
         (hf_folder / "config.json").write_text(json.dumps({**config_of(False), **said}))
         pretrained.save_hf(pretrained.load_params(hf_folder), hf_folder, tmp_path / "saved")
-        assert json.loads((tmp_path / "saved/config.json").read_text()) == {**config_of(False), **expected}
-        read = AutoConfig.from_pretrained(tmp_path / "saved").dtype  # a text, or torch's type of that name where torch is
+        written = json.loads((tmp_path / "saved/config.json").read_text())
+        assert written == {**config_of(False), **expected}
+        read = AutoConfig.from_pretrained(tmp_path / "saved").dtype  # where PyTorch is, its type
         assert str(read).removeprefix("torch.") == "bfloat16"
 
     def test_beside_an_orbax_source(self, orbax_folder, tmp_path):
@@ -169,6 +175,7 @@ class TestUnfinished:
         assert (tmp_path / "out.partial/thesis.tex").is_file()
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
 LOCATE = "import sys; from jaxgrpo import pretrained; print(pretrained.locate(*sys.argv[1:]))"
 
 
@@ -215,10 +222,18 @@ class TestTokenizer:
         with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
             pretrained.load_tokenizer(tmp_path)
 
-    @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+    @pytest.mark.parametrize(
+        "name",
+        ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"],
+    )
     @pytest.mark.parametrize(
         ("text", "said"),
-        [("{", "is not JSON"), ("[1]", "holds a list"), ("null", "holds a NoneType"), ("version https://git-lfs", "is a Git LFS pointer")],
+        [
+            ("{", "is not JSON"),
+            ("[1]", "holds a list"),
+            ("null", "holds a NoneType"),
+            (POINTER, "is a Git LFS pointer"),
+        ],
     )
     def test_a_damaged_file_is_named(self, hf_folder, name, text, said):
         (hf_folder / name).write_text(text)
@@ -226,11 +241,13 @@ class TestTokenizer:
             pretrained.load_tokenizer(hf_folder)
 
     def test_a_pointer_in_place_of_the_chat_template(self, hf_folder):
-        (hf_folder / "chat_template.jinja").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        (hf_folder / "chat_template.jinja").write_text(POINTER)
         with pytest.raises(ValueError, match=r"chat_template\.jinja is a Git LFS pointer"):
             pretrained.load_tokenizer(hf_folder)
 
-    @pytest.mark.parametrize("change", [{"pad_token": 3}, {"model_max_length": "long"}, {"added_tokens_decoder": [1]}])
+    @pytest.mark.parametrize(
+        "change", [{"pad_token": 3}, {"model_max_length": "long"}, {"added_tokens_decoder": [1]}]
+    )
     def test_settings_of_the_wrong_type(self, hf_folder, change):
         file = hf_folder / "tokenizer_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
@@ -244,7 +261,10 @@ class TestTokenizer:
 
 
 class TestGenerationEnds:
-    @pytest.mark.parametrize(("given", "ids"), [({}, ()), ({"eos_token_id": 3}, (3,)), ({"eos_token_id": [4, 3]}, (4, 3))])
+    @pytest.mark.parametrize(
+        ("given", "ids"),
+        [({}, ()), ({"eos_token_id": 3}, (3,)), ({"eos_token_id": [4, 3]}, (4, 3))],
+    )
     def test_read(self, tmp_path, given, ids):
         assert pretrained.generation_ends(tmp_path) == ()
         (tmp_path / "generation_config.json").write_text(json.dumps(given))
@@ -252,7 +272,11 @@ class TestGenerationEnds:
 
     @pytest.mark.parametrize(
         ("text", "said"),
-        [('{"eos_token_id": "3"}', "eos_token_id must be a whole number"), ("[3]", "holds a list"), ("version https://git-lfs", "LFS")],
+        [
+            ('{"eos_token_id": "3"}', "eos_token_id must be a whole number"),
+            ("[3]", "holds a list"),
+            (POINTER, "is a Git LFS pointer"),
+        ],
     )
     def test_refused(self, tmp_path, text, said):
         (tmp_path / "generation_config.json").write_text(text)
