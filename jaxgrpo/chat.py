@@ -3,83 +3,81 @@
 An episode's ids grow only at the end: the opening (the chat template's rendering of the first messages), then in turn what the policy
 sampled and what stands between that and its next turn. The latter, the continuation, is rendered on its own:
 
-    template([user "dummy", assistant SENTINEL] + new messages, generation prompt)  =  ... SENTINEL <continuation>
+    template([user "one", assistant SENTINEL] + new messages, generation prompt)
+    = ... SENTINEL <continuation>
 
 What follows the sentinel is the template's own end of the assistant's turn, separators included, the new messages, and the next generation
 prompt. History is never rendered again from text, so it cannot drift. This is right only where what follows does not depend on what came
-before; that is verified once for each tokenizer.
+before; that is verified once for each tokenizer (jaxgrpo.chat_template).
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxgrpo.chat_template import ChatTemplate, TemplateRefusesError
 from jaxgrpo.types import Message
-
-_SENTINEL = "THE-TEXT-OF-THE-ASSISTANT"
-_SHORT_HISTORY = (Message("user", "one"),)
-_LONG_HISTORY = (Message("user", "two"), Message("assistant", "three"), Message("user", "four"))
-_PROBES = (
-    (Message("user", "news"),),
-    (Message("tool", "first"),),
-    (Message("tool", "first"), Message("tool", "second")),
-    (Message("system", "news"),),
-)
 
 
 class Chat:
     """The chat template of one tokenizer, as the rollout needs it.
 
-    `tokenizer` is a Hugging Face tokenizer that has a chat template. With Qwen2.5's, after a sampled call that ended its turn:
+    `tokenizer` is a Hugging Face tokenizer that has a chat template; `end_ids` are tokens, beside
+    its own, that end a generation. With Qwen2.5's, after a sampled call that ended its turn:
 
         chat.continuation((Message("tool", "3"),), ended_with_eos=True)
         = ids of "\\n<|im_start|>user\\n<tool_response>\\n3\\n</tool_response><|im_end|>\\n<|im_start|>assistant\\n"
+
+    A mark is a special token that is not an ordinary one as well. Text that spells a mark is broken
+    by a space, wherever it comes from: neither a task nor a tool can forge the template's marks.
     """
 
-    def __init__(self, tokenizer: Any):
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(
-                f"the tokenizer {getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__!r} has no chat template: "
-                "take the instruct variant of the model, or put a chat_template.jinja into its folder"
-            )
+    def __init__(self, tokenizer: Any, end_ids: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        special = {i: added.content for i, added in tokenizer.added_tokens_decoder.items() if added.special}
-        self._special_ids = frozenset(special)
-        longest_first = sorted(special.values(), key=len, reverse=True)
-        self._special_pattern = re.compile("|".join(map(re.escape, longest_first))) if special else None
-        self._verify(())
-        self._verified_tools = False
-        self.end_of_turn_id = self._find_end_of_turn()
+        self._template = ChatTemplate(tokenizer)
+        marks = _marks(tokenizer)
+        longest_first = sorted(marks.values(), key=len, reverse=True)
+        self._mark_pattern = re.compile("|".join(map(re.escape, longest_first))) if marks else None
+        self.end_of_turn_id = self._find_end_of_turn(frozenset(marks))
         """The token with which the template closes the assistant's turn."""
-        ends = {self.end_of_turn_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
-        self.eos_ids: tuple[int, ...] = tuple(sorted(ends))
-        """The tokens that end a generation: the template's end of turn, and the tokenizer's end and padding tokens where they are others
-        (Qwen2.5's <|endoftext|>: nothing that a policy says after it is worth reading)."""
+        ends = {self.end_of_turn_id, tokenizer.eos_token_id, tokenizer.pad_token_id, *end_ids}
+        self.eos_ids: tuple[int, ...] = tuple(sorted(ends & marks.keys()))
+        """The tokens that end a generation: the template's end of turn, and, where they are other
+        marks, the tokenizer's end and padding tokens and `end_ids` (Qwen2.5's <|endoftext|>:
+        nothing that a policy says after it is worth reading)."""
 
-    def opening(self, messages: Sequence[Message], tools: Sequence[dict] = ()) -> np.ndarray:
-        """The prompt of an episode: the first messages, the tools where there are any, and the generation prompt."""
-        if tools and not self._verified_tools:
-            self._verify(tools)
-            self._verified_tools = True
+    def opening(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> np.ndarray:
+        """The prompt [P] of an episode: the first messages, the tools where there are any, and the
+        generation prompt. Raises ValueError when the template refuses or does not show them all.
+        """
+        broken = [self._broken(message) for message in messages]
         try:
-            return self._encode(self._render(messages, tools))
-        except _template_error() as error:
-            roles = tuple(message.role for message in messages)
-            raise ValueError(f"the chat template refuses to begin with messages of role {roles}: {error}") from error
+            text = self._template.opening(broken, [self._broken_in(tool) for tool in tools])
+        except TemplateRefusesError as error:
+            roles = _roles(messages)
+            raise ValueError(
+                f"the chat template refuses to begin with messages of role {roles}: {error}"
+            ) from error
+        return self._encode(text)
 
     def continuation(self, messages: Sequence[Message], ended_with_eos: bool) -> np.ndarray:
         """What stands between the policy's turn and its next one.
 
-        `ended_with_eos` says whether the sampled ids end with the end-of-turn token (see `ends_turn`), which is then not repeated. Text in
-        the messages that spells a special token is broken by a space: what a tool returns cannot forge the template's own marks.
+        `ended_with_eos` says whether the sampled ids end with the end-of-turn token (`ends_turn`),
+        which is then not repeated. Raises ValueError when the template refuses the messages.
         """
         try:
-            after = self._after_sentinel(_SHORT_HISTORY, [self._defused(message) for message in messages], ())
-        except _template_error() as error:
-            roles = tuple(message.role for message in messages)
-            raise ValueError(f"the chat template refuses a message of role {roles} after an assistant's turn: {error}") from error
+            after = self._template.after([self._broken(message) for message in messages])
+        except TemplateRefusesError as error:
+            roles = _roles(messages)
+            raise ValueError(
+                f"the chat template refuses a message of role {roles} after an assistant's turn: "
+                f"{error}"
+            ) from error
         ids = self._encode(after)
         if not ended_with_eos:
             return ids
@@ -94,59 +92,82 @@ class Chat:
         ids = [int(token) for token in token_ids]
         if ids and ids[-1] in self.eos_ids:
             ids = ids[:-1]
-        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self._tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
-    def _defused(self, message: Message) -> Message:
-        if self._special_pattern is None:
-            return message
-        return Message(message.role, self._special_pattern.sub(lambda match: match[0][0] + " " + match[0][1:], message.content))
+    def _broken(self, message: Message) -> Message:
+        return Message(message.role, self._broken_text(message.content))
+
+    def _broken_in(self, value: Any) -> Any:
+        """A tool's schema, with every text in it broken where it spells a mark."""
+        if isinstance(value, str):
+            return self._broken_text(value)
+        if isinstance(value, Mapping):
+            return {self._broken_in(key): self._broken_in(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._broken_in(item) for item in value]
+        return value
+
+    def _broken_text(self, text: str) -> str:
+        """Without marks, and with replacement characters for lone surrogates, which JSON lets
+        through and no tokenizer takes."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if self._mark_pattern is None:
+            return text
+        while self._mark_pattern.search(text):  # breaking one can leave another behind
+            text = self._mark_pattern.sub(_break, text)
+        return text
 
     def _encode(self, text: str) -> np.ndarray:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), np.int32)
 
-    def _render(self, messages: Sequence[Message], tools: Sequence[dict]) -> str:
-        """The template's text. Lone surrogates, which JSON lets through and no tokenizer takes, become replacement characters."""
-        chat = [{"role": m.role, "content": m.content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")} for m in messages]
-        return self._tokenizer.apply_chat_template(chat, tools=list(tools) or None, tokenize=False, add_generation_prompt=True)
-
-    def _after_sentinel(self, history: Sequence[Message], messages: Sequence[Message], tools: Sequence[dict]) -> str:
-        rendered = self._render([*history, Message("assistant", _SENTINEL), *messages], tools)
-        _, sentinel, after = rendered.partition(_SENTINEL)
-        if not sentinel:
-            raise ValueError("the chat template leaves out the assistant's earlier turns: it cannot build episodes of several turns")
-        return after
-
-    def _verify(self, tools: Sequence[dict]) -> None:
-        """Refuse a template whose continuation depends on the history: what was rendered alone would not fit the episode."""
-        for messages in _PROBES:
-            try:
-                short = self._after_sentinel(_SHORT_HISTORY, messages, ())
-                long = self._after_sentinel(_LONG_HISTORY, messages, tools)
-            except _template_error():
-                continue  # the template refuses messages of this role: an environment that sends them will hear so
-            if short != long:
+    def _find_end_of_turn(self, marks: frozenset[int]) -> int:
+        """The first mark of every continuation: it closes the assistant's turn whatever follows."""
+        found: dict[int, str] = {}
+        for after in self._template.continuations:
+            ends = [token for token in self._encode(after).tolist() if token in marks]
+            if not ends:
                 raise ValueError(
-                    f"what the chat template puts after an assistant's turn depends on the history{' or the tools' if tools else ''}: "
-                    f"for a new message of role {messages[0].role!r} it gives {short!r} after one history and {long!r} after another. "
-                    "Episodes of several turns cannot be continued without rendering history again; use another chat template"
+                    "the chat template closes the assistant's turn with no special token (it gives "
+                    f"{after!r}): the policy could not end its turn"
                 )
-
-    def _find_end_of_turn(self) -> int:
-        try:
-            after = self._encode(self._after_sentinel(_SHORT_HISTORY, _PROBES[0], ()))
-        except _template_error() as error:
-            raise ValueError(f"the chat template cannot render messages of user and assistant in turn: {error}") from error
-        ends = [int(token) for token in after if int(token) in self._special_ids]
-        if not ends:
+            found.setdefault(ends[0], after)
+        if len(found) > 1:
+            one, other = list(found.values())[:2]
             raise ValueError(
-                f"the chat template closes the assistant's turn with no special token (it gives "
-                f"{self._tokenizer.decode(after.tolist())!r}): the policy could not end its turn"
+                "the special token with which the chat template closes the assistant's turn "
+                f"depends on what comes next ({one!r}, {other!r}): use another chat template"
             )
-        return ends[0]
+        return next(iter(found))
 
 
-def _template_error() -> type[Exception]:
-    """What a chat template raises to refuse messages; imported late, because Jinja is only needed with a real tokenizer."""
-    import jinja2
+def _break(mark: re.Match[str]) -> str:
+    return mark[0][0] + " " + mark[0][1:] if len(mark[0]) > 1 else " "
 
-    return jinja2.exceptions.TemplateError
+
+def _roles(messages: Sequence[Message]) -> tuple[str, ...]:
+    return tuple(message.role for message in messages)
+
+
+def _marks(tokenizer: Any) -> dict[int, str]:
+    """The special tokens by their id, less those that a byte-pair vocabulary also makes of ordinary
+    text: a pad token may be any token ("!"), and transformers then calls it special."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast  # slow to import
+
+    added = tokenizer.added_tokens_decoder.items()
+    special = {
+        token: text.content for token, text in added if text.special and text.content.strip()
+    }
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return special
+    model = tokenizer.backend_tokenizer.model
+    if not isinstance(model, tokenizers.models.BPE):
+        return special
+
+    def ordinary(token: int, content: str) -> bool:
+        beside_a_letter = [*model.tokenize(f"a{content}"), *model.tokenize(f"{content}a")]
+        return any(part.id == token for part in beside_a_letter)
+
+    return {token: content for token, content in special.items() if not ordinary(token, content)}

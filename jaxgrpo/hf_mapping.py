@@ -99,6 +99,11 @@ def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], wher
     expected = {t.name: t.shape for t in hf_tensors(config)}
     allowed = {**expected, HEAD: (config.vocab_size, config.width)}
     problems = [f"missing: {_some(expected.keys() - found.keys())}"] if expected.keys() - found.keys() else []
+    if config.tied_embeddings and EMBEDDING not in found and HEAD in found:
+        problems.append(
+            f"found: {HEAD}, with which config.json ties the missing {EMBEDDING} "
+            f"(tie_word_embeddings): save the tensor as {EMBEDDING}"
+        )
     extra = {name for name in found if name not in allowed and not is_ignored(name)}
     problems += [f"not a tensor of this architecture: {_some(extra)}"] if extra else []
     problems += [

@@ -14,11 +14,8 @@ Every function takes `load`: how a leaf of the tree becomes the weight that is c
 the gather of jaxgrpo.sharding. Architecture: Qwen2.5 technical report (arXiv:2412.15115).
 """
 
-import dataclasses
 import functools
-import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -29,6 +26,7 @@ from jax import Array
 
 from jaxgrpo.attention import OUTPUT_NAMES, XLA, Kernel, apply_rope, attend
 from jaxgrpo.lora import NO_LORA, LoraSettings, only_adapters
+from jaxgrpo.model_config import ModelConfig
 from jaxgrpo.numerics import matmul
 from jaxgrpo.types import AnyArray
 
@@ -36,102 +34,6 @@ Params = dict[str, Any]
 Load = Callable[[Any], Any]
 Layer = Callable[[Any, Params], Any]
 ScanLayers = Callable[[Layer, Any, Params], Any]
-
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-
-_OTHER_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
-
-_REFUSED = {
-    "rope_scaling": "rope scaling is not supported",
-    "quantization_config": "quantised weights are not supported: dequantise the checkpoint first",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The sizes of a Qwen2 model, read from a Hugging Face `config.json` by `from_hf`."""
-
-    vocab_size: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    mlp_width: int
-    context_length: int
-    rope_theta: float
-    norm_epsilon: float
-    tied_embeddings: bool
-    eos_token_ids: tuple[int, ...] = ()
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
-        """Read a `config.json`. Raises ValueError by name for what this port does not compute."""
-        _refuse_unsupported(config)
-        heads = config["num_attention_heads"]
-        kv_heads = config.get("num_key_value_heads", heads)
-        if kv_heads is None:
-            kv_heads = heads
-        if heads % kv_heads:
-            raise ValueError(f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})")
-        rope = config.get("rope_parameters") or {}
-        eos = config.get("eos_token_id")
-        return cls(
-            vocab_size=config["vocab_size"],
-            width=config["hidden_size"],
-            layers=config["num_hidden_layers"],
-            heads=heads,
-            kv_heads=kv_heads,
-            head_size=config.get("head_dim") or config["hidden_size"] // heads,
-            mlp_width=config["intermediate_size"],
-            context_length=config.get("max_position_embeddings", 32768),
-            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-            norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        )
-
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> "ModelConfig":
-        """Read `config.json` of a Hugging Face folder."""
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"no config.json in {folder}: a model folder holds config.json, the weights and the tokenizer")
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise ValueError(f"{path} holds a {type(config).__name__}, not the settings of a model by name")
-        return cls.from_hf(config)
-
-
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    if config.get("model_type") != "qwen2":
-        raise ValueError(f"model_type is {config.get('model_type')!r}; only 'qwen2' (Qwen2 and Qwen2.5) is supported")
-    absent = [key for key in _SIZES if config.get(key) is None]
-    if absent:
-        raise ValueError(f"config.json has no {', '.join(absent)}: it is not the whole config of a model")
-    for key in (*_SIZES, *_OTHER_SIZES):
-        if config.get(key) is not None and not (type(config[key]) is int and config[key] > 0):
-            raise ValueError(f"{key} in config.json must be a whole number above 0, got {config[key]!r}")
-    for key in ("rms_norm_eps", "rope_theta"):
-        if not (type(config.get(key, 1)) in (int, float) and config.get(key, 1) > 0):
-            raise ValueError(f"{key} in config.json must be a number above 0, got {config[key]!r}")
-    if not isinstance(config.get("rope_parameters") or {}, Mapping):
-        raise ValueError(f"rope_parameters in config.json must be settings by name, got {config['rope_parameters']!r}")
-    for key, why in _REFUSED.items():
-        if config.get(key):
-            raise ValueError(f"{key} is set: {why}")
-    rope = config.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_parameters asks for {rope['rope_type']!r}: rope scaling is not supported")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"rope_parameters has partial_rotary_factor {rope['partial_rotary_factor']}: only whole heads are rotated here")
-    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
-        raise ValueError("sliding-window attention is in use (use_sliding_window): it is not supported")
-    if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act is {config['hidden_act']!r}; only 'silu' is supported")
 
 
 class Adapter(nnx.Module):

@@ -106,7 +106,11 @@ def open_leaves(folder: Path) -> dict[hf_mapping.Path, ts.TensorStore]:
     leaves: dict[hf_mapping.Path, ts.TensorStore] = {}
     for meta in sorted(folder.glob("*/zarr.json")):
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{meta.parent}/"}, "fill_missing_data_reads": False}
-        leaves[tuple(meta.parent.name.split("."))] = ts.open(spec, read=True).result()
+        try:
+            leaves[tuple(meta.parent.name.split("."))] = ts.open(spec, read=True).result()
+        except ValueError as error:
+            why = str(error).partition(" [tensorstore_spec")[0]
+            raise ValueError(f"{meta} is damaged: convert the model again ({why})") from error
     if not leaves:
         raise ValueError(f"{folder} holds no arrays: convert the model again")
     return leaves

@@ -23,13 +23,23 @@ import tensorstore as ts
 
 from jaxgrpo import hf_mapping, orbax_io, safetensors_io
 from jaxgrpo.hf_mapping import HFTensor
-from jaxgrpo.model import ModelConfig, Params
+from jaxgrpo.json_files import is_lfs_pointer, read_object
+from jaxgrpo.model import Params
+from jaxgrpo.model_config import ModelConfig, eos_token_ids
 
 ORBAX_SUBFOLDER = "params"
 _LOCK = ".jaxgrpo-unfinished"
 _COMPANION_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".md"}
 _HUB_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]
 _WEIGHT_PATTERNS = ["*.safetensors"]
+_TOKENIZER_OBJECTS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
+_TOKENIZER_TEXTS = ("merges.txt", "chat_template.jinja")
 
 
 def locate(model: str | Path, revision: str | None = None, weights: bool = True) -> Path:
@@ -60,19 +70,42 @@ def locate(model: str | Path, revision: str | None = None, weights: bool = True)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a model folder, through transformers. Raises FileNotFoundError or ValueError that says what is missing."""
+    """The tokenizer of a model folder, through transformers. Raises FileNotFoundError that says
+    what is missing, ValueError that says what is damaged."""
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise FileNotFoundError(f"no tokenizer in {folder}: put tokenizer.json and tokenizer_config.json (or vocab.json, merges.txt) there")
+    for name in _TOKENIZER_OBJECTS:
+        if (folder / name).is_file():
+            read_object(folder / name)
+    for name in _TOKENIZER_TEXTS:
+        if (folder / name).is_file() and is_lfs_pointer((folder / name).read_bytes()):
+            raise ValueError(
+                f"{folder / name} is a Git LFS pointer, not the file itself: fetch that "
+                "(git lfs pull)"
+            )
     from transformers import AutoTokenizer  # slow to import
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer.encode("text", add_special_tokens=False)  # some settings are looked at only here
     except Exception as error:  # the edge to transformers and tokenizers, which raise anything for broken files, Exception itself included
         raise ValueError(f"the tokenizer files in {folder} cannot be read by transformers: {error}") from error
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer in {folder} has no chat template: take an Instruct model, or add chat_template.jinja there")
     return tokenizer
+
+
+def generation_ends(folder: str | Path) -> tuple[int, ...]:
+    """The tokens that end a generation by the folder's generation_config.json, where it has one: at
+    which transformers and vLLM stop. Raises ValueError that names the file."""
+    path = Path(folder) / "generation_config.json"
+    if not path.is_file():
+        return ()
+    try:
+        return eos_token_ids(read_object(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 class WeightSource(Protocol):
@@ -126,6 +159,12 @@ class OrbaxWeights:
         self._leaves: dict[hf_mapping.Path, ts.TensorStore] = orbax_io.open_leaves(folder / ORBAX_SUBFOLDER)
         hf_mapping.check_leaves(config, {path: leaf.shape for path, leaf in self._leaves.items()}, folder)
         self.dtypes = {path: leaf.dtype.numpy_dtype for path, leaf in self._leaves.items()}
+        for path, dtype in self.dtypes.items():
+            if dtype not in safetensors_io.WEIGHT_DTYPES:
+                raise ValueError(
+                    f"{'/'.join(path)} in {folder} is {dtype}; allowed are "
+                    f"{', '.join(map(str, safetensors_io.WEIGHT_DTYPES))}: convert the model again"
+                )
 
     def read(self, tensor: HFTensor) -> np.ndarray:
         leaf = self._leaves[tensor.path]
@@ -252,11 +291,13 @@ def save_hf(
 
 
 def _write_dtype(path: Path, dtype: str) -> None:
-    """Say in config.json what type the weights have: transformers and vLLM load them as that. Under the key that is there, old or new."""
-    config = json.loads(path.read_text())
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    if config.get(key) != dtype:
-        path.write_text(json.dumps({**config, key: dtype}, indent=2) + "\n")
+    """Say in config.json what type the weights have: transformers and vLLM load them as that.
+    Under the keys that are there, old and new: which one is read depends on the reader."""
+    config = read_object(path)
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    said: dict[str, Any] = {**config, **dict.fromkeys(keys, dtype)}
+    if said != config:
+        path.write_text(json.dumps(said, indent=2) + "\n")
 
 
 def copy_companions(source: Path, destination: Path) -> None:

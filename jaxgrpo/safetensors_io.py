@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxgrpo.json_files import is_lfs_pointer, parse_object, read_object
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 
 _DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+WEIGHT_DTYPES = tuple(_NAMES)
 _MAX_HEADER = 100 * 2**20
 
 
@@ -48,40 +52,84 @@ class Stored:
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of one file. Raises ValueError when the file is truncated or no safetensors file."""
+    """The tensors of one file. Raises ValueError that names the file when it is truncated, damaged
+    or no safetensors file: the tensors must fill what follows the header, one behind the other."""
     size = file.stat().st_size
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise ValueError(f"{file} is no whole safetensors file ({size} bytes, its header claims {length}): fetch it again")
-        try:
-            header: dict[str, Any] = json.loads(stream.read(length))
-        except ValueError as error:
-            raise ValueError(f"{file} has no readable safetensors header: fetch it again") from error
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] in _DTYPES and end - begin != math.prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize:
+        start = stream.read(64)
+        length = int.from_bytes(start[:8], "little")
+        if is_lfs_pointer(start):
             raise ValueError(
-                f"{file}: {name} has {end - begin} bytes, which is not {entry['shape']} of {entry['dtype']}: fetch the file again"
+                f"{file} is a Git LFS pointer, not the file itself: fetch that (git lfs pull)"
             )
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if end != size:
-        raise ValueError(f"{file} has {size} bytes, its header says {end}: it is truncated or was changed; fetch it again")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise ValueError(
+                f"{file} is no whole safetensors file ({size} bytes, its header claims {length}): "
+                "fetch it again"
+            )
+        stream.seek(8)
+        header = parse_object(stream.read(length), f"the header of {file}")
+    header.pop("__metadata__", None)
+    places = {name: _place(file, name, entry) for name, entry in header.items()}
+    position = 0
+    for name, (begin, end) in sorted(places.items(), key=lambda item: item[1]):
+        if begin != position:
+            raise ValueError(
+                f"{file}: {name} begins at byte {begin} of the data, the tensor before it ends at "
+                f"{position}: the header is damaged; fetch the file again"
+            )
+        position = end
+    if 8 + length + position != size:
+        raise ValueError(
+            f"{file} has {size} bytes, its header says {8 + length + position}: it is truncated or "
+            "was changed; fetch it again"
+        )
     return {
-        name: Stored(file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()
+        name: Stored(file, 8 + length + places[name][0], tuple(entry["shape"]), entry["dtype"])
+        for name, entry in header.items()
     }
 
 
+def _place(file: Path, name: str, entry: Any) -> tuple[int, int]:
+    """Where in the data a tensor begins and ends. Raises ValueError for an entry that is none."""
+    whole = isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= entry.keys()
+    if not whole or not isinstance(entry["dtype"], str):
+        raise ValueError(
+            f"{file}: the header describes {name} by {reprlib.repr(entry)}, not by its dtype (a "
+            "text), shape and data_offsets: fetch the file again"
+        )
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    for key, numbers in (("shape", shape), ("data_offsets", offsets)):
+        if not (isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)):
+            raise ValueError(
+                f"{file}: the {key} of {name} must be a list of whole numbers from 0, got "
+                f"{reprlib.repr(numbers)}: fetch the file again"
+            )
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(
+            f"{file}: the data_offsets of {name} must be its begin and end, got "
+            f"{reprlib.repr(offsets)}: fetch the file again"
+        )
+    begin, end = offsets
+    dtype = _DTYPES.get(entry["dtype"])
+    if dtype is not None and end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(
+            f"{file}: {name} has {end - begin} bytes, which is not {shape} of {entry['dtype']}: "
+            "fetch the file again"
+        )
+    return begin, end
+
+
 def read_folder(folder: Path) -> dict[str, Stored]:
-    """The tensors of a folder, sharded or not. Raises FileNotFoundError when weights are missing, ValueError when the index lies."""
+    """The tensors of a folder, sharded or not. Raises FileNotFoundError when weights are missing,
+    ValueError that names the file when the index or a file is damaged, or when the index lies."""
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
     if not (folder / INDEX).is_file():
         others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in folder.glob(pattern))
         hint = f" (only {', '.join(others[:4])}: save the model as safetensors first)" if others else ""
         raise FileNotFoundError(f"no weights in {folder}: neither {SINGLE} nor {INDEX} is there{hint}")
-    weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+    weight_map = _weight_map(folder / INDEX)
     shards = sorted(set(weight_map.values()))
     absent = [shard for shard in shards if not (folder / shard).is_file()]
     if absent:
@@ -92,10 +140,31 @@ def read_folder(folder: Path) -> dict[str, Stored]:
             if name in tensors:
                 raise ValueError(f"{name} is in two shards of {folder}: {tensors[name].file.name} and {shard}")
             tensors[name] = stored
-    lost = sorted(name for name, shard in weight_map.items() if name not in tensors or tensors[name].file.name != shard)
+    lost = sorted(
+        name
+        for name, shard in weight_map.items()
+        if name not in tensors or tensors[name].file != folder / shard
+    )
     if lost:
         raise ValueError(f"{folder / INDEX} places tensors in shards that do not hold them: {', '.join(lost[:8])}")
     return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file of an index. Raises ValueError that names the index if it has no such map."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(
+            f"{index} must hold a weight_map of tensor names to files, got "
+            f"{reprlib.repr(weight_map)}: fetch it again"
+        )
+    for name, shard in weight_map.items():
+        inside = isinstance(shard, str) and shard and ".." not in Path(shard).parts
+        if not inside or Path(shard).is_absolute():
+            raise ValueError(
+                f"{index} places {name} in {shard!r}, which names no file of the folder"
+            )
+    return weight_map
 
 
 @dataclasses.dataclass(frozen=True)

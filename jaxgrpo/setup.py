@@ -22,7 +22,7 @@ from jaxgrpo.cudnn import choose_kernel
 from jaxgrpo.lora import NO_LORA, LoraSettings
 from jaxgrpo.model import ModelConfig, Params, trained_shapes
 from jaxgrpo.paths import cache_root, machine
-from jaxgrpo.pretrained import load_params, load_tokenizer, locate
+from jaxgrpo.pretrained import generation_ends, load_params, load_tokenizer, locate
 from jaxgrpo.rollout import Decoding, Execution, Limits, Rollout
 from jaxgrpo.samplers.base import Sampler
 from jaxgrpo.sharding import make_mesh
@@ -42,10 +42,12 @@ class Policy:
     chat: Chat
 
     def __post_init__(self) -> None:
-        if len(self.tokenizer) > self.config.vocab_size:
+        needed = max(self.tokenizer.get_vocab().values(), default=-1) + 1
+        if needed > self.config.vocab_size:
             raise ValueError(
-                f"its tokenizer has {len(self.tokenizer)} tokens, its weights have {self.config.vocab_size} (vocab_size in config.json): "
-                "take the tokenizer that belongs to the model"
+                f"its tokenizer's ids need {needed} rows, its weights have "
+                f"{self.config.vocab_size} (vocab_size in config.json): take the tokenizer that "
+                "belongs to the model"
             )
 
 
@@ -56,7 +58,8 @@ def open_policy(config: Config, weights: bool = True) -> Policy:
         folder = locate(config.model.source, config.model.revision, weights)
         sizes = ModelConfig.from_folder(folder)  # first: transformers reads config.json too, and says less about it
         tokenizer = load_tokenizer(folder)
-        return Policy(folder, sizes, tokenizer, Chat(tokenizer))
+        ends = (*sizes.eos_token_ids, *generation_ends(folder))
+        return Policy(folder, sizes, tokenizer, Chat(tokenizer, ends))
     except (ValueError, OSError) as error:
         raise ConfigError(f"model.source {config.model.source!r}: {error}") from error
 

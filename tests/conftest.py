@@ -1,5 +1,6 @@
 """Every test sees four CPU devices. Compiling takes most of the time: it is done with few optimisations, and its results are kept."""
 
+import importlib.util
 import os
 import tempfile
 
@@ -11,6 +12,17 @@ for _flag in ("--xla_force_host_platform_device_count=4", "--xla_backend_optimiz
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"jaxgrpo-tests-xla-{os.getuid()}"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def pytest_collection_modifyitems(items):
+    """`@pytest.mark.torch("peft")`: skip where PyTorch, or a package named beside it, is missing.
+    Nothing else skips for want of them: where they are, `-m torch` runs all that need them."""
+    for item in items:
+        for mark in item.iter_markers("torch"):
+            needed = ("torch", *mark.args)
+            missing = [package for package in needed if importlib.util.find_spec(package) is None]
+            if missing:
+                item.add_marker(pytest.mark.skip(reason=f"{', '.join(missing)} not installed"))
 
 
 @pytest.fixture

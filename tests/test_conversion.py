@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import jax
@@ -14,7 +15,15 @@ import safetensors
 
 from jaxgrpo import hf_mapping, pretrained
 from jaxgrpo.model import ModelConfig
-from tests.model_folders import command, make_folder, random_tensors, read_safetensors, write_safetensors
+from tests.model_folders import (
+    command,
+    config_of,
+    make_folder,
+    random_tensors,
+    read_safetensors,
+    write_safetensors,
+)
+from tests.reference_model import float32_error, qwen2_logits
 from tools import convert_hf_to_orbax, convert_orbax_to_hf, verify_conversion
 
 
@@ -55,8 +64,9 @@ class TestRoundTrip:
         assert sizes == [4240, 3072, 4224]
         assert read_safetensors(tmp_path / "back") == expected
 
+    @pytest.mark.torch
     def test_transformers_loads_a_sharded_export(self, orbax_folder, hf_folder, tmp_path):
-        torch = pytest.importorskip("torch")
+        import torch
         from transformers import AutoModelForCausalLM
 
         pretrained.write_hf(pretrained.open_weights(orbax_folder), tmp_path / "back", shard_bytes=4300)
@@ -190,7 +200,7 @@ class TestRefusals:
 
     def test_a_file_that_is_a_pointer(self, hf_folder, tmp_path):
         (hf_folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-        self.refused(hf_folder, tmp_path, "fetch it again")
+        self.refused(hf_folder, tmp_path, "is a Git LFS pointer")
 
     def test_an_orbax_folder_is_not_converted_again(self, orbax_folder, tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match="orbax folder already"):
@@ -247,13 +257,39 @@ class TestVerify:
         other = make_folder(tmp_path / "other", random_tensors(False, "float32"))
         assert len(verify_conversion.differing_tensors(pretrained.open_weights(hf_folder), pretrained.open_weights(other))) == 39
 
-    def test_logits(self, hf_folder, orbax_folder, monkeypatch, capsys):
-        pytest.importorskip("torch")
-        tensors = {name: np.nan_to_num(t.astype(np.float32)).astype(t.dtype) for name, t in random_tensors(False, "bfloat16").items()}
+    @pytest.fixture
+    def finite(self, hf_folder, tmp_path) -> tuple[Path, Path, np.ndarray, float]:
+        """One model without NaNs as a folder of either kind; its logits in float64, and how far
+        float32 may be off."""
+        found = random_tensors(False, "bfloat16").items()
+        tensors = {name: np.nan_to_num(t.astype(np.float32)).astype(t.dtype) for name, t in found}
         write_safetensors(hf_folder / "model.safetensors", tensors)
-        pretrained.write_orbax(pretrained.open_weights(hf_folder), orbax_folder.with_name("clean"))
-        command(monkeypatch, verify_conversion, hf_folder, orbax_folder.with_name("clean"), "--logits", "--logits-bound", "1e-4")
+        pretrained.write_orbax(pretrained.open_weights(hf_folder), tmp_path / "finite")
+        config, ids_T = config_of(False), verify_conversion.prompt_ids(hf_folder)
+        exact, error = qwen2_logits(config, tensors, ids_T), float32_error(config, tensors, ids_T)
+        for fault, at_least in (({"rope_theta": 1.01e4}, 100), ({"rms_norm_eps": 1e-4}, 5)):
+            wrong = qwen2_logits({**config, **fault}, tensors, ids_T)
+            assert np.abs(wrong - exact).max() > at_least * error
+        return hf_folder, tmp_path / "finite", exact, error
+
+    def test_our_logits(self, finite):
+        _, folder, exact, error = finite
+        ids_T = verify_conversion.prompt_ids(folder)
+        assert np.abs(verify_conversion.our_logits(folder, ids_T) - exact).max() < error
+
+    @pytest.mark.torch
+    def test_logits(self, finite, monkeypatch, capsys):
+        folder, converted, exact, error = finite
+        ids_T = verify_conversion.prompt_ids(folder)
+        assert np.abs(verify_conversion.their_logits(folder, ids_T) - exact).max() < error
+        bound = ("--logits", "--logits-bound", 2 * error)
+        command(monkeypatch, verify_conversion, folder, converted, *bound)
         assert "largest absolute difference" in capsys.readouterr().out
+
+    def test_logits_without_pytorch(self, hf_folder, orbax_folder, monkeypatch):
+        monkeypatch.setitem(sys.modules, "torch", None)  # as where it is not installed
+        with pytest.raises(SystemExit, match="--logits needs PyTorch, which is not installed"):
+            command(monkeypatch, verify_conversion, hf_folder, orbax_folder, "--logits")
 
     def test_logits_of_an_orbax_folder_are_not_asked_of_transformers(self, hf_folder, orbax_folder, monkeypatch):
         with pytest.raises(SystemExit, match=r"--logits has transformers load the first folder, but .* is an orbax folder: name it second"):

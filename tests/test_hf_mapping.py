@@ -136,6 +136,15 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"lm_head\.weight has shape \(4, 4\)"):
             hf_mapping.check_shapes(TIED, {**SHAPES, "lm_head.weight": (4, 4)}, "here")
 
+    def test_a_tied_model_with_only_the_head(self):
+        shapes = {**SHAPES}
+        del shapes["model.embed_tokens.weight"]
+        said = r"missing: model\.embed_tokens\.weight; found: lm_head\.weight, .* save the tensor"
+        with pytest.raises(ValueError, match=said):
+            hf_mapping.check_shapes(TIED, shapes, "here")
+        with pytest.raises(ValueError, match=r"missing: model\.embed_tokens\.weight$"):
+            hf_mapping.check_shapes(CONFIG, shapes, "here")
+
     def test_leaves(self):
         shapes = hf_mapping.leaf_shapes(CONFIG)
         del shapes["norm", "scale"]

@@ -89,14 +89,21 @@ def test_the_adapter_folder_read_by_hand_gives_the_merged_folder(run, model):
             assert np.array_equal(merged[name].view(np.uint16), weight.view(np.uint16))
             continue
         b = adapter.pop(f"base_model.model.{name.removesuffix('.weight')}.lora_B.weight")
-        expected = weight.astype(np.float64) + 6 / 4 * b.astype(np.float64) @ a
-        assert np.max(np.abs(expected - weight.astype(np.float64))) > 0.01
-        np.testing.assert_allclose(merged[name].astype(np.float64), expected, rtol=2**-8)  # one rounding to bfloat16
+        weight, a, b = (x.astype(np.float64) for x in (weight, a, b))
+        expected = weight + 6 / 4 * b @ a
+        assert np.max(np.abs(expected - weight)) > 0.01
+        # In float32: four products and their sum, the scale, the sum with the weight. Where weight
+        # and update nearly cancel, no other error is as large.
+        float32 = 7 * 2**-24 * (np.abs(weight) + 6 / 4 * np.abs(b) @ np.abs(a))
+        one_rounding = 2**-8 * (np.abs(expected) + float32)  # to bfloat16
+        assert np.all(np.abs(merged[name].astype(np.float64) - expected) <= one_rounding + float32)
     assert adapter == {}
 
 
+@pytest.mark.torch("peft")
 def test_peft_computes_the_same_with_the_adapter(run, model):
-    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    import peft
+    import torch
     from transformers import AutoModelForCausalLM
 
     ids_BT = np.random.default_rng(0).integers(0, 260, (2, 24))

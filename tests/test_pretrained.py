@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from transformers import AutoConfig
 
 from jaxgrpo import hf_mapping, pretrained, safetensors_io
 from jaxgrpo.model import ModelConfig
@@ -61,6 +62,9 @@ class TestLoadParams:
         assert max(peaks.values()) < 3 * 2**20, peaks
 
 
+BOTH = {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+
+
 class TestSaveHF:
     @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
     @pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
@@ -80,6 +84,27 @@ class TestSaveHF:
         pretrained.save_hf(pretrained.load_params(hf_folder), hf_folder, tmp_path / "saved", dtype="float32")
         assert json.loads((tmp_path / "saved/config.json").read_text())["torch_dtype"] == "float32"
         assert {entry[0] for entry in read_safetensors(tmp_path / "saved").values()} == {"F32"}
+
+    @pytest.mark.parametrize(
+        ("said", "expected"),
+        [
+            ({"dtype": "float16", "torch_dtype": "bfloat16"}, BOTH),
+            ({"dtype": "bfloat16", "torch_dtype": "float16"}, BOTH),
+            ({"dtype": None, "torch_dtype": "float16"}, BOTH),
+            ({"torch_dtype": "float16"}, {"torch_dtype": "bfloat16"}),
+            ({"dtype": "float16"}, {"dtype": "bfloat16"}),
+            ({}, {"dtype": "bfloat16"}),
+        ],
+    )
+    def test_transformers_reads_the_type_that_was_written(
+        self, hf_folder, tmp_path, said, expected
+    ):
+        (hf_folder / "config.json").write_text(json.dumps({**config_of(False), **said}))
+        pretrained.save_hf(pretrained.load_params(hf_folder), hf_folder, tmp_path / "saved")
+        written = json.loads((tmp_path / "saved/config.json").read_text())
+        assert written == {**config_of(False), **expected}
+        read = AutoConfig.from_pretrained(tmp_path / "saved").dtype  # where PyTorch is, its type
+        assert str(read).removeprefix("torch.") == "bfloat16"
 
     def test_beside_an_orbax_source(self, orbax_folder, tmp_path):
         pretrained.save_hf(pretrained.load_params(orbax_folder), orbax_folder, tmp_path / "saved")
@@ -150,6 +175,7 @@ class TestUnfinished:
         assert (tmp_path / "out.partial/thesis.tex").is_file()
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
 LOCATE = "import sys; from jaxgrpo import pretrained; print(pretrained.locate(*sys.argv[1:]))"
 
 
@@ -196,15 +222,66 @@ class TestTokenizer:
         with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
             pretrained.load_tokenizer(tmp_path)
 
-    def test_broken(self, hf_folder):
-        (hf_folder / "tokenizer.json").write_text("{")
-        with pytest.raises(ValueError, match="cannot be read"):
+    @pytest.mark.parametrize(
+        "name",
+        ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"],
+    )
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("{", "is not JSON"),
+            ("[1]", "holds a list"),
+            ("null", "holds a NoneType"),
+            (POINTER, "is a Git LFS pointer"),
+        ],
+    )
+    def test_a_damaged_file_is_named(self, hf_folder, name, text, said):
+        (hf_folder / name).write_text(text)
+        with pytest.raises(ValueError, match=f"{name} {said}"):
+            pretrained.load_tokenizer(hf_folder)
+
+    def test_a_pointer_in_place_of_the_chat_template(self, hf_folder):
+        (hf_folder / "chat_template.jinja").write_text(POINTER)
+        with pytest.raises(ValueError, match=r"chat_template\.jinja is a Git LFS pointer"):
+            pretrained.load_tokenizer(hf_folder)
+
+    @pytest.mark.parametrize(
+        "change", [{"pad_token": 3}, {"model_max_length": "long"}, {"added_tokens_decoder": [1]}]
+    )
+    def test_settings_of_the_wrong_type(self, hf_folder, change):
+        file = hf_folder / "tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+        with pytest.raises(ValueError, match="cannot be read by transformers"):
             pretrained.load_tokenizer(hf_folder)
 
     def test_without_a_chat_template(self, hf_folder):
         (hf_folder / "chat_template.jinja").unlink()
         with pytest.raises(ValueError, match="no chat template"):
             pretrained.load_tokenizer(hf_folder)
+
+
+class TestGenerationEnds:
+    @pytest.mark.parametrize(
+        ("given", "ids"),
+        [({}, ()), ({"eos_token_id": 3}, (3,)), ({"eos_token_id": [4, 3]}, (4, 3))],
+    )
+    def test_read(self, tmp_path, given, ids):
+        assert pretrained.generation_ends(tmp_path) == ()
+        (tmp_path / "generation_config.json").write_text(json.dumps(given))
+        assert pretrained.generation_ends(tmp_path) == ids
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ('{"eos_token_id": "3"}', "eos_token_id must be a whole number"),
+            ("[3]", "holds a list"),
+            (POINTER, "is a Git LFS pointer"),
+        ],
+    )
+    def test_refused(self, tmp_path, text, said):
+        (tmp_path / "generation_config.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"generation_config\.json.*{said}"):
+            pretrained.generation_ends(tmp_path)
 
 
 def test_our_files_are_read_by_the_library(tmp_path):

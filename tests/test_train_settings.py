@@ -207,7 +207,7 @@ class TestCommandLine:
             ("config.json", "[]", "config.json holds a list"),
             ("config.json", '{"model_type": "qwen2"', "config.json is not JSON"),
             ("tokenizer.json", '{"version": "1.0", "model": 3}', "cannot be read by transformers"),
-            ("tokenizer_config.json", "[]", "cannot be read by transformers"),
+            ("tokenizer_config.json", "[]", "tokenizer_config.json holds a list"),
             ("chat_template.jinja", "{% for x in %}", "the chat template cannot render messages"),
         ],
     )

@@ -8,7 +8,7 @@ through transformers (torch must be installed), both in float32 and whole in mem
 """
 
 import argparse
-from collections.abc import Sequence
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -52,10 +52,14 @@ def their_logits(folder: Path, ids_T: np.ndarray) -> np.ndarray:
         return model(torch.tensor(ids_T, dtype=torch.long)[None]).logits[0].numpy()
 
 
-def compare_logits(hf_folder: Path, folder: Path, prompts: Sequence[str] = _PROMPTS) -> float:
-    """Largest absolute difference of the logits at any position of any prompt. The prompts are run as one sequence."""
-    tokenizer = pretrained.load_tokenizer(hf_folder)
-    ids_T = np.array(tokenizer("\n".join(prompts))["input_ids"], np.int32)
+def prompt_ids(folder: Path) -> np.ndarray:
+    """The ids [T] of the prompts, which are run as one sequence."""
+    return np.array(pretrained.load_tokenizer(folder)("\n".join(_PROMPTS))["input_ids"], np.int32)
+
+
+def compare_logits(hf_folder: Path, folder: Path) -> float:
+    """Largest absolute difference of the logits at any position of the prompts."""
+    ids_T = prompt_ids(hf_folder)
     return float(np.abs(our_logits(folder, ids_T) - their_logits(hf_folder, ids_T)).max())
 
 
@@ -71,6 +75,8 @@ def main() -> None:
         first, second = pretrained.open_weights(args.first), pretrained.open_weights(args.second)
         if args.logits and pretrained.is_orbax(args.first):
             raise ValueError(f"--logits has transformers load the first folder, but {args.first} is an orbax folder: name it second")
+        if args.logits and importlib.util.find_spec("torch") is None:
+            raise ValueError("--logits needs PyTorch, which is not installed")
         differing = differing_tensors(first, second)
     except (OSError, ValueError) as error:
         raise SystemExit(f"verify_conversion: {error}") from error
