@@ -1,3 +1,4 @@
 import pkgutil
 
-__path__ = pkgutil.extend_path(__path__, __name__)  # a user's own folder `envs`, too: its modules come after this project's
+# a user's own folder of this name, too: its modules come after this project's
+__path__ = pkgutil.extend_path(__path__, __name__)

@@ -5,14 +5,16 @@ from pathlib import Path
 
 
 def _import_beside(name: str) -> None:
-    """Import the package that lies beside this one. `python -m` looks in the current folder first, where a user may have a folder of that
-    name: his modules are found in it too, after this project's (see the package's `__path__`)."""
-    spec = importlib.machinery.PathFinder.find_spec(name, [str(Path(__file__).parents[1])])
+    """Import the package that lies beside this one. `python -m` looks in the current folder first,
+    where a user may have a folder of that name; its modules are found too, after this project's
+    (see the package's `__path__`)."""
+    beside = [str(Path(__file__).parents[1])]
+    spec = importlib.machinery.PathFinder.find_spec(name, beside)
     if spec is None or spec.loader is None or spec.submodule_search_locations is None:
         return
-    if name in sys.modules:  # someone was faster: this project's modules come first in it all the same
-        ours, there = list(spec.submodule_search_locations), vars(sys.modules[name]).get("__path__", ())
-        vars(sys.modules[name])["__path__"] = [*ours, *(folder for folder in there if folder not in ours)]
+    if name in sys.modules:  # this project's modules come first in it all the same
+        ours, known = list(spec.submodule_search_locations), vars(sys.modules[name])
+        known["__path__"] = [*ours, *(one for one in known.get("__path__", ()) if one not in ours)]
         return
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

@@ -12,8 +12,8 @@ from typing import Any
 
 from envs.base import TaskSuite
 from jaxgrpo.config_checks import contradictions
-from jaxgrpo.config_files import ConfigError, run_file, told
-from jaxgrpo.config_json import decode, differences, encode, encode_fields
+from jaxgrpo.config_files import ConfigError, run_file, search, searched, told
+from jaxgrpo.config_json import PLACE, decode, differences, encode, encode_fields
 from jaxgrpo.lora import LoraSettings
 from jaxgrpo.losses import LossSettings
 from jaxgrpo.overrides import is_record, nearest, overridden, shown, typed
@@ -179,33 +179,39 @@ MAY_CHANGE = (
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config of a Python file (its `get_config()`) or of a run's config.json, with `a.b=value` overrides, every field of its type (ints
-    for floats are converted). Paths are from the current folder on, and absolute in what is returned.
+    """The config of a Python file (its `get_config()`) or of a run's config.json, with `a.b=value`
+    overrides, every field of its type (ints for floats are converted). Paths are from the current
+    folder on, and absolute in what is returned.
 
     Raises ConfigError that lists everything that is wrong.
+
     """
     start = Path.cwd()  # now: a config file may change it
+    search([str(start)])  # where `python -P` does not look
     file = absolute(path, start)
     if not file.is_file():
-        hint = ": give the config.json in it" if (file / "config.json").is_file() else ""
+        of_run = (file / "config.json").is_file()
         raise ConfigError(
-            f"no config file {path}{hint}: a config is a Python file with a get_config() that returns jaxgrpo.config.Config, or the "
-            "config.json of a run"
+            f"no config file {path}: a config is a Python file with a get_config() that returns "
+            "jaxgrpo.config.Config, or the config.json of a run"
+            f"{'; this is the folder of one: give the config.json in it' if of_run else ''}"
         )
-    config, problems = overridden(_read_json(file) if file.suffix == ".json" else _run_python(file), overrides)
+    config = _read_json(file) if file.suffix == ".json" else _run_python(file)
+    config, problems = overridden(config, overrides)
     config, mistyped = typed(config)
     refuse(problems + (mistyped or contradictions(config)))
     return _anchored(config, start)
 
 
 def _anchored(config: Config, start: Path) -> Config:
-    """With absolute paths: an environment may change the current folder, and a config.json is read elsewhere."""
+    """With absolute paths: an environment may change the current folder, and a config.json is read
+    elsewhere."""
     model, vllm = config.model, config.vllm
-    if model.source and absolute(model.source, start).is_dir():  # else it is a hub name, or is refused where it is looked for
+    if model.source and absolute(model.source, start).is_dir():  # else a hub name, or nothing
         model = dataclasses.replace(model, source=str(absolute(model.source, start)))
     if vllm.weights_folder is not None:
         vllm = dataclasses.replace(vllm, weights_folder=str(absolute(vllm.weights_folder, start)))
-    if vllm.python is not None and os.sep in vllm.python:  # else a command, which is looked for where commands are
+    if vllm.python is not None and os.sep in vllm.python:  # else a command, found on PATH
         vllm = dataclasses.replace(vllm, python=str(absolute(vllm.python, start)))
     return dataclasses.replace(config, model=model, vllm=vllm)
 
@@ -240,11 +246,14 @@ def _run_python(path: Path) -> Config:
 
 
 def _read_json(path: Path) -> Config:
-    """A config out of what `to_json` wrote. What its version of the program did not have yet, is as it is by default."""
+    """A config out of what `to_json` wrote. What its version of the program did not have yet, is as
+    it is by default."""
     try:
         tree = parsed(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path} is not the config.json of a run: {error}") from error
+    folders = tree.pop(PLACE, [])
+    search(folder for folder in folders if isinstance(folder, str))
     sections, values, problems = _sections(), {}, []
     known = {field.name: sections.get(field.name) for field in dataclasses.fields(Config)}
     for name, saved in tree.items():
@@ -257,8 +266,10 @@ def _read_json(path: Path) -> Config:
             problems.append(f"{name} must hold the settings of its section, got {saved!r}")
         else:
             own = [field.name for field in dataclasses.fields(kind)]
-            problems += [f"unknown setting '{name}.{key}'. {nearest(key, own)}" for key in saved if key not in own]
-            fields = {key: _decoded(f"{name}.{key}", value, problems) for key, value in saved.items() if key in own}
+            unknown = [key for key in saved if key not in own]
+            problems += [f"unknown setting '{name}.{key}'. {nearest(key, own)}" for key in unknown]
+            given = {key: value for key, value in saved.items() if key in own}
+            fields = {key: _decoded(f"{name}.{key}", given[key], problems) for key in given}
             values[name] = _made(kind, name, fields, problems)
     refuse(problems)
     return _whole(Config(**values), path)
@@ -285,8 +296,10 @@ def parsed(text: str) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"it holds {type(tree).__name__ if tree is not None else 'null'}, not settings by name")
-    lacking = [field.name for field in dataclasses.fields(Config) if field.default is dataclasses.MISSING and field.name not in tree]
+        kind = "null" if tree is None else type(tree).__name__
+        raise ValueError(f"it holds {kind}, not settings by name")
+    needed = [f.name for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING]
+    lacking = [name for name in needed if name not in tree]
     if lacking:
         raise ValueError(f"it lacks {', '.join(lacking)}")
     return tree
@@ -304,7 +317,8 @@ def _whole(config: Config, path: Path) -> Config:
     plays = all(callable(getattr(config.environment, method, None)) for method in ("tasks", "create"))
     if not is_record(config.environment) or not plays:
         raise ConfigError(
-            f"environment of {path} must be an instance of a dataclass with tasks() and create(), got {shown(config.environment)}"
+            f"environment of {path} must be an instance of a dataclass with tasks() and create(), "
+            f"got {shown(config.environment)}"
         )
     return config
 
@@ -325,22 +339,28 @@ def _unexpected_argument(error: BaseException) -> str:
 
 
 def to_json(config: Config, places: bool = False) -> str:
-    """The resolved config, readable, and to be read by `load_config`; with `places`, in whatever folder. The environment's class is named
-    beside its fields."""
+    """The resolved config, readable, and to be read by `load_config`; with `places`, in whatever
+    folder. The environment's class is named beside its fields."""
     sections = _sections()
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    tree = {name: encode_fields(value, places) if name in sections else encode(value, places) for name, value in values.items()}
-    return json.dumps(tree, indent=2)
+    tree = {
+        name: encode_fields(value, places) if name in sections else encode(value, places)
+        for name, value in values.items()
+    }
+    return json.dumps({**tree, PLACE: searched()} if places else tree, indent=2)
 
 
 def changes_of_meaning(saved: str, config: Config) -> list[str]:
-    """How `config` differs from a run's saved one (`to_json`) in what a resumed run must not change: lines to show. See MAY_CHANGE.
+    """How `config` differs from a run's saved one (`to_json`) in what a resumed run must not
+    change: lines to show. See MAY_CHANGE.
 
     Raises ValueError when it is no such text.
+
     """
     tree = parsed(saved)
-    if isinstance(tree["model"], dict) and _same_folder(tree["model"].get("source"), config.model.source):
-        tree["model"]["source"] = config.model.source
+    model = tree["model"]
+    if isinstance(model, dict) and _same_folder(model.get("source"), config.model.source):
+        model["source"] = config.model.source
     return [line for key, line in differences("", tree, config) if not may_change(key)]
 
 
@@ -351,4 +371,5 @@ def may_change(key: str) -> bool:
 
 def _same_folder(saved: Any, source: str) -> bool:
     """Whether two sources are one folder, named in two ways."""
-    return isinstance(saved, str) and Path(source).is_dir() and os.path.realpath(absolute(saved)) == os.path.realpath(source)
+    folders = isinstance(saved, str) and absolute(saved).is_dir() and Path(source).is_dir()
+    return folders and os.path.samefile(absolute(saved), source)

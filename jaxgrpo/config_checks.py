@@ -63,22 +63,23 @@ _BELOW = {"optimizer.b1": 1, "optimizer.b2": 1}
 
 def contradictions(config: "Config") -> list[str]:
     """What of a config, whose fields are all of their types, cannot be: lines to show."""
-    return _check_numbers(config) or _check_ranges(config) + _check_choices(config) + _check_across(config)
+    rest = (_check_ranges, _check_choices, _check_across)
+    return _check_numbers(config) or [problem for check in rest for problem in check(config)]
 
 
 def _check_numbers(config: "Config") -> list[str]:
     """What fits no number of the device or of vLLM. An environment's own are its own affair."""
-    problems = []
+    problems, least, most = [], float(_FLOAT32.tiny), float(_FLOAT32.max)
     for key, value, _ in leaves(config):
         bits = 63 if key in _LONG_INTEGERS else 31
         for number in value if isinstance(value, tuple) else (value,):
             if key.startswith("environment.") or isinstance(number, bool):
                 continue
             if isinstance(number, int) and number.bit_length() > bits:
-                problems.append(f"{key} must be an integer of at most {bits} bits, that is below {2**bits}, got {shown(number)}")
-            if isinstance(number, float) and number != 0 and not _FLOAT32.tiny <= abs(number) <= _FLOAT32.max:
-                least, most = float(_FLOAT32.tiny), float(_FLOAT32.max)
-                problems.append(f"{key} must be 0 or of a size that float32 has, {least:.3g} to {most:.3g}, got {number}")
+                problems.append(f"{key} must be below 2^{bits} = {2**bits}, got {shown(number)}")
+            if isinstance(number, float) and number != 0 and not least <= abs(number) <= most:
+                sizes = f"{least:.3g} to {most:.3g}"
+                problems.append(f"{key} must be of a size that float32 has, {sizes}, got {number}")
     return problems
 
 
@@ -95,7 +96,7 @@ def _check_ranges(config: "Config") -> list[str]:
             if not 0 <= np.float32(given[key]) < limit
         ],
         *[
-            f"{key} must be at least {_COLDEST}, which vLLM takes for anything colder, got {given[key]}"
+            f"{key} must be at least {_COLDEST}, which vLLM takes for less, got {given[key]}"
             for key in temperatures
             if 0 < given[key] < _COLDEST
         ],

@@ -1,7 +1,9 @@
-"""Config files as modules: run with what lies beside them in reach, and what stands in them, or anywhere, found again by its name.
+"""Config files as modules: run with what lies beside them in reach, and what stands in them, or
+anywhere else, found again by its name.
 
-A config file is a module like any other: registered, so that dataclasses find the names in their annotations, and under the name by which
-an import finds it, so that other processes can unpickle what is of it.
+A config file is a module like any other: registered, so that dataclasses find the names in their
+annotations, and under the name by which an import finds it, so that other processes can unpickle
+what is of it.
 """
 
 import contextlib
@@ -12,10 +14,11 @@ import operator
 import os
 import pkgutil
 import sys
+import sysconfig
 import traceback
 import types
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,71 +31,108 @@ _INSTALLED = ("site-packages", "dist-packages")
 
 _files: dict[str, Path] = {}  # the config files that were run, by their modules' names
 
+Hint = Callable[[BaseException], str]
+
 
 class ConfigError(ValueError):
-    """Something the user gave that cannot be: says what was given, what is allowed and what to do."""
+    """What the user gave and cannot be: says what was given, what is allowed and what to do."""
 
 
-def run_file(path: Path, hint: Callable[[BaseException], str] = lambda error: "") -> types.ModuleType:
-    """The module that a Python file makes, whatever its name ends in. Its source is read anew each time: bytecode goes by whole seconds.
+def _no_hint(_: BaseException) -> str:
+    return ""
+
+
+def run_file(path: Path, hint: Hint = _no_hint) -> types.ModuleType:
+    """The module that a Python file makes, whatever its name ends in. The source is read each time:
+    bytecode would go by whole seconds.
 
     Raises ConfigError that says in which line the file failed, with a hint.
     """
     with told(path, hint):
-        loader = importlib.machinery.SourceFileLoader(_module_name(path, search_beside(path.parent)), str(path))
-        spec = importlib.util.spec_from_file_location(loader.name, path, loader=loader)
+        name = _module_name(path, search_beside(path.parent))
+        loader = importlib.machinery.SourceFileLoader(name, str(path))
+        spec = importlib.util.spec_from_file_location(name, path, loader=loader)
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
-        before = sys.modules.get(loader.name)
-        sys.modules[loader.name] = module
-        try:
-            exec(loader.source_to_code(loader.get_data(str(path)), str(path)), vars(module))
-        except BaseException:
-            del sys.modules[loader.name]
-            if before is not None:
-                sys.modules[loader.name] = before
-            raise
-    _files[loader.name] = path
+        code = loader.source_to_code(path.read_bytes(), str(path))
+        with _registered(name, module):
+            exec(code, vars(module))
+    _files[name] = path
     return module
 
 
 @contextlib.contextmanager
-def told(path: Path, hint: Callable[[BaseException], str] = lambda error: "") -> Iterator[None]:
+def _registered(name: str, module: types.ModuleType) -> Iterator[None]:
+    """The module is the one of its name, and stays it unless the block raises."""
+    before = sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        yield
+    except BaseException:
+        del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before
+        raise
+
+
+@contextlib.contextmanager
+def told(path: Path, hint: Hint = _no_hint) -> Iterator[None]:
     """The edge to a user's file: whatever it raises becomes a ConfigError that says where."""
     try:
         yield
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"{_place(path, error)}: {type(error).__name__}: {error}{hint(error)}") from error
+        said = f"{type(error).__name__}: {error}{hint(error)}"
+        raise ConfigError(f"{_place(path, error)}: {said}") from error
 
 
 def _place(path: Path, error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.filename is not None:
         return f"{error.filename}, line {error.lineno}"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
     return f"{path}, line {lines[-1]}" if lines else str(path)
 
 
 def search_beside(folder: Path) -> Path:
-    """Have imports look in a folder first, as those of a script do, and, where it is within a package, in the folder that the package is
-    in, which is returned."""
+    """Have imports look in a folder first, as those of a script do, and, where it is of a package,
+    in the folder that the package is in, which is returned."""
     root = folder
     while (root / "__init__.py").is_file():
         root = root.parent
     first = list(dict.fromkeys((str(folder), str(root))))
     sys.path[:] = [*first, *(entry for entry in sys.path if entry not in first)]
-    importlib.invalidate_caches()
-    for package in filter(None, map(sys.modules.get, _OWN_PACKAGES)):
-        package.__path__ = pkgutil.extend_path(package.__path__, package.__name__)
+    _look_anew()
     return root
 
 
+def search(folders: Iterable[str]) -> None:
+    """Have imports look there, too, after all else."""
+    sys.path.extend(one for one in folders if one not in sys.path and Path(one).is_dir())
+    _look_anew()
+
+
+def searched() -> list[str]:
+    """The folders in which imports look for what is neither installed nor of this project: those of
+    configs, the one that the program was started in, those of PYTHONPATH."""
+    standard = Path(sysconfig.get_path("stdlib"))
+    given = [folder for folder in map(Path, sys.path) if folder.is_absolute() and folder.is_dir()]
+    own = {folder for folder in given if folder == _ROOT or standard in (folder, *folder.parents)}
+    return [str(one) for one in given if one not in own and one.name not in _INSTALLED]
+
+
+def _look_anew() -> None:
+    importlib.invalidate_caches()
+    for package in filter(None, map(sys.modules.get, _OWN_PACKAGES)):
+        package.__path__ = pkgutil.extend_path(package.__path__, package.__name__)
+
+
 def _module_name(path: Path, root: Path) -> str:
-    """The name by which an import finds the file; where there is none, because something else has it, one that nothing else has."""
+    """The name by which an import finds the file, unless it is another's: then one of its own."""
     parts = path.relative_to(root).with_suffix("").parts
     if path.suffix == ".py" and all(part.isidentifier() for part in parts):
-        with contextlib.suppress(ImportError, ValueError):  # of a parent that is no package, of a module without a spec
+        with contextlib.suppress(ImportError, ValueError):  # a parent that is no package
             spec = importlib.util.find_spec(".".join(parts))
             if spec is not None and spec.has_location and os.path.samefile(str(spec.origin), path):
                 return spec.name
@@ -100,17 +140,22 @@ def _module_name(path: Path, root: Path) -> str:
 
 
 def label_of(module: str, qualname: str) -> str:
-    """How what is called `qualname` in a module is named in config.json, e.g. `envs.bfcl.suite:Bfcl`, or `<config>:Mine`."""
+    """What config.json calls a thing of a module: `envs.bfcl.suite:Bfcl`, or `<config>:Mine`."""
     return f"{CONFIG_FILE if module in _files else module}:{qualname}"
 
 
+def place_of(module: str) -> str | None:
+    """The config file that a module is of, if it is of one."""
+    return str(_files[module]) if module in _files else None
+
+
 def same_label(one: str, other: str) -> bool:
-    """Whether two labels, those of version 0.1.0 included, name the same. What stands in a config file has only its own name."""
+    """Whether two labels, of version 0.1.0 or later, name the same. What stands in a config file
+    has only its own name."""
     one, other = _dotted(one), _dotted(other)
-    in_file = f"{CONFIG_FILE}."
-    if one.startswith(in_file):
+    if one.startswith(f"{CONFIG_FILE}."):
         return f".{other}".endswith(one.removeprefix(CONFIG_FILE))
-    return one == other or (other.startswith(in_file) and same_label(other, one))
+    return one == other or (other.startswith(f"{CONFIG_FILE}.") and same_label(other, one))
 
 
 def _dotted(label: str) -> str:
@@ -118,35 +163,25 @@ def _dotted(label: str) -> str:
     return f"{CONFIG_FILE if module.startswith(_OLD_PREFIX) else module}.{rest}"
 
 
-def place_of(module: str) -> str | None:
-    """Where a module is to be found: the config file that it is of, or the folder to look in; None for what is installed, or built in."""
-    if module in _files:
-        return str(_files[module])
-    found = sys.modules.get(module)
-    file = vars(found).get("__file__") if found is not None else None
-    if file is None or module == "__main__" or module.partition(".")[0] in sys.stdlib_module_names:
-        return None
-    folder = Path(file).parent
-    for _ in range(module.count(".") + ("__path__" in vars(found))):
-        folder = folder.parent
-    return None if folder == _ROOT or folder.name in _INSTALLED else str(folder)
-
-
 def find(label: str, place: str | None) -> Any:
-    """What has this label, in the place that `place_of` said. Raises ConfigError that says what is not there and what to do."""
-    module_name, _, qualname = (label if ":" in label else ":".join(label.rsplit(".", 1))).partition(":")
+    """What `label_of` and `place_of` named. Raises ConfigError that says what is not there, and
+    what to do."""
+    module_name, _, qualname = label.partition(":")
+    if not qualname:  # version 0.1.0 wrote module.Name
+        module_name, _, qualname = label.rpartition(".")
     if "<" in qualname:
-        raise ConfigError(f"{label} was made within a function, where no name leads: give the config file itself as --config")
+        raise ConfigError(
+            f"{label} was made within a function, where no name leads: give the config file itself "
+            "as --config"
+        )
     if module_name == CONFIG_FILE or module_name.startswith(_OLD_PREFIX):
         found: Any = _config_module(qualname, place)
     else:
-        if place is not None and place not in sys.path and Path(place).is_dir():
-            search_beside(Path(place))
         try:
             found = importlib.import_module(module_name)
         except Exception as error:  # the edge to a user's module
-            where = "" if place is None else f" from {place}"
-            raise ConfigError(f"{label} cannot be imported{where} ({type(error).__name__}: {error})") from error
+            why = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"{label} cannot be imported ({why})") from error
     try:
         return operator.attrgetter(qualname)(found)
     except AttributeError as error:
@@ -158,6 +193,8 @@ def _config_module(qualname: str, place: str | None) -> types.ModuleType:
     if place is None:
         raise ConfigError(f"{qualname} stands in a config file, and nothing says in which: {give}")
     if not Path(place).is_file():
-        raise ConfigError(f"{qualname} stands in the config file {place}, which is not there: {give}")
-    ran = [sys.modules[name] for name, path in _files.items() if str(path) == place and name in sys.modules]
-    return ran[-1] if ran else run_file(Path(place))
+        raise ConfigError(
+            f"{qualname} stands in the config file {place}, which is not there: {give}"
+        )
+    names = [name for name, file in _files.items() if str(file) == place and name in sys.modules]
+    return sys.modules[names[-1]] if names else run_file(Path(place))

@@ -1,14 +1,16 @@
-"""Settings as JSON: readable, the same in every process, read back as what they were, and compared. Pure but for imports.
+"""Settings as JSON: readable, the same in every process, read back as what they were, and compared.
+Pure but for imports.
 
 Sections of the project's own are objects of their fields. Within them any value may stand:
 
     a tuple; a dict whose keys are texts    a list; an object
     a dataclass's instance                  {"class": "module:Name", fields ...}
     a class, a function, an enum's member   {"import": "module:name"}
-    a list, a set, any other dict, ...      {"list": [...]}, {"set": [...]}, {"dict": [[key, value], ...]}, ...
+    a list, a set, any other dict, a Path   {"list": [...]}, {"set": [...]}, {"dict": [[k, v]]}, ...
     whatever else                           {"opaque": its repr}: compared, and not read back
 
-"found in" beside a class or an import says where its module is (jaxgrpo.config_files), and means nothing else.
+"found in" beside a class or an import names the config file that it stands in, and beside the
+sections the folders in which imports look. It means nothing else.
 """
 
 import dataclasses
@@ -37,7 +39,8 @@ def encode(value: Any, places: bool = False) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, enum.Enum):
-        return _import(type(value).__module__, f"{type(value).__qualname__}.{value.name}", value, places)
+        kind = type(value)
+        return _import(kind.__module__, f"{kind.__qualname__}.{value.name}", value, places)
     if isinstance(value, int):
         return int(value) if value.bit_length() <= _LONGEST_INTEGER else {"integer": hex(value)}
     if isinstance(value, float):
@@ -46,25 +49,35 @@ def encode(value: Any, places: bool = False) -> Any:
         return str(value)
     if is_record(value):
         kind = type(value)
-        return {CLASS: label_of(kind.__module__, kind.__qualname__), **_place(kind.__module__, places), **encode_fields(value, places)}
+        return {
+            CLASS: label_of(kind.__module__, kind.__qualname__),
+            **_place(kind.__module__, places),
+            **encode_fields(value, places),
+        }
     if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
         return _import(str(value.__module__), value.__qualname__, value, places)
     return _encode_container(value, places)
 
 
 def _encode_container(value: Any, places: bool) -> Any:
-    """One of exactly these types: of others, and of what is derived from these, nobody knows how to make it again."""
+    """One of exactly these types: of others, and of what is derived from these, nobody knows how to
+    make it again."""
     kind = type(value)
     if kind is tuple:
         return [encode(item, places) for item in value]
     if kind is list:
         return {"list": [encode(item, places) for item in value]}
-    if kind in (set, frozenset):  # in an order of their own: that of hashes differs from process to process
+    if kind in (
+        set,
+        frozenset,
+    ):  # in an order of their own: that of hashes differs from process to process
         return {kind.__name__: sorted((encode(item, places) for item in value), key=_text)}
     if kind is dict and all(type(key) is str for key in value) and not _TAGS & value.keys():
         return {key: encode(item, places) for key, item in value.items()}
     if kind is dict:
-        return {"dict": [[encode(key, places), encode(item, places)] for key, item in value.items()]}
+        return {
+            "dict": [[encode(key, places), encode(item, places)] for key, item in value.items()]
+        }
     if isinstance(value, Path):
         return {"path": str(value)}
     return {OPAQUE: shown(value)}
@@ -94,7 +107,7 @@ def decode(tree: Any) -> Any:
         return tree
     try:
         if CLASS in tree:
-            return find(tree[CLASS], tree.get(PLACE))(**{key: decode(item) for key, item in tree.items() if key not in (CLASS, PLACE)})
+            return _decode_record(tree)
         if IMPORT in tree:
             return find(tree[IMPORT], tree.get(PLACE))
         if len(tree) == 1 and tree.keys() <= _TAGS:
@@ -104,13 +117,24 @@ def decode(tree: Any) -> Any:
         raise
     except Exception as error:  # the edge to a user's class, and to what somebody wrote by hand
         what = tree.get(CLASS) or tree.get(IMPORT) or json.dumps(tree)
-        raise ConfigError(f"{what} cannot be made again: {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"{what} cannot be made again: {type(error).__name__}: {error}"
+        ) from error
     return {key: decode(item) for key, item in tree.items()}
+
+
+def _decode_record(tree: dict[str, Any]) -> Any:
+    kind = find(tree[CLASS], tree.get(PLACE))
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        raise ConfigError(f"{tree[CLASS]} is no dataclass, and only theirs are made from JSON")
+    return kind(**{key: decode(item) for key, item in tree.items() if key not in (CLASS, PLACE)})
 
 
 def _decode_tagged(tag: str, item: Any) -> Any:
     if tag == OPAQUE:
-        raise ConfigError(f"{item} cannot be made again from JSON: give the config file itself as --config")
+        raise ConfigError(
+            f"{item} cannot be made again from JSON: give the config file itself as --config"
+        )
     if tag == "integer":
         return int(item, 16)
     if tag == "path":
@@ -121,7 +145,8 @@ def _decode_tagged(tag: str, item: Any) -> Any:
 
 
 def differences(key: str, saved: Any, value: Any) -> Iterator[tuple[str, str]]:
-    """How a value differs from a saved one (`encode`, or that of version 0.1.0): the key of what differs, and a line that says how."""
+    """How a value differs from a saved one (`encode`, or that of version 0.1.0): the key of what
+    differs, and a line that says how."""
     if is_record(value) and isinstance(saved, dict):
         yield from _record_differences(f"{key}." if key else "", saved, value)
     elif type(value) is dict and isinstance(saved, dict) and CLASS not in saved:
@@ -133,7 +158,9 @@ def differences(key: str, saved: Any, value: Any) -> Iterator[tuple[str, str]]:
         yield key, f"{key} was {saved!r} and is now {encode(value)!r}"
 
 
-def _record_differences(prefix: str, saved: dict[str, Any], record: Any) -> Iterator[tuple[str, str]]:
+def _record_differences(
+    prefix: str, saved: dict[str, Any], record: Any
+) -> Iterator[tuple[str, str]]:
     label = label_of(type(record).__module__, type(record).__qualname__)
     if CLASS in saved and not same_label(str(saved[CLASS]), label):
         yield f"{prefix}class", f"{prefix}class was {saved[CLASS]!r} and is now {label!r}"
@@ -142,21 +169,30 @@ def _record_differences(prefix: str, saved: dict[str, Any], record: Any) -> Iter
         key, value = f"{prefix}{field.name}", getattr(record, field.name)
         if field.name in saved:
             yield from differences(key, saved[field.name], value)
-        elif _text(encode(value)) != _text(encode(_default(field))):  # a field that its class did not have then
+        elif _text(encode(value)) != _text(
+            encode(_default(field))
+        ):  # a field that its class did not have then
             yield key, f"{key} was not there and is now {encode(value)!r}"
     for name in sorted(saved.keys() - {field.name for field in fields_of(record)} - {CLASS, PLACE}):
-        yield f"{prefix}{name}", f"{prefix}{name} was {saved[name]!r}, and there is no such setting any more"
+        yield (
+            f"{prefix}{name}",
+            f"{prefix}{name} was {saved[name]!r}, and there is no such setting any more",
+        )
 
 
 def _default(field: dataclasses.Field) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return (
+        field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    )
 
 
 def _dict_differences(key: str, saved: dict[str, Any], value: dict) -> Iterator[tuple[str, str]]:
     """Its order counts too: tasks may be made in it."""
-    pairs = saved["dict"] if saved.keys() == {"dict"} and isinstance(saved["dict"], list) else list(saved.items())
-    before = {_text(pair[0]): pair[-1] for pair in pairs if isinstance(pair, list | tuple)}
-    now = {_text(encode(name) if pairs is saved.get("dict") else str(name)): item for name, item in value.items()}
+    pairs, tagged = list(saved.items()), saved.keys() == {"dict"} and isinstance(saved["dict"], list)
+    if tagged:
+        pairs = [pair for pair in saved["dict"] if isinstance(pair, list) and len(pair) == 2]
+    before = {_text(name): item for name, item in pairs}
+    now = {_text(encode(name) if tagged else str(name)): item for name, item in value.items()}
     for name, item in before.items():
         if name in now:
             yield from differences(f"{key}[{name}]", item, now[name])
@@ -165,7 +201,8 @@ def _dict_differences(key: str, saved: dict[str, Any], value: dict) -> Iterator[
     for name in (name for name in now if name not in before):
         yield key, f"{key}[{name}] was not there and is now {encode(now[name])!r}"
     if before.keys() == now.keys() and list(before) != list(now):
-        yield key, f"the keys of {key} were in the order {', '.join(before)} and are now in the order {', '.join(now)}"
+        orders = f"{', '.join(before)} and are now in the order {', '.join(now)}"
+        yield key, f"the keys of {key} were in the order {orders}"
 
 
 def _holds_records(value: Any) -> bool:
@@ -181,11 +218,14 @@ def _equal(saved: Any, value: Any) -> bool:
     before, now = _meaning(saved), _meaning(encode(value))
     if before == now or _text(before) == _text(now):  # as texts, NaN is itself
         return True
-    return isinstance(saved, str) and not isinstance(value, str) and saved == shown(value, str)  # as version 0.1.0 wrote it
+    return (
+        isinstance(saved, str) and not isinstance(value, str) and saved == shown(value, str)
+    )  # as version 0.1.0 wrote it
 
 
 def _meaning(tree: Any) -> Any:
-    """Without what is only a matter of writing: places, and whether what holds items in order is a list or a tuple."""
+    """Without what is only a matter of writing: places, and whether what holds items in order is a
+    list or a tuple."""
     if isinstance(tree, list):
         return [_meaning(item) for item in tree]
     if not isinstance(tree, dict):

@@ -116,7 +116,8 @@ def evaluate(
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m jaxgrpo.evaluate", description=__doc__)
-    parser.add_argument("--config", required=True, help="a Python file with get_config(), or the config.json of a run")
+    of_config = "a Python file with get_config(), or the config.json of a run"
+    parser.add_argument("--config", required=True, help=of_config)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. evaluation.temperature=0")
     parser.add_argument("--checkpoint", metavar="RUN", help="a run's folder; without it the config's own model is evaluated")
     parser.add_argument("--step", type=int, help="which of the run's checkpoints (default: the newest)")
@@ -159,7 +160,9 @@ def _check_arguments(split: str, samples: int, checkpoint: str | None, step: int
         raise ConfigError("; ".join(problems))
 
 
-def _read_weights(config: Config, policy: Policy, checkpoint: Path | None, step: int | None) -> tuple[Params, int]:
+def _read_weights(
+    config: Config, policy: Policy, checkpoint: Path | None, step: int | None
+) -> tuple[Params, int]:
     """The weights to evaluate in the logical tree, and the step they are of: a checkpoint's, or the config's own model at step 0."""
     dtype = compute_dtype(config)
     if checkpoint is None:
@@ -185,7 +188,14 @@ def _check_sampler(
     return check.run(loop, sampler, store(params, update.layout, update.mesh, update.compute_dtype), version)
 
 
-def _evaluate_once(config: Config, checkpoint: Path | None, step: int | None, split: str, samples: int, folder: Path) -> None:
+def _evaluate_once(
+    config: Config,
+    checkpoint: Path | None,
+    step: int | None,
+    split: str,
+    samples: int,
+    folder: Path,
+) -> None:
     policy = open_policy(config)
     tasks = split_tasks(config, split)
     check_episodes(config, policy, tasks)

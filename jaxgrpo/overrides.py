@@ -26,10 +26,11 @@ def fields_of(record: Any) -> list[dataclasses.Field]:
 
 
 def shown(value: Any, text: Callable[[Any], str] = repr) -> str:
-    """Its repr, without addresses, which differ from process to process; and where it has none, the name of its class."""
+    """Its repr, without addresses, which differ from process to process; and where it has none, the
+    name of its class."""
     try:
         return re.sub(r" at 0x[0-9a-f]+", "", text(value))
-    except Exception:  # the edge to a user's class; and an integer of thousands of digits has no text
+    except Exception:  # the edge to a user's class; and integers of thousands of digits have none
         return f"an object of {type(value).__qualname__}"
 
 
@@ -45,7 +46,8 @@ def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def _hints(kind: type) -> dict[str, Any]:
-    """The annotated types by field. One that cannot be read, such as a name that is imported for type checkers alone, may be anything."""
+    """The annotated types by field. One that cannot be read, such as a name that is imported for
+    type checkers alone, may be anything."""
     try:
         return typing.get_type_hints(kind)
     except Exception:  # the edge to a user's class
@@ -139,7 +141,8 @@ def _fit(value: Any, kind: Any) -> Any:
             return _finite(value)
         if origin is tuple and isinstance(value, (tuple, list)) and arguments[1:] in ((), (...,)):
             items = tuple(_fit(item, arguments[0]) for item in value)
-            return value if type(value) is tuple and all(a is b for a, b in zip(items, value)) else items
+            fits = type(value) is tuple and all(a is b for a, b in zip(items, value))
+            return value if fits else items
         if _matches(value, one):
             return value
     names = " or ".join(k.__name__ if isinstance(k, type) and not typing.get_args(k) else str(k) for k in _alternatives(kind))

@@ -101,8 +101,8 @@ def join(flags: ClusterFlags, gpus: Sequence[int] | None) -> "Processes":
     Where the coordinator's address is given, it listens there and nowhere else, unless the variable
     JAX_COORDINATOR_BIND_ADDRESS says where.
 
-    Raises ConfigError when the flags say too little or what cannot be, or jax cannot find out the rest. When the
-    others are not there within five minutes, jax itself ends the process, and says so.
+    Raises ConfigError when the flags say too little, or what cannot be, or jax cannot find out the
+    rest. When the others are not there within five minutes, jax itself ends the process, and says so.
     """
     if not flags.several:
         return Processes()
@@ -131,11 +131,12 @@ def _check_flags(flags: ClusterFlags) -> None:
         raise ConfigError(f"--process-id must be from 0 to {(count or 2**31) - 1}, got {index}")
     if flags.coordinator is None:
         return
-    host, separator, port = flags.coordinator.rpartition(":")
-    if not separator or not host or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
-        raise ConfigError(f"--coordinator must be HOST:PORT, like host0:12345, got {flags.coordinator!r}")
+    parts = re.fullmatch(r"(.+):([0-9]{1,5})", flags.coordinator)
+    if parts is None or not 0 < int(parts[2]) < 2**16:
+        given = repr(flags.coordinator)
+        raise ConfigError(f"--coordinator must be HOST:PORT, like host0:12345, got {given}")
     if index == 0 and _BIND_VARIABLE not in os.environ:
-        _check_place(host, int(port))
+        _check_place(parts[1], int(parts[2]))
 
 
 def _check_place(host: str, port: int) -> None:
@@ -144,7 +145,7 @@ def _check_place(host: str, port: int) -> None:
     place = f"--coordinator {host}:{port}"
     elsewhere = f"or say with {_BIND_VARIABLE}=HOST:PORT where to listen"
     addresses = _addresses(host, port)
-    refused = [error for family, address in addresses if (error := _refusal(family, address)) is not None]
+    refused = [error for one in addresses if (error := _refusal(*one)) is not None]
     if errno.EADDRINUSE in [error.errno for error in refused]:
         raise ConfigError(f"{place}: the port is in use here: give all processes another one")
     if len(refused) == len(addresses):

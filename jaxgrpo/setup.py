@@ -224,7 +224,8 @@ def parameter_count(model: ModelConfig, lora: LoraSettings = NO_LORA) -> int:
 
 
 def run_folder(given: str | None, name: str, start: Path) -> Path:
-    """Where the run is recorded, an absolute path: as given, or runs/NAME, from `start` on, the folder that the program was started in."""
+    """Where the run is recorded, an absolute path: as given, or runs/NAME, from `start` on, the
+    folder that the program was started in."""
     return absolute(given or Path("runs", name), start)
 
 

@@ -338,7 +338,8 @@ def check_resumable(config: Config, folder: Path, step: int) -> None:
     except OSError as error:
         raise ConfigError(f"{file} cannot be read ({error.strerror}): {otherwise}") from error
     except ValueError as error:
-        raise ConfigError(f"{file} is no longer what the run wrote ({error}): {otherwise}") from error
+        other = f"{file} is no longer what the run wrote ({error})"
+        raise ConfigError(f"{other}: {otherwise}") from error
     if changes:
         back = f"to go on with {folder}, have these as they were, as --config {file} has them"
         refuse([*changes, f"{back} (a resumed run may change {', '.join(MAY_CHANGE)})"])
@@ -350,7 +351,8 @@ def check_resumable(config: Config, folder: Path, step: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m jaxgrpo.train")
-    parser.add_argument("--config", required=True, help="a Python file with get_config(), or the config.json of a run")
+    of_config = "a Python file with get_config(), or the config.json of a run"
+    parser.add_argument("--config", required=True, help=of_config)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. training.steps=20")
     parser.add_argument("--run-dir", help="where the run is recorded (default: runs/NAME)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder, if there is one")

@@ -1,5 +1,5 @@
-"""What the tools' command lines share: numbers as users give them, and how a tool ends that cannot do what it
-was asked."""
+"""What the tools' command lines share: numbers as users give them, and how a tool ends that cannot
+do what it was asked."""
 
 import argparse
 import contextlib
@@ -26,8 +26,10 @@ def positive_number(text: str) -> float:
 
 
 def failed(error: OSError | ValueError) -> SystemExit:
-    """To be raised when a tool cannot go on, after one line that says why: with status 2 for what it was given,
-    and 1 for what went wrong on the way."""
+    """To be raised when a tool cannot go on, after one line that says why: with status 2 for what
+    it was given, and 1 for what went wrong on the way."""
     print(f"error: {error}", file=sys.stderr)
-    given = ValueError | FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError
+    given = (
+        ValueError | FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError
+    )
     return SystemExit(2 if isinstance(error, given) else 1)

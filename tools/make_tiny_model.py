@@ -267,7 +267,8 @@ def main() -> None:
     parser.add_argument("--vocab", type=positive_integer, default=2048)
     args = parser.parse_args()
     if args.destination.exists():  # now, and not when the model is trained
-        raise failed(FileExistsError(f"{args.destination} exists: remove it, or give another destination"))
+        there = f"{args.destination} exists: remove it, or give another destination"
+        raise failed(FileExistsError(there))
     suite = Bfcl(docs="signatures")
     tasks = suite.tasks("train")
     with tempfile.TemporaryDirectory() as skeleton:

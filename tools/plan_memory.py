@@ -312,7 +312,8 @@ def as_json(planner: Planner, plan: Plan, plans: Sequence[Plan]) -> dict[str, An
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a Python file with get_config(), or a run's config.json")
+    of_config = "a Python file with get_config(), or the config.json of a run"
+    parser.add_argument("--config", required=True, help=of_config)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
     parser.add_argument("--devices", type=positive_integer, help="training devices (default: the config's)")
     parser.add_argument("--target", choices=sorted(TARGETS), default="h200")
