@@ -5,10 +5,12 @@ import importlib.util
 import re
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from jaxgrpo import lora
 from jaxgrpo.advantages import NORMALIZATIONS
 from jaxgrpo.model import REMAT
-from jaxgrpo.overrides import leaves
+from jaxgrpo.overrides import leaves, shown
 from jaxgrpo.packing import AGGREGATIONS
 from jaxgrpo.samplers.cache import pages_for
 from jaxgrpo.types import StopReason
@@ -34,7 +36,15 @@ _AT_LEAST = {
     "evaluation.every": 1, "evaluation.samples": 1, "evaluation.tasks": 1, "evaluation.temperature": 0,
     "recording.checkpoint_every": 1, "recording.keep": 1,
 }  # fmt: skip
-_AT_MOST = {"loss.clip_low": 1, "evaluation.top_p": 1, "vllm.gpu_memory": 1, "vllm.port": 65535}
+_LONGEST = 10**9  # seconds: threads cannot wait ten times that
+_AT_MOST = {
+    "loss.clip_low": 1, "evaluation.top_p": 1, "vllm.gpu_memory": 1, "vllm.port": 65535,
+    "rollout.environment_deadline": _LONGEST, "vllm.start_seconds": _LONGEST,
+    "vllm.request_seconds": _LONGEST, "vllm.publish_seconds": _LONGEST,
+}  # fmt: skip
+_LONG_INTEGERS = ("seed", "vllm.cache_bytes")
+_FLOAT32 = np.finfo(np.float32)
+_COLDEST = 0.01
 _ABOVE = dict.fromkeys(
     (
         "rollout.temperature",
@@ -56,16 +66,43 @@ _BELOW = {"optimizer.b1": 1, "optimizer.b2": 1}
 
 def contradictions(config: "Config") -> list[str]:
     """What of a config, whose fields are all of their types, cannot be: lines to show."""
-    return _check_ranges(config) + _check_choices(config) + _check_across(config)
+    rest = (_check_ranges, _check_choices, _check_across)
+    return _check_numbers(config) or [problem for check in rest for problem in check(config)]
+
+
+def _check_numbers(config: "Config") -> list[str]:
+    """What fits no number of the device or of vLLM. An environment's own are its own affair."""
+    problems, least, most = [], float(_FLOAT32.tiny), float(_FLOAT32.max)
+    for key, value, _ in leaves(config):
+        bits = 63 if key in _LONG_INTEGERS else 31
+        for number in value if isinstance(value, tuple) else (value,):
+            if key.startswith("environment.") or isinstance(number, bool):
+                continue
+            if isinstance(number, int) and number.bit_length() > bits:
+                problems.append(f"{key} must be below 2^{bits} = {2**bits}, got {shown(number)}")
+            if isinstance(number, float) and number != 0 and not least <= abs(number) <= most:
+                sizes = f"{least:.3g} to {most:.3g}"
+                problems.append(f"{key} must be of a size that float32 has, {sizes}, got {number}")
+    return problems
 
 
 def _check_ranges(config: "Config") -> list[str]:
     given = {key: value for key, value, _ in leaves(config) if value is not None}
+    temperatures = ("rollout.temperature", "evaluation.temperature")
     return [
         *[f"{key} must be at least {least}, got {given[key]}" for key, least in _AT_LEAST.items() if given.get(key, least) < least],
         *[f"{key} must be at most {most}, got {given[key]}" for key, most in _AT_MOST.items() if given[key] > most],
         *[f"{key} must be above {limit}, got {given[key]}" for key, limit in _ABOVE.items() if given[key] <= limit],
-        *[f"{key} must be in [0, {limit}), got {given[key]}" for key, limit in _BELOW.items() if not 0 <= given[key] < limit],
+        *[
+            f"{key} must be in [0, {limit}) and in float32 below {limit}, got {given[key]}"
+            for key, limit in _BELOW.items()
+            if not 0 <= np.float32(given[key]) < limit
+        ],
+        *[
+            f"{key} must be at least {_COLDEST}, which vLLM takes for less, got {given[key]}"
+            for key in temperatures
+            if 0 < given[key] < _COLDEST
+        ],
     ]
 
 

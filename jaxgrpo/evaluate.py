@@ -19,6 +19,7 @@ from jaxgrpo.config_checks import SPLITS
 from jaxgrpo.lora import NO_LORA
 from jaxgrpo.metrics import Recorder, TerminalView
 from jaxgrpo.model import Params
+from jaxgrpo.paths import absolute
 from jaxgrpo.rollout import Decoding, Rollout, RolloutResult
 from jaxgrpo.samplers.base import Sampler, SamplerError
 from jaxgrpo.serving import WholeWeights, agreement_check, open_sampler
@@ -31,6 +32,7 @@ from jaxgrpo.setup import (
     compute_dtype,
     initial_params,
     keep_compiled,
+    make_run_folder,
     open_policy,
     open_tasks,
     run_folder,
@@ -115,7 +117,8 @@ def evaluate(
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m jaxgrpo.evaluate", description=__doc__)
-    parser.add_argument("--config", required=True, help="a Python file with get_config()")
+    of_config = "a Python file with get_config(), or the config.json of a run"
+    parser.add_argument("--config", required=True, help=of_config)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. evaluation.temperature=0")
     parser.add_argument("--checkpoint", metavar="RUN", help="a run's folder; without it the config's own model is evaluated")
     parser.add_argument("--step", type=int, help="which of the run's checkpoints (default: the newest)")
@@ -123,15 +126,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, help="episodes a task (default: the config's evaluation.samples)")
     parser.add_argument("--run-dir", help="where to record (default: runs/NAME-eval-SPLIT)")
     args = parser.parse_args(arguments)
+    start = Path.cwd()  # now: a config file or an environment may change it
     try:
         config = load_config(args.config, args.set)
         take_gpus(config)
         keep_compiled(config)
         samples = config.evaluation.samples if args.samples is None else args.samples
         _check_arguments(args.split, samples, args.checkpoint, args.step)
-        folder = run_folder(args.run_dir, f"{config.name}-eval-{args.split}")
+        folder = run_folder(args.run_dir, f"{config.name}-eval-{args.split}", start)
+        checkpoint = args.checkpoint and absolute(args.checkpoint, start)
         with interruptible():
-            _evaluate_once(config, args.checkpoint, args.step, args.split, samples, folder)
+            _evaluate_once(config, checkpoint, args.step, args.split, samples, folder)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -156,14 +161,16 @@ def _check_arguments(split: str, samples: int, checkpoint: str | None, step: int
         raise ConfigError("; ".join(problems))
 
 
-def _read_weights(config: Config, policy: Policy, checkpoint: str | None, step: int | None) -> tuple[Params, int]:
+def _read_weights(
+    config: Config, policy: Policy, checkpoint: Path | None, step: int | None
+) -> tuple[Params, int]:
     """The weights to evaluate in the logical tree, and the step they are of: a checkpoint's, or the config's own model at step 0."""
     dtype = compute_dtype(config)
     if checkpoint is None:
         return initial_params(policy, dtype), 0
     try:
         base = functools.partial(initial_params, policy, dtype)
-        params, at_step = read_policy(Path(checkpoint) / "checkpoints", policy.config, step, base)
+        params, at_step = read_policy(checkpoint / "checkpoints", policy.config, step, base)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"--checkpoint {checkpoint}: {error}") from error
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params), at_step
@@ -182,12 +189,20 @@ def _check_sampler(
     return check.run(loop, sampler, store(params, update.layout, update.mesh, update.compute_dtype), version)
 
 
-def _evaluate_once(config: Config, checkpoint: str | None, step: int | None, split: str, samples: int, folder: Path) -> None:
+def _evaluate_once(
+    config: Config,
+    checkpoint: Path | None,
+    step: int | None,
+    split: str,
+    samples: int,
+    folder: Path,
+) -> None:
     check_rewards(config)
     policy = open_policy(config)
     tasks = split_tasks(config, split)
     check_episodes(config, policy, tasks)
     params, at_step = _read_weights(config, policy, checkpoint, step)
+    make_run_folder(folder)
     decoding = Decoding(config.evaluation.temperature, config.evaluation.top_p)
     with EventLoopThread() as loop, TerminalView(len(tasks) * samples, unit="episode") as view, ExitStack() as stack:
         version = at_step // config.training.iterations

@@ -1,15 +1,37 @@
 """Settings as frozen dataclasses within dataclasses: read by dotted key, changed by `a.b=value`, held to their annotated types. Pure."""
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import math
+import re
+import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 S = TypeVar("S")
+
+
+def is_record(value: Any) -> bool:
+    """Whether it is an instance of a dataclass."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def fields_of(record: Any) -> list[dataclasses.Field]:
+    """The fields that its class is given: those that it fills in itself are no settings."""
+    return [field for field in dataclasses.fields(record) if field.init]
+
+
+def shown(value: Any, text: Callable[[Any], str] = repr) -> str:
+    """Its repr, without addresses, which differ from process to process; and where it has none, the
+    name of its class."""
+    try:
+        return re.sub(r" at 0x[0-9a-f]+", "", text(value))
+    except Exception:  # the edge to a user's class; and integers of thousands of digits have none
+        return f"an object of {type(value).__qualname__}"
 
 
 def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -19,10 +41,10 @@ def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     `rewards.GibberishJudge.url` for a GibberishJudge among `rewards.functions`. Where a tuple holds
     two of one class they are none: the name would not tell them apart.
     """
-    hints = typing.get_type_hints(type(section))
-    for field in dataclasses.fields(section):
+    hints = _hints(type(section))
+    for field in fields_of(section):
         value, key = getattr(section, field.name), f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(value):
+        if is_record(value):
             yield from leaves(value, f"{key}.")
         else:
             yield key, value, hints[field.name]
@@ -33,9 +55,26 @@ def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 def _records(value: Any) -> dict[str, Any]:
     """The records in a tuple by the names of their classes, or none where a name occurs twice."""
     items = value if isinstance(value, tuple) else ()
-    records = [it for it in items if dataclasses.is_dataclass(it) and not isinstance(it, type)]
+    records = [item for item in items if is_record(item)]
     named = {type(record).__name__: record for record in records}
     return named if len(named) == len(records) else {}
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    """The annotated types by field. One that cannot be read, such as a name that is imported for
+    type checkers alone, may be anything."""
+    try:
+        return typing.get_type_hints(kind)
+    except Exception:  # the edge to a user's class
+        return {field.name: _hint(kind, field) for field in fields_of(kind)}
+
+
+def _hint(kind: type, field: dataclasses.Field) -> Any:
+    alone = types.SimpleNamespace(__annotations__={field.name: field.type})
+    for base in kind.__mro__:  # the field may be of any, each with the names of its module
+        with contextlib.suppress(Exception):
+            return typing.get_type_hints(alone, vars(sys.modules[base.__module__]))[field.name]
+    return Any
 
 
 def overridden(config: S, overrides: Sequence[str]) -> tuple[S, list[str]]:
@@ -51,7 +90,7 @@ def overridden(config: S, overrides: Sequence[str]) -> tuple[S, list[str]]:
         elif inside:
             problems.append(f"{key!r} is a section: set one of its fields ({', '.join(inside)})")
         elif key not in kinds:
-            problems.append(f"unknown setting {key!r}. {_nearest(key, list(kinds))}")
+            problems.append(f"unknown setting {key!r}. {nearest(key, list(kinds))}")
         else:
             try:
                 values[key] = _fit(_read(text, kinds[key]), kinds[key])
@@ -64,7 +103,7 @@ def overridden(config: S, overrides: Sequence[str]) -> tuple[S, list[str]]:
 def _replaced(section: Any, values: Mapping[str, Any], prefix: str) -> tuple[Any, list[str]]:
     """The section with values by dotted key; what its own checks refuse is told, and left as it was."""
     changes, problems = {}, []
-    for field in dataclasses.fields(section):
+    for field in fields_of(section):
         key, value = f"{prefix}{field.name}", getattr(section, field.name)
         if key in values:
             changes[field.name] = values[key]
@@ -83,7 +122,7 @@ def _replaced(section: Any, values: Mapping[str, Any], prefix: str) -> tuple[Any
         return section, [*problems, f"{prefix.rstrip('.') or 'the config'}: {error}"]
 
 
-def _nearest(key: str, keys: Sequence[str]) -> str:
+def nearest(key: str, keys: Sequence[str]) -> str:
     last = {known: known.rpartition(".")[2] for known in keys}
     name = key.rpartition(".")[2]
     similar = difflib.get_close_matches(name, last.values(), 1)
@@ -119,16 +158,26 @@ def _fit(value: Any, kind: Any) -> Any:
     """
     for one in _alternatives(kind):
         origin, arguments = typing.get_origin(one), typing.get_args(one)
-        if one is float and type(value) in (int, float):
-            if not math.isfinite(value):
-                raise TypeError(f"must be finite, got {value}")
-            return float(value)
+        if one is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return _finite(value)
         if origin is tuple and isinstance(value, (tuple, list)) and arguments[1:] in ((), (...,)):
-            return tuple(_fit(item, arguments[0]) for item in value)
+            items = tuple(_fit(item, arguments[0]) for item in value)
+            fits = type(value) is tuple and all(a is b for a, b in zip(items, value))
+            return value if fits else items
         if _matches(value, one):
             return value
     names = " or ".join(k.__name__ if isinstance(k, type) and not typing.get_args(k) else str(k) for k in _alternatives(kind))
-    raise TypeError(f"must be of type {names.replace('NoneType', 'None')}, got {value!r}")
+    raise TypeError(f"must be of type {names.replace('NoneType', 'None')}, got {shown(value)}")
+
+
+def _finite(value: float) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise TypeError(f"must be finite, got {shown(value)}")
+    return number
 
 
 def _matches(value: Any, kind: Any) -> bool:
@@ -145,7 +194,10 @@ def typed(config: S) -> tuple[S, list[str]]:
     values, problems = {}, []
     for key, value, kind in leaves(config):
         try:
-            values[key] = _fit(value, kind)
+            fitted = _fit(value, kind)
         except TypeError as error:
             problems.append(f"{key} {error}")
+        else:
+            if fitted is not value:
+                values[key] = fitted
     return (config, problems) if problems else _replaced(config, values, "")

@@ -26,6 +26,7 @@ from jaxgrpo.hf_mapping import HFTensor
 from jaxgrpo.json_files import is_lfs_pointer, read_object
 from jaxgrpo.model import Params
 from jaxgrpo.model_config import ModelConfig, eos_token_ids
+from jaxgrpo.paths import absolute
 
 ORBAX_SUBFOLDER = "params"
 _LOCK = ".jaxgrpo-unfinished"
@@ -44,11 +45,11 @@ _TOKENIZER_TEXTS = ("merges.txt", "chat_template.jinja")
 
 def locate(model: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """The folder of a model that is named by its folder, or by its hub name and a revision (commit, tag or branch), which is then fetched;
-    without `weights` only its small files are.
+    without `weights` only its small files are. It is an absolute path.
 
     Raises FileNotFoundError that says what to put where when neither is to be had, ValueError for a revision of a folder.
     """
-    folder = Path(model).expanduser()
+    folder = absolute(model)
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"{folder} is a folder, and a folder has no revision: drop the revision {revision!r}")

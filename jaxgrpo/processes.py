@@ -9,11 +9,16 @@ import argparse
 import contextlib
 import dataclasses
 import enum
+import errno
+import ipaddress
 import json
 import os
+import re
 import signal
+import socket
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -29,7 +34,9 @@ from jaxgrpo.types import GroupBatch
 _SHUTDOWN_SECONDS = 60
 _GRACE_SECONDS = 60
 _POLL_MILLISECONDS = 1000
+_NAME_SECONDS = 60
 _FAILED = "jaxgrpo/failed"
+_BIND_VARIABLE = "JAX_COORDINATOR_BIND_ADDRESS"  # jax's own
 
 
 class Work(enum.StrEnum):
@@ -91,19 +98,91 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def join(flags: ClusterFlags, gpus: Sequence[int] | None) -> "Processes":
     """Meet the other processes; before jax's first use. `gpus` are those that this process takes (None: as jax decides).
 
-    Raises ConfigError when the flags say too little or jax cannot find out the rest. When the others are not there within five minutes, jax
-    itself ends the process, and says so.
+    Where the coordinator's address is given, it listens there and nowhere else, unless the variable
+    JAX_COORDINATOR_BIND_ADDRESS says where.
+
+    Raises ConfigError when the flags say too little, or what cannot be, or jax cannot find out the
+    rest. When the others are not there within five minutes, jax itself ends the process, and says so.
     """
     if not flags.several:
         return Processes()
     given = (flags.coordinator, flags.processes, flags.process_id)
     if None in given and not flags.detect:
         raise ConfigError("--coordinator, --processes and --process-id belong together; --distributed has jax find out what is not given")
+    _check_flags(flags)
     try:
-        jax.distributed.initialize(*given, local_device_ids=gpus, shutdown_timeout_seconds=_SHUTDOWN_SECONDS)
+        jax.distributed.initialize(
+            *given,
+            local_device_ids=gpus,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+            coordinator_bind_address=None if _BIND_VARIABLE in os.environ else flags.coordinator,
+        )
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"the processes of this run do not find each other: {error}") from error
     return Processes(jax.process_index(), jax.process_count(), distributed.global_state.client)
+
+
+def _check_flags(flags: ClusterFlags) -> None:
+    """Refuse (ConfigError) what cannot be, before jax waits minutes for it, or fails at it."""
+    count, index = flags.processes, flags.process_id
+    if count is not None and not 1 <= count < 2**31:
+        raise ConfigError(f"--processes must be from 1 to {2**31 - 1}, got {count}")
+    if index is not None and not 0 <= index < (count or 2**31):
+        raise ConfigError(f"--process-id must be from 0 to {(count or 2**31) - 1}, got {index}")
+    if flags.coordinator is None:
+        return
+    parts = re.fullmatch(r"(.+):([0-9]{1,5})", flags.coordinator)
+    if parts is None or not 0 < int(parts[2]) < 2**16:
+        given = repr(flags.coordinator)
+        raise ConfigError(f"--coordinator must be HOST:PORT, like host0:12345, got {given}")
+    if index == 0 and _BIND_VARIABLE not in os.environ:
+        _check_place(parts[1], int(parts[2]))
+
+
+def _check_place(host: str, port: int) -> None:
+    """Refuse (ConfigError) where this process cannot listen. Jax would share the port with another
+    run, and both would end."""
+    place = f"--coordinator {host}:{port}"
+    elsewhere = f"or say with {_BIND_VARIABLE}=HOST:PORT where to listen"
+    addresses = _addresses(host, port)
+    refused = [error for one in addresses if (error := _refusal(*one)) is not None]
+    if errno.EADDRINUSE in [error.errno for error in refused]:
+        raise ConfigError(f"{place}: the port is in use here: give all processes another one")
+    if len(refused) == len(addresses):
+        raise ConfigError(
+            f"{place} is no address of this host ({refused[0].strerror}): give one of the host of "
+            f"process 0, {elsewhere}"
+        )
+    means = addresses[0][1][0]
+    if ipaddress.ip_address(means).is_loopback and host.strip("[]") not in (means, "localhost"):
+        here = f"{host} is {means} here, where processes on other hosts cannot reach it"
+        print(f"note: {here}: if there are any, give its address, {elsewhere}", file=sys.stderr)
+
+
+def _refusal(family: socket.AddressFamily, address: Any) -> OSError | None:
+    """Why one cannot listen there, if so."""
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        return error
+    return None
+
+
+def _addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
+    """What a name means on this host. It may become known only while the processes are started, as
+    in Kubernetes."""
+    deadline = time.monotonic() + _NAME_SECONDS
+    while True:
+        try:
+            found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+            return [(family, address) for family, *_, address in found]
+        except OSError as error:
+            if time.monotonic() > deadline:
+                unknown = f"{host} is not known here ({error.strerror})"
+                raise ConfigError(f"--coordinator {host}:{port}: {unknown}") from error
+        time.sleep(1)
 
 
 class Processes:

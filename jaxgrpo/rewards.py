@@ -147,16 +147,6 @@ class RewardSettings:
             total = overrides[by]
         return dataclasses.replace(score, reward=total, parts={**score.parts, **parts}, notes=notes)
 
-    def described(self) -> dict[str, Any]:
-        """What a run's config.json says: where the functions are defined, the fields of those that
-        have any, and the weights of all parts."""
-        fields = {name: dataclasses.asdict(record) for name, record in self._records()}
-        return {
-            "functions": [name_of(function) for function in self.functions],
-            **fields,
-            "weights": [list(p) for p in self.parts.items()],
-        }
-
     @property
     def formula(self) -> str:
         """How the parts are summed, e.g. `0 x environment + 0.2 x execution + 1 x correctness`."""
@@ -166,7 +156,10 @@ class RewardSettings:
     def may_change(self) -> tuple[str, ...]:
         """The fields, as keys within this section, that a resumed run may set otherwise."""
         return tuple(
-            f"{name}.{field}" for name, record in self._records() for field in record.may_change
+            f"functions[{i}].{field}"
+            for i, function in enumerate(self.functions)
+            if isinstance(function, RewardFunction)
+            for field in function.may_change
         )
 
     def problems(self, config: "Config") -> list[str]:

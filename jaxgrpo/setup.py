@@ -21,7 +21,7 @@ from jaxgrpo.config import Config, ConfigError, refuse
 from jaxgrpo.cudnn import choose_kernel
 from jaxgrpo.lora import NO_LORA, LoraSettings
 from jaxgrpo.model import ModelConfig, Params, trained_shapes
-from jaxgrpo.paths import cache_root, machine
+from jaxgrpo.paths import absolute, cache_root, machine
 from jaxgrpo.pretrained import generation_ends, load_params, load_tokenizer, locate
 from jaxgrpo.rollout import Decoding, Execution, Limits, Rollout
 from jaxgrpo.samplers.base import Sampler
@@ -234,9 +234,10 @@ def parameter_count(model: ModelConfig, lora: LoraSettings = NO_LORA) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(trained_shapes(model, lora)))
 
 
-def run_folder(given: str | None, name: str) -> Path:
-    """Where the run is recorded: as given, or runs/NAME."""
-    return Path(given) if given else Path("runs") / name
+def run_folder(given: str | None, name: str, start: Path) -> Path:
+    """Where the run is recorded, an absolute path: as given, or runs/NAME, from `start` on, the
+    folder that the program was started in."""
+    return absolute(given or Path("runs", name), start)
 
 
 def make_run_folder(folder: Path) -> None:

@@ -23,6 +23,7 @@ from jaxgrpo.evaluate import NothingLeftError, evaluate, split_tasks
 from jaxgrpo.learner import Learner, passed
 from jaxgrpo.metrics import Recorder, TerminalView
 from jaxgrpo.packing import pack
+from jaxgrpo.paths import write_whole
 from jaxgrpo.peft_format import save_adapter
 from jaxgrpo.pretrained import save_hf
 from jaxgrpo.processes import ClusterFlags, PeerError, Processes, Told, Work, add_flags, join
@@ -315,7 +316,7 @@ def _prepare(config: Config, folder: Path, resume: bool, saved: int | None) -> N
 
 def _lead(config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack) -> Learner:
     training = Training(config, folder, resume, processes, stack)
-    (folder / "config.json").write_text(to_json(config), encoding="utf-8")
+    write_whole(folder / "config.json", to_json(config, places=True))
     training.run()
     processes.tell(Told(Work.END))
     return training
@@ -333,31 +334,41 @@ def _has_content(file: Path) -> bool:
 
 def check_resumable(config: Config, folder: Path, step: int) -> None:
     """Refuse (ConfigError) to go on with a run, now at `step`, under a config that means something else."""
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} holds checkpoints and no config.json that says what of: give another --run-dir")
+    file = folder / "config.json"
+    if not file.is_file():
+        lacks = f"{folder} holds checkpoints and no config.json that says what of"
+        raise ConfigError(f"{lacks}: put it back, or give another --run-dir")
+    otherwise = "put it back, or give another --run-dir"
     try:
-        changes = changes_of_meaning((folder / "config.json").read_text(encoding="utf-8"), config)
+        changes = changes_of_meaning(file.read_text(encoding="utf-8"), config)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error.strerror}): {otherwise}") from error
     except ValueError as error:
-        raise ConfigError(f"{folder / 'config.json'} is no longer what the run wrote: {error}") from error
+        other = f"{file} is no longer what the run wrote ({error})"
+        raise ConfigError(f"{other}: {otherwise}") from error
     if changes:
-        refuse([*changes, f"to go on with {folder}, set these as they were (a resumed run may change {', '.join(MAY_CHANGE)})"])
+        back = f"to go on with {folder}, have these as they were, as --config {file} has them"
+        refuse([*changes, f"{back} (a resumed run may change {', '.join(MAY_CHANGE)})"])
     if step > config.training.steps:
-        raise ConfigError(f"{folder} is at step {step}, beyond training.steps ({config.training.steps}): raise it")
+        over = f"{folder} is at step {step}, beyond training.steps ({config.training.steps})"
+        raise ConfigError(f"{over}: raise it to {step} or more")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m jaxgrpo.train")
-    parser.add_argument("--config", required=True, help="a Python file with get_config()")
+    of_config = "a Python file with get_config(), or the config.json of a run"
+    parser.add_argument("--config", required=True, help=of_config)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. training.steps=20")
     parser.add_argument("--run-dir", help="where the run is recorded (default: runs/NAME)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder, if there is one")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     add_flags(parser)
     args = parser.parse_args(arguments)
+    start = Path.cwd()  # now: a config file or an environment may change it
     try:
         config = load_config(args.config, args.set)
-        folder = run_folder(args.run_dir, config.name)
+        folder = run_folder(args.run_dir, config.name, start)
         take_gpus(config)
         keep_compiled(config)
         processes = join(ClusterFlags.of(args), config.training.gpus)

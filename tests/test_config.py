@@ -121,7 +121,7 @@ def test_overrides_of_one_section_are_checked_together(tmp_path):
     ],
 )
 def test_each_refusal_names_the_key_and_what_is_allowed(tmp_path, monkeypatch, override, said):
-    monkeypatch.setattr("jaxgrpo.config.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("jaxgrpo.config_checks.importlib.util.find_spec", lambda name: None)
     assert said in refused(override, folder=tmp_path)
 
 
@@ -205,7 +205,7 @@ def test_a_section_of_another_kind(tmp_path, change, said):
 
 def test_json_names_the_environment_and_tells_what_changed():
     saved = to_json(SMALL)
-    assert json.loads(saved)["environment"]["class"] == "tests.training.Letters"
+    assert json.loads(saved)["environment"]["class"] == "tests.training:Letters"
     check(SMALL)
     same = apply_override(apply_override(SMALL, "training.steps=8"), "evaluation.splits=train")
     assert changes_of_meaning(saved, same) == []

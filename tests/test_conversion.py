@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import sys
 from pathlib import Path
 
@@ -25,6 +26,19 @@ from tests.model_folders import (
 )
 from tests.reference_model import float32_error, qwen2_logits
 from tools import convert_hf_to_orbax, convert_orbax_to_hf, verify_conversion
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """What a tool says on stderr, ending with that status."""
+
+    def refused(module, *arguments, status: int = 2) -> str:
+        with pytest.raises(SystemExit) as end:
+            command(monkeypatch, module, *arguments)
+        assert end.value.code == status
+        return capsys.readouterr().err
+
+    return refused
 
 
 class TestRoundTrip:
@@ -202,13 +216,31 @@ class TestRefusals:
         (hf_folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
         self.refused(hf_folder, tmp_path, "is a Git LFS pointer")
 
-    def test_an_orbax_folder_is_not_converted_again(self, orbax_folder, tmp_path, monkeypatch):
-        with pytest.raises(SystemExit, match="orbax folder already"):
-            command(monkeypatch, convert_hf_to_orbax, orbax_folder, tmp_path / "out")
+    def test_an_orbax_folder_is_not_converted_again(self, orbax_folder, tmp_path, refused):
+        said = refused(convert_hf_to_orbax, orbax_folder, tmp_path / "out")
+        assert said.endswith("orbax folder already: tools.convert_orbax_to_hf turns it back\n")
 
-    def test_a_hf_folder_is_not_exported(self, hf_folder, tmp_path, monkeypatch):
-        with pytest.raises(SystemExit, match="no orbax folder"):
-            command(monkeypatch, convert_orbax_to_hf, hf_folder, tmp_path / "out")
+    def test_a_hf_folder_is_not_exported(self, hf_folder, tmp_path, refused):
+        assert "is no orbax folder" in refused(convert_orbax_to_hf, hf_folder, tmp_path / "out")
+
+    def test_a_destination_that_is_there(self, hf_folder, refused):
+        said = refused(convert_hf_to_orbax, hf_folder, hf_folder)
+        assert f"{hf_folder} exists: remove it" in said
+
+    @pytest.mark.parametrize("size", ["0", "-1", "nan", "inf", "much"])
+    def test_a_shard_size_that_is_none(self, orbax_folder, tmp_path, refused, size):
+        out = tmp_path / "out"
+        said = refused(convert_orbax_to_hf, orbax_folder, out, f"--shard-gb={size}")
+        assert f"argument --shard-gb: must be a number above 0, got {size!r}" in said
+
+    def test_a_disk_that_takes_no_more_ends_with_one(self, orbax_folder, tmp_path, refused):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            said = refused(convert_orbax_to_hf, orbax_folder, tmp_path / "out", status=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert said.startswith("error: ") and "File too large" in said
 
 
 class TestTiedHead:
@@ -248,10 +280,9 @@ class TestVerify:
             command(monkeypatch, verify_conversion, hf_folder, orbax_folder)
         assert isinstance(error.value.code, str)  # a message: the process exits with 1
 
-    def test_another_size_is_refused(self, hf_folder, tmp_path, monkeypatch):
+    def test_another_size_is_refused(self, hf_folder, tmp_path, refused):
         other = make_folder(tmp_path / "other", random_tensors(True, "bfloat16"), tied=True)
-        with pytest.raises(SystemExit, match="not models of one size"):
-            command(monkeypatch, verify_conversion, hf_folder, other)
+        assert "not models of one size" in refused(verify_conversion, hf_folder, other)
 
     def test_another_type_is_different(self, hf_folder, tmp_path):
         other = make_folder(tmp_path / "other", random_tensors(False, "float32"))
@@ -286,11 +317,14 @@ class TestVerify:
         command(monkeypatch, verify_conversion, folder, converted, *bound)
         assert "largest absolute difference" in capsys.readouterr().out
 
-    def test_logits_without_pytorch(self, hf_folder, orbax_folder, monkeypatch):
+    def test_logits_without_pytorch(self, hf_folder, orbax_folder, monkeypatch, refused):
         monkeypatch.setitem(sys.modules, "torch", None)  # as where it is not installed
-        with pytest.raises(SystemExit, match="--logits needs PyTorch, which is not installed"):
-            command(monkeypatch, verify_conversion, hf_folder, orbax_folder, "--logits")
+        said = refused(verify_conversion, hf_folder, orbax_folder, "--logits")
+        assert said.startswith("error: --logits needs PyTorch, which is not installed")
 
-    def test_logits_of_an_orbax_folder_are_not_asked_of_transformers(self, hf_folder, orbax_folder, monkeypatch):
-        with pytest.raises(SystemExit, match=r"--logits has transformers load the first folder, but .* is an orbax folder: name it second"):
-            command(monkeypatch, verify_conversion, orbax_folder, hf_folder, "--logits")
+    def test_logits_of_an_orbax_folder_are_not_asked_of_transformers(
+        self, hf_folder, orbax_folder, refused
+    ):
+        said = refused(verify_conversion, orbax_folder, hf_folder, "--logits")
+        assert said.startswith("error: --logits has transformers load the first folder, but")
+        assert said.endswith(f"{orbax_folder} is an orbax folder: name it second\n")

@@ -69,10 +69,22 @@ def test_each_refusal_of_an_override_names_the_key(config_file, override, said):
 
 def test_the_json_says_which_functions_with_which_settings(config_file):
     assert json.loads(to_json(load_config(config_file)))["rewards"] == {
-        "functions": ["jaxgrpo_config_mine.brevity", "tests.test_rewards.Shouting"],
-        "Shouting": {"penalty": -1.0, "patience": 3},
-        "weights": [["environment", 1.0], ["brevity", 2.0], ["shouting", 1.0], ["polite", 1.0]],
+        "functions": [
+            {"import": "<config>:brevity"},
+            {"class": "tests.test_rewards:Shouting", "penalty": -1.0, "patience": 3},
+        ],
+        "weights": [["brevity", 2.0]],
     }
+
+
+def test_the_json_of_a_run_is_a_config_again(config_file, tmp_path):
+    config = load_config(config_file, ["rewards.Shouting.penalty=-2"])
+    saved = tmp_path / "config.json"
+    saved.write_text(to_json(config, places=True))
+    again = load_config(saved, ["rewards.weights={'brevity': 3}"]).rewards
+    assert again.functions[1] == Shouting(penalty=-2.0)
+    assert again.rewarded(played("hi")).parts["brevity"] == -0.25
+    assert again.weights == (("brevity", 3.0),)
 
 
 def test_a_resumed_run_may_not_reward_otherwise(config_file):
@@ -83,14 +95,16 @@ def test_a_resumed_run_may_not_reward_otherwise(config_file):
         changes_of_meaning(saved, load_config(config_file, ["rewards.Shouting.patience=5"])) == []
     )
     assert changes_of_meaning(saved, load_config(config_file, ["rewards.Shouting.penalty=-2"])) == [
-        "rewards.Shouting.penalty was -1.0 and is now -2.0"
+        "rewards.functions[1].penalty was -1.0 and is now -2.0"
     ]
     fewer = dataclasses.replace(
         config, rewards=RewardSettings(config.rewards.functions[:1], {"brevity": 2})
     )
-    assert [line.split(" was ")[0] for line in changes_of_meaning(saved, fewer)] == [
-        "rewards.functions",
-        "rewards.weights",
+    (change,) = changes_of_meaning(saved, fewer)
+    assert change.startswith("rewards.functions was [{'import': '<config>:brevity'}, {'class'")
+    heavier = load_config(config_file, ["rewards.weights={'brevity': 3}"])
+    assert changes_of_meaning(saved, heavier) == [
+        "rewards.weights was [['brevity', 2.0]] and is now [['brevity', 3.0]]"
     ]
 
 
@@ -100,18 +114,14 @@ def test_a_run_from_before_there_were_reward_functions_had_none(config_file):
     del tree["rewards"]
     old = json.dumps(tree)
     assert changes_of_meaning(old, dataclasses.replace(config, rewards=RewardSettings())) == []
-    assert changes_of_meaning(old, config)[0].startswith(
-        "rewards.functions was [] and is now ['jaxgrpo_config_mine.brevity'"
-    )
+    (change,) = changes_of_meaning(old, config)
+    assert change.startswith("rewards was not there and is now {")
 
 
 def test_the_default_changes_nothing_in_a_config():
     config: Config = small_config("m")
     assert config.rewards == RewardSettings()
-    assert json.loads(to_json(config))["rewards"] == {
-        "functions": [],
-        "weights": [["environment", 1.0]],
-    }
+    assert json.loads(to_json(config))["rewards"] == {"functions": [], "weights": []}
 
 
 def test_the_pages_examples_are_a_config_of_their_own(tmp_path):

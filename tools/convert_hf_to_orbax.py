@@ -10,18 +10,19 @@ tools.convert_orbax_to_hf turns it back without the source. Tensors are streamed
 import argparse
 import resource
 import time
-from pathlib import Path
 
 import absl.logging
 
 from jaxgrpo import hf_mapping, pretrained
+from jaxgrpo.paths import absolute
+from tools.arguments import failed
 
 
 def main() -> None:
     """Read the arguments, convert, say what was written. Exits with the reason when it cannot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a Hugging Face folder, or a hub name")
-    parser.add_argument("destination", type=Path, help="the orbax folder to make; it must not exist")
+    parser.add_argument("destination", type=absolute, help="the orbax folder to make; it must not exist")
     parser.add_argument("--revision", help="commit, tag or branch of a hub name (default: main)")
     args = parser.parse_args()
     absl.logging.set_verbosity(absl.logging.ERROR)  # orbax warns of what a one-process save does not need
@@ -33,7 +34,7 @@ def main() -> None:
         source = pretrained.open_weights(folder)
         pretrained.write_orbax(source, args.destination)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"convert_hf_to_orbax: {error}") from error
+        raise failed(error) from error
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     count = hf_mapping.parameter_count(source.config)
     print(f"{args.destination}: {count:,} parameters in {time.monotonic() - started:.1f} s, peak memory {peak:.2f} GiB")

@@ -29,9 +29,11 @@ from jaxgrpo.chat import Chat
 from jaxgrpo.losses import Head, token_logprobs
 from jaxgrpo.model import ModelConfig, Params, cast_to, forward_shared_prompt, head_table, init_params
 from jaxgrpo.packing import bucket
+from jaxgrpo.paths import absolute
 from jaxgrpo.pretrained import load_tokenizer, save_hf
 from jaxgrpo.sharding import Whole, embed
 from jaxgrpo.types import Task
+from tools.arguments import failed, positive_integer, positive_number
 
 WORDS = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+")
 CONTEXT = 4096
@@ -255,15 +257,18 @@ def warm_start(config: ModelConfig, episodes: Sequence[tuple[np.ndarray, np.ndar
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.make_tiny_model", description=__doc__.splitlines()[0])
-    parser.add_argument("destination", type=Path)
-    parser.add_argument("--until", type=float, default=0.1, help="stop when the demonstrations' mean probability is this")
-    parser.add_argument("--max-epochs", type=int, default=100)
+    parser.add_argument("destination", type=absolute)
+    parser.add_argument("--until", type=positive_number, default=0.1, help="stop when the demonstrations' mean probability is this")
+    parser.add_argument("--max-epochs", type=positive_integer, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rows", type=int, default=4, help="demonstrations a training step")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--rows", type=positive_integer, default=4, help="demonstrations a training step")
+    parser.add_argument("--learning-rate", type=positive_number, default=1e-3)
     parser.add_argument("--context-weight", type=float, default=0.1, help="weight of tokens that the policy does not say")
-    parser.add_argument("--vocab", type=int, default=2048)
+    parser.add_argument("--vocab", type=positive_integer, default=2048)
     args = parser.parse_args()
+    if args.destination.exists():  # now, and not when the model is trained
+        there = f"{args.destination} exists: remove it, or give another destination"
+        raise failed(FileExistsError(there))
     suite = Bfcl(docs="signatures")
     tasks = suite.tasks("train")
     with tempfile.TemporaryDirectory() as skeleton:

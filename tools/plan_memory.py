@@ -30,6 +30,7 @@ from jaxgrpo.planning import Cluster, Forecast, GroupShape, Work, forecast, hard
 from jaxgrpo.pretrained import locate
 from jaxgrpo.setup import micro_batches, open_tasks, parameter_count, update_on
 from jaxgrpo.sharding import make_mesh
+from tools.arguments import positive_integer, positive_number
 from tools.step_memory import StepMemory, describe_collectives, measure
 from tools.targets import GIB, TARGETS, Target, can_compile_for_gpus, described_gpus, simulate, simulated_devices
 
@@ -311,18 +312,20 @@ def as_json(planner: Planner, plan: Plan, plans: Sequence[Plan]) -> dict[str, An
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a Python file with get_config()")
+    of_config = "a Python file with get_config(), or the config.json of a run"
+    parser.add_argument("--config", required=True, help=of_config)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
-    parser.add_argument("--devices", type=int, help="training devices (default: the config's)")
+    parser.add_argument("--devices", type=positive_integer, help="training devices (default: the config's)")
     parser.add_argument("--target", choices=sorted(TARGETS), default="h200")
     parser.add_argument("--compiler", choices=("auto", "gpu", "cpu"), default="auto", help="auto: gpu with jax's CUDA wheels, else cpu")
-    parser.add_argument("--prompt", type=int, help="prompt tokens of a group (default: rollout.max_prompt_tokens)")
-    parser.add_argument("--completion", type=int, help="tokens of a completion (default: rollout.max_completion_tokens)")
-    parser.add_argument("--mfu", type=float, default=0.4, help="model FLOPs utilisation that is expected (default: 0.4)")
-    parser.add_argument("--rollout-tokens-per-second", type=float, help="over all samplers")
-    parser.add_argument("--gpu-hour-price", type=float)
-    parser.add_argument("--link", type=float, metavar="GB/S", help="a GPU's NVLink, one direction (default: the target's)")
-    parser.add_argument("--network", type=float, metavar="GB/S", help="a GPU's share of InfiniBand, one direction (default: the target's)")
+    parser.add_argument("--prompt", type=positive_integer, help="prompt tokens of a group (default: rollout.max_prompt_tokens)")
+    parser.add_argument("--completion", type=positive_integer, help="tokens of a completion (default: rollout.max_completion_tokens)")
+    parser.add_argument("--mfu", type=positive_number, default=0.4, help="model FLOPs utilisation that is expected (default: 0.4)")
+    parser.add_argument("--rollout-tokens-per-second", type=positive_number, help="over all samplers")
+    parser.add_argument("--gpu-hour-price", type=positive_number)
+    parser.add_argument("--link", type=positive_number, metavar="GB/S", help="a GPU's NVLink, one direction (default: the target's)")
+    network = "a GPU's share of InfiniBand, one direction (default: the target's)"
+    parser.add_argument("--network", type=positive_number, metavar="GB/S", help=network)
     parser.add_argument("--table", action="store_true", help=f"also plan for {', '.join(map(str, TABLE_GPUS))} GPUs")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(arguments)

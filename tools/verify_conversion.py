@@ -3,8 +3,8 @@
     python -m tools.verify_conversion /models/Qwen2.5-7B-Instruct /models/qwen-7b-orbax
     python -m tools.verify_conversion /models/Qwen2.5-0.5B-Instruct /models/qwen-0.5b-orbax --logits
 
-Exits 1 and names the tensors when any differ. `--logits` also runs the second folder through this project's forward pass and the first
-through transformers (torch must be installed), both in float32 and whole in memory.
+Exits 1 and names the tensors when any differ, and 2 when the folders cannot be compared. `--logits` also runs the second folder through
+this project's forward pass and the first through transformers (torch must be installed), both in float32 and whole in memory.
 """
 
 import argparse
@@ -15,6 +15,8 @@ import numpy as np
 
 from jaxgrpo import hf_mapping, pretrained
 from jaxgrpo.model import ModelConfig
+from jaxgrpo.paths import absolute
+from tools.arguments import failed, positive_number
 
 _PROMPTS = ("def quicksort(items):", "The capital of France is", "1 2 3 5 8 13 21")
 _SHOWN = 20
@@ -66,10 +68,10 @@ def compare_logits(hf_folder: Path, folder: Path) -> float:
 def main() -> None:
     """Read the arguments, compare, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("first", type=Path, help="a Hugging Face folder (or an orbax folder)")
-    parser.add_argument("second", type=Path, help="an orbax folder (or a Hugging Face folder)")
+    parser.add_argument("first", type=absolute, help="a Hugging Face folder (or an orbax folder)")
+    parser.add_argument("second", type=absolute, help="an orbax folder (or a Hugging Face folder)")
     parser.add_argument("--logits", action="store_true", help="compare logits with transformers too (needs torch)")
-    parser.add_argument("--logits-bound", type=float, default=1e-2, help="largest difference that passes (default: 0.01)")
+    parser.add_argument("--logits-bound", type=positive_number, default=1e-2, help="largest difference that passes (default: 0.01)")
     args = parser.parse_args()
     try:
         first, second = pretrained.open_weights(args.first), pretrained.open_weights(args.second)
@@ -79,7 +81,7 @@ def main() -> None:
             raise ValueError("--logits needs PyTorch, which is not installed")
         differing = differing_tensors(first, second)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"verify_conversion: {error}") from error
+        raise failed(error) from error
     count = len(hf_mapping.hf_tensors(first.config))
     if differing:
         more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
