@@ -67,17 +67,12 @@ def _encode_container(value: Any, places: bool) -> Any:
         return [encode(item, places) for item in value]
     if kind is list:
         return {"list": [encode(item, places) for item in value]}
-    if kind in (
-        set,
-        frozenset,
-    ):  # in an order of their own: that of hashes differs from process to process
+    if kind in (set, frozenset):  # sorted: the order of hashes differs from process to process
         return {kind.__name__: sorted((encode(item, places) for item in value), key=_text)}
     if kind is dict and all(type(key) is str for key in value) and not _TAGS & value.keys():
         return {key: encode(item, places) for key, item in value.items()}
     if kind is dict:
-        return {
-            "dict": [[encode(key, places), encode(item, places)] for key, item in value.items()]
-        }
+        return {"dict": [[encode(k, places), encode(item, places)] for k, item in value.items()]}
     if isinstance(value, Path):
         return {"path": str(value)}
     return {OPAQUE: shown(value)}
@@ -117,9 +112,8 @@ def decode(tree: Any) -> Any:
         raise
     except Exception as error:  # the edge to a user's class, and to what somebody wrote by hand
         what = tree.get(CLASS) or tree.get(IMPORT) or json.dumps(tree)
-        raise ConfigError(
-            f"{what} cannot be made again: {type(error).__name__}: {error}"
-        ) from error
+        why = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{what} cannot be made again: {why}") from error
     return {key: decode(item) for key, item in tree.items()}
 
 
@@ -127,7 +121,8 @@ def _decode_record(tree: dict[str, Any]) -> Any:
     kind = find(tree[CLASS], tree.get(PLACE))
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
         raise ConfigError(f"{tree[CLASS]} is no dataclass, and only theirs are made from JSON")
-    return kind(**{key: decode(item) for key, item in tree.items() if key not in (CLASS, PLACE)})
+    ignored = {CLASS, PLACE, *(field.name for field in dataclasses.fields(kind) if not field.init)}
+    return kind(**{key: decode(item) for key, item in tree.items() if key not in ignored})
 
 
 def _decode_tagged(tag: str, item: Any) -> Any:
@@ -173,7 +168,7 @@ def _record_differences(
             encode(_default(field))
         ):  # a field that its class did not have then
             yield key, f"{key} was not there and is now {encode(value)!r}"
-    for name in sorted(saved.keys() - {field.name for field in fields_of(record)} - {CLASS, PLACE}):
+    for name in sorted(saved.keys() - {field.name for field in dataclasses.fields(record)} - {CLASS, PLACE}):
         yield (
             f"{prefix}{name}",
             f"{prefix}{name} was {saved[name]!r}, and there is no such setting any more",
@@ -188,7 +183,8 @@ def _default(field: dataclasses.Field) -> Any:
 
 def _dict_differences(key: str, saved: dict[str, Any], value: dict) -> Iterator[tuple[str, str]]:
     """Its order counts too: tasks may be made in it."""
-    pairs, tagged = list(saved.items()), saved.keys() == {"dict"} and isinstance(saved["dict"], list)
+    pairs: list[Any] = list(saved.items())
+    tagged = saved.keys() == {"dict"} and isinstance(saved["dict"], list)
     if tagged:
         pairs = [pair for pair in saved["dict"] if isinstance(pair, list) and len(pair) == 2]
     before = {_text(name): item for name, item in pairs}

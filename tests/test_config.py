@@ -7,12 +7,16 @@ import re
 import typing
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from envs.bfcl import Bfcl
 from envs.procedural import Warehouse
 from jaxgrpo.config import Config, ConfigError, apply_override, changes_of_meaning, check, load_config, to_json
-from tests.training import small_config, write_config
+from jaxgrpo.update import make_optimizer
+from tests.training import Letters, small_config, write_config
 
 SMALL = small_config("model")
 
@@ -118,6 +122,23 @@ def test_overrides_of_one_section_are_checked_together(tmp_path):
         ("training.gpus=()", "training.devices is 1, but training.gpus names 0"),
         ("training.max_staleness=-1", "training.max_staleness must be at least 0"),
         ("training.max_staleness=1", "loss.tis_cap None takes every sample for the policy's own: set it"),
+        ("seed=99999999999999999999999", "seed must be below 2^63 = 9223372036854775808, got 999999"),
+        ("seed=9223372036854775808", "seed must be below 2^63"),
+        ("optimizer.warmup_steps=2147483648", "optimizer.warmup_steps must be below 2^31 = 2147483648"),
+        ("native.decode_chunk=1000000000000000000000", "native.decode_chunk must be below 2^31"),
+        ("training.gpus=(10000000000,)", "training.gpus must be below 2^31"),
+        ("vllm.cache_bytes=9223372036854775808", "vllm.cache_bytes must be below 2^63"),
+        (f"optimizer.learning_rate=1{'0' * 400}", "optimizer.learning_rate must be finite"),
+        (f"recording.trajectories=0x1{'0' * 4000}", "must be of type bool, got an object of int"),
+        (f"training.steps=0x1{'0' * 4000}", "training.steps must be below 2^31 = 2147483648, got an object"),
+        ("optimizer.learning_rate=1e39", "size that float32 has, 1.18e-38 to 3.4e+38, got 1e+39"),
+        ("optimizer.epsilon=1e-60", "optimizer.epsilon must be of a size that float32 has"),
+        ("rollout.temperature=1e-300", "rollout.temperature must be of a size that float32 has"),
+        ("rollout.temperature=0.001", "rollout.temperature must be at least 0.01, which vLLM takes"),
+        ("evaluation.temperature=0.001", "evaluation.temperature must be at least 0.01"),
+        ("optimizer.b2=0.99999999999", "optimizer.b2 must be in [0, 1) and in float32 below 1"),
+        ("vllm.request_seconds=1e10", "vllm.request_seconds must be at most 1000000000"),
+        ("rollout.environment_deadline=1e12", "rollout.environment_deadline must be at most 1000000000"),
     ],
 )
 def test_each_refusal_names_the_key_and_what_is_allowed(tmp_path, monkeypatch, override, said):
@@ -138,6 +159,59 @@ def test_each_refusal_names_the_key_and_what_is_allowed(tmp_path, monkeypatch, o
 )
 def test_what_vllm_and_the_trainer_cannot_both_have(tmp_path, overrides, said):
     assert said in refused("sampler=vllm", *overrides, folder=tmp_path)
+
+
+def test_the_largest_that_is_allowed_is_enough_for_what_takes_it(tmp_path):
+    path = write_config(tmp_path, Path("model"))
+    largest = ["seed=9223372036854775807", "optimizer.warmup_steps=2147483647", "optimizer.b2=0.9999999"]
+    config = load_config(path, [*largest, "evaluation.temperature=0", "vllm.cache_bytes=9223372036854775807"])
+    assert jax.random.key_data(jax.random.key(config.seed)).tolist() == [0, 2**32 - 1]
+    optimizer = make_optimizer(config.optimizer)
+    updates, _ = optimizer.update({"w": jnp.ones(2)}, optimizer.init({"w": jnp.ones(2)}), {"w": jnp.ones(2)})
+    assert np.isfinite(np.asarray(updates["w"])).all()
+
+
+def test_an_environments_own_numbers_are_its_own_affair(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text(
+        "import dataclasses\nfrom tests.training import Letters, small_config\n"
+        "def get_config():\n"
+        "    letters = Letters(train_size=10**30, bonus=1e-300)\n"
+        "    return dataclasses.replace(small_config('m'), environment=letters)\n"
+    )
+    assert load_config(path).environment.train_size == 10**30
+
+
+def test_fields_that_a_class_fills_in_itself_are_no_settings(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text(
+        "import dataclasses\nfrom tests.training import Letters, small_config\n"
+        "@dataclasses.dataclass(frozen=True)\nclass Mine(Letters):\n"
+        "    kind: type = Letters\n"
+        "    made: int = dataclasses.field(init=False, default=0)\n"
+        "    once: dataclasses.InitVar[int] = 1\n"
+        "    def __post_init__(self, once): object.__setattr__(self, 'made', once)\n"
+        "def get_config():\n    return dataclasses.replace(small_config('m'), environment=Mine(once=3))\n"
+    )
+    config = load_config(path)
+    assert (config.environment.made, config.environment.kind) == (3, Letters)
+    assert "made" not in json.loads(to_json(config))["environment"]
+    with pytest.raises(ConfigError, match=r"unknown setting 'environment\.made'"):
+        load_config(path, ["environment.made=4"])
+
+
+def test_paths_are_absolute_and_from_the_current_folder(tmp_path, monkeypatch):
+    """Also where the config file itself goes elsewhere."""
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    path = write_config(tmp_path, Path("../here/model"))
+    path.write_text("import os\nos.chdir('/')\n" + path.read_text())
+    config = load_config("../small.py", ["vllm.weights_folder=../w", "vllm.python=.venv/bin/python"])
+    assert config.model.source == f"{tmp_path}/here/model"
+    assert config.vllm.weights_folder == f"{tmp_path}/w"
+    assert config.vllm.python == f"{tmp_path}/here/.venv/bin/python"
+    kept = load_config(path, ["model.source=Qwen/Qwen2.5-0.5B", "vllm.python=python3"])
+    assert (kept.model.source, kept.vllm.python) == ("Qwen/Qwen2.5-0.5B", "python3")
 
 
 def test_all_contradictions_are_listed_at_once(tmp_path):

@@ -53,6 +53,15 @@ class TestRoundTrip:
         assert f"{38 if tied else 39} tensors" in capsys.readouterr().out
         assert read_safetensors(tmp_path / "back") == read_safetensors(source)
 
+    def test_folders_named_by_way_of_the_folder_above(self, hf_folder, monkeypatch, tmp_path):
+        """Orbax itself takes no path with `..`."""
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        command(monkeypatch, convert_hf_to_orbax, "../hf", "../here/../orbax")
+        command(monkeypatch, verify_conversion, "../hf", "../orbax")
+        command(monkeypatch, convert_orbax_to_hf, "../orbax", "../back")
+        assert read_safetensors(tmp_path / "back") == read_safetensors(hf_folder)
+
     def test_the_export_needs_only_the_orbax_folder(self, hf_folder, orbax_folder, tmp_path):
         expected, files = read_safetensors(hf_folder), {p.name for p in hf_folder.iterdir()}
         originals = {p.name: p.read_bytes() for p in hf_folder.iterdir() if p.suffix != ".safetensors"}

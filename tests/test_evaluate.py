@@ -1,6 +1,7 @@
 """The evaluation command: of a model, of a run's checkpoints, and what it refuses."""
 
 import json
+import os
 
 import pytest
 
@@ -118,6 +119,32 @@ def test_a_step_that_was_not_saved_and_another_model_are_refused(call, run, tmp_
         (other / path.name).write_bytes(text.replace(b'"intermediate_size": 64', b'"intermediate_size": 48'))
     status, _, err = call("--checkpoint", run, "--set", f"model.source={other}")
     assert status == 2 and "has shape" in err and "the config says" in err
+
+
+def test_paths_from_the_current_folder_outlive_an_environment_that_goes_elsewhere(
+    model, run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    text = write_config(tmp_path, model).read_text().replace("return small", "config = small")
+    (tmp_path / "wanders.py").write_text(
+        "import dataclasses, os\nfrom tests.training import Letters\n"
+        f"{text}    return dataclasses.replace(config, environment=Wandering())\n"
+        "@dataclasses.dataclass(frozen=True)\nclass Wandering(Letters):\n"
+        "    def tasks(self, split):\n        os.chdir('/')\n        return super().tasks(split)\n"
+    )
+    arguments = ["--config", "wanders.py", "--checkpoint", os.path.relpath(run), "--samples", "1"]
+    assert main([*arguments, "--run-dir", "../e/x"]) == 0
+    assert f"recorded in {tmp_path.parent}/e/x" in capsys.readouterr().out
+    assert metric_lines(tmp_path.parent / "e" / "x")[0]["step"] == 4
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_episodes_are_played(
+    call, tmp_path, monkeypatch
+):
+    (tmp_path / "eval").write_text("")
+    status, out, err = call("--samples", "1")
+    assert status == 2 and f"the run folder {tmp_path}/eval cannot be written to" in err
+    assert out == ""
 
 
 def test_environments_that_all_fail_end_with_one(call, tmp_path):

@@ -194,6 +194,17 @@ def test_a_model_that_nobody_knows_is_refused(capsys: pytest.CaptureFixture[str]
     assert "model.source './nowhere': no folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["devices", "prompt", "completion", "mfu", "link", "gpu-hour-price"])
+@pytest.mark.parametrize("number", ["0", "-3", "nan", "inf", "2147483648e9", "many"])
+def test_a_number_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], flag: str, number: str) -> None:
+    if number == "2147483648e9" and flag not in ("devices", "prompt", "completion"):
+        return  # large, and finite
+    with pytest.raises(SystemExit) as end:
+        main(["--config", ARTICLE, f"--{flag}={number}"])
+    assert end.value.code == 2
+    assert f"argument --{flag}: must be a" in capsys.readouterr().err
+
+
 def test_more_devices_than_jax_was_started_with_are_refused() -> None:
     with pytest.raises(ValueError, match="4 CPU devices, 5 are needed"):
         simulated_devices(5)

@@ -2,7 +2,11 @@
 
 import json
 import os
+import re
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,13 +15,14 @@ import jax
 import numpy as np
 import pytest
 
+from jaxgrpo import processes
 from jaxgrpo.checkpoint import Checkpoints, read_policy
 from jaxgrpo.config import ConfigError
 from jaxgrpo.model import ModelConfig
 from jaxgrpo.processes import ClusterFlags, Processes, Told, Work, join
 from jaxgrpo.sharding import logical_on_host
 from jaxgrpo.train import train
-from tests.processes import outcomes, run_processes, start, start_processes
+from tests.processes import coordinator, outcomes, run_processes, start, start_processes
 from tests.step_process import step
 from tests.training import changed, make_model, metric_lines, write_config
 from tests.updates import TINY, change_error, clipped_gradient, params_of, update_of, worst_error
@@ -36,6 +41,107 @@ def model(tmp_path_factory):
 def test_flags_that_say_too_little_are_refused():
     with pytest.raises(ConfigError, match="belong together"):
         join(ClusterFlags(coordinator="127.0.0.1:1", processes=2), None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("127.0.0.1", 1, 0), "--coordinator must be HOST:PORT, like host0:12345, got '127.0.0.1'"),
+        ((":5000", 1, 0), "--coordinator must be HOST:PORT"),
+        (("127.0.0.1:port", 1, 0), "--coordinator must be HOST:PORT"),
+        (("127.0.0.1:0", 1, 0), "--coordinator must be HOST:PORT"),
+        (("127.0.0.1:70000", 1, 0), "--coordinator must be HOST:PORT"),
+        (("192.0.2.1:5000", 1, 0), "--coordinator 192.0.2.1:5000 is no address of this host"),
+        (("127.0.0.1:5000", 0, 0), "--processes must be from 1 to 2147483647, got 0"),
+        (("127.0.0.1:5000", 10**20, 0), "--processes must be from 1 to 2147483647"),
+        (("127.0.0.1:5000", 2, 2), "--process-id must be from 0 to 1, got 2"),
+        (("127.0.0.1:5000", 2, -1), "--process-id must be from 0 to 1, got -1"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(flags, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        join(ClusterFlags(*flags), None)
+
+
+def test_a_name_that_nobody_knows_is_refused_when_it_does_not_become_known(monkeypatch):
+    monkeypatch.setattr(processes, "_NAME_SECONDS", 1.5)
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=r"--coordinator host\.invalid:5000: host\.invalid is not known"):
+        join(ClusterFlags("host.invalid:5000", 2, 0), None)
+    assert time.monotonic() - started > 1.5
+
+
+JOIN = """
+import sys
+from jaxgrpo.config import ConfigError
+from jaxgrpo.processes import ClusterFlags, join
+try:
+    join(ClusterFlags(sys.argv[1], 1, 0), None)
+except ConfigError as error:
+    raise SystemExit(f"error: {error}") from error
+print("joined", flush=True)
+sys.stdin.read()
+"""
+
+
+def joining(address: str, **variables: str) -> subprocess.Popen:
+    """A process that is the coordinator, until its standard input is closed."""
+    return subprocess.Popen(
+        [sys.executable, "-c", JOIN, address],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | variables,
+        text=True,
+    )
+
+
+def listening(pid: int) -> set[tuple[str, int]]:
+    """Where a process listens, as Linux lists it: address and port of its TCP sockets in that state."""
+    found = set()
+    descriptors = [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in descriptors:
+                address, port = local.split(":")
+                words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
+                found.add((socket.inet_ntop(family, b"".join(words)), int(port, 16)))
+    return found
+
+
+@pytest.mark.parametrize(("host", "expected"), [("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1")])
+def test_the_coordinator_listens_where_it_was_told_and_nowhere_else(host, expected):
+    port = coordinator().rpartition(":")[2]
+    with joining(f"{host}:{port}") as process:
+        assert process.stdout.readline() == "joined\n"
+        found = {address for address, at in listening(process.pid) if at == int(port)}
+        process.communicate()
+    assert found - {"::1"} == {f"::ffff:{expected}"} or found - {"::1"} == {expected}
+
+
+def test_jaxs_own_variable_says_otherwise():
+    port = coordinator().rpartition(":")[2]
+    with joining(f"127.0.0.1:{port}", JAX_COORDINATOR_BIND_ADDRESS=f"0.0.0.0:{port}") as process:
+        assert process.stdout.readline() == "joined\n"
+        found = {address for address, at in listening(process.pid) if at == int(port)}
+        process.communicate()
+    assert found <= {"::", "0.0.0.0", "::ffff:0.0.0.0"} and found
+
+
+def test_a_second_run_at_a_coordinators_port_is_refused_and_the_first_goes_on():
+    """Both would get the port, and requests of either end in the other."""
+    with joining(address := coordinator()) as first:
+        assert first.stdout.readline() == "joined\n"
+        with joining(address) as second:
+            _, said = second.communicate(timeout=60)
+        assert second.returncode == 1
+        assert said == f"error: --coordinator {address}: the port is in use here: give all processes another one\n"
+        time.sleep(1)
+        assert first.poll() is None
+        first.communicate()
+    assert first.returncode == 0
 
 
 def test_without_flags_there_is_one_process_which_leads_and_tells_nobody():
