@@ -19,7 +19,8 @@ ON_TWO_CORES = (
     "model.source=assets/tiny-qwen2.5", "model.revision=None", "sampler=native", "training.devices=1", "training.gpus=None",
     "vllm.gpus=()", "rollout.tasks_per_step=2", "rollout.max_prompt_tokens=1024", "rollout.max_completion_tokens=256",
     "rollout.max_turns=3", "environment.docs=signatures", "environment.max_calls=1", "optimizer.learning_rate=1.5e-4",
-    "optimizer.warmup_steps=0", "packing.completion_multiple=256", "evaluation.before=False", "evaluation.after=False",
+    "optimizer.warmup_steps=0", "packing.prompt_multiple=512", "packing.completion_multiple=256",
+    "evaluation.before=False", "evaluation.after=False",
     "evaluation.every=None", "recording.export_hf=False", "recording.tensorboard=False", "recording.checkpoint_every=None",
 )  # fmt: skip
 
@@ -41,7 +42,7 @@ class Runs:
     def __call__(self, name: str, *overrides: str) -> tuple[list[dict], list[Trajectory]]:
         """The metrics of the batches and the episodes, batch after batch."""
         if (name, overrides) not in self._made:
-            folder = self._folder / str(len(self._made))
+            folder = self._folder / "-".join((name, *overrides)).replace("/", "_")
             train(small(name, *overrides), folder)
             files = sorted((folder / "trajectories").glob("train-*.jsonl.gz"))
             episodes = [record.trajectory for file in files for record in records.read_records(file).records]
