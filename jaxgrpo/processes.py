@@ -102,7 +102,8 @@ def join(flags: ClusterFlags, gpus: Sequence[int] | None) -> "Processes":
     JAX_COORDINATOR_BIND_ADDRESS says where.
 
     Raises ConfigError when the flags say too little, or what cannot be, or jax cannot find out the
-    rest. When the others are not there within five minutes, jax itself ends the process, and says so.
+    rest. When the others are not there within five minutes, jax itself ends the process, and says
+    so.
     """
     if not flags.several:
         return Processes()
