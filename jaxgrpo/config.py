@@ -188,13 +188,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     folder on, and absolute in what is returned.
 
     Raises ConfigError that lists everything that is wrong.
-
     """
     start = Path.cwd()  # now: a config file may change it
     search([str(start)])  # where `python -P` does not look
     file = absolute(path, start)
-    if not file.is_file():
-        of_run = (file / "config.json").is_file()
+    if not os.path.isfile(file):
+        of_run = os.path.isfile(file / "config.json")
         raise ConfigError(
             f"no config file {path}: a config is a Python file with a get_config() that returns "
             "jaxgrpo.config.Config, or the config.json of a run"
@@ -211,8 +210,9 @@ def _anchored(config: Config, start: Path) -> Config:
     """With absolute paths: an environment may change the current folder, and a config.json is read
     elsewhere."""
     model, vllm = config.model, config.vllm
-    if model.source and absolute(model.source, start).is_dir():  # else a hub name, or nothing
-        model = dataclasses.replace(model, source=str(absolute(model.source, start)))
+    folder = absolute(model.source, start)
+    if model.source and os.path.isdir(folder):  # else a hub name, or nothing
+        model = dataclasses.replace(model, source=str(folder))
     if vllm.weights_folder is not None:
         vllm = dataclasses.replace(vllm, weights_folder=str(absolute(vllm.weights_folder, start)))
     if vllm.python is not None and os.sep in vllm.python:  # else a command, found on PATH
@@ -254,10 +254,13 @@ def _read_json(path: Path) -> Config:
     it is by default."""
     try:
         tree = parsed(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not the config.json of a run: {error}") from error
     folders = tree.pop(PLACE, [])
-    search(folder for folder in folders if isinstance(folder, str))
+    if isinstance(folders, list):
+        search(folder for folder in folders if isinstance(folder, str))
     sections, values, problems = _sections(), {}, []
     known = {field.name: sections.get(field.name) for field in dataclasses.fields(Config)}
     for name, saved in tree.items():
@@ -359,7 +362,6 @@ def changes_of_meaning(saved: str, config: Config) -> list[str]:
     change: lines to show. See MAY_CHANGE.
 
     Raises ValueError when it is no such text.
-
     """
     tree = parsed(saved)
     model = tree["model"]
@@ -377,5 +379,6 @@ def may_change(key: str) -> bool:
 
 def _same_folder(saved: Any, source: str) -> bool:
     """Whether two sources are one folder, named in two ways."""
-    folders = isinstance(saved, str) and absolute(saved).is_dir() and Path(source).is_dir()
-    return folders and os.path.samefile(absolute(saved), source)
+    folder = absolute(saved) if isinstance(saved, str) else None
+    there = folder is not None and os.path.isdir(folder) and os.path.isdir(source)
+    return there and os.path.samefile(str(folder), source)

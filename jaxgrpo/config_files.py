@@ -131,7 +131,7 @@ def _look_anew() -> None:
 def _module_name(path: Path, root: Path) -> str:
     """The name by which an import finds the file, unless it is another's: then one of its own."""
     parts = path.relative_to(root).with_suffix("").parts
-    if path.suffix == ".py" and all(part.isidentifier() for part in parts):
+    if path.suffix == ".py" and not any("." in part for part in parts):
         with contextlib.suppress(ImportError, ValueError):  # a parent that is no package
             spec = importlib.util.find_spec(".".join(parts))
             if spec is not None and spec.has_location and os.path.samefile(str(spec.origin), path):

@@ -168,11 +168,10 @@ def _record_differences(
             encode(_default(field))
         ):  # a field that its class did not have then
             yield key, f"{key} was not there and is now {encode(value)!r}"
-    for name in sorted(saved.keys() - {field.name for field in dataclasses.fields(record)} - {CLASS, PLACE}):
-        yield (
-            f"{prefix}{name}",
-            f"{prefix}{name} was {saved[name]!r}, and there is no such setting any more",
-        )
+    known = {field.name for field in dataclasses.fields(record)} | {CLASS, PLACE}
+    for name in (name for name in saved if name not in known):
+        gone = f"was {saved[name]!r}, and there is no such setting any more"
+        yield f"{prefix}{name}", f"{prefix}{name} {gone}"
 
 
 def _default(field: dataclasses.Field) -> Any:

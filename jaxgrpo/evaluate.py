@@ -153,8 +153,8 @@ def _check_arguments(split: str, samples: int, checkpoint: str | None, step: int
     problems = []
     if split not in SPLITS:
         problems.append(f"--split must be {' or '.join(SPLITS)}, got {split!r}")
-    if samples < 1:
-        problems.append(f"--samples must be at least 1, got {samples}")
+    if not 1 <= samples < 2**31:
+        problems.append(f"--samples must be from 1 to {2**31 - 1}, got {samples}")
     if step is not None and checkpoint is None:
         problems.append(f"--step {step} names one of a run's checkpoints: give the run's folder with --checkpoint")
     if problems:

@@ -102,7 +102,8 @@ def join(flags: ClusterFlags, gpus: Sequence[int] | None) -> "Processes":
     JAX_COORDINATOR_BIND_ADDRESS says where.
 
     Raises ConfigError when the flags say too little, or what cannot be, or jax cannot find out the
-    rest. When the others are not there within five minutes, jax itself ends the process, and says so.
+    rest. When the others are not there within five minutes, jax itself ends the process, and says
+    so.
     """
     if not flags.several:
         return Processes()
@@ -142,20 +143,20 @@ def _check_flags(flags: ClusterFlags) -> None:
 def _check_place(host: str, port: int) -> None:
     """Refuse (ConfigError) where this process cannot listen. Jax would share the port with another
     run, and both would end."""
-    place = f"--coordinator {host}:{port}"
-    elsewhere = f"or say with {_BIND_VARIABLE}=HOST:PORT where to listen"
     addresses = _addresses(host, port)
     refused = [error for one in addresses if (error := _refusal(*one)) is not None]
-    if errno.EADDRINUSE in [error.errno for error in refused]:
-        raise ConfigError(f"{place}: the port is in use here: give all processes another one")
-    if len(refused) == len(addresses):
+    taken = [error for error in refused if error.errno == errno.EADDRINUSE]
+    elsewhere = f"or say with {_BIND_VARIABLE}=HOST:PORT where to listen"
+    if taken or len(refused) == len(addresses):
         raise ConfigError(
-            f"{place} is no address of this host ({refused[0].strerror}): give one of the host of "
-            f"process 0, {elsewhere}"
+            f"--coordinator {host}:{port}: process 0 cannot listen there "
+            f"({(taken or refused)[0].strerror}): give an address of its host and a free port, "
+            f"{elsewhere}"
         )
-    means = addresses[0][1][0]
-    if ipaddress.ip_address(means).is_loopback and host.strip("[]") not in (means, "localhost"):
-        here = f"{host} is {means} here, where processes on other hosts cannot reach it"
+    means = [address[0] for _, address in addresses]
+    named = host.strip("[]") not in (*means, "localhost")
+    if named and all(ipaddress.ip_address(one).is_loopback for one in means):
+        here = f"{host} is {means[0]} here, where processes on other hosts cannot reach it"
         print(f"note: {here}: if there are any, give its address, {elsewhere}", file=sys.stderr)
 
 
@@ -178,9 +179,9 @@ def _addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
         try:
             found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
             return [(family, address) for family, *_, address in found]
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             if time.monotonic() > deadline:
-                unknown = f"{host} is not known here ({error.strerror})"
+                unknown = f"{host} is not known here ({error})"
                 raise ConfigError(f"--coordinator {host}:{port}: {unknown}") from error
         time.sleep(1)
 

@@ -64,7 +64,7 @@ def test_each_of_two_files_of_one_name_keeps_its_own_names(tmp_path):
 
 
 def test_what_is_of_a_config_file_can_be_pickled_also_for_another_process(tmp_path):
-    config = load_config(config_in(tmp_path, name="spawned_to_test.py"))
+    config = load_config(config_in(tmp_path, name="spawned-to-test.py"))
     assert pickle.loads(pickle.dumps(config)) == config
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(config.environment.twice) == 6

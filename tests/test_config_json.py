@@ -296,7 +296,7 @@ def changes(before: dict, now: dict) -> list[str]:
         (
             {"a": 1, "b": 2},
             {"b": 2, "a": 1},
-            'the keys of environment.anything were in the order "a", "b" and are now in the order "b"',
+            'the keys of environment.anything were in the order "a", "b" and are now in the order',
         ),
         ({"a": {"b": 1}}, {"a": {"b": 2}}, """environment.anything["a"]["b"] was 1 and is now 2"""),
         (
@@ -311,7 +311,7 @@ def changes(before: dict, now: dict) -> list[str]:
         (
             len,
             max,
-            "environment.anything was {'import': 'builtins:len'} and is now {'import': 'builtins:max",
+            "environment.anything was {'import': 'builtins:len'} and is now {'import': 'builtins:m",
         ),
         (
             Part(how=len),

@@ -95,7 +95,8 @@ def test_a_small_nucleus_is_as_good_as_greedy(call, tmp_path):
     ("arguments", "said"),
     [
         (("--split", "dev"), "--split must be train or test, got 'dev'"),
-        (("--samples", "0"), "--samples must be at least 1"),
+        (("--samples", "0"), "--samples must be from 1 to 2147483647, got 0"),
+        (("--samples", "2147483648"), "--samples must be from 1 to 2147483647"),
         (("--step", "4"), "give the run's folder with --checkpoint"),
         (("--checkpoint", "/no/such/run"), "--checkpoint /no/such/run: there are no checkpoints in"),
         (("--set", "rollout.max_prompt_tokens=4"), "has 40 tokens"),

@@ -194,11 +194,11 @@ def test_a_model_that_nobody_knows_is_refused(capsys: pytest.CaptureFixture[str]
     assert "model.source './nowhere': no folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["devices", "prompt", "completion", "mfu", "link", "gpu-hour-price"])
-@pytest.mark.parametrize("number", ["0", "-3", "nan", "inf", "2147483648e9", "many"])
-def test_a_number_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], flag: str, number: str) -> None:
-    if number == "2147483648e9" and flag not in ("devices", "prompt", "completion"):
-        return  # large, and finite
+@pytest.mark.parametrize("flag", ["devices", "prompt", "completion", "mfu", "link", "network"])
+@pytest.mark.parametrize("number", ["0", "-3", "nan", "inf", "many"])
+def test_a_number_that_is_none_is_refused(
+    capsys: pytest.CaptureFixture[str], flag: str, number: str
+) -> None:
     with pytest.raises(SystemExit) as end:
         main(["--config", ARTICLE, f"--{flag}={number}"])
     assert end.value.code == 2

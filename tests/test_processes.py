@@ -51,7 +51,7 @@ def test_flags_that_say_too_little_are_refused():
         (("127.0.0.1:port", 1, 0), "--coordinator must be HOST:PORT"),
         (("127.0.0.1:0", 1, 0), "--coordinator must be HOST:PORT"),
         (("127.0.0.1:70000", 1, 0), "--coordinator must be HOST:PORT"),
-        (("192.0.2.1:5000", 1, 0), "--coordinator 192.0.2.1:5000 is no address of this host"),
+        (("192.0.2.1:5000", 1, 0), "process 0 cannot listen there (Cannot assign requested"),
         (("127.0.0.1:5000", 0, 0), "--processes must be from 1 to 2147483647, got 0"),
         (("127.0.0.1:5000", 10**20, 0), "--processes must be from 1 to 2147483647"),
         (("127.0.0.1:5000", 2, 2), "--process-id must be from 0 to 1, got 2"),
@@ -66,7 +66,7 @@ def test_flags_that_cannot_be_are_refused(flags, said):
 def test_a_name_that_nobody_knows_is_refused_when_it_does_not_become_known(monkeypatch):
     monkeypatch.setattr(processes, "_NAME_SECONDS", 1.5)
     started = time.monotonic()
-    with pytest.raises(ConfigError, match=r"--coordinator host\.invalid:5000: host\.invalid is not known"):
+    with pytest.raises(ConfigError, match=r"--coordinator host\.invalid:5000: host\.invalid is not"):
         join(ClusterFlags("host.invalid:5000", 2, 0), None)
     assert time.monotonic() - started > 1.5
 
@@ -98,7 +98,7 @@ def joining(address: str, **variables: str) -> subprocess.Popen:
 
 
 def listening(pid: int) -> set[tuple[str, int]]:
-    """Where a process listens, as Linux lists it: address and port of its TCP sockets in that state."""
+    """Where a process listens, as Linux lists it: addresses and ports of its TCP sockets."""
     found = set()
     descriptors = [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
     for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
@@ -111,14 +111,14 @@ def listening(pid: int) -> set[tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize(("host", "expected"), [("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1")])
-def test_the_coordinator_listens_where_it_was_told_and_nowhere_else(host, expected):
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_the_coordinator_listens_where_it_was_told_and_nowhere_else(host):
     port = coordinator().rpartition(":")[2]
     with joining(f"{host}:{port}") as process:
         assert process.stdout.readline() == "joined\n"
         found = {address for address, at in listening(process.pid) if at == int(port)}
         process.communicate()
-    assert found - {"::1"} == {f"::ffff:{expected}"} or found - {"::1"} == {expected}
+    assert found and found <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 
 
 def test_jaxs_own_variable_says_otherwise():
@@ -137,7 +137,8 @@ def test_a_second_run_at_a_coordinators_port_is_refused_and_the_first_goes_on():
         with joining(address) as second:
             _, said = second.communicate(timeout=60)
         assert second.returncode == 1
-        assert said == f"error: --coordinator {address}: the port is in use here: give all processes another one\n"
+        cannot = f"error: --coordinator {address}: process 0 cannot listen there (Address already"
+        assert said.startswith(cannot) and said.count("\n") == 1
         time.sleep(1)
         assert first.poll() is None
         first.communicate()

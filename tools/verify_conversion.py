@@ -16,7 +16,7 @@ import numpy as np
 from jaxgrpo import hf_mapping, pretrained
 from jaxgrpo.model import ModelConfig
 from jaxgrpo.paths import absolute
-from tools.arguments import failed, positive_number
+from tools.arguments import failed
 
 _PROMPTS = ("def quicksort(items):", "The capital of France is", "1 2 3 5 8 13 21")
 _SHOWN = 20
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("first", type=absolute, help="a Hugging Face folder (or an orbax folder)")
     parser.add_argument("second", type=absolute, help="an orbax folder (or a Hugging Face folder)")
     parser.add_argument("--logits", action="store_true", help="compare logits with transformers too (needs torch)")
-    parser.add_argument("--logits-bound", type=positive_number, default=1e-2, help="largest difference that passes (default: 0.01)")
+    parser.add_argument("--logits-bound", type=float, default=1e-2, help="largest difference that passes (default: 0.01)")
     args = parser.parse_args()
     try:
         first, second = pretrained.open_weights(args.first), pretrained.open_weights(args.second)
