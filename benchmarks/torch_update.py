@@ -5,6 +5,7 @@ import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.processor import PRODUCT, product_gflops
 from jaxgrpo.hf_mapping import params_from_hf, params_to_hf
 from jaxgrpo.losses import LossSettings
 from jaxgrpo.model import ModelConfig, Params
@@ -32,6 +33,13 @@ def causal_lm(config: ModelConfig, params: Params) -> Qwen2ForCausalLM:
     state = {name: torch.tensor(np.asarray(tensor)) for name, tensor in params_to_hf(config, params).items()}
     model.load_state_dict(state, strict=not config.tied_embeddings)
     return model.train()
+
+
+def product_rate() -> float:
+    """float32 GFLOP/s of PyTorch on the product that all libraries are asked for."""
+    rows, inner, columns = PRODUCT
+    left, right = torch.ones(rows, inner), torch.ones(columns, inner)
+    return product_gflops(lambda: torch.nn.functional.linear(left, right))
 
 
 class TorchUpdate:

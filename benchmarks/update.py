@@ -28,8 +28,18 @@ import numpy as np
 import optax
 import torch
 
+from benchmarks import torch_update
+from benchmarks.processor import described, processor
 from benchmarks.torch_update import TorchUpdate
-from benchmarks.workload import SMALL, SMALL_MODEL, Stepping, interleaved, one_row_each, random_groups
+from benchmarks.workload import (
+    SMALL,
+    SMALL_MODEL,
+    Stepping,
+    interleaved,
+    one_row_each,
+    product_rate,
+    random_groups,
+)
 from jaxgrpo.losses import LossSettings
 from jaxgrpo.model import REMAT, Params, init_params
 from jaxgrpo.sharding import logical_on_host, make_mesh
@@ -85,7 +95,7 @@ def reference_of(side: OurUpdate | TorchUpdate, reference_GC: np.ndarray) -> np.
 def ratios(seconds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """How many times faster the fastest of ours is than the fastest of each other kind."""
     best = lambda kind, key: min(s[key] for name, s in seconds.items() if name.split(",")[0] == kind)
-    return {kind: {key: best(kind, key) / best("ours", key) for key in ("min", "median")} for kind in ("torch", "repeated")}
+    return {kind: {key: best(kind, key) / best("ours", key) for key in ("min", "median", "cpu")} for kind in ("torch", "repeated")}
 
 
 def measure(repeats: int) -> dict[str, object]:
@@ -112,15 +122,19 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each side (at least 5 for a figure worth quoting)")
     args = parser.parse_args()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # XLA makes as many threads, at its first use
-    torch.set_num_threads(2)
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    os.sched_setaffinity(0, cores)  # XLA makes as many threads, at its first use
+    torch.set_num_threads(len(cores))
+    products = {"xla": product_rate(), "torch": torch_update.product_rate()}
+    print(f"{described(processor())}; products in GFLOP/s: {products}")
     measured = measure(args.repeats)
-    print(f"{'update':24} {'min s':>8} {'median s':>9} {'difference':>11}")
+    print(f"{'update':24} {'min s':>8} {'median s':>9} {'cpu s':>8} {'difference':>11}")
     for name, figures in measured["update"].items():
-        print(f"{name:24} {figures['min']:8.3f} {figures['median']:9.3f} {measured['differences'][name]:11.1g}")
+        difference = measured["differences"][name]
+        print(f"{name:24} {figures['min']:8.3f} {figures['median']:9.3f} {figures['cpu']:8.3f} {difference:11.1g}")
     print(f"{'pass without gradients':24}")
     for name, figures in measured["score"].items():
-        print(f"{name:24} {figures['min']:8.3f} {figures['median']:9.3f}")
+        print(f"{name:24} {figures['min']:8.3f} {figures['median']:9.3f} {figures['cpu']:8.3f}")
     update_ratios, score_ratios = ratios(measured["update"]), ratios(measured["score"])
     for kind in ("torch", "repeated"):
         u, s = update_ratios[kind], score_ratios[kind]
@@ -129,7 +143,8 @@ def main() -> None:
         sizes = dataclasses.asdict(SMALL) | dataclasses.asdict(SMALL_MODEL)
         record = {f"ratio_{kind}": round(r["min"], 3) for kind, r in update_ratios.items()}
         record |= {"ratios": update_ratios, "ratios_score": score_ratios, "seconds": measured["update"], "seconds_score": measured["score"]}
-        record |= {"differences": measured["differences"], "repeats": args.repeats, "threads": 2, "sizes": sizes}
+        record |= {"differences": measured["differences"], "repeats": args.repeats, "threads": len(cores), "sizes": sizes}
+        record |= {"processor": processor(), "product_gflops": products}
         print(json.dumps(record | {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "torch": torch.__version__}))
 
 

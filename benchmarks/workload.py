@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.processor import PRODUCT, product_gflops
 from jaxgrpo.model import ModelConfig
 from jaxgrpo.types import GroupBatch
 from jaxgrpo.update import StepReport, TrainState, Update
@@ -93,12 +95,25 @@ class Stepping:
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
-    """Minimum and median seconds of each, all taking turns."""
+    """Minimum and median seconds of each, and the least processor seconds, all taking turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
+    cpu: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
             time.sleep(SETTLE)
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             run()
             times[name].append(time.perf_counter() - start)
-    return {name: {"min": min(t), "median": statistics.median(t)} for name, t in times.items()}
+            cpu[name].append(time.process_time() - cpu_start)
+    return {
+        name: {"min": min(t), "median": statistics.median(t), "cpu": min(cpu[name])}
+        for name, t in times.items()
+    }
+
+
+def product_rate() -> float:
+    """float32 GFLOP/s of XLA on the product that all libraries are asked for."""
+    rows, inner, columns = PRODUCT
+    multiply = jax.jit(jnp.matmul)
+    left, right = jnp.ones((rows, inner)), jnp.ones((inner, columns))
+    return product_gflops(lambda: multiply(left, right).block_until_ready())
