@@ -9,14 +9,12 @@ other, round by round; the first round, which compiles, is not counted. Prints a
 """
 
 import argparse
-import asyncio
 import contextlib
 import dataclasses
 import json
 import os
 import statistics
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,12 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.turns import Turn, play, release
 from envs.bfcl import Bfcl
 from jaxgrpo.background import EventLoopThread
 from jaxgrpo.chat import Chat
 from jaxgrpo.model import ModelConfig, Params
 from jaxgrpo.pretrained import load_params, load_tokenizer
-from jaxgrpo.samplers.base import Sampler, SamplingRequest
+from jaxgrpo.samplers.base import Sampler
 from jaxgrpo.samplers.native import NativeSampler
 from jaxgrpo.samplers.vllm import VllmLimits, VllmSampler
 from jaxgrpo.samplers.vllm_server import ServerPlan, VllmServer
@@ -52,20 +51,6 @@ class Prompts:
     short: tuple[np.ndarray, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    """One turn to play: which prompt, for which episode of it, how many tokens."""
-
-    group: str
-    episode: int
-    prompt_ids: np.ndarray
-    tokens: int
-
-    def request(self) -> SamplingRequest:
-        name = f"{self.group}/{self.episode}"
-        return SamplingRequest(self.group, name, self.prompt_ids, len(self.prompt_ids), self.tokens, seed=self.episode)
-
-
 def make_prompts(chat: Chat, docs: str, batches: Sequence[int], rounds: int, room: int) -> list[Prompts]:
     """`rounds` rounds; the shared prompts of neighbouring lengths, the longest first: later rounds need no further shape."""
     suite = Bfcl(docs=docs)
@@ -81,21 +66,6 @@ def make_prompts(chat: Chat, docs: str, batches: Sequence[int], rounds: int, roo
     widest = max(batches)
     pick = lambda r: tuple(short[(r * widest + i) % len(short)] for i in range(widest))
     return [Prompts(shared, pick(r)) for r, shared in enumerate(fitting[middle : middle + rounds][::-1])]
-
-
-async def play(sampler: Sampler, turns: Sequence[Turn]) -> float:
-    """Seconds that all turns at once take; refuses a turn that ended early, for it would count as fast."""
-    start = time.perf_counter()
-    generations = await asyncio.gather(*[sampler.generate(turn.request()) for turn in turns])
-    seconds = time.perf_counter() - start
-    if any(len(generation.token_ids_T) != turn.tokens for generation, turn in zip(generations, turns, strict=True)):
-        raise RuntimeError("a turn ended before its last token: the rates would not compare")
-    return seconds
-
-
-async def release(sampler: Sampler, turns: Sequence[Turn]) -> None:
-    for turn in turns:
-        await sampler.release(turn.request().episode_id)
 
 
 async def play_round(sides: dict[str, Sampler], prompts: Prompts, name: str, batches: Sequence[int], tokens: int) -> dict[tuple, float]:

@@ -12,61 +12,40 @@ import statistics
 import subprocess
 import tempfile
 import time
-import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
+from benchmarks.publishing import Held, timed
 from jaxgrpo import weights
 from jaxgrpo.model import ModelConfig, Params
 from jaxgrpo.pretrained import load_params
 from jaxgrpo.samplers.vllm_http import Connection
 from jaxgrpo.samplers.vllm_server import ServerPlan, VllmServer
 from jaxgrpo.sharding import make_layout, make_mesh, store
-from jaxgrpo.weight_manifest import read_manifest
-from jaxgrpo.weight_reader import read_tensors
 
 QUIET_SECONDS = 3.0
 """vLLM's processes poll for some time after an update, and take the cores from whatever is measured next."""
 
 
-def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = function(*arguments)
-    return time.perf_counter() - start, result
-
-
-def checksums(tensors: dict[str, tuple[np.ndarray, bool]]) -> None:
-    for array, _ in tensors.values():
-        zlib.crc32(array.reshape(-1).view(np.uint8).data)
-
-
 class Bench:
-    """A model's weights as the trainer holds them."""
+    """A model's weights as the trainer holds them, beside a copy of as many bytes."""
 
     def __init__(self, model: Path, devices: int):
-        self.config = ModelConfig.from_folder(model)
-        self.mesh, self.layout = make_mesh(jax.devices()[:devices]), make_layout(self.config, devices)
-        self.params: Params = jax.block_until_ready(store(load_params(model, dtype="float32"), self.layout, self.mesh))
-        self.bytes = weights.published_bytes(self.layout)
-
-    def publish(self, root: Path, version: int) -> Path:
-        return weights.publish_weights(self.params, self.layout, self.mesh, self.config, version, root)
+        config, mesh = ModelConfig.from_folder(model), make_mesh(jax.devices()[:devices])
+        layout = make_layout(config, devices)
+        params: Params = jax.block_until_ready(store(load_params(model, dtype="float32"), layout, mesh))
+        self.held = Held(config, params, layout, mesh)
 
     def round(self, root: Path, version: int) -> dict[str, float]:
         """Copy, write, read, each of the same bytes."""
         source, target = root / "source", root / "copy"
         if not source.exists():
-            source.write_bytes(np.random.default_rng(0).bytes(self.bytes))
+            source.write_bytes(np.random.default_rng(0).bytes(self.held.bytes))
         copy, _ = timed(lambda: subprocess.run(["cp", str(source), str(target)], check=True))
         target.unlink()
-        write, folder = timed(self.publish, root, version)
-        read, tensors = timed(lambda: read_tensors(folder, read_manifest(folder, version)))
-        check, _ = timed(checksums, tensors)
-        return {"copy": copy, "write": write, "read and check": read, "(checksums alone, one thread)": check}
+        return {"copy": copy} | self.held.round(root, version)
 
 
 async def load(url: str, folder: Path, version: int) -> float:
@@ -99,7 +78,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=1)
     args = parser.parse_args()
     bench = Bench(args.model, args.devices)
-    print(f"{bench.bytes / 1e9:.3f} GB in bfloat16, {args.devices} device(s), median of {args.rounds} rounds")
+    print(f"{bench.held.bytes / 1e9:.3f} GB in bfloat16, {args.devices} device(s), median of {args.rounds} rounds")
     with tempfile.TemporaryDirectory() as logs:
         server = None
         if args.python:

@@ -266,7 +266,7 @@ class Update:
             lambda leaf, spec: array(leaf.shape, leaf.dtype, spec), jax.eval_shape(self.optimizer.init, params), self._optimizer_specs()
         )
         reference = logprobs if self.loss.kl_beta else None
-        on_policy = array((), bool, PartitionSpec())
+        on_policy = jax.ShapeDtypeStruct((), bool)  # as a step gives it: what is compiled here is what a step runs
         return LoweredStep(
             score=self._score.lower(stored(self._whole_layout, self.compute_dtype), batch) if self.loss.kl_beta else None,
             accumulate=self._accumulate.lower(params, params, batch, logprobs, reference, on_policy, frozen),

@@ -1,0 +1,129 @@
+"""Part 7: `configs/cpu_demo.py` as a user runs it: seconds and pass rates. Without BFCL's package,
+`configs/procedural.py` in its place.
+
+Nothing is fetched: the package is the folder that is given, an installed one, or the cache's
+(JAXGRPO_CACHE).
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.gpu.rows import Context, Row, last_line
+from envs.bfcl.source import SourceError, package_folder
+
+_ROOT = Path(__file__).parents[2]
+_TINY = (
+    "training.steps=2",
+    "training.devices=1",
+    "rollout.tasks_per_step=1",
+    "rollout.group_size=2",
+    "rollout.max_completion_tokens=64",
+    "evaluation.samples=2",
+    "evaluation.tasks=1",
+    "evaluation.splits=('train',)",
+    "evaluation.before=true",
+    "evaluation.after=false",
+)
+_RATES = ("split", "pass_rate", "pass_rate_low", "pass_rate_high", "tasks", "samples", "seconds")
+_PHASES = ("batch_seconds", "rollout_seconds", "update_seconds", "publish_seconds")
+_STOP_SECONDS = 10.0  # before the deadline the run is told to end
+_KILL_SECONDS = 5.0  # and that long it may take
+
+
+def run(unit: str, context: Context) -> Iterator[Row]:
+    config, settings, why = chosen(context.bfcl)
+    yield {"row": "config", "config": config, "why": why}
+    settings += _TINY if context.tiny else ()
+    folder, log = context.out / "demo", context.out / "logs" / "demo-training.log"
+    given = [argument for setting in settings for argument in ("--set", setting)]
+    start = time.monotonic()
+    with log.open("wb") as said:
+        command = [
+            sys.executable,
+            "-m",
+            "jaxgrpo.train",
+            "--config",
+            config,
+            "--run-dir",
+            str(folder),
+            *given,
+        ]
+        in_time = ended(subprocess.Popen(command, cwd=_ROOT, stdout=said, stderr=said), context)
+    seconds = time.monotonic() - start
+    lines = read_metrics(folder)
+    for line in lines:
+        if "eval/split" in line:
+            yield {
+                "row": "evaluation",
+                "config": config,
+                "step": line["step"],
+                **{name: line[f"eval/{name}"] for name in _RATES},
+            }
+    batches = [line for line in lines if "time/batch_seconds" in line]
+    if batches:
+        medians = {
+            name: statistics.median(line[f"time/{name}"] for line in batches) for name in _PHASES
+        }
+        yield {
+            "row": "training",
+            "config": config,
+            "step": batches[-1]["step"],
+            "whole": in_time,
+            "run_seconds": seconds,
+            **medians,
+        }
+    if not in_time:
+        yield {
+            "row": "left out",
+            "config": config,
+            "why": f"the rest of the run: no time left ({last_line(log)})",
+        }
+
+
+def ended(process: subprocess.Popen, context: Context) -> bool:
+    """Wait for a run; whether it came to its end by itself. One for which there is no time left is
+    told to end. Raises RuntimeError when it failed."""
+    try:
+        code = process.wait(max(0.0, context.left() - _STOP_SECONDS))
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        try:
+            process.wait(_KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        return False
+    if code:
+        raise RuntimeError(f"the run ended with status {code}; its log is logs/demo-training.log")
+    return True
+
+
+def read_metrics(folder: Path) -> list[Row]:
+    """The run's lines so far; one that is being written is left out."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def chosen(bfcl: str | None) -> tuple[str, tuple[str, ...], str]:
+    """A config, its settings, and why it is this one."""
+    os.environ["PIP_NO_INDEX"] = "1"  # nothing is fetched, here or in the run
+    try:
+        package_folder(bfcl)
+    except SourceError as error:
+        return (
+            "configs/procedural.py",
+            (),
+            f"BFCL's package is not here: {str(error).splitlines()[0]}",
+        )
+    return (
+        "configs/cpu_demo.py",
+        (f"environment.folder={Path(bfcl).absolute()}",) if bfcl else (),
+        "BFCL's package is here",
+    )

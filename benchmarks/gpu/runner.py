@@ -1,0 +1,108 @@
+"""Runs parts unit by unit, each in a process of its own that is killed at its deadline. Needs
+nothing but Python."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.gpu import rows
+from benchmarks.gpu.parts import Part
+
+GRACE_SECONDS = 3.0  # between the deadline that a unit knows and its end
+LEAST_SECONDS = 5.0  # less is not worth a process
+ROOT = Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Of a whole run; `tiny` and `bfcl` as in rows.Context. Units are run whose names contain
+    `only`."""
+
+    out: Path
+    tiny: bool = False
+    bfcl: str | None = None
+    only: str = ""
+
+
+def run_parts(
+    parts: Sequence[Part], settings: Settings, seconds: float, after_unit: Callable[[], object]
+) -> None:
+    """All parts in order within `seconds`. Time that a part does not use goes to the later ones by
+    their shares. Whatever a unit does, the next one runs; `after_unit` is called after each."""
+    end = time.monotonic() + seconds
+    for i, part in enumerate(parts):
+        now = time.monotonic()
+        share = part.share / sum(later.share for later in parts[i:])
+        part_end = now + (end - now) * share
+        units = [unit for unit in part.chosen(settings.tiny) if settings.only in unit]
+        for number, unit in enumerate(units):
+            left = part_end - time.monotonic()
+            last = number == len(units) - 1
+            status = run_unit(part, unit, settings, left if last else left / 2)
+            rows.add(settings.out, {"part": part.name, "unit": unit, **status})
+            after_unit()
+
+
+def run_unit(part: Part, unit: str, settings: Settings, seconds: float) -> rows.Row:
+    """One unit for at most `seconds`; a row that says how it ended."""
+    if seconds < LEAST_SECONDS:
+        return {"row": "unit", "status": "left out", "why": "no time left"}
+    log = settings.out / "logs" / f"{part.name}-{unit.replace(' ', '-')}.log"
+    log.parent.mkdir(exist_ok=True)
+    start = time.monotonic()
+    with log.open("wb") as said:
+        command = _command(part, unit, settings, seconds - GRACE_SECONDS)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:  # also where this program is told to end
+            _end(process)
+    row = {"row": "unit", "status": "ended", "seconds": time.monotonic() - start}
+    if code is None:
+        return row | {"status": "killed", "why": f"it was not through after {seconds:.0f} s"}
+    if code < 0:
+        return row | {
+            "status": "failed",
+            "why": f"{signal.Signals(-code).name}: {rows.last_line(log)}",
+        }
+    return row if code == 0 else row | {"status": "failed", "why": rows.last_line(log)}
+
+
+def _command(part: Part, unit: str, settings: Settings, seconds: float) -> list[str]:
+    command = [sys.executable, "-m", "benchmarks.gpu.unit", part.name, part.module, unit]
+    command += ["--out", str(settings.out.absolute()), "--seconds", f"{seconds:.2f}"]
+    command += ["--tiny"] if settings.tiny else []
+    return command + (["--bfcl", settings.bfcl] if settings.bfcl else [])
+
+
+def environment() -> dict[str, str]:
+    """Of a unit: jax takes nearly all of the GPU's memory, and keeps what it compiles where a later
+    run finds it."""
+    env = dict(os.environ)
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in env:  # its older name
+        env.setdefault("XLA_CLIENT_MEM_FRACTION", "0.93")
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    return env
+
+
+def _end(process: subprocess.Popen) -> None:
+    """The process and all that it started; the GPU's memory is free when this returns."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

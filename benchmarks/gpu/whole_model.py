@@ -1,0 +1,100 @@
+"""Attention's kernels through a whole update: log-probabilities and gradients of packed, uneven
+groups, against float32."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks.gpu.attention import KERNELS
+from benchmarks.gpu.measuring import attempted
+from benchmarks.gpu.models import named, random_stored
+from benchmarks.gpu.rollouts import TINY, Lengths, Packed, packed
+from benchmarks.gpu.rows import Context, Row
+from jaxgrpo.attention import Kernel
+from jaxgrpo.cudnn import unusable
+from jaxgrpo.losses import LossSettings
+from jaxgrpo.model import ModelConfig, Params
+from jaxgrpo.sharding import make_mesh
+from jaxgrpo.update import OptimizerSettings, TrainState, Update
+
+MOST_DIFFERENCE = {"logprobs": 0.02, "gradients": 0.03}
+"""Of log-probabilities the mean absolute difference of a real token, of gradients the relative one
+(Frobenius) of all together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What the first step on the groups computed: log-probabilities of real tokens, and gradients
+    (clipped)."""
+
+    logprobs: np.ndarray
+    gradients: Params
+
+
+def run(context: Context) -> Iterator[Row]:
+    """Four layers of the 0.5B with a small vocabulary; prompts that do not fill their arrays."""
+    if context.tiny:
+        model, work = named("tiny"), packed(60, TINY, named("tiny").vocab_size)
+    else:
+        model = dataclasses.replace(named("0.5B"), layers=4, vocab_size=8192)
+        work = packed(1000, Lengths(median=200, cap=512, groups=2), model.vocab_size)
+    why_not = unusable(jnp.dtype(jnp.bfloat16), model.head_size, jax.devices()[0].platform)
+    with jax.default_matmul_precision("highest"):
+        exact = first_step(model, KERNELS["xla"], jnp.float32, work)
+    found: dict[str, Step] = {}
+    for name in KERNELS if not why_not else ("xla",):
+
+        def compare(name: str = name) -> Iterator[Row]:
+            found[name] = first_step(model, KERNELS[name], jnp.bfloat16, work)
+            yield compared(name, "float32", found[name], exact)
+
+        yield from attempted({"kernel": name}, compare())
+    if len(found) == 2:
+        yield compared("cudnn", "xla", found["cudnn"], found["xla"])
+
+
+def first_step(model: ModelConfig, kernel: Kernel, dtype: Any, work: Packed) -> Step:
+    """An optimizer step on all groups from the same random weights."""
+    optimizer = OptimizerSettings()
+    update = Update(
+        model,
+        make_mesh(jax.devices()[:1]),
+        LossSettings(kl_beta=0.0),
+        optimizer,
+        compute_dtype=dtype,
+        kernel=kernel,
+    )
+    params = random_stored(update.layout, update.mesh)
+    state = TrainState(params, update._init_optimizer(params), None, 0)
+    state, logprobs, _ = update.optimizer_step(
+        state, work.batches, None, [None] * len(work.batches)
+    )
+    real = [
+        np.asarray(x)[batch.sampled_NGC] for x, batch in zip(logprobs, work.batches, strict=True)
+    ]
+    moments = optax.tree_utils.tree_get(
+        state.opt_state, "mu"
+    )  # after one step (1 - b1) of the gradients
+    return Step(np.concatenate(real), jax.tree.map(lambda m: m / (1 - optimizer.b1), moments))
+
+
+def compared(kernel: str, other: str, got: Step, expected: Step) -> Row:
+    apart = jax.tree.map(jnp.subtract, got.gradients, expected.gradients)
+    differences = {
+        "logprobs": float(np.mean(np.abs(got.logprobs - expected.logprobs))),
+        "gradients": float(optax.tree.norm(apart) / optax.tree.norm(expected.gradients)),
+    }
+    return {
+        "row": "agreement",
+        "case": "an update of packed groups",
+        "kernel": kernel,
+        "with": other,
+        "agrees": all(differences[name] < most for name, most in MOST_DIFFERENCE.items()),
+        "worst": float(np.max([*differences.values()])),
+        "differences": differences,
+    }

@@ -1,0 +1,45 @@
+"""Turns of a sampler, played and timed."""
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxgrpo.samplers.base import Sampler, SamplingRequest
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One turn to play: which prompt, for which episode of it, how many tokens."""
+
+    group: str
+    episode: int
+    prompt_ids: np.ndarray
+    tokens: int
+
+    def request(self) -> SamplingRequest:
+        name = f"{self.group}/{self.episode}"
+        return SamplingRequest(
+            self.group, name, self.prompt_ids, len(self.prompt_ids), self.tokens, seed=self.episode
+        )
+
+
+async def play(sampler: Sampler, turns: Sequence[Turn]) -> float:
+    """Seconds that all turns at once take; refuses a turn that ended early, for it would count as
+    fast."""
+    start = time.perf_counter()
+    generations = await asyncio.gather(*[sampler.generate(turn.request()) for turn in turns])
+    seconds = time.perf_counter() - start
+    if any(
+        len(generation.token_ids_T) != turn.tokens
+        for generation, turn in zip(generations, turns, strict=True)
+    ):
+        raise RuntimeError("a turn ended before its last token: the rates would not compare")
+    return seconds
+
+
+async def release(sampler: Sampler, turns: Sequence[Turn]) -> None:
+    for turn in turns:
+        await sampler.release(turn.request().episode_id)
