@@ -208,6 +208,18 @@ def test_a_lost_turn_ends_the_episode() -> None:
     assert environment("base_0", max_turns=99, reward="call_match").step("<TASK_FINISHED>").observation is not None
 
 
+def test_results_of_earlier_turns_count_in_later_ones() -> None:
+    """The second turn's truth only reads. What was read in the first turn need not be read again; some call is needed."""
+    there, search = ("cd", {"folder": "temp"}), ("grep", {"file_name": "final_report.pdf", "pattern": "budget analysis"})
+    early, never = environment("base_0", max_turns=2), environment("base_0", max_turns=2)
+    assert play(early, [SOLVED, tool(there, search), "<TASK_FINISHED>", tool(("pwd", {})), "<TASK_FINISHED>"]) is StopReason.FINISHED
+    assert early.score().parts["turns_passed"] == 1.0
+    assert early.score().reward == 1.0
+    play(never, [SOLVED, tool(there), "<TASK_FINISHED>", tool(("pwd", {})), "<TASK_FINISHED>"])
+    assert never.score().parts["turns_passed"] == 0.5
+    assert never.score().notes["turn 1"] == "expected results are missing"
+
+
 def test_giving_up_ends_a_turn() -> None:
     env = environment("base_0")
     assert env.step("<TASK_ERROR>").stop_reason is StopReason.GAVE_UP

@@ -52,6 +52,20 @@ def test_whole_episodes_get_the_official_verdicts() -> None:
     assert 40 < sum(rewards) < len(rewards) - 40
 
 
+def test_results_of_earlier_turns_count_officially_too() -> None:
+    payload = library().tasks["base"]["multi_turn_base_0"]
+    first, second = list(payload.turns[0].truth), list(payload.turns[1].truth)
+    reading = Call("pwd", {})
+    turns = {
+        "read in the first turn": [[first, second], [[reading]]],
+        "never read": [[first, second[:1]], [[reading]]],
+        "read before it was there": [[second, first], [[reading]]],
+        "no call in the second turn": [[first, second], []],
+    }
+    compared = compare(library(), open_package(), [Case(payload, name, "all_turns", played) for name, played in turns.items()])
+    assert [(ours, theirs) for _, ours, theirs in compared] == [(True, True), (False, False), (False, False), (False, False)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("category", ["base", "miss_func", "miss_param", "long_context"])
 def test_everything_gets_the_official_verdicts(category: str) -> None:
