@@ -5,6 +5,7 @@ import json
 import pytest
 
 from envs.bfcl import Bfcl
+from envs.bfcl.scoring import TurnVerdict, official_score
 from jaxgrpo.types import Message, StopReason
 from tests.bfcl_fixtures import all_tasks, environment, play, shown, task, tool
 
@@ -218,6 +219,24 @@ def test_results_of_earlier_turns_count_in_later_ones() -> None:
     play(never, [SOLVED, tool(there), "<TASK_FINISHED>", tool(("pwd", {})), "<TASK_FINISHED>"])
     assert never.score().parts["turns_passed"] == 0.5
     assert never.score().notes["turn 1"] == "expected results are missing"
+
+
+def test_where_the_truth_makes_no_call_nothing_is_compared_until_the_next_turn() -> None:
+    """The first turn of this task leaves out what it needs; the second one's truth lists the files."""
+    changes, listing = tool(("mkdir", {"dir_name": "of_my_own"})), tool(("ls", {"a": True}))
+    first, both = (environment("miss_param_11", categories=("miss_param",), max_turns=turns) for turns in (1, 2))
+    play(first, [changes, "<TASK_FINISHED>"])
+    assert (first.score().reward, first.score().parts["state"]) == (1.0, 1.0)
+    play(both, [changes, "<TASK_FINISHED>", listing, "<TASK_FINISHED>"])
+    assert both.score().parts["turns_passed"] == 0.5
+    assert both.score().notes["turn 1"] == "the state differs"
+
+
+def test_turns_that_were_not_played_are_not_passed() -> None:
+    right = TurnVerdict(0, state=True, response=True)
+    early, whole = official_score([right], 2, finished=False), official_score([right, right], 2, finished=False)
+    assert (early.reward, early.passed, early.parts["turns_passed"]) == (0.0, False, 0.5)
+    assert (whole.reward, whole.passed, whole.parts["turns_passed"]) == (1.0, True, 1.0)
 
 
 def test_giving_up_ends_a_turn() -> None:

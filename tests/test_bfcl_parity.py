@@ -66,6 +66,14 @@ def test_results_of_earlier_turns_count_officially_too() -> None:
     assert [(ours, theirs) for _, ours, theirs in compared] == [(True, True), (False, False), (False, False), (False, False)]
 
 
+def test_turns_in_which_the_truth_makes_no_call_are_not_compared_officially_either() -> None:
+    payload = library().tasks["miss_param"]["multi_turn_miss_param_11"]
+    changes, listing = Call("mkdir", {"dir_name": "of_my_own"}), list(payload.turns[1].truth)
+    turns = {"the first alone": [[[changes]]], "both": [[[changes]], [listing]], "both, nothing changed": [[], [listing]]}
+    compared = compare(library(), open_package(), [Case(payload, name, "", played) for name, played in turns.items()])
+    assert [(ours, theirs) for _, ours, theirs in compared] == [(True, True), (False, False), (True, True)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("category", ["base", "miss_func", "miss_param", "long_context"])
 def test_everything_gets_the_official_verdicts(category: str) -> None:

@@ -335,6 +335,13 @@ def test_without_kl_there_is_no_reference() -> None:
     assert update.reference_logprobs(state, packed(GROUPS, 6)) == [None, None]
 
 
+def test_the_reference_is_stored_in_what_is_computed_in() -> None:
+    state = update_of(1, dtype=jnp.bfloat16).init(params_of(TINY))
+    for ours, whole in zip(jax.tree.leaves(state.reference), jax.tree.leaves(state.params), strict=True):
+        assert (ours.dtype, whole.dtype) == (jnp.bfloat16, jnp.float32)
+        np.testing.assert_array_equal(ours, whole.astype(jnp.bfloat16))
+
+
 def test_the_reference_stays_while_the_policy_moves_until_it_is_replaced() -> None:
     update, batches = update_of(1), packed(GROUPS, 4)
     params = params_of(TINY)
