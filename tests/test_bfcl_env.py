@@ -237,6 +237,8 @@ def test_turns_that_were_not_played_are_not_passed() -> None:
     early, whole = official_score([right], 2, finished=False), official_score([right, right], 2, finished=False)
     assert (early.reward, early.passed, early.parts["turns_passed"]) == (0.0, False, 0.5)
     assert (whole.reward, whole.passed, whole.parts["turns_passed"]) == (1.0, True, 1.0)
+    none = official_score([], 1, finished=False)
+    assert (none.reward, none.parts["state"], none.parts["response"]) == (0.0, 0.0, 0.0)
 
 
 def test_giving_up_ends_a_turn() -> None:
@@ -276,6 +278,9 @@ def test_call_match_wants_the_calls_and_the_state() -> None:
     cd, mkdir = ("cd", {"folder": "document"}), ("mkdir", {"dir_name": "temp"})
     play(other_way, [tool(cd, mkdir, ("mv", {"destination": "temp", "source": "final_report.pdf"}), mkdir), "<TASK_FINISHED>"])
     assert other_way.score().passed  # the order of arguments, and a call that fails, do not matter
+    more = environment("base_0", reward="call_match")
+    play(more, [SOLVED, tool(("mkdir", {"dir_name": "of_my_own"})), "<TASK_FINISHED>"])
+    assert (more.score().reward, more.score().parts["calls"], more.score().parts["state"]) == (0.0, 1.0, 0.0)
     fewer = environment("base_0", reward="call_match")
     play(fewer, [tool(("cd", {"folder": "document"})), "<TASK_FINISHED>"])
     score = fewer.score()
