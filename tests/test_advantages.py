@@ -35,6 +35,17 @@ def test_equal_rewards_give_exactly_zero(normalization: str, reward: float) -> N
     chex.assert_trees_all_equal(advantages, np.zeros((1, 3), np.float32))
 
 
+def test_a_group_of_equal_rewards_beside_another_is_exactly_zero() -> None:
+    advantages = group_advantages(np.array([[0.1, 0.1, 0.1], [0.0, 1.0, 0.5]]), "std")
+    chex.assert_trees_all_equal(advantages[0], np.zeros(3, np.float32))
+    assert advantages[1].tolist() == pytest.approx([-0.9998, 0.9998, 0.0], abs=1e-6)  # .5 / .5001
+
+
+def test_rewards_that_float32_cannot_tell_apart_have_their_advantages() -> None:
+    advantages = group_advantages(np.array([[16777216.0, 16777217.0]]), "none")  # 2 ** 24 and one more
+    assert advantages.tolist() == [[-0.5, 0.5]]
+
+
 def test_a_group_of_one_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2 episodes"):
         group_advantages(np.array([[1.0]]))

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from envs.bfcl import Bfcl
+from envs.bfcl.scoring import TurnVerdict, official_score
 from jaxgrpo.types import Message, StopReason
 from tests.bfcl_fixtures import all_tasks, environment, play, shown, task, tool
 
@@ -217,6 +218,38 @@ def test_a_lost_turn_may_be_played_on_and_stays_lost() -> None:
     assert (score.passed, score.notes["turn 0"]) == (False, "no call was made")
 
 
+def test_results_of_earlier_turns_count_in_later_ones() -> None:
+    """The second turn's truth only reads. What was read in the first turn need not be read again; some call is needed."""
+    there, search = ("cd", {"folder": "temp"}), ("grep", {"file_name": "final_report.pdf", "pattern": "budget analysis"})
+    early, never = environment("base_0", max_turns=2), environment("base_0", max_turns=2)
+    assert play(early, [SOLVED, tool(there, search), "<TASK_FINISHED>", tool(("pwd", {})), "<TASK_FINISHED>"]) is StopReason.FINISHED
+    assert early.score().parts["turns_passed"] == 1.0
+    assert early.score().reward == 1.0
+    play(never, [SOLVED, tool(there), "<TASK_FINISHED>", tool(("pwd", {})), "<TASK_FINISHED>"])
+    assert never.score().parts["turns_passed"] == 0.5
+    assert never.score().notes["turn 1"] == "expected results are missing"
+
+
+def test_where_the_truth_makes_no_call_nothing_is_compared_until_the_next_turn() -> None:
+    """The first turn of this task leaves out what it needs; the second one's truth lists the files."""
+    changes, listing = tool(("mkdir", {"dir_name": "of_my_own"})), tool(("ls", {"a": True}))
+    first, both = (environment("miss_param_11", categories=("miss_param",), max_turns=turns) for turns in (1, 2))
+    play(first, [changes, "<TASK_FINISHED>"])
+    assert (first.score().reward, first.score().parts["state"]) == (1.0, 1.0)
+    play(both, [changes, "<TASK_FINISHED>", listing, "<TASK_FINISHED>"])
+    assert both.score().parts["turns_passed"] == 0.5
+    assert both.score().notes["turn 1"] == "the state differs"
+
+
+def test_turns_that_were_not_played_are_not_passed() -> None:
+    right = TurnVerdict(0, state=True, response=True)
+    early, whole = official_score([right], 2, finished=False), official_score([right, right], 2, finished=False)
+    assert (early.reward, early.passed, early.parts["turns_passed"]) == (0.0, False, 0.5)
+    assert (whole.reward, whole.passed, whole.parts["turns_passed"]) == (1.0, True, 1.0)
+    none = official_score([], 1, finished=False)
+    assert (none.reward, none.parts["state"], none.parts["response"]) == (0.0, 0.0, 0.0)
+
+
 def test_giving_up_ends_a_turn() -> None:
     env = environment("base_0")
     assert env.step("<TASK_ERROR>").stop_reason is StopReason.GAVE_UP
@@ -258,6 +291,9 @@ def test_call_match_wants_the_calls_and_the_state() -> None:
     cd, mkdir = ("cd", {"folder": "document"}), ("mkdir", {"dir_name": "temp"})
     play(other_way, [tool(cd, mkdir, ("mv", {"destination": "temp", "source": "final_report.pdf"}), mkdir), "<TASK_FINISHED>"])
     assert other_way.score().passed  # the order of arguments, and a call that fails, do not matter
+    more = environment("base_0", reward="call_match")
+    play(more, [SOLVED, tool(("mkdir", {"dir_name": "of_my_own"})), "<TASK_FINISHED>"])
+    assert (more.score().reward, more.score().parts["calls"], more.score().parts["state"]) == (0.0, 1.0, 0.0)
     fewer = environment("base_0", reward="call_match")
     play(fewer, [tool(("cd", {"folder": "document"})), "<TASK_FINISHED>"])
     score = fewer.score()

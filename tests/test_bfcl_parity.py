@@ -52,6 +52,29 @@ def test_whole_episodes_get_the_official_verdicts() -> None:
     assert 40 < sum(rewards) < len(rewards) - 40
 
 
+def test_results_of_earlier_turns_count_officially_too() -> None:
+    payload = library().tasks["base"]["multi_turn_base_0"]
+    first, second, third = (list(turn.truth) for turn in payload.turns[:3])
+    reading = Call("pwd", {})
+    turns = {
+        "read in the first turn": [[first, second], [[reading]]],
+        "never read": [[first, second[:1]], [[reading]]],
+        "read before it was there": [[second, first], [[reading]]],
+        "no call in the second turn": [[first, second], []],
+        "no call in the second turn, the third as it should be": [[first, second], [], [third]],
+    }
+    compared = compare(library(), open_package(), [Case(payload, name, "all_turns", played) for name, played in turns.items()])
+    assert [(ours, theirs) for _, ours, theirs in compared] == [(True, True), *[(False, False)] * 4]
+
+
+def test_turns_in_which_the_truth_makes_no_call_are_not_compared_officially_either() -> None:
+    payload = library().tasks["miss_param"]["multi_turn_miss_param_11"]
+    changes, listing = Call("mkdir", {"dir_name": "of_my_own"}), list(payload.turns[1].truth)
+    turns = {"the first alone": [[[changes]]], "both": [[[changes]], [listing]], "both, nothing changed": [[], [listing]]}
+    compared = compare(library(), open_package(), [Case(payload, name, "", played) for name, played in turns.items()])
+    assert [(ours, theirs) for _, ours, theirs in compared] == [(True, True), (False, False), (True, True)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("category", ["base", "miss_func", "miss_param", "long_context"])
 def test_everything_gets_the_official_verdicts(category: str) -> None:

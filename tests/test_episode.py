@@ -10,25 +10,28 @@ from envs.base import Observation, StepResult
 from jaxgrpo.background import BlockingCalls
 from jaxgrpo.chat import Chat
 from jaxgrpo.episode import Decoding, EpisodeKey, EpisodePlayer, Limits
+from jaxgrpo.rewards import RewardSettings
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall, Trajectory
 from tests.byte_chat import AB, END, START, byte_tokenizer
 from tests.rollout_fakes import OPENING, EchoEnvironment, FailingEnvironment, Say, ScriptedSampler, SlowEnvironment, Suite
 
 TASK = Task("echo_1")
-ROOMY = Limits()
+ROOMY, PLAIN = Limits(), Decoding()
 KEY = EpisodeKey(7, "step-1", "echo_1", 2)
 PROMPT = [START, *b"system\nHelp.", END, 10, START, *b"user\nq", END, 10, START, *b"assistant\n"]
 AFTER_EOS = [10, START, *b"user\n<r>", AB, *b"</r>", END, 10, START, *b"assistant\n"]  # 28 tokens
 AFTER_STOP = [END, *AFTER_EOS]
 
 
-def play(script, environment=EchoEnvironment, limits: Limits = ROOMY, deadline: float = 10.0, sampler=None) -> Trajectory:
+def play(
+    script, environment=EchoEnvironment, limits: Limits = ROOMY, deadline: float = 10.0, sampler=None, decoding=PLAIN, **options
+) -> Trajectory:
     sampler = sampler or ScriptedSampler(script)
 
     async def run() -> Trajectory:
         suite = Suite(lambda task, earlier: environment())
-        player = EpisodePlayer(sampler, suite, Chat(byte_tokenizer()), limits, Decoding(), BlockingCalls(4, deadline))
+        player = EpisodePlayer(sampler, suite, Chat(byte_tokenizer()), limits, decoding, BlockingCalls(4, deadline), **options)
         opening = await EpisodePlayer(sampler, Suite(), player.chat, limits, Decoding(), BlockingCalls(4, 10)).open(TASK)
         return await player.play(TASK, opening, KEY)
 
@@ -103,6 +106,62 @@ def test_requests_hold_the_whole_episode_and_what_is_left_of_its_budget():
     assert first.stop_strings == ("</t>",)
     assert first.seed == KEY.seed(0) != second.seed == KEY.seed(1)
     assert sampler.released == ["step-1/echo_1/2/0"]
+
+
+def test_requests_say_how_tokens_are_drawn_and_what_ends_this_turn():
+    class TwoMarks(EchoEnvironment):
+        def step(self, action):
+            result = super().step(action)
+            later = result.observation and dataclasses.replace(result.observation, stop_strings=("</second>",))
+            return dataclasses.replace(result, observation=later)
+
+    sampler = ScriptedSampler([Say("ab"), Say("done")])
+    play(None, environment=TwoMarks, sampler=sampler, decoding=Decoding(temperature=0.7, top_p=0.9))
+    assert [(r.temperature, r.top_p) for r in sampler.requests] == [(0.7, 0.9)] * 2
+    assert [r.stop_strings for r in sampler.requests] == [("</t>",), ("</second>",)]
+
+
+def test_each_token_carries_the_version_that_made_it():
+    class Published(ScriptedSampler):
+        async def generate(self, request):
+            generation = await super().generate(request)
+            versions = np.arange(5, 5 + len(generation.token_ids_T))
+            return dataclasses.replace(generation, weight_versions_T=versions)
+
+    trajectory = play(None, sampler=Published([Say("ab"), Say("done")]))
+    assert trajectory.weight_versions_C.tolist() == [5, 6, 7, *[-1] * 28, 5, 6, 7, 8, 9]
+
+
+def test_the_call_that_ends_an_episode_is_recorded():
+    last = ToolCall("submit", "{}", "thank you", ok=True)
+    end = StepResult(stop_reason=StopReason.FINISHED, calls=(last,))
+    assert play([Say("x")], environment=lambda: broken_environment(step=end)).calls == (last,)
+
+
+def tokens_after_the_answer(trajectory: Trajectory, score: Score) -> float:
+    """How many tokens follow "ab", its end and the environment's answer."""
+    assert (trajectory.stop_reason, score) == (StopReason.FINISHED, Score(1.0, True, {"calls": 1.0}))
+    return float(len(trajectory.completion_ids_C) - 3 - 28)
+
+
+def test_reward_functions_judge_what_was_played():
+    rewards = RewardSettings((tokens_after_the_answer,), {"environment": 0.5, "tokens_after_the_answer": 2.0})
+    score = play([Say("ab"), Say("done")], rewards=rewards).score
+    assert score.reward == 0.5 * 1 + 2 * 5
+    assert score.parts == {"calls": 1.0, "environment": 1.0, "tokens_after_the_answer": 5.0}
+
+
+@pytest.mark.parametrize(("allowed", "fits"), [(35, True), (34, False)])
+def test_a_prompt_may_be_as_long_as_the_limit(allowed, fits):
+    limits = Limits(100, 10, allowed, 1000)
+    player = EpisodePlayer(ScriptedSampler([]), Suite(), Chat(byte_tokenizer()), limits, Decoding(), BlockingCalls(4, 10))
+    if fits:
+        opening = asyncio.run(player.open(TASK))
+        assert opening.prompt_ids_P.tolist() == PROMPT
+        assert not opening.prompt_ids_P.flags.writeable  # all episodes of the task hold this array
+    else:
+        with pytest.raises(ValueError, match="has 35 tokens, max_prompt_tokens allows 34"):
+            asyncio.run(player.open(TASK))
 
 
 @pytest.mark.parametrize(
@@ -307,6 +366,7 @@ def test_limits_refuse_nonsense(change, message):
         Limits(**change)
 
 
-def test_decoding_refuses_nonsense():
-    with pytest.raises(ValueError, match=r"got -1\.0 and 1\.0"):
-        Decoding(temperature=-1.0)
+@pytest.mark.parametrize(("temperature", "top_p"), [(-1.0, 1.0), (1.0, 0.0), (1.0, 1.1)])
+def test_decoding_refuses_nonsense(temperature, top_p):
+    with pytest.raises(ValueError, match=rf"got {temperature} and {top_p}"):
+        Decoding(temperature, top_p)

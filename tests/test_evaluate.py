@@ -2,11 +2,16 @@
 
 import json
 import os
+from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from jaxgrpo import records
+from jaxgrpo.checkpoint import read_policy
 from jaxgrpo.evaluate import main
+from jaxgrpo.model import ModelConfig, Params, cast_to, forward, head_table
 from jaxgrpo.train import train
 from tests.training import changed, make_model, metric_lines, write_config
 
@@ -74,6 +79,29 @@ def test_an_earlier_checkpoint_and_a_second_evaluation_in_one_folder(call, run, 
         "eval-test-000002.jsonl.gz",
         "eval-test-000004.jsonl.gz",
     }
+
+
+def apart(model: Path, weights: Params, file: Path) -> float:
+    """The largest difference of what the sampler said of each first token to the plain forward of these weights."""
+    config = ModelConfig.from_folder(model)
+    differences = []
+    for trajectory in (record.trajectory for record in records.read_records(file).records):
+        hidden = forward(config, weights, trajectory.prompt_ids_P[None], load=cast_to(np.float32))
+        logprobs = jax.nn.log_softmax(hidden[0, -1] @ head_table(weights).T)
+        differences.append(abs(float(logprobs[trajectory.completion_ids_C[0]]) - trajectory.sampler_logprobs_C[0]))
+    return max(differences)
+
+
+def test_the_steps_own_weights_are_evaluated(call, run, model, tmp_path):
+    """Not the newest ones. Which weights are those of step 2, the batch says that they played in training."""
+    played = run / "trajectories" / "train-000004.jsonl.gz"
+    second, newest = (read_policy(run / "checkpoints", ModelConfig.from_folder(model), step)[0] for step in (2, 4))
+    assert apart(model, second, played) < 1e-4
+    assert apart(model, newest, played) > 1e-2
+    assert call("--checkpoint", run, "--step", "2")[0] == 0
+    evaluated = tmp_path / "eval" / "trajectories" / "eval-test-000002.jsonl.gz"
+    assert apart(model, second, evaluated) < 1e-4
+    assert apart(model, newest, evaluated) > 1e-2
 
 
 def test_evaluation_options(call, tmp_path):

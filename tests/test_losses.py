@@ -239,25 +239,37 @@ def test_on_policy_the_gradient_is_minus_weight_times_advantage() -> None:
 
 
 def test_the_sums_by_hand() -> None:
-    """One row of three sampled tokens, the last without loss: train - sampler is 0, log 2 and -log 2."""
-    train = np.array([[[-1.0, -1.0, -1.0]]], np.float32)
-    sampler = train - np.array([[[0.0, LOG2, -LOG2]]], np.float32)
-    entropies = np.array([[[1.0, 2.0, 4.0]]], np.float32)
-    weights = np.array([[[0.5, 0.5, 0.0]]], np.float32)
-    _, sums = grpo_loss(train, train, None, sampler, entropies, np.ones((1, 1), np.float32), weights, np.ones((1, 1, 3), bool), PLAIN)
-    summary = sums.summary()
+    """One row of five sampled tokens, the last two without loss, and one of the environment's. Policy over sampler is 1, 2, 1/4, 1.12 and
+    .88 there; the ratio, policy over behaviour, is 1, 3/2 and 1/2, and the reference is the policy times 1, 2 and 1."""
+    row = lambda *values: np.array([[values]], np.float32)
+    train = np.full((1, 1, 6), -1.0, np.float32)
+    sampler = train - np.log(row(1, 2, 0.25, 1.12, 0.88, 7))
+    behaviour, reference_ = train - np.log(row(1, 1.5, 0.5, 9, 9, 9)), train + np.log(row(1, 2, 1, 9, 9, 9))
+    entropies, weights = row(1, 2, 6, 64, 128, 256), row(0.5, 0.5, 0.5, 0, 0, 0)
+    settings = dataclasses.replace(PLAIN, kl_beta=0.1)
+    given = (train, behaviour, reference_, sampler, entropies, np.ones((1, 1), np.float32), weights, row(1, 1, 1, 1, 1, 0) > 0)
+    _, sums = grpo_loss(*given, settings)
     expected = {
-        "loss": -1.0,
-        "kl": 0.0,
-        "clip_share": 0.0,
-        "entropy": 1.5,
-        "loss_tokens": 2.0,
-        "mismatch_mean": 2 * LOG2 / 3,
-        "mismatch_max": LOG2,
-        "mismatch_kl": 0.5 / 3,  # (2 - log 2 - 1) + (1/2 + log 2 - 1)
-        "mismatch_outside_share": 2 / 3,
+        "loss": 0.5 * (-1 - 1.2 - 0.5 + 0.1 * (1 - LOG2)),
+        "kl": (2 - LOG2 - 1) / 3,
+        "clip_share": 1 / 3,
+        "entropy": 3.0,
+        "loss_tokens": 3.0,
+        "mismatch_mean": (3 * LOG2 + math.log(1.12) - math.log(0.88)) / 5,
+        "mismatch_max": 2 * LOG2,  # of a token that became rarer
+        # r - log r - 1 for r of 2, 1/4, 1.12 and .88
+        "mismatch_kl": (1 - LOG2 + 2 * LOG2 - 0.75 + 0.12 - math.log(1.12) - 0.12 - math.log(0.88)) / 5,
+        "mismatch_outside_share": 4 / 5,
     }
-    assert summary == pytest.approx(expected, rel=1e-5)
+    assert sums.summary() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_ratio_within_a_tenth_of_the_samplers_is_not_outside() -> None:
+    """1.09 and .91 are not, 1.11 and .89 are."""
+    sampler = -np.log(np.array([[[1.09, 0.91, 1.11, 0.89]]], np.float32))
+    zeros = np.zeros((1, 1, 4), np.float32)
+    _, sums = grpo_loss(zeros, zeros, None, sampler, zeros, np.ones((1, 1), np.float32), zeros + 1, zeros == 0, PLAIN)
+    assert float(sums.mismatch_outside) == 2
 
 
 def test_sums_add_up_and_the_largest_mismatch_stays_the_largest() -> None:
@@ -316,6 +328,23 @@ def test_temperature_changes_the_logprobs() -> None:
     assert values == pytest.approx([-0.126928, -0.313262], abs=1e-6)
 
 
+def test_large_logits_do_not_overflow() -> None:
+    # logits 500, 499 and -500: 1 / (1 + 1/e) = .7310586, of which the entropy is .5822031
+    table = jnp.array([[500.0], [499.0], [-500.0]])
+    logprobs, entropies = token_logprobs(jnp.ones((2, 1)), table, jnp.array([0, 2]), head(2, shape=(3, 1)))
+    chex.assert_trees_all_close(logprobs, jnp.array([math.log(0.7310586), -1000 + math.log(0.7310586)]), rtol=1e-4)
+    chex.assert_trees_all_close(entropies, jnp.full(2, 0.5822031), rtol=1e-4)
+
+
+def test_a_table_that_is_not_trained_gets_no_gradient() -> None:
+    case = logprob_case()
+    frozen = dataclasses.replace(head(4), trained=False)
+    *trained, table_gradient = logprobs_and_gradients(*case, head(4))
+    *rest, nothing = logprobs_and_gradients(*case, frozen)
+    chex.assert_trees_all_equal(rest, trained)
+    assert np.abs(table_gradient).max() > 0.1 and not np.any(nothing)
+
+
 def test_the_entropy_of_equal_logits_is_the_logarithm_of_the_vocabulary() -> None:
     _, entropies = token_logprobs(jnp.ones((3, D)), jnp.zeros((V, D)), jnp.zeros(3, int), head(2))
     chex.assert_trees_all_close(entropies, jnp.full(3, math.log(V)), rtol=1e-6)
@@ -345,6 +374,25 @@ def test_the_tables_gradient_of_bfloat16_inputs_is_accumulated_in_float32() -> N
     assert gradient.dtype == jnp.float32
     error = np.max(np.abs(np.asarray(gradient) - expected)) / np.max(np.abs(expected))
     assert error < 2e-3  # 0.0008; plain autodiff, which accumulates in bfloat16, gives 0.044
+
+
+def products_in_bfloat16(jaxpr: Any) -> list[tuple[int, ...]]:
+    """The shapes of a traced program's matrix products whose results are in bfloat16, loops and branches included."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general" and equation.outvars[0].aval.dtype == jnp.bfloat16:
+            found.append(equation.outvars[0].aval.shape)
+        inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: isinstance(x, jax.extend.core.ClosedJaxpr))
+        found += [shape for x in inner if isinstance(x, jax.extend.core.ClosedJaxpr) for shape in products_in_bfloat16(x.jaxpr)]
+    return found
+
+
+def test_of_bfloat16_inputs_only_the_hidden_states_gradient_is_a_product_in_bfloat16() -> None:
+    """Logits and the table's gradient are summed in float32. Values cannot show it on a CPU, where XLA keeps float32 in between."""
+    hidden, table, targets, cotangents = logprob_case()
+    run = lambda h, w: logprobs_and_gradients(h, w, targets, cotangents, head(4, dtype=jnp.bfloat16))
+    traced = jax.make_jaxpr(run)(jnp.asarray(hidden, jnp.bfloat16), table)
+    assert products_in_bfloat16(traced.jaxpr) == [(4, D)]
 
 
 def test_logprobs_of_bfloat16_inputs_are_float32() -> None:

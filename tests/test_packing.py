@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxgrpo.packing import PackingSettings, bucket, loss_masks, loss_weights, pack
-from jaxgrpo.types import GroupBatch, StopReason
+from jaxgrpo.types import Group, GroupBatch, StopReason
 from tests.episodes import episode, group, random_groups
 
 SMALL = PackingSettings(prompt_multiple=4, completion_multiple=4)
@@ -177,8 +177,65 @@ def test_a_trajectorys_weights_do_not_depend_on_the_micro_batch_size(aggregation
 
 def test_groups_of_like_size_share_a_micro_batch() -> None:
     short, long = [1, 2], [1, 2, 3, 4, 5, 6]
-    groups = [group(episode(p, [1], [1], 0.0), episode(p, [2], [1], 1.0)) for p in (short, long, short, long)]
+    groups = [group(episode(p, c, [1] * len(c), 0.0), episode(p, [2], [1], 1.0)) for c in (long, short) for p in (short, long)]
+    assert [(b.prompt_NP.shape, b.completions_NGC.shape[2]) for b in pack(groups, 1, 8, SMALL)] == [
+        ((1, 4), 4),
+        ((1, 4), 8),
+        ((1, 8), 4),
+        ((1, 8), 8),
+    ]
     assert [b.prompt_NP.shape for b in pack(groups, 2, 8, SMALL)] == [(2, 4), (2, 8)]
+
+
+def uneven_groups() -> list[Group]:
+    """Five groups of three rows, the largest first. Each prompt begins with its group's number; every reward, mask and log-probability
+    differs from all others; the second row of the third group is overlong."""
+    rng = np.random.default_rng(5)
+    groups = []
+    for n, (prompt, longest) in enumerate([(11, 7), (2, 12), (6, 3), (2, 2), (7, 9)]):
+        rows = []
+        for g in range(3):
+            length = longest - g % 2
+            row = episode([n, *range(50, 49 + prompt)], rng.integers(0, 50, length), rng.random(length) < 0.7, rng.random())
+            logprobs = np.where(row.sampled_C, rng.uniform(-9, -0.1, length), 0).astype(np.float32)
+            reason = StopReason.TOKEN_LIMIT if (n, g) == (2, 1) else StopReason.FINISHED
+            rows.append(dataclasses.replace(row, sampler_logprobs_C=logprobs, stop_reason=reason))
+        groups.append(group(*rows))
+    return groups
+
+
+def expected_weights(groups: list[Group], aggregation: str, longest: int) -> list[list[np.ndarray]]:
+    masks = [[t.sampled_C & (t.stop_reason is StopReason.FINISHED) for t in each.trajectories] for each in groups]
+    rows = [mask for masks_G in masks for mask in masks_G]
+    if aggregation == "token":
+        return [[mask / np.concatenate(rows).sum() for mask in masks_G] for masks_G in masks]
+    if aggregation == "constant":
+        return [[mask / (len(rows) * longest) for mask in masks_G] for masks_G in masks]
+    with_loss = sum(mask.any() for mask in rows)
+    return [[mask / (with_loss * max(mask.sum(), 1)) for mask in masks_G] for masks_G in masks]
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("micro_batch_groups", [1, 2, 5])
+def test_a_group_keeps_what_is_its_own_when_packing_reorders(aggregation: str, micro_batch_groups: int) -> None:
+    groups = uneven_groups()
+    batches = pack(groups, micro_batch_groups, 20, dataclasses.replace(SMALL, aggregation=aggregation))
+    places = [(batch, i) for batch in batches for i in range(micro_batch_groups)][: len(groups)]
+    order = [int(batch.prompt_NP[i, 0]) for batch, i in places]
+    assert order == [3, 1, 2, 4, 0]
+    all_weights = expected_weights(groups, aggregation, 20)
+    for n, (batch, i) in zip(order, places, strict=True):
+        rewards = np.array([t.score.reward for t in groups[n].trajectories])
+        centred = rewards - sum(rewards) / 3
+        advantages = centred / (np.sqrt(sum(centred**2) / 2) + 1e-4)
+        np.testing.assert_allclose(batch.advantages_NG[i], advantages, rtol=1e-6)
+        for g, trajectory in enumerate(groups[n].trajectories):
+            padding = (0, batch.completions_NGC.shape[2] - len(trajectory.completion_ids_C))
+            assert batch.completion_lengths_NG[i, g] == len(trajectory.completion_ids_C)
+            np.testing.assert_array_equal(batch.completions_NGC[i, g], np.pad(trajectory.completion_ids_C, padding))
+            np.testing.assert_array_equal(batch.sampled_NGC[i, g], np.pad(trajectory.sampled_C, padding))
+            np.testing.assert_array_equal(batch.sampler_logprobs_NGC[i, g], np.pad(trajectory.sampler_logprobs_C, padding))
+            np.testing.assert_allclose(batch.loss_weights_NGC[i, g], np.pad(all_weights[n][g], padding), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

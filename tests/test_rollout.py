@@ -68,6 +68,13 @@ def test_a_group_is_dropped_and_counted_when_the_tries_are_spent():
     assert set(sampler.released) >= {request.episode_id for request in sampler.requests}
 
 
+def test_failures_come_in_the_order_of_their_tasks():
+    suite = Suite(lambda task, earlier: FailingEnvironment("step") if earlier in (1, 2) else EchoEnvironment())
+    result = run(ScriptedSampler([Say("done")], jitter=True), suite, max_retries=2)
+    assert [failure.task_id for failure in result.failures] == ["red", "red", "green", "green", "blue", "blue"]
+    assert len(result.groups) == 3
+
+
 def test_without_retries_one_failure_drops_the_group():
     result = run(ScriptedSampler([Say("done")]), failing_suite("green", {1}), max_retries=0)
     assert [dropped.task.id for dropped in result.dropped] == ["green"]
@@ -227,9 +234,12 @@ def test_environment_threads_are_bounded():
     assert most == 2
 
 
-def test_progress_counts_every_episode_once():
+@pytest.mark.parametrize("failing", [{1, 2, 3, 4}, {2, 3}])  # all tries of the group, or those of its second episode
+def test_progress_counts_every_episode_once(failing):
     heard: list[tuple[int, int]] = []
-    run(ScriptedSampler([Say("done")]), failing_suite("green", {1, 2, 3, 4}), progress=lambda done, total: heard.append((done, total)))
+    suite = failing_suite("green", failing)
+    result = run(ScriptedSampler([Say("done")]), suite, progress=lambda *counts: heard.append(counts), episodes_in_flight=1)
+    assert [dropped.task.id for dropped in result.dropped] == ["green"]
     assert heard[-1] == (6, 6)
     assert heard == sorted(heard)
 

@@ -3,16 +3,22 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from envs.base import Observation
 from jaxgrpo.config import ConfigError
+from jaxgrpo.model import ModelConfig
+from jaxgrpo.packing import PackingSettings, pack
 from jaxgrpo.pretrained import load_tokenizer
-from jaxgrpo.setup import check_episodes, open_policy, served_dtype
+from jaxgrpo.setup import build_update, check_episodes, open_policy, served_dtype
 from jaxgrpo.train import main
 from jaxgrpo.types import Message, Task
 from tests.byte_chat import END, END_OF_TEXT, START
+from tests.episodes import random_groups
+from tests.random_weights import random_params
 from tests.test_chat_template import GATHERING, WITHOUT_TOOLS
 from tests.training import (
     CONFIG_JSON,
@@ -94,3 +100,24 @@ def test_where_others_end_a_generation_the_policy_ends_it_too(tmp_path):
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": "<|im_end|>"}))
     with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id must be a"):
         open_policy(small_config(model))
+
+
+def test_the_policy_that_a_server_samples_from_is_the_one_that_is_trained(tmp_path):
+    """In float32, with bfloat16 weights: its log-probabilities are those of the rounded weights, of which the embedded sampler's run knows
+    nothing; the weights that are kept are not rounded."""
+    model = make_model(tmp_path)
+    sizes = ModelConfig.from_folder(model)
+    params = random_params(sizes, scale=0.2)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(np.float32), params)
+    (batch,) = pack(random_groups(0, 2, 2, 260, 8, 8), 2, 8, PackingSettings(prompt_multiple=8, completion_multiple=8))
+    served = build_update(changed(tmp_path, model, "sampler=vllm", "model.compute_dtype=float32"), sizes)
+    embedded = build_update(small_config(model), sizes)
+    state = served.init(params)
+    ours = np.asarray(served.logprobs(served.policy(state), batch))
+    of_rounded, of_whole = (np.asarray(embedded.logprobs(embedded.policy(embedded.init(tree)), batch)) for tree in (rounded, params))
+    np.testing.assert_array_equal(ours, of_rounded)
+    assert np.abs(ours - of_whole).max() > 1e-3
+    (scored,) = served.reference_logprobs(state, [batch])
+    np.testing.assert_array_equal(scored, of_rounded)
+    for kept, given in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(np.asarray(kept).reshape(-1), given.reshape(-1))

@@ -128,6 +128,17 @@ def test_labels_of_other_tasks_are_refused():
         pass_rates_by_label(outcomes("1"), [("a",), ("b",)])
 
 
+def test_rounding_does_not_take_the_interval_beyond_0_and_1():
+    ends = [(wilson_interval(0.0, n)[0], wilson_interval(1.0, n)[1]) for n in range(1, 500)]
+    assert all(0 <= low < 1e-15 and 1 - 1e-15 < high <= 1 for low, high in ends)
+
+
+@pytest.mark.parametrize(("rate", "samples"), [(0.5, 0), (0.5, -1), (-0.1, 5), (1.1, 5)])
+def test_wilson_interval_refuses_nonsense(rate, samples):
+    with pytest.raises(ValueError, match=r"rate must be in \[0, 1\] and samples above 0"):
+        wilson_interval(rate, samples)
+
+
 @pytest.mark.parametrize(("samples", "passed", "k"), [(3, 4, 1), (3, 1, 4), (3, 1, 0), (3, -1, 1)])
 def test_pass_at_k_refuses_nonsense(samples, passed, k):
     with pytest.raises(ValueError, match="pass@k needs"):

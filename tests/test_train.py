@@ -25,7 +25,7 @@ from jaxgrpo.processes import Processes
 from jaxgrpo.rollout import Decoding
 from jaxgrpo.samplers.base import SamplerError
 from jaxgrpo.schedule import StalenessError
-from jaxgrpo.sharding import logical_leaf
+from jaxgrpo.sharding import logical_leaf, logical_on_host
 from jaxgrpo.train import Training, main, task_batch, train
 from tests.rollout_fakes import VersionedSampler
 from tests.training import changed, make_model, metric_lines, small_config, write_config
@@ -178,6 +178,32 @@ class TestResume:
             np.testing.assert_array_equal(ours, theirs)
         again = train(changed(tmp_path, model, *same, "recording.export_hf=True"), tmp_path / "run", resume=True)  # nothing left to do
         assert again.step == 6 and (tmp_path / "run" / "hf" / "config.json").is_file()
+
+    def test_a_run_killed_away_from_its_reference_goes_on_to_the_last_bit(self, model, tmp_path, monkeypatch):
+        """At the checkpoint the policy is not the reference, which stays the first policy: taking one for the other changes the KL."""
+        options = ("training.reference_every=None", "recording.checkpoint_every=2", "optimizer.learning_rate=1e-2", "loss.kl_beta=0.1")
+        whole = train(changed(tmp_path, model, *options), tmp_path / "whole")
+
+        def stop(self):
+            if self.state.step == 4:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Training, "evaluate_if_due", stop)  # before the checkpoint: the newest one is of step 2
+        with pytest.raises(KeyboardInterrupt):
+            train(changed(tmp_path, model, *options), tmp_path / "cut")
+        monkeypatch.undo()
+        resumed = train(changed(tmp_path, model, *options), tmp_path / "cut", resume=True)
+        first, *kls = [line["train/kl"] for line in metric_lines(tmp_path / "whole")]
+        assert first == 0 and min(kls) > 1e-3
+        assert [line["train/kl"] for line in metric_lines(tmp_path / "cut")] == [first, *kls]
+        assert steady(metric_lines(tmp_path / "cut")) == steady(metric_lines(tmp_path / "whole"))
+        for ours, theirs in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        initial = load_params(model, dtype=np.float32)
+        layout = setup.build_update(small_config(model), ModelConfig.from_folder(model)).layout
+        reference = logical_on_host(resumed.reference, layout)
+        for ours, theirs in zip(jax.tree.leaves(reference), jax.tree.leaves(initial), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
     def test_lines_after_the_checkpoint_are_written_anew(self, model, tmp_path):
         config = changed(tmp_path, model, "recording.checkpoint_every=2")

@@ -17,8 +17,9 @@ import pytest
 
 from jaxgrpo.losses import LossSettings
 from jaxgrpo.model import ModelConfig, Params, cast_to, forward, head_table
+from jaxgrpo.packing import PackingSettings, pack
 from jaxgrpo.sharding import logical_on_host
-from jaxgrpo.types import Group, GroupBatch
+from jaxgrpo.types import Group, GroupBatch, Trajectory
 from jaxgrpo.update import DivergedError, OptimizerSettings, make_optimizer
 from tests import reference
 from tests.updates import (
@@ -140,14 +141,18 @@ def plain_gradient(
     return jax.value_and_grad(objective)(params)
 
 
+def plain_start(config: ModelConfig, loss: LossSettings, groups: Sequence[Group]) -> tuple[dict[str, Any], jax.Array, jax.Array]:
+    """The groups' rows, and their log-probabilities under the first policy and under the reference."""
+    rows, params = dataclasses.asdict(plain_rows(groups)), params_of(config)
+    score = functools.partial(plain_logprobs, config, ids_RT=rows["ids_RT"], targets_RC=rows["targets_RC"])
+    anchor = score(jax.tree.map(lambda x: x * np.float32(0.97), params)) if loss.kl_beta else score(params)
+    return rows, score(params), anchor
+
+
 @functools.cache
 def plain_run(config: ModelConfig, loss: LossSettings) -> tuple[list[float], list[float], list[Params], Params]:
     """Two plain steps: losses, gradient norms, the weights' changes, and the first gradient, not clipped."""
-    rows = dataclasses.asdict(plain_rows(GROUPS))
-    params = params_of(config)
-    score = functools.partial(plain_logprobs, config, ids_RT=rows["ids_RT"], targets_RC=rows["targets_RC"])
-    anchor = score(jax.tree.map(lambda x: x * np.float32(0.97), params)) if loss.kl_beta else score(params)
-    behaviour = score(params)
+    (rows, behaviour, anchor), params = plain_start(config, loss, GROUPS), params_of(config)
     flat, tree = jax.tree.flatten(params)
     moments: list[tuple[Any, Any]] = [(0.0, 0.0)] * len(flat)
     losses, norms, changes, gradients = [], [], [], []
@@ -169,6 +174,35 @@ def test_the_gradient_of_shared_prompts_equals_that_of_repeated_prompts() -> Non
     _, norms, _, gradient = plain_run(TINY, LOSS)
     expected = jax.tree.map(lambda g: g * min(1.0, ADAM.max_grad_norm / norms[0]), gradient)
     assert worst_error(run_of(1).gradient, expected) < 1e-5
+
+
+def test_the_gradient_is_that_of_the_right_groups_when_packing_reorders() -> None:
+    """Groups of several padded shapes are not packed in the order in which they were played. Every token has a sampler's log-probability
+    of its own, so that what is another group's or row's shows in the gradient or in the mismatch."""
+    rng = np.random.default_rng(6)
+    groups = [dataclasses.replace(g, trajectories=tuple(_with_own_logprobs(t, rng) for t in g.trajectories)) for g in GROUPS]
+    batches = pack(groups, 4, LONGEST, PackingSettings(prompt_multiple=4, completion_multiple=4))
+    assert [b.prompt_NP.shape[1] for b in batches] == [4, 4, 8]
+    lengths = np.concatenate([b.prompt_lengths_N for b in batches]).tolist()
+    assert sorted(lengths[:8]) == [1, 1, 2, 2, 3, 3, 4, 4] and lengths != [len(g.prompt_ids_P) for g in groups]
+    rows, train, anchor = plain_start(TINY, LOSS, groups)
+    value, gradient = plain_gradient(TINY, LOSS, params_of(TINY), rows, train, anchor)
+    run = two_steps(update_of(1), batches, params_of(TINY))
+    norm = float(np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(gradient))))
+    expected = jax.tree.map(lambda g: np.asarray(g) * min(1.0, ADAM.max_grad_norm / norm), gradient)
+    assert worst_error(run.gradient, expected) < 1e-5
+    sampled = rows["sampler_RC"] != 0
+    apart = np.where(sampled, np.asarray(train) - rows["sampler_RC"], 0.0)
+    sums = run.reports[0].sums
+    assert (sums.loss, sums.loss_tokens, sums.sampled_tokens) == pytest.approx(
+        (float(value), (rows["weights_RC"] > 0).sum(), sampled.sum()), rel=1e-5
+    )
+    assert (sums.mismatch, sums.mismatch_max) == pytest.approx((np.abs(apart).sum(), np.abs(apart).max()), rel=1e-5)
+
+
+def _with_own_logprobs(trajectory: Trajectory, rng: np.random.Generator) -> Trajectory:
+    drawn = np.where(trajectory.sampled_C, rng.uniform(-7, -2, len(trajectory.sampled_C)), 0)
+    return dataclasses.replace(trajectory, sampler_logprobs_C=drawn.astype(np.float32))
 
 
 def test_two_steps_equal_plain_ones() -> None:
@@ -274,7 +308,7 @@ def test_equal_rewards_without_kl_give_exactly_no_gradient() -> None:
     chex.assert_trees_all_equal(gradient, jax.tree.map(np.zeros_like, gradient))
 
 
-def _with_reward(trajectory: Any, reward: float) -> Any:
+def _with_reward(trajectory: Trajectory, reward: float) -> Trajectory:
     return dataclasses.replace(trajectory, score=dataclasses.replace(trajectory.score, reward=reward))
 
 
@@ -299,6 +333,13 @@ def test_without_kl_there_is_no_reference() -> None:
     assert state.reference is None
     assert update.replace_reference(state).reference is None
     assert update.reference_logprobs(state, packed(GROUPS, 6)) == [None, None]
+
+
+def test_the_reference_is_stored_in_what_is_computed_in() -> None:
+    state = update_of(1, dtype=jnp.bfloat16).init(params_of(TINY))
+    for ours, whole in zip(jax.tree.leaves(state.reference), jax.tree.leaves(state.params), strict=True):
+        assert (ours.dtype, whole.dtype) == (jnp.bfloat16, jnp.float32)
+        np.testing.assert_array_equal(ours, whole.astype(jnp.bfloat16))
 
 
 def test_the_reference_stays_while_the_policy_moves_until_it_is_replaced() -> None:

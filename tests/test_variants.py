@@ -1,24 +1,98 @@
-"""The configs that ship: each loads, passes the checks, dry-runs with a tiny model, and differs from its base as it says."""
+"""The configs that ship: each loads, passes the checks, dry-runs on its own tasks, and differs from its base as it says."""
 
-import dataclasses
+import contextlib
+import functools
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
 from envs.bfcl.rewards import Correctness, Execution, Format
-from envs.procedural import Warehouse
 from jaxgrpo.config import load_config
+from jaxgrpo.config_json import encode
 from jaxgrpo.judge import GibberishJudge
 from jaxgrpo.overrides import leaves
 from jaxgrpo.train import main
-from tests.training import make_model
 
 CONFIGS = sorted(
     path.relative_to("configs").with_suffix("").as_posix() for path in Path("configs").rglob("*.py") if path.stem != "__init__"
 )
-TREATMENTS = [name for name in CONFIGS if name.startswith("article/")]
-VARIANTS = ("h200x4", "dapo_style", "native_tools", "h200x4_async", "lora", *TREATMENTS)
 IDENTITY = {"name", "model.source", "model.revision"}
+DIFFERENCES: dict[str, dict] = {
+    "article/final": {},
+    "article/dr_grpo": {
+        "packing.advantage_normalization": "none",
+        "packing.aggregation": "constant",
+    },
+    "dapo_style": {
+        "loss.clip_high": 0.28,
+        "loss.kl_beta": 0.0,
+        "loss.tis_cap": 2.0,
+        "packing.aggregation": "sequence",
+        "packing.masked_stop_reasons": (),
+        "training.reference_every": None,
+    },
+    "article/no_kl": {"loss.kl_beta": 0.0, "training.reference_every": None},
+    "article/kl_0_04": {"loss.kl_beta": 0.04},
+    "article/fixed_reference": {"training.reference_every": None},
+    "article/mu_1": {"training.iterations": 1},
+    "native_tools": {
+        "environment.protocol": "native",
+        "environment.docs": "without_response",
+        "environment.result_limit": 4000,
+    },
+    "lora": {
+        "lora.export": "adapter",
+        "lora.rank": 32,
+        "optimizer.learning_rate": 1e-5,
+        "training.devices": 1,
+        "training.gpus": (0,),
+        "vllm.gpus": (1,),
+    },
+    "article/gibberish_penalty": {
+        "rewards.functions": (GibberishJudge(url="https://api.openai.com/v1", model="gpt-4o-mini"),),
+    },
+    "article/correctness": {
+        "rewards.functions": (Correctness(),),
+        "rewards.weights": (("environment", 0.0),),
+    },
+    "article/format_correctness": {
+        "rewards.functions": (Format(), Correctness()),
+        "rewards.weights": (("environment", 0.0), ("format", 0.2)),
+    },
+    "article/execution_format_correctness": {
+        "rewards.functions": (Execution(), Format(), Correctness()),
+        "rewards.weights": (("environment", 0.0), ("execution", 0.2), ("format", 0.2)),
+    },
+    "article/own_rubric": {"environment.reward": "call_match"},
+    "h200x4_async": {"loss.tis_cap": 2.0, "training.max_staleness": 1},
+    "h200x8": {
+        "training.devices": 6,
+        "training.gpus": (0, 1, 2, 3, 4, 5),
+        "vllm.gpus": (6, 7),
+        "vllm.servers": 2,
+    },
+    "multi_host": {
+        "rollout.tasks_per_step": 16,
+        "training.devices": None,
+        "training.gpus": tuple(range(8)),
+        "vllm.gpus": (),
+        "vllm.urls": ("http://rollout:8000",),
+    },
+    "article/curriculum": {
+        "environment.curriculum": True,
+        "environment.max_turns": 4,
+        "environment.stop_at_lost_turn": False,
+        "rollout.max_turns": 40,
+        "rollout.task_order": "as_given",
+    },
+}
+"""Of each variant to the article's config, besides its name."""
 
 
 def settings(name: str) -> dict:
@@ -32,91 +106,10 @@ def test_it_loads_and_its_docstring_gives_its_command(name: str) -> None:
     assert f"--config configs/{name}.py" in Path(f"configs/{name}.py").read_text()
 
 
-@pytest.mark.parametrize(
-    ("name", "differences"),
-    [
-        ("article/final", {}),
-        ("article/dr_grpo", {"packing.advantage_normalization": "none", "packing.aggregation": "constant"}),
-        (
-            "dapo_style",
-            {
-                "loss.clip_high": 0.28,
-                "loss.kl_beta": 0.0,
-                "loss.tis_cap": 2.0,
-                "packing.aggregation": "sequence",
-                "packing.masked_stop_reasons": (),
-                "training.reference_every": None,
-            },
-        ),
-        ("article/no_kl", {"loss.kl_beta": 0.0, "training.reference_every": None}),
-        ("article/kl_0_04", {"loss.kl_beta": 0.04}),
-        ("article/fixed_reference", {"training.reference_every": None}),
-        ("article/mu_1", {"training.iterations": 1}),
-        (
-            "native_tools",
-            {"environment.protocol": "native", "environment.docs": "without_response", "environment.result_limit": 4000},
-        ),
-        (
-            "lora",
-            {
-                "lora.export": "adapter",
-                "lora.rank": 32,
-                "optimizer.learning_rate": 1e-5,
-                "training.devices": 1,
-                "training.gpus": (0,),
-                "vllm.gpus": (1,),
-            },
-        ),
-        (
-            "article/gibberish_penalty",
-            {"rewards.functions": (GibberishJudge(url="https://api.openai.com/v1", model="gpt-4o-mini"),)},
-        ),
-        (
-            "article/correctness",
-            {"rewards.functions": (Correctness(),), "rewards.weights": (("environment", 0.0),)},
-        ),
-        (
-            "article/format_correctness",
-            {
-                "rewards.functions": (Format(), Correctness()),
-                "rewards.weights": (("environment", 0.0), ("format", 0.2)),
-            },
-        ),
-        (
-            "article/execution_format_correctness",
-            {
-                "rewards.functions": (Execution(), Format(), Correctness()),
-                "rewards.weights": (("environment", 0.0), ("execution", 0.2), ("format", 0.2)),
-            },
-        ),
-        ("article/own_rubric", {"environment.reward": "call_match"}),
-        ("h200x4_async", {"loss.tis_cap": 2.0, "training.max_staleness": 1}),
-        ("h200x8", {"training.devices": 6, "training.gpus": (0, 1, 2, 3, 4, 5), "vllm.gpus": (6, 7), "vllm.servers": 2}),
-        (
-            "multi_host",
-            {
-                "rollout.tasks_per_step": 16,
-                "training.devices": None,
-                "training.gpus": tuple(range(8)),
-                "vllm.gpus": (),
-                "vllm.urls": ("http://rollout:8000",),
-            },
-        ),
-        (
-            "article/curriculum",
-            {
-                "environment.curriculum": True,
-                "environment.max_turns": 4,
-                "environment.stop_at_lost_turn": False,
-                "rollout.max_turns": 40,
-                "rollout.task_order": "as_given",
-            },
-        ),
-    ],
-)
-def test_a_variant_differs_from_the_article_only_in_what_it_says(name: str, differences: dict) -> None:
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_a_variant_differs_from_the_article_only_in_what_it_says(name: str) -> None:
     article, variant = settings("h200x4"), settings(name)
-    assert {key: variant[key] for key in article if variant[key] != article[key] and key not in IDENTITY} == differences
+    assert {key: variant[key] for key in article if variant[key] != article[key] and key not in IDENTITY} == DIFFERENCES[name]
 
 
 def test_the_articles_recipe():
@@ -134,25 +127,136 @@ def test_the_articles_recipe():
     assert {key: recipe[key] for key in expected} == expected
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"))
+# Dry runs.
+
+ARTICLE = {
+    "parameters": "2,592,000 (3 layers of width 256)",  # 2048 x 256 + 3 x (2 x 256 x 257 + 256 x 257 + 3 x 256 x 640 + 512) + 256
+    "devices": "3, compute in float32",
+    "rollouts a batch": "12 tasks x 8 samples = 96",
+    "micro-batches a step": "4 of 3 groups",
+    "optimizer steps a batch": "2",
+    "an epoch": "100 tasks = 8 batches = 16 steps",
+    "the run": "1600 steps = 800 batches = 100.0 epochs",
+}
+DEMO = {
+    "devices": "4, compute in float32",
+    "attention": "plain XLA, as training.attention says",
+    "rollouts a batch": "8 tasks x 8 samples = 64",
+    "micro-batches a step": "2 of 4 groups",
+    "an epoch": "38 tasks = 4 batches = 8 steps",
+    "the run": "120 steps = 60 batches = 15.0 epochs",
+}
+SAID: dict[str, dict[str, str]] = {
+    "article/mu_1": {
+        "optimizer steps a batch": "1",
+        "an epoch": "100 tasks = 8 batches = 8 steps",
+        "the run": "1600 steps = 1600 batches = 200.0 epochs",
+    },
+    "article/curriculum": {
+        "an epoch": "336 tasks = 28 batches = 56 steps",
+        "the run": "1600 steps = 800 batches = 28.6 epochs",
+    },
+    "h200x8": {"devices": "6: this machine has 4 of kind cpu, where the run would be refused", "micro-batches a step": "2 of 6 groups"},
+    "lora": {
+        # rank 32 on q, k, v, o, gate, up, down of three layers: 3 x 32 x (512 + 384 + 384 + 512 + 3 x 896)
+        "trained parameters": "430,080 (LoRA of rank 32 on q, k, v, o, gate, up, down)",
+        "devices": "1, compute in float32",
+        "micro-batches a step": "12 of 1 groups",
+    },
+    "multi_host": {
+        "devices": "4, compute in float32",  # all that there are
+        "rollouts a batch": "16 tasks x 8 samples = 128",
+        "micro-batches a step": "4 of 4 groups",
+        "an epoch": "100 tasks = 6 batches = 12 steps",
+        "the run": "1600 steps = 800 batches = 133.3 epochs",
+    },
+    "cpu_demo": DEMO,
+    "vllm_cpu": {**DEMO, "the run": "40 steps = 20 batches = 5.0 epochs"},
+    "qwen05_cpu": {
+        "devices": "2, compute in float32",
+        "rollouts a batch": "2 tasks x 4 samples = 8",
+        "micro-batches a step": "1 of 2 groups",
+        "optimizer steps a batch": "1",
+        "an epoch": "100 tasks = 50 batches = 50 steps",
+        "the run": "1 steps = 1 batches = 0.0 epochs",
+    },
+    "procedural": {
+        "devices": "4, compute in float32",
+        "rollouts a batch": "4 tasks x 4 samples = 16",
+        "micro-batches a step": "1 of 4 groups",
+        "an epoch": "64 tasks = 16 batches = 32 steps",
+        "the run": "20 steps = 10 batches = 0.6 epochs",
+    },
+}
+"""What a dry run on four CPU devices says otherwise than that of the article's config."""
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_dry_run_with_a_tiny_model(name, model, tmp_path, capsys, monkeypatch):
-    """On the warehouse in place of BFCL, which has to be fetched, and within the tiny model's context."""
-    load = load_config
+@pytest.fixture(autouse=True)
+def _all_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A config that names its GPUs hides the others, for good. The judge's config wants a key."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    yield
+    jax.config.update("jax_cuda_visible_devices", "all")
 
-    def on_the_warehouse(path, overrides):
-        return dataclasses.replace(load(path, overrides), environment=Warehouse())
 
-    monkeypatch.setattr("jaxgrpo.train.load_config", on_the_warehouse)
-    there = (f"model.source={model}", "model.revision=None", "training.devices=1", "training.gpus=None", "vllm.gpus=()")
-    small = ("rollout.max_prompt_tokens=800", "rollout.max_completion_tokens=128")
-    arguments = [part for override in (*there, *small) for part in ("--set", override)]
-    assert main(["--config", f"configs/{name}.py", *arguments, "--dry-run", "--run-dir", str(tmp_path / "run")]) == 0
-    out = capsys.readouterr().out
-    assert "rollouts a batch        12 tasks x 8 samples = 96" in out
-    assert f"the run                 1600 steps = {1600 if name == 'article/mu_1' else 800} batches" in out
-    assert not (tmp_path / "run").exists()
+@functools.cache
+def dry_run(name: str) -> tuple[dict, dict[str, str]]:
+    """The config that `--dry-run` prints, and its lines by their names. The model has the tiny one's tokenizer and sizes, a context that
+    has room for every prompt and no weights; its tokens are shorter than Qwen2.5's, so that prompts have more of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        for file in Path("assets/tiny-qwen2.5").iterdir():
+            if file.suffix != ".safetensors":
+                shutil.copy(file, folder)
+        sizes = json.loads((Path(folder) / "config.json").read_text())
+        (Path(folder) / "config.json").write_text(json.dumps(sizes | {"max_position_embeddings": 16384}))
+        overrides = [f"model.source={folder}", "model.revision=None", "evaluation.tasks=2"]
+        if load_config(f"configs/{name}.py").rollout.max_prompt_tokens > 2048:
+            overrides.append("rollout.max_prompt_tokens=12000")
+        if name == "qwen05_cpu":
+            overrides.append("training.devices=2")  # for two tasks
+        arguments = [part for override in overrides for part in ("--set", override)]
+        run, printed = Path(folder) / "run", io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            assert main(["--config", f"configs/{name}.py", *arguments, "--dry-run", "--run-dir", str(run)]) == 0
+        assert not run.exists()
+    config, end, lines = printed.getvalue().partition("\n}\n")
+    return json.loads(config + end), {line[:24].strip(): line[24:] for line in lines.splitlines()}
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """Nested dicts as one, with dotted keys; lists are tuples."""
+    found: dict = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": _tuples(value)}
+    return found
+
+
+def _tuples(value: object) -> object:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_dry_run_on_the_configs_own_tasks_says_what_would_run(name: str) -> None:
+    said = dry_run(name)[1]
+    expected = ARTICLE | SAID.get(name, {})
+    assert {key: said[key] for key in expected} == expected
+    assert ("trained parameters" in said) == (name == "lora")
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_a_dry_run_prints_the_variants_own_settings(name: str) -> None:
+    article, variant = flat(dry_run("h200x4")[0]), flat(dry_run(name)[0])
+    differences = {key: variant[key] for key in article if variant[key] != article[key] and key not in IDENTITY}
+    assert differences == {key: _tuples(encode(value)) for key, value in DIFFERENCES[name].items()}
+    assert variant["name"] == name.replace("/", "_")
+
+
+def test_the_longest_prompt_is_that_of_the_configs_own_tool_documents() -> None:
+    """Whole documents as in the article, without what tools return, and one line a tool. The curriculum's first turns are the article's."""
+    longest = {}
+    for name in ("h200x4", "article/curriculum", "native_tools", "qwen05_cpu", "cpu_demo", "procedural"):
+        count, limit = dry_run(name)[1]["longest prompt"].split(" tokens of at most ")
+        assert int(limit) == dry_run(name)[0]["rollout"]["max_prompt_tokens"]
+        longest[name] = int(count)
+    assert longest["h200x4"] == longest["article/curriculum"] > longest["native_tools"] > 2 * longest["qwen05_cpu"]
+    assert longest["qwen05_cpu"] > longest["cpu_demo"] > longest["procedural"] > 100
