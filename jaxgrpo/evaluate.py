@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxgrpo import records
-from jaxgrpo.background import EventLoopThread, interruptible
+from jaxgrpo.background import EventLoopThread, interruptible, run_program
 from jaxgrpo.checkpoint import read_policy
 from jaxgrpo.config import Config, ConfigError, load_config
 from jaxgrpo.config_checks import SPLITS
@@ -20,6 +20,7 @@ from jaxgrpo.lora import NO_LORA
 from jaxgrpo.metrics import Recorder, TerminalView
 from jaxgrpo.model import Params
 from jaxgrpo.rollout import Decoding, Rollout, RolloutResult
+from jaxgrpo.run_folder import held
 from jaxgrpo.samplers.base import Sampler, SamplerError
 from jaxgrpo.serving import WholeWeights, agreement_check, open_sampler
 from jaxgrpo.setup import (
@@ -129,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         samples = config.evaluation.samples if args.samples is None else args.samples
         _check_arguments(args.split, samples, args.checkpoint, args.step)
         folder = run_folder(args.run_dir, f"{config.name}-eval-{args.split}")
-        with interruptible():
+        with interruptible(), held(folder):
             _evaluate_once(config, args.checkpoint, args.step, args.split, samples, folder)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -198,7 +199,9 @@ def _evaluate_once(config: Config, checkpoint: str | None, step: int | None, spl
     recorder = Recorder(folder, tensorboard=False, wandb_project=None, name=config.name)
     recorder.record(at_step, outcome.metrics | check)
     recorder.close()
-    records.write(folder / "trajectories" / f"eval-{split}-{at_step:06d}.jsonl.gz", outcome.result, f"eval-{split}", at_step)
+    path = folder / "trajectories" / f"eval-{split}-{at_step:06d}.jsonl.gz"
+    for fault in records.write(path, outcome.result, f"eval-{split}", at_step):
+        print(fault, file=sys.stderr)
     for key, value in outcome.metrics.items():
         print(f"{key:40} {value:.4f}" if isinstance(value, float) else f"{key:40} {value}")
     print(outcome.headline)
@@ -206,4 +209,4 @@ def _evaluate_once(config: Config, checkpoint: str | None, step: int | None, spl
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

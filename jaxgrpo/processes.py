@@ -9,13 +9,14 @@ import argparse
 import contextlib
 import dataclasses
 import enum
+import functools
 import json
 import os
 import signal
 import sys
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ _SHUTDOWN_SECONDS = 60
 _GRACE_SECONDS = 60
 _POLL_MILLISECONDS = 1000
 _FAILED = "jaxgrpo/failed"
+_SHARED = "jaxgrpo/shared"
 
 
 class Work(enum.StrEnum):
@@ -114,6 +116,7 @@ class Processes:
         self.count = count
         self._store = store
         self._told = 0
+        self._shared = 0
         self._failure: str | None = None
         self._leaving = False
         self._over = threading.Event()
@@ -134,6 +137,14 @@ class Processes:
                 f"process {self.index} was started with another config than process 0: give all the same --config, --set and --resume, "
                 "and a --run-dir that is one folder to all"
             )
+
+    def share(self, text: str) -> list[str]:
+        """What each process says at this point, in their order; all come here. Raises PeerError when another process has failed."""
+        if self.count == 1:
+            return [text]
+        self._shared += 1
+        self._store.key_value_set(f"{_SHARED}/{self._shared}/{self.index}", text)
+        return [self._wait(f"{_SHARED}/{self._shared}/{i}") for i in range(self.count)]
 
     def tell(self, told: Told) -> None:
         """Called by the leader right before it computes on the mesh; of the others, and in a run of one process, it does nothing.
@@ -165,7 +176,9 @@ class Processes:
         if self.count == 1:
             yield
             return
-        before = signal.signal(signal.SIGINT, self._interrupt)
+        before = signal.getsignal(signal.SIGINT)
+        handler = before if callable(before) else signal.default_int_handler
+        signal.signal(signal.SIGINT, functools.partial(self._interrupt, handler))
         watcher = threading.Thread(target=self._watch, daemon=True)
         watcher.start()
         try:
@@ -188,10 +201,11 @@ class Processes:
             watcher.join()
             signal.signal(signal.SIGINT, before)
 
-    def _interrupt(self, *_: Any) -> None:
-        """Handles SIGINT, in the main thread: what the watcher sends must not break into the handling of this process's own failure."""
+    def _interrupt(self, handler: Callable[..., Any], *arguments: Any) -> None:
+        """Has `handler` handle SIGINT, in the main thread: but what the watcher sends must not break into the handling of this process's
+        own failure."""
         if self._failure is None or not self._leaving:
-            raise KeyboardInterrupt
+            handler(*arguments)
 
     def _fail(self, how: str) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one failed first

@@ -21,7 +21,8 @@ import tensorstore as ts
 from jax import Array
 from jax.sharding import Mesh
 
-from jaxgrpo.orbax_io import WriteOnlyHandler
+from jaxgrpo.checksums import CODECS
+from jaxgrpo.orbax_io import WriteOnlyHandler, read_values
 from jaxgrpo.sharding import LeafLayout, store_rows
 
 CHUNK_BYTES = 2**26
@@ -85,7 +86,7 @@ def read_shards(store: ts.TensorStore, leaf: LeafLayout, mesh: Mesh) -> Array:
     rows = store if leaf.stacked else store[ts.newaxis]
 
     def read(start: int, stop: int) -> np.ndarray:
-        return rows[:, start:stop].read().result()
+        return read_values(rows[:, start:stop])
 
     return store_rows(read, leaf, mesh, store.dtype.numpy_dtype)
 
@@ -93,7 +94,7 @@ def read_shards(store: ts.TensorStore, leaf: LeafLayout, mesh: Mesh) -> Array:
 def read_whole(store: ts.TensorStore, logical_shape: tuple[int, ...]) -> np.ndarray:
     """The logical array, on this host. Raises ValueError for another shape."""
     check_shape(store, logical_shape)
-    return store.read().result().reshape(logical_shape)
+    return read_values(store).reshape(logical_shape)
 
 
 def check_shape(store: ts.TensorStore, logical_shape: tuple[int, ...]) -> None:
@@ -131,7 +132,7 @@ def _spec(leaf: ShardedLeaf, path: Any, context: ts.Context) -> ts.Spec:
         {
             "driver": "zarr3",
             "kvstore": {"driver": "file", "path": f"{path}/"},
-            "metadata": {"attributes": {"logical_shape": list(leaf.layout.logical_shape)}},
+            "metadata": {"attributes": {"logical_shape": list(leaf.layout.logical_shape)}, "codecs": CODECS},
             # orbax records that zeros are stored too, and then takes a chunk that is not there for a loss
             "store_data_equal_to_fill_value": True,
         }

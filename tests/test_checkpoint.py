@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgrpo.checkpoint import Checkpoints, newest_step, read_policy
+from jaxgrpo.checkpoint import Checkpoints, Progress, newest_step, read_policy
 from jaxgrpo.losses import LossSettings
 from jaxgrpo.model import ModelConfig, init_params
 from jaxgrpo.sharding import logical_on_host, make_mesh
@@ -67,7 +67,7 @@ def on_three(tmp_path_factory):
     update = update_on(3)
     state, _ = one_step(update, fresh(update))
     checkpoints = Checkpoints(folder, 2)
-    checkpoints.save(state, 5, update)
+    checkpoints.save(state, Progress(5, 1), update)
     checkpoints.close()
     params = logical_on_host(state.params, update.layout)
     _, report = one_step(update, update.replace_reference(state))
@@ -79,9 +79,9 @@ def test_resumed_on_another_number_of_devices(on_three, devices):
     folder, params, expected = on_three
     update = update_on(devices)
     checkpoints = Checkpoints(folder, 2)
-    state, batches = checkpoints.restore(update)
+    state, progress = checkpoints.restore(update)
     checkpoints.close()
-    assert (state.step, batches) == (1, 5)
+    assert (state.step, progress) == (1, (5, 1))
     assert_equal_trees(logical_on_host(state.params, update.layout), params)
     _, report = one_step(update, update.replace_reference(state))
     assert float(report.sums.loss) == pytest.approx(float(expected.sums.loss), rel=1e-6, abs=1e-7)
@@ -94,7 +94,7 @@ def test_every_array_comes_back_bit_for_bit(tmp_path, kl_beta, dtype):
     state = fresh(update)
     state = state._replace(step=4)
     checkpoints = Checkpoints(tmp_path, 2)
-    checkpoints.save(state, 2, update)
+    checkpoints.save(state, Progress(2, 2), update)
     restored, _ = checkpoints.restore(update)
     checkpoints.close()
     assert_equal_trees(restored.params, state.params)
@@ -109,7 +109,7 @@ def test_the_newest_are_kept_and_any_of_them_is_read(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (2, 4, 6):
         scaled = state._replace(step=step, params=jax.tree.map(lambda x, s=step: x * s, state.params))
-        checkpoints.save(scaled, step // 2, update)
+        checkpoints.save(scaled, Progress(step // 2), update)
     assert newest_step(tmp_path) == 6
     assert checkpoints.restore(update, 4)[0].step == 4
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 2 .*there are 4, 6"):
@@ -125,7 +125,7 @@ def test_the_newest_are_kept_and_any_of_them_is_read(tmp_path):
 def test_the_policy_is_read_without_the_rest(tmp_path):
     update = update_on(1)
     checkpoints = Checkpoints(tmp_path, 1)
-    checkpoints.save(fresh(update)._replace(step=2), 1, update)
+    checkpoints.save(fresh(update)._replace(step=2), Progress(1), update)
     checkpoints.close()
     shutil.rmtree(tmp_path / "2" / "training")
     params, _ = read_policy(tmp_path, MODEL)
@@ -135,7 +135,7 @@ def test_the_policy_is_read_without_the_rest(tmp_path):
 def test_what_a_killed_process_was_writing_never_counts(tmp_path):
     update = update_on(1)
     checkpoints = Checkpoints(tmp_path, 2)
-    checkpoints.save(fresh(update)._replace(step=2), 1, update)
+    checkpoints.save(fresh(update)._replace(step=2), Progress(1), update)
     checkpoints.close()
     torn = tmp_path / "4.orbax-checkpoint-tmp"  # the name under which orbax writes
     shutil.copytree(tmp_path / "2", torn)
@@ -145,7 +145,7 @@ def test_what_a_killed_process_was_writing_never_counts(tmp_path):
     assert torn.is_dir()  # a reader cleans nothing up: another process may be writing
     checkpoints = Checkpoints(tmp_path, 2)
     assert checkpoints.restore(update)[0].step == 2
-    checkpoints.save(fresh(update)._replace(step=4), 2, update)
+    checkpoints.save(fresh(update)._replace(step=4), Progress(2), update)
     assert checkpoints.restore(update)[0].step == 4
     checkpoints.close()
 
@@ -153,7 +153,7 @@ def test_what_a_killed_process_was_writing_never_counts(tmp_path):
 def test_another_model_is_refused(tmp_path):
     update = update_on(1)
     checkpoints = Checkpoints(tmp_path, 2)
-    checkpoints.save(fresh(update)._replace(step=2), 1, update)
+    checkpoints.save(fresh(update)._replace(step=2), Progress(1), update)
     checkpoints.close()
     for change in ({"intermediate_size": 24}, {"num_hidden_layers": 3}, {"tie_word_embeddings": False}):
         with pytest.raises(ValueError):
