@@ -2,6 +2,7 @@
 interruptions that are not lost."""
 
 import asyncio
+import atexit
 import concurrent.futures
 import contextlib
 import functools
@@ -127,6 +128,17 @@ async def all_or_none(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def call_apart(function: Callable[[], T], stop: Callable[[], None]) -> T:
+    """Call a function in a thread of its own, where no interruption breaks into it. One of the waiting thread calls `stop`, and is
+    raised when the function has ended."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        try:
+            return pool.submit(function).result()
+        except BaseException:
+            stop()
+            raise
+
+
 class _Interruption:
     """Handles SIGINT and SIGTERM, in the main thread: raises KeyboardInterrupt, and not again for a
     moment. A terminal, a launcher and a scheduler may each send one, and the second would break into
@@ -207,4 +219,5 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     sys.stdout.flush()
     if not _is_ignored(signal.SIGINT):
         signal.signal(signal.SIGINT, lambda *_: os._exit(status))
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Python's last act is to forget handlers, but not this
     sys.exit(status)

@@ -9,9 +9,11 @@ What else a run needs follows from the config and from how many batches were pla
 The first two are orbax checkpoints of flat arrays (jaxgrpo.shard_io), which each process writes and reads for its own devices.
 """
 
+import functools
 import json
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -27,6 +29,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxgrpo import hf_mapping
 from jaxgrpo.adapters import fingerprint, merge_stored
+from jaxgrpo.background import call_apart
 from jaxgrpo.checksums import DamageError, verify, write_checksums
 from jaxgrpo.lora import NO_LORA, LoraSettings
 from jaxgrpo.model import ModelConfig, Params, trained_shapes
@@ -69,7 +72,8 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         self._folder = folder.absolute()
         self._keep = keep
-        self._checkpointer = ocp.Checkpointer(checkpoint_handler())
+        self._stop = threading.Event()
+        self._checkpointer = ocp.Checkpointer(checkpoint_handler(self._stop))
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             for left in (*self._folder.glob(f"*{_PARTIAL}"), *self._folder.glob("*.orbax-checkpoint-tmp*")):
@@ -81,6 +85,7 @@ class Checkpoints:
         final = self._folder / str(state.step)
         if final.exists():
             return
+        self._stop.clear()
         partial = final.with_name(final.name + _PARTIAL)
         policy = jax.tree.map(ShardedLeaf, state.params, update.layout)
         optimizer = _nested(_map_optimizer(update, ShardedLeaf, state.opt_state))
@@ -91,9 +96,8 @@ class Checkpoints:
             training[_REFERENCE] = jax.tree.map(ShardedLeaf, state.reference, update.layout)
         base = None if state.frozen is None else fingerprint(state.frozen, update.model_layout, update.mesh)
         try:
-            with without_ocdbt_hint():
-                self._checkpointer.save(partial / POLICY, ocp.args.PyTreeSave(policy))
-                self._checkpointer.save(partial / TRAINING, ocp.args.PyTreeSave(training))
+            # orbax runs an event loop, which an interruption would break off with threads at work
+            call_apart(functools.partial(self._write, partial, {POLICY: policy, TRAINING: training}), self._stop.set)
             if jax.process_index() == 0:
                 if base is not None:
                     _write_adapter_record(partial, _adapter_record(update.lora, base))
@@ -106,6 +110,11 @@ class Checkpoints:
             raise OSError(f"the checkpoint of step {state.step} cannot be written: {error}") from error
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"saved {final}")
+
+    def _write(self, folder: Path, items: dict[str, Any]) -> None:
+        with without_ocdbt_hint():
+            for name, tree in items.items():
+                self._checkpointer.save(folder / name, ocp.args.PyTreeSave(tree))
 
     def _remove_old(self) -> None:
         """Under another name first: half of a checkpoint must not be taken for one."""

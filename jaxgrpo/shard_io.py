@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import functools
 import itertools
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -72,9 +73,14 @@ def _equal_part(number: int, most: int) -> int | None:
     return next((number // parts for parts in range(least, 4 * least + 1) if number % parts == 0), None)
 
 
-def checkpoint_handler() -> ocp.PyTreeCheckpointHandler:
-    """Saves trees of ShardedLeafs and, by the first process, NumPy arrays."""
-    handlers = (ShardedLeaf, _ShardedLeafHandler()), (np.ndarray, ocp.type_handlers.NumpyHandler())
+class StoppedError(RuntimeError):
+    """A save was told to stop before its end."""
+
+
+def checkpoint_handler(stop: threading.Event | None = None) -> ocp.PyTreeCheckpointHandler:
+    """Saves trees of ShardedLeafs and, by the first process, NumPy arrays. When `stop` is set no more chunks are written: the save raises
+    StoppedError."""
+    handlers = (ShardedLeaf, _ShardedLeafHandler(stop or threading.Event())), (np.ndarray, ocp.type_handlers.NumpyHandler())
     # orbax asks the handler of arrays for a store of metadata, and warns when there is none
     registry = ocp.type_handlers.create_type_handler_registry(*handlers, (jax.Array, ocp.type_handlers.ArrayHandler()))
     return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
@@ -114,6 +120,9 @@ def saved_shape(store: ts.TensorStore) -> tuple[int, ...]:
 class _ShardedLeafHandler(WriteOnlyHandler):
     """Saves the pieces that this process holds."""
 
+    def __init__(self, stop: threading.Event):
+        self._stop = stop
+
     async def serialize(self, values: Sequence[ShardedLeaf], infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
         context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         with ThreadPoolExecutor(_WRITERS) as pool:
@@ -122,9 +131,14 @@ class _ShardedLeafHandler(WriteOnlyHandler):
                 store = await ts.open(_spec(leaf, info.path, context))
                 shards = [shard for shard in leaf.value.addressable_shards if shard.replica_id == 0]
                 for shard, (row, element) in itertools.product(shards, leaf.starts):
-                    writing.append(loop.run_in_executor(pool, _write_chunk, leaf, shard, row, element, store))
+                    writing.append(loop.run_in_executor(pool, self._write, leaf, shard, row, element, store))
             await asyncio.gather(*writing)
         return []
+
+    def _write(self, *chunk: Any) -> None:
+        if self._stop.is_set():
+            raise StoppedError
+        _write_chunk(*chunk)
 
 
 def _spec(leaf: ShardedLeaf, path: Any, context: ts.Context) -> ts.Spec:
