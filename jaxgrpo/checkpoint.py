@@ -173,7 +173,7 @@ def newest_whole(
         if candidate != candidates[-1]:
             warn(f"the checkpoint of step {candidate} is damaged and passed over: {fault}")
     whole = "" if step is not None else f"no checkpoint in {folder} is whole: "
-    raise DamageError(f"{whole}that of step {candidates[-1]} is damaged: {fault}")
+    raise DamageError(f"{whole}the checkpoint of step {candidates[-1]} is damaged: {fault}")
 
 
 def read_policy(folder: Path, model: ModelConfig, step: int | None = None, base: Callable[[], Params] | None = None) -> tuple[Params, int]:

@@ -126,13 +126,14 @@ class Processes:
         return self.index == 0
 
     def agree(self, text: str) -> None:
-        """Raises ConfigError when another process was started with another `text` (the resolved config) than the leader."""
+        """Raises ConfigError when another process was started with another `text` (the resolved config) than the leader, PeerError when
+        another one has failed."""
         if self.count == 1:
             return
         mine = f"{zlib.crc32(text.encode()):08x}"
         if self.leads:
             self._store.key_value_set("jaxgrpo/config", mine)
-        elif self._store.blocking_key_value_get("jaxgrpo/config", 1000 * _SHUTDOWN_SECONDS) != mine:
+        elif self._wait("jaxgrpo/config") != mine:
             raise ConfigError(
                 f"process {self.index} was started with another config than process 0: give all the same --config, --set and --resume, "
                 "and a --run-dir that is one folder to all"
