@@ -10,7 +10,7 @@ from jaxgrpo.update import StepReport
 
 
 def rollout_metrics(result: RolloutResult, skipped: Sequence[RolloutResult], version: int) -> dict[str, float | int | str]:
-    """What the episodes of a batch came to, and the batches `skipped` before it: no group of them was left, their faults are counted here.
+    """What the episodes of a batch came to, and the batches `skipped` before it, whose faults are counted here.
 
     `version` is that of the weights about to be trained; a token's staleness is how many versions older it is.
     """
@@ -46,28 +46,31 @@ def rollout_metrics(result: RolloutResult, skipped: Sequence[RolloutResult], ver
 def update_metrics(
     batches: Sequence[GroupBatch], reports: Sequence[StepReport], compilations: int, seconds: Mapping[str, float]
 ) -> dict[str, float | int | str]:
-    """What the optimizer steps on a batch came to.
+    """What the optimizer steps on a batch came to; those that were not taken (jaxgrpo.update.StepReport) are counted.
 
     Loss, KL, entropy and the sampler's mismatch are those of the first, on-policy step; the clip share is the last step's (the first one's
     is zero by construction); the gradient norm is the mean over the steps. Of what passed through the layers, padding included, the
     share that is real tokens, and how many positions it was for each completion token; `prompt_sharing` is how many times as many real
     tokens there would be with the prompt in every row.
     """
-    first = reports[0].sums.summary()
+    taken = [report for report in reports if report.taken]
+    first = taken[0].sums.summary()
     completions = sum(int(b.completion_lengths_NG.sum()) for b in batches)
     real = completions + sum(int(b.prompt_lengths_N[b.completion_lengths_NG.any(axis=1)].sum()) for b in batches)
     computed = sum(b.prompt_NP.size + b.completions_NGC.size for b in batches)
     repeated = sum(int((b.completion_lengths_NG + b.prompt_lengths_N[:, None] * (b.completion_lengths_NG > 0)).sum()) for b in batches)
     return {
         **{f"train/{key}": value for key, value in first.items()},
-        "train/clip_share": reports[-1].sums.summary()["clip_share"],
-        "train/grad_norm": float(np.mean([r.grad_norm for r in reports])),
+        "train/clip_share": taken[-1].sums.summary()["clip_share"],
+        "train/grad_norm": float(np.mean([r.grad_norm for r in taken])),
+        "train/skipped_steps": len(reports) - len(taken),
         "train/real_token_share": real / computed,
         "train/forwarded_per_completion_token": computed / completions,
         "train/prompt_sharing": repeated / real,
         "train/compilations": compilations,
         "time/reference_seconds": seconds["reference"],
         "time/update_seconds": seconds["update"],
+        "time/probe_seconds": seconds["probe"],
         "time/publish_seconds": seconds["publish"],
         "speed/trained_tokens_per_second": real * len(reports) / seconds["update"],
     }

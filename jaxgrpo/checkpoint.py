@@ -9,10 +9,14 @@ What else a run needs follows from the config and from how many batches were pla
 The first two are orbax checkpoints of flat arrays (jaxgrpo.shard_io), which each process writes and reads for its own devices.
 """
 
+import functools
 import json
+import shutil
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -20,10 +24,13 @@ import optax
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxgrpo import hf_mapping
 from jaxgrpo.adapters import fingerprint, merge_stored
+from jaxgrpo.background import call_apart
+from jaxgrpo.checksums import DamageError, verify, write_checksums
 from jaxgrpo.lora import NO_LORA, LoraSettings
 from jaxgrpo.model import ModelConfig, Params, trained_shapes
 from jaxgrpo.orbax_io import open_leaves, without_ocdbt_hint
@@ -31,9 +38,28 @@ from jaxgrpo.shard_io import ShardedLeaf, checkpoint_handler, read_shards, read_
 from jaxgrpo.sharding import LeafLayout, layout_of, logical_on_host, make_layout, make_mesh, store
 from jaxgrpo.update import TrainState, Update
 
+T = TypeVar("T")
 POLICY, TRAINING, ADAPTER = "policy", "training", "adapter"
 _ADAPTER_FILE = "adapter.json"
-_OPTIMIZER, _REFERENCE, _BATCHES = "opt_state", "reference", "batches"
+_OPTIMIZER, _REFERENCE, _BATCHES, _VERSION = "opt_state", "reference", "batches", "version"
+_PARTIAL, _DAMAGED = ".partial", ".damaged"
+
+
+class Progress(NamedTuple):
+    """How far a run is beside its optimizer steps: the batches played, and the number of its newest weights (None: not recorded)."""
+
+    batches: int
+    version: int | None = None
+
+
+def warn(text: str) -> None:
+    """Say it on stderr."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def alone(text: str) -> list[str]:
+    """What all processes of a run say, where there is one."""
+    return [text]
 
 
 class Checkpoints:
@@ -44,69 +70,128 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True)
         self._folder = folder.absolute()
-        handlers = {POLICY: checkpoint_handler(), TRAINING: checkpoint_handler(), ADAPTER: ocp.JsonCheckpointHandler(_ADAPTER_FILE)}
-        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+        self._keep = keep
+        self._stop = threading.Event()
+        self._checkpointer = ocp.Checkpointer(checkpoint_handler(self._stop))
+        if jax.process_index() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for left in (*self._folder.glob(f"*{_PARTIAL}"), *self._folder.glob("*.orbax-checkpoint-tmp*")):
+                shutil.rmtree(left)
 
-    def save(self, state: TrainState, batches: int, update: Update) -> None:
-        """Save under `state.step`, with the number of batches played; a step that is there already is left as it is. Raises OSError when it
-        cannot be written, as on a full disk; those before it stay."""
-        if state.step in self._manager.all_steps():
+    def save(self, state: TrainState, progress: Progress, update: Update) -> None:
+        """Save under `state.step`; a step that is there already is left as it is. Raises OSError when it cannot be written, as on a full
+        disk; those before it stay."""
+        final = self._folder / str(state.step)
+        if final.exists():
             return
+        self._stop.clear()
+        partial = final.with_name(final.name + _PARTIAL)
         policy = jax.tree.map(ShardedLeaf, state.params, update.layout)
-        training = {_OPTIMIZER: _nested(_map_optimizer(update, ShardedLeaf, state.opt_state)), _BATCHES: np.asarray(batches)}
+        optimizer = _nested(_map_optimizer(update, ShardedLeaf, state.opt_state))
+        training = {_OPTIMIZER: optimizer, _BATCHES: np.asarray(progress.batches)}
+        if progress.version is not None:
+            training[_VERSION] = np.asarray(progress.version)
         if state.reference is not None:
             training[_REFERENCE] = jax.tree.map(ShardedLeaf, state.reference, update.layout)
-        items: dict[str, Any] = {POLICY: ocp.args.PyTreeSave(policy), TRAINING: ocp.args.PyTreeSave(training)}
-        if state.frozen is not None:
-            items[ADAPTER] = ocp.args.JsonSave(_adapter_record(update.lora, fingerprint(state.frozen, update.model_layout, update.mesh)))
+        base = None if state.frozen is None else fingerprint(state.frozen, update.model_layout, update.mesh)
         try:
-            with without_ocdbt_hint():
-                self._manager.save(state.step, args=ocp.args.Composite(**items))
-                self._manager.wait_until_finished()
-        except ValueError as error:  # tensorstore's, for whatever the file system refuses
+            # orbax runs an event loop, which an interruption would break off with threads at work
+            call_apart(functools.partial(self._write, partial, {POLICY: policy, TRAINING: training}), self._stop.set)
+            if jax.process_index() == 0:
+                if base is not None:
+                    _write_adapter_record(partial, _adapter_record(update.lora, base))
+                write_checksums(partial)
+                partial.rename(final)
+                self._remove_old()
+        except (ValueError, OSError) as error:  # tensorstore raises ValueError for whatever the file system refuses
+            if jax.process_index() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
             raise OSError(f"the checkpoint of step {state.step} cannot be written: {error}") from error
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"saved {final}")
 
-    def restore(self, update: Update, step: int | None = None, frozen: Params | None = None) -> tuple[TrainState, int]:
-        """The state of `step` (default: the newest) and the number of batches played. With LoRA, `frozen` is the base, stored anew.
+    def _write(self, folder: Path, items: dict[str, Any]) -> None:
+        with without_ocdbt_hint():
+            for name, tree in items.items():
+                self._checkpointer.save(folder / name, ocp.args.PyTreeSave(tree))
 
-        Raises FileNotFoundError when there is none, and ValueError when it is of another model, of other adapters or of another base.
+    def _remove_old(self) -> None:
+        """Under another name first: half of a checkpoint must not be taken for one."""
+        for step in _steps(self._folder)[: -self._keep]:
+            shutil.rmtree((self._folder / str(step)).rename(self._folder / f"{step}{_PARTIAL}"))
+
+    def restore(
+        self,
+        update: Update,
+        step: int | None = None,
+        frozen: Params | None = None,
+        share: Callable[[str], list[str]] = alone,
+    ) -> tuple[TrainState, Progress]:
+        """The state of `step` (default: the newest that is whole) and how far the run was. With LoRA, `frozen` is the base, stored anew.
+
+        Damaged checkpoints are passed over, named on stderr, and set aside as `STEP.damaged`. In a run of several processes `share` gives
+        what all of them say, so that they agree on the step. Raises FileNotFoundError when there is none, DamageError when none is whole,
+        and ValueError when it is of another model, of other adapters or of another base.
         """
-        step = _existing_step(self._folder, step)
-        folder = self._folder / str(step)
-        if frozen is not None:
-            base = fingerprint(frozen, update.model_layout, update.mesh)
-            _check_adapter(_adapter_record(update.lora, base), _read_adapter_record(folder))
-        policy = _open_policy(folder, update.config, update.lora)
-        params = hf_mapping.unflatten(
-            {path: read_shards(policy[path], leaf, update.mesh) for path, leaf in hf_mapping.flatten(update.layout).items()}
-        )
-        training = open_leaves(folder / TRAINING)
-        opt_state = _read_tree(training, (_OPTIMIZER,), _optimizer_layout(update), update)
-        reference = _read_tree(training, (_REFERENCE,), update.layout, update) if update.loss.kl_beta else None
-        return TrainState(params, opt_state, reference, step, frozen), int(training[(_BATCHES,)].read().result())
+        record = None if frozen is None else _adapter_record(update.lora, fingerprint(frozen, update.model_layout, update.mesh))
+        (state, progress), found = newest_whole(self._folder, step, lambda folder: _read_state(folder, update, record), share)
+        if step is None and jax.process_index() == 0:
+            for damaged in [later for later in _steps(self._folder) if later > found]:
+                _set_aside(self._folder / str(damaged))
+        return state._replace(step=found, frozen=frozen), progress
 
     def close(self) -> None:
-        self._manager.close()
+        self._checkpointer.close()
 
 
 def newest_step(folder: Path) -> int | None:
-    """The newest step that is saved whole in a run's folder of checkpoints, if there is one."""
+    """The newest step in a run's folder of checkpoints, if there is one."""
     return max(_steps(folder), default=None)
+
+
+def newest_whole(
+    folder: Path, step: int | None, read: Callable[[Path], T], share: Callable[[str], list[str]] = alone
+) -> tuple[T, int]:
+    """What `read` makes of the checkpoint of `step` (default: of the newest that is not damaged), and its step. Raises FileNotFoundError
+    when there is none, DamageError when none is whole, and what else `read` raises."""
+    steps = _steps(folder)
+    candidates = steps[::-1] if step is None else [step]
+    if not set(candidates) & set(steps):
+        of_step, there = ("", "") if step is None else (f" of step {step}", f": there are {', '.join(map(str, steps))}" if steps else "")
+        raise FileNotFoundError(f"there is no checkpoint{of_step} in {folder}{there}")
+    for candidate in candidates:
+        value, fault = None, ""
+        try:
+            value = read(folder / str(candidate))
+        except DamageError as error:
+            fault = str(error)
+        fault = next(filter(None, share(fault)), "")
+        if not fault:
+            assert value is not None
+            return value, candidate
+        if candidate != candidates[-1]:
+            warn(f"the checkpoint of step {candidate} is damaged and passed over: {fault}")
+    whole = "" if step is not None else f"no checkpoint in {folder} is whole: "
+    raise DamageError(f"{whole}the checkpoint of step {candidates[-1]} is damaged: {fault}")
 
 
 def read_policy(folder: Path, model: ModelConfig, step: int | None = None, base: Callable[[], Params] | None = None) -> tuple[Params, int]:
     """The logical weights of a run's checkpoint (NumPy, float32), and their step; nothing else of it is read, nothing is changed.
 
-    Of a run with LoRA, its adapters are merged into the weights that `base` reads, and the result is of their type. Raises
-    FileNotFoundError when there is no checkpoint, and ValueError when it is of another model or base.
+    Of a run with LoRA, its adapters are merged into the weights that `base` reads, and the result is of their type. A damaged checkpoint is
+    passed over, named on stderr. Raises FileNotFoundError when there is none, DamageError (a ValueError) when none is whole, and ValueError
+    when it is of another model or base.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there are no checkpoints in {folder}: give the folder of a run that saved some")
-    step = _existing_step(folder, step)
-    record = _read_adapter_record(folder / str(step))
-    policy = _read_trained(folder / str(step), model, _recorded_lora(record))
+
+    def read(at: Path) -> tuple[Params, dict[str, Any] | None]:
+        _verify(at, POLICY, ADAPTER)
+        record = _read_adapter_record(at)
+        return _read_trained(at, model, _recorded_lora(record)), record
+
+    (policy, record), step = newest_whole(folder, step, read)
     if record is None:
         return policy, step
     if base is None:
@@ -115,8 +200,40 @@ def read_policy(folder: Path, model: ModelConfig, step: int | None = None, base:
 
 
 def read_adapters(folder: Path, model: ModelConfig, step: int) -> Params:
-    """The adapters of a run's checkpoint as a logical tree (NumPy, float32)."""
-    return _read_trained(folder / str(step), model, _recorded_lora(_read_adapter_record(folder / str(step))))
+    """The adapters of a run's checkpoint as a logical tree (NumPy, float32). Raises DamageError when they are not what was saved."""
+    at = folder / str(step)
+    _verify(at, POLICY, ADAPTER)
+    return _read_trained(at, model, _recorded_lora(_read_adapter_record(at)))
+
+
+def _read_state(folder: Path, update: Update, record: dict[str, Any] | None) -> tuple[TrainState, Progress]:
+    """All but the step and the base; with LoRA, `record` is what must have been saved beside the adapters."""
+    _verify(folder, POLICY, TRAINING, ADAPTER)
+    if record is not None:
+        _check_adapter(record, _read_adapter_record(folder))
+    policy = _open_policy(folder, update.config, update.lora)
+    params = hf_mapping.unflatten(
+        {path: read_shards(policy[path], leaf, update.mesh) for path, leaf in hf_mapping.flatten(update.layout).items()}
+    )
+    training = open_leaves(folder / TRAINING)
+    opt_state = _read_tree(training, (_OPTIMIZER,), _optimizer_layout(update), update)
+    reference = _read_tree(training, (_REFERENCE,), update.layout, update) if update.loss.kl_beta else None
+    batches = int(read_whole(training[(_BATCHES,)], ()))
+    version = int(read_whole(training[(_VERSION,)], ())) if (_VERSION,) in training else None
+    return TrainState(params, opt_state, reference, 0), Progress(batches, version)
+
+
+def _verify(folder: Path, *parts: str) -> None:
+    try:
+        verify(folder, parts)
+    except FileNotFoundError:
+        warn(f"the checkpoint in {folder} has no checksums, as those of earlier versions: damage to it goes unnoticed")
+
+
+def _set_aside(folder: Path) -> None:
+    aside = folder.with_name(folder.name + _DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
 
 
 def _read_trained(folder: Path, model: ModelConfig, lora: LoraSettings) -> Params:
@@ -141,10 +258,20 @@ def _recorded_lora(record: dict[str, Any] | None) -> LoraSettings:
     return LoraSettings(record["rank"], record["alpha"], tuple(record["targets"])) if record else NO_LORA
 
 
+def _write_adapter_record(folder: Path, record: dict[str, Any]) -> None:
+    (folder / ADAPTER).mkdir()
+    (folder / ADAPTER / _ADAPTER_FILE).write_text(json.dumps(record), encoding="utf-8")
+
+
 def _read_adapter_record(folder: Path) -> dict[str, Any] | None:
     """What was saved beside adapters; None for a checkpoint of whole weights."""
     file = folder / ADAPTER / _ADAPTER_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamageError(f"{file} cannot be read: {error}") from error
 
 
 def _check_adapter(mine: dict[str, Any], saved: dict[str, Any] | None) -> None:
@@ -161,15 +288,6 @@ def _check_adapter(mine: dict[str, Any], saved: dict[str, Any] | None) -> None:
 
 def _steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
-
-
-def _existing_step(folder: Path, wanted: int | None) -> int:
-    steps = _steps(folder)
-    if not steps:
-        raise FileNotFoundError(f"there is no checkpoint in {folder}")
-    if wanted is not None and wanted not in steps:
-        raise FileNotFoundError(f"there is no checkpoint of step {wanted} in {folder}: there are {', '.join(map(str, steps))}")
-    return steps[-1] if wanted is None else wanted
 
 
 def _open_policy(folder: Path, model: ModelConfig, lora: LoraSettings) -> dict[hf_mapping.Path, ts.TensorStore]:

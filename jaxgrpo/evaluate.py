@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxgrpo import records
-from jaxgrpo.background import EventLoopThread, interruptible
+from jaxgrpo.background import EventLoopThread, interruptible, run_program
 from jaxgrpo.checkpoint import read_policy
 from jaxgrpo.config import Config, ConfigError, load_config
 from jaxgrpo.config_checks import SPLITS
@@ -21,6 +21,7 @@ from jaxgrpo.metrics import Recorder, TerminalView
 from jaxgrpo.model import Params
 from jaxgrpo.paths import absolute
 from jaxgrpo.rollout import Decoding, Rollout, RolloutResult
+from jaxgrpo.run_folder import held
 from jaxgrpo.samplers.base import Sampler, SamplerError
 from jaxgrpo.serving import WholeWeights, agreement_check, open_sampler
 from jaxgrpo.setup import (
@@ -135,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_arguments(args.split, samples, args.checkpoint, args.step)
         folder = run_folder(args.run_dir, f"{config.name}-eval-{args.split}", start)
         checkpoint = args.checkpoint and absolute(args.checkpoint, start)
-        with interruptible():
+        with interruptible(), held(folder):
             _evaluate_once(config, checkpoint, args.step, args.split, samples, folder)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -215,7 +216,9 @@ def _evaluate_once(
     recorder = Recorder(folder, tensorboard=False, wandb_project=None, name=config.name)
     recorder.record(at_step, outcome.metrics | check)
     recorder.close()
-    records.write(folder / "trajectories" / f"eval-{split}-{at_step:06d}.jsonl.gz", outcome.result, f"eval-{split}", at_step)
+    path = folder / "trajectories" / f"eval-{split}-{at_step:06d}.jsonl.gz"
+    for fault in records.write(path, outcome.result, f"eval-{split}", at_step):
+        print(fault, file=sys.stderr)
     for key, value in outcome.metrics.items():
         print(f"{key:40} {value:.4f}" if isinstance(value, float) else f"{key:40} {value}")
     print(outcome.headline)
@@ -223,4 +226,4 @@ def _evaluate_once(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxgrpo.checkpoint import Checkpoints
+from jaxgrpo.checkpoint import Checkpoints, Progress, newest_step
+from jaxgrpo.checksums import DamageError
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.metrics import Stopwatch
 from jaxgrpo.model import Params
+from jaxgrpo.packing import first_rows
 from jaxgrpo.processes import Processes, Told, Work
 from jaxgrpo.serving import StoredWeights
 from jaxgrpo.setup import Policy, build_update, initial_params, make_run_folder
 from jaxgrpo.types import GroupBatch
-from jaxgrpo.update import StepReport, TrainState
+from jaxgrpo.update import DivergedError, StepReport, TrainState
 
 
 def passed(every: int | None, step: int, advance: int) -> bool:
@@ -23,7 +25,8 @@ def passed(every: int | None, step: int, advance: int) -> bool:
 
 
 class Learner:
-    """The training state of one run. `state` and `batch`, the number of batches played, are all that changes.
+    """The training state of one run. `state`, `batch`, the number of batches played, and `version`, that of the policy's weights, are all
+    that changes. The version grows by one with each batch that was trained on.
 
     In a run of several processes each has one. The first process calls the methods, each of which tells the others; they `follow`.
     """
@@ -37,19 +40,24 @@ class Learner:
         make_run_folder(folder)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.recording.keep)
         stack.callback(self.checkpoints.close)
-        self.state, self.batch = self._first_state(resume)
+        self.state, (self.batch, version) = self._first_state(resume)
+        self.advance = 0
+        """The optimizer steps that were taken on the last batch."""
+        self.version = self.state.step // config.training.iterations if version is None else version
         self.clock = Stopwatch()
 
-    def _first_state(self, resume: bool) -> tuple[TrainState, int]:
-        """The state to go on from, and the batches played. With LoRA the base is read anew on resuming: checkpoints hold adapters only."""
+    def _first_state(self, resume: bool) -> tuple[TrainState, Progress]:
+        """The state to go on from, and how far the run is. With LoRA the base is read anew on resuming: checkpoints hold adapters only."""
         lora, frozen = self.config.lora.rank > 0, None
         if lora or not resume:
             state = self.update.init(self.base() if lora else initial_params(self.policy, np.float32), self.config.seed)
             frozen = state.frozen
         if not resume:
-            return state, 0
+            return state, Progress(0, 0)
         try:
-            return self.checkpoints.restore(self.update, frozen=frozen)
+            return self.checkpoints.restore(self.update, frozen=frozen, share=self.processes.share)
+        except DamageError as error:
+            raise ConfigError(f"cannot go on with {self.folder}: {error}; give another --run-dir to begin anew") from error
         except (ValueError, OSError) as error:
             raise ConfigError(f"cannot go on with {self.folder}: {error}") from error
 
@@ -62,31 +70,49 @@ class Learner:
         """The policy's weights, as samplers take them."""
         return StoredWeights(self.state, self.update, self.processes.tell)
 
-    @property
-    def version(self) -> int:
-        """The number of the policy's weights: it grows by one with each batch that was trained on."""
-        return self.state.step // self.config.training.iterations
-
     def learn(self, batches: Sequence[GroupBatch]) -> list[StepReport]:
-        """Micro-batches -> `iterations` optimizer steps, the first of them on-policy."""
+        """Micro-batches -> `iterations` optimizer steps, the first of them on-policy. A step whose gradient is not finite is not taken, and
+        is the last one.
+
+        Raises DivergedError when what was made of the weights is of no use; no sampler and no checkpoint has had them.
+        """
         self.processes.tell(Told(Work.LEARN, batches=tuple(batches)))
+        training = self.config.training
         with self.clock.phase("reference"):
             reference = self.update.reference_logprobs(self.state, batches)
-        behaviour, reports = None, []
+        behaviour, reports, before = None, [], self.state.step
         with self.clock.phase("update"):
-            for _ in range(self.config.training.iterations):
+            for _ in range(min(training.iterations, training.steps - self.state.step)):
                 self.state, logprobs, report = self.update.optimizer_step(self.state, batches, behaviour, reference)
                 behaviour = logprobs if behaviour is None else behaviour
                 reports.append(report)
-                if passed(self.config.training.reference_every, self.state.step, 1):
+                if not report.taken:
+                    break
+                if passed(training.reference_every, self.state.step, 1):
                     self.state = self.update.replace_reference(self.state)
+        self.advance = self.state.step - before
+        if self.advance:
+            self._probe(batches)
+            self.version += 1
         return reports
+
+    def _probe(self, batches: Sequence[GroupBatch]) -> None:
+        """Refuse (DivergedError) weights that no rollout could be played with: those before them are what the disk holds."""
+        with self.clock.phase("probe"):
+            if self.update.usable(self.state, first_rows(batches[0], self.update.mesh.size, self.config.packing)):
+                return
+        saved = newest_step(self.folder / "checkpoints")
+        raise DivergedError(
+            f"the weights of step {self.state.step} give no finite log-probabilities: the step was too large, and is neither served nor "
+            f"saved ({'no checkpoint was saved before it' if saved is None else f'the newest checkpoint is that of step {saved}'}). To resume "
+            f"leads here again; a new run needs a lower optimizer.learning_rate than {self.config.optimizer.learning_rate:g}"
+        )
 
     def save(self) -> None:
         """A checkpoint of the state and of how many batches led to it."""
         self.processes.tell(Told(Work.SAVE, number=self.batch))
         with self.clock.phase("checkpoint"):
-            self.checkpoints.save(self.state, self.batch, self.update)
+            self.checkpoints.save(self.state, Progress(self.batch, self.version), self.update)
 
     def follow(self) -> None:
         """Do what the first process tells, until it is at its end. Raises PeerError when another process has failed."""

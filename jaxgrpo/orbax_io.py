@@ -20,9 +20,11 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from jaxgrpo import hf_mapping
+from jaxgrpo.checksums import CODECS, DamageError
 from jaxgrpo.safetensors_io import contiguous
 
 CHUNK_BYTES = 64 * 2**20
+_SHOWN = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,7 @@ class _StreamedLeafHandler(WriteOnlyHandler):
                 dtype=ts.dtype(value.dtype.name),
                 shape=value.shape,
                 chunk_layout=ts.ChunkLayout(chunk_shape=value.chunk),
+                codec=ts.CodecSpec({"driver": "zarr3", "codecs": CODECS}),
                 context=info.ts_context,
             )
             for where, piece in value.pieces():
@@ -98,7 +101,7 @@ def write(folder: Path, leaves: dict[hf_mapping.Path, StreamedLeaf]) -> None:
 def open_leaves(folder: Path) -> dict[hf_mapping.Path, ts.TensorStore]:
     """The leaves of an orbax checkpoint of weights as tensorstores, nothing read yet.
 
-    Raises ValueError when it is no readable orbax checkpoint.
+    Raises ValueError when it is no orbax checkpoint, DamageError (a ValueError) when an array's metadata cannot be read.
     """
     folder = folder.absolute()
     if (folder / "manifest.ocdbt").exists():
@@ -106,14 +109,27 @@ def open_leaves(folder: Path) -> dict[hf_mapping.Path, ts.TensorStore]:
     leaves: dict[hf_mapping.Path, ts.TensorStore] = {}
     for meta in sorted(folder.glob("*/zarr.json")):
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{meta.parent}/"}, "fill_missing_data_reads": False}
-        try:
+        with _told(meta):
             leaves[tuple(meta.parent.name.split("."))] = ts.open(spec, read=True).result()
-        except ValueError as error:
-            why = str(error).partition(" [tensorstore_spec")[0]
-            raise ValueError(f"{meta} is damaged: convert the model again ({why})") from error
     if not leaves:
-        raise ValueError(f"{folder} holds no arrays: convert the model again")
+        raise ValueError(f"{folder} holds no arrays")
     return leaves
+
+
+def read_values(store: ts.TensorStore) -> np.ndarray:
+    """All of an array, or of a part of one. Raises DamageError when they are not what was written, as far as the array has checksums."""
+    assert store.kvstore is not None
+    with _told(store.kvstore.path):
+        return store.read().result()
+
+
+@contextlib.contextmanager
+def _told(place: str | Path) -> Iterator[None]:
+    """What tensorstore says, it says over several lines, of files and byte ranges: the first one says it."""
+    try:
+        yield
+    except ValueError as error:
+        raise DamageError(f"{str(place).rstrip('/')} cannot be read: {str(error).splitlines()[0][:_SHOWN]}") from error
 
 
 @contextlib.contextmanager

@@ -82,6 +82,21 @@ def pack(groups: Sequence[Group], micro_batch_groups: int, max_completion_tokens
     return [_pack_micro_batch([(groups[n], advantages_NG[n], rows[n]) for n in chunk], micro_batch_groups, g, settings) for chunk in chunks]
 
 
+def first_rows(batch: GroupBatch, groups: int, settings: PackingSettings) -> GroupBatch:
+    """A row of each of the first `groups` groups, cut to the smallest shape that is packed: [N, 1, C]."""
+    n, p, c = groups, settings.prompt_multiple, settings.completion_multiple
+    return GroupBatch(
+        prompt_NP=batch.prompt_NP[:n, :p],
+        prompt_lengths_N=np.minimum(batch.prompt_lengths_N[:n], p),
+        completions_NGC=batch.completions_NGC[:n, :1, :c],
+        completion_lengths_NG=np.minimum(batch.completion_lengths_NG[:n, :1], c),
+        sampled_NGC=batch.sampled_NGC[:n, :1, :c],
+        loss_weights_NGC=batch.loss_weights_NGC[:n, :1, :c],
+        advantages_NG=batch.advantages_NG[:n, :1],
+        sampler_logprobs_NGC=batch.sampler_logprobs_NGC[:n, :1, :c],
+    )
+
+
 def _padded_shape(groups: Sequence[Group], settings: PackingSettings) -> tuple[int, int]:
     prompt = max(len(group.prompt_ids_P) for group in groups)
     completion = max(len(t.completion_ids_C) for group in groups for t in group.trajectories)

@@ -157,7 +157,10 @@ class OrbaxWeights:
     def __init__(self, folder: Path, config: ModelConfig):
         self.folder = folder
         self.config = config
-        self._leaves: dict[hf_mapping.Path, ts.TensorStore] = orbax_io.open_leaves(folder / ORBAX_SUBFOLDER)
+        try:
+            self._leaves: dict[hf_mapping.Path, ts.TensorStore] = orbax_io.open_leaves(folder / ORBAX_SUBFOLDER)
+        except ValueError as error:
+            raise ValueError(f"{error}: convert the model again") from error
         hf_mapping.check_leaves(config, {path: leaf.shape for path, leaf in self._leaves.items()}, folder)
         self.dtypes = {path: leaf.dtype.numpy_dtype for path, leaf in self._leaves.items()}
         for path, dtype in self.dtypes.items():
@@ -169,7 +172,7 @@ class OrbaxWeights:
 
     def read(self, tensor: HFTensor) -> np.ndarray:
         leaf = self._leaves[tensor.path]
-        return (leaf if tensor.layer is None else leaf[tensor.layer]).read().result()
+        return orbax_io.read_values(leaf if tensor.layer is None else leaf[tensor.layer])
 
 
 def is_orbax(folder: Path) -> bool:

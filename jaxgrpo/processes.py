@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import enum
 import errno
+import functools
 import ipaddress
 import json
 import os
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +38,7 @@ _POLL_MILLISECONDS = 1000
 _NAME_SECONDS = 60
 _FAILED = "jaxgrpo/failed"
 _BIND_VARIABLE = "JAX_COORDINATOR_BIND_ADDRESS"  # jax's own
+_SHARED = "jaxgrpo/shared"
 
 
 class Work(enum.StrEnum):
@@ -194,6 +196,7 @@ class Processes:
         self.count = count
         self._store = store
         self._told = 0
+        self._shared = 0
         self._failure: str | None = None
         self._leaving = False
         self._over = threading.Event()
@@ -203,17 +206,26 @@ class Processes:
         return self.index == 0
 
     def agree(self, text: str) -> None:
-        """Raises ConfigError when another process was started with another `text` (the resolved config) than the leader."""
+        """Raises ConfigError when another process was started with another `text` (the resolved config) than the leader, PeerError when
+        another one has failed."""
         if self.count == 1:
             return
         mine = f"{zlib.crc32(text.encode()):08x}"
         if self.leads:
             self._store.key_value_set("jaxgrpo/config", mine)
-        elif self._store.blocking_key_value_get("jaxgrpo/config", 1000 * _SHUTDOWN_SECONDS) != mine:
+        elif self._wait("jaxgrpo/config") != mine:
             raise ConfigError(
                 f"process {self.index} was started with another config than process 0: give all the same --config, --set and --resume, "
                 "and a --run-dir that is one folder to all"
             )
+
+    def share(self, text: str) -> list[str]:
+        """What each process says at this point, in their order; all come here. Raises PeerError when another process has failed."""
+        if self.count == 1:
+            return [text]
+        self._shared += 1
+        self._store.key_value_set(f"{_SHARED}/{self._shared}/{self.index}", text)
+        return [self._wait(f"{_SHARED}/{self._shared}/{i}") for i in range(self.count)]
 
     def tell(self, told: Told) -> None:
         """Called by the leader right before it computes on the mesh; of the others, and in a run of one process, it does nothing.
@@ -245,7 +257,9 @@ class Processes:
         if self.count == 1:
             yield
             return
-        before = signal.signal(signal.SIGINT, self._interrupt)
+        before = signal.getsignal(signal.SIGINT)
+        handler = before if callable(before) else signal.default_int_handler
+        signal.signal(signal.SIGINT, functools.partial(self._interrupt, handler))
         watcher = threading.Thread(target=self._watch, daemon=True)
         watcher.start()
         try:
@@ -268,10 +282,11 @@ class Processes:
             watcher.join()
             signal.signal(signal.SIGINT, before)
 
-    def _interrupt(self, *_: Any) -> None:
-        """Handles SIGINT, in the main thread: what the watcher sends must not break into the handling of this process's own failure."""
+    def _interrupt(self, handler: Callable[..., Any], *arguments: Any) -> None:
+        """Has `handler` handle SIGINT, in the main thread: but what the watcher sends must not break into the handling of this process's
+        own failure."""
         if self._failure is None or not self._leaving:
-            raise KeyboardInterrupt
+            handler(*arguments)
 
     def _fail(self, how: str) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one failed first

@@ -9,7 +9,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from jaxgrpo.types import Message, Score, StopReason, ToolCall, Trajectory
 
 FORMAT = 1
 """The version of the line format; it grows when a reader of the former could misread a line."""
+_SHOWN = 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,24 +41,67 @@ class RecordFile:
     torn: str = ""
 
 
-def write(path: Path, result: RolloutResult, split: str, step: int) -> None:
-    """Write what a rollout led to: the episodes of its groups, then those that their environments ended with an error."""
+def write(path: Path, result: RolloutResult, split: str, step: int) -> list[str]:
+    """Write what a rollout led to: the episodes of its groups, then those that their environments ended with an error. What cannot be
+    written of them is left out; returned is what, and why, one text an episode."""
+    lines, faults = to_lines(result, split, step)
+    write_lines(path, lines)
+    return faults
+
+
+def to_lines(result: RolloutResult, split: str, step: int) -> tuple[list[str], list[str]]:
+    """A rollout's episodes as lines, and the faults of those of which a part cannot be written, because of what their environment gave."""
     tasks = [group.task for group in result.groups] + [dropped.task for dropped in result.dropped]
     labels = {task.id: task.labels for task in tasks}
     trajectories = [trajectory for group in result.groups for trajectory in group.trajectories]
-    write_records(path, [TrajectoryRecord(t, split, step, labels[t.task_id]) for t in [*trajectories, *result.failures]])
+    lines, faults = [], []
+    for t in [*trajectories, *result.failures]:
+        record = TrajectoryRecord(t, split, step, labels[t.task_id])
+        try:
+            lines.append(to_line(record))
+        except Exception as error:  # the edge to a user's environment: messages, calls and scores hold what it gave
+            faults.append(f"an episode of task {t.task_id!r} cannot be recorded: {type(error).__name__}: {_shown(str, error)}")
+            lines.append(to_line(_without_what_was_given(record, faults[-1])))
+    return lines, faults
+
+
+def _without_what_was_given(record: TrajectoryRecord, fault: str) -> TrajectoryRecord:
+    """The tokens of an episode, and in words what else is known of it."""
+    t = record.trajectory
+    error = f"{fault}; it ended as {t.stop_reason}, its score was {_shown(repr, t.score)}, its calls were {_shown(repr, t.calls)}"
+    bare = dataclasses.replace(t, messages=(), calls=(), score=None, stop_reason=StopReason.ENVIRONMENT_ERROR, error=error)
+    return dataclasses.replace(record, trajectory=bare, labels=())
+
+
+def _shown(how: Callable[[Any], str], value: Any) -> str:
+    try:
+        return how(value)[:_SHOWN]
+    except Exception:  # the edge to a user's environment
+        return f"(a {type(value).__name__} that cannot be shown)"
 
 
 def write_records(path: Path, records: Iterable[TrajectoryRecord]) -> None:
     """Write a file whole: it is there complete, or as it was before. A step that is run again after a resume replaces its own file."""
+    write_lines(path, map(to_line, records))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """As `write_records`, of records that are lines already."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    data = "".join(f"{to_line(record)}\n" for record in records).encode("ascii")
+    data = "".join(f"{line}\n" for line in lines).encode("ascii")
     with unfinished.open("wb") as file:
         file.write(gzip.compress(data, compresslevel=6, mtime=0) if path.suffix == ".gz" else data)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what killed processes were writing into a folder that nobody writes into now."""
+    for path in folder.glob(".*.jsonl*"):
+        if path.name.rpartition(".")[2].isdecimal():
+            path.unlink(missing_ok=True)
 
 
 def append_records(path: Path, records: Iterable[TrajectoryRecord]) -> None:

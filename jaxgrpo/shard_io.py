@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import functools
 import itertools
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,7 +22,8 @@ import tensorstore as ts
 from jax import Array
 from jax.sharding import Mesh
 
-from jaxgrpo.orbax_io import WriteOnlyHandler
+from jaxgrpo.checksums import CODECS
+from jaxgrpo.orbax_io import WriteOnlyHandler, read_values
 from jaxgrpo.sharding import LeafLayout, store_rows
 
 CHUNK_BYTES = 2**26
@@ -71,9 +73,14 @@ def _equal_part(number: int, most: int) -> int | None:
     return next((number // parts for parts in range(least, 4 * least + 1) if number % parts == 0), None)
 
 
-def checkpoint_handler() -> ocp.PyTreeCheckpointHandler:
-    """Saves trees of ShardedLeafs and, by the first process, NumPy arrays."""
-    handlers = (ShardedLeaf, _ShardedLeafHandler()), (np.ndarray, ocp.type_handlers.NumpyHandler())
+class StoppedError(RuntimeError):
+    """A save was told to stop before its end."""
+
+
+def checkpoint_handler(stop: threading.Event | None = None) -> ocp.PyTreeCheckpointHandler:
+    """Saves trees of ShardedLeafs and, by the first process, NumPy arrays. When `stop` is set no more chunks are written: the save raises
+    StoppedError."""
+    handlers = (ShardedLeaf, _ShardedLeafHandler(stop or threading.Event())), (np.ndarray, ocp.type_handlers.NumpyHandler())
     # orbax asks the handler of arrays for a store of metadata, and warns when there is none
     registry = ocp.type_handlers.create_type_handler_registry(*handlers, (jax.Array, ocp.type_handlers.ArrayHandler()))
     return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
@@ -85,7 +92,7 @@ def read_shards(store: ts.TensorStore, leaf: LeafLayout, mesh: Mesh) -> Array:
     rows = store if leaf.stacked else store[ts.newaxis]
 
     def read(start: int, stop: int) -> np.ndarray:
-        return rows[:, start:stop].read().result()
+        return read_values(rows[:, start:stop])
 
     return store_rows(read, leaf, mesh, store.dtype.numpy_dtype)
 
@@ -93,7 +100,7 @@ def read_shards(store: ts.TensorStore, leaf: LeafLayout, mesh: Mesh) -> Array:
 def read_whole(store: ts.TensorStore, logical_shape: tuple[int, ...]) -> np.ndarray:
     """The logical array, on this host. Raises ValueError for another shape."""
     check_shape(store, logical_shape)
-    return store.read().result().reshape(logical_shape)
+    return read_values(store).reshape(logical_shape)
 
 
 def check_shape(store: ts.TensorStore, logical_shape: tuple[int, ...]) -> None:
@@ -113,6 +120,9 @@ def saved_shape(store: ts.TensorStore) -> tuple[int, ...]:
 class _ShardedLeafHandler(WriteOnlyHandler):
     """Saves the pieces that this process holds."""
 
+    def __init__(self, stop: threading.Event):
+        self._stop = stop
+
     async def serialize(self, values: Sequence[ShardedLeaf], infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
         context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         with ThreadPoolExecutor(_WRITERS) as pool:
@@ -121,9 +131,14 @@ class _ShardedLeafHandler(WriteOnlyHandler):
                 store = await ts.open(_spec(leaf, info.path, context))
                 shards = [shard for shard in leaf.value.addressable_shards if shard.replica_id == 0]
                 for shard, (row, element) in itertools.product(shards, leaf.starts):
-                    writing.append(loop.run_in_executor(pool, _write_chunk, leaf, shard, row, element, store))
+                    writing.append(loop.run_in_executor(pool, self._write, leaf, shard, row, element, store))
             await asyncio.gather(*writing)
         return []
+
+    def _write(self, *chunk: Any) -> None:
+        if self._stop.is_set():
+            raise StoppedError
+        _write_chunk(*chunk)
 
 
 def _spec(leaf: ShardedLeaf, path: Any, context: ts.Context) -> ts.Spec:
@@ -131,7 +146,7 @@ def _spec(leaf: ShardedLeaf, path: Any, context: ts.Context) -> ts.Spec:
         {
             "driver": "zarr3",
             "kvstore": {"driver": "file", "path": f"{path}/"},
-            "metadata": {"attributes": {"logical_shape": list(leaf.layout.logical_shape)}},
+            "metadata": {"attributes": {"logical_shape": list(leaf.layout.logical_shape)}, "codecs": CODECS},
             # orbax records that zeros are stored too, and then takes a chunk that is not there for a loss
             "store_data_equal_to_fill_value": True,
         }

@@ -15,19 +15,19 @@ import jax
 import numpy as np
 
 from jaxgrpo import records
-from jaxgrpo.background import EventLoopThread, interruptible
+from jaxgrpo.background import EventLoopThread, interruptible, run_program
 from jaxgrpo.batch_metrics import rollout_metrics, schedule_metrics, update_metrics
-from jaxgrpo.checkpoint import newest_step, read_adapters, read_policy
+from jaxgrpo.checkpoint import newest_step
 from jaxgrpo.config import MAY_CHANGE, Config, ConfigError, changes_of_meaning, load_config, refuse, to_json
 from jaxgrpo.evaluate import NothingLeftError, evaluate, split_tasks
+from jaxgrpo.export import export
 from jaxgrpo.learner import Learner, passed
 from jaxgrpo.metrics import Recorder, TerminalView
 from jaxgrpo.packing import pack
 from jaxgrpo.paths import write_whole
-from jaxgrpo.peft_format import save_adapter
-from jaxgrpo.pretrained import save_hf
 from jaxgrpo.processes import ClusterFlags, PeerError, Processes, Told, Work, add_flags, join
 from jaxgrpo.rollout import Decoding, RolloutResult
+from jaxgrpo.run_folder import held
 from jaxgrpo.samplers.base import Sampler, SamplerError
 from jaxgrpo.samplers.metered import MeteredSampler
 from jaxgrpo.schedule import RolloutsAhead, check_staleness
@@ -48,11 +48,9 @@ from jaxgrpo.setup import (
     take_gpus,
     training_mesh,
 )
+from jaxgrpo.skipping import NothingLearntError, Prepared, SkippedBatches, UselessBatchError, check_gradient
 from jaxgrpo.types import GroupBatch, Task
 from jaxgrpo.update import DivergedError, StepReport, TrainState
-
-MOST_SKIPPED = 3
-"""So many batches in a row may be lost to failing environments; then the run ends."""
 
 _LESS_MEMORY = (
     "python -m tools.plan_memory says what a step needs. Less: training.groups_per_device=1, a smaller training.head_chunk, "
@@ -84,7 +82,7 @@ class Training(Learner):
         policy = open_policy(config)
         self.tasks, _ = training_tasks(config, policy)
         super().__init__(config, policy, folder, resume, processes, stack)
-        self.skipped: list[RolloutResult] = []
+        self.skipped = SkippedBatches(folder / "trajectories" if config.recording.trajectories else None)
         self.loop = stack.enter_context(EventLoopThread())
         self.sampler = MeteredSampler(self.open_sampler(stack))
         self.rollout = build_rollout(config, self.policy, self.sampler, Decoding(config.rollout.temperature))
@@ -112,13 +110,15 @@ class Training(Learner):
         while self.state.step < self.config.training.steps:
             result = self.play()
             self.batch += 1
-            if not result.groups:
-                self.skip(result)
+            try:
+                prepared = self.prepare(result)
+                reports = self.learn(prepared.batches)
+                check_gradient(reports[0], prepared.batches)
+            except UselessBatchError as error:
+                self.skip(result, error)
                 continue
-            batches = self.pack(result)
-            reports = self.learn(batches)
             self.publish()
-            self.record(result, batches, reports)
+            self.record(result, prepared, reports)
             self.evaluate_if_due()
             self.checkpoint_if_due()
         self.finish()
@@ -126,7 +126,7 @@ class Training(Learner):
     def play(self) -> RolloutResult:
         """The next batch's tasks -> scored groups. With training.max_staleness the batches after it are played meanwhile."""
         with self.clock.phase("wait"):
-            result = self.ahead.next((self.config.training.steps - self.state.step) // self.config.training.iterations)
+            result = self.ahead.next(-(-(self.config.training.steps - self.state.step) // self.config.training.iterations))
         check_staleness(result, self.version, self.config.training.max_staleness)
         return result
 
@@ -141,13 +141,25 @@ class Training(Learner):
 
         return await self.rollout.groups(tasks, r.group_size, seed, f"batch-{batch}", progress)
 
-    def skip(self, result: RolloutResult) -> None:
-        """Go on without a batch of which no group was left. Raises NothingLeftError when it is one of too many in a row."""
-        self.skipped.append(result)
-        self.save_episodes(result, f"skipped-{self.batch}")
-        if len(self.skipped) == MOST_SKIPPED:
-            raise NothingLeftError(f"the last {MOST_SKIPPED} batches", result)
-        self.view.say(f"batch {self.batch} is skipped: its environments failed in every group")
+    def prepare(self, result: RolloutResult) -> Prepared:
+        """A batch's metrics, episodes and micro-batches. Raises UselessBatchError when there are none, whatever its environments gave."""
+        if not result.groups:
+            raise UselessBatchError("its environments failed in every group")
+        training, step = self.config.training, self.state.step
+        after = step + min(training.iterations, training.steps - step)
+        try:
+            lines, faults = records.to_lines(result, "train", after)
+            prepared = Prepared(rollout_metrics(result, self.skipped.results, self.version), after, lines, self.pack(result))
+        except Exception as error:  # the edge to a user's environment: what it gave has been looked at, but not by all that use it
+            raise UselessBatchError(f"{type(error).__name__}: {error}") from error
+        if faults:
+            raise UselessBatchError(faults[0])
+        return prepared
+
+    def skip(self, result: RolloutResult, error: UselessBatchError) -> None:
+        """Go on without a batch. Raises NothingLeftError or NothingLearntError when it is one of too many in a row."""
+        self.skipped.add(f"skipped-{self.batch}-{self.state.step:06d}", result, error, self.state.step)
+        self.view.say(f"batch {self.batch} is skipped: {error}")
 
     def pack(self, result: RolloutResult) -> list[GroupBatch]:
         """Scored groups -> micro-batches."""
@@ -165,18 +177,20 @@ class Training(Learner):
         """How far what is served is from the trainer's own forward. Raises MismatchError when it is too far."""
         return {} if self.agreement is None else self.agreement.run(self.loop, self.sampler, self.update.policy(self.state), self.version)
 
-    def record(self, result: RolloutResult, batches: Sequence[GroupBatch], reports: Sequence[StepReport]) -> None:
+    def record(self, result: RolloutResult, prepared: Prepared, reports: Sequence[StepReport]) -> None:
         """Metrics and episodes of the batch. What recording it takes is counted with the next one's time, as is a checkpoint."""
         seconds, sampler_idle_share = self.measure()
-        played = rollout_metrics(result, self.skipped, self.version - 1)
-        trained = update_metrics(batches, reports, self.update.compilations, seconds)
-        metrics = played | trained | schedule_metrics(seconds, sampler_idle_share) | self.served
+        trained = update_metrics(prepared.batches, reports, self.update.compilations, seconds)
+        metrics = prepared.metrics | trained | schedule_metrics(seconds, sampler_idle_share) | self.served
         metrics["time/check_seconds"] = seconds["check"]
-        self.skipped = []
+        self.skipped.clear()
+        step = self.state.step
         with self.clock.phase("record"):
-            self.recorder.record(self.state.step, metrics)
-            self.view.step(self.state.step, metrics)
-            self.save_episodes(result, "train")
+            self.recorder.record(step, metrics)
+            self.view.step(step, metrics)
+            if self.config.recording.trajectories:
+                lines = prepared.lines if step == prepared.step else records.to_lines(result, "train", step)[0]
+                records.write_lines(self.folder / "trajectories" / f"train-{step:06d}.jsonl.gz", lines)
 
     def measure(self) -> tuple[dict[str, float], float]:
         """Since this was asked last: the seconds of each phase and of all, and the sampler's idle share."""
@@ -186,7 +200,7 @@ class Training(Learner):
         """After the last step when asked for, and every so many steps before it."""
         evaluation, step = self.config.evaluation, self.state.step
         last = step >= self.config.training.steps
-        if evaluation.after if last else passed(evaluation.every, step, self.config.training.iterations):
+        if evaluation.after if last else passed(evaluation.every, step, self.advance):
             with self.clock.phase("evaluate"):  # no batch's time
                 self.evaluate()
             self.loop.call(self.sampler.take_idle_share())
@@ -208,36 +222,25 @@ class Training(Learner):
                 continue
             self.recorder.record(self.state.step, outcome.metrics | {"eval/seconds": time.perf_counter() - start})
             self.view.say(f"step {self.state.step}  {outcome.headline}")
-            self.save_episodes(outcome.result, f"eval-{split}")
+            self.save_evaluation(outcome.result, f"eval-{split}")
 
     def checkpoint_if_due(self) -> None:
         """Last of all, so that what a resumed run goes on from is recorded in full."""
         step = self.state.step
-        if step >= self.config.training.steps or passed(self.config.recording.checkpoint_every, step, self.config.training.iterations):
+        if step >= self.config.training.steps or passed(self.config.recording.checkpoint_every, step, self.advance):
             self.save()
 
-    def save_episodes(self, result: RolloutResult, kind: str) -> None:
-        """Under the step that the batch led to."""
+    def save_evaluation(self, result: RolloutResult, kind: str) -> None:
+        """Its episodes, under the step that it was of."""
         if self.config.recording.trajectories:
-            path = self.folder / "trajectories" / f"{kind}-{self.state.step:06d}.jsonl.gz"
-            records.write(path, result, kind, self.state.step)
+            step = self.state.step
+            for fault in records.write(self.folder / "trajectories" / f"{kind}-{step:06d}.jsonl.gz", result, kind, step):
+                self.view.say(f"step {step}  {fault}")
 
     def finish(self) -> None:
-        """The trained policy as a Hugging Face folder, or its adapter as PEFT's, in place of that of a run that was shorter."""
-        if not self.config.recording.export_hf:
-            return
-        lora, model, saved = self.config.lora, self.config.model, self.folder / "checkpoints"
-        folder = self.folder / ("adapter" if lora.export == "adapter" else "hf")
-        if folder.exists():
-            shutil.rmtree(folder)
-        if lora.export == "adapter":
-            base = str(self.policy.folder.resolve()) if Path(model.source).expanduser().is_dir() else model.source
-            adapters = read_adapters(saved, self.policy.config, self.state.step)
-            save_adapter(adapters, self.policy.config, lora, base, model.revision, folder)
-        else:
-            params, _ = read_policy(saved, self.policy.config, self.state.step, self.base)
-            save_hf(params, self.policy.folder, folder)
-        self.view.say(f"the policy is in {folder}")
+        """The trained policy as others load it."""
+        if self.config.recording.export_hf:
+            self.view.say(f"the policy is in {export(self.config, self.policy, self.folder, self.state.step, self.base)}")
 
 
 def training_tasks(config: Config, policy: Policy) -> tuple[Sequence[Task], int]:
@@ -289,6 +292,8 @@ def train(config: Config, folder: Path, resume: bool = False, processes: Process
     """
     processes = processes or Processes()
     with processes.together(), ExitStack() as stack:
+        if processes.leads:
+            stack.enter_context(held(folder))
         saved = newest_step(folder / "checkpoints")
         processes.agree(f"{resume} {saved} {to_json(config)}")
         if processes.leads:
@@ -389,7 +394,7 @@ def _train_until_told(config: Config, folder: Path, resume: bool, processes: Pro
     """Train; the exit status. An interruption ends the run at once, with what the last checkpoint holds."""
     try:
         train(config, folder, resume, processes)
-    except (NothingLeftError, SamplerError, PeerError, DivergedError) as error:
+    except (NothingLeftError, NothingLearntError, SamplerError, PeerError, DivergedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -412,4 +417,4 @@ def _how_to_go_on(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -55,7 +55,7 @@ class OptimizerSettings:
 
 
 class DivergedError(RuntimeError):
-    """A step's gradient is not finite, so neither are the weights that it made: says what it was, and what helps."""
+    """The weights that a step made are of no use: says so, and what helps."""
 
 
 class TrainState(NamedTuple):
@@ -83,10 +83,15 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """One optimizer step: the sums of its micro-batches and the gradient's global norm before clipping."""
+    """One optimizer step: the sums of its micro-batches and the gradient's global norm before clipping. Where that is not finite the step
+    was not taken."""
 
     sums: LossSums
     grad_norm: float
+
+    @property
+    def taken(self) -> bool:
+        return math.isfinite(self.grad_norm)
 
 
 class LoweredStep(NamedTuple):
@@ -157,6 +162,7 @@ class Update:
         self._apply = jax.jit(
             self._apply_gradients, donate_argnums=(0, 1), out_shardings=(params_at, opt_state_at, NamedSharding(mesh, replicated))
         )
+        self._finite = jax.jit(_finite, out_shardings=NamedSharding(mesh, replicated))
         self._init_optimizer = jax.jit(self.optimizer.init, out_shardings=opt_state_at)
         self._zeros = jax.jit(functools.partial(jax.tree.map, jnp.zeros_like), out_shardings=params_at)
         self._copy_as_reference = jax.jit(functools.partial(jax.tree.map, lambda x: x.astype(storage.dtype)), out_shardings=params_at)
@@ -213,7 +219,7 @@ class Update:
         """One optimizer step on all micro-batches. `behaviour` is None on the first step on a batch.
 
         Returns the new state (the old one's buffers are donated), each micro-batch's train log-probabilities [N, G, C], and the report.
-        Raises DivergedError, with the state lost, when the gradient is not finite.
+        When the gradient is not finite the step is not taken: the state is the one that was given, to the last bit.
         """
         gradients = self._zeros(state.params)
         train_logprobs, sums = [], []
@@ -229,14 +235,12 @@ class Update:
         params, opt_state, grad_norm = self._apply(state.params, state.opt_state, gradients)
         total = functools.reduce(LossSums.add, (LossSums._make(map(float, s)) for s in jax.device_get(sums)))
         report = StepReport(total, float(grad_norm))
-        state = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
-        if not math.isfinite(report.grad_norm):
-            raise DivergedError(
-                f"the gradient of step {state.step} is not finite (norm {report.grad_norm}, loss {total.loss}, KL {total.kl}), and the "
-                "policy is lost: --resume goes on from the last checkpoint; where this comes again, a new run needs a lower "
-                "optimizer.learning_rate"
-            )
-        return state, train_logprobs, report
+        return state._replace(params=params, opt_state=opt_state, step=state.step + report.taken), train_logprobs, report
+
+    def usable(self, state: TrainState, probe: GroupBatch) -> bool:
+        """True when the state's weights are finite, and so are the log-probabilities that they give the completions of `probe`."""
+        logprobs = self.logprobs(self.policy(state), probe)
+        return bool(self._finite(state.params, logprobs, self._put(probe).completion_lengths_NG))
 
     def lower(self, groups: int, group_size: int, prompt: int, completion: int) -> LoweredStep:
         """The programs of a step for micro-batches of one shape, from shapes alone: nothing is computed, and the mesh may be of devices
@@ -361,8 +365,17 @@ class Update:
         return total | {"layers": layers}, train, LossSums(*totals)
 
     def _apply_gradients(self, params: Params, opt_state: Any, gradients: Params) -> tuple[Params, Any, Array]:
-        updates, opt_state = self.optimizer.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, optax.tree.norm(gradients)
+        """In place: what a gradient that is not finite would make is left as it was, element by element."""
+        norm = optax.tree.norm(gradients)
+        updates, after = self.optimizer.update(gradients, opt_state, params)
+        new = optax.apply_updates(params, updates), after
+        return *jax.tree.map(functools.partial(jnp.where, jnp.isfinite(norm)), new, (params, opt_state)), norm
+
+
+def _finite(params: Params, logprobs_NGC: Array, lengths_NG: Array) -> Array:
+    """Whether all weights are, and the log-probabilities of real tokens."""
+    real_NGC = jnp.arange(logprobs_NGC.shape[-1]) < lengths_NG[..., None]
+    return jnp.isfinite(optax.tree.norm(params)) & jnp.isfinite(jnp.where(real_NGC, logprobs_NGC, 0.0)).all()
 
 
 jax.tree_util.register_dataclass(GroupBatch, data_fields=list(_BATCH_FIELDS), meta_fields=[])

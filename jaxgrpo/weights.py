@@ -8,8 +8,8 @@ the bare values, so the blocks go straight to their places in it, and whoever re
 """
 
 import asyncio
+import contextlib
 import dataclasses
-import fcntl
 import functools
 import io
 import itertools
@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import zlib
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxgrpo import hf_mapping
+from jaxgrpo.locks import holder, lock, release
 from jaxgrpo.model import ModelConfig, Params
 from jaxgrpo.orbax_io import WriteOnlyHandler, without_ocdbt_hint
 from jaxgrpo.shard_io import equal_parts
@@ -280,7 +282,8 @@ class WeightFolder:
         in_memory = shared and _room(shared_memory) > 3 * version_bytes
         name = f"jaxgrpo-{os.getuid()}-{zlib.crc32(str(run_folder.absolute()).encode()):08x}"
         self.root = (shared_memory / name if in_memory else run_folder / "weights").absolute()
-        self._lock: TextIO | None = _claim(self.root) if jax.process_index() == 0 else None
+        mode = 0o755 if elsewhere else 0o700  # servers elsewhere may be another user's
+        self._lock = _claim(self.root, mode) if jax.process_index() == 0 else None
 
     def keep_only(self, versions: Collection[int]) -> None:
         """Take back every other version: those that no server reads, or goes back to, any more."""
@@ -293,7 +296,7 @@ class WeightFolder:
         """Remove the folder. To be called again without harm."""
         if self._lock is not None:
             shutil.rmtree(self.root, ignore_errors=True)
-            self._lock.close()
+            release(self._lock)
             self._lock = None
 
 
@@ -301,32 +304,48 @@ def _room(folder: Path) -> int:
     return shutil.disk_usage(folder).free if folder.is_dir() else 0
 
 
-def _claim(root: Path) -> TextIO:
-    """Lock a folder, empty. Raises FileExistsError when another process holds it."""
-    root.mkdir(parents=True, exist_ok=True)
-    lock = (root / _LOCK).open("w")
-    if not _locked(lock):
-        lock.close()
-        raise FileExistsError(f"{root} holds the weights of a run that is going on: give this run another folder")
+def _claim(root: Path, mode: int) -> TextIO:
+    """Make a folder that nobody else can write to, and lock it; one that is there already is emptied.
+
+    Raises FileExistsError when another process holds it, PermissionError when others could write.
+    """
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        root.mkdir(mode)
+    if (fault := _not_ours(root)) is not None:
+        raise PermissionError(
+            f"{root} {fault}, so that others could change the weights in it: remove it, or set vllm.weights_folder"
+        )
+    locked = lock(root / _LOCK)
+    if locked is None:
+        raise FileExistsError(
+            f"{root} is in use by {holder(root / _LOCK)}: give this run another folder"
+        )
     for path in root.glob("[0-9]*"):
         if path.name.isdecimal():
             remove_version(root, int(path.name))
-    return lock
+    return locked
 
 
-def _locked(lock: TextIO) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _not_ours(root: Path) -> str | None:
+    """What makes a folder another one's than this user's; None when nothing does."""
+    found = root.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        return "is a link" if stat.S_ISLNK(found.st_mode) else "is no folder"
+    if found.st_uid != os.getuid():
+        return f"belongs to another user (id {found.st_uid})"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"can be written to by others (mode {stat.S_IMODE(found.st_mode):o})"
+    return None
 
 
 def _remove_abandoned(shared_memory: Path) -> None:
     """Folders of this user whose process has ended: what is left in shared memory is lost to everybody until someone removes it."""
     for root in shared_memory.glob(f"jaxgrpo-{os.getuid()}-*"):
-        if (root / _LOCK).is_file():
-            with (root / _LOCK).open() as lock:
-                if _locked(lock):
-                    _log.info("removing %s, which a run left behind", root)
-                    shutil.rmtree(root, ignore_errors=True)
+        if _not_ours(root) is not None or not (root / _LOCK).is_file():
+            continue
+        locked = lock(root / _LOCK)
+        if locked is not None:
+            _log.info("removing %s, which a run left behind", root)
+            shutil.rmtree(root, ignore_errors=True)
+            release(locked)

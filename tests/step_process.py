@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from jaxgrpo.checkpoint import Checkpoints
+from jaxgrpo.checkpoint import Checkpoints, Progress
 from jaxgrpo.processes import ClusterFlags, add_flags, join
 from jaxgrpo.update import StepReport, TrainState, Update
 from tests.updates import GROUPS, packed, update_of
@@ -22,9 +22,9 @@ def step(update: Update, state: TrainState) -> tuple[TrainState, StepReport]:
 def main(source: Path, destination: Path) -> None:
     update = update_of(jax.device_count())
     reading, writing = Checkpoints(source, 1), Checkpoints(destination, 1)
-    state, batches = reading.restore(update)
+    state, progress = reading.restore(update)
     state, report = step(update, state)
-    writing.save(state, batches + 1, update)
+    writing.save(state, Progress(progress.batches + 1), update)
     if jax.process_index() == 0:
         (destination / "report.json").write_text(json.dumps([report.sums.loss, report.grad_norm]))
 

@@ -81,7 +81,7 @@ def test_update_metrics_by_hand():
     batches = pack(GROUPS, 2, 8, PackingSettings(prompt_multiple=4, completion_multiple=8))
     first = LossSums(0.5, 10.0, 14.0, 2.0, 0.0, 20.0, 1.4, 0.7, 7.0, 0.3)
     last = first._replace(loss=0.1, clipped=5.0)
-    seconds = {"reference": 0.1, "update": 0.5, "publish": 0.2}
+    seconds = {"reference": 0.1, "update": 0.5, "probe": 0.05, "publish": 0.2}
     metrics = update_metrics(batches, [StepReport(first, 2.0), StepReport(last, 4.0)], 3, seconds)
     real = 16 + 6  # sixteen completion tokens and two prompts of three
     expected = {
@@ -95,16 +95,30 @@ def test_update_metrics_by_hand():
         "train/mismatch_kl": 0.05,
         "train/mismatch_outside_share": 0.5,
         "train/grad_norm": 3.0,
+        "train/skipped_steps": 0,
         "train/real_token_share": real / (2 * 4 + 4 * 8),
         "train/forwarded_per_completion_token": (2 * 4 + 4 * 8) / 16,
         "train/prompt_sharing": (16 + 4 * 3) / real,
         "train/compilations": 3,
         "time/reference_seconds": 0.1,
         "time/update_seconds": 0.5,
+        "time/probe_seconds": 0.05,
         "time/publish_seconds": 0.2,
         "speed/trained_tokens_per_second": real * 2 / 0.5,
     }
     assert metrics == pytest.approx(expected)
+
+
+def test_a_step_that_was_not_taken_is_counted_and_no_part_of_the_rest():
+    batches = pack(GROUPS, 2, 8, PackingSettings(prompt_multiple=4, completion_multiple=8))
+    seconds = dict.fromkeys(("reference", "update", "probe", "publish"), 1.0)
+    taken = StepReport(LossSums(*[1.0] * 10), 1.0)
+    lost = StepReport(LossSums(*[float("nan")] * 10), float("inf"))
+    alone = update_metrics(batches, [taken], 1, seconds)
+    both = update_metrics(batches, [taken, lost], 1, seconds)
+    assert both["train/skipped_steps"] == 1
+    shown = [name for name in alone if name.startswith("train/") and name != "train/skipped_steps"]
+    assert {name: both[name] for name in shown} == {name: alone[name] for name in shown}
 
 
 def test_what_a_batch_took_and_who_waited_by_hand():
@@ -123,7 +137,7 @@ def test_empty_groups_that_fill_a_micro_batch_count_nothing():
     one = pack(GROUPS[:1], 1, 8, PackingSettings(prompt_multiple=4, completion_multiple=8))
     filled = pack(GROUPS[:1], 3, 8, PackingSettings(prompt_multiple=4, completion_multiple=8))
     report = [StepReport(LossSums(*[1.0] * 10), 1.0)]
-    seconds = {"reference": 1.0, "update": 1.0, "publish": 1.0}
+    seconds = dict.fromkeys(("reference", "update", "probe", "publish"), 1.0)
     a, b = (update_metrics(batches, report, 1, seconds) for batches in (one, filled))
     assert b["train/real_token_share"] == pytest.approx(a["train/real_token_share"] / 3)
     assert b["train/forwarded_per_completion_token"] == pytest.approx(a["train/forwarded_per_completion_token"] * 3)

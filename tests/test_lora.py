@@ -17,7 +17,7 @@ import optax
 import pytest
 
 from jaxgrpo.adapters import fingerprint
-from jaxgrpo.checkpoint import Checkpoints, read_policy
+from jaxgrpo.checkpoint import Checkpoints, Progress, read_policy
 from jaxgrpo.hf_mapping import flatten, params_to_hf
 from jaxgrpo.lora import TARGETS, LoraSettings, combine, only_adapters
 from jaxgrpo.model import Params, init_adapters, param_shapes, trained_shapes
@@ -289,7 +289,7 @@ def saved(tmp_path_factory):
     folder, update = tmp_path_factory.mktemp("saved"), lora_update(1)
     state, _, _ = step(update, with_adapters(update, adapters_of()))
     checkpoints = Checkpoints(folder, 2)
-    checkpoints.save(state, 5, update)
+    checkpoints.save(state, Progress(5, 1), update)
     checkpoints.close()
     merged = logical_on_host(update.merged(state), update.model_layout)
     trained = [np.array(leaf) for leaf in jax.tree.leaves((state.params, state.opt_state, state.reference))]
@@ -341,7 +341,7 @@ def test_another_base_other_settings_or_a_run_without_lora_are_refused(saved, tm
     with pytest.raises(ValueError, match="holds adapters only"):
         read_policy(folder, TINY)
     full = Checkpoints(tmp_path, 1)
-    full.save(update_of(1).init(params_of(TINY)), 0, update_of(1))
+    full.save(update_of(1).init(params_of(TINY)), Progress(0), update_of(1))
     full.close()
     with pytest.raises(ValueError, match="trained without LoRA"):
         restored(tmp_path, lora_update(1), params_of(TINY))

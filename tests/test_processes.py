@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from jaxgrpo import processes
-from jaxgrpo.checkpoint import Checkpoints, read_policy
+from jaxgrpo.checkpoint import Checkpoints, Progress, read_policy
 from jaxgrpo.config import ConfigError
 from jaxgrpo.model import ModelConfig
 from jaxgrpo.processes import ClusterFlags, Processes, Told, Work, join
@@ -187,7 +187,7 @@ def on_three(tmp_path_factory):
     folder, update = tmp_path_factory.mktemp("three"), update_of(3)
     state, _ = step(update, update.init(params_of(TINY)))
     checkpoints = Checkpoints(folder, 1)
-    checkpoints.save(state, 1, update)
+    checkpoints.save(state, Progress(1), update)
     checkpoints.close()
     before = logical_on_host(state.params, update.layout)
     state, report = step(update, state)
@@ -202,9 +202,9 @@ def test_a_step_of_several_processes_is_that_of_one(on_three, tmp_path, processe
     run_processes(processes, devices, "tests.step_process", str(folder), str(tmp_path))
     update = update_of(1)
     checkpoints = Checkpoints(tmp_path, 1)
-    state, batches = checkpoints.restore(update)
+    state, progress = checkpoints.restore(update)
     checkpoints.close()
-    assert (state.step, batches) == (2, 2)
+    assert (state.step, progress.batches) == (2, 2)
     got = logical_on_host(state.params, update.layout)
     assert change_error(difference(before, got), difference(before, after)) < 1e-5
     assert worst_error(clipped_gradient(update, state), gradient) < 1e-5

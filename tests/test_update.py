@@ -20,7 +20,7 @@ from jaxgrpo.model import ModelConfig, Params, cast_to, forward, head_table
 from jaxgrpo.packing import PackingSettings, pack
 from jaxgrpo.sharding import logical_on_host
 from jaxgrpo.types import Group, GroupBatch, Trajectory
-from jaxgrpo.update import DivergedError, OptimizerSettings, make_optimizer
+from jaxgrpo.update import OptimizerSettings, make_optimizer
 from tests import reference
 from tests.updates import (
     ADAM,
@@ -317,14 +317,6 @@ def test_a_batch_masked_whole_gives_exactly_no_gradient() -> None:
     state = update.init(params_of(TINY))
     _, _, report = update.optimizer_step(state, batches, None, update.reference_logprobs(state, batches))
     assert (report.grad_norm, report.sums.loss, report.sums.loss_tokens) == (0.0, 0.0, 0.0)
-
-
-def test_a_gradient_that_is_not_finite_is_an_error() -> None:
-    update, (batch,) = update_of(1), packed(GROUPS, 12)
-    spoilt = dataclasses.replace(batch, sampler_logprobs_NGC=np.where(batch.loss_weights_NGC > 0, np.float32(np.nan), 0))
-    state = update.init(params_of(TINY))
-    with pytest.raises(DivergedError, match=r"the gradient of step 1 is not finite \(norm nan, loss nan, KL "):
-        update.optimizer_step(state, [spoilt], None, update.reference_logprobs(state, [spoilt]))
 
 
 def test_without_kl_there_is_no_reference() -> None:

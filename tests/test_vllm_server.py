@@ -1,12 +1,14 @@
 """The server's process without vLLM: what it is started with, what is refused before, that nothing outlives whoever started it, the key."""
 
 import asyncio
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import pytest
@@ -171,6 +173,86 @@ class TestNothingOutlivesTheTrainer:
         trainer.send_signal(how)
         trainer.wait(60)
         wait_until(lambda: all(gone(pid) for pid in started))
+
+
+# Opens a block of shared memory, as vLLM's processes do, which is removed by nobody when all of them are killed.
+SHARING = """
+import os, sys, time
+from multiprocessing.shared_memory import SharedMemory
+block = SharedMemory(create=True, size=4096)
+from multiprocessing.resource_tracker import _resource_tracker
+open(sys.argv[1] + ".partial", "w").write(f"{block.name} {os.getpid()} {_resource_tracker._pid}")
+os.rename(sys.argv[1] + ".partial", sys.argv[1])
+time.sleep(300)
+"""
+
+
+class TestSharedMemoryIsGivenBack:
+    """What a command's processes leave of it when they are killed, which cannot clean up."""
+
+    @pytest.fixture
+    def start(self, tmp_path):
+        """Starts a watchdog over a command that opens a block: the watchdog, the block, and the ids of all processes."""
+        blocks, watchdogs = [], []
+
+        def started(script: str = SHARING):
+            said = tmp_path / f"said-{len(watchdogs)}"
+            command = [sys.executable, "-I", str(WATCHDOG), sys.executable, "-c", script, str(said)]
+            watchdogs.append(subprocess.Popen(command, stdin=subprocess.PIPE))
+            wait_until(said.exists)
+            name, *pids = said.read_text().split()
+            blocks.append(Path("/dev/shm", name))
+            return watchdogs[-1], blocks[-1], [int(pid) for pid in pids]
+
+        yield started
+        for watchdog in watchdogs:
+            watchdog.stdin.close()
+            watchdog.wait()
+        for block in blocks:
+            block.unlink(missing_ok=True)
+
+    def notes(self, watchdog) -> Path:
+        return Path(f"/dev/shm/jaxgrpo-vllm-{os.getuid()}-{watchdog.pid}")
+
+    def test_by_the_watchdog_when_the_others_were_killed(self, start):
+        watchdog, block, (process, tracker) = start()
+        wait_until(lambda: block.name in self.notes(watchdog).read_text())
+        for pid in (tracker, process):
+            os.kill(pid, signal.SIGKILL)
+        watchdog.wait(60)
+        assert not block.exists() and not self.notes(watchdog).exists()
+
+    def test_by_the_next_watchdog_when_all_were_killed_and_nothing_else_is_touched(self, start):
+        watchdog, block, (process, tracker) = start()
+        wait_until(lambda: block.name in self.notes(watchdog).read_text())
+        other = SharedMemory(create=True, size=4096)
+        for pid in (watchdog.pid, tracker, process):
+            os.kill(pid, signal.SIGKILL)
+        watchdog.wait()
+        wait_until(lambda: gone(process))
+        noted = self.notes(watchdog)
+        noted.write_text(json.dumps({block.name: block.stat().st_ino, other.name: 1}))  # the name, but not the inode
+        holder = SharedMemory(block.name)
+        _, second, _ = start()
+        assert block.exists() and noted.exists()  # as long as somebody uses it, it stays
+        holder.close()
+        _, third, _ = start()
+        assert not block.exists() and not noted.exists()
+        assert second.exists() and third.exists() and Path("/dev/shm", other.name).exists()
+        other.close()
+        other.unlink()
+
+    def test_notes_of_others_and_links_are_left_alone(self, start, tmp_path):
+        _watchdog, block, _ = start()
+        kept = tmp_path / "kept"
+        kept.write_text(json.dumps({block.name: block.stat().st_ino}))
+        link = Path(f"/dev/shm/jaxgrpo-vllm-{os.getuid()}-link")
+        link.symlink_to(kept)
+        try:
+            start()
+            assert link.is_symlink() and kept.exists() and block.exists()
+        finally:
+            link.unlink()
 
 
 @pytest.fixture

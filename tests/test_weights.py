@@ -5,6 +5,7 @@ import json
 import mmap
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -311,9 +312,53 @@ os.kill(os.getpid(), 9)
     other.close()
 
 
+def test_a_folder_in_shared_memory_is_this_users_alone(tmp_path: Path) -> None:
+    folder = weight_folder(tmp_path)
+    assert stat.S_IMODE(folder.root.stat().st_mode) == 0o700
+    folder.close()
+
+
+def made_by_others(root: Path, how: str, elsewhere: Path) -> None:
+    """A folder of versions under the name that a run would take, as another user could make it."""
+    (elsewhere / "000003").mkdir(parents=True)
+    (elsewhere / "000003" / "kept").touch()
+    (elsewhere / ".jaxgrpo-weights").touch()
+    if how == "a link":
+        root.symlink_to(elsewhere)
+        return
+    elsewhere.rename(root)
+    root.chmod(0o777)
+    if how == "of another user":
+        root.chmod(0o755)
+        os.chown(root, 12345, 12345)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("a link", "is a link"),
+        ("open to others", r"can be written to by others \(mode 777\)"),
+        pytest.param(
+            "of another user",
+            r"belongs to another user \(id 12345\)",
+            marks=pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away"),
+        ),
+    ],
+)
+def test_a_folder_that_others_can_change_is_refused_and_left_alone(tmp_path: Path, how: str, said: str) -> None:
+    folder = weight_folder(tmp_path)
+    folder.close()
+    made_by_others(folder.root, how, tmp_path / "elsewhere")
+    with pytest.raises(PermissionError, match=said):
+        weight_folder(tmp_path)
+    assert (folder.root / "000003" / "kept").is_file()
+    weights.WeightFolder(tmp_path / "other run", 1, tmp_path / "memory").close()  # clears what was left behind
+    assert (folder.root / "000003" / "kept").is_file()
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     folder = weight_folder(tmp_path)
-    with pytest.raises(FileExistsError, match="a run that is going on"):
+    with pytest.raises(FileExistsError, match=f"is in use by process {os.getpid()} on "):
         weight_folder(tmp_path)
     assert folder.root.exists()
     folder.close()

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jaxgrpo.background import run_program
 from jaxgrpo.samplers.base import SamplerError
 from jaxgrpo.samplers.vllm_auth import KEY_VARIABLE, RequireKey
 from jaxgrpo.samplers.vllm_http import SUPPORTED_VLLM
@@ -284,4 +285,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -1,0 +1,98 @@
+"""Batches that a run goes on without, since nothing can be learnt from them.
+
+A batch is a function of its number. What ended the run in one would end every run that is resumed before it: so it is skipped, counted in
+the next batch's metrics, and kept to be looked at; only several in a row end the run.
+"""
+
+import dataclasses
+import os
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxgrpo import records
+from jaxgrpo.evaluate import NothingLeftError
+from jaxgrpo.rollout import RolloutResult
+from jaxgrpo.types import GroupBatch
+from jaxgrpo.update import StepReport
+
+MOST_SKIPPED = 3
+"""So many batches in a row may be lost; then the run ends."""
+KEPT_BATCHES, KEPT_BYTES = 8, 2**28
+"""What is kept of skipped batches: the newest ones, in files of no more than so many bytes together."""
+
+_LARGE_ADVANTAGE = 1e6
+
+
+class UselessBatchError(Exception):
+    """A batch that cannot be trained on: says why."""
+
+
+class NothingLearntError(RuntimeError):
+    """Too many batches in a row could not be trained on: says why for each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A batch, ready to be trained on and recorded: its metrics, its episodes as lines of `step`, its micro-batches."""
+
+    metrics: dict[str, float | int | str]
+    step: int
+    lines: Sequence[str]
+    batches: Sequence[GroupBatch]
+
+
+class SkippedBatches:
+    """Those since the last batch that was trained on, in order."""
+
+    def __init__(self, folder: Path | None):
+        """`folder` is where they are kept, None for nowhere."""
+        self._folder = folder
+        self.results: list[RolloutResult] = []
+        self._errors: list[UselessBatchError] = []
+
+    def add(self, name: str, result: RolloutResult, error: UselessBatchError, step: int) -> None:
+        """Keep one under its `name`. Raises NothingLeftError or NothingLearntError when it is one too many."""
+        self.results.append(result)
+        self._errors.append(error)
+        if self._folder is not None:
+            records.write(self._folder / f"{name}.jsonl.gz", result, "skipped", step)
+            (self._folder / f"{name}.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
+            _keep_newest(self._folder)
+        if len(self.results) < MOST_SKIPPED:
+            return
+        if not any(skipped.groups for skipped in self.results):
+            raise NothingLeftError(f"the last {MOST_SKIPPED} batches", result)
+        kept = "" if self._folder is None else f"; {self._folder} holds them as skipped-*"
+        reasons = "; ".join(dict.fromkeys(map(str, self._errors)))
+        raise NothingLearntError(f"nothing can be learnt from the last {MOST_SKIPPED} batches: {reasons}{kept}")
+
+    def clear(self) -> None:
+        """A batch was trained on."""
+        self.results, self._errors = [], []
+
+
+def check_gradient(report: StepReport, batches: Sequence[GroupBatch]) -> None:
+    """Raises UselessBatchError when the batch's first step was not taken: with the policy that played it, it is the batch's own fault."""
+    if report.taken:
+        return
+    advantage = max(float(np.abs(batch.advantages_NG).max()) for batch in batches)
+    what = f"its gradient is not finite (norm {report.grad_norm}, loss {report.sums.loss}, KL {report.sums.kl})"
+    if advantage < _LARGE_ADVANTAGE:
+        raise UselessBatchError(f"{what}, though its largest advantage is {advantage:.3g}: one of its episodes is beyond the policy's numbers")
+    raise UselessBatchError(
+        f"{what}, since its largest advantage is {advantage:.3g}: the environment's rewards are too far apart for a gradient; scale them "
+        'down, or set packing.advantage_normalization="std"'
+    )
+
+
+def _keep_newest(folder: Path) -> None:
+    left = KEPT_BYTES
+    newest_first = sorted(folder.glob("skipped-*.jsonl.gz"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for i, path in enumerate(newest_first):
+        left -= path.stat().st_size
+        if i >= KEPT_BATCHES or left < 0:
+            os.unlink(path)
+            path.with_name(path.name.replace(".jsonl.gz", ".txt")).unlink(missing_ok=True)
