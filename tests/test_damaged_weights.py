@@ -194,7 +194,7 @@ class TestOrbax:
 
     @pytest.mark.parametrize(
         ("name", "said"),
-        [("uint16", "norm/scale in .* is uint16; allowed are"), ("bfloat17", "is damaged")],
+        [("uint16", "norm/scale in .* is uint16; allowed are"), ("bfloat17", "cannot be read: ")],
     )
     def test_a_type_that_no_weight_has(self, orbax_folder, name, said):
         file = orbax_folder / "params/norm.scale/zarr.json"
@@ -208,11 +208,11 @@ class TestOrbax:
         [
             lambda data: b"",
             lambda data: data[:-1],
-            lambda data: data + b"0",
+            lambda data: bytes([data[0] ^ 1]) + data[1:],
             lambda data: POINTER.encode(),
         ],
     )
     def test_values(self, orbax_folder, change):
         file = orbax_folder / "params/norm.scale/c/0"
         file.write_bytes(change(file.read_bytes()))
-        refused(pretrained.load_params, orbax_folder, file, "Error reading local file")
+        refused(pretrained.load_params, orbax_folder, file, "cannot be read: ")
