@@ -10,6 +10,7 @@ prompt. History is never rendered again from text, so it cannot drift. This is r
 before; that is verified once for each tokenizer.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -95,6 +96,17 @@ class Chat:
         if ids and ids[-1] in self.eos_ids:
             ids = ids[:-1]
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def fewest_tokens(self, messages: Sequence[Message]) -> int:
+        """How many tokens the messages have at least, from their lengths alone: each takes one, and
+        no token has more characters than the longest."""
+        return max(len(messages), sum(len(m.content) for m in messages) // self._most_characters)
+
+    @functools.cached_property
+    def _most_characters(self) -> int:
+        """Of a text, for one token: in the canonical composition (NFC), which Qwen2's tokenizer asks
+        for, at most four characters become one."""
+        return 4 * max(map(len, self._tokenizer.get_vocab()))
 
     def _defused(self, message: Message) -> Message:
         if self._special_pattern is None:
