@@ -67,7 +67,7 @@ class _Call:
         return list(traceback.StackSummary.extract(frames, lookup_lines=False))[::-1]
 
     def __str__(self) -> str:
-        return f"{self.what}, {self.seconds:.0f} s ago"
+        return f"{self.what} ({self.seconds:.0f} s)"
 
 
 class BlockingCalls:
@@ -109,8 +109,8 @@ class BlockingCalls:
                 raise DeadlineError(late, stack) from None
 
     def oldest(self) -> str:
-        """The call that has been under way for longest, and for how long; "" when there is none."""
-        return next(map(str, self._running()), "")
+        """The call that has been under way for longest, and for how long; "" when none has for a second."""
+        return next((str(call) for call in self._running() if call.seconds >= 1), "")
 
     def _running(self) -> list[_Call]:
         return [call for call in self._calls if call.thread.is_alive()]
@@ -119,7 +119,7 @@ class BlockingCalls:
         """Tell of calls that go on beyond their deadline, whenever they are twice as many as before.
         Raises StuckCallsError when they are too many."""
         stuck = [call for call in self._running() if call.seconds >= self._deadline_seconds]
-        if len(stuck) < self._say_at:
+        if len(stuck) < min(self._say_at, self._most_stuck + 1):
             return
         told = (
             f"{len(stuck)} call(s) into the environment have not come back within the deadline of "

@@ -148,7 +148,9 @@ class TerminalView:
             self.say(f"step {step}/{self._total}  {self._status}")
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """A line that stays; nothing when an environment has closed the stream."""
+        if self.console.file.closed:
+            return
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _left(self, done: int) -> str:

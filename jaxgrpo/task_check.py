@@ -38,7 +38,7 @@ ENOUGH_LATE = 4
 SAY_EVERY_SECONDS = 5.0
 
 Opened = Mapping[str, int | FaultyEnvironmentError]
-"""By a task's id the tokens of its prompt, or what went wrong."""
+"""By a task's id, in the tasks' order, the tokens of its prompt, or what went wrong."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class TaskCheck:
 
     def listed(self, split: str) -> list[Task]:
         """The suite's tasks of a split."""
-        calls = BlockingCalls(1, LISTING_DEADLINES * self.deadline, self.say)
+        calls = BlockingCalls(1, LISTING_DEADLINES * self.deadline, _in_silence)
         asked = ask(calls, f"tasks({split!r})", _tasks, self.suite.tasks, split)
         try:
             return self._run(asked, calls, lambda: f"the tasks of the {split} split are being listed")
@@ -68,7 +68,7 @@ class TaskCheck:
 
     def opened(self, chat: Chat, max_prompt_tokens: int, tasks: Sequence[Task]) -> Opened:
         """Open each task once, and one of them twice more: its episodes share a prompt."""
-        calls = BlockingCalls(self.threads, self.deadline, self.say)
+        calls = BlockingCalls(self.threads, self.deadline, _in_silence)
         openings = Openings(self.suite, chat, max_prompt_tokens, calls)
         found: dict[str, int | FaultyEnvironmentError] = {}
 
@@ -92,7 +92,7 @@ class TaskCheck:
             return f"{len(found)} of {len(tasks)} tasks have been opened{failing}"
 
         self._run(open_all(), calls, progress)
-        return found
+        return {task.id: found[task.id] for task in tasks}
 
     def _run(
         self, work: Coroutine[Any, Any, T], calls: BlockingCalls, progress: Callable[[], str]
@@ -114,6 +114,10 @@ class TaskCheck:
                 return loop.call(watched())
             except StuckCallsError as error:
                 raise ConfigError(str(error)) from None
+
+
+def _in_silence(line: str) -> None:
+    """Calls that hang are told of in the end."""
 
 
 def _hopeless(found: Opened) -> bool:
