@@ -5,6 +5,7 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -12,37 +13,130 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, NoReturn, Self, TypeVar
 
 T = TypeVar("T")
 _AGAIN_SECONDS, _ECHO_SECONDS = 0.05, 1.0
+STUCK_A_PLACE = 4
+"""So many calls that outlived their deadline may go on, for each place that `BlockingCalls` has."""
+
+
+def say_aside(line: str) -> None:
+    """A line for the user, beside what the program prints."""
+    with contextlib.suppress(OSError, ValueError):  # an environment may have closed the stream
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def streams_kept() -> Iterator[None]:
+    """Leave `sys.stdout` and `sys.stderr` as they are now, whatever users' code puts in their place."""
+    streams = sys.stdout, sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
+class DeadlineError(TimeoutError):
+    """A blocking call outlived its deadline; `stack` is where its thread was then, outermost first."""
+
+    def __init__(self, message: str, stack: Sequence[traceback.FrameSummary]):
+        super().__init__(message)
+        self.stack = stack
+
+
+class StuckCallsError(TimeoutError):
+    """Too many blocking calls have outlived their deadline and go on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call and the thread that it runs in: `_Call("step() of task 'files_3'", thread)`."""
+
+    what: str
+    thread: threading.Thread
+    began: float = dataclasses.field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def stack(self) -> list[traceback.FrameSummary]:
+        """Where its thread is, outermost first; empty when it is over."""
+        frame = sys._current_frames().get(self.thread.ident or 0)
+        frames = traceback.walk_stack(frame) if frame else ()
+        return list(traceback.StackSummary.extract(frames, lookup_lines=False))[::-1]
+
+    def __str__(self) -> str:
+        return f"{self.what} ({self.seconds:.0f} s)"
 
 
 class BlockingCalls:
     """Runs blocking functions in threads, at most `threads` at once, each with a deadline counted from its start.
 
     Every call has a daemon thread of its own: one that outlives its deadline is abandoned, gives its place to the next, and does not keep
-    the process from ending. A call that never releases the interpreter lock (a power of huge integers) cannot be abandoned by anybody.
+    the process from ending. Its thread goes on, which `say` is told in a line; when more than `STUCK_A_PLACE` times `threads` do, no
+    further call is waited for. A call that never releases the interpreter lock (a power of huge integers) cannot be abandoned by anybody.
     """
 
-    def __init__(self, threads: int, deadline_seconds: float):
+    def __init__(self, threads: int, deadline_seconds: float, say: Callable[[str], None] = say_aside):
         self._places = asyncio.Semaphore(threads)
         self._deadline_seconds = deadline_seconds
+        self._most_stuck = STUCK_A_PLACE * threads
+        self._say = say
+        self._say_at = 1
+        self._calls: list[_Call] = []  # whose threads are alive, the oldest first
 
-    async def run(self, function: Callable[..., T], *args: object) -> T:
-        """Await `function(*args)`; its exception is raised here. Raises TimeoutError when the deadline passes."""
+    async def run(self, function: Callable[..., T], *args: object, what: str = "") -> T:
+        """Await `function(*args)`; its exception is raised here. `what` names it in messages.
+
+        Raises DeadlineError when the deadline passes, StuckCallsError when that has happened to too many.
+        """
         async with self._places:
             result = asyncio.get_running_loop().create_future()
-            threading.Thread(target=_deliver, args=(result, function, args), daemon=True).start()
+            thread = threading.Thread(target=_deliver, args=(result, function, args), daemon=True)
+            call = _Call(what or _name(function), thread)
+            thread.start()
+            self._calls = [*self._running(), call]
             try:
                 async with asyncio.timeout(self._deadline_seconds) as deadline:
                     return await result
-            except TimeoutError as error:
-                if deadline.expired():
-                    name = getattr(function, "__qualname__", repr(function))
-                    raise TimeoutError(f"{name} took longer than the deadline of {self._deadline_seconds} seconds") from error
-                raise
+            except TimeoutError:
+                if not deadline.expired():
+                    raise
+                stack = call.stack()
+                self._count_stuck()
+                late = f"{call.what} took longer than the deadline of {self._deadline_seconds} seconds"
+                raise DeadlineError(late, stack) from None
+
+    def oldest(self) -> str:
+        """The call that has been under way for longest, and for how long; "" when none has for a second."""
+        return next((str(call) for call in self._running() if call.seconds >= 1), "")
+
+    def _running(self) -> list[_Call]:
+        return [call for call in self._calls if call.thread.is_alive()]
+
+    def _count_stuck(self) -> None:
+        """Tell of calls that go on beyond their deadline, whenever they are twice as many as before.
+        Raises StuckCallsError when they are too many."""
+        stuck = [call for call in self._running() if call.seconds >= self._deadline_seconds]
+        if len(stuck) < min(self._say_at, self._most_stuck + 1):
+            return
+        told = (
+            f"{len(stuck)} call(s) into the environment have not come back within the deadline of "
+            f"{self._deadline_seconds} seconds, and their threads cannot be ended; the oldest is {stuck[0]}"
+        )
+        advice = "give what it waits for a time limit of its own, or raise rollout.environment_deadline"
+        if len(stuck) > self._most_stuck:
+            raise StuckCallsError(f"{told}. Too many to go on: {advice}")
+        self._say_at = 2 * len(stuck)
+        self._say(f"{told}. {advice}; more than {self._most_stuck} such calls end the run")
+
+
+def _name(function: Callable) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
 
 
 def _deliver(result: asyncio.Future, function: Callable, args: tuple) -> None:
@@ -60,7 +154,10 @@ def _awaitable(error: BaseException) -> Exception:
     """An exception that may travel through a future: what would end a loop (SystemExit) or a generator (StopIteration) is wrapped."""
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error
-    wrapped = RuntimeError(f"the call raised {type(error).__name__}: {error}")
+    try:
+        wrapped = RuntimeError(f"the call raised {type(error).__name__}: {error}")
+    except Exception:  # the edge to an error's own __str__
+        wrapped = RuntimeError(f"the call raised {type(error).__name__}")
     wrapped.__cause__ = error
     return wrapped
 

@@ -11,6 +11,7 @@ prompt. History is never rendered again from text, so it cannot drift. This is r
 before; that is verified once for each tokenizer (jaxgrpo.chat_template).
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -118,6 +119,17 @@ class Chat:
         while self._mark_pattern.search(text):  # breaking one can leave another behind
             text = self._mark_pattern.sub(_break, text)
         return text
+
+    def fewest_tokens(self, messages: Sequence[Message]) -> int:
+        """How many tokens the messages have at least, from their lengths alone: each takes one, and
+        no token has more characters than the longest."""
+        return max(len(messages), sum(len(m.content) for m in messages) // self._most_characters)
+
+    @functools.cached_property
+    def _most_characters(self) -> int:
+        """Of a text, for one token: in the canonical composition (NFC), which Qwen2's tokenizer asks
+        for, at most four characters become one."""
+        return 4 * max(map(len, self._tokenizer.get_vocab()))
 
     def _encode(self, text: str) -> np.ndarray:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), np.int32)

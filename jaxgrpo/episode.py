@@ -9,23 +9,27 @@ ENVIRONMENT_ERROR and no score. A sampler that raises is not caught here.
 """
 
 import dataclasses
+import functools
 import hashlib
-import math
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
 
 from envs.base import Environment, Observation, StepResult, TaskSuite
+from jaxgrpo import checked
 from jaxgrpo.background import BlockingCalls
 from jaxgrpo.chat import Chat
-from jaxgrpo.rewards import RewardSettings, is_text_mapping
+from jaxgrpo.openings import Opening, Openings, opens_differently, rendered
+from jaxgrpo.rewards import RewardSettings
 from jaxgrpo.samplers.base import FinishReason, Generation, Sampler, SamplerError, SamplingRequest
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall, Trajectory
+from jaxgrpo.user_code import FaultyEnvironmentError, ask, returned
 
 T = TypeVar("T")
+
+MAX_EPISODE_CALL_CHARS = 4_000_000
+"""Of all calls of an episode; of those beyond it little is kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,19 +105,6 @@ class EpisodeKey:
 
 
 @dataclasses.dataclass(frozen=True)
-class Opening:
-    """How the episodes of one task begin: their first observation, and the prompt that it is rendered to."""
-
-    observation: Observation
-    prompt_ids_P: np.ndarray
-
-
-class FaultyEnvironmentError(Exception):
-    """The environment or a reward function raised, outlived its deadline, or broke its contract;
-    the cause says how."""
-
-
-@dataclasses.dataclass(frozen=True)
 class EpisodePlayer:
     """What the episodes of a batch have in common; `open` a task once, then `play` its episodes."""
 
@@ -125,34 +116,30 @@ class EpisodePlayer:
     environment_calls: BlockingCalls
     rewards: RewardSettings = RewardSettings()
 
+    @functools.cached_property
+    def openings(self) -> Openings:
+        return Openings(self.suite, self.chat, self.limits.max_prompt_tokens, self.environment_calls)
+
     async def open(self, task: Task) -> Opening:
-        """The opening that all episodes of the task share. Raises FaultyEnvironmentError, or ValueError when the prompt is too long."""
-        environment = await self._of_environment(object, self.suite.create, task)
-        observation = await self._of_environment(Observation, environment.observe)
-        prompt_ids_P = self.chat.opening(observation.messages, observation.tools)
-        prompt_ids_P.flags.writeable = False  # all the task's episodes hold this one
-        if len(prompt_ids_P) > self.limits.max_prompt_tokens:
-            raise ValueError(
-                f"the prompt of task {task.id!r} has {len(prompt_ids_P)} tokens, max_prompt_tokens allows {self.limits.max_prompt_tokens}: "
-                "raise max_prompt_tokens (and context_length with it), or leave the task out"
-            )
-        return Opening(observation, prompt_ids_P)
+        """The opening that all episodes of the task share. Raises FaultyEnvironmentError."""
+        return await self.openings.open(task)
 
     async def play(self, task: Task, opening: Opening, key: EpisodeKey) -> Trajectory:
         """Play one episode to its end."""
         tape = _Tape(opening)
         try:
-            environment = await self._of_environment(object, self.suite.create, task)
-            observation = await self._of_environment(Observation, environment.observe)
-            if observation != opening.observation:
-                raise ValueError(f"task {task.id!r} opens differently from one episode to the next: its episodes would not share a prompt")
+            environment, observation = await self.openings.begin(task)
+            fault = opens_differently(task, opening.observation, observation)
+            if fault:
+                raise FaultyEnvironmentError(fault)
             stop_reason = await self._take_turns(environment, observation, tape, key)
-            score = _checked_score(await self._of_environment(Score, environment.score))
+            of = f"of task {task.id!r}"
+            score = await self._ask(f"score() {of}", Score, environment.score)
             if not self.rewards.environment_alone:
                 played = tape.trajectory(key, stop_reason, score)
-                score = await self._of_environment(Score, self.rewards.rewarded, played)
-        except FaultyEnvironmentError:
-            return tape.trajectory(key, StopReason.ENVIRONMENT_ERROR, None, traceback.format_exc())
+                score = await self._ask(f"the rewards {of}", Score, self.rewards.rewarded, played)
+        except FaultyEnvironmentError as error:
+            return tape.trajectory(key, StopReason.ENVIRONMENT_ERROR, None, error.recorded)
         finally:
             await self.sampler.release(key.episode_id)
         return tape.trajectory(key, stop_reason, score)
@@ -166,8 +153,8 @@ class EpisodePlayer:
             tape.add_turn(generation, text)
             if generation.finish_reason is FinishReason.LENGTH:  # an unfinished turn is not acted upon
                 return limit if len(generation.token_ids_T) == room else StopReason.CONTEXT_LIMIT
-            result = await self._of_environment(StepResult, environment.step, text)
-            tape.calls += result.calls
+            result = await self._ask(f"step() of task {key.task_id!r}", StepResult, environment.step, text)
+            tape.add_calls(result.calls)
             if result.stop_reason is StopReason.ENVIRONMENT_ERROR:
                 raise FaultyEnvironmentError("the environment stopped the episode with ENVIRONMENT_ERROR")
             if result.stop_reason is not None:
@@ -176,16 +163,27 @@ class EpisodePlayer:
                 return StopReason.STEP_LIMIT
             assert result.observation is not None
             observation = result.observation
-            limit_reached = self._append(observation, tape, self.chat.ends_turn(generation.token_ids_T), key)
+            ended_with_eos = self.chat.ends_turn(generation.token_ids_T)
+            limit_reached = await self._append(observation, tape, ended_with_eos, key)
             if limit_reached is not None:
                 return limit_reached
 
-    def _append(self, observation: Observation, tape: "_Tape", ended_with_eos: bool, key: EpisodeKey) -> StopReason | None:
+    async def _append(
+        self, observation: Observation, tape: "_Tape", ended_with_eos: bool, key: EpisodeKey
+    ) -> StopReason | None:
         """Append what the environment says next, or return the limit that leaves no room for it and one sampled token more."""
+        step = f"step() of task {key.task_id!r}"
         if observation.tools:
-            raise ValueError(f"the environment of task {key.task_id!r} gave tools after its first observation: only the opening has them")
-        ids = self.chat.continuation(observation.messages, ended_with_eos)
+            raise FaultyEnvironmentError(f"{step} gave tools: only the first observation has them")
+        if any(message.role == "assistant" for message in observation.messages):
+            raise FaultyEnvironmentError(f"{step} spoke as assistant: that is the policy's role")
         room, limit = self.limits.room(len(tape.prompt_ids), len(tape.ids))
+        if self.chat.fewest_tokens(observation.messages) >= room:
+            return limit
+        try:
+            ids = await rendered(self.chat.continuation, observation.messages, ended_with_eos)
+        except Exception as error:  # the edge to the model's template, with the users' texts in it
+            raise FaultyEnvironmentError(f"what {step} gave: {error}") from error
         if len(ids) >= room:
             return limit
         tape.add_observation(ids, observation.messages)
@@ -204,17 +202,8 @@ class EpisodePlayer:
             stop_strings=observation.stop_strings,
         )
 
-    async def _of_environment(self, returns: type, function: Callable[..., T], *args: object) -> T:
-        """One call into the environment, in a thread, within its deadline."""
-        name = getattr(function, "__qualname__", str(function))
-        try:
-            value = await self.environment_calls.run(function, *args)
-        except Exception as error:
-            # The edge between this program and whatever a user's environment does: anything it raises ends one episode, never the run.
-            raise FaultyEnvironmentError(f"{name} raised {type(error).__name__}: {error}") from error
-        if not isinstance(value, returns):
-            raise FaultyEnvironmentError(f"{name} returned {type(value).__name__}, not {returns.__name__}")
-        return value
+    async def _ask(self, what: str, kind: type[T], function: Callable, *args: object) -> T:
+        return await ask(self.environment_calls, what, returned(kind), function, *args)
 
 
 class _Tape:
@@ -228,6 +217,7 @@ class _Tape:
         self.versions: list[int] = []
         self.messages: list[Message] = list(opening.observation.messages)
         self.calls: list[ToolCall] = []
+        self.call_chars = 0
         self.turns = 0
 
     def add_turn(self, generation: Generation, text: str) -> None:
@@ -237,6 +227,14 @@ class _Tape:
         self.versions += np.asarray(generation.weight_versions_T).tolist()
         self.messages.append(Message("assistant", text))
         self.turns += 1
+
+    def add_calls(self, calls: Sequence[ToolCall]) -> None:
+        for call in calls:
+            self.call_chars += len(call.arguments) + len(call.result)
+            if self.call_chars > MAX_EPISODE_CALL_CHARS:
+                arguments, result = (checked.cut(text, 100) for text in (call.arguments, call.result))
+                call = ToolCall(call.name, arguments, result, call.ok)
+            self.calls.append(call)
 
     def add_observation(self, ids: np.ndarray, messages: Sequence[Message]) -> None:
         self.ids += ids.tolist()
@@ -261,24 +259,6 @@ class _Tape:
             score=score,
             error=error,
         )
-
-
-def _checked_score(score: Score) -> Score:
-    named = isinstance(score.parts, Mapping) and all(isinstance(name, str) for name in score.parts)
-    if not named:
-        raise FaultyEnvironmentError(
-            f"the environment scored parts={score.parts!r}: they must be numbers by name"
-        )
-    if not is_text_mapping(score.notes):
-        raise FaultyEnvironmentError(
-            f"the environment scored notes={score.notes!r}: they must be texts by name"
-        )
-    numbers = {"reward": score.reward, **score.parts}
-    if not all(isinstance(number, Real | np.bool_) and math.isfinite(number) for number in numbers.values()):
-        raise FaultyEnvironmentError(f"the environment scored {numbers}: a reward and its parts must be finite numbers")
-    if not isinstance(score.passed, bool | np.bool_):
-        raise FaultyEnvironmentError(f"the environment scored passed={score.passed!r}: it must be True or False")
-    return score
 
 
 def _check_generation(generation: Generation, max_tokens: int, key: EpisodeKey) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -102,11 +103,13 @@ class Stopwatch:
 class TerminalView:
     """Progress, time left and the reward so far: a bar in a terminal, a plain line a step elsewhere.
 
-    `unit` is what `total` counts: optimizer steps of a run, episodes of an evaluation.
+    `unit` is what `total` counts: optimizer steps of a run, episodes of an evaluation. It prints where the program printed when it began,
+    and leaves the program's streams as they were, whatever an environment put in their place.
     """
 
     def __init__(self, total: int, unit: str = "step", console: Console | None = None):
-        self.console = console or Console()
+        self._streams = sys.stdout, sys.stderr
+        self.console = console or Console(file=sys.stdout)
         self._total = total
         columns = [TextColumn(f"[bold]{unit}"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[status]}")]
         self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
@@ -120,6 +123,7 @@ class TerminalView:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()
+        sys.stdout, sys.stderr = self._streams
 
     def begin(self, step: int) -> None:
         """Training starts (or resumes) at this step: from here on the time left is reckoned."""
@@ -144,7 +148,9 @@ class TerminalView:
             self.say(f"step {step}/{self._total}  {self._status}")
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """A line that stays; nothing when an environment has closed the stream."""
+        if self.console.file.closed:
+            return
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _left(self, done: int) -> str:

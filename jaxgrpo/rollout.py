@@ -9,7 +9,6 @@ import asyncio
 import dataclasses
 import functools
 import time
-import traceback
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,10 +16,12 @@ import numpy as np
 from envs.base import TaskSuite
 from jaxgrpo.background import BlockingCalls, all_or_none
 from jaxgrpo.chat import Chat
-from jaxgrpo.episode import Decoding, EpisodeKey, EpisodePlayer, FaultyEnvironmentError, Limits, Opening
+from jaxgrpo.episode import Decoding, EpisodeKey, EpisodePlayer, Limits
+from jaxgrpo.openings import Opening
 from jaxgrpo.rewards import RewardSettings
 from jaxgrpo.samplers.base import Sampler
 from jaxgrpo.types import Group, StopReason, Task, Trajectory
+from jaxgrpo.user_code import FaultyEnvironmentError
 
 Progress = Callable[[int, int], None]
 
@@ -44,7 +45,8 @@ class Execution:
 
 @dataclasses.dataclass(frozen=True)
 class DroppedGroup:
-    """A task whose group is left out, because its opening or one of its episodes failed on every try; `error` is the last traceback."""
+    """A task whose group is left out, because its opening or one of its episodes failed on every try; `error` is the last error, in one
+    line."""
 
     task: Task
     error: str
@@ -104,7 +106,7 @@ class Rollout:
 
         `batch` names this visit to the tasks: an episode's seeds come from the run's seed, the batch, its task and its sample index, and
         from nothing that runs beside it. `progress(done, total)` hears of episodes that are over, those of dropped groups included.
-        Raises ValueError, before anything is sampled, when a prompt is too long.
+        Raises StuckCallsError when calls into the environment hang in too many threads.
         """
         if group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {group_size}")
@@ -127,7 +129,7 @@ class Rollout:
 
 
 class _TriesSpentError(Exception):
-    """An episode's tries are spent; the message is the last traceback."""
+    """An episode's tries are spent; the message is the last one's error, in one line."""
 
 
 class _BatchRunner:
@@ -146,8 +148,8 @@ class _BatchRunner:
         for _ in range(self._tries):
             try:
                 return await self._player.open(task)
-            except FaultyEnvironmentError:
-                error = traceback.format_exc()
+            except FaultyEnvironmentError as faulty:
+                error = str(faulty)
         return DroppedGroup(task, error)
 
     async def run_group(self, task: Task, opening: Opening | DroppedGroup, group_size: int) -> Group | DroppedGroup:
@@ -178,7 +180,7 @@ class _BatchRunner:
             if trajectory.stop_reason is not StopReason.ENVIRONMENT_ERROR:
                 return trajectory
             self.failures.append(trajectory)
-        raise _TriesSpentError(trajectory.error)
+        raise _TriesSpentError(trajectory.error.partition("\n")[0])
 
 
 class _Counter:

@@ -2,9 +2,7 @@
 
 import dataclasses
 import os
-import reprlib
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,20 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from envs.base import Observation
 from jaxgrpo.attention import Kernel
+from jaxgrpo.background import BlockingCalls, EventLoopThread, say_aside
 from jaxgrpo.chat import Chat
 from jaxgrpo.config import Config, ConfigError, refuse
 from jaxgrpo.cudnn import choose_kernel
 from jaxgrpo.lora import NO_LORA, LoraSettings
 from jaxgrpo.model import ModelConfig, Params, trained_shapes
+from jaxgrpo.openings import Openings, PromptError
 from jaxgrpo.paths import absolute, cache_root, machine
 from jaxgrpo.pretrained import generation_ends, load_params, load_tokenizer, locate
 from jaxgrpo.rollout import Decoding, Execution, Limits, Rollout
 from jaxgrpo.samplers.base import Sampler
 from jaxgrpo.sharding import make_mesh
+from jaxgrpo.task_check import TaskCheck
 from jaxgrpo.types import Task
 from jaxgrpo.update import Update
+from jaxgrpo.user_code import FaultyEnvironmentError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,19 +66,13 @@ def open_policy(config: Config, weights: bool = True) -> Policy:
 
 
 def open_tasks(config: Config, split: str) -> Sequence[Task]:
-    """The environment's tasks of a split. Raises ConfigError when it refuses, cannot find them, or gives something else."""
-    try:
-        tasks = config.environment.tasks(split)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise ConfigError(f"the environment gives no tasks of the {split} split: {error}") from error
-    except Exception as error:  # the edge to a user's environment
-        raise ConfigError(f"the environment gives no tasks of the {split} split: {type(error).__name__}: {error}") from error
-    if not isinstance(tasks, Sequence) or not all(isinstance(task, Task) for task in tasks):
-        raise ConfigError(f"the environment's tasks of the {split} split must be a list of jaxgrpo.types.Task, got {reprlib.repr(tasks)}")
-    repeated = [task_id for task_id, times in Counter(task.id for task in tasks).items() if times > 1]
-    if repeated:
-        raise ConfigError(f"the environment gives task {repeated[0]!r} twice in the {split} split: each needs an id of its own")
-    return tasks
+    """The environment's tasks of a split. Raises ConfigError when it refuses, cannot find them, takes too long, or gives something else."""
+    return _task_check(config).listed(split)
+
+
+def _task_check(config: Config) -> TaskCheck:
+    r = config.rollout
+    return TaskCheck(config.environment, r.environment_threads, r.environment_deadline)
 
 
 def check_rewards(config: Config) -> None:
@@ -87,38 +82,41 @@ def check_rewards(config: Config) -> None:
 
 
 def check_episodes(config: Config, policy: Policy, tasks: Sequence[Task]) -> int:
-    """The longest prompt of the tasks, in tokens. Raises ConfigError when the model or the settings leave an episode no room: better now
-    than at the batch that draws the task."""
+    """The longest prompt of the tasks, in tokens. Raises ConfigError when the model or the settings leave an episode no room, and when no
+    task opens: better now than at the batch that draws the task. Says so when some do not."""
     r, context = config.rollout, policy.config.context_length
-    prompts = {task.id: len(ids) for task in tasks if (ids := prompt_ids(config, policy, task)) is not None}
-    longest = max(prompts, key=prompts.__getitem__, default=None)
+    opened = _task_check(config).opened(policy.chat, r.max_prompt_tokens, tasks)
     problems = []
     if r.max_prompt_tokens + r.max_completion_tokens > context:
         problems.append(
             f"rollout.max_prompt_tokens ({r.max_prompt_tokens}) + rollout.max_completion_tokens ({r.max_completion_tokens}) exceeds the "
             f"{context} tokens of context of {config.model.source}: lower one of them"
         )
-    if longest is not None and prompts[longest] > r.max_prompt_tokens:
-        problems.append(
-            f"rollout.max_prompt_tokens is {r.max_prompt_tokens}, but the prompt of task {longest!r} has {prompts[longest]} tokens: "
-            "raise it, or make the environment's prompts shorter"
-        )
+    refused = [error for error in opened.values() if isinstance(error, PromptError)]
+    if refused:
+        problems.append(str(max(refused, key=lambda error: error.tokens)))
     refuse(problems)
-    return 0 if longest is None else prompts[longest]
+    failed = [error for error in opened.values() if isinstance(error, FaultyEnvironmentError)]
+    if failed and len(failed) == len(tasks):
+        raise ConfigError(f"{failed[0]}; of {len(tasks)} tasks none opens")
+    if failed:
+        told = f"{len(failed)} of {len(tasks)} tasks do not open; their groups will be dropped"
+        say_aside(f"warning: {failed[0]}; {told}")
+    return max((tokens for tokens in opened.values() if isinstance(tokens, int)), default=0)
 
 
 def prompt_ids(config: Config, policy: Policy, task: Task) -> np.ndarray | None:
     """The prompt [P] that a task opens with; None when its environment fails. Raises ConfigError when the template cannot render it."""
+    r = config.rollout
+    calls = BlockingCalls(1, r.environment_deadline)
+    openings = Openings(config.environment, policy.chat, r.max_prompt_tokens, calls)
     try:
-        opening = config.environment.create(task).observe()
-    except Exception:
-        return None  # the edge to a user's environment: what it raises is counted, task by task, by the rollout
-    if not isinstance(opening, Observation):
-        return None  # counted in the same way
-    try:
-        return policy.chat.opening(opening.messages, opening.tools)
-    except ValueError as error:
-        raise ConfigError(f"the prompt of task {task.id!r}: {error}") from error
+        with EventLoopThread() as loop:
+            return loop.call(openings.open(task)).prompt_ids_P
+    except PromptError as error:
+        raise ConfigError(str(error)) from error
+    except FaultyEnvironmentError:
+        return None  # counted, task by task, by the rollout
 
 
 def take_gpus(config: Config) -> None:

@@ -249,7 +249,8 @@ def training_tasks(config: Config, policy: Policy) -> tuple[Sequence[Task], int]
     batches_per_epoch(len(tasks), config.rollout.tasks_per_step)
     e = config.evaluation
     splits = e.splits if e.before or e.after or e.every else ()
-    return tasks, check_episodes(config, policy, [*tasks, *(task for split in splits for task in split_tasks(config, split))])
+    played = [tasks, *(split_tasks(config, split) for split in splits)]
+    return tasks, max(check_episodes(config, policy, each) for each in played)
 
 
 def describe(config: Config) -> Iterator[str]:

@@ -10,11 +10,14 @@ Log-probabilities carry the name of who computed them: `train_` (the policy insi
 """
 
 import dataclasses
+import difflib
 import enum
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Union
 
 import numpy as np
+
+from jaxgrpo import checked
 
 if TYPE_CHECKING:
     import jax  # environments and the viewer need these records, not jax
@@ -40,16 +43,34 @@ class StopReason(enum.StrEnum):
         return self in (StopReason.TOKEN_LIMIT, StopReason.CONTEXT_LIMIT)
 
 
+ROLES = ("system", "user", "assistant", "tool")
+"""The roles that chat templates of the Qwen2.5 family know."""
+
+MAX_CALL_CHARS = 100_000
+"""Of a tool call's arguments, and of its result."""
+
+MAX_NOTE_CHARS = 20_000
+"""Of one note of a score."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """One chat message, e.g. `Message("user", "Book the flight.")`. The role is one that the model's chat template knows."""
+    """One chat message, e.g. `Message("user", "Book the flight.")`. The role is one of `ROLES`.
+
+    Raises TypeError for what is no text, ValueError for another role."""
 
     role: str
     content: str
 
     def __post_init__(self) -> None:
-        if not isinstance(self.role, str) or not isinstance(self.content, str):
-            raise TypeError(f"a message's role and content must be texts, got {self.role!r} and {self.content!r}")
+        role = checked.text(self.role, "a message's role")
+        if role not in ROLES:
+            close = difflib.get_close_matches(role.lower(), ROLES, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            given = checked.shown(role)
+            raise ValueError(f"a message's role must be one of {', '.join(ROLES)}, got {given}{hint}")
+        object.__setattr__(self, "role", role)
+        object.__setattr__(self, "content", checked.text(self.content, "a message's content"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,18 +78,26 @@ class Task:
     """One task of a suite, e.g. `Task("lookup_7", labels=("Lookup",))`.
 
     `labels` are the classes under which evaluation reports it (BFCL: the API classes). `payload` belongs to the suite that made it.
+    Raises TypeError or ValueError for an id or a label that is no name, and for labels that are not a tuple.
     """
 
     id: str
     labels: tuple[str, ...] = ()
     payload: object = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", checked.name(self.id, "a task's id"))
+        given = checked.items(self.labels, f"the labels of task {self.id!r}")
+        labels = tuple(checked.name(label, f"a label of task {self.id!r}") for label in given)
+        object.__setattr__(self, "labels", labels)
+
 
 @dataclasses.dataclass(frozen=True)
 class ToolCall:
     """One tool call that an environment saw, e.g. `ToolCall("add", '{"a": 1, "b": 2}', "3", ok=True)`.
 
-    `arguments` is the JSON text of the arguments, `result` the text that the policy was shown.
+    `arguments` is the JSON text of the arguments, `result` the text that the policy was shown. Of each, `MAX_CALL_CHARS` are kept, and
+    of the name as many as a name has. Raises TypeError for what is no text, and for an `ok` that is neither True nor False.
     """
 
     name: str
@@ -76,15 +105,36 @@ class ToolCall:
     result: str
     ok: bool
 
+    def __post_init__(self) -> None:
+        for field, most in (
+            ("name", checked.MAX_NAME),
+            ("arguments", MAX_CALL_CHARS),
+            ("result", MAX_CALL_CHARS),
+        ):
+            given = checked.text(getattr(self, field), f"a tool call's {field}")
+            object.__setattr__(self, field, checked.cut(given, most))
+        object.__setattr__(self, "ok", checked.flag(self.ok, "a tool call's ok"))
+
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The outcome of an episode: the reward, whether the task counts as passed, the reward's parts, and notes for a human reader."""
+    """The outcome of an episode: the reward, whether the task counts as passed, the reward's parts, and notes for a human reader.
+
+    Of a note, `MAX_NOTE_CHARS` are kept. Raises TypeError or ValueError for a reward or a part that is not a finite number of at most
+    `checked.MAX_MAGNITUDE`, for a verdict that is neither True nor False, and for notes that are not texts by name.
+    """
 
     reward: float
     passed: bool
     parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
     notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reward", checked.number(self.reward, "a score's reward"))
+        object.__setattr__(self, "passed", checked.flag(self.passed, "a score's passed"))
+        object.__setattr__(self, "parts", checked.numbers(self.parts, "a score's parts"))
+        notes = checked.notes(self.notes, "a score's notes", MAX_NOTE_CHARS)
+        object.__setattr__(self, "notes", notes)
 
 
 @dataclasses.dataclass(frozen=True)

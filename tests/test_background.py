@@ -1,6 +1,7 @@
 """Blocking calls with a deadline, and an event loop that a synchronous program drives."""
 
 import asyncio
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from jaxgrpo import background
-from jaxgrpo.background import BlockingCalls, EventLoopThread, call_apart, interruptible
+from jaxgrpo.background import (
+    BlockingCalls,
+    DeadlineError,
+    EventLoopThread,
+    StuckCallsError,
+    call_apart,
+    interruptible,
+)
 
 
 def test_a_call_returns_its_value_and_raises_its_error():
@@ -44,6 +52,36 @@ def test_a_late_call_gives_its_place_to_the_next():
         assert await calls.run(int, "3") == 3
 
     asyncio.run(run())
+
+
+def test_calls_that_hang_are_told_of_and_are_not_let_pile_up():
+    """One place, so that four may hang; those whose awaiting was cancelled count too, once they are late."""
+    gate, said = threading.Event(), []
+
+    async def run() -> None:
+        calls = BlockingCalls(1, 0.1, said.append)
+        given_up = asyncio.create_task(calls.run(gate.wait, what="the first"))
+        await asyncio.sleep(0.05)
+        given_up.cancel()
+        for number in range(2, 6):
+            with pytest.raises(DeadlineError if number < 5 else StuckCallsError) as error:
+                await calls.run(gate.wait, what=f"call {number}")
+        assert re.fullmatch(
+            r"5 call\(s\) into the environment have not come back within the deadline of 0\.1 seconds, and their threads cannot be ended; "
+            r"the oldest is the first \(\d s\)\. Too many to go on: give what it waits for a time limit of its own, or raise "
+            r"rollout\.environment_deadline",
+            str(error.value),
+        )
+        gate.set()
+        while threading.active_count() > before:
+            await asyncio.sleep(0.01)
+        with pytest.raises(DeadlineError):
+            await calls.run(time.sleep, 0.3)  # those that came back after all do not count any more
+
+    before = threading.active_count()
+    asyncio.run(run())
+    assert [line.partition(" ")[0] for line in said] == ["2", "4"]
+    assert said[0].endswith("or raise rollout.environment_deadline; more than 4 such calls end the run")
 
 
 def test_a_calls_own_timeout_is_not_taken_for_the_deadline():

@@ -135,7 +135,12 @@ def test_each_token_carries_the_version_that_made_it():
 def test_the_call_that_ends_an_episode_is_recorded():
     last = ToolCall("submit", "{}", "thank you", ok=True)
     end = StepResult(stop_reason=StopReason.FINISHED, calls=(last,))
-    assert play([Say("x")], environment=lambda: broken_environment(step=end)).calls == (last,)
+
+    class Ending(EchoEnvironment):
+        def step(self, action: str) -> StepResult:
+            return end
+
+    assert play([Say("x")], environment=Ending).calls == (last,)
 
 
 def tokens_after_the_answer(trajectory: Trajectory, score: Score) -> float:
@@ -260,61 +265,51 @@ def test_a_step_past_its_deadline_is_an_environment_error():
     assert "took longer than the deadline of 0.05 seconds" in trajectory.error
 
 
-def broken_environment(**methods):
+def environment_with(**methods):
+    """An echo whose methods of these names are given."""
     environment = EchoEnvironment()
-    for name, value in methods.items():
-        setattr(environment, name, lambda *_, value=value: value)
+    for name, method in methods.items():
+        setattr(environment, name, method)
     return environment
 
 
-@pytest.mark.parametrize(
-    ("methods", "message"),
-    [
-        ({"step": None}, "returned NoneType, not StepResult"),
-        ({"score": 1.0}, "returned float, not Score"),
-        ({"score": Score(float("nan"), False)}, "scored {'reward': nan}: a reward and its parts must be finite numbers"),
-        ({"score": Score(1.0, True, {"state": float("inf")})}, "a reward and its parts must be finite numbers"),
-        ({"score": Score(None, False)}, "scored {'reward': None}: a reward and its parts must be finite numbers"),
-        ({"score": Score(1.0, True, {"state": "equal"})}, "a reward and its parts must be finite numbers"),
-        ({"score": Score(1.0, 1.0)}, "scored passed=1.0: it must be True or False"),
-        ({"step": StepResult(stop_reason=StopReason.ENVIRONMENT_ERROR)}, "stopped the episode with ENVIRONMENT_ERROR"),
-    ],
-)
-def test_an_environment_that_breaks_its_contract(methods, message):
-    trajectory = play([Say("done")], environment=lambda: broken_environment(**methods))
-    assert trajectory.stop_reason is StopReason.ENVIRONMENT_ERROR
-    assert message in trajectory.error
+FINITE = "must be a finite number"
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"),
+    ("method", "answer", "message"),
     [
-        (lambda: StepResult(Observation((Message("tool", None),))), "a message's role and content must be texts, got 'tool' and None"),
-        (lambda: StepResult(Observation(("ab",))), "an observation's messages must be of Message, got ('ab',)"),
-        (lambda: StepResult(Message("tool", "ab")), "a step gives an Observation or a StopReason, got Message(role='tool', content='ab')"),
-        (lambda: StepResult(stop_reason="finished"), "a step gives an Observation or a StopReason, got 'finished'"),
+        ("step", lambda: None, "step() of task 'echo_1' returned NoneType, not StepResult ("),
+        ("score", lambda: 1.0, "score() of task 'echo_1' returned float, not Score ("),
+        ("score", lambda: Score(float("nan"), False), f"ValueError: a score's reward {FINITE} from -1e+12 to 1e+12, got nan ("),
+        ("score", lambda: Score(1.0, True, {"state": float("inf")}), f"ValueError: a score's parts['state'] {FINITE} from"),
+        ("score", lambda: Score(None, False), f"TypeError: a score's reward {FINITE}, got None"),
+        ("score", lambda: Score(1.0, 1.0), "TypeError: a score's passed must be True or False, got 1.0"),
+        ("step", lambda: StepResult(stop_reason=StopReason.ENVIRONMENT_ERROR), "stopped the episode with ENVIRONMENT_ERROR"),
+        ("step", lambda: StepResult(Observation((Message("tool", None),))), "TypeError: a message's content must be a text, got None"),
+        ("step", lambda: StepResult(Observation(("ab",))), "TypeError: a message must be of Message, got 'ab'"),
+        ("step", lambda: StepResult(Message("tool", "ab")), "TypeError: a step's observation must be of Observation, got Message("),
+        ("step", lambda: StepResult(stop_reason="finished"), "TypeError: a step's stop_reason must be of StopReason, got 'finished'"),
+        ("step", lambda: StepResult(dataclasses.replace(OPENING, tools=({"name": "add"},))), "gave tools: only the first observation"),
+        ("step", lambda: StepResult(Observation((Message("assistant", "I agree"),))), "spoke as assistant: that is the policy's role"),
     ],
 )
-def test_an_answer_of_the_wrong_type_is_an_environment_error(answer, message):
-    class Careless(EchoEnvironment):
-        def step(self, action):
-            return answer()
-
-    trajectory = play([Say("x")], environment=Careless)
+def test_an_environment_that_breaks_its_contract(method, answer, message):
+    trajectory = play([Say("done")], environment=lambda: environment_with(**{method: lambda *_: answer()}))
     assert trajectory.stop_reason is StopReason.ENVIRONMENT_ERROR
-    assert message in trajectory.error
+    assert message in trajectory.error.splitlines()[0]
+    if message.endswith("Error") or "Error: " in message:
+        assert f"{__file__}, line " in trajectory.error.splitlines()[0]
 
 
-def test_episodes_that_open_differently_are_refused():
-    other = Observation((Message("user", "another question"),))
-    with pytest.raises(ValueError, match="task 'echo_1' opens differently from one episode to the next"):
-        play([Say("done")], environment=lambda: broken_environment(observe=other))
-
-
-def test_tools_after_the_opening_are_refused():
-    late = StepResult(dataclasses.replace(OPENING, tools=({"name": "add"},)))
-    with pytest.raises(ValueError, match="gave tools after its first observation"):
-        play([Say("x")], environment=lambda: broken_environment(step=late))
+def test_an_episode_that_opens_otherwise_than_its_task_is_an_environment_error():
+    other = Observation((Message("user", "q at 12:01"),), stop_strings=("</t>",))
+    trajectory = play([Say("done")], environment=lambda: environment_with(observe=lambda: other))
+    assert trajectory.stop_reason is StopReason.ENVIRONMENT_ERROR
+    assert trajectory.error == (
+        "task 'echo_1' opens differently from one episode to the next, which then share no prompt: "
+        "in message 0 user says 'q' and then user says 'q at 12:01'"
+    )
 
 
 @pytest.mark.parametrize(

@@ -159,15 +159,17 @@ def test_cancelling_a_rollout_releases_every_episode_that_began():
     assert sorted(sampler.released) == sorted(request.episode_id for request in sampler.requests)
 
 
-def test_a_long_prompt_is_refused_before_anything_is_sampled():
+def test_a_task_whose_prompt_is_too_long_is_dropped():
     class Long(EchoEnvironment):
         def observe(self):
             return Observation((Message("user", "q" * 200),))
 
     sampler = ScriptedSampler([Say("done")])
-    with pytest.raises(ValueError, match="the prompt of task 'blue' has 234 tokens, max_prompt_tokens allows 100"):
-        run(sampler, Suite(lambda task, earlier: Long() if task.id == "blue" else EchoEnvironment()))
-    assert sampler.requests == []
+    result = run(sampler, Suite(lambda task, earlier: Long() if task.id == "blue" else EchoEnvironment()))
+    assert [group.task.id for group in result.groups] == ["red", "green"]
+    assert [dropped.error for dropped in result.dropped] == [
+        "the prompt of task 'blue' has 234 tokens, and rollout.max_prompt_tokens is 100: raise it, or make the environment's prompts shorter"
+    ]
 
 
 def outcomes(result: RolloutResult) -> list[tuple]:

@@ -221,10 +221,10 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("method", "said"),
         [
-            ("tasks(self, split): raise KeyError('lost')", "gives no tasks of the train split: KeyError: 'lost'"),
+            ("tasks(self, split): raise KeyError('lost')", "error: KeyError: 'lost' ({file}, line 6, in tasks): tasks('train') failed"),
             ("tasks(self, split): return None", "must be a list of jaxgrpo.types.Task, got None"),
             ("tasks(self, split): return ['a', 'b']", "must be a list of jaxgrpo.types.Task, got ['a', 'b']"),
-            ("tasks(self, split): return [Task('a')] * 4", "gives task 'a' twice in the train split"),
+            ("tasks(self, split): return [Task('a')] * 4", "tasks('train') gives task 'a' twice"),
         ],
     )
     def test_an_environment_whose_tasks_are_none_is_refused(self, model, tmp_path, capsys, method, said):
@@ -234,9 +234,11 @@ class TestCommandLine:
         made = f"def get_config():\n    return dataclasses.replace(small_config({str(model)!r}), environment=Mine())\n"
         config.write_text(imports + suite + made)
         status, _, err = self.call(capsys, "--config", config, "--dry-run")
-        assert status == 2 and err.startswith("error: the environment") and said in err
+        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1
+        assert said.format(file=config) in err and "the environment gives no tasks of the train split" in err
 
-    def test_an_environment_that_observes_nonsense_is_counted_as_failing(self, model, tmp_path, capsys):
+    @pytest.mark.parametrize("more", [(), ("--dry-run",)])
+    def test_an_environment_that_observes_nonsense_is_refused(self, model, tmp_path, capsys, more):
         config = write_config(tmp_path, model)
         config.write_text(
             "import dataclasses\nfrom tests.training import Letters, LettersEnvironment, small_config\n"
@@ -244,8 +246,11 @@ class TestCommandLine:
             "@dataclasses.dataclass(frozen=True)\nclass Mine(Letters):\n    def create(self, task): return Silent(self, 'a', False)\n\n"
             f"def get_config():\n    return dataclasses.replace(small_config({str(model)!r}), environment=Mine())\n"
         )
-        status, _, err = self.call(capsys, "--config", config, "--run-dir", tmp_path / "run")
-        assert status == 1 and "observe returned str, not Observation" in err
+        status, _, err = self.call(capsys, "--config", config, "--run-dir", tmp_path / "run", *more)
+        place = f"({config}, line 4)"
+        assert (status, err) == (
+            2, f"error: observe() of task 'train_0' returned str, not Observation {place}; of 6 tasks none opens\n"
+        )
 
     def test_a_run_folder_that_cannot_be_written_to_is_refused(self, model, tmp_path, capsys):
         (tmp_path / "file").write_text("")
