@@ -319,12 +319,19 @@ def test_a_batch_masked_whole_gives_exactly_no_gradient() -> None:
     assert (report.grad_norm, report.sums.loss, report.sums.loss_tokens) == (0.0, 0.0, 0.0)
 
 
-def test_a_gradient_that_is_not_finite_is_an_error() -> None:
+@pytest.mark.parametrize(
+    ("spoilt", "said"),
+    [
+        ({"sampler_logprobs_NGC": np.full((12, 3, LONGEST), np.nan, np.float32)}, r"\(norm nan, loss nan, KL "),
+        ({"advantages_NG": np.tile(np.float32([1e30, -1e30, 0]), (12, 1))}, r"\(norm inf, loss "),  # finite, but not its square
+    ],
+)
+def test_a_gradient_that_is_not_finite_is_an_error(spoilt: dict[str, np.ndarray], said: str) -> None:
     update, (batch,) = update_of(1), packed(GROUPS, 12)
-    spoilt = dataclasses.replace(batch, sampler_logprobs_NGC=np.where(batch.loss_weights_NGC > 0, np.float32(np.nan), 0))
+    batches = [dataclasses.replace(batch, **spoilt)]
     state = update.init(params_of(TINY))
-    with pytest.raises(DivergedError, match=r"the gradient of step 1 is not finite \(norm nan, loss nan, KL "):
-        update.optimizer_step(state, [spoilt], None, update.reference_logprobs(state, [spoilt]))
+    with pytest.raises(DivergedError, match=f"the gradient of step 1 is not finite {said}"):
+        update.optimizer_step(state, batches, None, update.reference_logprobs(state, batches))
 
 
 def test_without_kl_there_is_no_reference() -> None:
