@@ -102,10 +102,10 @@ class Learner:
             if self.update.usable(self.state, first_rows(batches[0], self.update.mesh.size, self.config.packing)):
                 return
         saved = newest_step(self.folder / "checkpoints")
+        left = "no checkpoint was saved before it" if saved is None else f"the newest checkpoint is that of step {saved}"
         raise DivergedError(
             f"the weights of step {self.state.step} give no finite log-probabilities: the step was too large, and is neither served nor "
-            f"saved ({'no checkpoint was saved before it' if saved is None else f'the newest checkpoint is that of step {saved}'}). To resume "
-            f"leads here again; a new run needs a lower optimizer.learning_rate than {self.config.optimizer.learning_rate:g}"
+            f"saved ({left}). To resume leads here again; a new run needs a lower optimizer.learning_rate than {self.config.optimizer.learning_rate:g}"
         )
 
     def save(self) -> None:

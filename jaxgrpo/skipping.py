@@ -81,7 +81,9 @@ def check_gradient(report: StepReport, batches: Sequence[GroupBatch]) -> None:
     advantage = max(float(np.abs(batch.advantages_NG).max()) for batch in batches)
     what = f"its gradient is not finite (norm {report.grad_norm}, loss {report.sums.loss}, KL {report.sums.kl})"
     if advantage < _LARGE_ADVANTAGE:
-        raise UselessBatchError(f"{what}, though its largest advantage is {advantage:.3g}: one of its episodes is beyond the policy's numbers")
+        raise UselessBatchError(
+            f"{what}, though its largest advantage is {advantage:.3g}: one of its episodes is beyond the policy's numbers"
+        )
     raise UselessBatchError(
         f"{what}, since its largest advantage is {advantage:.3g}: the environment's rewards are too far apart for a gradient; scale them "
         'down, or set packing.advantage_normalization="std"'

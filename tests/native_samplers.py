@@ -59,10 +59,10 @@ def generate(*requests: SamplingRequest, **options: Any) -> list[Generation]:
     return run(body, **options)
 
 
-def plain_logits(r: SamplingRequest, generation: Generation, params: Any = PARAMS) -> np.ndarray:
-    """Logits [T, V] that the plain forward, fed with the produced ids, has for each produced token."""
+def plain_logits(r: SamplingRequest, generation: Generation, params: Any = PARAMS, length: int = 128) -> np.ndarray:
+    """Logits [T, V] that the plain forward, fed with the produced ids padded to `length`, has for each produced token."""
     ids = np.concatenate([r.context_ids, generation.token_ids_T])
-    padded = np.zeros((1, 128), np.int32)
+    padded = np.zeros((1, length), np.int32)
     padded[0, : len(ids)] = ids
     hidden = forward(CONFIG, params, padded, load=cast_to(jnp.float32))
     return np.asarray(hidden[0, len(r.context_ids) - 1 : len(ids) - 1] @ head_table(params).T)

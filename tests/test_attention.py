@@ -94,7 +94,8 @@ def test_a_context_equals_its_keys_put_before_the_rows_own() -> None:
 
 
 def test_a_long_row_equals_float64_numpy() -> None:
-    t = 530  # more than one block of queries, and no multiple of it
+    t = 530
+    assert t > 2 * attention._QUERY_BLOCK and t % attention._QUERY_BLOCK != 0
     q, k, v = (x[:1, :1] for x in own(t))
     out = attend(XLA, q, k, v)
     expected = reference.attention(q[0, 0], k[0, 0], v[0, 0], np.tri(t, dtype=bool))

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxgrpo import decode
 from jaxgrpo.model import ModelConfig, Params, cast_to, forward, head_table, init_params
@@ -147,16 +148,31 @@ def test_nucleus_equals_the_sorted_definition():
         assert set(np.flatnonzero(kept[row])) == set(expected)
 
 
-def test_sampling_follows_the_tempered_distribution():
+def test_at_top_p_1_everything_is_kept_beside_rows_that_are_cut():
+    """Even where the first token's probability is 1 in float32."""
+    kept = np.asarray(decode.nucleus(jnp.array([[0.0, -25.0], [0.0, -25.0]]), jnp.array([1.0, 0.5])))
+    assert kept.tolist() == [[True, True], [True, False]]
+
+
+DRAWS = np.arange(20_000)
+FIXED = np.zeros(len(DRAWS), int)
+
+
+@pytest.mark.parametrize(
+    ("words", "positions"),
+    [((FIXED, DRAWS), FIXED + 7), ((DRAWS, FIXED), FIXED + 7), ((FIXED, FIXED), DRAWS)],
+    ids=["low word", "high word", "position"],
+)
+def test_sampling_follows_the_tempered_distribution(words, positions):
+    """Whichever of a seed's two words and the position tells the draws apart."""
     logits = np.log(np.array([0.6, 0.3, 0.1], np.float32))
-    draws = 20_000
-    seeds = np.stack([np.zeros(draws), np.arange(draws)], axis=1).astype(np.uint32)
-    arguments = (jnp.broadcast_to(logits, (draws, 3)), seeds, np.full(draws, 7), np.full(draws, 0.5, np.float32))
-    tokens, logprobs = decode.sample(*arguments, np.ones(draws, np.float32))
+    seeds = np.stack(words, axis=1).astype(np.uint32)
+    arguments = (jnp.broadcast_to(logits, (len(DRAWS), 3)), seeds, positions, np.full(len(DRAWS), 0.5, np.float32))
+    tokens, logprobs = decode.sample(*arguments, np.ones(len(DRAWS), np.float32))
     expected = np.array([0.36, 0.09, 0.01]) / 0.46  # squares, normalised
-    np.testing.assert_allclose(np.bincount(tokens, minlength=3) / draws, expected, atol=0.012)
+    np.testing.assert_allclose(np.bincount(tokens, minlength=3) / len(DRAWS), expected, atol=0.012)
     np.testing.assert_allclose(logprobs, np.log(expected)[np.asarray(tokens)], atol=1e-5)
-    tokens, logprobs = decode.sample(*arguments, np.full(draws, 0.9, np.float32))  # the least likely token is cut, its mass still counts
+    tokens, logprobs = decode.sample(*arguments, np.full(len(DRAWS), 0.9, np.float32))  # the least likely is cut, its mass still counts
     assert np.bincount(tokens, minlength=3)[2] == 0
     np.testing.assert_allclose(logprobs, np.log(expected)[np.asarray(tokens)], atol=1e-5)
     np.testing.assert_allclose(np.mean(np.asarray(tokens) == 0), 0.8, atol=0.012)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgrpo import hf_mapping, model
+from jaxgrpo import attention, hf_mapping, model
 from jaxgrpo.model import ModelConfig, cast_to, default_embed, forward, forward_shared_prompt, head_table
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -78,6 +78,7 @@ class TestGoldenLogits:
 
     def test_a_sequence_longer_than_a_block_of_queries(self, name):
         arrays = golden(name)
+        assert len(arrays["long_ids_T"]) > 2 * attention._QUERY_BLOCK
         logits = logits_of(*golden_model(name), arrays["long_ids_T"][None])[0, arrays["long_positions_K"]]
         assert np.abs(logits - arrays["long_logits_KV"]).max() < BOUND
 

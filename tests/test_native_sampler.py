@@ -1,6 +1,7 @@
 """What the embedded sampler generates, against the plain forward: alone and in company, over turns, to the end of a turn."""
 
 import asyncio
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -88,10 +89,31 @@ def test_a_prompt_is_computed_once_for_its_group():
     assert run(body) == len(PROMPTS[1]) - 1
 
 
-def test_long_contexts_take_several_extensions():
+def test_a_long_context_takes_several_extensions(monkeypatch):
+    """1,100 tokens after the prompt's last one, in pieces of up to 512, give the log-probabilities of the plain forward."""
+    widths, extend_once = [], Engine._extend_once
+
+    def noted(self, batch, width):
+        widths.append((len(batch), width))
+        extend_once(self, batch, width)
+
+    monkeypatch.setattr(Engine, "_extend_once", noted)
+    config = dataclasses.replace(CONFIG, context_length=2048)
+    engine = Engine(config, PARAMS, 0, (), EngineLimits(8, 4096, 16), jnp.float32)
+    long = request(0, tail=np.arange(1100) % 261, max_tokens=6)
+    engine.add(long)
+    job = Job(long, TOKENIZER)
+    engine.step([job])
+    assert widths == [(1, 64), (1, 512), (1, 512), (1, 128)]  # the prompt, less its last token, and the rest in three
+    assert (engine.metrics.prefill_tokens, engine.metrics.extend_tokens) == (39, 1100)
+    generation = job.generation()
+    logits = plain_logits(long, generation, length=1280)
+    np.testing.assert_allclose(generation.logprobs_T, logprobs_of(logits, generation.token_ids_T), atol=2e-5)
+
+
+def test_a_context_is_the_same_as_the_prompt_of_its_group_and_as_an_episodes_own_tokens():
     long = request(0, tail=np.arange(300) % 261, max_tokens=6)
-    in_pieces = np.concatenate([long.context_ids[:-1], long.context_ids[-1:]])
-    whole = SamplingRequest("whole", "w", in_pieces, len(in_pieces), 6, seed=long.seed)
+    whole = SamplingRequest("whole", "w", long.context_ids, len(long.context_ids), 6, seed=long.seed)
     a, b = generate(long, whole)
     same(a, b)
 

@@ -132,18 +132,55 @@ def test_where_the_state_is_too_large_shorter_episodes_are_not_advised() -> None
     assert helps[0].startswith("- training.devices (or --devices) of 2 or more: the state's 127.67 GiB")
 
 
+def tiny_planner(folder: Path, *arguments: str) -> Planner:
+    """Of two groups of four rows, 64 prompt and 64 completion tokens, of a model with a large vocabulary."""
+    model = folder / "model"
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text(json.dumps(CONFIG_JSON | {"vocab_size": 8192}))
+    sizes = ("--compiler", "cpu", "--devices", "1", "--prompt", "64", "--completion", "64", "--set", "training.groups_per_device=2")
+    return Planner(parse(["--config", str(write_config(folder, model)), *sizes, *arguments]))
+
+
+def with_room_for(planner: Planner, size: int) -> Planner:
+    planner.target = dataclasses.replace(planner.target, usable_bytes=size)
+    return planner
+
+
+ADVICE = {
+    "- training.devices (or --devices) of 2 or more": ("--devices", "2", "--set", "training.groups_per_device=1"),
+    "- loss.kl_beta=0": ("--set", "loss.kl_beta=0", "--set", "training.reference_every=None"),
+    "- lora.rank above 0": ("--set", "lora.rank=2"),
+    "- training.groups_per_device below 2": ("--set", "training.groups_per_device=1"),
+    "- rollout.max_completion_tokens below 64": ("--completion", "32"),
+    "- rollout.max_prompt_tokens below 64": ("--prompt", "32", "--set", "packing.prompt_multiple=32"),
+    "- training.head_chunk below 64": ("--set", "training.head_chunk=16"),
+}
+
+
+def test_a_compiled_step_that_just_fits_is_not_refused_and_one_byte_less_is(tmp_path: Path) -> None:
+    planner = tiny_planner(tmp_path)
+    plan = planner.main_plan()
+    assert refusal(with_room_for(planner, plan.memory.peak), plan) == []
+    first, *helps = refusal(with_room_for(planner, plan.memory.peak - 1), plan)
+    assert first.startswith("the step needs ")
+    assert len(helps) == len(ADVICE) + 1
+    assert all(said.startswith(advised) for said, advised in zip(helps, ADVICE, strict=False))
+    assert "where episodes are shorter: 64 prompt and 32 completion tokens need" in helps[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("advised", ADVICE)
+def test_what_is_advised_lowers_the_compiled_steps_peak(advised: str, tmp_path: Path) -> None:
+    assert tiny_planner(tmp_path, *ADVICE[advised]).main_plan().memory.peak < tiny_planner(tmp_path).main_plan().memory.peak
+
+
 @pytest.mark.slow
 def test_that_shorter_episodes_fit_is_said(tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(CONFIG_JSON))
-    arguments = ["--config", str(write_config(tmp_path, model)), "--compiler", "cpu", "--prompt", "256", "--completion", "64"]
-    planner = Planner(parse(arguments))
+    planner = tiny_planner(tmp_path, "--prompt", "128", "--set", "packing.prompt_multiple=64")
     plan, shorter = planner.main_plan(), planner.shortened(2).main_plan()
     assert shorter.memory.peak < plan.memory.peak
-    planner.target = dataclasses.replace(planner.target, usable_bytes=(plan.memory.peak + shorter.memory.peak) // 2)
-    last = refusal(planner, plan)[-1]
-    assert "where episodes are shorter: 128 prompt and 32 completion tokens need" in last
+    last = refusal(with_room_for(planner, (plan.memory.peak + shorter.memory.peak) // 2), plan)[-1]
+    assert "where episodes are shorter: 64 prompt and 32 completion tokens need" in last
 
 
 def test_a_share_of_memory_that_jax_does_not_take_by_itself_is_noted() -> None:
@@ -155,6 +192,8 @@ def test_the_options_change_what_is_said() -> None:
     lengths = ("--prompt", "4096", "--completion", "1000")
     text = "\n".join(describe(*planned(55.0, *lengths)))
     assert "4096 prompt tokens, 8 completions of 1024" in text
+    seconds, gigabytes = 12 * 563.4e12 / (3 * 0.4 * 989e12), 4 * 58.75 * 2 / 3  # 12 groups on 3 GPUs; two thirds of four micro-batches'
+    assert (f"{seconds:.2f}", f"{gigabytes:.1f}") == ("5.70", "156.7")
     assert "computation         5.70 s at an MFU of 0.4" in text
     assert "communication       156.7 GB a device, 0.35 s" in text
     assert "rollouts            not counted" in text
@@ -180,7 +219,10 @@ def test_between_hosts_the_network_counts() -> None:
     _, plan = planned(55.0, "--network", "5")
     wide = dataclasses.replace(plan.cluster, devices=48, devices_per_host=6)
     traffic = plan.work.step_traffic(plan.model, 48)
-    assert wide.seconds(traffic) == pytest.approx(traffic.total * 7 / 8 / (6 * 5e9))
+    # four micro-batches: 6.5256e9 weights in layers, gathered twice in two bytes, 1.0900e9 beside them once, all scattered in four
+    whole = 4 * (2 * (2 * 6.5256e9 + 1.0900e9) + 4 * 7.6156e9)
+    assert traffic.total == pytest.approx(whole, rel=1e-4)
+    assert wide.seconds(traffic) == pytest.approx(whole * 7 / 8 / (6 * 5e9), rel=1e-4)  # seven eighths come over a host's six adapters
 
 
 def test_groups_that_do_not_divide_are_refused() -> None:
@@ -271,11 +313,27 @@ def test_without_wheels_the_gpus_compiler_is_refused(capsys: pytest.CaptureFixtu
     assert "pip install 'jax[cuda12]'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "stacks", "stack_gib", "pin_gigabits"),
+    [("h200", 6, 24, 6.25), ("h100", 5, 16, 5.234)],
+)
+def test_targets_are_what_their_parts_come_to(name: str, stacks: int, stack_gib: int, pin_gigabits: float) -> None:
+    """Memory chips of 1,024 pins each, of which a little is kept back; 132 multiprocessors with four tensor cores of 512 multiplications
+    and additions a cycle at 1.83 GHz; 18 NVLinks of 25 GB/s; an adapter of 400 Gb/s."""
+    target = TARGETS[name]
+    assert 0.97 < target.memory_bytes / (stacks * stack_gib * GIB) < 1
+    assert target.memory_bandwidth == pytest.approx(stacks * 1024 * pin_gigabits * 1e9 / 8, rel=1e-3)
+    assert target.peak_flops == pytest.approx(132 * 4 * 512 * 2 * 1.83e9, rel=1e-3)
+    assert (target.link, target.network, target.gpus_per_host) == (18 * 25e9, 400e9 / 8, 8)
+    assert 4 * GIB < target.memory_bytes - target.usable_bytes < 10 * GIB  # CUDA's, NCCL's and cuDNN's own
+
+
 def test_targets_differ_in_memory() -> None:
     assert TARGETS["h100"].usable_bytes < TARGETS["h200"].usable_bytes
     one = state_bytes(QWEN2_5["7B"], 1, reference=True)
     assert "an NVIDIA H100 80GB HBM3 has 74.00 usable" in refusal(*planned(130.0, "--target", "h100", state=one))[0]
     assert refusal(*planned(130.0, "--target", "h200", state=one)) == []
+    assert refusal(*planned(74.0, "--target", "h100", state=one)) == []
 
 
 def test_float32_is_not_planned_for(capsys: pytest.CaptureFixture[str]) -> None:

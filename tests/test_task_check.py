@@ -1,4 +1,5 @@
-"""Before a run: tasks are listed and opened within deadlines, and what an environment cannot do is told in one line, the user's own first."""
+"""Before a run: tasks are listed and opened within deadlines, and what an environment cannot do is told in one line, the user's own
+first."""
 
 import asyncio
 import io

@@ -109,7 +109,8 @@ def test_a_run_outlives_them_all_and_can_be_resumed(model, tmp_path, capsys):
     options = (f"rollout.tasks_per_step={count}", "rollout.max_prompt_tokens=96", "rollout.group_size=2", "rollout.max_retries=0")
     options += ("training.iterations=1",)
     for steps in (1, 2):
-        config = dataclasses.replace(load_config(write_config(tmp_path, model), (*options, f"training.steps={steps}")), environment=Faulty())
+        loaded = load_config(write_config(tmp_path, model), (*options, f"training.steps={steps}"))
+        config = dataclasses.replace(loaded, environment=Faulty())
         train_module.train(config, tmp_path / "run", resume=steps > 1)
     lines = metric_lines(tmp_path / "run")
     assert [(line["train/groups"], line["train/dropped_groups"]) for line in lines] == [(len(sound), count - len(sound))] * 2
