@@ -179,7 +179,7 @@ def configured(chosen: dict[str, Any], folder: str) -> GRPOConfig:
 
 
 def product_rate() -> float:
-    """GFLOP/s of the product that both sides are asked for."""
+    """float32 GFLOP/s of a core, on the product that both sides are asked for."""
     rows, inner, columns = PRODUCT
     left, right = torch.ones(rows, inner), torch.ones(columns, inner)
     return product_gflops(lambda: torch.nn.functional.linear(left, right))

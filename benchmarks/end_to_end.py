@@ -21,7 +21,7 @@ are not counted: ours compiles in them. The prompts are those of the first tasks
 - cpu: the least processor seconds of a batch; others: how many of the cores somebody else had
   meanwhile, the median. Above 0.1 or so the times are those of a busy machine, which slows TRL
   more, whose threads wait for each other: then `--cores 1` and the processor time say more.
-- product: float32 GFLOP/s of one matrix product of 4,096 x 1,024 x 1,024. PyTorch's MKL may have
+- product: float32 GFLOP/s of a core in a matrix product of 4,096 x 1,024 x 1,024. PyTorch's MKL has
   slower kernels for processors that are not Intel's, which is no difference between the trainers.
 
 Variants: mu1 is one optimizer step a batch without KL, mu2-kl two with a reference. TRL's settings

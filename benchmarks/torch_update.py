@@ -36,7 +36,7 @@ def causal_lm(config: ModelConfig, params: Params) -> Qwen2ForCausalLM:
 
 
 def product_rate() -> float:
-    """float32 GFLOP/s of PyTorch on the product that all libraries are asked for."""
+    """float32 GFLOP/s of a core, by PyTorch on the product that all libraries are asked for."""
     rows, inner, columns = PRODUCT
     left, right = torch.ones(rows, inner), torch.ones(columns, inner)
     return product_gflops(lambda: torch.nn.functional.linear(left, right))

@@ -126,7 +126,7 @@ def main() -> None:
     os.sched_setaffinity(0, cores)  # XLA makes as many threads, at its first use
     torch.set_num_threads(len(cores))
     products = {"xla": product_rate(), "torch": torch_update.product_rate()}
-    print(f"{described(processor())}; products in GFLOP/s: {products}")
+    print(f"{described(processor())}; products in GFLOP/s a core: {products}")
     measured = measure(args.repeats)
     print(f"{'update':24} {'min s':>8} {'median s':>9} {'cpu s':>8} {'difference':>11}")
     for name, figures in measured["update"].items():

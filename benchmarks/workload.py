@@ -112,7 +112,7 @@ def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[
 
 
 def product_rate() -> float:
-    """float32 GFLOP/s of XLA on the product that all libraries are asked for."""
+    """float32 GFLOP/s of a core, by XLA on the product that all libraries are asked for."""
     rows, inner, columns = PRODUCT
     multiply = jax.jit(jnp.matmul)
     left, right = jnp.ones((rows, inner)), jnp.ones((inner, columns))
