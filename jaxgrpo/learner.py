@@ -105,7 +105,8 @@ class Learner:
         left = "no checkpoint was saved before it" if saved is None else f"the newest checkpoint is that of step {saved}"
         raise DivergedError(
             f"the weights of step {self.state.step} give no finite log-probabilities: the step was too large, and is neither served nor "
-            f"saved ({left}). To resume leads here again; a new run needs a lower optimizer.learning_rate than {self.config.optimizer.learning_rate:g}"
+            f"saved ({left}). To resume leads here again; a new run needs a lower "
+            f"optimizer.learning_rate than {self.config.optimizer.learning_rate:g}"
         )
 
     def save(self) -> None:

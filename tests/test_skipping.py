@@ -231,5 +231,5 @@ def test_batches_lost_for_different_reasons_are_told_apart(tmp_path):
     skipped = SkippedBatches(None)
     skipped.add("a", skipped_result(0), UselessBatchError("the first"), 2)
     skipped.add("b", skipped_result(0), UselessBatchError("the second"), 2)
-    with pytest.raises(skipping.NothingLearntError, match="the last 3 batches: the first; the second$"):
+    with pytest.raises(skipping.NothingLearntError, match=r"the last 3 batches: the first; the second$"):
         skipped.add("c", skipped_result(0), UselessBatchError("the first"), 2)
