@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.gpu.rows import Context, Row, last_line
-from envs.bfcl.source import SourceError, package_folder
+from envs.bfcl.source import SourceError, open_package
 
 _ROOT = Path(__file__).parents[2]
 _TINY = (
@@ -115,7 +115,7 @@ def chosen(bfcl: str | None) -> tuple[str, tuple[str, ...], str]:
     """A config, its settings, and why it is this one."""
     os.environ["PIP_NO_INDEX"] = "1"  # nothing is fetched, here or in the run
     try:
-        package_folder(bfcl)
+        open_package(folder=bfcl)
     except SourceError as error:
         return (
             "configs/procedural.py",
