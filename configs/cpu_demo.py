@@ -2,8 +2,8 @@
 
 Command    python -m jaxgrpo.train --config configs/cpu_demo.py
 Hardware   two CPU cores
-Tasks      the 39 tasks of the train split whose first query takes one call and that do not involve TravelAPI (its calls take more arguments
-           than the tiny model ever gets right); evaluated on them and on the whole test split
+Tasks      the 38 tasks of BFCL v3's train split whose first query takes one call and that do not involve TravelAPI (its calls
+           take more arguments than the tiny model ever gets right); evaluated on them and on the whole test split
 
 Departures from the article's recipe: short prompts (one line a tool) and episodes, for the tiny model's sake; a mean over rows rather than
 over tokens, and overlong episodes keep their loss: otherwise what a tiny model does badly, it does at length, unpunished (docs/log.md).
