@@ -70,13 +70,15 @@ def test_a_next_turn_extends_its_cache_and_equals_a_fresh_request():
 
 
 def test_a_context_that_departs_from_the_cache_is_recomputed_from_there():
-    async def turns(sampler: NativeSampler) -> tuple[SamplingRequest, Generation]:
+    async def turns(sampler: NativeSampler) -> tuple[SamplingRequest, Generation, int]:
         first = await sampler.generate(request(0))
+        before = sampler.metrics.extend_tokens
         changed = [*first.token_ids_T[:4], (first.token_ids_T[4] + 1) % 261, 9]
         second = request(0, tail=changed)
-        return second, await sampler.generate(second)
+        return second, await sampler.generate(second), sampler.metrics.extend_tokens - before
 
-    second, generation = run(turns)
+    second, generation, extended = run(turns)
+    assert extended == 1  # of six tokens four are in the cache, and the first step takes the last
     same(generation, generate(second)[0])
 
 
