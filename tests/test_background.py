@@ -97,8 +97,9 @@ def test_a_calls_own_timeout_is_not_taken_for_the_deadline():
 
 def test_waiting_for_a_place_does_not_count_against_the_deadline():
     async def run() -> None:
-        calls = BlockingCalls(1, 0.3)
+        calls, start = BlockingCalls(1, 0.3), time.monotonic()
         await asyncio.gather(*(calls.run(time.sleep, 0.1) for _ in range(5)))
+        assert time.monotonic() - start > 0.45  # one after the other: the last one waited for longer than its deadline
 
     asyncio.run(run())
 

@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplingRequest
 from jaxgrpo.samplers.engine import Engine, EngineLimits, Job
@@ -50,10 +51,11 @@ def test_the_same_request_alone_in_a_batch_and_admitted_late():
     same(alone, run(late, max_rows=16))
 
 
-def test_a_seed_decides_the_tokens():
-    first, again, other = (generate(request(0, seed=s))[0] for s in (5, 5, 6))
-    np.testing.assert_array_equal(first.token_ids_T, again.token_ids_T)
-    assert first.token_ids_T.tolist() != other.token_ids_T.tolist()
+def test_a_seed_decides_the_tokens_to_its_last_bit():
+    seeds = (5, 5, *(5 ^ 1 << bit for bit in (0, 8, 30, 31, 32, 63)))
+    first, again, *others = (generate(request(0, seed=seed))[0].token_ids_T.tolist() for seed in seeds)
+    assert first == again
+    assert len({tuple(tokens) for tokens in (first, *others)}) == 7
 
 
 def test_a_next_turn_extends_its_cache_and_equals_a_fresh_request():
@@ -70,13 +72,15 @@ def test_a_next_turn_extends_its_cache_and_equals_a_fresh_request():
 
 
 def test_a_context_that_departs_from_the_cache_is_recomputed_from_there():
-    async def turns(sampler: NativeSampler) -> tuple[SamplingRequest, Generation]:
+    async def turns(sampler: NativeSampler) -> tuple[SamplingRequest, Generation, int]:
         first = await sampler.generate(request(0))
+        before = sampler.metrics.extend_tokens
         changed = [*first.token_ids_T[:4], (first.token_ids_T[4] + 1) % 261, 9]
         second = request(0, tail=changed)
-        return second, await sampler.generate(second)
+        return second, await sampler.generate(second), sampler.metrics.extend_tokens - before
 
-    second, generation = run(turns)
+    second, generation, extended = run(turns)
+    assert extended == 1  # of six tokens four are in the cache, and the first step takes the last
     same(generation, generate(second)[0])
 
 
@@ -89,26 +93,41 @@ def test_a_prompt_is_computed_once_for_its_group():
     assert run(body) == len(PROMPTS[1]) - 1
 
 
-def test_a_long_context_takes_several_extensions(monkeypatch):
-    """1,100 tokens after the prompt's last one, in pieces of up to 512, give the log-probabilities of the plain forward."""
-    widths, extend_once = [], Engine._extend_once
+def extensions(monkeypatch: pytest.MonkeyPatch, *requests: SamplingRequest) -> tuple[list[tuple[int, int]], Engine, list[Job]]:
+    """One step of an engine with a context of 2,048 tokens: rows and width of each extension, the engine, and the jobs."""
+    made, extend_once = [], Engine._extend_once
 
     def noted(self, batch, width):
-        widths.append((len(batch), width))
+        made.append((len(batch), width))
         extend_once(self, batch, width)
 
     monkeypatch.setattr(Engine, "_extend_once", noted)
-    config = dataclasses.replace(CONFIG, context_length=2048)
-    engine = Engine(config, PARAMS, 0, (), EngineLimits(8, 4096, 16), jnp.float32)
+    engine = Engine(dataclasses.replace(CONFIG, context_length=2048), PARAMS, 0, (), EngineLimits(8, 8192, 16), jnp.float32)
+    jobs = [Job(r, TOKENIZER) for r in requests]
+    for r in requests:
+        engine.add(r)
+    engine.step(jobs)
+    return made, engine, jobs
+
+
+def test_a_long_context_takes_several_extensions(monkeypatch):
+    """1,100 tokens after the prompt's last one, in pieces of up to 512, give the log-probabilities of the plain forward."""
     long = request(0, tail=np.arange(1100) % 261, max_tokens=6)
-    engine.add(long)
-    job = Job(long, TOKENIZER)
-    engine.step([job])
-    assert widths == [(1, 64), (1, 512), (1, 512), (1, 128)]  # the prompt, less its last token, and the rest in three
+    made, engine, [job] = extensions(monkeypatch, long)
+    assert made == [(1, 64), (1, 512), (1, 512), (1, 128)]  # the prompt, less its last token, and the rest in three
     assert (engine.metrics.prefill_tokens, engine.metrics.extend_tokens) == (39, 1100)
-    generation = job.generation()
-    logits = plain_logits(long, generation, length=1280)
-    np.testing.assert_allclose(generation.logprobs_T, logprobs_of(logits, generation.token_ids_T), atol=2e-5)
+    logits = plain_logits(long, job.generation(), length=1280)
+    np.testing.assert_allclose(job.logprobs, logprobs_of(logits, job.token_ids), atol=2e-5)
+
+
+def test_many_long_rows_are_extended_a_few_at_a_time(monkeypatch):
+    """Each extension computes 2,048 tokens at most: four rows of 512."""
+    requests = [request(0, e, tail=(np.arange(400) + e) % 261, max_tokens=4) for e in range(5)]
+    made, _, jobs = extensions(monkeypatch, *requests)
+    assert made == [(1, 64), (4, 512), (1, 512)]
+    for r, job in zip(requests, jobs, strict=True):
+        logits = plain_logits(r, job.generation(), length=512)
+        np.testing.assert_allclose(job.logprobs, logprobs_of(logits, job.token_ids), atol=2e-5)
 
 
 def test_a_context_is_the_same_as_the_prompt_of_its_group_and_as_an_episodes_own_tokens():

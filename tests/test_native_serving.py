@@ -70,10 +70,17 @@ def test_more_requests_than_room_wait_and_finish_and_idle_caches_give_way():
 
 
 def test_running_jobs_give_way_to_earlier_ones_and_finish():
-    """Rows that fit at first outgrow the pool: the latest lose their caches and go on afterwards."""
+    """Three rows of 120 tokens over one prompt begin in a pool of four pages, one page each, and outgrow it."""
     requests = [request(2, e, max_tokens=100) for e in range(3)]
-    for a, b in zip(generate(*requests), generate(*requests, max_cache_tokens=64 * 4), strict=True):
+
+    async def body(sampler: NativeSampler) -> tuple[list[Generation], int]:
+        return await asyncio.gather(*[sampler.generate(r) for r in requests]), sampler.metrics.evictions
+
+    (roomy, none), (tight, some) = run(body), run(body, max_cache_tokens=64 * 4)
+    assert none == 0 < some
+    for a, b in zip(roomy, tight, strict=True):
         same(a, b)
+        assert len(b.token_ids_T) == 100
 
 
 def test_nobody_waits_for_the_next_turn_of_an_episode_that_is_over():

@@ -138,7 +138,7 @@ def test_a_publish_needs_no_place_among_turns_that_another_server_did_not_take()
 
 
 def test_waiting_for_a_place_takes_nothing_of_a_turns_deadline():
-    server = FakeVllm(served([7]), delay=0.3)
+    server = FakeVllm(served([7]), delay=1.0)
 
     async def body(sampler: VllmSampler) -> Generation:
         first = asyncio.create_task(sampler.generate(request("first")))
@@ -148,7 +148,7 @@ def test_waiting_for_a_place_takes_nothing_of_a_turns_deadline():
         await first
         return second
 
-    assert run(body, server, max_requests=1, request_seconds=0.32).token_ids_T.tolist() == [7]
+    assert run(body, server, max_requests=1, request_seconds=1.7).token_ids_T.tolist() == [7]
     assert server.counts[GENERATE] == 3
 
 
@@ -213,7 +213,12 @@ def test_a_server_that_cannot_serve_the_policy_is_refused(server, said):
 
 
 def test_the_key_is_shown():
-    run(lambda sampler: sampler.connect(PROBE), FakeVllm(key="secret"), published=False, api_key="secret")
+    """On every route; the server answers 401 without it."""
+    server = FakeVllm(served([7]), key="secret")
+    run(lambda sampler: sampler.connect(PROBE), server, published=False, api_key="secret")
+    assert {"/version", "/tokenize"} <= set(server.routes())
+    run(lambda sampler: sampler.generate(request()), server, api_key="secret")
+    assert server.counts[GENERATE] == 1
 
 
 def test_nobody_listens():

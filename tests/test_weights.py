@@ -73,6 +73,8 @@ def test_files_and_blocks_of_any_size_hold_the_same(
     monkeypatch.setattr(weights, "BLOCK_BYTES", block_bytes)
     params = random_params()
     folder = publish(tmp_path, params, devices)
+    files = [len(list((folder / "params" / f"layers.attention.{leaf}" / "c").glob("*/*"))) for leaf in ("q.bias", "k.kernel")]
+    assert files == {20: [3, 3], 60: [1, 3], 200: [1, 1]}[file_bytes]  # three rows, of 8 and of 28 bytes, in equal parts
     assert_same_bits(read(folder), expected_tensors(params))
 
 
