@@ -79,8 +79,8 @@ def test_value_and_gradient_equal_float64_numpy(name: str, transform: Transform)
     case = random_case(0, kl=settings.kl_beta > 0)
     value, gradient, _ = case.run(settings, transform)
     expected, expected_gradient = reference.grpo_loss(**dataclasses.asdict(case), **dataclasses.asdict(settings))
-    chex.assert_trees_all_close(float(value), expected, rtol=1e-5)
-    chex.assert_trees_all_close(np.asarray(gradient), expected_gradient.astype(np.float32), rtol=2e-5, atol=1e-7)
+    chex.assert_trees_all_close(float(value), expected, rtol=3e-6)
+    chex.assert_trees_all_close(np.asarray(gradient), expected_gradient.astype(np.float32), rtol=2e-6, atol=1e-8)
 
 
 def test_the_numpy_gradient_equals_finite_differences() -> None:
@@ -94,7 +94,7 @@ def test_the_numpy_gradient_equals_finite_differences() -> None:
     for index in [(0, 0, 0), (0, 1, 3), (0, 2, 6), (1, 0, 0), (2, 1, 1), (2, 3, 5)]:
         step = np.zeros_like(train)
         step[index] = 1e-6
-        assert gradient[index] == pytest.approx((value(train + step) - value(train - step)) / 2e-6, abs=1e-8)
+        assert gradient[index] == pytest.approx((value(train + step) - value(train - step)) / 2e-6, abs=1e-9)
 
 
 @with_and_without_jit
@@ -181,10 +181,10 @@ class TestStaleSamples:
         return np.asarray(jax.grad(loss)(jnp.asarray(self.LOGITS, jnp.float32)))
 
     def test_with_the_importance_weight_the_gradient_is_the_on_policy_one(self) -> None:
-        np.testing.assert_allclose(self.gradient(math.inf), self.policy_gradient(self.policy), rtol=1e-5)
+        np.testing.assert_allclose(self.gradient(math.inf), self.policy_gradient(self.policy), rtol=1e-6)
 
     def test_without_it_it_is_another(self) -> None:
-        np.testing.assert_allclose(self.gradient(None), self.policy_gradient(self.OLDER), rtol=1e-5)
+        np.testing.assert_allclose(self.gradient(None), self.policy_gradient(self.OLDER), rtol=1e-6)
         on_policy, biased = self.policy_gradient(self.policy), self.gradient(None)
         assert on_policy[0] > 0.2 and biased[0] < -0.02  # a good action that the older policy hardly took would become rarer
 
@@ -192,7 +192,7 @@ class TestStaleSamples:
         """policy / older is about 4.4, 0.08, 6 and 0.7: a cap of 2 counts the first and the third action twice, where they lack more."""
         drawn = np.minimum(self.policy, 2.0 * self.OLDER)
         assert (drawn < self.policy).tolist() == [True, False, True, False]
-        np.testing.assert_allclose(self.gradient(2.0), self.policy_gradient(drawn), rtol=1e-5)
+        np.testing.assert_allclose(self.gradient(2.0), self.policy_gradient(drawn), rtol=1e-6)
 
 
 def test_no_gradient_flows_through_the_importance_weight() -> None:
@@ -261,7 +261,7 @@ def test_the_sums_by_hand() -> None:
         "mismatch_kl": (1 - LOG2 + 2 * LOG2 - 0.75 + 0.12 - math.log(1.12) - 0.12 - math.log(0.88)) / 5,
         "mismatch_outside_share": 4 / 5,
     }
-    assert sums.summary() == pytest.approx(expected, rel=1e-5)
+    assert sums.summary() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_ratio_within_a_tenth_of_the_samplers_is_not_outside() -> None:
@@ -332,7 +332,7 @@ def test_large_logits_do_not_overflow() -> None:
     # logits 500, 499 and -500: 1 / (1 + 1/e) = .7310586, of which the entropy is .5822031
     table = jnp.array([[500.0], [499.0], [-500.0]])
     logprobs, entropies = token_logprobs(jnp.ones((2, 1)), table, jnp.array([0, 2]), head(2, shape=(3, 1)))
-    chex.assert_trees_all_close(logprobs, jnp.array([math.log(0.7310586), -1000 + math.log(0.7310586)]), rtol=1e-4)
+    chex.assert_trees_all_close(logprobs, jnp.array([math.log(0.7310586), -1000 + math.log(0.7310586)]), rtol=1e-5)
     chex.assert_trees_all_close(entropies, jnp.full(2, 0.5822031), rtol=1e-4)
 
 
@@ -401,8 +401,8 @@ def test_logprobs_of_bfloat16_inputs_are_float32() -> None:
     rounded = (np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in (hidden, table))
     expected, expected_entropies, *_ = reference.token_logprobs(*rounded, targets, np.ones(T), 1.0)
     assert logprobs.dtype == entropies.dtype == jnp.float32
-    chex.assert_trees_all_close(np.asarray(logprobs), expected.astype(np.float32), rtol=1e-5)
-    chex.assert_trees_all_close(np.asarray(entropies), expected_entropies.astype(np.float32), rtol=1e-5)
+    chex.assert_trees_all_close(np.asarray(logprobs), expected.astype(np.float32), rtol=2e-6)
+    chex.assert_trees_all_close(np.asarray(entropies), expected_entropies.astype(np.float32), rtol=2e-6)
 
 
 def test_the_loss_refuses_arrays_of_different_shapes() -> None:

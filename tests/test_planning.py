@@ -84,8 +84,8 @@ def test_the_7b_is_counted_by_hand() -> None:
     assert (shape.forwarded_tokens, shape.pairs) == (12_287, 8_386_560 + 37_744_640)
     forward = forward_flops(SEVEN_B, shape)
     assert forward == Flops(2 * 28 * 233_046_016 * 12_287, 4 * 28 * 3584 * 46_131_200, 2 * 3584 * 152_064 * 8192)
-    assert forward.total == pytest.approx(187.8e12, rel=1e-3)
-    assert model_flops(SEVEN_B, shape).total == pytest.approx(563.4e12, rel=1e-3)
+    assert forward.total == pytest.approx(187.8e12, rel=1e-4)
+    assert model_flops(SEVEN_B, shape).total == pytest.approx(563.4e12, rel=1e-4)
     down = 2 * 28 * 3584 * 18_944 * 12_287  # the one product that is not computed again
     again = {"full": forward.layers - down + 1.5 * forward.attention, "attention": forward.layers - down + 0.5 * forward.attention}
     again["none"] = 0.5 * forward.attention
@@ -209,11 +209,11 @@ def test_a_run_is_worked_out_by_hand() -> None:
     cluster = Cluster(3, 3, link=450e9, network=50e9)
     expected = forecast(SEVEN_B, WORK, cluster, 400e12, 3000.0)
     assert (WORK.rollouts, WORK.tokens, WORK.batches) == (96, 98_304, 800)
-    assert expected.step == pytest.approx(12 * 563.4e12 / (3 * 400e12), rel=1e-3)
-    assert expected.reference == pytest.approx(12 * 187.8e12 / (3 * 400e12), rel=1e-3)
-    assert expected.step_communication == pytest.approx(4 * (2 * (2 * 6.5256e9 + 1.09e9) + 4 * 7.6156e9) * 2 / 3 / 450e9, rel=1e-3)
+    assert expected.step == pytest.approx(12 * 563.4e12 / (3 * 400e12), rel=1e-4)
+    assert expected.reference == pytest.approx(12 * 187.8e12 / (3 * 400e12), rel=1e-4)
+    assert expected.step_communication == pytest.approx(4 * (2 * (2 * 6.5256e9 + 1.09e9) + 4 * 7.6156e9) * 2 / 3 / 450e9, rel=1e-4)
     assert expected.rollouts == 98_304 / 3000
-    assert expected.run_seconds(WORK) == pytest.approx(800 * (2 * 5.634 + 1.878 + 32.768), rel=1e-3)
+    assert expected.run_seconds(WORK) == pytest.approx(800 * (2 * 5.634 + 1.878 + 32.768), rel=1e-4)
 
 
 def test_without_a_rate_or_a_reference_neither_costs_time() -> None:
@@ -221,7 +221,7 @@ def test_without_a_rate_or_a_reference_neither_costs_time() -> None:
     work = dataclasses.replace(WORK, reference=False)
     expected = forecast(SEVEN_B, work, cluster, 400e12, None)
     assert (expected.reference, expected.rollouts) == (0.0, None)
-    assert expected.run_seconds(work) == pytest.approx(800 * 2 * 5.634, rel=1e-3)
+    assert expected.run_seconds(work) == pytest.approx(800 * 2 * 5.634, rel=1e-4)
 
 
 def test_slow_links_set_the_pace() -> None:
