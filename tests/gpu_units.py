@@ -19,6 +19,7 @@ def run(unit: str, context: Context) -> Iterator[Row]:
         raise MemoryError("there is no more")
     if unit == "hangs":
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-        yield {"row": "child", "pid": child.pid}
+        (context.scratch / "left").write_text("behind")
+        yield {"row": "child", "pid": child.pid, "scratch": str(context.scratch)}
         time.sleep(600)
     yield {"row": "figure", "value": float("nan")}

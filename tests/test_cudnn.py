@@ -1,4 +1,4 @@
-"""cuDNN's attention as a kernel: when it is chosen, and what it becomes for a GPU. Its numbers are compared by benchmarks/mfu.py."""
+"""cuDNN's attention as a kernel: when it is chosen, and what it becomes for a GPU. Its numbers are compared by benchmarks/gpu."""
 
 import functools
 

@@ -23,17 +23,21 @@ from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.runner import Settings, run_parts
 from benchmarks.gpu.summary import summary, wrong
 
+_NAMES = [part.name for part in PARTS]
 _END_SECONDS = 2.0  # of the minutes, kept for the end
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     args = _parse(arguments)
-    names = [part.name for part in PARTS]
-    asked = args.parts.split(",") if args.parts else names
-    problems = [
-        f"--parts {name!r} is none of {', '.join(names)}" for name in asked if name not in names
-    ]
+    asked = args.parts.split(",") if args.parts else _NAMES
+    chosen = [part for part in PARTS if part.name in asked]
+    bfcl = args.bfcl and str(Path(args.bfcl).absolute())
+    settings = Settings(args.out, args.tiny, bfcl, args.units)
+    problems = [f"--parts {n!r} is none of {', '.join(_NAMES)}" for n in asked if n not in _NAMES]
+    if not problems and not any(settings.units(part) for part in chosen):
+        known = ", ".join(f"{unit!r}" for part in chosen for unit in part.units)
+        problems.append(f"--units {args.units!r} is in none of the names {known}")
     if args.minutes <= 0:
         problems.append(f"--minutes must be above 0, got {args.minutes}")
     if args.bfcl and not Path(args.bfcl).is_dir():
@@ -51,8 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{found[-1]['part']}, {found[-1]['unit']}: {found[-1]['status']}", flush=True)
         (args.out / "summary.md").write_text(summary(found))
 
-    chosen = [part for part in PARTS if part.name in asked]
-    settings = Settings(args.out, args.tiny, args.bfcl, args.units)
     run_parts(chosen, settings, args.minutes * 60 - _END_SECONDS, report)
     found = rows.read(args.out)
     print(summary(found))
@@ -69,9 +71,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, required=True, help="a folder for the figures, new or empty"
     )
-    parser.add_argument(
-        "--parts", help=f"some of {','.join(part.name for part in PARTS)} (default: all)"
-    )
+    parser.add_argument("--parts", help=f"some of {','.join(_NAMES)} (default: all)")
     parser.add_argument(
         "--units", default="", metavar="TEXT", help="only units whose names contain this, e.g. '7B'"
     )

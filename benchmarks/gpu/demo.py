@@ -39,51 +39,19 @@ _KILL_SECONDS = 5.0  # and that long it may take
 def run(unit: str, context: Context) -> Iterator[Row]:
     config, settings, why = chosen(context.bfcl)
     yield {"row": "config", "config": config, "why": why}
-    settings += _TINY if context.tiny else ()
-    folder, log = context.out / "demo", context.out / "logs" / "demo-training.log"
-    given = [argument for setting in settings for argument in ("--set", setting)]
+    folder, log = context.scratch / "demo", context.out / "logs" / "demo-training.log"
+    command = [sys.executable, "-m", "jaxgrpo.train", "--config", config, "--run-dir", str(folder)]
+    for setting in (*settings, *(_TINY if context.tiny else ())):
+        command += ["--set", setting]
     start = time.monotonic()
     with log.open("wb") as said:
-        command = [
-            sys.executable,
-            "-m",
-            "jaxgrpo.train",
-            "--config",
-            config,
-            "--run-dir",
-            str(folder),
-            *given,
-        ]
-        in_time = ended(subprocess.Popen(command, cwd=_ROOT, stdout=said, stderr=said), context)
+        whole = ended(subprocess.Popen(command, cwd=_ROOT, stdout=said, stderr=said), context)
     seconds = time.monotonic() - start
-    lines = read_metrics(folder)
-    for line in lines:
-        if "eval/split" in line:
-            yield {
-                "row": "evaluation",
-                "config": config,
-                "step": line["step"],
-                **{name: line[f"eval/{name}"] for name in _RATES},
-            }
-    batches = [line for line in lines if "time/batch_seconds" in line]
-    if batches:
-        medians = {
-            name: statistics.median(line[f"time/{name}"] for line in batches) for name in _PHASES
-        }
-        yield {
-            "row": "training",
-            "config": config,
-            "step": batches[-1]["step"],
-            "whole": in_time,
-            "run_seconds": seconds,
-            **medians,
-        }
-    if not in_time:
-        yield {
-            "row": "left out",
-            "config": config,
-            "why": f"the rest of the run: no time left ({last_line(log)})",
-        }
+    yield from figures(folder / "metrics.jsonl", {"config": config})
+    yield {"row": "run", "config": config, "whole": whole, "seconds": seconds}
+    if not whole:
+        why = f"the rest of the run: no time left ({last_line(log)})"
+        yield {"row": "left out", "config": config, "why": why}
 
 
 def ended(process: subprocess.Popen, context: Context) -> bool:
@@ -104,11 +72,18 @@ def ended(process: subprocess.Popen, context: Context) -> bool:
     return True
 
 
-def read_metrics(folder: Path) -> list[Row]:
-    """The run's lines so far; one that is being written is left out."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+def figures(metrics: Path, what: Row) -> Iterator[Row]:
+    """Every evaluation, and the median times of the batches so far."""
+    lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []  # whole ones
+    found = [json.loads(line) for line in lines]
+    for line in found:
+        if "eval/split" in line:
+            rates = {name: line[f"eval/{name}"] for name in _RATES}
+            yield {"row": "evaluation", **what, "step": line["step"], **rates}
+    batches = [line for line in found if "time/batch_seconds" in line]
+    if batches:
+        medians = {n: statistics.median(line[f"time/{n}"] for line in batches) for n in _PHASES}
+        yield {"row": "training", **what, "step": batches[-1]["step"], **medians}
 
 
 def chosen(bfcl: str | None) -> tuple[str, tuple[str, ...], str]:
@@ -117,13 +92,7 @@ def chosen(bfcl: str | None) -> tuple[str, tuple[str, ...], str]:
     try:
         open_package(folder=bfcl)
     except SourceError as error:
-        return (
-            "configs/procedural.py",
-            (),
-            f"BFCL's package is not here: {str(error).splitlines()[0]}",
-        )
-    return (
-        "configs/cpu_demo.py",
-        (f"environment.folder={Path(bfcl).absolute()}",) if bfcl else (),
-        "BFCL's package is here",
-    )
+        why = f"BFCL's package is not here: {str(error).splitlines()[0]}"
+        return "configs/procedural.py", (), why
+    settings = (f"environment.folder={bfcl}",) if bfcl else ()
+    return "configs/cpu_demo.py", settings, "BFCL's package is here"

@@ -14,6 +14,7 @@ of a process so far: prompts grow, so it is their own.
 """
 
 import dataclasses
+import time
 from collections.abc import Iterator
 
 import jax
@@ -107,8 +108,11 @@ class _Bench:
 
     def updates(self, what: Row, prompt: int) -> Iterator[Row]:
         """The optimizer step, unless it is known beforehand that it does not fit."""
-        work, limit = self.work(prompt), memory("bytes_limit")
-        predicted = predicted_bytes(self.plan, self.update, work.largest)
+        work, limit, start = self.work(prompt), memory("bytes_limit"), time.perf_counter()
+        # All shapes are compiled before the state is there: what the compiler tries out on the
+        # device takes memory too, and the peak below is to be the step's.
+        predicted = max(predicted_bytes(self.plan, self.update, shape) for shape in work.shapes)
+        compiling = time.perf_counter() - start
         if limit is not None and predicted > limit:
             why = f"it needs {predicted / GIB:.1f} GiB of {limit / GIB:.1f}"
             yield {"row": "left out", **what, "predicted_gib": predicted / GIB, "why": why}
@@ -138,6 +142,7 @@ class _Bench:
             **what,
             **work.row,
             **timing.row,
+            "compile_seconds": compiling,
             **self.rates(counted, timing.median),
             **sizes,
         }
@@ -202,5 +207,6 @@ def _planned(context: Context) -> Iterator[Row]:
 
 def _plan_row(plan: Plan, target: Target, what: Row) -> Iterator[Row]:
     update = plan.update(described_gpus(target, 1, 1)[0])
-    largest = packed(_PROMPTS[-1], Lengths(), plan.model.vocab_size).largest
+    shapes = packed(_PROMPTS[-1], Lengths(), plan.model.vocab_size).shapes
+    largest = max(shapes, key=lambda shape: shape.trained_tokens)
     yield {"row": "planned", **what, "predicted_gib": predicted_bytes(plan, update, largest) / GIB}

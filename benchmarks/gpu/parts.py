@@ -15,9 +15,6 @@ class Part:
     units: tuple[str, ...]
     tiny_units: tuple[str, ...] = ()
 
-    def chosen(self, tiny: bool) -> tuple[str, ...]:
-        return self.tiny_units or self.units if tiny else self.units
-
 
 _ATTENTION = (
     "7B heads",

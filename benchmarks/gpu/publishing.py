@@ -6,7 +6,6 @@ written to fresh pages, the later ones over the files of the last but one, as in
 """
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,30 +27,15 @@ def run(unit: str, context: Context) -> Iterator[Row]:
     mesh, layout = make_mesh(jax.devices()[:1]), make_layout(model, 1)
     size = weights.published_bytes(layout)
     what = {"row": "publish", "model": unit, "layers": model.layers, "gib": size / GIB}
-    parent = roomy(2 * size + _SPARE_BYTES)
-    if parent is None:
-        yield {
-            **what,
-            "row": "left out",
-            "why": "neither shared memory nor the temporary folder has room for two versions",
-        }
+    room = shutil.disk_usage(context.scratch).free
+    if room < 2 * size + _SPARE_BYTES:
+        why = f"shared memory has {room / GIB:.1f} GiB free, two versions take {2 * size / GIB:.1f}"
+        yield {**what, "row": "left out", "why": why}
         return
     held = Held(model, random_stored(layout, mesh), layout, mesh)
-    with tempfile.TemporaryDirectory(dir=parent, prefix="jaxgrpo-bench-") as root:
-        for version in range(1, _VERSIONS + 1):
-            row = what | {
-                "folder": "shared memory"
-                if parent == weights.SHARED_MEMORY
-                else "temporary folder",
-                "version": version,
-            }
-            yield from in_time(context, attempted(row, _round(held, Path(root), row)), row)
-
-
-def roomy(size: int) -> Path | None:
-    """Shared memory, else the temporary folder; None where neither has `size` bytes free."""
-    folders = (weights.SHARED_MEMORY, Path(tempfile.gettempdir()))
-    return next((f for f in folders if f.is_dir() and shutil.disk_usage(f).free >= size), None)
+    for version in range(1, _VERSIONS + 1):
+        row = what | {"version": version}
+        yield from in_time(context, attempted(row, _round(held, context.scratch, row)), row)
 
 
 def _round(held: Held, root: Path, row: Row) -> Iterator[Row]:

@@ -85,8 +85,9 @@ class Packed:
     padded: list[GroupShape]
 
     @property
-    def largest(self) -> GroupShape:
-        return max(self.padded, key=lambda shape: shape.trained_tokens)
+    def shapes(self) -> set[GroupShape]:
+        """Those that are compiled."""
+        return set(self.padded)
 
     @property
     def row(self) -> dict[str, object]:

@@ -17,10 +17,12 @@ FIGURES = "figures.jsonl"
 @dataclasses.dataclass(frozen=True)
 class Context:
     """`out` is the folder of the figures; no row begins after `deadline` (of `time.monotonic`).
+    `scratch` is a folder in shared memory, where the machine has that, which goes with the unit.
     `tiny` asks for sizes for a CPU, `bfcl` names an unpacked bfcl_eval."""
 
     out: Path
     deadline: float
+    scratch: Path
     tiny: bool = False
     bfcl: str | None = None
 

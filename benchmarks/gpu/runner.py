@@ -7,16 +7,20 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from benchmarks.gpu import rows
 from benchmarks.gpu.parts import Part
 
 GRACE_SECONDS = 3.0  # between the deadline that a unit knows and its end
+MOST_OF_A_PART = 2 / 3  # of what a part has left, for a unit that is not its last
 LEAST_SECONDS = 5.0  # less is not worth a process
 ROOT = Path(__file__).parents[2]
+SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,11 @@ class Settings:
     bfcl: str | None = None
     only: str = ""
 
+    def units(self, part: Part) -> list[str]:
+        """Those of a part that are to run."""
+        units = part.tiny_units or part.units if self.tiny else part.units
+        return [unit for unit in units if self.only in unit]
+
 
 def run_parts(
     parts: Sequence[Part], settings: Settings, seconds: float, after_unit: Callable[[], object]
@@ -36,15 +45,15 @@ def run_parts(
     """All parts in order within `seconds`. Time that a part does not use goes to the later ones by
     their shares. Whatever a unit does, the next one runs; `after_unit` is called after each."""
     end = time.monotonic() + seconds
-    for i, part in enumerate(parts):
+    work = [(part, units) for part in parts if (units := settings.units(part))]
+    for i, (part, units) in enumerate(work):
         now = time.monotonic()
-        share = part.share / sum(later.share for later in parts[i:])
+        share = part.share / sum(later.share for later, _ in work[i:])
         part_end = now + (end - now) * share
-        units = [unit for unit in part.chosen(settings.tiny) if settings.only in unit]
         for number, unit in enumerate(units):
             left = part_end - time.monotonic()
             last = number == len(units) - 1
-            status = run_unit(part, unit, settings, left if last else left / 2)
+            status = run_unit(part, unit, settings, left if last else left * MOST_OF_A_PART)
             rows.add(settings.out, {"part": part.name, "unit": unit, **status})
             after_unit()
 
@@ -56,17 +65,13 @@ def run_unit(part: Part, unit: str, settings: Settings, seconds: float) -> rows.
     log = settings.out / "logs" / f"{part.name}-{unit.replace(' ', '-')}.log"
     log.parent.mkdir(exist_ok=True)
     start = time.monotonic()
-    with log.open("wb") as said:
+    shared = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None  # what is left there takes memory
+    with tempfile.TemporaryDirectory(dir=shared) as scratch, log.open("wb") as said:
         command = _command(part, unit, settings, seconds - GRACE_SECONDS)
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
-            start_new_session=True,
-        )
+        try:
+            process = _started([*command, "--scratch", scratch], said)
+        except OSError as error:
+            return {"row": "unit", "status": "failed", "why": f"it could not be started: {error}"}
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -84,6 +89,18 @@ def run_unit(part: Part, unit: str, settings: Settings, seconds: float) -> rows.
     return row if code == 0 else row | {"status": "failed", "why": rows.last_line(log)}
 
 
+def _started(command: list[str], said: BinaryIO) -> subprocess.Popen:
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=said,
+        stderr=said,
+        start_new_session=True,
+    )
+
+
 def _command(part: Part, unit: str, settings: Settings, seconds: float) -> list[str]:
     command = [sys.executable, "-m", "benchmarks.gpu.unit", part.name, part.module, unit]
     command += ["--out", str(settings.out.absolute()), "--seconds", f"{seconds:.2f}"]
@@ -92,9 +109,8 @@ def _command(part: Part, unit: str, settings: Settings, seconds: float) -> list[
 
 
 def environment() -> dict[str, str]:
-    """Of a unit: jax takes nearly all of the GPU's memory, and keeps what it compiles where a later
-    run finds it."""
-    env = dict(os.environ)
+    """Of a unit: jax takes nearly all of the GPU's memory."""
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}  # what a killed process said is in its log
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in env:  # its older name
         env.setdefault("XLA_CLIENT_MEM_FRACTION", "0.93")
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])

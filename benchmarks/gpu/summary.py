@@ -9,13 +9,14 @@ _COLUMNS = {
     "packages",
     "attention": "unit case kernel with agrees worst what seconds tflops",
     "peak": "size tflops tflops_median seconds",
-    "mfu": "row model layers kernel remat prompt real_share seconds first_seconds tflops mfu "
+    "mfu": "row model layers kernel remat prompt real_share seconds compile_seconds tflops mfu "
     "mfu_padded hardware mfu_of_data_sheet peak_gib predicted_gib",
     "sampler": "row model prompt rows tokens_per_second step_ms first_seconds peak_gib",
-    "publishing": "model gib folder version write_seconds read_seconds",
+    "publishing": "model gib version write_seconds read_seconds write_gb_per_second "
+    "read_gb_per_second",
     "demo": "row config step split pass_rate pass_rate_low pass_rate_high seconds batch_seconds "
-    "run_seconds whole",
-    "tests": "file passed skipped failed seconds",
+    "rollout_seconds update_seconds publish_seconds whole",
+    "tests": "file passed skipped failed whole",
 }
 _SHARES = (
     "real_share",
