@@ -110,7 +110,9 @@ def record(value: object, kind: type[T], what: str) -> T:
 def numbers(value: object, what: str) -> dict[str, float]:
     """Numbers by name, as a plain dict."""
     pairs = items(_pairs(value, what), what, MAX_ENTRIES)
-    return {name(key, f"a name in {what}"): number(item, f"{what}[{shown(key)}]") for key, item in pairs}
+    return {
+        name(key, f"a name in {what}"): number(item, f"{what}[{shown(key)}]") for key, item in pairs
+    }
 
 
 def notes(value: object, what: str, most: int) -> dict[str, str]:
@@ -118,7 +120,9 @@ def notes(value: object, what: str, most: int) -> dict[str, str]:
     first `MAX_ENTRIES`, and a note that says how many there were."""
     pairs = _pairs(value, what)
     kept = {
-        cut(text(key, f"a name in {what}"), MAX_NAME): cut(text(item, f"{what}[{shown(key)}]"), most)
+        cut(text(key, f"a name in {what}"), MAX_NAME): cut(
+            text(item, f"{what}[{shown(key)}]"), most
+        )
         for key, item in pairs[:MAX_ENTRIES]
     }
     return kept if len(pairs) <= MAX_ENTRIES else {**kept, "...": f"{len(pairs)} notes"}

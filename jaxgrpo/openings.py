@@ -80,7 +80,9 @@ def characters(messages: Sequence[Message]) -> int:
     return sum(len(message.content) for message in messages)
 
 
-async def rendered(render: Callable[..., np.ndarray], messages: Sequence[Message], *args: object) -> np.ndarray:
+async def rendered(
+    render: Callable[..., np.ndarray], messages: Sequence[Message], *args: object
+) -> np.ndarray:
     """`render(messages, *args)`, without keeping the event loop from others for long."""
     if characters(messages) <= _SHORT_CHARS:
         return render(messages, *args)
@@ -102,7 +104,9 @@ def _difference(one: Observation, other: Observation) -> str:
     for i, (was, now) in enumerate(zip(one.messages, other.messages, strict=False)):
         if was != now:
             pairs = enumerate(zip(was.content, now.content, strict=False))
-            same = next((n for n, (a, b) in pairs if a != b), min(len(was.content), len(now.content)))
+            same = next(
+                (n for n, (a, b) in pairs if a != b), min(len(was.content), len(now.content))
+            )
             at = max(0, same - 20)
             first, second = (f"{m.role} says {m.content[at : at + 60]!r}" for m in (was, now))
             return f"in message {i} {first} and then {second}"

@@ -59,12 +59,16 @@ class TaskCheck:
         calls = BlockingCalls(1, LISTING_DEADLINES * self.deadline, _in_silence)
         asked = ask(calls, f"tasks({split!r})", _tasks, self.suite.tasks, split)
         try:
-            return self._run(asked, calls, lambda: f"the tasks of the {split} split are being listed")
+            return self._run(
+                asked, calls, lambda: f"the tasks of the {split} split are being listed"
+            )
         except LateError as error:
             limit = f"{LISTING_DEADLINES} x rollout.environment_deadline"
             raise ConfigError(f"{error}; {limit} is the limit for listing tasks") from None
         except FaultyEnvironmentError as error:
-            raise ConfigError(f"{error}: the environment gives no tasks of the {split} split") from None
+            raise ConfigError(
+                f"{error}: the environment gives no tasks of the {split} split"
+            ) from None
 
     def opened(self, chat: Chat, max_prompt_tokens: int, tasks: Sequence[Task]) -> Opened:
         """Open each task once, and one of them twice more: its episodes share a prompt."""

@@ -32,7 +32,15 @@ class Text(str):
 
 @pytest.mark.parametrize(
     ("given", "plain"),
-    [(1, 1.0), (True, 1.0), (np.float32(0.5), 0.5), (np.int64(3), 3.0), (np.bool_(True), 1.0), (Fraction(1, 4), 0.25), (1e12, 1e12)],
+    [
+        (1, 1.0),
+        (True, 1.0),
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3.0),
+        (np.bool_(True), 1.0),
+        (Fraction(1, 4), 0.25),
+        (1e12, 1e12),
+    ],
 )
 def test_numbers_become_floats(given, plain):
     score = Score(given, np.bool_(True), {"reward": given})
@@ -53,7 +61,9 @@ def test_what_is_no_finite_number_of_a_useful_size_is_refused(given):
         ("a score's reward", lambda: Score(given, True)),
         (r"a score's parts\['reward'\]", lambda: Score(1.0, True, {"reward": given})),
     ):
-        with pytest.raises((TypeError, ValueError), match=f"^{place} must be a finite number") as error:
+        with pytest.raises(
+            (TypeError, ValueError), match=f"^{place} must be a finite number"
+        ) as error:
             score()
         assert len(str(error.value)) < 400
 
@@ -169,10 +179,20 @@ def test_a_derived_class_that_leaves_out_the_checks_is_made_anew():
 
 def test_long_texts_are_cut_with_a_mark_and_once():
     call = ToolCall("n" * 501, "a" * 200_000, "r" * 40_000_000, ok=False)
-    assert [len(text) for text in (call.name, call.arguments, call.result)] == [500, 100_000, 100_000]
-    assert call.name.endswith("n... (501 characters)") and call.result.endswith("r... (40000000 characters)")
+    assert [len(text) for text in (call.name, call.arguments, call.result)] == [
+        500,
+        100_000,
+        100_000,
+    ]
+    assert call.name.endswith("n... (501 characters)") and call.result.endswith(
+        "r... (40000000 characters)"
+    )
     assert ToolCall(call.name, call.arguments, call.result, call.ok) == call
-    score = Score(0.0, False, {}, {"why": "w" * 20_001, "k" * 600: "x"} | {str(i): "" for i in range(2000)})
-    assert len(score.notes["why"]) == 20_000 and score.notes["why"].endswith("w... (20001 characters)")
+    score = Score(
+        0.0, False, {}, {"why": "w" * 20_001, "k" * 600: "x"} | {str(i): "" for i in range(2000)}
+    )
+    assert len(score.notes["why"]) == 20_000 and score.notes["why"].endswith(
+        "w... (20001 characters)"
+    )
     assert len(score.notes) == 1001 and score.notes["..."] == "2002 notes"
     assert max(map(len, score.notes)) == 500

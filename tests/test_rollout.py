@@ -168,8 +168,8 @@ def test_a_task_whose_prompt_is_too_long_is_dropped():
     result = run(sampler, Suite(lambda task, earlier: Long() if task.id == "blue" else EchoEnvironment()))
     assert [group.task.id for group in result.groups] == ["red", "green"]
     assert [dropped.error for dropped in result.dropped] == [
-        "the prompt of task 'blue' has 234 tokens, and rollout.max_prompt_tokens is 100: raise it, "
-        "or make the environment's prompts shorter"
+        "the prompt of task 'blue' has 234 tokens, and rollout.max_prompt_tokens is 100: raise it, or "
+        "make the environment's prompts shorter"
     ]
 
 

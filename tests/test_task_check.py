@@ -1,5 +1,5 @@
-"""Before a run: tasks are listed and opened within deadlines, and what an environment cannot do is told in one line, the user's own
-first."""
+"""Before a run: tasks are listed and opened within deadlines; what an environment cannot do is told
+in one line, the user's own error first."""
 
 import asyncio
 import io
@@ -71,20 +71,33 @@ class TestHanging:
     def test_observe(self, run, dry):
         status, err = run("def observe(self): time.sleep(60)", "", *DEADLINE, *dry)
         assert status == 2
-        waits = "took longer than the deadline of 0.2 seconds: it waits at mine.py, line 7, in observe"
-        assert re.fullmatch(rf"error: observe\(\) of task 'train_\d' {waits}; none of 6 tasks has opened\n", err)
+        waits = (
+            "took longer than the deadline of 0.2 seconds: it waits at mine.py, line 7, in observe"
+        )
+        assert re.fullmatch(
+            rf"error: observe\(\) of task 'train_\d' {waits}; none of 6 tasks has opened\n", err
+        )
 
     def test_create(self, run, dry):
         status, err = run("def __init__(self, *_): time.sleep(60)", "", *DEADLINE, *dry)
-        waits = "took longer than the deadline of 0.2 seconds: it waits at mine.py, line 7, in __init__"
+        waits = (
+            "took longer than the deadline of 0.2 seconds: it waits at mine.py, line 7, in __init__"
+        )
         assert status == 2
-        assert re.fullmatch(rf"error: create\(\) of task 'train_\d' {waits}; none of 6 tasks has opened\n", err)
+        assert re.fullmatch(
+            rf"error: create\(\) of task 'train_\d' {waits}; none of 6 tasks has opened\n", err
+        )
 
     def test_tasks(self, run, dry):
         status, err = run("pass", "def tasks(self, split): time.sleep(60)", *DEADLINE, *dry)
         assert status == 2
-        waits = "took longer than the deadline of 2.0 seconds: it waits at mine.py, line 13, in tasks"
-        assert err == f"error: tasks('train') {waits}; 10 x rollout.environment_deadline is the limit for listing tasks\n"
+        waits = (
+            "took longer than the deadline of 2.0 seconds: it waits at mine.py, line 13, in tasks"
+        )
+        assert (
+            err
+            == f"error: tasks('train') {waits}; 10 x rollout.environment_deadline is the limit for listing tasks\n"
+        )
 
 
 @pytest.mark.parametrize(
@@ -163,7 +176,9 @@ def test_a_split_of_evaluation_that_does_not_open_is_refused(run):
     failing = "def observe(self):\n        if 'test' in self._query: 1 / 0\n        return super().observe()"
     assert run(failing, "", "--dry-run")[0] == 0
     status, err = run(failing, "", "--dry-run", "--set", "evaluation.before=True")
-    assert status == 2 and err.endswith("observe() of task 'test_0' failed; of 4 tasks none opens\n")
+    assert status == 2 and err.endswith(
+        "observe() of task 'test_0' failed; of 4 tasks none opens\n"
+    )
 
 
 class Opening(EchoEnvironment):
@@ -255,7 +270,10 @@ def test_too_many_that_hang_after_one_has_opened_end_it():
             gate.wait(20)
 
     said = []
-    with pytest.raises(ConfigError, match=r"^5 call\(s\) into the environment have not come back .* Too many to go on: give what it"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^5 call\(s\) into the environment have not come back .* Too many to go on: give what it",
+    ):
         opened(Suite(observe, 20), said, threads=1, deadline=0.1)
     gate.set()
     assert said == []

@@ -51,7 +51,12 @@ def play(make, *, limits=LIMITS, deadline=10.0, rewards=RewardSettings(), chat=N
         return await player.play(TASK, await player.open(TASK), KEY)
 
     trajectory = asyncio.run(run())
-    assert records.from_line(records.to_line(TrajectoryRecord(trajectory, "train", 1))).trajectory.error == trajectory.error
+    assert (
+        records.from_line(
+            records.to_line(TrajectoryRecord(trajectory, "train", 1))
+        ).trajectory.error
+        == trajectory.error
+    )
     return trajectory
 
 
@@ -105,15 +110,25 @@ LINE_OF_RAISE = raising.__code__.co_firstlineno + 2
         (MemoryError(), "MemoryError"),
         (Mute(), "Mute: (its text cannot be had)"),
         (Exiting(), "Exiting: (its text cannot be had)"),
-        (ExceptionGroup("both", [KeyError("a"), Mute()]), "ExceptionGroup: both (2 sub-exceptions)"),
+        (
+            ExceptionGroup("both", [KeyError("a"), Mute()]),
+            "ExceptionGroup: both (2 sub-exceptions)",
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_whatever_is_raised_is_shown_with_the_users_own_line_first(error, said):
     trajectory = play(stepping(raising(error)))
-    assert (trajectory.stop_reason, trajectory.score, trajectory.turns) == (StopReason.ENVIRONMENT_ERROR, None, 1)
+    assert (trajectory.stop_reason, trajectory.score, trajectory.turns) == (
+        StopReason.ENVIRONMENT_ERROR,
+        None,
+        1,
+    )
     line, _, trace = trajectory.error.partition("\n")
-    assert line == f"{said} ({__file__}, line {LINE_OF_RAISE}, in step): step() of task 'echo_1' failed"
+    assert (
+        line
+        == f"{said} ({__file__}, line {LINE_OF_RAISE}, in step): step() of task 'echo_1' failed"
+    )
     assert "Traceback (most recent call last)" in trace
 
 
@@ -128,7 +143,9 @@ def test_an_error_in_a_library_is_shown_at_the_line_that_called_it():
         return np.linalg.inv(np.zeros((2, 2)))
 
     line = play(stepping(step)).error.splitlines()[0]
-    assert line.startswith(f"LinAlgError: Singular matrix ({__file__}, line {step.__code__.co_firstlineno + 1}, in step)")
+    assert line.startswith(
+        f"LinAlgError: Singular matrix ({__file__}, line {step.__code__.co_firstlineno + 1}, in step)"
+    )
 
 
 def test_a_record_that_is_refused_is_shown_at_the_line_that_made_it():
@@ -143,8 +160,10 @@ def test_a_record_that_is_refused_is_shown_at_the_line_that_made_it():
 def test_an_error_of_a_reward_function_is_shown_at_its_own_line():
     line = play(EchoEnvironment, rewards=RewardSettings((failing,))).error.splitlines()[0]
     place = f"({__file__}, line {failing.__code__.co_firstlineno + 1}, in failing)"
-    assert line == f"RewardError: tests.test_user_code.failing raised ZeroDivisionError: division by zero {place}: " + (
-        "the rewards of task 'echo_1' failed"
+    assert (
+        line
+        == f"RewardError: tests.test_user_code.failing raised ZeroDivisionError: division by zero {place}: "
+        + ("the rewards of task 'echo_1' failed")
     )
 
 
@@ -155,7 +174,9 @@ def failing(trajectory, score):
 def test_a_weighted_sum_that_is_too_large_is_an_environment_error():
     trajectory = play(EchoEnvironment, rewards=RewardSettings((), {"environment": 1e13}))
     assert trajectory.stop_reason is StopReason.ENVIRONMENT_ERROR
-    assert trajectory.error.startswith("ValueError: a score's reward must be a finite number from -1e+12 to 1e+12")
+    assert trajectory.error.startswith(
+        "ValueError: a score's reward must be a finite number from -1e+12 to 1e+12"
+    )
 
 
 class Careless(Score):
@@ -175,9 +196,15 @@ class Lying:
     ("score", "said"),
     [
         (Careless(float("nan"), True), "ValueError: a score's reward must be a finite number"),
-        (Careless(1.0, True, {"reward": float("inf")}), "ValueError: a score's parts['reward'] must be a finite number"),
+        (
+            Careless(1.0, True, {"reward": float("inf")}),
+            "ValueError: a score's parts['reward'] must be a finite number",
+        ),
         (Careless(1.0, True, None), "TypeError: a score's parts must be a dict, got None"),
-        (Careless(1.0, True, {}, {"why": np.nan}), "TypeError: a score's notes['why'] must be a text, got nan"),
+        (
+            Careless(1.0, True, {}, {"why": np.nan}),
+            "TypeError: a score's notes['why'] must be a text, got nan",
+        ),
     ],
 )
 def test_a_score_of_a_derived_class_is_checked_all_the_same(score, said):
@@ -215,8 +242,9 @@ class TestMethods:
             observe = EchoEnvironment.observe
             step = EchoEnvironment.step
 
-        assert "returned tests.test_user_code.TestMethods.test_missing.<locals>.Scoreless, which has no method score() (" in self.error(
-            Scoreless()
+        assert (
+            "returned tests.test_user_code.TestMethods.test_missing.<locals>.Scoreless, which has no method score() ("
+            in self.error(Scoreless())
         )
         assert "returned builtins.NoneType, which has no method observe()" in self.error(None)
 
@@ -232,9 +260,16 @@ class TestMethods:
             def step(self):
                 return StepResult(stop_reason=StopReason.FINISHED)
 
-        assert "Stepless, which cannot be asked to step(action): too many positional arguments" in self.error(Stepless())
-        assert "EchoEnvironment, which cannot be asked to observe()" not in self.error(EchoEnvironment())
-        assert "cannot be asked to observe(): missing a required argument: 'self'" in self.error(EchoEnvironment)
+        assert (
+            "Stepless, which cannot be asked to step(action): too many positional arguments"
+            in self.error(Stepless())
+        )
+        assert "EchoEnvironment, which cannot be asked to observe()" not in self.error(
+            EchoEnvironment()
+        )
+        assert "cannot be asked to observe(): missing a required argument: 'self'" in self.error(
+            EchoEnvironment
+        )
 
 
 class TestProcess:
@@ -305,7 +340,10 @@ class TestDeadline:
         trajectory = play(stepping(step), deadline=0.1)
         gate.set()
         place = f"{__file__}, line {step.__code__.co_firstlineno + 1}, in step"
-        assert trajectory.error == f"step() of task 'echo_1' took longer than the deadline of 0.1 seconds: it waits at {place}"
+        assert (
+            trajectory.error
+            == f"step() of task 'echo_1' took longer than the deadline of 0.1 seconds: it waits at {place}"
+        )
 
     def test_it_holds_for_what_an_error_does_when_it_is_printed(self):
         class Slow(Exception):
@@ -335,7 +373,10 @@ class TestDeadline:
                 return Careless(1.0, True, Endless())
 
         started = time.perf_counter()
-        assert "score() of task 'echo_1' took longer than the deadline of 0.2 seconds" in play(Scoring, deadline=0.2).error
+        assert (
+            "score() of task 'echo_1' took longer than the deadline of 0.2 seconds"
+            in play(Scoring, deadline=0.2).error
+        )
         assert time.perf_counter() - started < 5
 
 
@@ -356,11 +397,16 @@ class TestSizes:
         huge = "r" * 40_000_000
         calls, chat = (ToolCall("read", "{}", huge, ok=True),), WatchedChat()
         started = time.perf_counter()
-        trajectory = play(self.answering(Message("tool", huge), calls=calls), limits=limits, chat=chat)
+        trajectory = play(
+            self.answering(Message("tool", huge), calls=calls), limits=limits, chat=chat
+        )
         assert chat.threads == [] and time.perf_counter() - started < 2
         assert trajectory.stop_reason is reason
         assert trajectory.completion_ids_C.tolist() == [*b"x", 259]
-        assert trajectory.calls[0].result.endswith("r... (40000000 characters)") and len(trajectory.calls[0].result) == 100_000
+        assert (
+            trajectory.calls[0].result.endswith("r... (40000000 characters)")
+            and len(trajectory.calls[0].result) == 100_000
+        )
 
     def test_a_million_messages_end_the_episode_without_being_rendered(self):
         messages = (Message("tool", ""),) * 1_000_000
@@ -383,18 +429,29 @@ class TestSizes:
         calls = (ToolCall("read", "a" * 90_000, "r" * 90_000, ok=True),) * 100
 
         def step(answer, action):
-            return StepResult(answer(action).observation, calls=calls) if "done" not in action else answer(action)
+            return (
+                StepResult(answer(action).observation, calls=calls)
+                if "done" not in action
+                else answer(action)
+            )
 
         trajectory = play(stepping(step))
         assert len(trajectory.calls) == 100
         assert sum(len(call.arguments) + len(call.result) for call in trajectory.calls) < 4_100_000
-        assert [len(trajectory.calls[i].result) for i in (0, 21, 22, 99)] == [90_000, 90_000, 100, 100]
+        assert [len(trajectory.calls[i].result) for i in (0, 21, 22, 99)] == [
+            90_000,
+            90_000,
+            100,
+            100,
+        ]
         assert trajectory.calls[99].result.endswith("r... (90000 characters)")
 
     def test_a_long_text_is_tokenised_beside_the_event_loop(self):
         chat = WatchedChat()
         trajectory = play(
-            self.answering(Message("tool", "word " * 10_000)), limits=Limits(60_000, 2, 200, 70_000), chat=chat
+            self.answering(Message("tool", "word " * 10_000)),
+            limits=Limits(60_000, 2, 200, 70_000),
+            chat=chat,
         )
         assert trajectory.turns == 2 and len(trajectory.completion_ids_C) > 50_000
         assert len(chat.threads) == 1 and chat.threads[0] is not threading.current_thread()

@@ -16,7 +16,14 @@ from jaxgrpo import evaluate, records
 from jaxgrpo import train as train_module
 from jaxgrpo.config import load_config
 from jaxgrpo.types import Score, StopReason, Task, ToolCall
-from tests.training import Letters, LettersEnvironment, make_model, metric_lines, small_config, write_config
+from tests.training import (
+    Letters,
+    LettersEnvironment,
+    make_model,
+    metric_lines,
+    small_config,
+    write_config,
+)
 
 
 class Mute(Exception):
@@ -60,16 +67,33 @@ FAULTS = {
     },
 }
 SOUND = {
-    "score": {"numpy": lambda: Score(np.float32(0.5), np.bool_(True), {"reward": np.int64(1)}, {"why": "so"})},
+    "score": {
+        "numpy": lambda: Score(
+            np.float32(0.5), np.bool_(True), {"reward": np.int64(1)}, {"why": "so"}
+        )
+    },
     "step": {
         "numpy in a call": lambda _: finished(ToolCall("ls", "{}", "x", ok=np.bool_(True))),
         "other streams": lambda _: replace_streams(),
-        "warnings as errors": lambda _: warnings.simplefilter("error") or (np.seterr(all="raise") and finished()),
+        "warnings as errors": lambda _: complain(),
         "another folder": lambda _: os.chdir("/") or finished(),
     },
 }
-KINDS = [(method, kind) for table in (FAULTS, SOUND) for method, kinds in table.items() for kind in kinds]
-MAKE = {(method, kind): make for table in (FAULTS, SOUND) for method, kinds in table.items() for kind, make in kinds.items()}
+KINDS = [
+    (method, kind) for table in (FAULTS, SOUND) for method, kinds in table.items() for kind in kinds
+]
+MAKE = {
+    (method, kind): make
+    for table in (FAULTS, SOUND)
+    for method, kinds in table.items()
+    for kind, make in kinds.items()
+}
+
+
+def complain():
+    warnings.simplefilter("error")
+    np.seterr(all="raise")
+    return finished()
 
 
 def replace_streams():
@@ -106,21 +130,36 @@ def _as_it_was():
 @pytest.mark.usefixtures("_as_it_was")
 def test_a_run_outlives_them_all_and_can_be_resumed(model, tmp_path, capsys):
     count, sound = len(KINDS), {kind for kinds in SOUND.values() for kind in kinds}
-    options = (f"rollout.tasks_per_step={count}", "rollout.max_prompt_tokens=96", "rollout.group_size=2", "rollout.max_retries=0")
+    options = (
+        f"rollout.tasks_per_step={count}",
+        "rollout.max_prompt_tokens=96",
+        "rollout.group_size=2",
+        "rollout.max_retries=0",
+    )
     options += ("training.iterations=1",)
     for steps in (1, 2):
-        loaded = load_config(write_config(tmp_path, model), (*options, f"training.steps={steps}"))
-        config = dataclasses.replace(loaded, environment=Faulty())
+        config = load_config(write_config(tmp_path, model), (*options, f"training.steps={steps}"))
+        config = dataclasses.replace(config, environment=Faulty())
         train_module.train(config, tmp_path / "run", resume=steps > 1)
     lines = metric_lines(tmp_path / "run")
-    assert [(line["train/groups"], line["train/dropped_groups"]) for line in lines] == [(len(sound), count - len(sound))] * 2
+    assert [(line["train/groups"], line["train/dropped_groups"]) for line in lines] == [
+        (len(sound), count - len(sound))
+    ] * 2
     assert 0 < lines[0]["train/reward_mean"] <= 1
     assert capsys.readouterr().out.count("step ") == 2
     read = records.read_records(tmp_path / "run" / "trajectories" / "train-000002.jsonl.gz").records
-    errors = {r.trajectory.task_id.replace("_", " "): r.trajectory.error for r in read if r.trajectory.score is None}
+    errors = {
+        r.trajectory.task_id.replace("_", " "): r.trajectory.error
+        for r in read
+        if r.trajectory.score is None
+    }
     assert errors.keys() == {kind for _, kind in KINDS} - sound
-    assert errors["nan in a part named reward"].startswith("ValueError: a score's parts['reward'] must be a finite number")
-    assert errors["finite but useless"].startswith("ValueError: a score's reward must be a finite number from -1e+12 to 1e+12, got 1e+200")
+    assert errors["nan in a part named reward"].startswith(
+        "ValueError: a score's parts['reward'] must be a finite number"
+    )
+    assert errors["finite but useless"].startswith(
+        "ValueError: a score's reward must be a finite number from -1e+12 to 1e+12, got 1e+200"
+    )
     assert errors["mute error"].startswith(f"Mute: (its text cannot be had) ({__file__}, line ")
     assert errors["interruption"].startswith("KeyboardInterrupt (")
 
@@ -144,15 +183,31 @@ def slow_config(model):
 
 
 @pytest.mark.parametrize("main", [train_module.main, evaluate.main], ids=["train", "evaluate"])
-def test_an_environment_that_hangs_in_too_many_threads_ends_the_program_with_advice(model, tmp_path, capsys, main):
+def test_an_environment_that_hangs_in_too_many_threads_ends_the_program_with_advice(
+    model, tmp_path, capsys, main
+):
     file = tmp_path / "slow.py"
-    file.write_text(f"from tests.test_user_code_runs import slow_config\n\n\ndef get_config():\n    return slow_config({str(model)!r})\n")
+    file.write_text(
+        f"from tests.test_user_code_runs import slow_config\n\n\ndef get_config():\n    return slow_config({str(model)!r})\n"
+    )
     Hanging.gate.clear()
-    options = ("rollout.environment_threads=1", "rollout.environment_deadline=0.1", "rollout.max_retries=9")
+    options = (
+        "rollout.environment_threads=1",
+        "rollout.environment_deadline=0.1",
+        "rollout.max_retries=9",
+    )
     sets = [part for option in options for part in ("--set", option)]
     status = main(["--config", str(file), *sets, "--run-dir", str(tmp_path / "run")])
     Hanging.gate.set()
     err = capsys.readouterr().err.splitlines()
-    assert status == 1 and [line.partition(" call(s)")[0] for line in err] == ["1", "2", "4", "error: 5"]
+    assert status == 1 and [line.partition(" call(s)")[0] for line in err] == [
+        "1",
+        "2",
+        "4",
+        "error: 5",
+    ]
     assert "the oldest is step() of task '" in err[-1]
-    assert "Too many to go on: give what it waits for a time limit of its own, or raise rollout.environment_deadline" in err[-1]
+    assert (
+        "Too many to go on: give what it waits for a time limit of its own, or raise rollout.environment_deadline"
+        in err[-1]
+    )
