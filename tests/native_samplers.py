@@ -74,5 +74,5 @@ def logprobs_of(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 def same(a: Generation, b: Generation) -> None:
     np.testing.assert_array_equal(a.token_ids_T, b.token_ids_T)
-    np.testing.assert_allclose(a.logprobs_T, b.logprobs_T, atol=2e-5)
+    np.testing.assert_allclose(a.logprobs_T, b.logprobs_T, atol=1e-5)
     assert a.finish_reason == b.finish_reason

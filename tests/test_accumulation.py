@@ -67,6 +67,15 @@ def test_no_second_copy_of_all_gradients_is_made(gradients: Callable[..., Gradie
     assert copies * stack_bytes <= memory.temp_size_in_bytes < copies * stack_bytes + rest
 
 
+@pytest.mark.parametrize("remat", ["full", "attention"])
+def test_the_forward_loop_keeps_carries_and_not_the_stack_again(remat: str) -> None:
+    """In the traced program: XLA's CPU backend takes a second copy out by itself."""
+    traced = jax.make_jaxpr(lambda *given: accumulated(*given, remat))(*arrays())
+    forward, backward = (equation for equation in traced.jaxpr.eqns if equation.primitive.name == "scan")
+    assert [out.aval.shape for out in forward.outvars] == [(ROWS, WIDTH)] * 2 + [(LAYERS, ROWS, WIDTH)] * 2
+    assert [out.aval.shape for out in backward.outvars] == [(ROWS, WIDTH)] * 2 + [(LAYERS, WIDTH), (LAYERS, WIDTH, WIDTH)]
+
+
 def test_a_frozen_stack_is_computed_with_and_gets_no_gradient() -> None:
     stack, accumulator, x = arrays()
 

@@ -92,9 +92,9 @@ def test_resumed_on_another_number_of_devices(on_three, devices):
     assert (state.step, progress) == (1, (5, 1))
     assert_equal_trees(logical_on_host(state.params, update.layout), params)
     _, report = one_step(update, state)
-    assert report.sums == pytest.approx(expected.sums, rel=1e-5)
+    assert report.sums == pytest.approx(expected.sums, rel=2e-6)
     assert expected.sums.kl > 0.01  # the reference is the policy of step 0
-    assert report.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+    assert report.grad_norm == pytest.approx(expected.grad_norm, rel=1e-6)
 
 
 def unlike(update: Update, kl_beta: float) -> TrainState:

@@ -4,7 +4,9 @@ import collections
 
 import numpy as np
 
+from jaxgrpo.samplers.engine import _row_cost
 from jaxgrpo.samplers.shapes import Shape, ShapeBook
+from tests.native_samplers import CONFIG
 
 
 def test_shapes_are_few_and_follow_lasting_work():
@@ -20,6 +22,11 @@ def test_shapes_are_few_and_follow_lasting_work():
     assert chosen == [Shape(8, 16, 2, 4, 768, 256)] * 7 + [Shape(4, 16, 1, 4, 64, 64)] * 2  # wasteful, so replaced once it is wanted often
     assert book.compilations == 3
     assert book.choose("extend", few) == Shape(4, 16, 1, 4, 64, 64)
+
+
+def test_a_rows_cost_by_hand():
+    # two layers of 32 x 8 x (8 + 4) + 3 x 32 x 48 and a head of 32 x 261, over a query and a key of 4 x 8 in two layers
+    assert _row_cost(CONFIG) == (2 * 7680 + 8352) / 128 == 185.25
 
 
 def test_an_extension_of_many_tokens_is_not_padded_with_rows():

@@ -15,7 +15,6 @@ from jaxgrpo.sharding import (
     AXIS,
     LeafLayout,
     Sharded,
-    Storage,
     Whole,
     embed,
     logical_leaf,
@@ -173,8 +172,27 @@ def test_the_embeddings_gradient_is_accumulated_in_float32() -> None:
     chex.assert_trees_all_equal(gradient[3], np.full(7, 1000, np.float32))  # in bfloat16 it would stop at 256
 
 
-@pytest.mark.parametrize("storage", [Whole(jnp.float32), Whole(jnp.bfloat16)])
-def test_whole_weights_are_only_cast(storage: Storage) -> None:
-    table = jnp.asarray(numbered((13, 7)))
-    chex.assert_trees_all_equal(storage.load(table, (13, 7)), table.astype(storage.dtype))  # type: ignore[attr-defined]
-    chex.assert_trees_all_equal(embed(table, jnp.array([2, 0]), (13, 7), storage), table[jnp.array([2, 0])].astype(storage.dtype))  # type: ignore[attr-defined]
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_whole_weights_are_only_cast(dtype: Any) -> None:
+    storage, table = Whole(dtype), jnp.asarray(numbered((13, 7)) / 3)
+    for got, expected in (
+        (storage.load(table, (13, 7)), table.astype(dtype)),
+        (embed(table, jnp.array([2, 0]), (13, 7), storage), table[jnp.array([2, 0])].astype(dtype)),
+    ):
+        assert got.dtype == dtype
+        chex.assert_trees_all_equal(got, expected)
+
+
+@on_each_count
+def test_the_gather_rounds_to_what_servers_hold_and_the_gradient_knows_nothing_of_it(devices: int) -> None:
+    """1.001 is 1 in bfloat16, 257 is 256; float32 is computed in."""
+    shape, value = (5,), np.array([1.001, 257.0, -3.0, 1 + 2**-7, 1 + 2**-9], np.float32)
+    leaf, mesh = LeafLayout(shape, False, 1, devices), mesh_of(devices)
+    storage = Sharded(devices, jnp.float32, jnp.bfloat16)
+    stored = store_leaf(value, leaf, mesh)
+    gathered = on_shards(mesh, lambda s: storage.load(s, shape)[None], leaf, 0, PartitionSpec(AXIS))(stored)
+    assert gathered.dtype == jnp.float32
+    chex.assert_trees_all_equal(np.asarray(gathered), np.stack([np.array([1, 256, -3, 1 + 2**-7, 1], np.float32)] * devices))
+    slopes = np.arange(5 * devices, dtype=np.float32).reshape(devices, 5) / 7
+    gradient = on_shards(mesh, jax.grad(lambda s, x: jnp.sum(storage.load(s, shape) * x[0])), leaf, 1, leaf.spec)(stored, slopes)
+    chex.assert_trees_all_close(np.asarray(logical_leaf(gradient, leaf)), slopes.sum(axis=0), rtol=1e-6)

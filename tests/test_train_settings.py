@@ -47,7 +47,8 @@ class TestOptions:
 
     def test_a_low_temperature_narrows_what_is_sampled_and_trained(self, model, tmp_path):
         lines, _ = self.run(tmp_path, model, "rollout.temperature=0.25")
-        assert lines[0]["train/entropy"] < 5.5 and lines[0]["train/mismatch_max"] < 1e-4
+        assert lines[0]["train/entropy"] < 5.45  # 5.55 at temperature 1
+        assert lines[0]["train/mismatch_max"] < 1e-5
 
     def test_recording_options(self, model, tmp_path):
         self.run(tmp_path, model, "recording.trajectories=False")

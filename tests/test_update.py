@@ -195,9 +195,9 @@ def test_the_gradient_is_that_of_the_right_groups_when_packing_reorders() -> Non
     apart = np.where(sampled, np.asarray(train) - rows["sampler_RC"], 0.0)
     sums = run.reports[0].sums
     assert (sums.loss, sums.loss_tokens, sums.sampled_tokens) == pytest.approx(
-        (float(value), (rows["weights_RC"] > 0).sum(), sampled.sum()), rel=1e-5
+        (float(value), (rows["weights_RC"] > 0).sum(), sampled.sum()), rel=3e-6
     )
-    assert (sums.mismatch, sums.mismatch_max) == pytest.approx((np.abs(apart).sum(), np.abs(apart).max()), rel=1e-5)
+    assert (sums.mismatch, sums.mismatch_max) == pytest.approx((np.abs(apart).sum(), np.abs(apart).max()), rel=2e-6)
 
 
 def _with_own_logprobs(trajectory: Trajectory, rng: np.random.Generator) -> Trajectory:
@@ -208,8 +208,8 @@ def _with_own_logprobs(trajectory: Trajectory, rng: np.random.Generator) -> Traj
 def test_two_steps_equal_plain_ones() -> None:
     losses, norms, changes, _ = plain_run(TINY, LOSS)
     run = run_of(1)
-    assert [r.sums.loss for r in run.reports] == pytest.approx(losses, rel=1e-5)
-    assert [r.grad_norm for r in run.reports] == pytest.approx(norms, rel=1e-5)
+    assert [r.sums.loss for r in run.reports] == pytest.approx(losses, rel=3e-6)
+    assert [r.grad_norm for r in run.reports] == pytest.approx(norms, rel=2e-6)
     assert change_error(run.first_change, changes[0]) < 1e-5
     assert change_error(run.second_change, changes[1]) < 1e-5
 
@@ -217,8 +217,8 @@ def test_two_steps_equal_plain_ones() -> None:
 def test_two_steps_of_an_untied_model_without_kl_equal_plain_ones() -> None:
     losses, norms, changes, _ = plain_run(UNTIED, NO_KL)
     run = two_steps(update_of(3, UNTIED, NO_KL), packed(GROUPS, 6), params_of(UNTIED))
-    assert [r.sums.loss for r in run.reports] == pytest.approx(losses, rel=1e-5)
-    assert [r.grad_norm for r in run.reports] == pytest.approx(norms, rel=1e-5)
+    assert [r.sums.loss for r in run.reports] == pytest.approx(losses, rel=3e-6)
+    assert [r.grad_norm for r in run.reports] == pytest.approx(norms, rel=2e-6)
     assert change_error(run.first_change, changes[0]) < 1e-5
     assert change_error(run.second_change, changes[1]) < 1e-5
 
@@ -247,7 +247,7 @@ def test_logprobs_equal_a_dense_log_softmax_of_repeated_prompts() -> None:
     expected = np.asarray(plain_logprobs(TINY, params, rows.ids_RT, rows.targets_RC)).reshape(12, 3, LONGEST)
     order = [next(n for n, g in enumerate(GROUPS) if _is_row(batch, i, g)) for i in range(12)]
     real = np.arange(LONGEST) < batch.completion_lengths_NG[:, :, None]
-    chex.assert_trees_all_close(np.where(real, ours, 0), np.where(real, expected[order], 0), atol=2e-5)
+    chex.assert_trees_all_close(np.where(real, ours, 0), np.where(real, expected[order], 0), atol=3e-6)
 
 
 def _is_row(batch: GroupBatch, i: int, group: Group) -> bool:
@@ -275,7 +275,7 @@ def test_the_policy_in_training_is_the_one_whose_weights_are_served(devices: int
     moved = [
         changed(start, logical_on_host(state.params, plain.layout)) for start, (state, _, _) in zip((params, served), stepped, strict=True)
     ]
-    assert change_error(*moved) < 1e-3  # less the weight decay of a rounding
+    assert change_error(*moved) < 1e-4  # less the weight decay of a rounding
 
 
 def test_the_first_steps_logprobs_are_those_of_the_weights_before_it() -> None:
@@ -283,7 +283,7 @@ def test_the_first_steps_logprobs_are_those_of_the_weights_before_it() -> None:
     state = update.init(params_of(TINY))
     anchors = update.reference_logprobs(state, batches)
     _, train, _ = update.optimizer_step(state, batches, None, anchors)
-    chex.assert_trees_all_close(train, anchors, atol=1e-5)  # the reference is the first policy
+    chex.assert_trees_all_close(train, anchors, atol=1e-6)  # the reference is the first policy
 
 
 def test_the_first_step_equals_one_with_its_own_logprobs_as_behaviour() -> None:
@@ -364,18 +364,18 @@ def stepped(settings: OptimizerSettings, gradients: Sequence[float]) -> list[flo
 def test_the_warm_up_rises_in_equal_steps_and_then_stays() -> None:
     # of a constant gradient Adam makes 1, so that each change is minus the learning rate
     changes = stepped(OptimizerSettings(learning_rate=0.4, warmup_steps=4, max_grad_norm=100.0), [1.0] * 6)
-    assert changes == pytest.approx([-0.1, -0.2, -0.3, -0.4, -0.4, -0.4], rel=1e-5)
+    assert changes == pytest.approx([-0.1, -0.2, -0.3, -0.4, -0.4, -0.4], rel=3e-6)
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 1])
 def test_without_a_warm_up_the_first_step_has_the_whole_learning_rate(warmup_steps: int) -> None:
     changes = stepped(OptimizerSettings(learning_rate=0.4, warmup_steps=warmup_steps, max_grad_norm=100.0), [1.0] * 2)
-    assert changes == pytest.approx([-0.4, -0.4], rel=1e-5)
+    assert changes == pytest.approx([-0.4, -0.4], rel=3e-6)
 
 
 def test_a_warm_up_of_two_steps() -> None:
     changes = stepped(OptimizerSettings(learning_rate=0.4, warmup_steps=2, max_grad_norm=100.0), [1.0] * 3)
-    assert changes == pytest.approx([-0.2, -0.4, -0.4], rel=1e-5)
+    assert changes == pytest.approx([-0.2, -0.4, -0.4], rel=3e-6)
 
 
 def test_clipping_scales_the_gradient_down_to_the_norm() -> None:
@@ -383,12 +383,12 @@ def test_clipping_scales_the_gradient_down_to_the_norm() -> None:
     optimizer = make_optimizer(OptimizerSettings(learning_rate=1.0, warmup_steps=1, epsilon=1.0, max_grad_norm=1.0))
     weights = jnp.zeros(2)
     updates, _ = optimizer.update(jnp.array([3.0, 4.0]), optimizer.init(weights), weights)
-    chex.assert_trees_all_close(updates, jnp.array([-0.375, -0.4444444]), rtol=1e-5)
+    chex.assert_trees_all_close(updates, jnp.array([-0.375, -0.4444444]), rtol=2e-6)
 
 
 def test_a_gradient_below_the_norm_is_not_clipped() -> None:
     settings = OptimizerSettings(learning_rate=1.0, warmup_steps=1, epsilon=1.0, max_grad_norm=10.0)
-    assert stepped(settings, [3.0]) == pytest.approx([-0.75], rel=1e-5)  # 3 / (3 + 1)
+    assert stepped(settings, [3.0]) == pytest.approx([-0.75], rel=2e-6)  # 3 / (3 + 1)
 
 
 def test_weight_decay_is_taken_off_the_weights_and_not_put_into_the_gradient() -> None:
@@ -402,7 +402,7 @@ def test_the_reported_norm_is_that_before_clipping() -> None:
     _, norms, _, gradient = plain_run(TINY, LOSS)
     whole = float(np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(gradient))))
     assert norms[0] == pytest.approx(whole, rel=1e-12) and whole > ADAM.max_grad_norm
-    assert run_of(1).reports[0].grad_norm == pytest.approx(whole, rel=1e-5)
+    assert run_of(1).reports[0].grad_norm == pytest.approx(whole, rel=1e-6)
 
 
 def test_the_count_of_steps_grows_by_one() -> None:
