@@ -28,7 +28,11 @@ class DamageError(ValueError):
 
 def write_checksums(folder: Path) -> None:
     """Note down every file of a folder. The last thing that is written there."""
-    chunked = {path.parent for path in folder.rglob("zarr.json") if json.loads(path.read_text())["codecs"][-1] == CODECS[-1]}
+    chunked = {
+        path.parent
+        for path in folder.rglob("zarr.json")
+        if json.loads(path.read_text())["codecs"][-1] == CODECS[-1]
+    }
     lines = [_line(folder, path, chunked) for path in sorted(folder.rglob("*")) if path.is_file()]
     body = "".join(f"{line}\n" for line in lines)
     (folder / CHECKSUMS).write_text(f"{_HEADER}{zlib.crc32(body.encode()):08x}\n{body}")
@@ -66,7 +70,9 @@ def _check(path: Path, kind: str, checksum: str, size: str) -> None:
     if found_size != int(size):
         raise DamageError(f"{path} has {found_size} bytes, {size} were written")
     if f"{found:08x}" != checksum:
-        raise DamageError(f"{path} is damaged: its checksum is {found:08x}, {checksum} was noted down")
+        raise DamageError(
+            f"{path} is damaged: its checksum is {found:08x}, {checksum} was noted down"
+        )
 
 
 def _whole(path: Path) -> tuple[int, int]:

@@ -125,11 +125,12 @@ def read_values(store: ts.TensorStore) -> np.ndarray:
 
 @contextlib.contextmanager
 def _told(place: str | Path) -> Iterator[None]:
-    """What tensorstore says, it says over several lines, of files and byte ranges: the first one says it."""
+    """As DamageError, what tensorstore raises; it says so much that only the beginning is shown."""
     try:
         yield
     except ValueError as error:
-        raise DamageError(f"{str(place).rstrip('/')} cannot be read: {str(error).splitlines()[0][:_SHOWN]}") from error
+        why = str(error).partition(" [")[0].splitlines()[0][:_SHOWN]
+        raise DamageError(f"{str(place).rstrip('/')} is damaged ({why})") from error
 
 
 @contextlib.contextmanager

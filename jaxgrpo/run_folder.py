@@ -28,11 +28,16 @@ def held(folder: Path) -> Iterator[None]:
     try:
         locked = lock(folder / _LOCK)
     except OSError as error:  # some network file systems have no locks
-        print(f"warning: {folder} cannot be locked ({error.strerror}): start no second run in it", file=sys.stderr)
+        print(
+            f"warning: {folder} cannot be locked ({error.strerror}): start no second run in it",
+            file=sys.stderr,
+        )
         yield
         return
     if locked is None:
-        raise ConfigError(f"{folder} is in use by {holder(folder / _LOCK)}: wait for its end, or give another --run-dir")
+        raise ConfigError(
+            f"{folder} is in use by {holder(folder / _LOCK)}: wait for its end, or give another --run-dir"
+        )
     try:
         _clear(folder)
         yield

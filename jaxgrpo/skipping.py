@@ -59,7 +59,9 @@ class SkippedBatches:
         self._errors.append(error)
         if self._folder is not None:
             records.write(self._folder / f"{name}.jsonl.gz", result, "skipped", step)
-            (self._folder / f"{name}.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
+            (self._folder / f"{name}.txt").write_text(
+                "".join(traceback.format_exception(error)), encoding="utf-8", errors="replace"
+            )
             _keep_newest(self._folder)
         if len(self.results) < MOST_SKIPPED:
             return
@@ -67,7 +69,9 @@ class SkippedBatches:
             raise NothingLeftError(f"the last {MOST_SKIPPED} batches", result)
         kept = "" if self._folder is None else f"; {self._folder} holds them as skipped-*"
         reasons = "; ".join(dict.fromkeys(map(str, self._errors)))
-        raise NothingLearntError(f"nothing can be learnt from the last {MOST_SKIPPED} batches: {reasons}{kept}")
+        raise NothingLearntError(
+            f"nothing can be learnt from the last {MOST_SKIPPED} batches: {reasons}{kept}"
+        )
 
     def clear(self) -> None:
         """A batch was trained on."""
@@ -81,7 +85,9 @@ def check_gradient(report: StepReport, batches: Sequence[GroupBatch]) -> None:
     advantage = max(float(np.abs(batch.advantages_NG).max()) for batch in batches)
     what = f"its gradient is not finite (norm {report.grad_norm}, loss {report.sums.loss}, KL {report.sums.kl})"
     if advantage < _LARGE_ADVANTAGE:
-        raise UselessBatchError(f"{what}, though its largest advantage is {advantage:.3g}: one of its episodes is beyond the policy's numbers")
+        raise UselessBatchError(
+            f"{what}, though its largest advantage is {advantage:.3g}: one of its episodes is beyond the policy's numbers"
+        )
     raise UselessBatchError(
         f"{what}, since its largest advantage is {advantage:.3g}: the environment's rewards are too far apart for a gradient; scale them "
         'down, or set packing.advantage_normalization="std"'
@@ -90,7 +96,9 @@ def check_gradient(report: StepReport, batches: Sequence[GroupBatch]) -> None:
 
 def _keep_newest(folder: Path) -> None:
     left = KEPT_BYTES
-    newest_first = sorted(folder.glob("skipped-*.jsonl.gz"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    newest_first = sorted(
+        folder.glob("skipped-*.jsonl.gz"), key=lambda path: path.stat().st_mtime_ns, reverse=True
+    )
     for i, path in enumerate(newest_first):
         left -= path.stat().st_size
         if i >= KEPT_BATCHES or left < 0:

@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from jaxgrpo import records
 from jaxgrpo.background import EventLoopThread, interruptible, run_program
@@ -29,7 +28,7 @@ from jaxgrpo.rollout import Decoding, RolloutResult
 from jaxgrpo.run_folder import held
 from jaxgrpo.samplers.base import Sampler, SamplerError
 from jaxgrpo.samplers.metered import MeteredSampler
-from jaxgrpo.schedule import RolloutsAhead, check_staleness
+from jaxgrpo.schedule import RolloutsAhead, batches_per_epoch, check_staleness, task_batch
 from jaxgrpo.serving import agreement_check, open_sampler
 from jaxgrpo.setup import (
     Policy,
@@ -54,21 +53,6 @@ _LESS_MEMORY = (
     "python -m tools.plan_memory says what a step needs. Less: training.groups_per_device=1, a smaller training.head_chunk, "
     "training.remat=full, more devices, LoRA; with the embedded sampler a smaller native.max_rows and native.max_cache_tokens"
 )
-
-
-def batches_per_epoch(tasks: int, tasks_per_step: int) -> int:
-    """Whole batches in one pass over the tasks. Raises ConfigError when there is not even one."""
-    if tasks < tasks_per_step:
-        raise ConfigError(f"rollout.tasks_per_step is {tasks_per_step}, but the train split holds {tasks} tasks")
-    return tasks // tasks_per_step
-
-
-def task_batch(tasks: Sequence[Task], tasks_per_step: int, seed: int, index: int) -> list[Task]:
-    """The tasks of batch `index`: every epoch is a fresh shuffle, cut into whole batches. A pure function, so that a run can resume."""
-    per_epoch = batches_per_epoch(len(tasks), tasks_per_step)
-    epoch, position = divmod(index, per_epoch)
-    order = np.random.default_rng([seed, epoch]).permutation(len(tasks))
-    return [tasks[i] for i in order[position * tasks_per_step : (position + 1) * tasks_per_step]]
 
 
 class Training(Learner):

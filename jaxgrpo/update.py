@@ -365,11 +365,14 @@ class Update:
         return total | {"layers": layers}, train, LossSums(*totals)
 
     def _apply_gradients(self, params: Params, opt_state: Any, gradients: Params) -> tuple[Params, Any, Array]:
-        """In place: what a gradient that is not finite would make is left as it was, element by element."""
+        """Nothing changes when the gradient is not finite."""
         norm = optax.tree.norm(gradients)
-        updates, after = self.optimizer.update(gradients, opt_state, params)
-        new = optax.apply_updates(params, updates), after
-        return *jax.tree.map(functools.partial(jnp.where, jnp.isfinite(norm)), new, (params, opt_state)), norm
+
+        def step() -> tuple[Params, Any]:
+            updates, after = self.optimizer.update(gradients, opt_state, params)
+            return optax.apply_updates(params, updates), after
+
+        return *lax.cond(jnp.isfinite(norm), step, lambda: (params, opt_state)), norm
 
 
 def _finite(params: Params, logprobs_NGC: Array, lengths_NG: Array) -> Array:
