@@ -15,8 +15,9 @@ from jaxgrpo.setup import Policy
 def export(
     config: Config, policy: Policy, run: Path, step: int, base: Callable[[], Params]
 ) -> Path:
-    """Write the policy of a run's checkpoint into the run folder, in place of that of a run that was shorter; returns where it is. `base`
-    reads the model's own weights, for adapters to be merged into."""
+    """Write the policy of a run's checkpoint into the run folder, in place of that of a run that
+    was shorter; returns where it is. `base` reads the model's own weights, for adapters to be
+    merged into."""
     lora, model, saved = config.lora, config.model, run / "checkpoints"
     folder = run / ("adapter" if lora.export == "adapter" else "hf")
     if folder.exists():

@@ -101,8 +101,8 @@ def write(folder: Path, leaves: dict[hf_mapping.Path, StreamedLeaf]) -> None:
 def open_leaves(folder: Path) -> dict[hf_mapping.Path, ts.TensorStore]:
     """The leaves of an orbax checkpoint of weights as tensorstores, nothing read yet.
 
-    Raises ValueError when it is no orbax checkpoint, DamageError (a ValueError) when an array's metadata cannot be read.
-    """
+    Raises ValueError when it is no orbax checkpoint, DamageError (a ValueError) when an array's
+    metadata cannot be read. """
     folder = folder.absolute()
     if (folder / "manifest.ocdbt").exists():
         raise ValueError(f"{folder} is in orbax's OCDBT format: a model folder holds what tools.convert_hf_to_orbax writes")
@@ -117,7 +117,8 @@ def open_leaves(folder: Path) -> dict[hf_mapping.Path, ts.TensorStore]:
 
 
 def read_values(store: ts.TensorStore) -> np.ndarray:
-    """All of an array, or of a part of one. Raises DamageError when they are not what was written, as far as the array has checksums."""
+    """All of an array, or of a part of one. Raises DamageError when they are not what was written,
+    as far as the array has checksums."""
     assert store.kvstore is not None
     with _told(store.kvstore.path):
         return store.read().result()

@@ -1,4 +1,5 @@
-"""Which tasks make up a batch, and when it is played: when it is asked for, or while the trainer still works on those before it.
+"""Which tasks make up a batch, and when it is played: when it is asked for, or while the trainer
+still works on those before it.
 
 Weights have versions, and each batch that is trained on makes the next one. When batch b is asked for under version v, it is trained on
 by v, and batch b + k by v + k at the latest (earlier when batches in between are lost to failing environments). So the batches up to
@@ -22,12 +23,15 @@ from jaxgrpo.types import Task
 def batches_per_epoch(tasks: int, tasks_per_step: int) -> int:
     """Whole batches in one pass over the tasks. Raises ConfigError when there is not even one."""
     if tasks < tasks_per_step:
-        raise ConfigError(f"rollout.tasks_per_step is {tasks_per_step}, but the train split holds {tasks} tasks")
+        raise ConfigError(
+            f"rollout.tasks_per_step is {tasks_per_step}, but the train split holds {tasks} tasks"
+        )
     return tasks // tasks_per_step
 
 
 def task_batch(tasks: Sequence[Task], tasks_per_step: int, seed: int, index: int) -> list[Task]:
-    """The tasks of batch `index`: every epoch is a fresh shuffle, cut into whole batches. A pure function, so that a run can resume."""
+    """The tasks of batch `index`: every epoch is a fresh shuffle, cut into whole batches. A pure
+    function, so that a run can resume."""
     per_epoch = batches_per_epoch(len(tasks), tasks_per_step)
     epoch, position = divmod(index, per_epoch)
     order = np.random.default_rng([seed, epoch]).permutation(len(tasks))

@@ -15,9 +15,8 @@ from tests.training import make_model, metric_lines, write_config
 
 KILLS = 20
 CLOCK = ("time/", "speed/", "eval/seconds", "train/compilations")
-NOISE = (
-    "train/mismatch",
-)  # which rows the sampler decodes together follows the clock, and with it the last bits of its log-probabilities
+# Which rows the sampler decodes together follows the clock: with it, log-probabilities' last bits.
+NOISE = ("train/mismatch",)
 OPTIONS = (
     "training.steps=400",
     "recording.checkpoint_every=20",
@@ -63,8 +62,8 @@ def start_of(arguments: list[str], run: Path) -> float:
 
 
 def kill_at_random(rng: random.Random, arguments: list[str], run: Path, start: float) -> bool:
-    """Resume the run and kill it: half of the times at any moment of its `start`, else after some batches. False when it was at its end
-    before."""
+    """Resume the run and kill it: half of the times at any moment of its `start`, else after some
+    batches. False when it was at its end before."""
     process = subprocess.Popen(
         [sys.executable, "-m", *arguments, "--resume"], stdout=subprocess.DEVNULL
     )

@@ -98,12 +98,9 @@ class TestOneRunAFolder:
             pass
 
     def test_within_one_process_too_and_the_lock_of_an_ended_run_is_nobodys(self, tmp_path):
-        with held(tmp_path):
-            with (
-                pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on "),
-                held(tmp_path),
-            ):
-                pass
+        refused = pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on ")
+        with held(tmp_path), refused, held(tmp_path):
+            pass
         with held(tmp_path):
             pass
 
