@@ -226,8 +226,8 @@ async def all_or_none(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def call_apart(function: Callable[[], T], stop: Callable[[], None]) -> T:
-    """Call a function in a thread of its own, where no interruption breaks into it. One of the waiting thread calls `stop`, and is
-    raised when the function has ended."""
+    """Call a function in a thread of its own, where no interruption breaks into it. One of the
+    waiting thread calls `stop`, and is raised when the function has ended."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         try:
             return pool.submit(function).result()
@@ -238,8 +238,8 @@ def call_apart(function: Callable[[], T], stop: Callable[[], None]) -> T:
 
 class _Interruption:
     """Handles SIGINT and SIGTERM, in the main thread: raises KeyboardInterrupt, and not again for a
-    moment. A terminal, a launcher and a scheduler may each send one, and the second would break into
-    the handling of the first."""
+    moment. A terminal, a launcher and a scheduler may each send one, and the second would break
+    into the handling of the first."""
 
     def __init__(self) -> None:
         self._last = -math.inf
@@ -270,8 +270,8 @@ def _is_ignored(number: int) -> bool:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """While this holds, SIGTERM raises KeyboardInterrupt in the main thread, as Ctrl-C does; several within a second are one, and no
-    interruption is lost.
+    """While this holds, SIGTERM raises KeyboardInterrupt in the main thread, as Ctrl-C does;
+    several within a second are one, and no interruption is lost.
 
     One that strikes where Python prints an exception and goes on (a destructor, or the callback that jax has in the garbage collector) is
     sent again a moment later.
@@ -304,8 +304,8 @@ def interruptible() -> Iterator[None]:
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:
-    """End the process with the status of a command line, or with 130 and one line when Ctrl-C comes where `main` does not handle it.
-    What comes after its end only makes that quicker."""
+    """End the process with the status of a command line, or with 130 and one line when Ctrl-C comes
+    where `main` does not handle it. What comes after its end only makes that quicker."""
     if not _is_ignored(signal.SIGINT):
         _take(signal.SIGINT)
     try:
@@ -316,5 +316,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     sys.stdout.flush()
     if not _is_ignored(signal.SIGINT):
         signal.signal(signal.SIGINT, lambda *_: os._exit(status))
-        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Python's last act is to forget handlers, but not this
+        atexit.register(
+            signal.signal, signal.SIGINT, signal.SIG_IGN
+        )  # Python's last act is to forget handlers, but not this
     sys.exit(status)

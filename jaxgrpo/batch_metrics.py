@@ -10,7 +10,8 @@ from jaxgrpo.update import StepReport
 
 
 def rollout_metrics(result: RolloutResult, skipped: Sequence[RolloutResult], version: int) -> dict[str, float | int | str]:
-    """What the episodes of a batch came to, and the batches `skipped` before it, whose faults are counted here.
+    """What the episodes of a batch came to, and the batches `skipped` before it, whose faults are
+    counted here.
 
     `version` is that of the weights about to be trained; a token's staleness is how many versions older it is.
     """
@@ -46,7 +47,8 @@ def rollout_metrics(result: RolloutResult, skipped: Sequence[RolloutResult], ver
 def update_metrics(
     batches: Sequence[GroupBatch], reports: Sequence[StepReport], compilations: int, seconds: Mapping[str, float]
 ) -> dict[str, float | int | str]:
-    """What the optimizer steps on a batch came to; those that were not taken (jaxgrpo.update.StepReport) are counted.
+    """What the optimizer steps on a batch came to; those that were not taken
+    (jaxgrpo.update.StepReport) are counted.
 
     Loss, KL, entropy and the sampler's mismatch are those of the first, on-policy step; the clip share is the last step's (the first one's
     is zero by construction); the gradient norm is the mean over the steps. Of what passed through the layers, padding included, the

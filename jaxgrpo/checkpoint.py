@@ -46,7 +46,8 @@ _PARTIAL, _DAMAGED = ".partial", ".damaged"
 
 
 class Progress(NamedTuple):
-    """How far a run is beside its optimizer steps: the batches played, and the number of its newest weights (None: not recorded)."""
+    """How far a run is beside its optimizer steps: the batches played, and the number of its newest
+    weights (None: not recorded)."""
 
     batches: int
     version: int | None = None
@@ -76,12 +77,15 @@ class Checkpoints:
         self._checkpointer = ocp.Checkpointer(checkpoint_handler(self._stop))
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for left in (*self._folder.glob(f"*{_PARTIAL}"), *self._folder.glob("*.orbax-checkpoint-tmp*")):
+            for left in (
+                *self._folder.glob(f"*{_PARTIAL}"),
+                *self._folder.glob("*.orbax-checkpoint-tmp*"),
+            ):
                 shutil.rmtree(left)
 
     def save(self, state: TrainState, progress: Progress, update: Update) -> None:
-        """Save under `state.step`; a step that is there already is left as it is. Raises OSError when it cannot be written, as on a full
-        disk; those before it stay."""
+        """Save under `state.step`; a step that is there already is left as it is. Raises OSError
+        when it cannot be written, as on a full disk; those before it stay."""
         final = self._folder / str(state.step)
         if final.exists():
             return
@@ -94,20 +98,32 @@ class Checkpoints:
             training[_VERSION] = np.asarray(progress.version)
         if state.reference is not None:
             training[_REFERENCE] = jax.tree.map(ShardedLeaf, state.reference, update.layout)
-        base = None if state.frozen is None else fingerprint(state.frozen, update.model_layout, update.mesh)
+        base = (
+            None
+            if state.frozen is None
+            else fingerprint(state.frozen, update.model_layout, update.mesh)
+        )
         try:
             # orbax runs an event loop, which an interruption would break off with threads at work
-            call_apart(functools.partial(self._write, partial, {POLICY: policy, TRAINING: training}), self._stop.set)
+            call_apart(
+                functools.partial(self._write, partial, {POLICY: policy, TRAINING: training}),
+                self._stop.set,
+            )
             if jax.process_index() == 0:
                 if base is not None:
                     _write_adapter_record(partial, _adapter_record(update.lora, base))
                 write_checksums(partial)
                 partial.rename(final)
                 self._remove_old()
-        except (ValueError, OSError) as error:  # tensorstore raises ValueError for whatever the file system refuses
+        except (
+            ValueError,
+            OSError,
+        ) as error:  # tensorstore raises ValueError for whatever the file system refuses
             if jax.process_index() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(f"the checkpoint of step {state.step} cannot be written: {error}") from error
+            raise OSError(
+                f"the checkpoint of step {state.step} cannot be written: {error}"
+            ) from error
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"saved {final}")
 
@@ -128,14 +144,21 @@ class Checkpoints:
         frozen: Params | None = None,
         share: Callable[[str], list[str]] = alone,
     ) -> tuple[TrainState, Progress]:
-        """The state of `step` (default: the newest that is whole) and how far the run was. With LoRA, `frozen` is the base, stored anew.
+        """The state of `step` (default: the newest that is whole) and how far the run was. With
+        LoRA, `frozen` is the base, stored anew.
 
-        Damaged checkpoints are passed over, named on stderr, and set aside as `STEP.damaged`. In a run of several processes `share` gives
-        what all of them say, so that they agree on the step. Raises FileNotFoundError when there is none, DamageError when none is whole,
-        and ValueError when it is of another model, of other adapters or of another base.
-        """
-        record = None if frozen is None else _adapter_record(update.lora, fingerprint(frozen, update.model_layout, update.mesh))
-        (state, progress), found = newest_whole(self._folder, step, lambda folder: _read_state(folder, update, record), share)
+        Damaged checkpoints are passed over, named on stderr, and set aside as `STEP.damaged`. In a
+        run of several processes `share` gives what all of them say, so that they agree on the step.
+        Raises FileNotFoundError when there is none, DamageError when none is whole, and ValueError
+        when it is of another model, of other adapters or of another base. """
+        record = (
+            None
+            if frozen is None
+            else _adapter_record(update.lora, fingerprint(frozen, update.model_layout, update.mesh))
+        )
+        (state, progress), found = newest_whole(
+            self._folder, step, lambda folder: _read_state(folder, update, record), share
+        )
         if step is None and jax.process_index() == 0:
             for damaged in [later for later in _steps(self._folder) if later > found]:
                 _set_aside(self._folder / str(damaged))
@@ -151,14 +174,22 @@ def newest_step(folder: Path) -> int | None:
 
 
 def newest_whole(
-    folder: Path, step: int | None, read: Callable[[Path], T], share: Callable[[str], list[str]] = alone
+    folder: Path,
+    step: int | None,
+    read: Callable[[Path], T],
+    share: Callable[[str], list[str]] = alone,
 ) -> tuple[T, int]:
-    """What `read` makes of the checkpoint of `step` (default: of the newest that is not damaged), and its step. Raises FileNotFoundError
-    when there is none, DamageError when none is whole, and what else `read` raises."""
+    """What `read` makes of the checkpoint of `step` (default: of the newest that is not damaged),
+    and its step. Raises FileNotFoundError when there is none, DamageError when none is whole, and
+    what else `read` raises."""
     steps = _steps(folder)
     candidates = steps[::-1] if step is None else [step]
     if not set(candidates) & set(steps):
-        of_step, there = ("", "") if step is None else (f" of step {step}", f": there are {', '.join(map(str, steps))}" if steps else "")
+        of_step, there = (
+            ("", "")
+            if step is None
+            else (f" of step {step}", f": there are {', '.join(map(str, steps))}" if steps else "")
+        )
         raise FileNotFoundError(f"there is no checkpoint{of_step} in {folder}{there}")
     for candidate in candidates:
         value, fault = None, ""
@@ -179,10 +210,10 @@ def newest_whole(
 def read_policy(folder: Path, model: ModelConfig, step: int | None = None, base: Callable[[], Params] | None = None) -> tuple[Params, int]:
     """The logical weights of a run's checkpoint (NumPy, float32), and their step; nothing else of it is read, nothing is changed.
 
-    Of a run with LoRA, its adapters are merged into the weights that `base` reads, and the result is of their type. A damaged checkpoint is
-    passed over, named on stderr. Raises FileNotFoundError when there is none, DamageError (a ValueError) when none is whole, and ValueError
-    when it is of another model or base.
-    """
+    Of a run with LoRA, its adapters are merged into the weights that `base` reads, and the result
+    is of their type. A damaged checkpoint is passed over, named on stderr. Raises FileNotFoundError
+    when there is none, DamageError (a ValueError) when none is whole, and ValueError when it is of
+    another model or base. """
     if not folder.is_dir():
         raise FileNotFoundError(f"there are no checkpoints in {folder}: give the folder of a run that saved some")
 
@@ -200,24 +231,33 @@ def read_policy(folder: Path, model: ModelConfig, step: int | None = None, base:
 
 
 def read_adapters(folder: Path, model: ModelConfig, step: int) -> Params:
-    """The adapters of a run's checkpoint as a logical tree (NumPy, float32). Raises DamageError when they are not what was saved."""
+    """The adapters of a run's checkpoint as a logical tree (NumPy, float32). Raises DamageError
+    when they are not what was saved."""
     at = folder / str(step)
     _verify(at, POLICY, ADAPTER)
     return _read_trained(at, model, _recorded_lora(_read_adapter_record(at)))
 
 
-def _read_state(folder: Path, update: Update, record: dict[str, Any] | None) -> tuple[TrainState, Progress]:
-    """All but the step and the base; with LoRA, `record` is what must have been saved beside the adapters."""
+def _read_state(
+    folder: Path, update: Update, record: dict[str, Any] | None
+) -> tuple[TrainState, Progress]:
+    """All but the step and the base; with LoRA, `record` is what must have been saved beside the
+    adapters."""
     _verify(folder, POLICY, TRAINING, ADAPTER)
     if record is not None:
         _check_adapter(record, _read_adapter_record(folder))
     policy = _open_policy(folder, update.config, update.lora)
     params = hf_mapping.unflatten(
-        {path: read_shards(policy[path], leaf, update.mesh) for path, leaf in hf_mapping.flatten(update.layout).items()}
+        {
+            path: read_shards(policy[path], leaf, update.mesh)
+            for path, leaf in hf_mapping.flatten(update.layout).items()
+        }
     )
     training = open_leaves(folder / TRAINING)
     opt_state = _read_tree(training, (_OPTIMIZER,), _optimizer_layout(update), update)
-    reference = _read_tree(training, (_REFERENCE,), update.layout, update) if update.loss.kl_beta else None
+    reference = (
+        _read_tree(training, (_REFERENCE,), update.layout, update) if update.loss.kl_beta else None
+    )
     batches = int(read_whole(training[(_BATCHES,)], ()))
     version = int(read_whole(training[(_VERSION,)], ())) if (_VERSION,) in training else None
     return TrainState(params, opt_state, reference, 0), Progress(batches, version)
@@ -227,7 +267,10 @@ def _verify(folder: Path, *parts: str) -> None:
     try:
         verify(folder, parts)
     except FileNotFoundError:
-        warn(f"the checkpoint in {folder} has no checksums, as those of earlier versions: damage to it goes unnoticed")
+        warn(
+            f"the checkpoint in {folder} has no checksums, as those of earlier versions: "
+            "damage to it goes unnoticed"
+        )
 
 
 def _set_aside(folder: Path) -> None:

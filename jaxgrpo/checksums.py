@@ -1,12 +1,15 @@
-"""The checksums of a checkpoint's files, so that a bit that flipped on the disk is noticed before anything is computed with it.
+"""The checksums of a checkpoint's files: a bit that flipped on the disk is noticed before anything
+is computed with it.
 
     RUN/checkpoints/600/checksums.txt
-        jaxgrpo checksums 1 5d1f09aa                       the format, and the CRC-32 of all that follows
-        crc32 9c0e77b1 3669 policy/_METADATA               of a whole file: its CRC-32, its bytes
-        crc32c 21aa4c0f 4100 policy/norm.scale/c/0         of a chunk of an array: the CRC-32C that it ends with, its bytes
 
-A chunk is not read for this: zarr3's codec `crc32c` has put its checksum at its end, and whoever reads the values holds them against it.
-What stands here says that the chunk is the one that was saved: it is there, whole, and not another one's.
+        jaxgrpo checksums 1 5d1f09aa                 the format; the CRC-32 of all that follows
+        crc32 9c0e77b1 3669 policy/_METADATA         of a file: its CRC-32, its bytes
+        crc32c 21aa4c0f 4100 policy/norm.scale/c/0   of a chunk: the CRC-32C it ends with, its bytes
+
+A chunk of an array is not read for this. zarr3's codec `crc32c` has put its checksum at its end,
+and whoever reads the values holds them against it. What stands here says that the chunk is the one
+that was saved: it is there, whole, and not another one's.
 """
 
 import json
@@ -28,15 +31,20 @@ class DamageError(ValueError):
 
 def write_checksums(folder: Path) -> None:
     """Note down every file of a folder. The last thing that is written there."""
-    chunked = {path.parent for path in folder.rglob("zarr.json") if json.loads(path.read_text())["codecs"][-1] == CODECS[-1]}
+    chunked = {
+        path.parent
+        for path in folder.rglob("zarr.json")
+        if json.loads(path.read_text())["codecs"][-1] == CODECS[-1]
+    }
     lines = [_line(folder, path, chunked) for path in sorted(folder.rglob("*")) if path.is_file()]
     body = "".join(f"{line}\n" for line in lines)
     (folder / CHECKSUMS).write_text(f"{_HEADER}{zlib.crc32(body.encode()):08x}\n{body}")
 
 
 def verify(folder: Path, parts: Iterable[str]) -> None:
-    """Hold the files under `parts` of a folder against what was noted down, all but the values of chunks. Raises DamageError that names
-    the first one that differs, FileNotFoundError when nothing was noted down."""
+    """Hold the files under `parts` of a folder against what was noted down, all but the values of
+    chunks. Raises DamageError that names the first one that differs, FileNotFoundError when nothing
+    was noted down."""
     wanted = tuple(f"{part}/" for part in parts)
     for kind, checksum, size, name in _noted(folder / CHECKSUMS):
         if name.startswith(wanted):
@@ -66,7 +74,9 @@ def _check(path: Path, kind: str, checksum: str, size: str) -> None:
     if found_size != int(size):
         raise DamageError(f"{path} has {found_size} bytes, {size} were written")
     if f"{found:08x}" != checksum:
-        raise DamageError(f"{path} is damaged: its checksum is {found:08x}, {checksum} was noted down")
+        raise DamageError(
+            f"{path} is damaged: its checksum is {found:08x}, {checksum} was noted down"
+        )
 
 
 def _whole(path: Path) -> tuple[int, int]:

@@ -12,16 +12,30 @@ from jaxgrpo.pretrained import save_hf
 from jaxgrpo.setup import Policy
 
 
-def export(config: Config, policy: Policy, run: Path, step: int, base: Callable[[], Params]) -> Path:
-    """Write the policy of a run's checkpoint into the run folder, in place of that of a run that was shorter; returns where it is. `base`
-    reads the model's own weights, for adapters to be merged into."""
+def export(
+    config: Config, policy: Policy, run: Path, step: int, base: Callable[[], Params]
+) -> Path:
+    """Write the policy of a run's checkpoint into the run folder, in place of that of a run that
+    was shorter; returns where it is. `base` reads the model's own weights, for adapters to be
+    merged into."""
     lora, model, saved = config.lora, config.model, run / "checkpoints"
     folder = run / ("adapter" if lora.export == "adapter" else "hf")
     if folder.exists():
         shutil.rmtree(folder)
     if lora.export == "adapter":
-        source = str(policy.folder.resolve()) if Path(model.source).expanduser().is_dir() else model.source
-        save_adapter(read_adapters(saved, policy.config, step), policy.config, lora, source, model.revision, folder)
+        source = (
+            str(policy.folder.resolve())
+            if Path(model.source).expanduser().is_dir()
+            else model.source
+        )
+        save_adapter(
+            read_adapters(saved, policy.config, step),
+            policy.config,
+            lora,
+            source,
+            model.revision,
+            folder,
+        )
     else:
         params, _ = read_policy(saved, policy.config, step, base)
         save_hf(params, policy.folder, folder)

@@ -25,8 +25,9 @@ def passed(every: int | None, step: int, advance: int) -> bool:
 
 
 class Learner:
-    """The training state of one run. `state`, `batch`, the number of batches played, and `version`, that of the policy's weights, are all
-    that changes. The version grows by one with each batch that was trained on.
+    """The training state of one run. `state`, `batch`, the number of batches played, and `version`,
+    that of the policy's weights, are all that changes. The version grows by one with each batch
+    that was trained on.
 
     In a run of several processes each has one. The first process calls the methods, each of which tells the others; they `follow`.
     """
@@ -47,7 +48,8 @@ class Learner:
         self.clock = Stopwatch()
 
     def _first_state(self, resume: bool) -> tuple[TrainState, Progress]:
-        """The state to go on from, and how far the run is. With LoRA the base is read anew on resuming: checkpoints hold adapters only."""
+        """The state to go on from, and how far the run is. With LoRA the base is read anew on
+        resuming: checkpoints hold adapters only."""
         lora, frozen = self.config.lora.rank > 0, None
         if lora or not resume:
             state = self.update.init(self.base() if lora else initial_params(self.policy, np.float32), self.config.seed)
@@ -57,7 +59,9 @@ class Learner:
         try:
             return self.checkpoints.restore(self.update, frozen=frozen, share=self.processes.share)
         except DamageError as error:
-            raise ConfigError(f"cannot go on with {self.folder}: {error}; give another --run-dir to begin anew") from error
+            raise ConfigError(
+                f"cannot go on with {self.folder}: {error}; give another --run-dir to begin anew"
+            ) from error
         except (ValueError, OSError) as error:
             raise ConfigError(f"cannot go on with {self.folder}: {error}") from error
 
@@ -70,25 +74,29 @@ class Learner:
         """The policy's weights, as samplers take them."""
         return StoredWeights(self.state, self.update, self.processes.tell)
 
-    def learn(self, batches: Sequence[GroupBatch]) -> list[StepReport]:
-        """Micro-batches -> `iterations` optimizer steps, the first of them on-policy. A step whose gradient is not finite is not taken, and
-        is the last one.
+    @property
+    def steps_of_batch(self) -> int:
+        """The optimizer steps that are taken on the next batch, when all can be."""
+        return min(self.config.training.iterations, self.config.training.steps - self.state.step)
 
-        Raises DivergedError when what was made of the weights is of no use; no sampler and no checkpoint has had them.
-        """
+    def learn(self, batches: Sequence[GroupBatch]) -> list[StepReport]:
+        """Micro-batches -> `iterations` optimizer steps, the first of them on-policy. A step whose
+        gradient is not finite is not taken, and is the last one.
+
+        Raises DivergedError when what was made of the weights is of no use; no sampler and no
+        checkpoint has had them. """
         self.processes.tell(Told(Work.LEARN, batches=tuple(batches)))
-        training = self.config.training
         with self.clock.phase("reference"):
             reference = self.update.reference_logprobs(self.state, batches)
         behaviour, reports, before = None, [], self.state.step
         with self.clock.phase("update"):
-            for _ in range(min(training.iterations, training.steps - self.state.step)):
+            for _ in range(self.steps_of_batch):
                 self.state, logprobs, report = self.update.optimizer_step(self.state, batches, behaviour, reference)
                 behaviour = logprobs if behaviour is None else behaviour
                 reports.append(report)
                 if not report.taken:
                     break
-                if passed(training.reference_every, self.state.step, 1):
+                if passed(self.config.training.reference_every, self.state.step, 1):
                     self.state = self.update.replace_reference(self.state)
         self.advance = self.state.step - before
         if self.advance:
@@ -97,16 +105,19 @@ class Learner:
         return reports
 
     def _probe(self, batches: Sequence[GroupBatch]) -> None:
-        """Refuse (DivergedError) weights that no rollout could be played with: those before them are what the disk holds."""
+        """Refuse (DivergedError) weights that no rollout could be played with: those before them
+        are what the disk holds."""
         with self.clock.phase("probe"):
-            if self.update.usable(self.state, first_rows(batches[0], self.update.mesh.size, self.config.packing)):
+            if self.update.usable(
+                self.state, first_rows(batches[0], self.update.mesh.size, self.config.packing)
+            ):
                 return
-        saved = newest_step(self.folder / "checkpoints")
-        left = "no checkpoint was saved before it" if saved is None else f"the newest checkpoint is that of step {saved}"
+        saved, rate = newest_step(self.folder / "checkpoints"), self.config.optimizer.learning_rate
+        before = "there is no" if saved is None else f"step {saved} is the newest"
         raise DivergedError(
-            f"the weights of step {self.state.step} give no finite log-probabilities: the step was too large, and is neither served nor "
-            f"saved ({left}). To resume leads here again; a new run needs a lower "
-            f"optimizer.learning_rate than {self.config.optimizer.learning_rate:g}"
+            f"the weights of step {self.state.step} give no finite log-probabilities: the step was "
+            f"too large, and is neither served nor saved ({before} checkpoint). Resuming leads "
+            f"here again: a new run needs a lower optimizer.learning_rate than {rate:g}"
         )
 
     def save(self) -> None:

@@ -101,8 +101,8 @@ def write(folder: Path, leaves: dict[hf_mapping.Path, StreamedLeaf]) -> None:
 def open_leaves(folder: Path) -> dict[hf_mapping.Path, ts.TensorStore]:
     """The leaves of an orbax checkpoint of weights as tensorstores, nothing read yet.
 
-    Raises ValueError when it is no orbax checkpoint, DamageError (a ValueError) when an array's metadata cannot be read.
-    """
+    Raises ValueError when it is no orbax checkpoint, DamageError (a ValueError) when an array's
+    metadata cannot be read. """
     folder = folder.absolute()
     if (folder / "manifest.ocdbt").exists():
         raise ValueError(f"{folder} is in orbax's OCDBT format: a model folder holds what tools.convert_hf_to_orbax writes")
@@ -117,7 +117,8 @@ def open_leaves(folder: Path) -> dict[hf_mapping.Path, ts.TensorStore]:
 
 
 def read_values(store: ts.TensorStore) -> np.ndarray:
-    """All of an array, or of a part of one. Raises DamageError when they are not what was written, as far as the array has checksums."""
+    """All of an array, or of a part of one. Raises DamageError when they are not what was written,
+    as far as the array has checksums."""
     assert store.kvstore is not None
     with _told(store.kvstore.path):
         return store.read().result()
@@ -125,11 +126,12 @@ def read_values(store: ts.TensorStore) -> np.ndarray:
 
 @contextlib.contextmanager
 def _told(place: str | Path) -> Iterator[None]:
-    """What tensorstore says, it says over several lines, of files and byte ranges: the first one says it."""
+    """As DamageError, what tensorstore raises; it says so much that only the beginning is shown."""
     try:
         yield
     except ValueError as error:
-        raise DamageError(f"{str(place).rstrip('/')} cannot be read: {str(error).splitlines()[0][:_SHOWN]}") from error
+        why = str(error).partition(" [")[0].splitlines()[0][:_SHOWN]
+        raise DamageError(f"{str(place).rstrip('/')} is damaged ({why})") from error
 
 
 @contextlib.contextmanager

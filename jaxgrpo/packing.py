@@ -83,7 +83,8 @@ def pack(groups: Sequence[Group], micro_batch_groups: int, max_completion_tokens
 
 
 def first_rows(batch: GroupBatch, groups: int, settings: PackingSettings) -> GroupBatch:
-    """A row of each of the first `groups` groups, cut to the smallest shape that is packed: [N, 1, C]."""
+    """A row of each of the first `groups` groups, cut to the smallest shape that is packed: [N, 1,
+    C]."""
     n, p, c = groups, settings.prompt_multiple, settings.completion_multiple
     return GroupBatch(
         prompt_NP=batch.prompt_NP[:n, :p],

@@ -158,7 +158,9 @@ class OrbaxWeights:
         self.folder = folder
         self.config = config
         try:
-            self._leaves: dict[hf_mapping.Path, ts.TensorStore] = orbax_io.open_leaves(folder / ORBAX_SUBFOLDER)
+            self._leaves: dict[hf_mapping.Path, ts.TensorStore] = orbax_io.open_leaves(
+                folder / ORBAX_SUBFOLDER
+            )
         except ValueError as error:
             raise ValueError(f"{error}: convert the model again") from error
         hf_mapping.check_leaves(config, {path: leaf.shape for path, leaf in self._leaves.items()}, folder)

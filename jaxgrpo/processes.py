@@ -206,8 +206,8 @@ class Processes:
         return self.index == 0
 
     def agree(self, text: str) -> None:
-        """Raises ConfigError when another process was started with another `text` (the resolved config) than the leader, PeerError when
-        another one has failed."""
+        """Raises ConfigError when another process was started with another `text` (the resolved
+        config) than the leader, PeerError when another one has failed."""
         if self.count == 1:
             return
         mine = f"{zlib.crc32(text.encode()):08x}"
@@ -220,7 +220,8 @@ class Processes:
             )
 
     def share(self, text: str) -> list[str]:
-        """What each process says at this point, in their order; all come here. Raises PeerError when another process has failed."""
+        """What each process says at this point, in their order; all come here. Raises PeerError
+        when another process has failed."""
         if self.count == 1:
             return [text]
         self._shared += 1
@@ -283,8 +284,8 @@ class Processes:
             signal.signal(signal.SIGINT, before)
 
     def _interrupt(self, handler: Callable[..., Any], *arguments: Any) -> None:
-        """Has `handler` handle SIGINT, in the main thread: but what the watcher sends must not break into the handling of this process's
-        own failure."""
+        """Has `handler` handle SIGINT, in the main thread: but what the watcher sends must not
+        break into the handling of this process's own failure."""
         if self._failure is None or not self._leaving:
             handler(*arguments)
 

@@ -42,15 +42,17 @@ class RecordFile:
 
 
 def write(path: Path, result: RolloutResult, split: str, step: int) -> list[str]:
-    """Write what a rollout led to: the episodes of its groups, then those that their environments ended with an error. What cannot be
-    written of them is left out; returned is what, and why, one text an episode."""
+    """Write what a rollout led to: the episodes of its groups, then those that their environments
+    ended with an error. What cannot be written of them is left out; returned is what, and why, one
+    text an episode."""
     lines, faults = to_lines(result, split, step)
     write_lines(path, lines)
     return faults
 
 
 def to_lines(result: RolloutResult, split: str, step: int) -> tuple[list[str], list[str]]:
-    """A rollout's episodes as lines, and the faults of those of which a part cannot be written, because of what their environment gave."""
+    """A rollout's episodes as lines, and the faults of those of which a part cannot be written,
+    because of what their environment gave."""
     tasks = [group.task for group in result.groups] + [dropped.task for dropped in result.dropped]
     labels = {task.id: task.labels for task in tasks}
     trajectories = [trajectory for group in result.groups for trajectory in group.trajectories]
@@ -59,8 +61,9 @@ def to_lines(result: RolloutResult, split: str, step: int) -> tuple[list[str], l
         record = TrajectoryRecord(t, split, step, labels[t.task_id])
         try:
             lines.append(to_line(record))
-        except Exception as error:  # the edge to a user's environment: messages, calls and scores hold what it gave
-            faults.append(f"an episode of task {t.task_id!r} cannot be recorded: {type(error).__name__}: {_shown(str, error)}")
+        except Exception as error:  # the edge to a user's environment: it gave calls and scores
+            why = f"{type(error).__name__}: {_shown(str, error)}"
+            faults.append(f"an episode of task {t.task_id!r} cannot be recorded: {why}")
             lines.append(to_line(_without_what_was_given(record, faults[-1])))
     return lines, faults
 
@@ -68,8 +71,11 @@ def to_lines(result: RolloutResult, split: str, step: int) -> tuple[list[str], l
 def _without_what_was_given(record: TrajectoryRecord, fault: str) -> TrajectoryRecord:
     """The tokens of an episode, and in words what else is known of it."""
     t = record.trajectory
-    error = f"{fault}; it ended as {t.stop_reason}, its score was {_shown(repr, t.score)}, its calls were {_shown(repr, t.calls)}"
-    bare = dataclasses.replace(t, messages=(), calls=(), score=None, stop_reason=StopReason.ENVIRONMENT_ERROR, error=error)
+    score, calls = _shown(repr, t.score), _shown(repr, t.calls)
+    error = f"{fault}; it ended as {t.stop_reason}, its score was {score}, its calls were {calls}"
+    bare = dataclasses.replace(
+        t, messages=(), calls=(), score=None, stop_reason=StopReason.ENVIRONMENT_ERROR, error=error
+    )
     return dataclasses.replace(record, trajectory=bare, labels=())
 
 

@@ -18,8 +18,8 @@ _LOCK = ".lock"
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """While this holds, the folder is this process's; of a run of several processes, the first's. One that is new and stays empty is
-    removed again.
+    """While this holds, the folder is this process's; of a run of several processes, the first's.
+    One that is new and stays empty is removed again.
 
     Raises ConfigError, which says whose it is, when it is another's or cannot be written to.
     """
@@ -28,11 +28,16 @@ def held(folder: Path) -> Iterator[None]:
     try:
         locked = lock(folder / _LOCK)
     except OSError as error:  # some network file systems have no locks
-        print(f"warning: {folder} cannot be locked ({error.strerror}): start no second run in it", file=sys.stderr)
+        print(
+            f"warning: {folder} cannot be locked ({error.strerror}): start no second run in it",
+            file=sys.stderr,
+        )
         yield
         return
     if locked is None:
-        raise ConfigError(f"{folder} is in use by {holder(folder / _LOCK)}: wait for its end, or give another --run-dir")
+        whose = holder(folder / _LOCK)
+        or_else = "wait for its end, or give another --run-dir"
+        raise ConfigError(f"{folder} is in use by {whose}: {or_else}")
     try:
         _clear(folder)
         yield

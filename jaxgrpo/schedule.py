@@ -1,4 +1,5 @@
-"""Which batch is played when: when it is asked for, or while the trainer still works on those before it.
+"""Which tasks make up a batch, and when it is played: when it is asked for, or while the trainer
+still works on those before it.
 
 Weights have versions, and each batch that is trained on makes the next one. When batch b is asked for under version v, it is trained on
 by v, and batch b + k by v + k at the latest (earlier when batches in between are lost to failing environments). So the batches up to
@@ -7,12 +8,38 @@ that it trains. 0 is the synchronous schedule: a batch starts when it is asked f
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxgrpo.background import EventLoopThread
+from jaxgrpo.config import ConfigError
 from jaxgrpo.rollout import RolloutResult
 from jaxgrpo.samplers.base import SamplerError
+from jaxgrpo.types import Task
+
+
+def batches_per_epoch(tasks: int, tasks_per_step: int) -> int:
+    """Whole batches in one pass over the tasks. Raises ConfigError when there is not even one."""
+    if tasks < tasks_per_step:
+        raise ConfigError(
+            f"rollout.tasks_per_step is {tasks_per_step}, but the train split holds {tasks} tasks"
+        )
+    return tasks // tasks_per_step
+
+
+def task_batch(
+    tasks: Sequence[Task], tasks_per_step: int, seed: int, index: int, shuffle: bool = True
+) -> list[Task]:
+    """The tasks of batch `index`: every epoch is a fresh shuffle, or the tasks as given, cut into
+    whole batches. A pure function, so that a run can resume."""
+    per_epoch = batches_per_epoch(len(tasks), tasks_per_step)
+    epoch, position = divmod(index, per_epoch)
+    order = np.arange(len(tasks))
+    if shuffle:
+        order = np.random.default_rng([seed, epoch]).permutation(len(tasks))
+    return [tasks[i] for i in order[position * tasks_per_step : (position + 1) * tasks_per_step]]
 
 
 class RolloutsAhead:

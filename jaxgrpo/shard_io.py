@@ -78,9 +78,12 @@ class StoppedError(RuntimeError):
 
 
 def checkpoint_handler(stop: threading.Event | None = None) -> ocp.PyTreeCheckpointHandler:
-    """Saves trees of ShardedLeafs and, by the first process, NumPy arrays. When `stop` is set no more chunks are written: the save raises
-    StoppedError."""
-    handlers = (ShardedLeaf, _ShardedLeafHandler(stop or threading.Event())), (np.ndarray, ocp.type_handlers.NumpyHandler())
+    """Saves trees of ShardedLeafs and, by the first process, NumPy arrays. When `stop` is set no
+    more chunks are written: the save raises StoppedError."""
+    handlers = (
+        (ShardedLeaf, _ShardedLeafHandler(stop or threading.Event())),
+        (np.ndarray, ocp.type_handlers.NumpyHandler()),
+    )
     # orbax asks the handler of arrays for a store of metadata, and warns when there is none
     registry = ocp.type_handlers.create_type_handler_registry(*handlers, (jax.Array, ocp.type_handlers.ArrayHandler()))
     return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
@@ -131,7 +134,9 @@ class _ShardedLeafHandler(WriteOnlyHandler):
                 store = await ts.open(_spec(leaf, info.path, context))
                 shards = [shard for shard in leaf.value.addressable_shards if shard.replica_id == 0]
                 for shard, (row, element) in itertools.product(shards, leaf.starts):
-                    writing.append(loop.run_in_executor(pool, self._write, leaf, shard, row, element, store))
+                    writing.append(
+                        loop.run_in_executor(pool, self._write, leaf, shard, row, element, store)
+                    )
             await asyncio.gather(*writing)
         return []
 
@@ -146,7 +151,10 @@ def _spec(leaf: ShardedLeaf, path: Any, context: ts.Context) -> ts.Spec:
         {
             "driver": "zarr3",
             "kvstore": {"driver": "file", "path": f"{path}/"},
-            "metadata": {"attributes": {"logical_shape": list(leaf.layout.logical_shape)}, "codecs": CODECS},
+            "metadata": {
+                "attributes": {"logical_shape": list(leaf.layout.logical_shape)},
+                "codecs": CODECS,
+            },
             # orbax records that zeros are stored too, and then takes a chunk that is not there for a loss
             "store_data_equal_to_fill_value": True,
         }

@@ -1,13 +1,14 @@
 """Batches that a run goes on without, since nothing can be learnt from them.
 
-A batch is a function of its number. What ended the run in one would end every run that is resumed before it: so it is skipped, counted in
-the next batch's metrics, and kept to be looked at; only several in a row end the run.
+A batch is a function of its number. What ended the run in one would end every run that is resumed
+before it: so it is skipped, counted in the next batch's metrics, and kept to be looked at; only
+several in a row end the run.
 """
 
 import dataclasses
 import os
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from jaxgrpo.update import StepReport
 MOST_SKIPPED = 3
 """So many batches in a row may be lost; then the run ends."""
 KEPT_BATCHES, KEPT_BYTES = 8, 2**28
-"""What is kept of skipped batches: the newest ones, in files of no more than so many bytes together."""
+"""What is kept of skipped batches: the newest ones, in files of no more than so many bytes
+together."""
 
 _LARGE_ADVANTAGE = 1e6
 
@@ -36,12 +38,40 @@ class NothingLearntError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A batch, ready to be trained on and recorded: its metrics, its episodes as lines of `step`, its micro-batches."""
+    """A batch, ready to be trained on and recorded: its rollout, its metrics, its episodes as lines
+    of `step`, its micro-batches."""
 
+    result: RolloutResult
     metrics: dict[str, float | int | str]
     step: int
     lines: Sequence[str]
     batches: Sequence[GroupBatch]
+
+    def lines_of(self, step: int) -> Sequence[str]:
+        """Its episodes as lines of another step, when fewer were taken than was to be expected."""
+        if step == self.step:
+            return self.lines
+        return records.to_lines(self.result, "train", step)[0]
+
+
+def prepare(
+    result: RolloutResult,
+    step: int,
+    metrics: Callable[[], dict[str, float | int | str]],
+    pack: Callable[[], Sequence[GroupBatch]],
+) -> Prepared:
+    """What is trained on and recorded of a rollout that leads to `step`. Raises UselessBatchError
+    when there is nothing, or because of what its environments gave."""
+    if not result.groups:
+        raise UselessBatchError("its environments failed in every group")
+    try:
+        lines, faults = records.to_lines(result, "train", step)
+        prepared = Prepared(result, metrics(), step, lines, pack())
+    except Exception as error:  # the edge to a user's environment, of what the episodes let pass
+        raise UselessBatchError(f"{type(error).__name__}: {error}") from error
+    if faults:
+        raise UselessBatchError(faults[0])
+    return prepared
 
 
 class SkippedBatches:
@@ -54,12 +84,15 @@ class SkippedBatches:
         self._errors: list[UselessBatchError] = []
 
     def add(self, name: str, result: RolloutResult, error: UselessBatchError, step: int) -> None:
-        """Keep one under its `name`. Raises NothingLeftError or NothingLearntError when it is one too many."""
+        """Keep one under its `name`. Raises NothingLeftError or NothingLearntError when it is one
+        too many."""
         self.results.append(result)
         self._errors.append(error)
         if self._folder is not None:
             records.write(self._folder / f"{name}.jsonl.gz", result, "skipped", step)
-            (self._folder / f"{name}.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
+            (self._folder / f"{name}.txt").write_text(
+                "".join(traceback.format_exception(error)), encoding="utf-8", errors="replace"
+            )
             _keep_newest(self._folder)
         if len(self.results) < MOST_SKIPPED:
             return
@@ -67,7 +100,9 @@ class SkippedBatches:
             raise NothingLeftError(f"the last {MOST_SKIPPED} batches", result)
         kept = "" if self._folder is None else f"; {self._folder} holds them as skipped-*"
         reasons = "; ".join(dict.fromkeys(map(str, self._errors)))
-        raise NothingLearntError(f"nothing can be learnt from the last {MOST_SKIPPED} batches: {reasons}{kept}")
+        raise NothingLearntError(
+            f"nothing can be learnt from the last {MOST_SKIPPED} batches: {reasons}{kept}"
+        )
 
     def clear(self) -> None:
         """A batch was trained on."""
@@ -75,24 +110,29 @@ class SkippedBatches:
 
 
 def check_gradient(report: StepReport, batches: Sequence[GroupBatch]) -> None:
-    """Raises UselessBatchError when the batch's first step was not taken: with the policy that played it, it is the batch's own fault."""
+    """Raises UselessBatchError when the first step on a batch was not taken: its weights have been
+    probed, so it is the batch's own fault."""
     if report.taken:
         return
     advantage = max(float(np.abs(batch.advantages_NG).max()) for batch in batches)
-    what = f"its gradient is not finite (norm {report.grad_norm}, loss {report.sums.loss}, KL {report.sums.kl})"
+    sums = report.sums
+    what = (
+        f"its gradient is not finite (norm {report.grad_norm}, loss {sums.loss}, KL {sums.kl}, "
+        f"largest advantage {advantage:.3g})"
+    )
     if advantage < _LARGE_ADVANTAGE:
-        raise UselessBatchError(
-            f"{what}, though its largest advantage is {advantage:.3g}: one of its episodes is beyond the policy's numbers"
-        )
+        raise UselessBatchError(what)
     raise UselessBatchError(
-        f"{what}, since its largest advantage is {advantage:.3g}: the environment's rewards are too far apart for a gradient; scale them "
-        'down, or set packing.advantage_normalization="std"'
+        f"{what}: the environment's rewards are too far apart for a gradient; scale them down, or "
+        'set packing.advantage_normalization="std"'
     )
 
 
 def _keep_newest(folder: Path) -> None:
     left = KEPT_BYTES
-    newest_first = sorted(folder.glob("skipped-*.jsonl.gz"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    newest_first = sorted(
+        folder.glob("skipped-*.jsonl.gz"), key=lambda path: path.stat().st_mtime_ns, reverse=True
+    )
     for i, path in enumerate(newest_first):
         left -= path.stat().st_size
         if i >= KEPT_BATCHES or left < 0:

@@ -4,6 +4,7 @@ Read down from `Training.run`: tasks -> rollouts -> scored groups -> packed batc
 """
 
 import argparse
+import math
 import shutil
 import sys
 import time
@@ -12,7 +13,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from jaxgrpo import records
 from jaxgrpo.background import EventLoopThread, interruptible, run_program
@@ -30,7 +30,7 @@ from jaxgrpo.rollout import Decoding, RolloutResult
 from jaxgrpo.run_folder import held
 from jaxgrpo.samplers.base import Sampler, SamplerError
 from jaxgrpo.samplers.metered import MeteredSampler
-from jaxgrpo.schedule import RolloutsAhead, check_staleness
+from jaxgrpo.schedule import RolloutsAhead, batches_per_epoch, check_staleness, task_batch
 from jaxgrpo.serving import agreement_check, open_sampler
 from jaxgrpo.setup import (
     Policy,
@@ -48,7 +48,14 @@ from jaxgrpo.setup import (
     take_gpus,
     training_mesh,
 )
-from jaxgrpo.skipping import NothingLearntError, Prepared, SkippedBatches, UselessBatchError, check_gradient
+from jaxgrpo.skipping import (
+    NothingLearntError,
+    Prepared,
+    SkippedBatches,
+    UselessBatchError,
+    check_gradient,
+    prepare,
+)
 from jaxgrpo.types import GroupBatch, Task
 from jaxgrpo.update import DivergedError, StepReport, TrainState
 
@@ -56,22 +63,6 @@ _LESS_MEMORY = (
     "python -m tools.plan_memory says what a step needs. Less: training.groups_per_device=1, a smaller training.head_chunk, "
     "training.remat=full, more devices, LoRA; with the embedded sampler a smaller native.max_rows and native.max_cache_tokens"
 )
-
-
-def batches_per_epoch(tasks: int, tasks_per_step: int) -> int:
-    """Whole batches in one pass over the tasks. Raises ConfigError when there is not even one."""
-    if tasks < tasks_per_step:
-        raise ConfigError(f"rollout.tasks_per_step is {tasks_per_step}, but the train split holds {tasks} tasks")
-    return tasks // tasks_per_step
-
-
-def task_batch(tasks: Sequence[Task], tasks_per_step: int, seed: int, index: int, shuffle: bool = True) -> list[Task]:
-    """The tasks of batch `index`: every epoch is a fresh shuffle, or the tasks as given, cut into whole batches. A pure function, so that
-    a run can resume."""
-    per_epoch = batches_per_epoch(len(tasks), tasks_per_step)
-    epoch, position = divmod(index, per_epoch)
-    order = np.random.default_rng([seed, epoch]).permutation(len(tasks)) if shuffle else range(len(tasks))
-    return [tasks[i] for i in order[position * tasks_per_step : (position + 1) * tasks_per_step]]
 
 
 class Training(Learner):
@@ -82,7 +73,8 @@ class Training(Learner):
         policy = open_policy(config)
         self.tasks, _ = training_tasks(config, policy)
         super().__init__(config, policy, folder, resume, processes, stack)
-        self.skipped = SkippedBatches(folder / "trajectories" if config.recording.trajectories else None)
+        self.trajectories = folder / "trajectories" if config.recording.trajectories else None
+        self.skipped = SkippedBatches(self.trajectories)
         self.loop = stack.enter_context(EventLoopThread())
         self.sampler = MeteredSampler(self.open_sampler(stack))
         self.rollout = build_rollout(config, self.policy, self.sampler, Decoding(config.rollout.temperature))
@@ -118,7 +110,7 @@ class Training(Learner):
                 self.skip(result, error)
                 continue
             self.publish()
-            self.record(result, prepared, reports)
+            self.record(prepared, reports)
             self.evaluate_if_due()
             self.checkpoint_if_due()
         self.finish()
@@ -126,7 +118,9 @@ class Training(Learner):
     def play(self) -> RolloutResult:
         """The next batch's tasks -> scored groups. With training.max_staleness the batches after it are played meanwhile."""
         with self.clock.phase("wait"):
-            result = self.ahead.next(-(-(self.config.training.steps - self.state.step) // self.config.training.iterations))
+            training = self.config.training
+            left = math.ceil((training.steps - self.state.step) / training.iterations)
+            result = self.ahead.next(left)
         check_staleness(result, self.version, self.config.training.max_staleness)
         return result
 
@@ -142,23 +136,19 @@ class Training(Learner):
         return await self.rollout.groups(tasks, r.group_size, seed, f"batch-{batch}", progress)
 
     def prepare(self, result: RolloutResult) -> Prepared:
-        """A batch's metrics, episodes and micro-batches. Raises UselessBatchError when there are none, whatever its environments gave."""
-        if not result.groups:
-            raise UselessBatchError("its environments failed in every group")
-        training, step = self.config.training, self.state.step
-        after = step + min(training.iterations, training.steps - step)
-        try:
-            lines, faults = records.to_lines(result, "train", after)
-            prepared = Prepared(rollout_metrics(result, self.skipped.results, self.version), after, lines, self.pack(result))
-        except Exception as error:  # the edge to a user's environment: what it gave has been looked at, but not by all that use it
-            raise UselessBatchError(f"{type(error).__name__}: {error}") from error
-        if faults:
-            raise UselessBatchError(faults[0])
-        return prepared
+        """What is trained on and recorded of a batch. Raises UselessBatchError when nothing is."""
+        return prepare(
+            result,
+            self.state.step + self.steps_of_batch,
+            lambda: rollout_metrics(result, self.skipped.results, self.version),
+            lambda: self.pack(result),
+        )
 
     def skip(self, result: RolloutResult, error: UselessBatchError) -> None:
-        """Go on without a batch. Raises NothingLeftError or NothingLearntError when it is one of too many in a row."""
-        self.skipped.add(f"skipped-{self.batch}-{self.state.step:06d}", result, error, self.state.step)
+        """Go on without a batch. Raises NothingLeftError or NothingLearntError when it is one of
+        too many in a row."""
+        name = f"skipped-{self.batch}-{self.state.step:06d}"
+        self.skipped.add(name, result, error, self.state.step)
         self.view.say(f"batch {self.batch} is skipped: {error}")
 
     def pack(self, result: RolloutResult) -> list[GroupBatch]:
@@ -177,20 +167,21 @@ class Training(Learner):
         """How far what is served is from the trainer's own forward. Raises MismatchError when it is too far."""
         return {} if self.agreement is None else self.agreement.run(self.loop, self.sampler, self.update.policy(self.state), self.version)
 
-    def record(self, result: RolloutResult, prepared: Prepared, reports: Sequence[StepReport]) -> None:
+    def record(self, prepared: Prepared, reports: Sequence[StepReport]) -> None:
         """Metrics and episodes of the batch. What recording it takes is counted with the next one's time, as is a checkpoint."""
         seconds, sampler_idle_share = self.measure()
         trained = update_metrics(prepared.batches, reports, self.update.compilations, seconds)
-        metrics = prepared.metrics | trained | schedule_metrics(seconds, sampler_idle_share) | self.served
+        scheduled = schedule_metrics(seconds, sampler_idle_share)
+        metrics = prepared.metrics | trained | scheduled | self.served
         metrics["time/check_seconds"] = seconds["check"]
         self.skipped.clear()
         step = self.state.step
         with self.clock.phase("record"):
             self.recorder.record(step, metrics)
             self.view.step(step, metrics)
-            if self.config.recording.trajectories:
-                lines = prepared.lines if step == prepared.step else records.to_lines(result, "train", step)[0]
-                records.write_lines(self.folder / "trajectories" / f"train-{step:06d}.jsonl.gz", lines)
+            if self.trajectories is not None:
+                path = self.trajectories / f"train-{step:06d}.jsonl.gz"
+                records.write_lines(path, prepared.lines_of(step))
 
     def measure(self) -> tuple[dict[str, float], float]:
         """Since this was asked last: the seconds of each phase and of all, and the sampler's idle share."""
@@ -226,21 +217,22 @@ class Training(Learner):
 
     def checkpoint_if_due(self) -> None:
         """Last of all, so that what a resumed run goes on from is recorded in full."""
-        step = self.state.step
-        if step >= self.config.training.steps or passed(self.config.recording.checkpoint_every, step, self.advance):
+        step, every = self.state.step, self.config.recording.checkpoint_every
+        if step >= self.config.training.steps or passed(every, step, self.advance):
             self.save()
 
     def save_evaluation(self, result: RolloutResult, kind: str) -> None:
         """Its episodes, under the step that it was of."""
-        if self.config.recording.trajectories:
-            step = self.state.step
-            for fault in records.write(self.folder / "trajectories" / f"{kind}-{step:06d}.jsonl.gz", result, kind, step):
-                self.view.say(f"step {step}  {fault}")
+        if self.trajectories is not None:
+            path = self.trajectories / f"{kind}-{self.state.step:06d}.jsonl.gz"
+            for fault in records.write(path, result, kind, self.state.step):
+                self.view.say(f"step {self.state.step}  {fault}")
 
     def finish(self) -> None:
         """The trained policy as others load it."""
         if self.config.recording.export_hf:
-            self.view.say(f"the policy is in {export(self.config, self.policy, self.folder, self.state.step, self.base)}")
+            folder = export(self.config, self.policy, self.folder, self.state.step, self.base)
+            self.view.say(f"the policy is in {folder}")
 
 
 def training_tasks(config: Config, policy: Policy) -> tuple[Sequence[Task], int]:

@@ -83,8 +83,8 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """One optimizer step: the sums of its micro-batches and the gradient's global norm before clipping. Where that is not finite the step
-    was not taken."""
+    """One optimizer step: the sums of its micro-batches and the gradient's global norm before
+    clipping. Where that is not finite the step was not taken."""
 
     sums: LossSums
     grad_norm: float
@@ -218,9 +218,9 @@ class Update:
     ) -> tuple[TrainState, list[Array], StepReport]:
         """One optimizer step on all micro-batches. `behaviour` is None on the first step on a batch.
 
-        Returns the new state (the old one's buffers are donated), each micro-batch's train log-probabilities [N, G, C], and the report.
-        When the gradient is not finite the step is not taken: the state is the one that was given, to the last bit.
-        """
+        Returns the new state (the old one's buffers are donated), each micro-batch's train
+        log-probabilities [N, G, C], and the report. When the gradient is not finite the step is not
+        taken: the state is the one that was given, to the last bit. """
         gradients = self._zeros(state.params)
         train_logprobs, sums = [], []
         for i, batch in enumerate(batches):
@@ -235,10 +235,15 @@ class Update:
         params, opt_state, grad_norm = self._apply(state.params, state.opt_state, gradients)
         total = functools.reduce(LossSums.add, (LossSums._make(map(float, s)) for s in jax.device_get(sums)))
         report = StepReport(total, float(grad_norm))
-        return state._replace(params=params, opt_state=opt_state, step=state.step + report.taken), train_logprobs, report
+        return (
+            state._replace(params=params, opt_state=opt_state, step=state.step + report.taken),
+            train_logprobs,
+            report,
+        )
 
     def usable(self, state: TrainState, probe: GroupBatch) -> bool:
-        """True when the state's weights are finite, and so are the log-probabilities that they give the completions of `probe`."""
+        """True when the state's weights are finite, and so are the log-probabilities that they give
+        the completions of `probe`."""
         logprobs = self.logprobs(self.policy(state), probe)
         return bool(self._finite(state.params, logprobs, self._put(probe).completion_lengths_NG))
 
@@ -365,17 +370,23 @@ class Update:
         return total | {"layers": layers}, train, LossSums(*totals)
 
     def _apply_gradients(self, params: Params, opt_state: Any, gradients: Params) -> tuple[Params, Any, Array]:
-        """In place: what a gradient that is not finite would make is left as it was, element by element."""
+        """Nothing changes when the gradient is not finite."""
         norm = optax.tree.norm(gradients)
-        updates, after = self.optimizer.update(gradients, opt_state, params)
-        new = optax.apply_updates(params, updates), after
-        return *jax.tree.map(functools.partial(jnp.where, jnp.isfinite(norm)), new, (params, opt_state)), norm
+
+        def step() -> tuple[Params, Any]:
+            updates, after = self.optimizer.update(gradients, opt_state, params)
+            return optax.apply_updates(params, updates), after
+
+        return *lax.cond(jnp.isfinite(norm), step, lambda: (params, opt_state)), norm
 
 
 def _finite(params: Params, logprobs_NGC: Array, lengths_NG: Array) -> Array:
     """Whether all weights are, and the log-probabilities of real tokens."""
     real_NGC = jnp.arange(logprobs_NGC.shape[-1]) < lengths_NG[..., None]
-    return jnp.isfinite(optax.tree.norm(params)) & jnp.isfinite(jnp.where(real_NGC, logprobs_NGC, 0.0)).all()
+    return (
+        jnp.isfinite(optax.tree.norm(params))
+        & jnp.isfinite(jnp.where(real_NGC, logprobs_NGC, 0.0)).all()
+    )
 
 
 jax.tree_util.register_dataclass(GroupBatch, data_fields=list(_BATCH_FIELDS), meta_fields=[])

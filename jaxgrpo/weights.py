@@ -305,7 +305,8 @@ def _room(folder: Path) -> int:
 
 
 def _claim(root: Path, mode: int) -> TextIO:
-    """Make a folder that nobody else can write to, and lock it; one that is there already is emptied.
+    """Make a folder that nobody else can write to, and lock it; one that is there already is
+    emptied.
 
     Raises FileExistsError when another process holds it, PermissionError when others could write.
     """
@@ -314,7 +315,8 @@ def _claim(root: Path, mode: int) -> TextIO:
         root.mkdir(mode)
     if (fault := _not_ours(root)) is not None:
         raise PermissionError(
-            f"{root} {fault}, so that others could change the weights in it: remove it, or set vllm.weights_folder"
+            f"{root} {fault}, so that others could change the weights in it: remove it, or set "
+            "vllm.weights_folder"
         )
     locked = lock(root / _LOCK)
     if locked is None:

@@ -237,7 +237,9 @@ def test_an_interruption_stops_what_is_called_apart_and_waits_for_it():
     ended, stop = [], threading.Event()
 
     def work():
-        threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        threading.Timer(
+            0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)
+        ).start()
         ended.append(stop.wait(10))
         raise ValueError("stopped")
 
@@ -283,7 +285,9 @@ HEED = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_ha
 def test_a_program_that_is_interrupted_twice_ends_with_one_line(seconds):
     """The second while it cleans up, or when `main` is at its end."""
     command = [sys.executable, "-c", ENDING]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **HEED) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **HEED
+    ) as process:
         assert process.stdout.readline() == "at work\n"
         if seconds:
             process.send_signal(signal.SIGINT)
@@ -293,7 +297,9 @@ def test_a_program_that_is_interrupted_twice_ends_with_one_line(seconds):
 
 def test_a_program_that_is_interrupted_while_it_is_imported_ends_with_one_line():
     command = [sys.executable, "-m", "jaxgrpo.train", "--config", "nowhere.py"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **HEED) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **HEED
+    ) as process:
         while "numpy" not in Path(f"/proc/{process.pid}/maps").read_text():
             time.sleep(0.001)
         assert interrupted_twice(process) == (130, "interrupted\n")

@@ -205,7 +205,9 @@ def saved(folder: Path, *steps: int) -> Update:
     checkpoints = Checkpoints(folder, len(steps))
     for step in steps:
         state = fresh(update)
-        state = state._replace(step=step, params=jax.tree.map(lambda x, s=step: x * s, state.params))
+        state = state._replace(
+            step=step, params=jax.tree.map(lambda x, s=step: x * s, state.params)
+        )
         checkpoints.save(state, Progress(step, step), update)
     checkpoints.close()
     return update
@@ -215,11 +217,19 @@ def test_a_bit_in_any_file_is_noticed(tmp_path):
     """In every array and in all that describes them, a random bit of each."""
     update, checkpoints = saved(tmp_path, 2), Checkpoints(tmp_path, 1)
     every, rng = files(tmp_path / "2"), random.Random(0)
-    assert len(every) > 150 and {path.name for path in every} >= {"zarr.json", "_METADATA", "_CHECKPOINT_METADATA", "checksums.txt"}
+    assert len(every) > 150 and {path.name for path in every} >= {
+        "zarr.json",
+        "_METADATA",
+        "_CHECKPOINT_METADATA",
+        "checksums.txt",
+    }
     for path in every:
         bit = rng.randrange(8 * path.stat().st_size)
         flip(path, bit)
-        with pytest.raises(DamageError, match=r"^no checkpoint in .* is whole: the checkpoint of step 2 is damaged: "):
+        with pytest.raises(
+            DamageError,
+            match=r"^no checkpoint in .* is whole: the checkpoint of step 2 is damaged: ",
+        ):
             checkpoints.restore(update)
         flip(path, bit)
     assert checkpoints.restore(update)[0].step == 2
@@ -252,12 +262,18 @@ def swap(folder: Path) -> None:
 
 DAMAGES = {
     "a value": lambda f: flip(chunk(f, "policy/embed.embedding"), 100),
-    "a moment of the optimizer": lambda f: flip(chunk(f, "training/opt_state.1.0.nu.norm.scale"), 5),
+    "a moment of the optimizer": lambda f: flip(
+        chunk(f, "training/opt_state.1.0.nu.norm.scale"), 5
+    ),
     "a chunk less": lambda f: chunk(f, "policy/norm.scale").unlink(),
-    "half a chunk": lambda f: chunk(f, "policy/norm.scale").write_bytes(chunk(f, "policy/norm.scale").read_bytes()[:7]),
+    "half a chunk": lambda f: chunk(f, "policy/norm.scale").write_bytes(
+        chunk(f, "policy/norm.scale").read_bytes()[:7]
+    ),
     "two chunks exchanged": swap,
     "an array less": lambda f: shutil.rmtree(f / "policy" / "norm.scale"),
-    "no checksums of this format": lambda f: (f / "checksums.txt").write_text("jaxgrpo checksums 2 00000000\n"),
+    "no checksums of this format": lambda f: (f / "checksums.txt").write_text(
+        "jaxgrpo checksums 2 00000000\n"
+    ),
 }
 
 
@@ -270,7 +286,10 @@ def test_the_newest_that_is_whole_is_gone_on_from(tmp_path, damage, capsys):
     assert (state.step, progress) == (4, (4, 4))
     assert_equal_trees(state.params, jax.tree.map(lambda x: x * 4, fresh(update).params))
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith("warning: the checkpoint of step 6 is damaged and passed over: ") and str(tmp_path / "6") in said
+    assert (
+        said.startswith("warning: the checkpoint of step 6 is damaged and passed over: ")
+        and str(tmp_path / "6") in said
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "6.damaged"]
     checkpoints.save(state._replace(step=6), progress, update)  # the run comes by there again
     assert checkpoints.restore(update)[0].step == 6 and newest_step(tmp_path) == 6
@@ -285,10 +304,17 @@ def test_a_reader_passes_over_what_it_reads_and_changes_nothing(tmp_path, capsys
     DAMAGES["a value"](tmp_path / "4")
     params, step = read_policy(tmp_path, MODEL)
     assert step == 2
-    assert_equal_trees(params, jax.tree.map(lambda x: x * np.float32(2), logical_on_host(fresh(update).params, update.layout)))
+    assert_equal_trees(
+        params,
+        jax.tree.map(
+            lambda x: x * np.float32(2), logical_on_host(fresh(update).params, update.layout)
+        ),
+    )
     assert "the checkpoint of step 4 is damaged and passed over" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4"]
-    with pytest.raises(DamageError, match=r"^the checkpoint of step 4 is damaged: .*embed\.embedding"):
+    with pytest.raises(
+        DamageError, match=r"^the checkpoint of step 4 is damaged: .*embed\.embedding"
+    ):
         read_policy(tmp_path, MODEL, 4)
 
 
@@ -316,7 +342,9 @@ def test_one_of_an_earlier_version_is_read_and_said_to_be_unchecked(tmp_path, ca
     state, progress = checkpoints.restore(update)
     checkpoints.close()
     assert (state.step, progress) == (2, (2, None))
-    assert f"warning: the checkpoint in {tmp_path / '2'} has no checksums" in capsys.readouterr().err
+    assert (
+        f"warning: the checkpoint in {tmp_path / '2'} has no checksums" in capsys.readouterr().err
+    )
 
 
 def test_half_of_an_old_one_is_never_left_under_its_name(tmp_path, monkeypatch):

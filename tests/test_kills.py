@@ -15,7 +15,8 @@ from tests.training import make_model, metric_lines, write_config
 
 KILLS = 20
 CLOCK = ("time/", "speed/", "eval/seconds", "train/compilations")
-NOISE = ("train/mismatch",)  # which rows the sampler decodes together follows the clock, and with it the last bits of its log-probabilities
+# Which rows the sampler decodes together follows the clock: with it, log-probabilities' last bits.
+NOISE = ("train/mismatch",)
 OPTIONS = (
     "training.steps=400",
     "recording.checkpoint_every=20",
@@ -36,12 +37,17 @@ def command(config: Path, run: Path, *more: str) -> list[str]:
 
 
 def steady(folder: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if not k.startswith((*CLOCK, *NOISE))} for line in metric_lines(folder)]
+    return [
+        {k: v for k, v in line.items() if not k.startswith((*CLOCK, *NOISE))}
+        for line in metric_lines(folder)
+    ]
 
 
 def recorded(run: Path) -> int:
     """Lines of metrics."""
-    return (run / "metrics.jsonl").read_bytes().count(b"\n") if (run / "metrics.jsonl").exists() else 0
+    return (
+        (run / "metrics.jsonl").read_bytes().count(b"\n") if (run / "metrics.jsonl").exists() else 0
+    )
 
 
 def start_of(arguments: list[str], run: Path) -> float:
@@ -56,14 +62,18 @@ def start_of(arguments: list[str], run: Path) -> float:
 
 
 def kill_at_random(rng: random.Random, arguments: list[str], run: Path, start: float) -> bool:
-    """Resume the run and kill it: half of the times at any moment of its `start`, else after some batches. False when it was at its end
-    before."""
-    process = subprocess.Popen([sys.executable, "-m", *arguments, "--resume"], stdout=subprocess.DEVNULL)
+    """Resume the run and kill it: half of the times at any moment of its `start`, else after some
+    batches. False when it was at its end before."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", *arguments, "--resume"], stdout=subprocess.DEVNULL
+    )
     if rng.random() < 0.5:
         time.sleep(rng.uniform(0, 1.2 * start))
     else:
         before, more = recorded(run), rng.randrange(1, 16)
-        while process.poll() is None and abs(recorded(run) - before) < more:  # a resumed run first cuts off what came after its checkpoint
+        while (
+            process.poll() is None and abs(recorded(run) - before) < more
+        ):  # a resumed run first cuts off what came after its checkpoint
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.1))
     process.send_signal(signal.SIGKILL)
@@ -72,29 +82,45 @@ def kill_at_random(rng: random.Random, arguments: list[str], run: Path, start: f
 
 def values(checkpoint: Path) -> dict[str, bytes]:
     """Every file of values."""
-    files = [path for path in checkpoint.glob("*/*/c*/**/*") if path.is_file()] + list(checkpoint.glob("*/*/c"))
-    return {str(path.relative_to(checkpoint)): path.read_bytes() for path in files if path.is_file()}
+    files = [path for path in checkpoint.glob("*/*/c*/**/*") if path.is_file()] + list(
+        checkpoint.glob("*/*/c")
+    )
+    return {
+        str(path.relative_to(checkpoint)): path.read_bytes() for path in files if path.is_file()
+    }
 
 
 def played(path: Path) -> list[tuple]:
     trajectories = [record.trajectory for record in read_records(path).records]
-    return [(t.task_id, t.completion_ids_C.tolist(), t.weight_versions_C.tolist(), t.messages, t.score) for t in trajectories]
+    return [
+        (t.task_id, t.completion_ids_C.tolist(), t.weight_versions_C.tolist(), t.messages, t.score)
+        for t in trajectories
+    ]
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(1800)
 def test_a_run_killed_twenty_times_is_the_one_that_was_not(model, tmp_path):
-    config, rng = write_config(tmp_path, model), random.Random(int(os.environ.get("JAXGRPO_KILL_SEED", "0")))
+    config, rng = (
+        write_config(tmp_path, model),
+        random.Random(int(os.environ.get("JAXGRPO_KILL_SEED", "0"))),
+    )
     straight, run = tmp_path / "straight", tmp_path / "run"
     start, arguments = start_of(command(config, straight), straight), command(config, run)
     for kills in range(KILLS):
         assert kill_at_random(rng, arguments, run, start), f"it was at its end after {kills} kills"
-    subprocess.run([sys.executable, "-m", *arguments, "--resume"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", *arguments, "--resume"], check=True, stdout=subprocess.DEVNULL
+    )
     assert steady(run) == steady(straight)
     assert values(run / "checkpoints" / "400") == values(straight / "checkpoints" / "400")
     assert len(values(run / "checkpoints" / "400")) > 30
     files = {str(path.relative_to(straight)) for path in straight.rglob("*") if path.is_file()}
-    assert {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()} == files  # nothing was left half written
+    assert {
+        str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()
+    } == files  # nothing was left half written
     for path in (straight / "trajectories").iterdir():
         assert played(run / "trajectories" / path.name) == played(path)
-    assert (run / "hf" / "model.safetensors").read_bytes() == (straight / "hf" / "model.safetensors").read_bytes()
+    assert (run / "hf" / "model.safetensors").read_bytes() == (
+        straight / "hf" / "model.safetensors"
+    ).read_bytes()

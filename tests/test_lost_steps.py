@@ -16,7 +16,9 @@ SETTINGS = PackingSettings(prompt_multiple=LONGEST, completion_multiple=LONGEST)
 
 @pytest.mark.parametrize("spoilt_by", [np.nan, np.inf])
 @pytest.mark.parametrize("devices", [1, 3])
-def test_a_step_whose_gradient_is_not_finite_leaves_the_state_as_it_was(devices: int, spoilt_by: float) -> None:
+def test_a_step_whose_gradient_is_not_finite_leaves_the_state_as_it_was(
+    devices: int, spoilt_by: float
+) -> None:
     """To the last bit, also in what the next step makes of it."""
     update, (batch,) = update_of(devices), packed(GROUPS, 12)
     anchors = update.reference_logprobs(update.init(params_of(TINY)), [batch])
@@ -42,8 +44,15 @@ def test_weights_that_give_no_finite_log_probabilities_are_of_no_use(devices: in
     assert update.usable(state, probe)
     for path in (("norm", "scale"), ("layers", "mlp", "down", "kernel"), ("embed", "embedding")):
         for value in (np.nan, np.inf, 3e38):
-            spoilt = {key: np.array(leaf) for key, leaf in hf_mapping.flatten(params_of(TINY)).items()}
+            spoilt = {
+                key: np.array(leaf) for key, leaf in hf_mapping.flatten(params_of(TINY)).items()
+            }
             spoilt[path].flat[-1] = value
-            assert not update.usable(update.init(hf_mapping.unflatten(spoilt)), probe), (path, value)
+            assert not update.usable(update.init(hf_mapping.unflatten(spoilt)), probe), (
+                path,
+                value,
+            )
     every = jax.tree.map(lambda leaf: leaf * np.float32(1e15), params_of(TINY))
-    assert not update.usable(update.init(every), probe)  # no weight is, and their norm is not, beyond float32
+    assert not update.usable(
+        update.init(every), probe
+    )  # no weight is, and their norm is not, beyond float32

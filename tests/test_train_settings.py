@@ -52,7 +52,12 @@ class TestOptions:
 
     def test_recording_options(self, model, tmp_path):
         self.run(tmp_path, model, "recording.trajectories=False")
-        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "checkpoints", "config.json", "metrics.jsonl"]
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+            ".lock",
+            "checkpoints",
+            "config.json",
+            "metrics.jsonl",
+        ]
 
     def test_so_many_checkpoints_stay(self, model, tmp_path):
         train(changed(tmp_path, model, "recording.checkpoint_every=2", "recording.keep=1"), tmp_path / "run")

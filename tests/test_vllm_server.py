@@ -175,7 +175,7 @@ class TestNothingOutlivesTheTrainer:
         wait_until(lambda: all(gone(pid) for pid in started))
 
 
-# Opens a block of shared memory, as vLLM's processes do, which is removed by nobody when all of them are killed.
+# Opens a block of shared memory, as vLLM's processes do: when all are killed, nobody removes it.
 SHARING = """
 import os, sys, time
 from multiprocessing.shared_memory import SharedMemory
@@ -192,7 +192,8 @@ class TestSharedMemoryIsGivenBack:
 
     @pytest.fixture
     def start(self, tmp_path):
-        """Starts a watchdog over a command that opens a block: the watchdog, the block, and the ids of all processes."""
+        """Starts a watchdog over a command that opens a block: the watchdog, the block, and the ids
+        of all processes."""
         blocks, watchdogs = [], []
 
         def started(script: str = SHARING):
@@ -231,7 +232,9 @@ class TestSharedMemoryIsGivenBack:
         watchdog.wait()
         wait_until(lambda: gone(process))
         noted = self.notes(watchdog)
-        noted.write_text(json.dumps({block.name: block.stat().st_ino, other.name: 1}))  # the name, but not the inode
+        noted.write_text(
+            json.dumps({block.name: block.stat().st_ino, other.name: 1})
+        )  # the name, but not the inode
         holder = SharedMemory(block.name)
         _, second, _ = start()
         assert block.exists() and noted.exists()  # as long as somebody uses it, it stays
@@ -243,7 +246,7 @@ class TestSharedMemoryIsGivenBack:
         other.unlink()
 
     def test_notes_of_others_and_links_are_left_alone(self, start, tmp_path):
-        _watchdog, block, _ = start()
+        _, block, _ = start()
         kept = tmp_path / "kept"
         kept.write_text(json.dumps({block.name: block.stat().st_ino}))
         link = Path(f"/dev/shm/jaxgrpo-vllm-{os.getuid()}-link")

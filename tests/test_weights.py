@@ -347,14 +347,18 @@ def made_by_others(root: Path, how: str, elsewhere: Path) -> None:
         ),
     ],
 )
-def test_a_folder_that_others_can_change_is_refused_and_left_alone(tmp_path: Path, how: str, said: str) -> None:
+def test_a_folder_that_others_can_change_is_refused_and_left_alone(
+    tmp_path: Path, how: str, said: str
+) -> None:
     folder = weight_folder(tmp_path)
     folder.close()
     made_by_others(folder.root, how, tmp_path / "elsewhere")
     with pytest.raises(PermissionError, match=said):
         weight_folder(tmp_path)
     assert (folder.root / "000003" / "kept").is_file()
-    weights.WeightFolder(tmp_path / "other run", 1, tmp_path / "memory").close()  # clears what was left behind
+    weights.WeightFolder(
+        tmp_path / "other run", 1, tmp_path / "memory"
+    ).close()  # clears what was left behind
     assert (folder.root / "000003" / "kept").is_file()
 
 

@@ -6,11 +6,10 @@ The pipe closes when the starter ends, killed or not: that is the sign. Should t
 being gone shows in this process's parent. Should this process itself be killed, the kernel tells the command (PR_SET_PDEATHSIG). What
 the command's processes leave behind is handed to this one (PR_SET_CHILD_SUBREAPER) and ended too. Linux; Python's own library only.
 
-vLLM's processes speak through blocks of shared memory, hundreds of megabytes, which stay when all of
-them are killed at once. Their names are random, so this process notes down which ones the command's
-processes have open, in /dev/shm/jaxgrpo-vllm-UID-PID, under a lock. What is left of them it removes
-at its own end; if it is killed too, the next one does.
-"""
+vLLM's processes speak through blocks of shared memory, hundreds of megabytes, which stay when all
+of them are killed at once. Their names are random, so this process notes down which ones the
+command's processes have open, in /dev/shm/jaxgrpo-vllm-UID-PID, under a lock. What is left of them
+it removes at its own end; if it is killed too, the next one does. """
 
 import contextlib
 import ctypes
@@ -83,7 +82,8 @@ class _Notes:
 
 
 def remove_left() -> None:
-    """Remove what is left of the blocks that a process like this one noted down before it was killed."""
+    """Remove what is left of the blocks that a process like this one noted down before it was
+    killed."""
     for path in SHARED_MEMORY.glob(f"{_NOTES}*"):
         with contextlib.suppress(OSError, ValueError):
             file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -116,13 +116,22 @@ def _inode(name: str) -> int | None:
 
 
 def _open_blocks(session: int | None = None) -> dict[str, int]:
-    """Blocks that the processes of a session (None: all that can be looked into) have open: name -> inode."""
+    """Blocks that the processes of a session (None: all that can be looked into) have open: name ->
+    inode."""
     blocks: dict[str, int] = {}
     for folder in Path("/proc").glob("[0-9]*/fd"):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
             if session is None or os.getsid(int(folder.parent.name)) == session:
-                names = [target.name for link in folder.iterdir() if (target := _target(link)).parent == SHARED_MEMORY]
-                blocks |= {name: inode for name in names if name.startswith(_BLOCKS) and (inode := _inode(name)) is not None}
+                names = [
+                    target.name
+                    for link in folder.iterdir()
+                    if (target := _target(link)).parent == SHARED_MEMORY
+                ]
+                blocks |= {
+                    name: inode
+                    for name in names
+                    if name.startswith(_BLOCKS) and (inode := _inode(name)) is not None
+                }
     return blocks
 
 
