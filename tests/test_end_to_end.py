@@ -21,20 +21,8 @@ from benchmarks.end_to_end import (
 )
 from benchmarks.processor import busy_seconds, described, processor
 
-TINY_WORK = (
-    "--tasks",
-    "warehouse",
-    "--prompts",
-    "2",
-    "--samples",
-    "2",
-    "--tokens",
-    "8",
-    "--rounds",
-    "2",
-    "--warm",
-    "0",
-)
+SIZE = "--prompts 2 --samples 4 --tokens 24 --rounds 2 --warm 0"
+TINY_WORK = ("--tasks", "warehouse", *SIZE.split())
 
 
 def benchmark(*arguments: str) -> subprocess.CompletedProcess:
@@ -43,13 +31,13 @@ def benchmark(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def work(samples: int = 2, *options: str) -> Work:
+def work(samples: int = 4, *options: str) -> Work:
     prompts = conversations(SUITES["warehouse"], 2)
     return Work(
         str(TINY),
         prompts,
         samples,
-        tokens=8,
+        tokens=24,
         iterations=2,
         kl_beta=0.001,
         batches=4,
@@ -138,7 +126,7 @@ def test_sides_that_do_other_work_on_the_same_tokens_are_refused(tmp_path, optio
     refused = pytest.raises(SystemExit, match="other does not do the same as ours")
     with (
         ours(tmp_path, "ours", work()) as first,
-        ours(tmp_path, "other", work(2, option)) as second,
+        ours(tmp_path, "other", work(4, option)) as second,
         refused,
     ):
         check_agreement({"ours": first, "other": second})
@@ -166,7 +154,7 @@ def test_our_half() -> None:
     for variant, steps in (("mu1", 1), ("mu2-kl", 2)):
         found = measured["variants"][variant]
         side = found["sides"]["ours"]
-        assert side["trained_tokens"] == 2 * 2 * 8
+        assert side["trained_tokens"] == 2 * 4 * 24
         assert (
             len(found["agreed"]["grad_norms"]) == steps and min(found["agreed"]["grad_norms"]) > 0
         )
@@ -188,6 +176,6 @@ def test_both_halves_train_the_same_tokens_with_the_same_gradient() -> None:
         assert (
             found["sides"]["trl"]["trained_tokens"]
             == found["sides"]["ours"]["trained_tokens"]
-            == 2 * 2 * 8
+            == 2 * 4 * 24
         )
         assert found["ratio"]["median"] > 0
