@@ -99,7 +99,7 @@ def returned(kind: type[T]) -> Callable[[object], T]:
 
 def playable(value: object) -> Any:
     """A check of what a suite creates: it has the methods of `envs.base.Environment`."""
-    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    kind = type(value).__qualname__
     for name, arguments in _METHODS.items():
         method = getattr(value, name, None)
         call = f"{name}({', '.join(arguments)})"

@@ -190,11 +190,11 @@ class TestOrbax:
     def test_what_describes_a_leaf(self, orbax_folder, text):
         file = orbax_folder / "params/norm.scale/zarr.json"
         file.write_text(text)
-        refused(pretrained.open_weights, orbax_folder, file, "cannot be read: .*: convert the model again")
+        refused(pretrained.open_weights, orbax_folder, file, "is damaged .*: convert the model again")
 
     @pytest.mark.parametrize(
         ("name", "said"),
-        [("uint16", "norm/scale in .* is uint16; allowed are"), ("bfloat17", "cannot be read: ")],
+        [("uint16", "norm/scale in .* is uint16; allowed are"), ("bfloat17", "is damaged ")],
     )
     def test_a_type_that_no_weight_has(self, orbax_folder, name, said):
         file = orbax_folder / "params/norm.scale/zarr.json"
@@ -215,4 +215,4 @@ class TestOrbax:
     def test_values(self, orbax_folder, change):
         file = orbax_folder / "params/norm.scale/c/0"
         file.write_bytes(change(file.read_bytes()))
-        refused(pretrained.load_params, orbax_folder, file, "cannot be read: ")
+        refused(pretrained.load_params, orbax_folder, file, "is damaged ")

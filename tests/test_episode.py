@@ -10,6 +10,7 @@ from envs.base import Observation, StepResult
 from jaxgrpo.background import BlockingCalls
 from jaxgrpo.chat import Chat
 from jaxgrpo.episode import Decoding, EpisodeKey, EpisodePlayer, Limits
+from jaxgrpo.openings import PromptError
 from jaxgrpo.rewards import RewardSettings
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall, Trajectory
@@ -165,7 +166,7 @@ def test_a_prompt_may_be_as_long_as_the_limit(allowed, fits):
         assert opening.prompt_ids_P.tolist() == PROMPT
         assert not opening.prompt_ids_P.flags.writeable  # all episodes of the task hold this array
     else:
-        with pytest.raises(ValueError, match="has 35 tokens, max_prompt_tokens allows 34"):
+        with pytest.raises(PromptError, match=r"has 35 tokens, and rollout\.max_prompt_tokens is 34"):
             asyncio.run(player.open(TASK))
 
 

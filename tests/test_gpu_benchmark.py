@@ -252,7 +252,7 @@ class TestDemo:
     def test_a_given_folder_is_used(self, monkeypatch, tmp_path):
         monkeypatch.setenv("PIP_NO_INDEX", "")
         (tmp_path / "data").mkdir()
-        (tmp_path / "data" / "BFCL_v4_multi_turn_base.json").write_text("")
+        (tmp_path / "data" / "BFCL_v3_multi_turn_base.json").write_text("")
         config, settings, _ = demo.chosen(str(tmp_path))
         assert (config, settings) == ("configs/cpu_demo.py", (f"environment.folder={tmp_path}",))
 

@@ -121,7 +121,7 @@ def test_what_fits_is_not_refused_and_what_does_not_is_with_the_settings_that_he
         "- lora.rank above 0: the model is frozen in bfloat16 then, and only adapters have gradients and moments",
         "- training.groups_per_device below 2",
         "- rollout.max_completion_tokens below 2048, of which a group has 8",
-        "- rollout.max_prompt_tokens below 8192",
+        "- rollout.max_prompt_tokens below 6144",
         "- training.head_chunk below 1024",
     ]
 

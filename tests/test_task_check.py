@@ -118,17 +118,17 @@ class TestHanging:
         ),
         (
             "score = None", "",
-            "create() of task 'train_0' returned jaxgrpo_config_mine.Mine, which has no method score() (mine.py, line 11); "
+            "create() of task 'train_0' returned Mine, which has no method score() (mine.py, line 11); "
             "of 6 tasks none opens",
         ),
         (
             "step = observe = None", "",
-            "create() of task 'train_0' returned jaxgrpo_config_mine.Mine, which has no method observe() (mine.py, line 11); "
+            "create() of task 'train_0' returned Mine, which has no method observe() (mine.py, line 11); "
             "of 6 tasks none opens",
         ),
         (
             "def step(self): pass", "",
-            "create() of task 'train_0' returned jaxgrpo_config_mine.Mine, which cannot be asked to step(action): too many positional "
+            "create() of task 'train_0' returned Mine, which cannot be asked to step(action): too many positional "
             "arguments (mine.py, line 11); of 6 tasks none opens",
         ),
         (

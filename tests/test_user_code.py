@@ -243,10 +243,10 @@ class TestMethods:
             step = EchoEnvironment.step
 
         assert (
-            "returned tests.test_user_code.TestMethods.test_missing.<locals>.Scoreless, which has no method score() ("
+            "returned TestMethods.test_missing.<locals>.Scoreless, which has no method score() ("
             in self.error(Scoreless())
         )
-        assert "returned builtins.NoneType, which has no method observe()" in self.error(None)
+        assert "returned NoneType, which has no method observe()" in self.error(None)
 
     def test_asynchronous(self):
         class Asynchronous(EchoEnvironment):
