@@ -101,10 +101,11 @@ class Batches(Training):
         what was trained on, and with which gradients."""
         result = self.play()
         self.batch += 1
-        batches = self.pack(result)
+        prepared = self.prepare(result)
+        batches = prepared.batches
         reports = self.learn(batches)
         self.publish()
-        self.record(result, batches, reports)
+        self.record(prepared, reports)
         rows = [trajectory for group in result.groups for trajectory in group.trajectories]
         reply: dict[str, Any] = {
             "rollout": self.seconds["wait"],
