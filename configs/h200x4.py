@@ -4,9 +4,9 @@ Command    python -m jaxgrpo.train --config configs/h200x4.py
 Hardware   four H200: three train, the fourth serves the rollouts with vLLM (the README says how to install it)
 Batches    96 rollouts (12 tasks x 8) a batch in 4 micro-batches of 3 groups, two optimizer steps on each; 1,600 steps = 800 batches =
            100 epochs of the 100 tasks
-Memory     60.0 GiB a training GPU at the limits (6,144 prompt and 2,048 completion tokens), PLAN2 at 4,096 and 1,024, besides
+Memory     60.0 GiB a training GPU at the limits (6,144 prompt and 2,048 completion tokens), 54.0 at 4,096 and 1,024, besides
            cuDNN's workspace; compiled for three H200, not run (python -m tools.plan_memory --config configs/h200x4.py)
-Time       not measured; at an MFU of 0.4 a step takes 11.1 s at the limits, PLANT at 4,096 and 1,024, and the run 5.8 or PLANH hours
+Time       not measured; at an MFU of 0.4 a step takes 11.1 s at the limits, 5.7 s at 4,096 and 1,024, and the run 5.8 or 3.0 hours
            besides the rollouts
 Result     not measured here; the article reports 55 % -> 78 % on the held-out tasks
 
