@@ -54,6 +54,7 @@ PARTS = (
     Part("attention", "benchmarks.gpu.attention", 14, _ATTENTION, _TINY_ATTENTION),
     Part("peak", "benchmarks.gpu.peak", 4, ("products",)),
     Part("mfu", "benchmarks.gpu.mfu", 36, _UPDATES, _TINY_UPDATES),
+    Part("torch", "benchmarks.gpu.torch_part", 9, ("0.5B", "1.5B"), ("tiny",)),
     Part("sampler", "benchmarks.gpu.sampling", 18, ("0.5B", "7B"), ("tiny",)),
     Part("publishing", "benchmarks.gpu.publishing", 7, ("0.5B", "7B"), ("tiny",)),
     Part("demo", "benchmarks.gpu.demo", 11, ("demo",)),

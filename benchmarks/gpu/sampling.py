@@ -1,4 +1,4 @@
-"""Part 5: tokens a second of the embedded sampler with random weights, all layers: prefill, and
+"""Part 6: tokens a second of the embedded sampler with random weights, all layers: prefill, and
 decoding over a shared prompt.
 
 Every episode is one turn at temperature 1 without an end token, log-probabilities included, as in

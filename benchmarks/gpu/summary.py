@@ -11,6 +11,7 @@ _COLUMNS = {
     "peak": "size tflops tflops_median seconds",
     "mfu": "row model layers kernel remat prompt real_share seconds compile_seconds tflops mfu "
     "mfu_padded hardware mfu_of_data_sheet peak_gib predicted_gib",
+    "torch": "model prompt mask checkpointing seconds first_seconds peak_gib",
     "sampler": "row model prompt rows tokens_per_second step_ms first_seconds peak_gib",
     "publishing": "model gib version write_seconds read_seconds write_gb_per_second "
     "read_gb_per_second",
@@ -69,6 +70,8 @@ def problem(row: Row) -> str:
         "kernel",
         "remat",
         "prompt",
+        "mask",
+        "checkpointing",
         "rows",
         "case",
         "size",
