@@ -20,12 +20,16 @@ def texts() -> str:
     for folder in ("jaxgrpo", "envs", "tools"):
         for path in (ROOT / folder).rglob("*.py"):
             tree = ast.walk(ast.parse(path.read_text()))
-            found += [n.value for n in tree if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+            found += [
+                n.value for n in tree if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            ]
     return "\0".join(found)
 
 
 def test_quoted_messages_are_in_the_source() -> None:
     lines, source = quoted(PAGE), texts()
     assert len(lines) > 40
-    pieces = [piece.strip() for line in lines if line not in OF_PYTHON for piece in line.split("...")]
+    pieces = [
+        piece.strip() for line in lines if line not in OF_PYTHON for piece in line.split("...")
+    ]
     assert [piece for piece in pieces if len(piece) > 3 and piece not in source] == []
