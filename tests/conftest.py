@@ -25,6 +25,32 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=f"{', '.join(missing)} not installed"))
 
 
+AXES_CHECKED = {
+    "test_accumulation",
+    "test_advantages",
+    "test_attention",
+    "test_decode",
+    "test_learner",
+    "test_losses",
+    "test_model",
+    "test_packing",
+    "test_statistics",
+    "test_update",
+}
+"""Files whose tests run with tests.axis_checks: those of the numerical modules."""
+
+
+@pytest.fixture(autouse=True)
+def axes_are_as_named(request):
+    if request.module.__name__.rpartition(".")[2] not in AXES_CHECKED:
+        yield
+        return
+    from tests.axis_checks import axes_checked  # imports jax, which reads the environment
+
+    with axes_checked():
+        yield
+
+
 @pytest.fixture
 def hf_folder(tmp_path):
     """A small untied model of bfloat16 in Hugging Face layout."""
