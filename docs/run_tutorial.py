@@ -1,6 +1,6 @@
 """Runs docs/tutorial.md and writes what it printed into the page and into docs/tutorial.ipynb.
 
-    python docs/run_tutorial.py        about five minutes on two CPU cores
+    python docs/run_tutorial.py        about ten minutes on two CPU cores
 
 A block marked `python FILE` is written to that file, one marked `python` or `sh` is run, and the
 block marked `text` behind it holds what it printed. The page is the source; the notebook is made
