@@ -18,7 +18,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, NoReturn, Self, TypeVar
 
 T = TypeVar("T")
-_AGAIN_SECONDS, _ECHO_SECONDS, _EXIT_SECONDS = 0.05, 1.0, 30.0
+_AGAIN_SECONDS, _ECHO_SECONDS, _EXIT_SECONDS = 0.05, 1.0, 20.0
 STUCK_A_PLACE = 4
 """So many calls that outlived their deadline may go on, for each place that `BlockingCalls` has."""
 
@@ -307,7 +307,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     """End the process with the status of a command line, or with 130 and one line when Ctrl-C comes
     where `main` does not handle it. What comes after its end only makes that quicker; after a
     failure, what others have registered to be done then (jax waits there for the other processes of
-    a run, and aborts) gets half a minute."""
+    a run, and aborts) gets 20 seconds."""
     if not _is_ignored(signal.SIGINT):
         _take(signal.SIGINT)
     try:

@@ -33,9 +33,9 @@ from jaxgrpo.config import ConfigError
 from jaxgrpo.types import GroupBatch
 
 _SHUTDOWN_SECONDS = 60
-_GRACE_SECONDS, _LEADERS_GRACE_SECONDS = 15, 45
+_GRACE_SECONDS, _LEADERS_GRACE_SECONDS = 10, 45
 """For cleaning up after a failure. When the first process ends, jax ends the others, which are to
-have told of it before: so it has longer (and `background.run_program` half a minute more)."""
+have told of it before: so it has longer. (`background.run_program` adds 20 seconds.)"""
 _POLL_MILLISECONDS = 1000
 _NAME_SECONDS = 60
 _FAILED = "jaxgrpo/failed"

@@ -137,6 +137,7 @@ class Training(Learner):
 
     def prepare(self, result: RolloutResult) -> Prepared:
         """What is trained on and recorded of a batch. Raises UselessBatchError when nothing is."""
+        self.overshoots.check(self.batch)
         return prepare(
             result,
             self.state.step + self.steps_of_batch,
@@ -284,7 +285,7 @@ def train(config: Config, folder: Path, resume: bool = False, processes: Process
     holds a run and `resume` was not asked for, or one under settings that mean something else; PeerError when another process has failed.
     """
     processes = processes or Processes()
-    with processes.together(), ExitStack() as stack:
+    with processes.together(), ExitStack() as stack, processes.telling():
         if processes.leads:
             stack.enter_context(held(folder))
         saved = newest_step(folder / "checkpoints")
