@@ -167,7 +167,7 @@ def test_what_killed_runs_left_half_written_is_removed_and_nothing_else(tmp_path
     left += ["config.json.partial"]
     kept = [
         "trajectories/train-000002.jsonl.gz",
-        "trajectories/.notes",
+        "trajectories/.notes.jsonl",
         "config.json",
         "metrics.jsonl",
         "vllm.log",
