@@ -252,6 +252,16 @@ def chunk(folder: Path, array: str) -> Path:
     return next(path for path in sorted((folder / array / "c").rglob("*")) if path.is_file())
 
 
+def test_a_chunk_that_grew_is_noticed_before_it_is_read(tmp_path):
+    """Its checksum is where it was, at the end."""
+    saved(tmp_path, 2)
+    path = chunk(tmp_path / "2", "policy/norm.scale")
+    path.write_bytes(b"\0" + path.read_bytes())
+    size = path.stat().st_size
+    with pytest.raises(DamageError, match=f"has {size} bytes, {size - 1} were written$"):
+        checksums.verify(tmp_path / "2", ("policy",))
+
+
 def swap(folder: Path) -> None:
     """Two whole chunks in each other's place."""
     a, b = (chunk(folder, f"policy/layers.mlp.{name}.kernel") for name in ("up", "gate"))
