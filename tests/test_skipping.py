@@ -177,6 +177,12 @@ def fail_second_step(monkeypatch, at: int) -> None:
     monkeypatch.setattr(Update, "optimizer_step", step)
 
 
+def versions(played) -> set[int]:
+    """Of the weights that these episodes were sampled with."""
+    episodes = [record.trajectory for record in played]
+    return {v for t in episodes for v in t.weight_versions_C[t.sampled_C].tolist()}
+
+
 class TestSteps:
     OPTIONS = ("recording.checkpoint_every=1", "recording.keep=9")
 
@@ -197,15 +203,21 @@ class TestSteps:
             for line in lines
         ]
         assert [{record.step for record in batch} for batch in played] == [{1}, {3}, {5}, {6}]
-        versions = [
-            {
-                v
-                for r in batch
-                for v in r.trajectory.weight_versions_C[r.trajectory.sampled_C].tolist()
-            }
-            for batch in played
-        ]
-        assert versions == [{0}, {1}, {2}, {3}]
+        assert [versions(batch) for batch in played] == [{0}, {1}, {2}, {3}]
+
+    def test_none_follows_one_that_is_not_taken(self, model, tmp_path, monkeypatch):
+        """Of four steps, two a batch, the first one on the second batch."""
+        take, tried = Update.optimizer_step, []
+
+        def step(self, state, batches, behaviour, reference):
+            tried.append((state.step, behaviour is None))
+            if len(tried) == 3:
+                batches = [far_apart(batch) for batch in batches]
+            return take(self, state, batches, behaviour, reference)
+
+        monkeypatch.setattr(Update, "optimizer_step", step)
+        train(changed(tmp_path, model, "training.steps=4"), tmp_path / "run")
+        assert tried == [(0, True), (1, False), (2, True), (2, True), (3, False)]
 
     @pytest.mark.parametrize("cut", [1, 3])
     def test_a_run_resumed_after_one_is_the_same_to_the_last_bit(
@@ -220,6 +232,8 @@ class TestSteps:
         state = train(changed(tmp_path, model, *self.OPTIONS), tmp_path / "run", resume=True)
         assert_same_bits(state, straight)
         assert steady(tmp_path / "run") == lines
+        last = read_records(tmp_path / "run" / "trajectories/train-000006.jsonl.gz").records
+        assert versions(last) == {3}
 
 
 class TestWeights:
