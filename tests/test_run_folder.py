@@ -29,8 +29,12 @@ HOLDING = """
 import os, pathlib, sys, time
 from jaxgrpo.run_folder import held
 with held(pathlib.Path(sys.argv[1])):
-    if sys.argv[2:] and os.fork() == 0:  # as a pool of processes does
-        time.sleep(300)
+    if sys.argv[2:]:  # as a pool of processes does
+        ready, told = os.pipe()
+        if os.fork() == 0:
+            os.write(told, b"x")
+            time.sleep(300)
+        os.read(ready, 1)
     print(os.getpid(), flush=True)
     time.sleep(300)
 """
