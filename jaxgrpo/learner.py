@@ -116,6 +116,7 @@ class Learner:
                 return
         if self.processes.leads:
             self.overshoots.add(self.batch)
+        self.processes.share("")  # or another one's failure might break into that
         saved, rate = newest_step(self.folder / "checkpoints"), self.config.optimizer.learning_rate
         before = "there is no checkpoint" if saved is None else f"checkpoint {saved} is the newest"
         raise DivergedError(

@@ -306,13 +306,16 @@ class Processes:
     def _interrupt(self, handler: Any, *arguments: Any) -> None:
         """Has `handler` handle a signal, in the main thread: but what the watcher sends must not
         break into the handling of this process's own failure."""
-        if self._failure is None:
-            if handler is signal.SIG_IGN:  # as Ctrl-C in what a script starts in the background
-                return
-            self._interrupted = True
-        elif self._leaving:
+        by_watcher = self._failure is not None
+        if by_watcher and self._leaving:
             return
-        (handler if callable(handler) else signal.default_int_handler)(*arguments)
+        if not by_watcher and handler is signal.SIG_IGN:  # as in what a script starts behind itself
+            return
+        try:
+            (handler if callable(handler) else signal.default_int_handler)(*arguments)
+        except KeyboardInterrupt:
+            self._interrupted = not by_watcher
+            raise
 
     def _fail(self, how: str) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one failed first
