@@ -87,7 +87,7 @@ class Learner:
 
         Raises DivergedError when what was made of the weights is of no use; no sampler and no
         checkpoint has had them. """
-        self.processes.tell(Told(Work.LEARN, batches=tuple(batches)))
+        self.processes.tell(Told(Work.LEARN, number=self.batch, batches=tuple(batches)))
         with self.clock.phase("reference"):
             reference = self.update.reference_logprobs(self.state, batches)
         behaviour, reports, before = None, [], self.state.step
@@ -137,6 +137,7 @@ class Learner:
         while (told := self.processes.listen()).work is not Work.END:
             match told.work:
                 case Work.LEARN:
+                    self.batch = told.number
                     self.learn(told.batches)
                 case Work.SCORE:
                     self.update.logprobs(self.update.policy(self.state), told.batches[0])

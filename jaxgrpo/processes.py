@@ -46,7 +46,7 @@ _SHARED = "jaxgrpo/shared"
 class Work(enum.StrEnum):
     """What the leader is about to do, and every process with it."""
 
-    LEARN = "learn"  # the optimizer steps on the micro-batches
+    LEARN = "learn"  # the optimizer steps on the micro-batches of batch `number`
     SCORE = "score"  # log-probabilities of one micro-batch
     GATHER = "gather"  # the whole policy onto every device, for a sampler in the leader's process
     PUBLISH = "publish"  # weights of version `number` into the folder `text`
