@@ -18,7 +18,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, NoReturn, Self, TypeVar
 
 T = TypeVar("T")
-_AGAIN_SECONDS, _ECHO_SECONDS = 0.05, 1.0
+_AGAIN_SECONDS, _ECHO_SECONDS, _EXIT_SECONDS = 0.05, 1.0, 20.0
 STUCK_A_PLACE = 4
 """So many calls that outlived their deadline may go on, for each place that `BlockingCalls` has."""
 
@@ -305,7 +305,9 @@ def interruptible() -> Iterator[None]:
 
 def run_program(main: Callable[[], int]) -> NoReturn:
     """End the process with the status of a command line, or with 130 and one line when Ctrl-C comes
-    where `main` does not handle it. What comes after its end only makes that quicker."""
+    where `main` does not handle it. What comes after its end only makes that quicker; after a
+    failure, what others have registered to be done then (jax waits there for the other processes of
+    a run, and aborts) gets 20 seconds."""
     if not _is_ignored(signal.SIGINT):
         _take(signal.SIGINT)
     try:
@@ -313,10 +315,21 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
+    except Exception:
+        _end_later(1)
+        raise
     sys.stdout.flush()
+    if status:
+        _end_later(status)
     if not _is_ignored(signal.SIGINT):
         signal.signal(signal.SIGINT, lambda *_: os._exit(status))
         atexit.register(
             signal.signal, signal.SIGINT, signal.SIG_IGN
         )  # Python's last act is to forget handlers, but not this
     sys.exit(status)
+
+
+def _end_later(status: int) -> None:
+    timer = threading.Timer(_EXIT_SECONDS, os._exit, (status,))
+    timer.daemon = True
+    timer.start()

@@ -178,13 +178,13 @@ def _read_weights(
 
 
 def _check_sampler(
-    config: Config, policy: Policy, params: Params, version: int, tasks: Sequence[Task], loop: EventLoopThread, sampler: Sampler
+    config: Config, policy: Policy, params: Params, version: int, prompt_ids_P: np.ndarray, loop: EventLoopThread, sampler: Sampler
 ) -> dict[str, float]:
     """As training does, on one device and with whole weights: adapters have been merged. Raises MismatchError when the sampler serves
     other weights than those to be evaluated."""
     on_one = dataclasses.replace(config.training, devices=1, groups_per_device=1)
     update = build_update(dataclasses.replace(config, training=on_one, lora=NO_LORA), policy.config)
-    check = agreement_check(config, policy, update, tasks)
+    check = agreement_check(config, update, prompt_ids_P)
     if check is None:
         return {}
     return check.run(loop, sampler, store(params, update.layout, update.mesh, update.compute_dtype), version)
@@ -201,14 +201,14 @@ def _evaluate_once(
     check_rewards(config)
     policy = open_policy(config)
     tasks = split_tasks(config, split)
-    check_episodes(config, policy, tasks)
+    prompts = check_episodes(config, policy, tasks)
     params, at_step = _read_weights(config, policy, checkpoint, step)
     make_run_folder(folder)
     decoding = Decoding(config.evaluation.temperature, config.evaluation.top_p)
     with EventLoopThread() as loop, TerminalView(len(tasks) * samples, unit="episode") as view, ExitStack() as stack:
         version = at_step // config.training.iterations
         sampler = open_sampler(config, policy, WholeWeights(params, policy.config), version, loop, folder, stack)
-        check = _check_sampler(config, policy, params, version, tasks, loop, sampler)
+        check = _check_sampler(config, policy, params, version, prompts.first_P, loop, sampler)
         rollout = build_rollout(config, policy, sampler, decoding)
         outcome = evaluate(
             rollout, loop, tasks, split=split, samples=samples, seed=config.seed, name=f"eval-{at_step}", progress=view.advance

@@ -15,6 +15,7 @@ from jaxgrpo.packing import first_rows
 from jaxgrpo.processes import Processes, Told, Work
 from jaxgrpo.serving import StoredWeights
 from jaxgrpo.setup import Policy, build_update, initial_params, make_run_folder
+from jaxgrpo.skipping import Overshoots
 from jaxgrpo.types import GroupBatch
 from jaxgrpo.update import DivergedError, StepReport, TrainState
 
@@ -42,6 +43,7 @@ class Learner:
         self.checkpoints = Checkpoints(folder / "checkpoints", config.recording.keep)
         stack.callback(self.checkpoints.close)
         self.state, (self.batch, version) = self._first_state(resume)
+        self.overshoots = Overshoots(folder, config)
         self.advance = 0
         """The optimizer steps that were taken on the last batch."""
         self.version = self.state.step // config.training.iterations if version is None else version
@@ -85,7 +87,7 @@ class Learner:
 
         Raises DivergedError when what was made of the weights is of no use; no sampler and no
         checkpoint has had them. """
-        self.processes.tell(Told(Work.LEARN, batches=tuple(batches)))
+        self.processes.tell(Told(Work.LEARN, number=self.batch, batches=tuple(batches)))
         with self.clock.phase("reference"):
             reference = self.update.reference_logprobs(self.state, batches)
         behaviour, reports, before = None, [], self.state.step
@@ -112,12 +114,16 @@ class Learner:
                 self.state, first_rows(batches[0], self.update.mesh.size, self.config.packing)
             ):
                 return
+        if self.processes.leads:
+            self.overshoots.add(self.batch)
+        self.processes.share("")  # or another one's failure might break into that
         saved, rate = newest_step(self.folder / "checkpoints"), self.config.optimizer.learning_rate
-        before = "there is no" if saved is None else f"step {saved} is the newest"
+        before = "there is no checkpoint" if saved is None else f"checkpoint {saved} is the newest"
         raise DivergedError(
             f"the weights of step {self.state.step} give no finite log-probabilities: the step was "
-            f"too large, and is neither served nor saved ({before} checkpoint). Resuming leads "
-            f"here again: a new run needs a lower optimizer.learning_rate than {rate:g}"
+            f"too large, and is neither served nor saved ({before}). --resume leaves out its batch "
+            f"({self.batch}); where more follow, a new run needs a lower optimizer.learning_rate "
+            f"than {rate:g}"
         )
 
     def save(self) -> None:
@@ -131,6 +137,7 @@ class Learner:
         while (told := self.processes.listen()).work is not Work.END:
             match told.work:
                 case Work.LEARN:
+                    self.batch = told.number
                     self.learn(told.batches)
                 case Work.SCORE:
                     self.update.logprobs(self.update.policy(self.state), told.batches[0])

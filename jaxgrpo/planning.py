@@ -99,12 +99,6 @@ def hardware_flops(model: ModelConfig, shape: GroupShape, remat: str, lora: Lora
     return model_flops(model, shape, lora) + recomputed(model, forward_flops(model, shape), remat)
 
 
-def dense_forward_flops(model: ModelConfig, shape: GroupShape) -> Flops:
-    """One forward pass as it runs without knowledge of masks and lengths: all pairs, the whole prompt, rows as long as the longest."""
-    p, rows, c = shape.prompt, len(shape.completions), max(shape.completions)
-    return _flops(model, p + rows * c, p * p + rows * c * (p + c), rows * c)
-
-
 def _flops(model: ModelConfig, tokens: int, pairs: int, head_tokens: int) -> Flops:
     return Flops(
         layers=2 * model.layers * layer_matrix_parameters(model) * tokens,

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,9 @@ from jaxgrpo.config import ConfigError
 from jaxgrpo.types import GroupBatch
 
 _SHUTDOWN_SECONDS = 60
-_GRACE_SECONDS = 60
+_GRACE_SECONDS, _LEADERS_GRACE_SECONDS = 10, 45
+"""For cleaning up after a failure. When the first process ends, jax ends the others, which are to
+have told of it before: so it has longer. (`background.run_program` adds 20 seconds.)"""
 _POLL_MILLISECONDS = 1000
 _NAME_SECONDS = 60
 _FAILED = "jaxgrpo/failed"
@@ -44,7 +46,7 @@ _SHARED = "jaxgrpo/shared"
 class Work(enum.StrEnum):
     """What the leader is about to do, and every process with it."""
 
-    LEARN = "learn"  # the optimizer steps on the micro-batches
+    LEARN = "learn"  # the optimizer steps on the micro-batches of batch `number`
     SCORE = "score"  # log-probabilities of one micro-batch
     GATHER = "gather"  # the whole policy onto every device, for a sampler in the leader's process
     PUBLISH = "publish"  # weights of version `number` into the folder `text`
@@ -198,6 +200,7 @@ class Processes:
         self._told = 0
         self._shared = 0
         self._failure: str | None = None
+        self._interrupted = False
         self._leaving = False
         self._over = threading.Event()
 
@@ -254,13 +257,16 @@ class Processes:
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """While this holds, what one process raises ends all: the others raise PeerError, or, where one is stuck in a computation that
-        needs the failed one, end with status 1. (A process that is killed is noticed by jax.distributed, which ends the others.)"""
+        needs the failed one, end with status 1. (A process that is killed is noticed by jax.distributed, which ends the others.) One that
+        is interrupted tells the others at once, and ends with status 130 when it is stuck."""
         if self.count == 1:
             yield
             return
-        before = signal.getsignal(signal.SIGINT)
-        handler = before if callable(before) else signal.default_int_handler
-        signal.signal(signal.SIGINT, functools.partial(self._interrupt, handler))
+        before = {signal.SIGINT: signal.getsignal(signal.SIGINT)}
+        if callable(handler := signal.getsignal(signal.SIGTERM)):
+            before[signal.SIGTERM] = handler
+        for number, handler in before.items():
+            signal.signal(number, functools.partial(self._interrupt, handler))
         watcher = threading.Thread(target=self._watch, daemon=True)
         watcher.start()
         try:
@@ -269,10 +275,10 @@ class Processes:
             finally:
                 self._leaving = True
         except KeyboardInterrupt as interrupt:
-            if self._failure is None:
-                self._fail("it was interrupted")
-                raise
-            raise PeerError(self._failure) from interrupt
+            if self._failure is not None:
+                raise PeerError(self._failure) from interrupt
+            self._fail("it was interrupted")
+            raise
         except PeerError:
             raise
         except BaseException as error:
@@ -281,13 +287,35 @@ class Processes:
         finally:
             self._over.set()
             watcher.join()
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-    def _interrupt(self, handler: Callable[..., Any], *arguments: Any) -> None:
-        """Has `handler` handle SIGINT, in the main thread: but what the watcher sends must not
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """What is raised while this holds is told to the others at once, before what is around it
+        cleans up, which may need them. Within `together`."""
+        try:
+            yield
+        except (KeyboardInterrupt, PeerError):
+            raise
+        except BaseException as error:
+            if self.count > 1:
+                self._fail(f"{type(error).__name__}: {error}")
+            raise
+
+    def _interrupt(self, handler: Any, *arguments: Any) -> None:
+        """Has `handler` handle a signal, in the main thread: but what the watcher sends must not
         break into the handling of this process's own failure."""
-        if self._failure is None or not self._leaving:
-            handler(*arguments)
+        by_watcher = self._failure is not None
+        if by_watcher and self._leaving:
+            return
+        if not by_watcher and handler is signal.SIG_IGN:  # as in what a script starts behind itself
+            return
+        try:
+            (handler if callable(handler) else signal.default_int_handler)(*arguments)
+        except KeyboardInterrupt:
+            self._interrupted = not by_watcher
+            raise
 
     def _fail(self, how: str) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one failed first
@@ -309,19 +337,25 @@ class Processes:
             raise
 
     def _watch(self) -> None:
-        """In a thread: when another process fails, interrupt the main thread; and end the process when that does not help."""
-        while not self._over.is_set():
+        """In a thread: when another process fails, interrupt the main thread; when this one is
+        interrupted, tell the others. And end the process when its cleaning up does not end."""
+        failure = ""
+        while not (self._over.is_set() or self._interrupted or failure):
             with contextlib.suppress(_NotYet):
-                self._failure = self._get(_FAILED)
-                break
-        if self._failure is None or self._failure.startswith(f"process {self.index} "):
+                failure = self._get(_FAILED)
+        if self._interrupted:
+            failure = f"process {self.index} failed: it was interrupted"
+            self._fail("it was interrupted")
+        elif not failure:
             return
-        main_thread = threading.main_thread().ident
-        assert main_thread is not None
-        signal.pthread_kill(main_thread, signal.SIGINT)  # to that thread, so that what it waits for is interrupted
-        if not self._over.wait(_GRACE_SECONDS):
-            print(f"error: {self._failure}", file=sys.stderr, flush=True)
-            os._exit(1)
+        elif not failure.startswith(f"process {self.index} "):
+            self._failure = failure
+            main_thread = threading.main_thread().ident
+            assert main_thread is not None
+            signal.pthread_kill(main_thread, signal.SIGINT)  # to that thread, so that what it waits for is interrupted
+        if not self._over.wait(_LEADERS_GRACE_SECONDS if self.leads else _GRACE_SECONDS):
+            print(f"error: {failure}", file=sys.stderr, flush=True)
+            os._exit(130 if self._interrupted else 1)
 
 
 class _NotYet(Exception):  # noqa: N818

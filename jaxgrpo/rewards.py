@@ -26,12 +26,10 @@ import re
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
-from jaxgrpo.types import Score, Trajectory
+from jaxgrpo import checked
+from jaxgrpo.types import MAX_NOTE_CHARS, Score, Trajectory
 
 if TYPE_CHECKING:
     from jaxgrpo.config import Config
@@ -208,28 +206,18 @@ def _asked(function: Function, trajectory: Trajectory, score: Score) -> Reward:
         only = len(declared) == 1 and not isinstance(answer, Mapping)
         parts: Any = {declared[0]: answer} if only else answer
         answer = Reward(parts)
-    if not isinstance(answer.parts, Mapping) or set(answer.parts) != set(declared):
+    try:
+        parts = checked.numbers(answer.parts, "parts")
+        override = None if answer.override is None else checked.number(answer.override, "override")
+        notes = checked.notes(answer.notes, "notes", MAX_NOTE_CHARS)
+    except (TypeError, ValueError) as error:
+        raise RewardError(f"{name}: {error}") from None
+    if set(parts) != set(declared):
         raise RewardError(
             f"{name} must give a number for each of its parts ({', '.join(declared)}), "
-            f"it gave {answer.parts!r}"
+            f"it gave {checked.shown(parts)}"
         )
-    numbers = [*answer.parts.values(), *([] if answer.override is None else [answer.override])]
-    if not all(isinstance(number, Real | np.bool_) and math.isfinite(number) for number in numbers):
-        raise RewardError(
-            f"{name} gave {dict(answer.parts)} and override {answer.override!r}: "
-            "they must be finite numbers"
-        )
-    if not is_text_mapping(answer.notes):
-        raise RewardError(f"{name} gave notes that are not texts by name: {answer.notes!r}")
-    override = None if answer.override is None else float(answer.override)
-    return Reward({part: float(answer.parts[part]) for part in declared}, override, answer.notes)
-
-
-def is_text_mapping(notes: object) -> bool:
-    """Whether these can be the notes of a score: texts by name."""
-    return isinstance(notes, Mapping) and all(
-        isinstance(text, str) for pair in notes.items() for text in pair
-    )
+    return Reward({part: parts[part] for part in declared}, override, notes)
 
 
 def _faulty_functions(functions: Any) -> list[str]:

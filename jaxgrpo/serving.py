@@ -21,9 +21,9 @@ from jaxgrpo.samplers.native import NativeSampler
 from jaxgrpo.samplers.vllm import TokenizerProbe, VllmLimits, VllmSampler
 from jaxgrpo.samplers.vllm_auth import KEY_VARIABLE
 from jaxgrpo.samplers.vllm_server import ServerPlan, VllmServer
-from jaxgrpo.setup import Policy, compute_dtype, prompt_ids
+from jaxgrpo.setup import Policy, compute_dtype
 from jaxgrpo.sharding import logical_on_devices, make_layout, make_mesh, store
-from jaxgrpo.types import GroupBatch, Task
+from jaxgrpo.types import GroupBatch
 from jaxgrpo.update import TrainState, Update
 from jaxgrpo.weights import WeightFolder, publish_weights, published_bytes
 
@@ -243,16 +243,11 @@ class AgreementCheck:
 
 
 def agreement_check(
-    config: Config, policy: Policy, update: Update, tasks: Sequence[Task], tell: Callable[[Told], None] = nobody
+    config: Config, update: Update, prompt_ids_P: np.ndarray, tell: Callable[[Told], None] = nobody
 ) -> AgreementCheck | None:
-    """With the first task that opens as the prompt, for a sampler in another process: there a weight can be lost or stale.
-
-    Raises ConfigError when none opens."""
+    """With a prompt [P] of the run, for a sampler in another process: there a weight can be lost or stale."""
     if config.sampler == "native":
         return None
-    prompt_ids_P = next((ids for task in tasks if (ids := prompt_ids(config, policy, task)) is not None), None)
-    if prompt_ids_P is None:
-        raise ConfigError(f"the environment opens none of its {len(tasks)} tasks")
     r = config.rollout
     tokens, bound = min(r.max_completion_tokens, 16), config.vllm.max_mismatch
     return AgreementCheck(update, prompt_ids_P, r.temperature, bound, tokens, tell)

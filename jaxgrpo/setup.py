@@ -13,13 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxgrpo.attention import Kernel
-from jaxgrpo.background import BlockingCalls, EventLoopThread, say_aside
+from jaxgrpo.background import say_aside
 from jaxgrpo.chat import Chat
 from jaxgrpo.config import Config, ConfigError, refuse
 from jaxgrpo.cudnn import choose_kernel
 from jaxgrpo.lora import NO_LORA, LoraSettings
 from jaxgrpo.model import ModelConfig, Params, trained_shapes
-from jaxgrpo.openings import Openings, PromptError
+from jaxgrpo.openings import PromptError
 from jaxgrpo.paths import absolute, cache_root, machine
 from jaxgrpo.pretrained import generation_ends, load_params, load_tokenizer, locate
 from jaxgrpo.rollout import Decoding, Execution, Limits, Rollout
@@ -81,42 +81,37 @@ def check_rewards(config: Config) -> None:
     refuse(config.rewards.problems(config))
 
 
-def check_episodes(config: Config, policy: Policy, tasks: Sequence[Task]) -> int:
-    """The longest prompt of the tasks, in tokens. Raises ConfigError when the model or the settings leave an episode no room, and when no
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Those of some tasks: the longest one's tokens, and the first [P]."""
+
+    longest: int
+    first_P: np.ndarray
+
+
+def check_episodes(config: Config, policy: Policy, tasks: Sequence[Task]) -> Prompts:
+    """The prompts of the tasks that open. Raises ConfigError when the model or the settings leave an episode no room, and when no
     task opens: better now than at the batch that draws the task. Says so when some do not."""
     r, context = config.rollout, policy.config.context_length
     opened = _task_check(config).opened(policy.chat, r.max_prompt_tokens, tasks)
+    found = opened.found.values()
     problems = []
     if r.max_prompt_tokens + r.max_completion_tokens > context:
         problems.append(
             f"rollout.max_prompt_tokens ({r.max_prompt_tokens}) + rollout.max_completion_tokens ({r.max_completion_tokens}) exceeds the "
             f"{context} tokens of context of {config.model.source}: lower one of them"
         )
-    refused = [error for error in opened.values() if isinstance(error, PromptError)]
+    refused = [error for error in found if isinstance(error, PromptError)]
     if refused:
         problems.append(str(max(refused, key=lambda error: error.tokens)))
     refuse(problems)
-    failed = [error for error in opened.values() if isinstance(error, FaultyEnvironmentError)]
-    if failed and len(failed) == len(tasks):
+    failed = [error for error in found if isinstance(error, FaultyEnvironmentError)]
+    if opened.prompt_ids_P is None:
         raise ConfigError(f"{failed[0]}; of {len(tasks)} tasks none opens")
     if failed:
         told = f"{len(failed)} of {len(tasks)} tasks do not open; their groups will be dropped"
         say_aside(f"warning: {failed[0]}; {told}")
-    return max((tokens for tokens in opened.values() if isinstance(tokens, int)), default=0)
-
-
-def prompt_ids(config: Config, policy: Policy, task: Task) -> np.ndarray | None:
-    """The prompt [P] that a task opens with; None when its environment fails. Raises ConfigError when the template cannot render it."""
-    r = config.rollout
-    calls = BlockingCalls(1, r.environment_deadline)
-    openings = Openings(config.environment, policy.chat, r.max_prompt_tokens, calls)
-    try:
-        with EventLoopThread() as loop:
-            return loop.call(openings.open(task)).prompt_ids_P
-    except PromptError as error:
-        raise ConfigError(str(error)) from error
-    except FaultyEnvironmentError:
-        return None  # counted, task by task, by the rollout
+    return Prompts(max(tokens for tokens in found if isinstance(tokens, int)), opened.prompt_ids_P)
 
 
 def take_gpus(config: Config) -> None:

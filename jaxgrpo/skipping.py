@@ -2,10 +2,12 @@
 
 A batch is a function of its number. What ended the run in one would end every run that is resumed
 before it: so it is skipped, counted in the next batch's metrics, and kept to be looked at; only
-several in a row end the run.
+several in a row end the run. One whose step makes weights of no use ends it at once, since those
+before them are on the disk only: it is remembered, and skipped when the run is resumed.
 """
 
 import dataclasses
+import json
 import os
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,7 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from jaxgrpo import records
+from jaxgrpo.config import Config, changes_of_meaning, to_json
 from jaxgrpo.evaluate import NothingLeftError
+from jaxgrpo.json_files import read_object
+from jaxgrpo.paths import write_whole
 from jaxgrpo.rollout import RolloutResult
 from jaxgrpo.types import GroupBatch
 from jaxgrpo.update import StepReport
@@ -107,6 +112,42 @@ class SkippedBatches:
     def clear(self) -> None:
         """A batch was trained on."""
         self.results, self._errors = [], []
+
+
+class Overshoots:
+    """The batches of a run, by number, whose steps were too large to go on from: kept in its folder
+    with the config that they are of, since under another one they may be of use."""
+
+    def __init__(self, folder: Path, config: Config):
+        self._file = folder / "overshoots.json"
+        self._config = config
+        self._batches = self._read()
+
+    def _read(self) -> list[int]:
+        """None where there is no file, one of another config, or one that is damaged: they are
+        found again."""
+        try:
+            saved = read_object(self._file)
+            if changes_of_meaning(saved["config"], self._config):
+                return []
+            return [int(number) for number in saved["batches"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+
+    def add(self, batch: int) -> None:
+        """Remember one. Raises OSError when that cannot be written."""
+        self._batches.append(batch)
+        text = to_json(self._config, places=True)
+        write_whole(self._file, json.dumps({"batches": self._batches, "config": text}))
+
+    def check(self, batch: int) -> None:
+        """Raises UselessBatchError when it is one of them."""
+        if batch in self._batches:
+            raise UselessBatchError(
+                "its step gave no finite log-probabilities when the run came here before; where "
+                "more do, a new run needs a lower optimizer.learning_rate than "
+                f"{self._config.optimizer.learning_rate:g}"
+            )
 
 
 def check_gradient(report: StepReport, batches: Sequence[GroupBatch]) -> None:

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+
 from envs.base import TaskSuite
 from jaxgrpo import checked
 from jaxgrpo.background import (
@@ -37,8 +39,16 @@ ENOUGH_LATE = 4
 
 SAY_EVERY_SECONDS = 5.0
 
-Opened = Mapping[str, int | FaultyEnvironmentError]
+Found = Mapping[str, int | FaultyEnvironmentError]
 """By a task's id, in the tasks' order, the tokens of its prompt, or what went wrong."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What came of opening tasks, and the prompt [P] of the first one that opens, if one does."""
+
+    found: Found
+    prompt_ids_P: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +85,16 @@ class TaskCheck:
         calls = BlockingCalls(self.threads, self.deadline, _in_silence)
         openings = Openings(self.suite, chat, max_prompt_tokens, calls)
         found: dict[str, int | FaultyEnvironmentError] = {}
+        order = {task.id: i for i, task in enumerate(tasks)}
+        prompts: dict[int, np.ndarray] = {}  # the earliest one's so far
 
         async def open_one(task: Task) -> None:
             try:
-                found[task.id] = len((await openings.open(task)).prompt_ids_P)
+                prompt_ids_P = (await openings.open(task)).prompt_ids_P
+                found[task.id] = len(prompt_ids_P)
+                if order[task.id] < min(prompts, default=len(tasks)):
+                    prompts.clear()
+                    prompts[order[task.id]] = prompt_ids_P
             except FaultyEnvironmentError as error:
                 found[task.id] = error
                 if _hopeless(found):
@@ -96,7 +112,8 @@ class TaskCheck:
             return f"{len(found)} of {len(tasks)} tasks have been opened{failing}"
 
         self._run(open_all(), calls, progress)
-        return {task.id: found[task.id] for task in tasks}
+        in_order = {task.id: found[task.id] for task in tasks}
+        return Opened(in_order, next(iter(prompts.values()), None))
 
     def _run(
         self, work: Coroutine[Any, Any, T], calls: BlockingCalls, progress: Callable[[], str]
@@ -124,13 +141,13 @@ def _in_silence(line: str) -> None:
     """Calls that hang are told of in the end."""
 
 
-def _hopeless(found: Opened) -> bool:
+def _hopeless(found: Found) -> bool:
     """A whole deadline has gone by, for several tasks, and nothing is open."""
     late = [error for error in found.values() if isinstance(error, LateError)]
     return len(late) >= ENOUGH_LATE and not _that_open(found)
 
 
-def _that_open(found: Opened) -> list[str]:
+def _that_open(found: Found) -> list[str]:
     return [task for task, tokens in found.items() if isinstance(tokens, int)]
 
 

@@ -34,6 +34,7 @@ from jaxgrpo.schedule import RolloutsAhead, batches_per_epoch, check_staleness, 
 from jaxgrpo.serving import agreement_check, open_sampler
 from jaxgrpo.setup import (
     Policy,
+    Prompts,
     attention_kernel,
     build_rollout,
     check_episodes,
@@ -71,7 +72,7 @@ class Training(Learner):
     def __init__(self, config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack):
         check_rewards(config)
         policy = open_policy(config)
-        self.tasks, _ = training_tasks(config, policy)
+        self.tasks, prompts = training_tasks(config, policy)
         super().__init__(config, policy, folder, resume, processes, stack)
         self.trajectories = folder / "trajectories" if config.recording.trajectories else None
         self.skipped = SkippedBatches(self.trajectories)
@@ -80,7 +81,7 @@ class Training(Learner):
         self.rollout = build_rollout(config, self.policy, self.sampler, Decoding(config.rollout.temperature))
         self.ahead = RolloutsAhead(self.loop, self.rollout_of, self.batch, config.training.max_staleness)
         stack.callback(self.ahead.close)
-        self.agreement = agreement_check(config, self.policy, self.update, self.tasks, processes.tell)
+        self.agreement = agreement_check(config, self.update, prompts.first_P, processes.tell)
         self.served = self.check_sampler()
         r = config.recording
         after = self.state.step if resume else None
@@ -137,6 +138,7 @@ class Training(Learner):
 
     def prepare(self, result: RolloutResult) -> Prepared:
         """What is trained on and recorded of a batch. Raises UselessBatchError when nothing is."""
+        self.overshoots.check(self.batch)
         return prepare(
             result,
             self.state.step + self.steps_of_batch,
@@ -235,14 +237,15 @@ class Training(Learner):
             self.view.say(f"the policy is in {folder}")
 
 
-def training_tasks(config: Config, policy: Policy) -> tuple[Sequence[Task], int]:
-    """The tasks to train on, and the tokens of the longest prompt of all that will be played. Raises ConfigError when it does not fit."""
+def training_tasks(config: Config, policy: Policy) -> tuple[Sequence[Task], Prompts]:
+    """The tasks to train on, and the prompts of all that will be played, theirs first. Raises ConfigError when it does not fit."""
     tasks = open_tasks(config, "train")
     batches_per_epoch(len(tasks), config.rollout.tasks_per_step)
     e = config.evaluation
     splits = e.splits if e.before or e.after or e.every else ()
     played = [tasks, *(split_tasks(config, split) for split in splits)]
-    return tasks, max(check_episodes(config, policy, each) for each in played)
+    prompts = [check_episodes(config, policy, each) for each in played]
+    return tasks, Prompts(max(of.longest for of in prompts), prompts[0].first_P)
 
 
 def describe(config: Config) -> Iterator[str]:
@@ -250,7 +253,7 @@ def describe(config: Config) -> Iterator[str]:
     none of the run's devices."""
     check_rewards(config)
     policy = open_policy(config, weights=False)
-    tasks, longest_prompt = training_tasks(config, policy)
+    tasks, prompts = training_tasks(config, policy)
     there = len(jax.devices())
     devices = config.training.devices or there
     r, t = config.rollout, config.training
@@ -267,7 +270,7 @@ def describe(config: Config) -> Iterator[str]:
         yield f"attention               {attention_kernel(config, policy.config, training_mesh(config), compute_dtype(config))[1]}"
     if not config.rewards.environment_alone:
         yield f"reward                  {config.rewards.formula}"
-    yield f"longest prompt          {longest_prompt} tokens of at most {r.max_prompt_tokens}"
+    yield f"longest prompt          {prompts.longest} tokens of at most {r.max_prompt_tokens}"
     yield f"rollouts a batch        {r.tasks_per_step} tasks x {r.group_size} samples = {r.tasks_per_step * r.group_size}"
     per_device = t.groups_per_device
     count = micro_batches(r.tasks_per_step, devices=devices, groups_per_device=per_device)
@@ -284,7 +287,7 @@ def train(config: Config, folder: Path, resume: bool = False, processes: Process
     holds a run and `resume` was not asked for, or one under settings that mean something else; PeerError when another process has failed.
     """
     processes = processes or Processes()
-    with processes.together(), ExitStack() as stack:
+    with processes.together(), ExitStack() as stack, processes.telling():
         if processes.leads:
             stack.enter_context(held(folder))
         saved = newest_step(folder / "checkpoints")

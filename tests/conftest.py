@@ -1,5 +1,6 @@
 """Every test sees four CPU devices. Compiling takes most of the time: it is done with few optimisations, and its results are kept."""
 
+import copy
 import importlib.util
 import os
 import tempfile
@@ -23,6 +24,27 @@ def pytest_collection_modifyitems(items):
             missing = [package for package in needed if importlib.util.find_spec(package) is None]
             if missing:
                 item.add_marker(pytest.mark.skip(reason=f"{', '.join(missing)} not installed"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def updates_traced_once():
+    """Runs of a process with the same model, mesh and settings share the programs of their updates:
+    tracing them takes longer than all that these tests compute."""
+    from jaxgrpo import setup  # imports jax, which reads the environment
+
+    make, made = setup.Update, {}
+
+    def update(*args, **options):
+        key = (args, tuple(options.items()))
+        if key not in made:
+            made[key] = make(*args, **options)
+        shared = copy.copy(made[key])
+        shared._shapes = set()
+        return shared
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(setup, "Update", update)
+        yield
 
 
 @pytest.fixture

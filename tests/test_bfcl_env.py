@@ -225,6 +225,7 @@ def test_results_of_earlier_turns_count_in_later_ones() -> None:
     assert play(early, [SOLVED, tool(there, search), "<TASK_FINISHED>", tool(("pwd", {})), "<TASK_FINISHED>"]) is StopReason.FINISHED
     assert early.score().parts["turns_passed"] == 1.0
     assert early.score().reward == 1.0
+    assert early.score().parts["calls_match"] == 0.5  # which counts the calls of each turn alone
     play(never, [SOLVED, tool(there), "<TASK_FINISHED>", tool(("pwd", {})), "<TASK_FINISHED>"])
     assert never.score().parts["turns_passed"] == 0.5
     assert never.score().notes["turn 1"] == "expected results are missing"
@@ -248,6 +249,14 @@ def test_turns_that_were_not_played_are_not_passed() -> None:
     assert (whole.reward, whole.passed, whole.parts["turns_passed"]) == (1.0, True, 1.0)
     none = official_score([], 1, finished=False)
     assert (none.reward, none.parts["state"], none.parts["response"]) == (0.0, 0.0, 0.0)
+
+
+def test_the_calls_of_a_turn_that_was_cut_off_are_not_those_of_the_next() -> None:
+    env = environment("base_0", max_turns=2)
+    env.step(SOLVED)
+    score = env.score()
+    assert "turn 0" not in score.notes
+    assert score.notes["turn 1"] == "no call was made"
 
 
 def test_giving_up_ends_a_turn() -> None:
@@ -315,6 +324,8 @@ def test_a_long_result_is_shown_in_part_and_checked_whole() -> None:
     assert env.step(SOLVED).calls[0].result == '{"current_... (31 characters left out)'
     assert env.step("<TASK_FINISHED>").done
     assert env.score().reward == 1.0
+    whole = '{"current_working_directory": "document"}'
+    assert environment("base_0", result_limit=41).step(SOLVED).calls[0].result == whole
 
 
 def test_the_same_actions_give_the_same_observations() -> None:

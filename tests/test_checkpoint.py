@@ -252,6 +252,16 @@ def chunk(folder: Path, array: str) -> Path:
     return next(path for path in sorted((folder / array / "c").rglob("*")) if path.is_file())
 
 
+def test_a_chunk_that_grew_is_noticed_before_it_is_read(tmp_path):
+    """Its checksum is where it was, at the end."""
+    saved(tmp_path, 2)
+    path = chunk(tmp_path / "2", "policy/norm.scale")
+    path.write_bytes(b"\0" + path.read_bytes())
+    size = path.stat().st_size
+    with pytest.raises(DamageError, match=f"has {size} bytes, {size - 1} were written$"):
+        checksums.verify(tmp_path / "2", ("policy",))
+
+
 def swap(folder: Path) -> None:
     """Two whole chunks in each other's place."""
     a, b = (chunk(folder, f"policy/layers.mlp.{name}.kernel") for name in ("up", "gate"))
@@ -299,7 +309,7 @@ def test_the_newest_that_is_whole_is_gone_on_from(tmp_path, damage, capsys):
 def test_a_reader_passes_over_what_it_reads_and_changes_nothing(tmp_path, capsys):
     """Evaluation reads the policy alone."""
     update = saved(tmp_path, 2, 4)
-    DAMAGES["a moment of the optimizer"](tmp_path / "4")
+    chunk(tmp_path / "4", "training/opt_state.1.0.nu.norm.scale").unlink()
     assert read_policy(tmp_path, MODEL)[1] == 4 and capsys.readouterr().err == ""
     DAMAGES["a value"](tmp_path / "4")
     params, step = read_policy(tmp_path, MODEL)

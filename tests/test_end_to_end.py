@@ -16,6 +16,7 @@ from benchmarks.end_to_end import (
     Worker,
     check_agreement,
     conversations,
+    main,
     summed_up,
     take_turns,
 )
@@ -97,10 +98,14 @@ def test_a_batch_is_summed_up_by_hand() -> None:
         (("--tasks", "warehouse", "--prompts", "65"), "--prompts is 65, --tasks warehouse has 64"),
     ],
 )
-def test_what_cannot_be_is_refused_with_one_line_and_status_2(arguments, message) -> None:
-    done = benchmark(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1]
+def test_what_cannot_be_is_refused_with_one_line_and_status_2(
+    arguments, message, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["end_to_end", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_worker_that_ends_tells_what_it_wrote_last(tmp_path) -> None:

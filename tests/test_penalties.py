@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.gibberish import SENTENCES
 from envs.bfcl import Bfcl
 from jaxgrpo.penalties import ForgedToolResult, LocalGibberish, repeated_piece
 from jaxgrpo.pretrained import load_tokenizer
@@ -56,13 +57,6 @@ def test_the_piece_that_is_repeated_in_a_row(items, repeats, least, longest, pie
 PARAGRAPH = (
     "The user wants the report moved. I look at the folder before I make a new one, because the "
     "name may be taken; then I move the file and check that it arrived. "
-)
-SENTENCES = (
-    "I will look at the files. ",
-    "The folder has two entries. ",
-    "Now the report has to be moved. ",
-    "I do not know which one is meant. ",
-    "It should be the final report. ",
 )
 SHUFFLED = "".join(
     SENTENCES[i] for i in [0, 1, 2, 3, 4, 2, 0, 3, 1, 4, 3, 0, 4, 1, 2, 4, 0, 2, 1, 3] * 2

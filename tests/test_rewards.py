@@ -165,14 +165,14 @@ async def later(trajectory, score):
 
 FAULTY = {
     raises: "tests.test_rewards.raises raised ZeroDivisionError: division by zero",
-    gives_text: "gives_text gave {'gives_text': '1.0'} and override None: they must be",
-    gives_nothing: "gives_nothing gave {'gives_nothing': None}",
-    gives_nan: "gives_nan gave {'gives_nan': nan}",
-    gives_infinity: "they must be finite numbers",
+    gives_text: "gives_text: parts['gives_text'] must be a finite number, got '1.0'",
+    gives_nothing: "gives_nothing: parts['gives_nothing'] must be a finite number, got None",
+    gives_nan: "gives_nan: parts['gives_nan'] must be a finite number from -1e+12 to",
+    gives_infinity: "must be a finite number from -1e+12 to 1e+12, got np.float32(inf)",
     gives_a_part_too_many: "must give a number for each of its parts (gives_a_part_too_many), it",
     gives_no_part: "must give a number for each of its parts (gives_no_part), it gave {}",
-    overrides_with_nan: "override nan: they must be finite numbers",
-    notes_a_number: "gave notes that are not texts by name: {'a': 1}",
+    overrides_with_nan: "override must be a finite number from -1e+12 to 1e+12, got nan",
+    notes_a_number: "notes_a_number: notes['a'] must be a text, got 1",
     state: "the environment's score has a part 'state' too",
 }
 

@@ -29,8 +29,12 @@ HOLDING = """
 import os, pathlib, sys, time
 from jaxgrpo.run_folder import held
 with held(pathlib.Path(sys.argv[1])):
-    if sys.argv[2:] and os.fork() == 0:  # as a pool of processes does
-        time.sleep(300)
+    if sys.argv[2:]:  # as a pool of processes does
+        ready, told = os.pipe()
+        if os.fork() == 0:
+            os.write(told, b"x")
+            time.sleep(300)
+        os.read(ready, 1)
     print(os.getpid(), flush=True)
     time.sleep(300)
 """
@@ -167,7 +171,7 @@ def test_what_killed_runs_left_half_written_is_removed_and_nothing_else(tmp_path
     left += ["config.json.partial"]
     kept = [
         "trajectories/train-000002.jsonl.gz",
-        "trajectories/.notes",
+        "trajectories/.notes.jsonl",
         "config.json",
         "metrics.jsonl",
         "vllm.log",

@@ -13,7 +13,7 @@ from jaxgrpo.background import EventLoopThread
 from jaxgrpo.config import ConfigError, VllmSettings
 from jaxgrpo.samplers.base import Generation, SamplerError, SamplingRequest
 from jaxgrpo.samplers.native import NativeSampler
-from jaxgrpo.serving import AgreementCheck, MismatchError, StoredWeights, WholeWeights, agreement_check, server_plan, server_plans
+from jaxgrpo.serving import AgreementCheck, MismatchError, StoredWeights, WholeWeights, server_plan, server_plans
 from jaxgrpo.types import Task
 from jaxgrpo.weight_manifest import read_manifest
 from jaxgrpo.weight_reader import read_tensors
@@ -114,7 +114,7 @@ class TestAgreement:
             AgreementCheck(own, PROMPT, 1.0, 0.05).run(loop, failing, own.init(params).params, 2)
         assert (failing.asked, failing.cancelled, failing.released) == (4, 3, 4)
 
-    def test_its_prompt_is_of_the_first_task_that_opens(self, model, policy, tmp_path):
+    def test_the_prompt_for_it_is_of_the_first_task_that_opens(self, model, policy, tmp_path):
         class Closed(Letters):
             def create(self, task: Task) -> LettersEnvironment:
                 if task.payload[1] < 2:
@@ -123,10 +123,11 @@ class TestAgreement:
 
         config = dataclasses.replace(changed(tmp_path, model, "sampler=vllm"), environment=Closed())
         tasks = config.environment.tasks("train")
-        check = agreement_check(config, policy, update(model, 1), tasks)
-        np.testing.assert_array_equal(check.prompt_ids_P, setup.prompt_ids(config, policy, tasks[2]))
-        with pytest.raises(ConfigError, match="opens none of its 2 tasks"):
-            agreement_check(config, policy, update(model, 1), tasks[:2])
+        first_P = setup.check_episodes(config, policy, tasks).first_P
+        observed = Letters().create(tasks[2]).observe()
+        np.testing.assert_array_equal(first_P, policy.chat.opening(observed.messages, observed.tools))
+        with pytest.raises(ConfigError, match="of 2 tasks none opens"):
+            setup.check_episodes(config, policy, tasks[:2])
 
     def test_log_probabilities_that_are_no_numbers_do_not_pass(self, model, policy, params):
         class Nan:

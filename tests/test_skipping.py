@@ -12,7 +12,7 @@ from jaxgrpo import train as train_module
 from jaxgrpo.checkpoint import newest_step
 from jaxgrpo.records import read_records, to_line
 from jaxgrpo.rollout import RolloutResult
-from jaxgrpo.skipping import SkippedBatches, UselessBatchError
+from jaxgrpo.skipping import Overshoots, SkippedBatches, UselessBatchError
 from jaxgrpo.train import main, task_batch, train
 from jaxgrpo.types import Group, Task
 from jaxgrpo.update import Update
@@ -177,6 +177,12 @@ def fail_second_step(monkeypatch, at: int) -> None:
     monkeypatch.setattr(Update, "optimizer_step", step)
 
 
+def versions(played) -> set[int]:
+    """Of the weights that these episodes were sampled with."""
+    episodes = [record.trajectory for record in played]
+    return {v for t in episodes for v in t.weight_versions_C[t.sampled_C].tolist()}
+
+
 class TestSteps:
     OPTIONS = ("recording.checkpoint_every=1", "recording.keep=9")
 
@@ -197,15 +203,21 @@ class TestSteps:
             for line in lines
         ]
         assert [{record.step for record in batch} for batch in played] == [{1}, {3}, {5}, {6}]
-        versions = [
-            {
-                v
-                for r in batch
-                for v in r.trajectory.weight_versions_C[r.trajectory.sampled_C].tolist()
-            }
-            for batch in played
-        ]
-        assert versions == [{0}, {1}, {2}, {3}]
+        assert [versions(batch) for batch in played] == [{0}, {1}, {2}, {3}]
+
+    def test_none_follows_one_that_is_not_taken(self, model, tmp_path, monkeypatch):
+        """Of four steps, two a batch, the first one on the second batch."""
+        take, tried = Update.optimizer_step, []
+
+        def step(self, state, batches, behaviour, reference):
+            tried.append((state.step, behaviour is None))
+            if len(tried) == 3:
+                batches = [far_apart(batch) for batch in batches]
+            return take(self, state, batches, behaviour, reference)
+
+        monkeypatch.setattr(Update, "optimizer_step", step)
+        train(changed(tmp_path, model, "training.steps=4"), tmp_path / "run")
+        assert tried == [(0, True), (1, False), (2, True), (2, True), (3, False)]
 
     @pytest.mark.parametrize("cut", [1, 3])
     def test_a_run_resumed_after_one_is_the_same_to_the_last_bit(
@@ -220,6 +232,8 @@ class TestSteps:
         state = train(changed(tmp_path, model, *self.OPTIONS), tmp_path / "run", resume=True)
         assert_same_bits(state, straight)
         assert steady(tmp_path / "run") == lines
+        last = read_records(tmp_path / "run" / "trajectories/train-000006.jsonl.gz").records
+        assert versions(last) == {3}
 
 
 class TestWeights:
@@ -240,52 +254,95 @@ class TestWeights:
             "error: the weights of step 1 give no finite log-probabilities: the step was too large"
         )
         assert (
-            "(there is no checkpoint)" in said
+            "(there is no checkpoint). --resume leaves out its batch (1)" in said
             and "needs a lower optimizer.learning_rate than 1e+38" in said
         )
         assert metric_lines(tmp_path / "run") == []
         assert newest_step(tmp_path / "run/checkpoints") is None
 
-    def test_the_last_good_checkpoint_stays_and_is_gone_on_from(
+    OPTIONS = (
+        "recording.checkpoint_every=1",
+        "recording.keep=1",
+        "training.iterations=1",
+        "training.steps=2",
+    )
+
+    def test_the_last_good_checkpoint_stays_and_is_gone_on_from_without_the_batch(
         self, model, tmp_path, monkeypatch, capsys
     ):
-        """Finite weights whose products are not, with one checkpoint kept."""
-        options = (
-            "recording.checkpoint_every=2",
-            "recording.keep=1",
-            "training.iterations=1",
-            "training.steps=4",
-        )
+        """Finite weights whose products are not, with one checkpoint kept. The resumed run is the
+        one in which that batch's environments failed."""
+        broken = ",".join(name.removeprefix("train_") for name in tasks_of(model, 1))
+        options = (*self.OPTIONS, f"environment.broken={broken}")
         straight = train(changed(tmp_path, model, *options), tmp_path / "straight")
-        take = Update.optimizer_step
+        overshoot(monkeypatch, *tasks_of(model, 1))
+        arguments = self.arguments(tmp_path, model)
+        assert main(arguments) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("error: the weights of step 2 give no finite log-probabilities")
+        assert "(checkpoint 1 is the newest). --resume leaves out its batch (2)" in said
+        assert said.count("\n") == 1
+        assert [line["step"] for line in metric_lines(tmp_path / "run")] == [1]
+        assert newest_step(tmp_path / "run/checkpoints") == 1
+        assert main([*arguments, "--resume"]) == 0
+        assert capsys.readouterr().out.count("batch 2 is skipped: its step gave no finite") == 1
+        skipped = [line["train/skipped_batches"] for line in metric_lines(tmp_path / "run")]
+        assert skipped == [0, 1]
+        config = changed(tmp_path, model, *self.OPTIONS)
+        assert_same_bits(train(config, tmp_path / "run", resume=True), straight)
 
-        def overshoot(self, state, *rest):
-            state, logprobs, report = take(self, state, *rest)
-            if state.step == 3:
-                state = state._replace(params=jax.tree.map(lambda leaf: leaf * 1e12, state.params))
-            return state, logprobs, report
+    def test_a_run_in_which_all_are_too_large_ends_as_one_in_which_nothing_can_be_learnt(
+        self, model, tmp_path, monkeypatch, capsys
+    ):
+        """One more is left out each time, until they are too many in a row."""
+        monkeypatch.setattr(skipping, "MOST_SKIPPED", 2)
+        overshoot(monkeypatch)
+        arguments = [*self.arguments(tmp_path, model), "--resume"]
+        for _ in range(2):
+            assert main(arguments) == 1
+            assert capsys.readouterr().err.startswith("error: the weights of step 1 give no finite")
+        assert main(arguments) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("error: nothing can be learnt from the last 2 batches: its step")
+        assert said.count("a lower optimizer.learning_rate than") == 1
 
-        monkeypatch.setattr(Update, "optimizer_step", overshoot)
-        arguments = [
-            "--config",
-            str(write_config(tmp_path, model)),
-            "--run-dir",
-            str(tmp_path / "run"),
-        ]
-        arguments += [part for option in options for part in ("--set", option)]
-        for more in ([], ["--resume"]):
-            assert main([*arguments, *more]) == 1
-            (said,) = capsys.readouterr().err.splitlines()
-            assert (
-                said.startswith("error: the weights of step 3 give no finite")
-                and "(step 2 is the newest checkpoint)" in said
-            )
-            assert [line["step"] for line in metric_lines(tmp_path / "run")] == [1, 2]
-            assert newest_step(tmp_path / "run/checkpoints") == 2
-        monkeypatch.undo()
-        assert_same_bits(
-            train(changed(tmp_path, model, *options), tmp_path / "run", resume=True), straight
-        )
+    def test_they_are_remembered_for_the_config_that_they_are_of(self, model, tmp_path):
+        """A run that saved nothing may begin again under another one."""
+        config, other = small_config(model), changed(tmp_path, model, "optimizer.b1=0.5")
+        Overshoots(tmp_path, config).add(3)
+        Overshoots(tmp_path, config).add(5)
+        again = Overshoots(tmp_path, changed(tmp_path, model, "training.steps=100"))
+        again.check(4)
+        for batch in (3, 5):
+            with pytest.raises(UselessBatchError, match="gave no finite log-probabilities"):
+                again.check(batch)
+        Overshoots(tmp_path, other).check(3)
+        (tmp_path / "overshoots.json").write_text('{"batches": [3')
+        Overshoots(tmp_path, config).check(3)
+
+    def arguments(self, tmp_path, model) -> list[str]:
+        config, run = str(write_config(tmp_path, model)), str(tmp_path / "run")
+        sets = [part for option in self.OPTIONS for part in ("--set", option)]
+        return ["--config", config, "--run-dir", run, *sets]
+
+
+def overshoot(monkeypatch, *tasks: str) -> None:
+    """Steps on a batch of these tasks (none: on any) make finite weights whose products are not."""
+    take, play, played = Update.optimizer_step, train_module.Training.play, []
+
+    def batch(self):
+        result = play(self)
+        played[:] = [group.task.id for group in result.groups]
+        return result
+
+    def step(self, state, *rest):
+        state, logprobs, report = take(self, state, *rest)
+        if not tasks or set(played) == set(tasks):
+            state = state._replace(params=jax.tree.map(lambda leaf: leaf * 1e12, state.params))
+        return state, logprobs, report
+
+    monkeypatch.setattr(train_module.Training, "play", batch)
+    monkeypatch.setattr(Update, "optimizer_step", step)
 
 
 def test_an_evaluation_that_cannot_be_recorded_whole_is_said_and_the_run_goes_on(

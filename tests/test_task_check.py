@@ -221,7 +221,7 @@ def test_a_thousand_tasks_are_opened_side_by_side():
         with lock:
             running -= 1
 
-    assert list(opened(Suite(observe, 1000), [], threads=8).values()) == [35] * 1000
+    assert list(opened(Suite(observe, 1000), [], threads=8).found.values()) == [35] * 1000
     assert most == 8
 
 
@@ -290,7 +290,7 @@ def test_a_template_that_refuses_a_role_is_told_with_the_task():
     suite = Suite()
     suite.create = lambda task: Tool()
     check = TaskCheck(suite, 2, 10.0)
-    found = check.opened(Chat(byte_tokenizer(refusing)), 100, suite.tasks("train"))
+    found = check.opened(Chat(byte_tokenizer(refusing)), 100, suite.tasks("train")).found
     assert str(found["0"]) == (
         "the prompt of task '0': the chat template refuses to begin with messages of role ('tool',): no tools here"
     )

@@ -43,6 +43,8 @@ _TESTS = (
     "test_numerics",
     "test_update",
     "test_losses",
+    "test_token_logprobs",
+    "test_optimizer",
     "test_native_sampler",
     "test_model",
     "test_accumulation",
