@@ -101,7 +101,7 @@ class Engine:
         self._eos_E = jnp.asarray(sorted(self._eos) or [-1], jnp.int32)
         self._groups: dict[str, CachedGroup] = {}
         self._group_of_episode: dict[str, str] = {}
-        self._sparing = self._device.platform != "cpu"  # with programs, which compile for seconds, not with padding
+        self._sparing = _spares_programs(self._device.platform)
         self._shapes = _shape_book(config, limits, self._sparing)
         self.load(version, params)
 
@@ -220,8 +220,10 @@ class Engine:
 
     def _extend_once(self, batch: Sequence[tuple[CachedSequence, np.ndarray, CachedGroup | None]], width: int) -> None:
         sequences = [sequence for sequence, _, _ in batch]
-        exact_own = widest(len(target) if self._sparing else sequence.length for sequence, target, _ in batch)
-        context, rows = self._context("extend", sequences, [group for _, _, group in batch], width, exact_own)
+        # What grows over several extensions asks for its last shape at once where shapes are dear.
+        own = widest(len(ids) if self._sparing else s.length for s, ids, _ in batch)
+        groups = [group for _, _, group in batch]
+        context, rows = self._context("extend", sequences, groups, width, own)
         ids = np.zeros((rows, width), np.int32)
         positions = np.zeros(rows, np.int32)
         for i, (sequence, target, group) in enumerate(batch):
@@ -234,19 +236,26 @@ class Engine:
             sequence.ids = target[: sequence.length + width]
 
     def _context(
-        self, kind: str, sequences: Sequence[CachedSequence], groups: Sequence[CachedGroup | None], tokens: int, own: int
+        self,
+        kind: str,
+        sequences: Sequence[CachedSequence],
+        groups: Sequence[CachedGroup | None],
+        tokens: int,
+        own: int,
     ) -> tuple[decode.Context, int]:
-        """Gather what rows attend to, in a bucketed shape for `own` cached tokens a row; also the number of rows of that shape.
+        """Gather what rows attend to, in a bucketed shape for `own` cached tokens a row; also the
+        number of rows of that shape.
 
-        The rows of a group share its prompt, except in an accelerator's extensions: their many queries a row are work enough for a copy,
-        and the shape does not depend on who belongs to whom.
+        The rows of a group share its prompt, except in an accelerator's extensions: a row's many
+        queries are work enough for a copy, and the shape does not depend on who belongs to whom.
         """
         alone = self._sparing and kind == "extend"
         keys = [i if alone else id(group) for i, group in enumerate(groups)]
         rows_of: dict[int, list[int]] = {}
         for i, key in enumerate(keys):
             rows_of.setdefault(key, []).append(i)
-        prompts = {key: CachedSequence() if group is None else group.shared for key, group in zip(keys, groups, strict=True)}
+        attended = [CachedSequence() if group is None else group.shared for group in groups]
+        prompts = dict(zip(keys, attended, strict=True))
         shared = list(prompts.values())
         exact = Shape(
             rows=len(sequences),
@@ -283,8 +292,10 @@ class Engine:
         steps = self.limits.decode_chunk
         sequences = [self._row(job) for job in jobs]
         own = widest(s.length for s in sequences)
-        context, rows = self._context("decode", sequences, [self._group(job) for job in jobs], steps, own)
-        inputs = jax.device_put(self._inputs(jobs, rows), self._device)  # where the chunk's state then is too: one program serves all its steps
+        groups = [self._group(job) for job in jobs]
+        context, rows = self._context("decode", sequences, groups, steps, own)
+        # The chunk's state is then on that device from the first step on: one program serves all.
+        inputs = jax.device_put(self._inputs(jobs, rows), self._device)
         progress, buffers = decode.begin_chunk(self.config, inputs, steps=steps, dtype=self._dtype)
         seen = np.zeros(rows, np.int32)
         unseen: list[decode.Chunk] = []
@@ -339,12 +350,18 @@ def _padded(values: Sequence[Any], rows: int, dtype: Any = np.int32) -> np.ndarr
     return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), dtype)])
 
 
+def _spares_programs(platform: str) -> bool:
+    """Whether a program's seconds of compiling cost more than padding does."""
+    return platform != "cpu"
+
+
 def _shape_book(config: ModelConfig, limits: EngineLimits, sparing: bool) -> ShapeBook:
     row_cost = _row_cost(config)
     if not sparing:
         return ShapeBook(row_cost)
     pair_flops = 4 * config.layers * config.heads * config.head_size
-    return SparingShapeBook(row_cost, config.layers, pair_flops, limits.max_rows, 2 * limits.max_cache_tokens)
+    most_cached = 2 * limits.max_cache_tokens
+    return SparingShapeBook(row_cost, config.layers, pair_flops, limits.max_rows, most_cached)
 
 
 def _row_cost(config: ModelConfig) -> float:
