@@ -360,7 +360,7 @@ def _shape_book(config: ModelConfig, limits: EngineLimits, sparing: bool) -> Sha
     if not sparing:
         return ShapeBook(row_cost)
     pair_flops = 4 * config.layers * config.heads * config.head_size
-    most_cached = 2 * limits.max_cache_tokens
+    most_cached = 4 * limits.max_cache_tokens  # rows of uneven lengths may need as much
     return SparingShapeBook(row_cost, config.layers, pair_flops, limits.max_rows, most_cached)
 
 

@@ -109,8 +109,8 @@ class ShapeBook:
 @dataclasses.dataclass(frozen=True)
 class Rates:
     """What an accelerator does in a second, roughly: FLOPs outside attention and in it, at the
-    sizes of a sampler; and how long a program takes to trace and compile for each layer. The figures are
-    of the order of an NVIDIA H200's with jax 0.11 (docs/log.md)."""
+    sizes of a sampler; and how long a program takes to trace and compile for each layer. The
+    seconds are those of an NVIDIA H200 with jax 0.11 (docs/log.md), the rates guessed from a few."""
 
     flops: float = 2e14
     attention_flops: float = 2e13
@@ -148,9 +148,9 @@ class SparingShapeBook(ShapeBook):
     def choose(self, kind: str, exact: Shape) -> Shape:
         """The cheapest known shape that covers `exact`, until a tighter one pays."""
         most = power_of_two(self._most_rows if kind == "decode" else EXTEND_BUDGET // exact.tokens)
-        bucket, best = _coarse(exact, most, _LEAST_CACHED), self._cheapest(kind, exact)
+        bucket, best = _coarse(exact, most), self._cheapest(kind, exact)
         if bucket.gathered > self._most_cached:
-            bucket = _coarse(exact, most, PAGE)
+            bucket = _bucket(kind, exact)
         if best is None:
             chosen = self._with_room(kind, bucket, most)
         else:
@@ -176,9 +176,9 @@ class SparingShapeBook(ShapeBook):
         return roomy if roomy.gathered <= self._most_cached else bucket
 
 
-def _coarse(exact: Shape, most_rows: int, least_cached: int) -> Shape:
+def _coarse(exact: Shape, most_rows: int) -> Shape:
     """The sizes rounded up: rows to powers of four, up to `most_rows`; cached tokens to powers of
-    two from `least_cached` on, unless there is no prompt."""
+    two from `_LEAST_CACHED` on, unless there is no prompt."""
     rows = power_of_two(exact.rows)
     rows = max(rows, min(1 << rows.bit_length() // 2 * 2, most_rows))
     return Shape(
@@ -186,8 +186,8 @@ def _coarse(exact: Shape, most_rows: int, least_cached: int) -> Shape:
         tokens=exact.tokens,
         groups=rows if exact.groups == exact.rows else power_of_two(exact.groups),
         group_rows=power_of_two(exact.group_rows),
-        shared=max(least_cached, power_of_two(exact.shared)) if exact.shared else PAGE,
-        own=max(least_cached, power_of_two(exact.own)),
+        shared=max(_LEAST_CACHED, power_of_two(exact.shared)) if exact.shared else PAGE,
+        own=max(_LEAST_CACHED, power_of_two(exact.own)),
     )
 
 
