@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrpo.background import EventLoopThread, all_or_none
+from jaxgrpo.background import EventLoopThread, all_or_none, say_aside
 from jaxgrpo.config import Config, ConfigError
 from jaxgrpo.model import ModelConfig, Params
 from jaxgrpo.processes import Told, Work, nobody
@@ -87,6 +87,11 @@ def open_sampler(
 
 
 def _native(config: Config, policy: Policy, weights: PolicyWeights, version: int) -> NativeSampler:
+    if jax.devices()[0].platform != "cpu":
+        say_aside(
+            "embedded sampler: the first batches wait for about ten programs to compile, some"
+            " seconds each; later runs find them in the cache"
+        )
     return NativeSampler(
         policy.config,
         weights.logical(),

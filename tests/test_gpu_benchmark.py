@@ -1,6 +1,7 @@
 """The program for a machine with one GPU: what a failing unit costs, what is counted, and all of it
 at sizes for a CPU."""
 
+import dataclasses
 import functools
 import itertools
 import subprocess
@@ -122,6 +123,25 @@ def test_time_that_a_part_leaves_goes_to_the_later_ones(tmp_path, monkeypatch):
     assert given == [("a", 16.7), ("b", 16.7), ("c", 25.0), ("d", 100.0)]
 
 
+def test_no_unit_is_begun_without_its_floor(tmp_path, monkeypatch):
+    begun = []
+
+    def started(command, said):
+        begun.append((command[5], round(float(command[9]) + runner.GRACE_SECONDS)))
+        return subprocess.Popen([sys.executable, "-c", ""])
+
+    monkeypatch.setattr(runner, "_started", started)
+    few, many = (dataclasses.replace(units(*n), floor=f) for n, f in (("ab", 30), ("cd", 90)))
+    run_parts([few, many], Settings(tmp_path), 100.0, lambda: None)
+    # of 100 s a and b have half, of which a has two thirds; of the rest c has its floor, not 67 s
+    assert begun == [("a", 33), ("b", 50), ("c", 90), ("d", 99)]
+    begun.clear()
+    run_parts([many], Settings(tmp_path), 80.0, lambda: None)
+    assert not begun
+    run_parts([many], Settings(tmp_path, tiny=True), 80.0, lambda: None)
+    assert [unit for unit, _ in begun] == ["c", "d"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
@@ -188,8 +208,7 @@ def distances(kernel: Kernel, case: attention.Case) -> rows.Row:
     """From the definition in float32."""
     heads = attention.HEADS["tiny heads"]
     arrays, lengths, cotangent = attention.inputs(heads, case, jnp.bfloat16)
-    wide = [x.astype(jnp.float32) for x in (*arrays, cotangent)]
-    exact = attention.gradients(attention.dense, wide[:-1], lengths, wide[-1])
+    exact = attention.exactly(arrays, lengths, cotangent)
     got = attention.gradients(functools.partial(attend, kernel), arrays, lengths, cotangent)
     return attention.compared({"with": "float32"}, got, exact)
 
@@ -285,10 +304,11 @@ class TestTiny:
             ("device", "versions"), ("device", "host"), ("device", "device"),
             ("attention", "left out"), ("attention", "agreement"), ("attention", "speed"),
             ("peak", "product"),
-            ("mfu", "left out"), ("mfu", "update"), ("mfu", "pass"),
             ("sampler", "prefill"), ("sampler", "decode"),
-            ("publishing", "publish"),
             ("demo", "config"), ("demo", "evaluation"), ("demo", "training"), ("demo", "run"),
+            ("mfu", "left out"), ("mfu", "update"), ("mfu", "pass"),
+            ("model", "agreement"),
+            ("publishing", "publish"),
             ("tests", "tests"),
         }  # fmt: skip
         assert {r["why"] for r in found if r["row"] == "left out" and r["part"] != "torch"} == {
@@ -334,9 +354,9 @@ class TestTiny:
     def test_the_sampler_played_all_rows(self, tiny):
         found = [r for r in rows.read(tiny) if r["part"] == "sampler" and r["row"] != "unit"]
         assert [(r["row"], r["prompt"], r.get("rows")) for r in found] == [
-            ("prefill", 96, None), ("decode", 96, 1), ("decode", 96, 4), ("prefill", 192, None),
+            ("decode", 96, 1), ("prefill", 96, None), ("prefill", 192, None), ("decode", 96, 4),
         ]  # fmt: skip
-        assert found[2]["tokens_per_second"] == pytest.approx(4 * 1e3 / found[2]["step_ms"])
+        assert found[3]["tokens_per_second"] == pytest.approx(4 * 1e3 / found[2]["step_ms"])
 
     def test_the_demo_trained_and_the_tests_passed(self, tiny):
         found = rows.read(tiny)

@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgrpo import decode
+from jaxgrpo.samplers import engine as engine_module
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplingRequest
 from jaxgrpo.samplers.engine import Engine, EngineLimits, Job
 from jaxgrpo.samplers.native import NativeSampler
+from jaxgrpo.samplers.shapes import SparingShapeBook
 from tests.native_samplers import CONFIG, PARAMS, PROMPTS, generate, logprobs_of, plain_logits, request, run, same
 from tests.test_stops import TOKENIZER
 
@@ -192,6 +195,41 @@ def engine_of(*requests: SamplingRequest) -> tuple[Engine, list[Job]]:
     for r in requests:
         engine.add(r)
     return engine, [Job(r, TOKENIZER) for r in requests]
+
+
+def test_one_program_serves_all_steps_of_a_chunk():
+    before = decode.run_steps._cache_size()
+    engine, jobs = engine_of(request(0, 0, max_tokens=16, temperature=0.3), request(1, 0, max_tokens=16))
+    engine._eos_E = jnp.asarray([-1] * 7, jnp.int32)  # a shape that no other test has
+    engine.step(jobs)
+    assert len(jobs[0].token_ids) == 16  # four calls
+    assert decode.run_steps._cache_size() == before + 1
+
+
+def test_an_engine_that_spares_programs_makes_the_same_tokens(monkeypatch: pytest.MonkeyPatch):
+    """As on an accelerator: other shapes, and extensions whose rows do not share their prompts."""
+
+    async def episodes(sampler: NativeSampler) -> list[Generation]:
+        who = [(g, e) for g in range(3) for e in range(3)]
+        first = await asyncio.gather(*[sampler.generate(request(g, e, max_tokens=5 + e)) for g, e in who])
+        tails = [[*made.token_ids_T, *(np.arange(20 + 90 * i) % 261)] for i, made in enumerate(first[:4])]
+        again = [request(g, e, tail=tail) for (g, e), tail in zip(who, tails, strict=False)]
+        return [*first, *await asyncio.gather(*[sampler.generate(r) for r in again])]
+
+    plain = run(episodes, max_rows=16)
+    monkeypatch.setattr(engine_module, "_spares_programs", lambda platform: True)
+    shapes, choose = [], SparingShapeBook.choose
+
+    def noted(self, kind, exact):
+        shapes.append((kind, exact.group_rows))
+        return choose(self, kind, exact)
+
+    monkeypatch.setattr(SparingShapeBook, "choose", noted)
+    spared = run(episodes, max_rows=16)
+    for a, b in zip(plain, spared, strict=True):
+        same(a, b)
+    assert {group_rows for kind, group_rows in shapes if kind == "extend"} == {1}
+    assert max(group_rows for kind, group_rows in shapes if kind == "decode") == 3
 
 
 def test_finished_turns_are_told_while_the_others_go_on():

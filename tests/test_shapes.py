@@ -5,7 +5,7 @@ import collections
 import numpy as np
 
 from jaxgrpo.samplers.engine import _row_cost
-from jaxgrpo.samplers.shapes import Shape, ShapeBook
+from jaxgrpo.samplers.shapes import Rates, Shape, ShapeBook, SparingShapeBook
 from tests.native_samplers import CONFIG
 
 
@@ -73,3 +73,40 @@ def test_a_run_of_batches_that_thin_out_compiles_few_shapes_and_soon_hardly_any(
     assert counts[9] <= 18
     assert counts[59] <= 26
     assert counts[99] - counts[59] <= 4
+
+
+def sparing_book(compile_seconds: float = 2.0, most_cached: int = 10**6) -> SparingShapeBook:
+    """For 64 rows, where a query meets a key in 1e-6 s and a token outside attention takes as long
+    as 10 of them."""
+    rates = Rates(flops=2e9, attention_flops=1e9, compile_seconds=compile_seconds / 4)
+    return SparingShapeBook(20.0, 4, 1000.0, most_rows=64, most_cached=most_cached, rates=rates)
+
+
+class TestSparing:
+    def test_padding_is_paid_until_it_has_cost_a_program(self):
+        book = sparing_book()
+        full, tight = Shape(64, 16, 8, 8, 1024, 1024), Shape(4, 16, 1, 4, 1024, 1024)
+        assert book.choose("decode", Shape(40, 16, 8, 8, shared=1000, own=100)) == full
+        few = Shape(rows=3, tokens=16, groups=1, group_rows=3, shared=900, own=70)
+        # 16 x (64 x 10 + 64 x 1024 + 64 x 1040) pairs in place of 16 x (4 x 10 + 4 x 1024 + 4 x 1040)
+        # are 1.99 s more; the second time they would make it 3.98 s, above the program's 2 s
+        assert [book.choose("decode", few) for _ in range(3)] == [full, tight, tight]
+
+    def test_what_grows_gets_the_room_that_others_had(self):
+        book = sparing_book(100.0)
+        assert book.choose("decode", Shape(64, 16, 32, 2, 1500, 0)) == Shape(64, 16, 32, 2, 2048, 1024)
+        assert book.choose("decode", Shape(64, 16, 8, 8, 700, 1100)) == Shape(64, 16, 8, 8, 2048, 2048)
+        assert book.choose("decode", Shape(9, 16, 3, 3, 700, 10)) == Shape(64, 16, 8, 8, 2048, 2048)
+        assert book.compilations == 2
+
+    def test_room_is_not_made_where_it_would_gather_too_much(self):
+        few = Shape(rows=5, tokens=16, groups=1, group_rows=5, shared=1024, own=300)
+        found = [sparing_book(most_cached=n).choose("decode", few) for n in (66_560, 17_408, 9_000)]
+        assert [(s.rows, s.own) for s in found] == [(64, 1024), (16, 1024), (8, 384)]
+        assert {(s.groups, s.group_rows, s.shared) for s in found} == {(1, 8, 1024)}
+
+    def test_an_extension_takes_all_rows_of_its_budget(self):
+        book = sparing_book()
+        # nothing is shared: one page
+        assert book.choose("extend", Shape(3, 256, 3, 1, 0, 600)) == Shape(8, 256, 8, 1, 64, 1024)
+        assert book.choose("extend", Shape(1, 256, 1, 1, 700, 60)) == Shape(8, 256, 8, 1, 1024, 1024)

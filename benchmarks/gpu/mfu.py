@@ -1,4 +1,4 @@
-"""Part 4: model FLOPs utilisation of the update on real tokens, and its memory beside what is
+"""Part "mfu": model FLOPs utilisation of the update on real tokens, and its memory beside what is
 predicted.
 
 A row is an optimizer step (forward, backward, clipping, AdamW; no KL) on four groups of eight

@@ -1,8 +1,8 @@
-"""The optimizer step of part 4 in PyTorch, on the same groups, as TRL's GRPOTrainer makes it.
+"""The optimizer step of part "mfu" in PyTorch, on the same groups, as TRL's GRPOTrainer makes it.
 
 The prompt is in every row, rows are padded to the longest of their group, float32 weights under
 bfloat16 autocast, logits for the completions alone, one group a micro-batch, fused AdamW; no KL, as
-in part 4. A unit is a model. Attention is PyTorch's sdpa: "padded" with the mask of padding that
+in part "mfu". A unit is one or more models. Attention is PyTorch's sdpa: "padded" with the mask of padding that
 TRL hands over, "causal" without one (padding is on the right, so nothing that counts sees it),
 which lets PyTorch take its flash kernel. Each with gradient checkpointing (TRL's default) and
 without it.
@@ -34,11 +34,12 @@ def run(unit: str, context: Context) -> Iterator[Row]:
     if device.type == "cpu" and not context.tiny:
         yield {"row": "left out", "why": "this PyTorch sees no GPU"}
         return
-    model = _TINY_MODEL if context.tiny else QWEN2_5[unit]
     prompts = _TINY_PROMPTS if context.tiny else _PROMPTS
     lengths = (TINY if context.tiny else Lengths()).draw()
-    for checkpointing, prompt, masked in itertools.product((True, False), prompts, (True, False)):
-        what: Row = {"row": "step", "model": unit, "prompt": prompt}
+    plan = itertools.product(unit.split(", "), (True, False), prompts, (True, False))
+    for name, checkpointing, prompt, masked in plan:
+        model = _TINY_MODEL if context.tiny else QWEN2_5[name]
+        what: Row = {"row": "step", "model": name, "prompt": prompt}
         what |= {"mask": "padded" if masked else "causal", "checkpointing": checkpointing}
         yield from in_time(context, _rows(what, model, lengths, device), what)
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from benchmarks.gpu.attention import KERNELS
-from benchmarks.gpu.measuring import attempted
+from benchmarks.gpu.measuring import attempted, untuned
 from benchmarks.gpu.models import named, random_stored
 from benchmarks.gpu.rollouts import TINY, Lengths, Packed, packed
 from benchmarks.gpu.rows import Context, Row
@@ -36,8 +36,9 @@ class Step:
     gradients: Params
 
 
-def run(context: Context) -> Iterator[Row]:
+def run(unit: str, context: Context) -> Iterator[Row]:
     """Four layers of the 0.5B with a small vocabulary; prompts that do not fill their arrays."""
+    untuned()
     if context.tiny:
         model, work = named("tiny"), packed(60, TINY, named("tiny").vocab_size)
     else:

@@ -13,11 +13,11 @@ from jaxgrpo import decode
 from jaxgrpo.model import ModelConfig, Params
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplingRequest
 from jaxgrpo.samplers.cache import CachedGroup, CachedSequence, PageTable, page_matrix, pages_for, token_places
-from jaxgrpo.samplers.shapes import Shape, ShapeBook, widest
+from jaxgrpo.samplers.shapes import EXTEND_BUDGET, Shape, ShapeBook, SparingShapeBook, widest
 from jaxgrpo.samplers.stops import Decoder, StopFinder
 
 _EXTEND_TOKENS = (64, 128, 512)  # widths of one extension; longer ones take several
-_EXTEND_BUDGET = 2048  # tokens of one extension over all rows
+_SPARING_EXTEND_TOKENS = (256,)  # on an accelerator: each width is a program
 _STEPS_A_LOOK = 4  # the host looks at a chunk's tokens so often, while the device is at the next ones
 
 
@@ -101,7 +101,8 @@ class Engine:
         self._eos_E = jnp.asarray(sorted(self._eos) or [-1], jnp.int32)
         self._groups: dict[str, CachedGroup] = {}
         self._group_of_episode: dict[str, str] = {}
-        self._shapes = ShapeBook(_row_cost(config))
+        self._sparing = _spares_programs(self._device.platform)
+        self._shapes = _shape_book(config, limits, self._sparing)
         self.load(version, params)
 
     @property
@@ -206,19 +207,23 @@ class Engine:
     def _extend(self, targets: Sequence[tuple[CachedSequence, np.ndarray, CachedGroup | None]]) -> int:
         """Bring caches up to their target ids, the rows of a group over its prompt; returns how many tokens were computed."""
         total = sum(len(ids) - s.length for s, ids, _ in targets)
+        widths = _SPARING_EXTEND_TOKENS if self._sparing else _EXTEND_TOKENS
         pending = [target for target in targets if len(target[1]) > target[0].length]
         while pending:
             pending.sort(key=lambda target: target[0].length - len(target[1]))
             longest = len(pending[0][1]) - pending[0][0].length
-            width = next((t for t in _EXTEND_TOKENS if t >= longest), _EXTEND_TOKENS[-1])
-            batch = pending[: max(1, _EXTEND_BUDGET // width)]
+            width = next((t for t in widths if t >= longest), widths[-1])
+            batch = pending[: max(1, EXTEND_BUDGET // width)]
             self._extend_once(batch, width)
             pending = [target for target in pending if len(target[1]) > target[0].length]
         return total
 
     def _extend_once(self, batch: Sequence[tuple[CachedSequence, np.ndarray, CachedGroup | None]], width: int) -> None:
         sequences = [sequence for sequence, _, _ in batch]
-        context, rows = self._context("extend", sequences, [group for _, _, group in batch], width)
+        # What grows over several extensions asks for its last shape at once where shapes are dear.
+        own = widest(len(ids) if self._sparing else s.length for s, ids, _ in batch)
+        groups = [group for _, _, group in batch]
+        context, rows = self._context("extend", sequences, groups, width, own)
         ids = np.zeros((rows, width), np.int32)
         positions = np.zeros(rows, np.int32)
         for i, (sequence, target, group) in enumerate(batch):
@@ -231,13 +236,26 @@ class Engine:
             sequence.ids = target[: sequence.length + width]
 
     def _context(
-        self, kind: str, sequences: Sequence[CachedSequence], groups: Sequence[CachedGroup | None], tokens: int
+        self,
+        kind: str,
+        sequences: Sequence[CachedSequence],
+        groups: Sequence[CachedGroup | None],
+        tokens: int,
+        own: int,
     ) -> tuple[decode.Context, int]:
-        """Gather what rows attend to, in a bucketed shape; also the number of rows of that shape."""
+        """Gather what rows attend to, in a bucketed shape for `own` cached tokens a row; also the
+        number of rows of that shape.
+
+        The rows of a group share its prompt, except in an accelerator's extensions: a row's many
+        queries are work enough for a copy, and the shape does not depend on who belongs to whom.
+        """
+        alone = self._sparing and kind == "extend"
+        keys = [i if alone else id(group) for i, group in enumerate(groups)]
         rows_of: dict[int, list[int]] = {}
-        for i, group in enumerate(groups):
-            rows_of.setdefault(id(group), []).append(i)
-        prompts = {id(group): CachedSequence() if group is None else group.shared for group in groups}
+        for i, key in enumerate(keys):
+            rows_of.setdefault(key, []).append(i)
+        attended = [CachedSequence() if group is None else group.shared for group in groups]
+        prompts = dict(zip(keys, attended, strict=True))
         shared = list(prompts.values())
         exact = Shape(
             rows=len(sequences),
@@ -245,7 +263,7 @@ class Engine:
             groups=len(rows_of),
             group_rows=widest(len(rows) for rows in rows_of.values()),
             shared=widest(s.length for s in shared),
-            own=widest(s.length for s in sequences),
+            own=own,
         )
         shape = self._shapes.choose(kind, exact)
         rows_NG, slots_B = np.zeros((shape.groups, shape.group_rows), np.int32), np.zeros(shape.rows, np.int32)
@@ -273,8 +291,11 @@ class Engine:
         """
         steps = self.limits.decode_chunk
         sequences = [self._row(job) for job in jobs]
-        context, rows = self._context("decode", sequences, [self._group(job) for job in jobs], steps)
-        inputs = self._inputs(jobs, rows)
+        own = widest(s.length for s in sequences)
+        groups = [self._group(job) for job in jobs]
+        context, rows = self._context("decode", sequences, groups, steps, own)
+        # The chunk's state is then on that device from the first step on: one program serves all.
+        inputs = jax.device_put(self._inputs(jobs, rows), self._device)
         progress, buffers = decode.begin_chunk(self.config, inputs, steps=steps, dtype=self._dtype)
         seen = np.zeros(rows, np.int32)
         unseen: list[decode.Chunk] = []
@@ -327,6 +348,20 @@ def _padded(values: Sequence[Any], rows: int, dtype: Any = np.int32) -> np.ndarr
     """Values as an array with `rows` entries, zero past the last."""
     array = np.asarray(values, dtype)
     return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), dtype)])
+
+
+def _spares_programs(platform: str) -> bool:
+    """Whether a program's seconds of compiling cost more than padding does."""
+    return platform != "cpu"
+
+
+def _shape_book(config: ModelConfig, limits: EngineLimits, sparing: bool) -> ShapeBook:
+    row_cost = _row_cost(config)
+    if not sparing:
+        return ShapeBook(row_cost)
+    pair_flops = 4 * config.layers * config.heads * config.head_size
+    most_cached = 4 * limits.max_cache_tokens  # rows of uneven lengths may need as much
+    return SparingShapeBook(row_cost, config.layers, pair_flops, limits.max_rows, most_cached)
 
 
 def _row_cost(config: ModelConfig) -> float:

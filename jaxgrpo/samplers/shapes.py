@@ -1,4 +1,8 @@
-"""Bucketed shapes: few compilations, and work that follows the live rows."""
+"""Bucketed shapes: few compilations, and work that follows the live rows.
+
+`ShapeBook` is for CPUs, where work costs more than programs; `SparingShapeBook` for accelerators,
+where it is the other way round.
+"""
 
 import collections
 import dataclasses
@@ -10,6 +14,8 @@ _SLACK = 1.5  # a compiled shape serves for good when it costs at most this many
 _PATIENCE = 8  # and otherwise until the better one was wanted this often: most shapes of a batch's tail come once and are gone
 _LEAST_ROWS = 4  # fewer rows are padded: a step is bound by reading weights and caches, which such rows share
 _LEAST_TOKENS = 64  # and so is an extension of few tokens; one of more pays for each row
+_LEAST_CACHED = 1024  # on an accelerator: a step's launches take longer than reading so many
+EXTEND_BUDGET = 2048  # tokens of one extension over all rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +35,11 @@ class Shape:
     @property
     def key(self) -> tuple[int, ...]:
         return dataclasses.astuple(self)
+
+    @property
+    def gathered(self) -> int:
+        """Cached tokens that are copied together for it."""
+        return self.groups * self.shared + self.rows * self.own
 
     def cost(self, row_cost: float) -> float:
         """Work in units of one query meeting one key; `row_cost` is that of a token outside attention."""
@@ -77,7 +88,7 @@ class ShapeBook:
         """The cheapest known shape that covers `exact`, or its bucket where every known one keeps wasting too much."""
         bucket = _bucket(kind, exact)
         known = self._known.setdefault(kind, set())
-        best = min((s for s in known if s.covers(exact)), key=self._cost, default=None)
+        best = self._cheapest(kind, exact)
         if best is not None and self._cost(best) <= _SLACK * self._cost(bucket):
             return best
         self._wanted[kind, bucket] += 1
@@ -86,8 +97,98 @@ class ShapeBook:
         known.add(bucket)
         return bucket
 
+    def _cheapest(self, kind: str, exact: Shape) -> Shape | None:
+        """Of the known shapes that cover it."""
+        covering = (s for s in self._known.get(kind, ()) if s.covers(exact))
+        return min(covering, key=self._cost, default=None)
+
     def _cost(self, shape: Shape) -> float:
         return shape.cost(self._row_cost)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What an accelerator does in a second, roughly: FLOPs outside attention and in it, at the
+    sizes of a sampler; and how long a program takes to trace and compile for each layer. The
+    seconds are those of an NVIDIA H200 with jax 0.11 (docs/log.md), the rates guessed from a few."""
+
+    flops: float = 2e14
+    attention_flops: float = 2e13
+    compile_seconds: float = 0.3
+
+
+_H200 = Rates()
+
+
+class SparingShapeBook(ShapeBook):
+    """Rents or buys: padding is paid until it has cost, in all, the seconds that compiling a
+    tighter program takes.
+
+    So padding and compiling for one kind of work cost at most twice what they would to one who knew
+    how often it returns. What no known program covers is compiled at once, with room to grow.
+    """
+
+    def __init__(
+        self,
+        row_cost: float,
+        layers: int,
+        pair_flops: float,
+        most_rows: int,
+        most_cached: int,
+        rates: Rates = _H200,
+    ):
+        """`pair_flops` are those of one query meeting one key over all heads and layers,
+        `most_rows` decode at once, and padding may gather up to `most_cached` tokens."""
+        super().__init__(row_cost * rates.attention_flops / rates.flops)
+        self._seconds = pair_flops / rates.attention_flops
+        self._compile_seconds = rates.compile_seconds * layers
+        self._most_rows, self._most_cached = most_rows, most_cached
+        self._lost: dict[tuple[str, Shape], float] = collections.defaultdict(float)
+
+    def choose(self, kind: str, exact: Shape) -> Shape:
+        """The cheapest known shape that covers `exact`, until a tighter one pays."""
+        most = power_of_two(self._most_rows if kind == "decode" else EXTEND_BUDGET // exact.tokens)
+        bucket, best = _coarse(exact, most), self._cheapest(kind, exact)
+        if bucket.gathered > self._most_cached:
+            bucket = _bucket(kind, exact)
+        if best is None:
+            chosen = self._with_room(kind, bucket, most)
+        else:
+            self._lost[kind, bucket] += self._seconds * (self._cost(best) - self._cost(bucket))
+            if self._lost[kind, bucket] < self._compile_seconds:
+                return best
+            chosen = bucket
+        self._known.setdefault(kind, set()).add(chosen)
+        return chosen
+
+    def _with_room(self, kind: str, bucket: Shape, rows: int) -> Shape:
+        """For `rows` rows, and as many tokens as any shape so far, if that is not too much to
+        gather."""
+        known = [s for s in self._known.get(kind, ()) if s.tokens == bucket.tokens]
+        alike = [s for s in known if (s.shared > PAGE) == (bucket.shared > PAGE)]
+        roomy = dataclasses.replace(
+            bucket,
+            rows=max(rows, bucket.rows),
+            groups=max(rows, bucket.rows) if kind == "extend" else bucket.groups,
+            shared=widest([bucket.shared, *(s.shared for s in alike)]),
+            own=widest([bucket.own, *(s.own for s in alike)]),
+        )
+        return roomy if roomy.gathered <= self._most_cached else bucket
+
+
+def _coarse(exact: Shape, most_rows: int) -> Shape:
+    """The sizes rounded up: rows to powers of four, up to `most_rows`; cached tokens to powers of
+    two from `_LEAST_CACHED` on, unless there is no prompt."""
+    rows = power_of_two(exact.rows)
+    rows = max(rows, min(1 << rows.bit_length() // 2 * 2, most_rows))
+    return Shape(
+        rows=rows,
+        tokens=exact.tokens,
+        groups=rows if exact.groups == exact.rows else power_of_two(exact.groups),
+        group_rows=power_of_two(exact.group_rows),
+        shared=max(_LEAST_CACHED, power_of_two(exact.shared)) if exact.shared else PAGE,
+        own=max(_LEAST_CACHED, power_of_two(exact.own)),
+    )
 
 
 def widest(values: Iterable[int]) -> int:
