@@ -356,7 +356,7 @@ class TestTiny:
         assert [(r["row"], r["prompt"], r.get("rows")) for r in found] == [
             ("decode", 96, 1), ("prefill", 96, None), ("prefill", 192, None), ("decode", 96, 4),
         ]  # fmt: skip
-        assert found[3]["tokens_per_second"] == pytest.approx(4 * 1e3 / found[2]["step_ms"])
+        assert found[3]["tokens_per_second"] == pytest.approx(4 * 1e3 / found[3]["step_ms"])
 
     def test_the_demo_trained_and_the_tests_passed(self, tiny):
         found = rows.read(tiny)
