@@ -41,7 +41,11 @@ def play_batch(book: ShapeBook, rng: np.random.Generator) -> None:
     own = [0] * 64
     turns = [[(int(1 + rng.exponential(26)), int(rng.integers(15, 60))) for _ in range(rng.integers(1, 4))] for _ in own]
     turn_of, left = [0] * 64, [t[0][0] for t in turns]
-    book.choose("extend", Shape(len(prompts), 512, 1, len(prompts), 0, 0))
+    sparing = isinstance(book, SparingShapeBook)
+    if sparing:
+        book.choose("extend", Shape(len(prompts), 256, len(prompts), 1, 0, max(prompts)))
+    else:
+        book.choose("extend", Shape(len(prompts), 512, 1, len(prompts), 0, 0))
     while live := [b for b in range(64) if left[b] > 0]:
         sizes = lambda rows: {  # which sizes of a shape these rows need
             "rows": len(rows),
@@ -59,7 +63,11 @@ def play_batch(book: ShapeBook, rng: np.random.Generator) -> None:
                 answered.append(b)
                 turn_of[b] += 1
                 left[b] = turns[b][turn_of[b]][0]
-        if answered:
+        for first in range(0, len(answered), 8) if sparing else ():
+            few = sizes(answered[first : first + 8])
+            alone = few | {"groups": few["rows"], "group_rows": 1, "own": few["own"] + 64}
+            book.choose("extend", Shape(tokens=256, **alone))
+        if answered and not sparing:
             book.choose("extend", Shape(tokens=64, **sizes(answered)))
         for b in answered:
             own[b] += turns[b][turn_of[b]][1]
@@ -123,3 +131,12 @@ class TestSparing:
         assert book.choose("extend", Shape(3, 256, 3, 1, 0, 600)) == Shape(8, 256, 8, 1, 64, 1024)
         over_a_prompt = book.choose("extend", Shape(1, 256, 1, 1, 700, 60))
         assert over_a_prompt == Shape(8, 256, 8, 1, 1024, 1024)
+
+    def test_a_run_of_batches_that_thin_out_compiles_a_handful_at_once_and_then_nothing(self):
+        # of the 0.5B: 1700 as above; 24 layers of 14 heads of 64, four operations a pair
+        book = SparingShapeBook(1700.0, 24, 4 * 24 * 14 * 64, most_rows=64, most_cached=262_144)
+        rng, counts = np.random.default_rng(0), []
+        for _ in range(100):
+            play_batch(book, rng)
+            counts.append(book.compilations)
+        assert counts[2] == counts[99] <= 6
