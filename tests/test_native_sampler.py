@@ -199,7 +199,7 @@ def engine_of(*requests: SamplingRequest) -> tuple[Engine, list[Job]]:
 
 def test_one_program_serves_all_steps_of_a_chunk():
     before = decode.run_steps._cache_size()
-    engine, jobs = engine_of(request(0, 0, max_tokens=16, temperature=0.3), request(1, 0, max_tokens=16))
+    engine, jobs = engine_of(request(0, max_tokens=16), request(1, max_tokens=16))
     engine._eos_E = jnp.asarray([-1] * 7, jnp.int32)  # a shape that no other test has
     engine.step(jobs)
     assert len(jobs[0].token_ids) == 16  # four calls
@@ -211,8 +211,10 @@ def test_an_engine_that_spares_programs_makes_the_same_tokens(monkeypatch: pytes
 
     async def episodes(sampler: NativeSampler) -> list[Generation]:
         who = [(g, e) for g in range(3) for e in range(3)]
-        first = await asyncio.gather(*[sampler.generate(request(g, e, max_tokens=5 + e)) for g, e in who])
-        tails = [[*made.token_ids_T, *(np.arange(20 + 90 * i) % 261)] for i, made in enumerate(first[:4])]
+        requests = [request(g, e, max_tokens=5 + e) for g, e in who]
+        first = await asyncio.gather(*[sampler.generate(r) for r in requests])
+        results = [np.arange(20 + 90 * i) % 261 for i in range(4)]
+        tails = [[*made.token_ids_T, *ids] for made, ids in zip(first, results, strict=False)]
         again = [request(g, e, tail=tail) for (g, e), tail in zip(who, tails, strict=False)]
         return [*first, *await asyncio.gather(*[sampler.generate(r) for r in again])]
 

@@ -1,5 +1,5 @@
-"""Part "attention": attention's kernels against float32 and against each other, forward and gradient; and how
-fast each is.
+"""Part "attention": the kernels against float32 and against each other, forward and gradient; and
+how fast each is.
 
 Geometries are those of the 0.5B and of the 7B; contexts are full, short, of one token and empty,
 lengths are even and odd. A difference is relative (Frobenius) and the worst of all groups, so that

@@ -1,4 +1,4 @@
-"""Part "publishing": publishing: weights written as orbax shards into shared memory, and read with all checks,
+"""Part "publishing": weights written as orbax shards into shared memory, and read with all checks,
 as a sampler's process does.
 
 The weights lie on the device in float32 and are cast there to bfloat16. The first two versions are

@@ -46,8 +46,9 @@ class Settings:
 def run_parts(
     parts: Sequence[Part], settings: Settings, seconds: float, after_unit: Callable[[], object]
 ) -> None:
-    """All parts in order within `seconds`, none with less than its floor. Time that a part does not
-    use goes to the later ones by their shares. Whatever a unit does, the next one runs; `after_unit` is called after each."""
+    """All parts in order within `seconds`, no unit with less than its part's floor. Time that a part
+    does not use goes to the later ones by their shares. Whatever a unit does, the next one runs;
+    `after_unit` is called after each."""
     end = time.monotonic() + seconds
     work = [(part, units) for part in parts if (units := settings.units(part))]
     for i, (part, units) in enumerate(work):

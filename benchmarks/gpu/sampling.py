@@ -1,5 +1,5 @@
-"""Part "sampler": tokens a second of the embedded sampler with random weights, all layers: prefill, and
-decoding over a shared prompt.
+"""Part "sampler": tokens a second of the embedded sampler with random weights, all layers: prefill,
+and decoding over a shared prompt.
 
 Every episode is one turn at temperature 1 without an end token, log-probabilities included, as in
 benchmarks.sampler. Medians.
@@ -7,6 +7,7 @@ benchmarks.sampler. Medians.
 
 import contextlib
 import dataclasses
+import gc
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -96,6 +97,7 @@ class _Bench:
             yield sampler
         finally:
             self.loop.call(sampler.close())
+            gc.collect()  # its weights and its pool go before the next one's come
 
     def prefill(self, what: Row) -> Iterator[Row]:
         """Prompts that nobody shares, all at once, each with its first token."""

@@ -2,10 +2,10 @@
 
 The prompt is in every row, rows are padded to the longest of their group, float32 weights under
 bfloat16 autocast, logits for the completions alone, one group a micro-batch, fused AdamW; no KL, as
-in part "mfu". A unit is one or more models. Attention is PyTorch's sdpa: "padded" with the mask of padding that
-TRL hands over, "causal" without one (padding is on the right, so nothing that counts sees it),
-which lets PyTorch take its flash kernel. Each with gradient checkpointing (TRL's default) and
-without it.
+in part "mfu". A unit is one or more models. Attention is PyTorch's sdpa: "padded" with the mask of
+padding that TRL hands over, "causal" without one (padding is on the right, so nothing that counts
+sees it), which lets PyTorch take its flash kernel. Each with gradient checkpointing (TRL's default)
+and without it.
 """
 
 import gc

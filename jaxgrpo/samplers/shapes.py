@@ -110,7 +110,7 @@ class ShapeBook:
 class Rates:
     """What an accelerator does in a second, roughly: FLOPs outside attention and in it, at the
     sizes of a sampler; and how long a program takes to trace and compile for each layer. The
-    seconds are those of an NVIDIA H200 with jax 0.11 (docs/log.md), the rates guessed from a few."""
+    seconds are those of an NVIDIA H200 with jax 0.11 (docs/log.md), the rates guesses."""
 
     flops: float = 2e14
     attention_flops: float = 2e13
@@ -162,14 +162,17 @@ class SparingShapeBook(ShapeBook):
         return chosen
 
     def _with_room(self, kind: str, bucket: Shape, rows: int) -> Shape:
-        """For `rows` rows, and as many tokens as any shape so far, if that is not too much to
-        gather."""
+        """For `rows` rows, with a place in the grid for each, and as many tokens as any shape so
+        far, if that is not too much to gather."""
         known = [s for s in self._known.get(kind, ()) if s.tokens == bucket.tokens]
         alike = [s for s in known if (s.shared > PAGE) == (bucket.shared > PAGE)]
+        rows = max(rows, bucket.rows)
+        groups = rows if kind == "extend" else bucket.groups
         roomy = dataclasses.replace(
             bucket,
-            rows=max(rows, bucket.rows),
-            groups=max(rows, bucket.rows) if kind == "extend" else bucket.groups,
+            rows=rows,
+            groups=groups,
+            group_rows=max(bucket.group_rows, rows // groups),
             shared=widest([bucket.shared, *(s.shared for s in alike)]),
             own=widest([bucket.own, *(s.own for s in alike)]),
         )
