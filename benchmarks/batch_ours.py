@@ -10,28 +10,27 @@ from typing import Any
 
 from benchmarks.batch_work import Line, Work, refuse, reward
 from benchmarks.workload import product_rate
-from envs.base import Observation, StepResult
-from jaxgrpo.config import (
+from jaxgrpo.config.load import apply_override, check
+from jaxgrpo.config.settings import (
     Config,
     ConfigError,
     EvaluationSettings,
+    LossSettings,
     ModelSettings,
     NativeSamplerSettings,
+    OptimizerSettings,
+    PackingSettings,
     RecordingSettings,
     RolloutSettings,
     TrainingSettings,
-    apply_override,
-    check,
 )
-from jaxgrpo.losses import LossSettings
-from jaxgrpo.packing import PackingSettings
-from jaxgrpo.processes import Processes
+from jaxgrpo.environment import Observation, StepResult
+from jaxgrpo.run.processes import Processes
+from jaxgrpo.run.setup import compute_dtype, keep_compiled
 from jaxgrpo.samplers.base import FinishReason, Generation, Sampler, SamplingRequest
-from jaxgrpo.samplers.native import NativeSampler
-from jaxgrpo.setup import compute_dtype, keep_compiled
+from jaxgrpo.samplers.native.sampler import NativeSampler
 from jaxgrpo.train import Training
 from jaxgrpo.types import Message, Score, StopReason, Task
-from jaxgrpo.update import OptimizerSettings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,9 +47,9 @@ from typing import Any, Self
 from benchmarks.batch_work import REFUSED, Conversation, Work
 from benchmarks.processor import busy_seconds, described, processor
 from configs.cpu_demo import CLASSES
-from envs.base import TaskSuite
 from envs.bfcl import Bfcl
 from envs.procedural import Warehouse
+from jaxgrpo.environment import TaskSuite
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "assets" / "tiny-qwen2.5"

@@ -19,14 +19,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from envs.base import Environment
 from envs.bfcl import Bfcl
 from envs.bfcl.scoring import judge_turn
 from envs.bfcl.source import open_package
 from envs.bfcl.tasks import BfclTask, Library, load_library
-from jaxgrpo.background import BlockingCalls
-from jaxgrpo.chat import Chat
-from jaxgrpo.pretrained import load_tokenizer
+from jaxgrpo.environment import Environment
+from jaxgrpo.rollout.background import BlockingCalls
+from jaxgrpo.rollout.chat import Chat
+from jaxgrpo.storage.pretrained import load_tokenizer
 from jaxgrpo.types import Task
 
 T = TypeVar("T")

@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.workload import SMALL, SMALL_MODEL, Stepping, interleaved, random_groups
-from jaxgrpo.lora import NO_LORA, LoraSettings
-from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import init_params
-from jaxgrpo.sharding import make_mesh
-from jaxgrpo.update import OptimizerSettings, TrainState, Update
+from jaxgrpo.config.settings import NO_LORA, LoraSettings, LossSettings, OptimizerSettings
+from jaxgrpo.learner.sharding import make_mesh
+from jaxgrpo.learner.update import TrainState, Update
+from jaxgrpo.models.qwen2 import init_params
 
 
 class Side(Stepping):

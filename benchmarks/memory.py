@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.workload import SMALL_MODEL, Sizes, Stepping, random_groups
-from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import init_params
-from jaxgrpo.sharding import make_mesh
-from jaxgrpo.update import OptimizerSettings, Update
+from jaxgrpo.config.settings import LossSettings, OptimizerSettings
+from jaxgrpo.learner.sharding import make_mesh
+from jaxgrpo.learner.update import Update
+from jaxgrpo.models.qwen2 import init_params
 
 SIZES = Sizes(P=64, C=256, G=4)
 CONFIG = dataclasses.replace(

@@ -24,8 +24,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxgrpo.config import Config, EvaluationSettings, RecordingSettings, check, load_config
-from jaxgrpo.processes import Processes
+from jaxgrpo.config.load import check, load_config
+from jaxgrpo.config.settings import Config, EvaluationSettings, RecordingSettings
+from jaxgrpo.run.processes import Processes
 from jaxgrpo.samplers.base import FinishReason, Generation, PolicyWeights, Sampler, SamplingRequest
 from jaxgrpo.train import Training
 

@@ -22,10 +22,18 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from jaxgrpo import pretrained
-from jaxgrpo.model import ModelConfig, Params, cast_to, default_embed, forward, forward_shared_prompt, head_table
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import (
+    Params,
+    cast_to,
+    default_embed,
+    forward,
+    forward_shared_prompt,
+    head_table,
+)
 from jaxgrpo.samplers.base import Generation, SamplingRequest
-from jaxgrpo.samplers.native import NativeSampler
+from jaxgrpo.samplers.native.sampler import NativeSampler
+from jaxgrpo.storage import pretrained
 
 CHATS = (
     "Write a function that returns the n-th Fibonacci number.",

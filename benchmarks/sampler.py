@@ -26,18 +26,19 @@ import numpy as np
 
 from benchmarks.turns import Turn, play, release
 from envs.bfcl import Bfcl
-from jaxgrpo.background import EventLoopThread
-from jaxgrpo.chat import Chat
-from jaxgrpo.model import ModelConfig, Params
-from jaxgrpo.pretrained import load_params, load_tokenizer
+from jaxgrpo.learner.sharding import make_layout
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import Params
+from jaxgrpo.rollout.background import EventLoopThread
+from jaxgrpo.rollout.chat import Chat
+from jaxgrpo.run.weights import WholeWeights
 from jaxgrpo.samplers.base import Sampler
-from jaxgrpo.samplers.native import NativeSampler
-from jaxgrpo.samplers.vllm import VllmLimits, VllmSampler
-from jaxgrpo.samplers.vllm_server import ServerPlan, VllmServer
-from jaxgrpo.serving import WholeWeights
-from jaxgrpo.sharding import make_layout
+from jaxgrpo.samplers.native.sampler import NativeSampler
+from jaxgrpo.samplers.vllm.client import VllmLimits, VllmSampler
+from jaxgrpo.samplers.vllm.server import ServerPlan, VllmServer
+from jaxgrpo.storage.pretrained import load_params, load_tokenizer
+from jaxgrpo.storage.publish import WeightFolder, published_bytes
 from jaxgrpo.types import Message
-from jaxgrpo.weights import WeightFolder, published_bytes
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny-qwen2.5"
 QUESTION = "Answer in one paragraph: {}"

@@ -14,11 +14,18 @@ import json
 import jax
 import jax.numpy as jnp
 
-from benchmarks.workload import SMALL_MODEL, Sizes, Stepping, interleaved, one_row_each, random_groups
-from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import init_params
-from jaxgrpo.sharding import make_mesh
-from jaxgrpo.update import OptimizerSettings, Update
+from benchmarks.workload import (
+    SMALL_MODEL,
+    Sizes,
+    Stepping,
+    interleaved,
+    one_row_each,
+    random_groups,
+)
+from jaxgrpo.config.settings import LossSettings, OptimizerSettings
+from jaxgrpo.learner.sharding import make_mesh
+from jaxgrpo.learner.update import Update
+from jaxgrpo.models.qwen2 import init_params
 
 CONFIG = dataclasses.replace(SMALL_MODEL, vocab_size=2048, context_length=8192, tied_embeddings=True)
 BASE = Sizes(P=512, C=64, G=8)

@@ -6,11 +6,11 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.processor import PRODUCT, product_gflops
-from jaxgrpo.hf_mapping import params_from_hf, params_to_hf
-from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import ModelConfig, Params
+from jaxgrpo.config.settings import LossSettings, OptimizerSettings
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import Params
+from jaxgrpo.storage.hf_mapping import params_from_hf, params_to_hf
 from jaxgrpo.types import GroupBatch
-from jaxgrpo.update import OptimizerSettings
 
 
 def causal_lm(config: ModelConfig, params: Params) -> Qwen2ForCausalLM:

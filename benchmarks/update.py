@@ -7,7 +7,7 @@ F = 1024, untied: 8.1 million parameters), float32, two threads on both sides. A
 to a reference whose log-probabilities are given. All sides have the same weights and tokens, take turns in one process, and must agree in
 loss, gradient norm and clipped gradients before anything is timed.
 
-- ours: `jaxgrpo.update.Update`, for each way of rematerialising (`training.remat`).
+- ours: `jaxgrpo.learner.update.Update`, for each way of rematerialising (`training.remat`).
 - repeated: the same on eight groups of one row, so that nothing is shared; attention's output is saved.
 - torch: transformers' Qwen2 with sdpa and fused AdamW (benchmarks/torch_update.py), without gradient checkpointing and with it (TRL's
   default). Unlike ours and TRL it takes no entropies.
@@ -40,11 +40,11 @@ from benchmarks.workload import (
     product_rate,
     random_groups,
 )
-from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import REMAT, Params, init_params
-from jaxgrpo.sharding import logical_on_host, make_mesh
+from jaxgrpo.config.settings import REMAT, LossSettings, OptimizerSettings
+from jaxgrpo.learner.sharding import logical_on_host, make_mesh
+from jaxgrpo.learner.update import Update
+from jaxgrpo.models.qwen2 import Params, init_params
 from jaxgrpo.types import GroupBatch
-from jaxgrpo.update import OptimizerSettings, Update
 
 LOSS = LossSettings(kl_beta=0.001)
 OPTIMIZER = OptimizerSettings(warmup_steps=0)

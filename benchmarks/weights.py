@@ -18,12 +18,13 @@ import jax
 import numpy as np
 
 from benchmarks.publishing import Held, timed
-from jaxgrpo import weights
-from jaxgrpo.model import ModelConfig, Params
-from jaxgrpo.pretrained import load_params
-from jaxgrpo.samplers.vllm_http import Connection
-from jaxgrpo.samplers.vllm_server import ServerPlan, VllmServer
-from jaxgrpo.sharding import make_layout, make_mesh, store
+from jaxgrpo.learner.sharding import make_layout, make_mesh, store
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import Params
+from jaxgrpo.samplers.vllm.http import Connection
+from jaxgrpo.samplers.vllm.server import ServerPlan, VllmServer
+from jaxgrpo.storage import publish
+from jaxgrpo.storage.pretrained import load_params
 
 QUIET_SECONDS = 3.0
 """vLLM's processes poll for some time after an update, and take the cores from whatever is measured next."""
@@ -63,7 +64,7 @@ async def load(url: str, folder: Path, version: int) -> float:
 
 def serve(bench: Bench, server: VllmServer, root: Path, version: int) -> dict[str, float]:
     """The server's own figures for one version."""
-    stopped = asyncio.run(load(server.url, weights.version_folder(root, version), version))
+    stopped = asyncio.run(load(server.url, publish.version_folder(root, version), version))
     stages = re.findall(r"read and checked in ([\d.]+) s, applied in ([\d.]+) s", server.log.read_text())[-1]
     return {"server: read and check": float(stages[0]), "server: apply": float(stages[1]), "server: frozen": stopped}
 
@@ -88,7 +89,7 @@ def main() -> None:
         try:
             if server is not None:
                 server.wait(900)
-            for parent in args.root or [weights.SHARED_MEMORY, Path(tempfile.gettempdir())]:
+            for parent in args.root or [publish.SHARED_MEMORY, Path(tempfile.gettempdir())]:
                 with tempfile.TemporaryDirectory(dir=parent) as root:
                     report(parent, [one_round(bench, server, Path(root), version) for version in range(1, args.rounds + 1)])
         finally:
@@ -102,7 +103,7 @@ def one_round(bench: Bench, server: VllmServer | None, root: Path, version: int)
     if server is not None:
         found |= serve(bench, server, root, version)
     if version > 1:
-        weights.retire_version(root, version - 1)
+        publish.retire_version(root, version - 1)
     return found
 
 

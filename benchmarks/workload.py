@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.processor import PRODUCT, product_gflops
-from jaxgrpo.model import ModelConfig
+from jaxgrpo.learner.update import StepReport, TrainState, Update
+from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.types import GroupBatch
-from jaxgrpo.update import StepReport, TrainState, Update
 
 SETTLE = 0.3  # seconds between two runs, so that the threads of one library no longer spin when the other is timed
 

@@ -10,17 +10,17 @@ over tokens, and overlong episodes keep their loss: otherwise what a tiny model 
 """
 
 from envs.bfcl import Bfcl
-from jaxgrpo.config import (
+from jaxgrpo.config.settings import (
     Config,
     EvaluationSettings,
     ModelSettings,
     NativeSamplerSettings,
+    OptimizerSettings,
+    PackingSettings,
     RecordingSettings,
     RolloutSettings,
     TrainingSettings,
 )
-from jaxgrpo.packing import PackingSettings
-from jaxgrpo.update import OptimizerSettings
 
 CLASSES = ("GorillaFileSystem", "MathAPI", "MessageAPI", "TicketAPI", "TradingBot", "TwitterAPI", "VehicleControlAPI")
 

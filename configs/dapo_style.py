@@ -9,9 +9,7 @@ Result     not measured
 import dataclasses
 
 from configs.h200x4 import get_config as article
-from jaxgrpo.config import Config
-from jaxgrpo.losses import LossSettings
-from jaxgrpo.packing import PackingSettings
+from jaxgrpo.config.settings import Config, LossSettings, PackingSettings
 
 
 def get_config() -> Config:

@@ -18,7 +18,14 @@ no loss on episodes that ran out of tokens. docs/fidelity.md compares every ingr
 """
 
 from envs.bfcl import Bfcl
-from jaxgrpo.config import Config, EvaluationSettings, ModelSettings, RolloutSettings, TrainingSettings, VllmSettings
+from jaxgrpo.config.settings import (
+    Config,
+    EvaluationSettings,
+    ModelSettings,
+    RolloutSettings,
+    TrainingSettings,
+    VllmSettings,
+)
 
 
 def get_config() -> Config:

@@ -5,9 +5,16 @@ Hardware   two CPU cores
 """
 
 from envs.procedural import Warehouse
-from jaxgrpo.config import Config, EvaluationSettings, ModelSettings, RecordingSettings, RolloutSettings, TrainingSettings
-from jaxgrpo.packing import PackingSettings
-from jaxgrpo.update import OptimizerSettings
+from jaxgrpo.config.settings import (
+    Config,
+    EvaluationSettings,
+    ModelSettings,
+    OptimizerSettings,
+    PackingSettings,
+    RecordingSettings,
+    RolloutSettings,
+    TrainingSettings,
+)
 
 
 def get_config() -> Config:

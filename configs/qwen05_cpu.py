@@ -9,18 +9,18 @@ The interpreter of vLLM's environment is `vllm.python`: .venv-vllm/bin/python, o
 import os
 
 from envs.bfcl import Bfcl
-from jaxgrpo.config import (
+from jaxgrpo.config.settings import (
     Config,
     EvaluationSettings,
     ModelSettings,
     NativeSamplerSettings,
+    OptimizerSettings,
+    PackingSettings,
     RecordingSettings,
     RolloutSettings,
     TrainingSettings,
     VllmSettings,
 )
-from jaxgrpo.packing import PackingSettings
-from jaxgrpo.update import OptimizerSettings
 
 
 def get_config() -> Config:

@@ -9,17 +9,17 @@ reward (`call_match`), which a small model gets a share of before it solves anyt
 """
 
 from envs.bfcl import Bfcl
-from jaxgrpo.config import (
+from jaxgrpo.config.settings import (
     Config,
     EvaluationSettings,
     ModelSettings,
     NativeSamplerSettings,
+    OptimizerSettings,
+    PackingSettings,
     RecordingSettings,
     RolloutSettings,
     TrainingSettings,
 )
-from jaxgrpo.packing import PackingSettings
-from jaxgrpo.update import OptimizerSettings
 
 
 def get_config() -> Config:

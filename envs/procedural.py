@@ -13,8 +13,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 from envs import tool_tags
-from envs.base import Observation, StepResult
 from envs.tool_tags import ToolRequest
+from jaxgrpo.environment import Observation, StepResult
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall
 
 KINDS = ("order", "ship", "refill")

@@ -11,20 +11,22 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxgrpo import records
-from jaxgrpo.background import EventLoopThread, interruptible, run_program
-from jaxgrpo.checkpoint import read_policy
-from jaxgrpo.config import Config, ConfigError, load_config
-from jaxgrpo.config_checks import SPLITS
-from jaxgrpo.lora import NO_LORA
-from jaxgrpo.metrics import Recorder, TerminalView
-from jaxgrpo.model import Params
+from jaxgrpo.config.load import load_config
+from jaxgrpo.config.settings import NO_LORA, SPLITS, Config, ConfigError
+from jaxgrpo.interruptions import interruptible, run_program
+from jaxgrpo.learner.sharding import store
+from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.paths import absolute
-from jaxgrpo.rollout import Decoding, Rollout, RolloutResult
-from jaxgrpo.run_folder import held
-from jaxgrpo.samplers.base import Sampler, SamplerError
-from jaxgrpo.serving import WholeWeights, agreement_check, open_sampler
-from jaxgrpo.setup import (
+from jaxgrpo.rollout.background import EventLoopThread
+from jaxgrpo.rollout.episode import Decoding
+from jaxgrpo.rollout.rollout import Rollout, RolloutResult
+from jaxgrpo.run import records
+from jaxgrpo.run.agreement import agreement_check
+from jaxgrpo.run.folder import held
+from jaxgrpo.run.metrics import Recorder, TerminalView
+from jaxgrpo.run.pass_rates import mean_pass_at_k, pass_rate, pass_rates_by_label
+from jaxgrpo.run.samplers import open_sampler
+from jaxgrpo.run.setup import (
     Policy,
     build_rollout,
     build_update,
@@ -39,8 +41,10 @@ from jaxgrpo.setup import (
     run_folder,
     take_gpus,
 )
-from jaxgrpo.sharding import store
-from jaxgrpo.statistics import mean_pass_at_k, pass_rate, pass_rates_by_label
+from jaxgrpo.run.skipping import NothingLeftError
+from jaxgrpo.run.weights import WholeWeights
+from jaxgrpo.samplers.base import Sampler, SamplerError
+from jaxgrpo.storage.checkpoint import read_policy
 from jaxgrpo.types import Task
 
 
@@ -58,13 +62,6 @@ class Evaluation:
             f"{m['eval/split']}: pass@1 {m['eval/pass_rate']:.1%} [{m['eval/pass_rate_low']:.1%}, {m['eval/pass_rate_high']:.1%}] "
             f"over {m['eval/tasks']} tasks x {m['eval/samples']} samples"
         )
-
-
-class NothingLeftError(RuntimeError):
-    """Every group was dropped because of its environment; the message ends with the last error."""
-
-    def __init__(self, what: str, result: RolloutResult):
-        super().__init__(f"every group of {what} was dropped; the last error:\n{result.dropped[-1].error.rstrip()}")
 
 
 def split_tasks(config: Config, split: str) -> Sequence[Task]:

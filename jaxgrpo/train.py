@@ -14,25 +14,27 @@ from pathlib import Path
 
 import jax
 
-from jaxgrpo import records
-from jaxgrpo.background import EventLoopThread, interruptible, run_program
-from jaxgrpo.batch_metrics import rollout_metrics, schedule_metrics, update_metrics
-from jaxgrpo.checkpoint import newest_step
-from jaxgrpo.config import MAY_CHANGE, Config, ConfigError, changes_of_meaning, load_config, refuse, to_json
-from jaxgrpo.evaluate import NothingLeftError, evaluate, split_tasks
-from jaxgrpo.export import export
-from jaxgrpo.learner import Learner, passed
-from jaxgrpo.metrics import Recorder, TerminalView
-from jaxgrpo.packing import pack
+from jaxgrpo.config.load import MAY_CHANGE, changes_of_meaning, load_config, to_json
+from jaxgrpo.config.settings import Config, ConfigError, refuse
+from jaxgrpo.evaluate import evaluate, split_tasks
+from jaxgrpo.interruptions import interruptible, run_program
+from jaxgrpo.learner.batching import pack
+from jaxgrpo.learner.update import DivergedError, StepReport, TrainState
 from jaxgrpo.paths import write_whole
-from jaxgrpo.processes import ClusterFlags, PeerError, Processes, Told, Work, add_flags, join
-from jaxgrpo.rollout import Decoding, RolloutResult
-from jaxgrpo.run_folder import held
-from jaxgrpo.samplers.base import Sampler, SamplerError
-from jaxgrpo.samplers.metered import MeteredSampler
-from jaxgrpo.schedule import RolloutsAhead, batches_per_epoch, check_staleness, task_batch
-from jaxgrpo.serving import agreement_check, open_sampler
-from jaxgrpo.setup import (
+from jaxgrpo.rollout.background import EventLoopThread
+from jaxgrpo.rollout.episode import Decoding
+from jaxgrpo.rollout.prefetch import RolloutsAhead, batches_per_epoch, check_staleness, task_batch
+from jaxgrpo.rollout.rollout import RolloutResult
+from jaxgrpo.run import records
+from jaxgrpo.run.agreement import agreement_check
+from jaxgrpo.run.batch_metrics import rollout_metrics, schedule_metrics, update_metrics
+from jaxgrpo.run.export import export
+from jaxgrpo.run.folder import held
+from jaxgrpo.run.learner import Learner, passed
+from jaxgrpo.run.metrics import Recorder, TerminalView
+from jaxgrpo.run.processes import ClusterFlags, PeerError, Processes, Told, Work, add_flags, join
+from jaxgrpo.run.samplers import open_sampler
+from jaxgrpo.run.setup import (
     Policy,
     Prompts,
     attention_kernel,
@@ -49,16 +51,19 @@ from jaxgrpo.setup import (
     take_gpus,
     training_mesh,
 )
-from jaxgrpo.skipping import (
+from jaxgrpo.run.skipping import (
     NothingLearntError,
+    NothingLeftError,
     Prepared,
     SkippedBatches,
     UselessBatchError,
     check_gradient,
     prepare,
 )
+from jaxgrpo.samplers.base import Sampler, SamplerError
+from jaxgrpo.samplers.metered import MeteredSampler
+from jaxgrpo.storage.checkpoint import newest_step
 from jaxgrpo.types import GroupBatch, Task
-from jaxgrpo.update import DivergedError, StepReport, TrainState
 
 _LESS_MEMORY = (
     "python -m tools.plan_memory says what a step needs. Less: training.groups_per_device=1, a smaller training.head_chunk, "

@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items):
 def updates_traced_once():
     """Runs of a process with the same model, mesh and settings share the programs of their updates:
     tracing them takes longer than all that these tests compute."""
-    from jaxgrpo import setup  # imports jax, which reads the environment
+    from jaxgrpo.run import setup  # jax, which reads the environment
 
     make, made = setup.Update, {}
 
@@ -50,7 +50,7 @@ def updates_traced_once():
 @pytest.fixture
 def hf_folder(tmp_path):
     """A small untied model of bfloat16 in Hugging Face layout."""
-    from tests.model_folders import make_folder, random_tensors  # imports jax, which reads the environment
+    from tests.model_folders import make_folder, random_tensors  # jax, which reads the environment
 
     return make_folder(tmp_path / "hf", random_tensors(False, "bfloat16"))
 
@@ -58,7 +58,7 @@ def hf_folder(tmp_path):
 @pytest.fixture
 def orbax_folder(hf_folder, tmp_path):
     """The same as an orbax folder."""
-    from jaxgrpo import pretrained
+    from jaxgrpo.storage import pretrained
 
     pretrained.write_orbax(pretrained.open_weights(hf_folder), tmp_path / "orbax")
     return tmp_path / "orbax"

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from jaxgrpo import hf_mapping
-from jaxgrpo.model import ModelConfig
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.storage import hf_mapping
 from tests.byte_chat import byte_tokenizer
 
 SIZES = {

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrpo.model import ModelConfig, cast_to, forward, head_table, init_params
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import cast_to, forward, head_table, init_params
 from jaxgrpo.samplers.base import Generation, SamplingRequest
-from jaxgrpo.samplers.native import NativeSampler
-from tests.test_stops import TOKENIZER
+from jaxgrpo.samplers.native.sampler import NativeSampler
+from tests.samplers.native.test_stops import TOKENIZER
 
 T = TypeVar("T")
 

@@ -2,12 +2,12 @@
 
 import asyncio
 
-from jaxgrpo import records
-from jaxgrpo.background import BlockingCalls
-from jaxgrpo.chat import Chat
-from jaxgrpo.episode import Decoding, EpisodeKey, EpisodePlayer, Limits
-from jaxgrpo.records import TrajectoryRecord
-from jaxgrpo.rewards import RewardSettings
+from jaxgrpo.rewards.base import RewardSettings
+from jaxgrpo.rollout.background import BlockingCalls
+from jaxgrpo.rollout.chat import Chat
+from jaxgrpo.rollout.episode import Decoding, EpisodeKey, EpisodePlayer, Limits
+from jaxgrpo.run import records
+from jaxgrpo.run.records import TrajectoryRecord
 from jaxgrpo.types import Task
 from tests.byte_chat import byte_tokenizer
 from tests.rollout_fakes import EchoEnvironment, Say, ScriptedSampler, Suite

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import jax
 
-from jaxgrpo.model import ModelConfig
-from jaxgrpo.pretrained import load_params
-from jaxgrpo.processes import ClusterFlags, add_flags, join
-from jaxgrpo.sharding import make_layout, make_mesh, store
-from jaxgrpo.weights import publish_weights
+from jaxgrpo.learner.sharding import make_layout, make_mesh, store
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.run.processes import ClusterFlags, add_flags, join
+from jaxgrpo.storage.pretrained import load_params
+from jaxgrpo.storage.publish import publish_weights
 from tests.processes import run_processes
 
 

@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 
-from jaxgrpo.model import ModelConfig, Params, param_shapes
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import Params, param_shapes
 
 ODD = ModelConfig(
     vocab_size=13,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from envs.base import Observation, StepResult
+from jaxgrpo.environment import Observation, StepResult
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplingRequest
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall
 from tests.byte_chat import END

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import jax
 
-from jaxgrpo.checkpoint import Checkpoints, Progress
-from jaxgrpo.processes import ClusterFlags, add_flags, join
-from jaxgrpo.update import StepReport, TrainState, Update
+from jaxgrpo.learner.update import StepReport, TrainState, Update
+from jaxgrpo.run.processes import ClusterFlags, add_flags, join
+from jaxgrpo.storage.checkpoint import Checkpoints, Progress
 from tests.updates import GROUPS, packed, update_of
 
 

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgrpo import records
-from jaxgrpo.checkpoint import read_policy
 from jaxgrpo.evaluate import main
-from jaxgrpo.model import ModelConfig, Params, cast_to, forward, head_table
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import Params, cast_to, forward, head_table
+from jaxgrpo.run import records
+from jaxgrpo.storage.checkpoint import read_policy
 from jaxgrpo.train import train
 from tests.training import changed, make_model, metric_lines, write_config
 

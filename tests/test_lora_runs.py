@@ -10,9 +10,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxgrpo import evaluate
-from jaxgrpo.config import ConfigError, load_config
-from jaxgrpo.model import ModelConfig, cast_to, forward, head_table, init_params
-from jaxgrpo.pretrained import load_params, save_hf
+from jaxgrpo.config.load import load_config
+from jaxgrpo.config.settings import ConfigError
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import cast_to, forward, head_table, init_params
+from jaxgrpo.storage.pretrained import load_params, save_hf
 from jaxgrpo.train import main, train
 from tests.training import CONFIG_JSON, changed, make_model, metric_lines, write_config
 

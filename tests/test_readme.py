@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxgrpo.chat import Chat
-from jaxgrpo.episode import Limits
-from jaxgrpo.rollout import Rollout
+from jaxgrpo.rollout.chat import Chat
+from jaxgrpo.rollout.episode import Limits
+from jaxgrpo.rollout.rollout import Rollout
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplingRequest
 from jaxgrpo.types import StopReason
 from tests.byte_chat import byte_tokenizer

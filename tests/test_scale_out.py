@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxgrpo.config import load_config
+from jaxgrpo.config.load import load_config
 from jaxgrpo.train import main
 
 PAGE = Path("docs/scale-out.md").read_text(encoding="utf-8")
@@ -46,7 +46,7 @@ def test_the_servers_overrides_fit_the_config(where: str) -> None:
     if where == "Kubernetes":
         overrides = [a.removeprefix("--set=") for a in container("StatefulSet")["args"] if a.startswith("--set=")]
     else:
-        script = next(text for kind, text in BLOCKS if "vllm_server" in text and kind == "sh").replace("$((8000 + SLURM_LOCALID))", "8000")
+        script = next(text for kind, text in BLOCKS if "serve_vllm" in text and kind == "sh").replace("$((8000 + SLURM_LOCALID))", "8000")
         overrides = [quoted or plain for quoted, plain in re.findall(r'--set (?:"([^"]*)"|([^\s\']+))', script)]
     config = load_config("configs/multi_host.py", overrides)
     assert (config.vllm.urls, config.vllm.gpus, config.training.gpus) == ((), (0,), ())

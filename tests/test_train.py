@@ -14,19 +14,18 @@ import numpy as np
 import pytest
 
 from envs.procedural import Warehouse
-from jaxgrpo import records, setup
 from jaxgrpo import train as train_module
-from jaxgrpo.checkpoint import newest_step
-from jaxgrpo.config import ConfigError
-from jaxgrpo.model import ModelConfig
-from jaxgrpo.packing import PackingSettings
-from jaxgrpo.pretrained import load_params
-from jaxgrpo.processes import Processes
-from jaxgrpo.rollout import Decoding
+from jaxgrpo.config.settings import ConfigError, PackingSettings
+from jaxgrpo.learner.sharding import logical_leaf, logical_on_host
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.rollout.episode import Decoding
+from jaxgrpo.rollout.prefetch import StalenessError, task_batch
+from jaxgrpo.run import records, setup
+from jaxgrpo.run.processes import Processes
 from jaxgrpo.samplers.base import SamplerError
-from jaxgrpo.schedule import StalenessError
-from jaxgrpo.sharding import logical_leaf, logical_on_host
-from jaxgrpo.train import Training, main, task_batch, train
+from jaxgrpo.storage.checkpoint import newest_step
+from jaxgrpo.storage.pretrained import load_params
+from jaxgrpo.train import Training, main, train
 from tests.rollout_fakes import VersionedSampler
 from tests.training import changed, make_model, metric_lines, small_config, write_config
 

@@ -13,14 +13,17 @@ import huggingface_hub
 import jax
 import pytest
 
-from jaxgrpo import records, serving, setup
 from jaxgrpo import train as train_module
-from jaxgrpo.attention import XLA
-from jaxgrpo.background import EventLoopThread
-from jaxgrpo.config import ConfigError
-from jaxgrpo.lora import LoraSettings
-from jaxgrpo.rollout import Decoding, Execution, Limits
-from jaxgrpo.train import main, passed, task_batch, train
+from jaxgrpo.config.settings import ConfigError, LoraSettings
+from jaxgrpo.models.attention import XLA
+from jaxgrpo.rollout.background import EventLoopThread
+from jaxgrpo.rollout.episode import Decoding, Limits
+from jaxgrpo.rollout.prefetch import task_batch
+from jaxgrpo.rollout.rollout import Execution
+from jaxgrpo.run import records, samplers, setup
+from jaxgrpo.run.learner import passed
+from jaxgrpo.run.weights import WholeWeights
+from jaxgrpo.train import main, train
 from jaxgrpo.types import Task
 from tests.training import changed, make_model, metric_lines, small_config, write_config
 
@@ -76,14 +79,14 @@ class TestOptions:
 
     def test_sizes_reach_the_sampler_and_the_update(self, model, tmp_path, monkeypatch):
         given = {}
-        monkeypatch.setattr(serving, "NativeSampler", lambda *args, **options: given.update(sampler=options))
+        monkeypatch.setattr(samplers, "NativeSampler", lambda *args, **options: given.update(sampler=options))
         monkeypatch.setattr(setup, "Update", lambda *args, **options: given.update(update=options, devices=args[1].size))
         native = ("native.max_rows=3", "native.decode_chunk=5", "native.max_cache_tokens=4096")
         update = ("training.head_chunk=32", "rollout.temperature=0.5", "model.compute_dtype=bfloat16", "training.devices=2", "lora.rank=2")
         config = changed(tmp_path, model, *native, *update, "training.remat=none", "training.attention=xla")
         policy = setup.open_policy(config)
         with EventLoopThread() as loop:
-            serving.open_sampler(config, policy, serving.WholeWeights({}, policy.config), 3, loop, tmp_path, ExitStack())
+            samplers.open_sampler(config, policy, WholeWeights({}, policy.config), 3, loop, tmp_path, ExitStack())
         setup.build_update(config, policy.config)
         sampler = {"version": 3, "max_rows": 3, "decode_chunk": 5, "max_cache_tokens": 4096, "compute_dtype": "bfloat16"}
         assert {key: given["sampler"][key] for key in sampler} == sampler

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from configs.cpu_demo import get_config as demo
-from jaxgrpo import records
-from jaxgrpo.config import Config, load_config
+from jaxgrpo.config.load import load_config
+from jaxgrpo.config.settings import Config
+from jaxgrpo.run import records
 from jaxgrpo.train import train
 from jaxgrpo.types import Trajectory
 from tests.judge_service import KEY, Handler, completion, serving

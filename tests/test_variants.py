@@ -13,10 +13,10 @@ import jax
 import pytest
 
 from envs.bfcl.rewards import Correctness, Execution, Format
-from jaxgrpo.config import load_config
-from jaxgrpo.config_json import encode
-from jaxgrpo.judge import GibberishJudge
-from jaxgrpo.overrides import leaves
+from jaxgrpo.config.encoding import encode
+from jaxgrpo.config.load import load_config
+from jaxgrpo.config.overrides import leaves
+from jaxgrpo.rewards.judge import GibberishJudge
 from jaxgrpo.train import main
 
 CONFIGS = sorted(

@@ -9,13 +9,22 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from envs.base import Observation, StepResult
-from jaxgrpo.config import Config, EvaluationSettings, ModelSettings, RecordingSettings, RolloutSettings, TrainingSettings, load_config
-from jaxgrpo.model import ModelConfig, init_params
-from jaxgrpo.packing import PackingSettings
-from jaxgrpo.pretrained import save_hf
+from jaxgrpo.config.load import load_config
+from jaxgrpo.config.settings import (
+    Config,
+    EvaluationSettings,
+    ModelSettings,
+    OptimizerSettings,
+    PackingSettings,
+    RecordingSettings,
+    RolloutSettings,
+    TrainingSettings,
+)
+from jaxgrpo.environment import Observation, StepResult
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import init_params
+from jaxgrpo.storage.pretrained import save_hf
 from jaxgrpo.types import Message, Score, StopReason, Task
-from jaxgrpo.update import OptimizerSettings
 from tests.byte_chat import END, END_OF_TEXT, byte_tokenizer
 
 EVERY_CHARACTER = (*map(chr, range(128)), "\ufffd")

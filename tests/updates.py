@@ -14,12 +14,13 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import ModelConfig, Params
-from jaxgrpo.packing import PackingSettings, pack
-from jaxgrpo.sharding import logical_on_host, make_mesh
+from jaxgrpo.config.settings import LossSettings, OptimizerSettings, PackingSettings
+from jaxgrpo.learner.batching import pack
+from jaxgrpo.learner.sharding import logical_on_host, make_mesh
+from jaxgrpo.learner.update import StepReport, TrainState, Update
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.types import Group, GroupBatch
-from jaxgrpo.update import OptimizerSettings, StepReport, TrainState, Update
 from tests.episodes import random_groups
 from tests.random_weights import random_params
 

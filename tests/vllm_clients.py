@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxgrpo.samplers.base import SamplingRequest
-from jaxgrpo.samplers.vllm import TokenizerProbe, VllmLimits, VllmSampler
+from jaxgrpo.samplers.vllm.client import TokenizerProbe, VllmLimits, VllmSampler
 from tests.fake_vllm import FakeVllm, choice
 
 EOS = 2

@@ -10,11 +10,10 @@ import pytest
 
 from configs.vllm_cpu import get_config as vllm_cpu
 from envs.procedural import Warehouse
-from jaxgrpo import setup
-from jaxgrpo.config import Config, EvaluationSettings
-from jaxgrpo.packing import PackingSettings
-from jaxgrpo.samplers.vllm_server import VllmServer
-from jaxgrpo.serving import server_plan
+from jaxgrpo.config.settings import Config, EvaluationSettings, PackingSettings
+from jaxgrpo.run import setup
+from jaxgrpo.run.samplers import server_plan
+from jaxgrpo.samplers.vllm.server import VllmServer
 
 PYTHON = os.environ.get("JAXGRPO_VLLM_PYTHON", "")
 NEEDS_VLLM = [pytest.mark.vllm, pytest.mark.skipif(not PYTHON, reason="JAXGRPO_VLLM_PYTHON names no interpreter"), pytest.mark.timeout(900)]

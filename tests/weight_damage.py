@@ -64,7 +64,7 @@ DAMAGES = {
     "no chunk": (lambda f: chunk(f).unlink(), f"{BIAS} in .* cannot be read"),
     "a short chunk": (shorten, f"{BIAS} in .* cannot be read"),
     "no metadata of an array": (lambda f: (f / "params" / BIAS / "zarr.json").unlink(), f"{BIAS} in .* cannot be opened: FileNotFound"),
-    "a compressed array": (compress, f"{BIAS} in .* jaxgrpo.weights writes bare values in equal chunks"),
+    "a compressed array": (compress, f"{BIAS} in .* jaxgrpo.storage.publish writes bare values in equal chunks"),
     "a bit": (flip, rf"{BIAS} in .* is damaged: the checksum of elements 0:4 of a row"),
     "two arrays exchanged": (exchange, r"layers\.mlp\.\w+\.kernel in .* is damaged"),
 }

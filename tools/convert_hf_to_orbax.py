@@ -13,8 +13,8 @@ import time
 
 import absl.logging
 
-from jaxgrpo import hf_mapping, pretrained
 from jaxgrpo.paths import absolute
+from jaxgrpo.storage import hf_mapping, pretrained
 from tools.arguments import failed
 
 

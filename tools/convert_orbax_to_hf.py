@@ -9,8 +9,8 @@ import argparse
 import resource
 import time
 
-from jaxgrpo import hf_mapping, pretrained
 from jaxgrpo.paths import absolute
+from jaxgrpo.storage import hf_mapping, pretrained
 from tools.arguments import failed, positive_number
 
 

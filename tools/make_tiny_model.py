@@ -25,13 +25,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from envs.bfcl import Bfcl
-from jaxgrpo.chat import Chat
-from jaxgrpo.losses import Head, token_logprobs
-from jaxgrpo.model import ModelConfig, Params, cast_to, forward_shared_prompt, head_table, init_params
-from jaxgrpo.packing import bucket
+from jaxgrpo.learner.batching import bucket
+from jaxgrpo.learner.losses import Head, token_logprobs
+from jaxgrpo.learner.sharding import Whole, embed
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import Params, cast_to, forward_shared_prompt, head_table, init_params
 from jaxgrpo.paths import absolute
-from jaxgrpo.pretrained import load_tokenizer, save_hf
-from jaxgrpo.sharding import Whole, embed
+from jaxgrpo.rollout.chat import Chat
+from jaxgrpo.storage.pretrained import load_tokenizer, save_hf
 from jaxgrpo.types import Task
 from tools.arguments import failed, positive_integer, positive_number
 

@@ -22,17 +22,34 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxgrpo.config import Config, ConfigError, load_config
-from jaxgrpo.model import ModelConfig
-from jaxgrpo.model_sizes import known_size
-from jaxgrpo.packing import bucket
-from jaxgrpo.planning import Cluster, Forecast, GroupShape, Work, forecast, hardware_flops, state_bytes
-from jaxgrpo.pretrained import locate
-from jaxgrpo.setup import micro_batches, open_tasks, parameter_count, update_on
-from jaxgrpo.sharding import make_mesh
+from jaxgrpo.config.load import load_config
+from jaxgrpo.config.settings import Config, ConfigError
+from jaxgrpo.learner.batching import bucket
+from jaxgrpo.learner.sharding import make_mesh
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.run.setup import micro_batches, open_tasks, parameter_count, update_on
+from jaxgrpo.storage.pretrained import locate
 from tools.arguments import positive_integer, positive_number
+from tools.model_sizes import known_size
+from tools.planning import (
+    Cluster,
+    Forecast,
+    GroupShape,
+    Work,
+    forecast,
+    hardware_flops,
+    state_bytes,
+)
 from tools.step_memory import StepMemory, describe_collectives, measure
-from tools.targets import GIB, TARGETS, Target, can_compile_for_gpus, described_gpus, simulate, simulated_devices
+from tools.targets import (
+    GIB,
+    TARGETS,
+    Target,
+    can_compile_for_gpus,
+    described_gpus,
+    simulate,
+    simulated_devices,
+)
 
 TABLE_GPUS = (4, 8, 64, 512)
 _JAX_SHARE = 0.75  # of a GPU's memory that jax takes unless XLA_CLIENT_MEM_FRACTION says otherwise

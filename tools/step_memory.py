@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from jax.stages import Compiled
 
-from jaxgrpo.planning import StateBytes
-from jaxgrpo.update import LoweredStep
+from jaxgrpo.learner.update import LoweredStep
 from tools.hlo import Collective, collectives
+from tools.planning import StateBytes
 
 
 @dataclasses.dataclass(frozen=True)

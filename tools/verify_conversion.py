@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxgrpo import hf_mapping, pretrained
-from jaxgrpo.model import ModelConfig
+from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.paths import absolute
+from jaxgrpo.storage import hf_mapping, pretrained
 from tools.arguments import failed
 
 _PROMPTS = ("def quicksort(items):", "The capital of France is", "1 2 3 5 8 13 21")
@@ -31,11 +31,11 @@ def differing_tensors(first: pretrained.WeightSource, second: pretrained.WeightS
 
 
 def our_logits(folder: Path, ids_T: np.ndarray) -> np.ndarray:
-    """Float32 logits [T, V] of one sequence through `jaxgrpo.model.forward`."""
+    """Float32 logits [T, V] of one sequence through `jaxgrpo.models.qwen2.forward`."""
     import jax
     import jax.numpy as jnp
 
-    from jaxgrpo.model import cast_to, forward, head_table
+    from jaxgrpo.models.qwen2 import cast_to, forward, head_table
 
     config = ModelConfig.from_folder(folder)
     params = jax.tree.map(jnp.asarray, pretrained.load_params(folder, config, np.float32))

@@ -19,8 +19,8 @@ from jax import Array
 
 from benchmarks.gpu.measuring import attempted, timed, untuned
 from benchmarks.gpu.rows import Context, Row, in_time
-from jaxgrpo.attention import XLA, Kernel, attend
-from jaxgrpo.cudnn import CUDNN, unusable
+from jaxgrpo.models.attention import XLA, Kernel, attend
+from jaxgrpo.models.cudnn import CUDNN, unusable
 
 KERNELS: dict[str, Kernel] = {
     "cudnn": CUDNN,
@@ -118,7 +118,7 @@ def inputs(heads: Heads, case: Case, dtype: Any) -> tuple[list[Array], Array | N
 
 
 def dense(q: Array, k: Array, v: Array, *context: Array) -> Array:
-    """`jaxgrpo.attention.attend` as its definition says, with all scores at once, to be
+    """`jaxgrpo.models.attention.attend` as its definition says, with all scores at once, to be
     differentiated by jax; `context` holds keys, values and lengths, or nothing."""
     repeat, c = q.shape[3] // k.shape[3], q.shape[2]
     spread = lambda x: jnp.repeat(x, repeat, axis=-2)

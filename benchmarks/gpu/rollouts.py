@@ -4,9 +4,10 @@ import dataclasses
 
 import numpy as np
 
-from jaxgrpo.packing import PackingSettings, pack
-from jaxgrpo.planning import GroupShape
+from jaxgrpo.config.settings import PackingSettings
+from jaxgrpo.learner.batching import pack
 from jaxgrpo.types import Group, GroupBatch, Message, Score, StopReason, Task, Trajectory
+from tools.planning import GroupShape
 
 
 @dataclasses.dataclass(frozen=True)

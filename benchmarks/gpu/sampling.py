@@ -20,11 +20,11 @@ from benchmarks.gpu.models import named, random_logical
 from benchmarks.gpu.rollouts import token_ids
 from benchmarks.gpu.rows import Context, Row, in_time
 from benchmarks.turns import Turn, play, release
-from jaxgrpo.background import EventLoopThread
-from jaxgrpo.decode import PAGE
-from jaxgrpo.model import ModelConfig
+from jaxgrpo.config.settings import PAGE
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.samplers.base import SamplerError
-from jaxgrpo.samplers.native import NativeSampler
+from jaxgrpo.samplers.native.sampler import NativeSampler
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,10 +19,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.gpu.rollouts import TINY, Lengths
 from benchmarks.gpu.rows import Context, Row, in_time
-from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import ModelConfig
-from jaxgrpo.model_sizes import QWEN2_5
-from jaxgrpo.update import OptimizerSettings
+from jaxgrpo.config.settings import LossSettings, OptimizerSettings
+from jaxgrpo.models.model_config import ModelConfig
+from tools.model_sizes import QWEN2_5
 
 _PROMPTS, _TINY_PROMPTS = (1024, 4096), (64,)
 _TINY_MODEL = ModelConfig(512, 64, 2, 4, 2, 16, 128, 4096, 1e6, 1e-6, True)

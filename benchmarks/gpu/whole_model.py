@@ -15,12 +15,13 @@ from benchmarks.gpu.measuring import attempted, untuned
 from benchmarks.gpu.models import named, random_stored
 from benchmarks.gpu.rollouts import TINY, Lengths, Packed, packed
 from benchmarks.gpu.rows import Context, Row
-from jaxgrpo.attention import Kernel
-from jaxgrpo.cudnn import unusable
-from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import ModelConfig, Params
-from jaxgrpo.sharding import make_mesh
-from jaxgrpo.update import OptimizerSettings, TrainState, Update
+from jaxgrpo.config.settings import LossSettings, OptimizerSettings
+from jaxgrpo.learner.sharding import make_mesh
+from jaxgrpo.learner.update import TrainState, Update
+from jaxgrpo.models.attention import Kernel
+from jaxgrpo.models.cudnn import unusable
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import Params
 
 MOST_DIFFERENCE = {"logprobs": 0.02, "gradients": 0.03}
 """Of log-probabilities the mean absolute difference of a real token, of gradients the relative one

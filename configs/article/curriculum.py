@@ -14,7 +14,7 @@ The article's code sorts its tasks like this, but its trainer's sampler then shu
 import dataclasses
 
 from configs.h200x4 import get_config as article
-from jaxgrpo.config import Config
+from jaxgrpo.config.settings import Config
 
 
 def get_config() -> Config:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Protocol as TypingProtocol
 
 from envs import tool_tags
-from envs.base import Observation
 from envs.bfcl import docs
 from envs.bfcl.execution import Call
 from envs.tool_tags import Action
+from jaxgrpo.environment import Observation
 from jaxgrpo.types import Message, ToolCall
 
 NATIVE_INSTRUCTIONS = "Fulfil the user's request with the tools. When nothing is left to do, answer without a tool call."

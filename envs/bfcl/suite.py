@@ -4,13 +4,21 @@ import dataclasses
 import difflib
 from collections.abc import Collection, Sequence
 
-from envs.base import Environment
 from envs.bfcl.docs import DETAILS
 from envs.bfcl.env import BfclEnvironment, EpisodeOptions
 from envs.bfcl.protocols import EXAMPLES, PROTOCOLS
 from envs.bfcl.simulators import MODULES
 from envs.bfcl.source import RELEASES, open_package
-from envs.bfcl.tasks import CATEGORIES, BfclTask, Library, as_task, curriculum, load_library, split_ids
+from envs.bfcl.tasks import (
+    CATEGORIES,
+    BfclTask,
+    Library,
+    as_task,
+    curriculum,
+    load_library,
+    split_ids,
+)
+from jaxgrpo.environment import Environment
 from jaxgrpo.types import Task
 
 REWARDS = ("official", "call_match")

@@ -70,7 +70,7 @@ class PolicyWeights(Protocol):
     """The policy's weights, however they lie: each sampler takes them in the form that it serves."""
 
     def logical(self) -> Any:
-        """The logical parameter tree of jaxgrpo.model, whole: for computing in this process."""
+        """The logical parameter tree of jaxgrpo.models.qwen2, whole: for computing in this process."""
 
     def write(self, version: int, root: Path) -> Path:
         """A new folder of shards under `root`, whole when this returns: for another process to read."""
