@@ -1,24 +1,21 @@
 """vLLM in a process of its own: started from the config, waited for, and ended with whoever started it.
 
-python -m tools.serve_vllm --config FILE [--set key=value ...]       the same server by hand, on this or another host
+tools.serve_vllm starts the same server by hand.
 """
 
-import argparse
 import dataclasses
 import json
 import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from jaxgrpo.interruptions import run_program
 from jaxgrpo.samplers.base import SamplerError
 from jaxgrpo.samplers.vllm.auth import KEY_VARIABLE, RequireKey
 from jaxgrpo.samplers.vllm.http import SUPPORTED_VLLM
@@ -252,38 +249,3 @@ def _answers(url: str) -> bool:
             return response.status == 200
     except (urllib.error.URLError, OSError):
         return False
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: run the config's server until it is told to end."""
-    from jaxgrpo.config.load import load_config
-    from jaxgrpo.config.settings import ConfigError
-    from jaxgrpo.run.samplers import server_plan
-    from jaxgrpo.run.setup import open_policy
-
-    parser = argparse.ArgumentParser(prog="python -m tools.serve_vllm", description=__doc__)
-    parser.add_argument("--config", required=True, help="a Python file with get_config()")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. vllm.port=8000")
-    parser.add_argument("--log", help="where vLLM's output goes (default: a temporary file)")
-    args = parser.parse_args(arguments)
-    try:
-        config = load_config(args.config, args.set)
-        log = Path(args.log or tempfile.mkstemp(prefix="vllm-", suffix=".log")[1])
-        server = VllmServer(server_plan(config, open_policy(config), own_weights=True), log, os.environ.get(KEY_VARIABLE))
-        try:
-            server.wait(config.vllm.start_seconds)
-            print(f"serving at {server.url} (log: {log}); Ctrl-C ends it", flush=True)
-            while (failure := server.failure()) is None:
-                time.sleep(1)
-            raise ServerError(failure)
-        except KeyboardInterrupt:
-            return 0
-        finally:
-            server.close()
-    except (ConfigError, SamplerError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    run_program(main)
