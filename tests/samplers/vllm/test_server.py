@@ -128,6 +128,26 @@ class TestRefusals:
         stale = self.interpreter(tmp_path, '[{"vllm": "0.32.1"}, [1, null, 2, 3]]')
         assert f"has another version of this package's plugin than the trainer: {stale} -m pip install" in self.refused(python=stale)
 
+    def test_an_interpreter_whose_package_has_other_folders(self, tmp_path):
+        """As that of an earlier version has: a real interpreter, with as little as it takes."""
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True)
+        (packages,) = tmp_path.glob("lib/python3.*/site-packages")
+        for folder, file, text in (
+            ("vllm-0.32.0.dist-info", "METADATA", "Name: vllm\nVersion: 0.32.0\n"),
+            ("jaxgrpo-0.1.0.dist-info", "METADATA", "Name: jaxgrpo\nVersion: 0.1.0\n"),
+            (
+                "jaxgrpo-0.1.0.dist-info",
+                "entry_points.txt",
+                "[vllm.general_plugins]\njaxgrpo = jaxgrpo.samplers.vllm_plugin:register\n",
+            ),
+            ("jaxgrpo", "__init__.py", ""),
+            ("jaxgrpo", "weight_reader.py", ""),
+        ):
+            (packages / folder).mkdir(exist_ok=True)
+            (packages / folder / file).write_text(text)
+        refused = self.refused(python=str(tmp_path / "bin" / "python"))
+        assert "has another version of this package's plugin than the trainer" in refused
+
 
 def gone(pid: int) -> bool:
     try:
