@@ -1,9 +1,8 @@
-"""The README tells the truth: its example environment works, its commands' files are there, and the map names every file."""
+"""The README tells the truth: its example environment works, its commands' files are there, and the map names every folder."""
 
 import asyncio
 import importlib.util
 import re
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -72,17 +71,11 @@ def test_the_example_environment_answers_nonsense_and_ends(example):
     assert game.score().reward == 0.0
 
 
-def test_the_map_names_every_file():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    files = tracked or [
-        str(p.relative_to(ROOT)) for folder in ("jaxgrpo", "envs", "configs", "tools", "benchmarks") for p in (ROOT / folder).rglob("*.py")
-    ]
-    rooms = ("jaxgrpo/", "envs/", "configs/", "tools/", "benchmarks/")
-    missing = [
-        f for f in files if f.startswith(rooms) and f.endswith(".py") and not f.endswith("__init__.py") and f"{Path(f).name}`" not in MAP
-    ]
-    assert len(files) > 50
-    assert missing == []
+def test_the_map_names_every_folder():
+    parts = ("jaxgrpo", "envs", "configs", "tools", "benchmarks")
+    folders = {str(p.parent.relative_to(ROOT)) for part in parts for p in (ROOT / part).rglob("*.py")}
+    assert len(folders) > 15
+    assert set(re.findall(r"^\| `([\w/]+)/` \|", MAP, re.M)) == folders
 
 
 def test_every_file_that_the_readme_names_exists():
