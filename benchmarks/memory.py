@@ -25,7 +25,7 @@ from jaxgrpo.models.qwen2 import init_params
 
 SIZES = Sizes(P=64, C=256, G=4)
 CONFIG = dataclasses.replace(
-    SMALL_MODEL, vocab_size=151_936, width=64, layers=2, head_size=16, mlp_width=256, context_length=SIZES.P + SIZES.C, tied_embeddings=True
+    SMALL_MODEL, vocab_size=151_936, hidden_size=64, layers=2, head_dim=16, intermediate_size=256, context_length=SIZES.P + SIZES.C, tied_embeddings=True
 )
 
 

@@ -75,7 +75,7 @@ class PacedTraining(Training):
     streams: int
 
     def open_sampler(self, stack: ExitStack) -> Sampler:
-        return PacedSampler(self.rate, self.streams, self.policy.chat.eos_ids[0], self.policy.config.vocab_size, self.version)
+        return PacedSampler(self.rate, self.streams, self.assets.chat.eos_ids[0], self.assets.config.vocab_size, self.version)
 
 
 class PinnedTraining(Training):
@@ -103,8 +103,8 @@ def configured(args: argparse.Namespace, staleness: int, batches: int) -> Config
     changed = dataclasses.replace(
         config,
         loss=dataclasses.replace(config.loss, tis_cap=2.0),
-        packing=dataclasses.replace(
-            config.packing, masked_stop_reasons=(), prompt_multiple=r.max_prompt_tokens, completion_multiple=r.max_completion_tokens
+        batching=dataclasses.replace(
+            config.batching, masked_stop_reasons=(), prompt_multiple=r.max_prompt_tokens, completion_multiple=r.max_completion_tokens
         ),
         training=dataclasses.replace(t, steps=batches * t.iterations, max_staleness=staleness),
         evaluation=EvaluationSettings(before=False, after=False),
@@ -143,8 +143,8 @@ def summed_up(lines: Sequence[dict]) -> dict[str, float]:
         "batch_seconds_mean": round(statistics.fmean(line["time/batch_seconds"] for line in lines), 4),
         "rollout_seconds": median("time/rollout_seconds"),
         "trainer_seconds": round(statistics.median(line["time/batch_seconds"] - line["time/wait_seconds"] for line in lines), 4),
-        "trainer_idle_share": median("time/trainer_idle_share"),
-        "sampler_idle_share": median("time/sampler_idle_share"),
+        "trainer_idle_fraction": median("time/trainer_idle_fraction"),
+        "sampler_idle_fraction": median("time/sampler_idle_fraction"),
         "staleness_mean": median("train/staleness_mean"),
         "staleness_max": max(line["train/staleness_max"] for line in lines),
         "batches": len(lines),
@@ -156,8 +156,8 @@ def show(results: Mapping[str, Mapping[str, float]]) -> None:
     for name, r in results.items():
         staleness = f"{r['staleness_mean']:.2f}, at most {r['staleness_max']}"
         print(
-            f"{name:<18}{r['batch_seconds']:>10.2f}{r['rollout_seconds']:>10.2f}{r['trainer_seconds']:>10.2f}{r['trainer_idle_share']:>13.0%}"
-            f"{r['sampler_idle_share']:>13.0%}{staleness:>16}"
+            f"{name:<18}{r['batch_seconds']:>10.2f}{r['rollout_seconds']:>10.2f}{r['trainer_seconds']:>10.2f}{r['trainer_idle_fraction']:>13.0%}"
+            f"{r['sampler_idle_fraction']:>13.0%}{staleness:>16}"
         )
 
 

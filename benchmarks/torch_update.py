@@ -18,8 +18,8 @@ def causal_lm(config: ModelConfig, params: Params) -> Qwen2ForCausalLM:
     model = Qwen2ForCausalLM._from_config(
         Qwen2Config(
             vocab_size=config.vocab_size,
-            hidden_size=config.width,
-            intermediate_size=config.mlp_width,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             num_key_value_heads=config.kv_heads,
@@ -74,7 +74,7 @@ class TorchUpdate:
         return logits.gather(-1, self.completions[..., None])[..., 0] - torch.logsumexp(logits, dim=-1)
 
     def score(self) -> np.ndarray:
-        """The same without gradients: the reference or the behaviour pass."""
+        """The same without gradients: the reference's or the old policy's pass."""
         with torch.no_grad():
             return self.logprobs().numpy()
 

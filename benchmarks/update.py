@@ -13,7 +13,7 @@ loss, gradient norm and clipped gradients before anything is timed.
   default). Unlike ours and TRL it takes no entropies.
 
 `ratio_torch` and `ratio_repeated` compare the fastest of each kind, by minimum. The passes without gradients, for the reference's and the
-behaviour's log-probabilities, are timed too; ours needs no behaviour pass, since the first step keeps its own. Needs torch.
+the old policy's log-probabilities, are timed too; ours needs no pass for the old policy, since the first step keeps its own. Needs torch.
 """
 
 import argparse

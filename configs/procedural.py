@@ -6,11 +6,11 @@ Hardware   two CPU cores
 
 from envs.procedural import Warehouse
 from jaxgrpo.config.settings import (
+    BatchingSettings,
     Config,
     EvaluationSettings,
     ModelSettings,
     OptimizerSettings,
-    PackingSettings,
     RecordingSettings,
     RolloutSettings,
     TrainingSettings,
@@ -23,7 +23,7 @@ def get_config() -> Config:
         model=ModelSettings(source="assets/tiny-qwen2.5"),
         environment=Warehouse(),
         rollout=RolloutSettings(group_size=4, tasks_per_step=4, max_prompt_tokens=512, max_completion_tokens=256, max_turns=4),
-        packing=PackingSettings(prompt_multiple=128, completion_multiple=64),
+        batching=BatchingSettings(prompt_multiple=128, completion_multiple=64),
         optimizer=OptimizerSettings(learning_rate=2e-4, warmup_steps=4, max_grad_norm=1.0),
         training=TrainingSettings(steps=20, iterations=2, reference_every=None, remat="none"),
         evaluation=EvaluationSettings(samples=1, before=False),

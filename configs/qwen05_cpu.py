@@ -10,12 +10,12 @@ import os
 
 from envs.bfcl import Bfcl
 from jaxgrpo.config.settings import (
+    BatchingSettings,
     Config,
     EvaluationSettings,
     ModelSettings,
     NativeSamplerSettings,
     OptimizerSettings,
-    PackingSettings,
     RecordingSettings,
     RolloutSettings,
     TrainingSettings,
@@ -37,7 +37,7 @@ def get_config() -> Config:
             float32_logits=False,  # with 152k words in the vocabulary vLLM's CPU build would be ten times slower
             arguments=("--enforce-eager",),
         ),
-        packing=PackingSettings(prompt_multiple=256, completion_multiple=64),
+        batching=BatchingSettings(prompt_multiple=256, completion_multiple=64),
         optimizer=OptimizerSettings(warmup_steps=0),
         training=TrainingSettings(steps=1, iterations=1, reference_every=None),
         evaluation=EvaluationSettings(before=False, after=False),

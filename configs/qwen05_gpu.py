@@ -10,12 +10,12 @@ reward (`call_match`), which a small model gets a share of before it solves anyt
 
 from envs.bfcl import Bfcl
 from jaxgrpo.config.settings import (
+    BatchingSettings,
     Config,
     EvaluationSettings,
     ModelSettings,
     NativeSamplerSettings,
     OptimizerSettings,
-    PackingSettings,
     RecordingSettings,
     RolloutSettings,
     TrainingSettings,
@@ -29,7 +29,7 @@ def get_config() -> Config:
         environment=Bfcl(docs="signatures", examples=1, max_calls=1, reward="call_match"),
         rollout=RolloutSettings(group_size=8, tasks_per_step=8, max_prompt_tokens=2048, max_completion_tokens=512, max_turns=4),
         native=NativeSamplerSettings(max_rows=64, decode_chunk=32),
-        packing=PackingSettings(prompt_multiple=1024, completion_multiple=512),  # one shape: a program takes long to compile
+        batching=BatchingSettings(prompt_multiple=1024, completion_multiple=512),  # one shape: a program takes long to compile
         optimizer=OptimizerSettings(learning_rate=1e-5, warmup_steps=4, max_grad_norm=1.0),
         training=TrainingSettings(steps=200, iterations=2, reference_every=None, remat="attention"),
         evaluation=EvaluationSettings(samples=2, splits=("train",)),

@@ -18,7 +18,7 @@ from jaxgrpo.learner.sharding import store
 from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.paths import absolute
 from jaxgrpo.rollout.background import EventLoopThread
-from jaxgrpo.rollout.episode import Decoding
+from jaxgrpo.rollout.episode import SamplingParams
 from jaxgrpo.rollout.rollout import Rollout, RolloutResult
 from jaxgrpo.run import records
 from jaxgrpo.run.agreement import agreement_check
@@ -27,19 +27,19 @@ from jaxgrpo.run.metrics import Recorder, TerminalView
 from jaxgrpo.run.pass_rates import mean_pass_at_k, pass_rate, pass_rates_by_label
 from jaxgrpo.run.samplers import open_sampler
 from jaxgrpo.run.setup import (
-    Policy,
+    ModelAssets,
     build_rollout,
     build_update,
     check_episodes,
     check_rewards,
     compute_dtype,
+    enable_compilation_cache,
     initial_params,
-    keep_compiled,
     make_run_folder,
-    open_policy,
+    open_model_assets,
     open_tasks,
+    restrict_gpus,
     run_folder,
-    take_gpus,
 )
 from jaxgrpo.run.skipping import NothingLeftError
 from jaxgrpo.run.weights import WholeWeights
@@ -100,7 +100,7 @@ def evaluate(
         "eval/tasks": len(result.groups),
         "eval/samples": samples,
         "eval/dropped_groups": len(result.dropped),
-        "eval/overlong_share": float(np.mean([t.overlong for t in trajectories])),
+        "eval/overlong_fraction": float(np.mean([t.overlong for t in trajectories])),
         "eval/completion_tokens_mean": float(np.mean([len(t.completion_ids_C) for t in trajectories])),
     }
     k = 2
@@ -127,8 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = Path.cwd()  # now: a config file or an environment may change it
     try:
         config = load_config(args.config, args.set)
-        take_gpus(config)
-        keep_compiled(config)
+        restrict_gpus(config)
+        enable_compilation_cache(config)
         samples = config.evaluation.samples if args.samples is None else args.samples
         _check_arguments(args.split, samples, args.checkpoint, args.step)
         folder = run_folder(args.run_dir, f"{config.name}-eval-{args.split}", start)
@@ -160,27 +160,27 @@ def _check_arguments(split: str, samples: int, checkpoint: str | None, step: int
 
 
 def _read_weights(
-    config: Config, policy: Policy, checkpoint: Path | None, step: int | None
+    config: Config, assets: ModelAssets, checkpoint: Path | None, step: int | None
 ) -> tuple[Params, int]:
     """The weights to evaluate in the logical tree, and the step they are of: a checkpoint's, or the config's own model at step 0."""
     dtype = compute_dtype(config)
     if checkpoint is None:
-        return initial_params(policy, dtype), 0
+        return initial_params(assets, dtype), 0
     try:
-        base = functools.partial(initial_params, policy, dtype)
-        params, at_step = read_policy(checkpoint / "checkpoints", policy.config, step, base)
+        base = functools.partial(initial_params, assets, dtype)
+        params, at_step = read_policy(checkpoint / "checkpoints", assets.config, step, base)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"--checkpoint {checkpoint}: {error}") from error
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params), at_step
 
 
 def _check_sampler(
-    config: Config, policy: Policy, params: Params, version: int, prompt_ids_P: np.ndarray, loop: EventLoopThread, sampler: Sampler
+    config: Config, assets: ModelAssets, params: Params, version: int, prompt_ids_P: np.ndarray, loop: EventLoopThread, sampler: Sampler
 ) -> dict[str, float]:
     """As training does, on one device and with whole weights: adapters have been merged. Raises MismatchError when the sampler serves
     other weights than those to be evaluated."""
     on_one = dataclasses.replace(config.training, devices=1, groups_per_device=1)
-    update = build_update(dataclasses.replace(config, training=on_one, lora=NO_LORA), policy.config)
+    update = build_update(dataclasses.replace(config, training=on_one, lora=NO_LORA), assets.config)
     check = agreement_check(config, update, prompt_ids_P)
     if check is None:
         return {}
@@ -196,17 +196,17 @@ def _evaluate_once(
     folder: Path,
 ) -> None:
     check_rewards(config)
-    policy = open_policy(config)
+    assets = open_model_assets(config)
     tasks = split_tasks(config, split)
-    prompts = check_episodes(config, policy, tasks)
-    params, at_step = _read_weights(config, policy, checkpoint, step)
+    prompts = check_episodes(config, assets, tasks)
+    params, at_step = _read_weights(config, assets, checkpoint, step)
     make_run_folder(folder)
-    decoding = Decoding(config.evaluation.temperature, config.evaluation.top_p)
+    sampling = SamplingParams(config.evaluation.temperature, config.evaluation.top_p)
     with EventLoopThread() as loop, TerminalView(len(tasks) * samples, unit="episode") as view, ExitStack() as stack:
         version = at_step // config.training.iterations
-        sampler = open_sampler(config, policy, WholeWeights(params, policy.config), version, loop, folder, stack)
-        check = _check_sampler(config, policy, params, version, prompts.first_P, loop, sampler)
-        rollout = build_rollout(config, policy, sampler, decoding)
+        sampler = open_sampler(config, assets, WholeWeights(params, assets.config), version, loop, folder, stack)
+        check = _check_sampler(config, assets, params, version, prompts.first_P, loop, sampler)
+        rollout = build_rollout(config, assets, sampler, sampling)
         outcome = evaluate(
             rollout, loop, tasks, split=split, samples=samples, seed=config.seed, name=f"eval-{at_step}", progress=view.advance
         )

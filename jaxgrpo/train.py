@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from jaxgrpo.config.load import MAY_CHANGE, changes_of_meaning, load_config, to_json
+from jaxgrpo.config.load import MAY_CHANGE, incompatible_changes, load_config, to_json
 from jaxgrpo.config.settings import Config, ConfigError, refuse
 from jaxgrpo.evaluate import evaluate, split_tasks
 from jaxgrpo.interruptions import interruptible, run_program
@@ -22,7 +22,7 @@ from jaxgrpo.learner.batching import pack
 from jaxgrpo.learner.update import DivergedError, StepReport, TrainState
 from jaxgrpo.paths import write_whole
 from jaxgrpo.rollout.background import EventLoopThread
-from jaxgrpo.rollout.episode import Decoding
+from jaxgrpo.rollout.episode import SamplingParams
 from jaxgrpo.rollout.prefetch import RolloutsAhead, batches_per_epoch, check_staleness, task_batch
 from jaxgrpo.rollout.rollout import RolloutResult
 from jaxgrpo.run import records
@@ -30,25 +30,25 @@ from jaxgrpo.run.agreement import agreement_check
 from jaxgrpo.run.batch_metrics import rollout_metrics, schedule_metrics, update_metrics
 from jaxgrpo.run.export import export
 from jaxgrpo.run.folder import held
-from jaxgrpo.run.learner import Learner, passed
+from jaxgrpo.run.learner import Learner, crossed_interval
 from jaxgrpo.run.metrics import Recorder, TerminalView
-from jaxgrpo.run.processes import ClusterFlags, PeerError, Processes, Told, Work, add_flags, join
+from jaxgrpo.run.processes import ClusterFlags, Command, PeerError, Processes, Work, add_flags, join
 from jaxgrpo.run.samplers import open_sampler
 from jaxgrpo.run.setup import (
-    Policy,
+    ModelAssets,
     Prompts,
     attention_kernel,
     build_rollout,
     check_episodes,
     check_rewards,
     compute_dtype,
-    keep_compiled,
+    enable_compilation_cache,
     micro_batches,
-    open_policy,
+    open_model_assets,
     open_tasks,
     parameter_count,
+    restrict_gpus,
     run_folder,
-    take_gpus,
     training_mesh,
 )
 from jaxgrpo.run.skipping import (
@@ -76,28 +76,28 @@ class Training(Learner):
 
     def __init__(self, config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack):
         check_rewards(config)
-        policy = open_policy(config)
-        self.tasks, prompts = training_tasks(config, policy)
-        super().__init__(config, policy, folder, resume, processes, stack)
+        assets = open_model_assets(config)
+        self.tasks, prompts = training_tasks(config, assets)
+        super().__init__(config, assets, folder, resume, processes, stack)
         self.trajectories = folder / "trajectories" if config.recording.trajectories else None
         self.skipped = SkippedBatches(self.trajectories)
         self.loop = stack.enter_context(EventLoopThread())
         self.sampler = MeteredSampler(self.open_sampler(stack))
-        self.rollout = build_rollout(config, self.policy, self.sampler, Decoding(config.rollout.temperature))
+        self.rollout = build_rollout(config, self.assets, self.sampler, SamplingParams(config.rollout.temperature))
         self.ahead = RolloutsAhead(self.loop, self.rollout_of, self.batch, config.training.max_staleness)
         stack.callback(self.ahead.close)
-        self.agreement = agreement_check(config, self.update, prompts.first_P, processes.tell)
+        self.agreement = agreement_check(config, self.update, prompts.first_P, processes.send)
         self.served = self.check_sampler()
         r = config.recording
         after = self.state.step if resume else None
         self.recorder = Recorder(folder, tensorboard=r.tensorboard, wandb_project=r.wandb_project, name=config.name, after=after)
         stack.callback(self.recorder.close)
         self.view = stack.enter_context(TerminalView(config.training.steps))
-        self.view.say(f"attention: {attention_kernel(config, self.policy.config, self.update.mesh, self.update.compute_dtype)[1]}")
+        self.view.say(f"attention: {attention_kernel(config, self.assets.config, self.update.mesh, self.update.compute_dtype)[1]}")
 
     def open_sampler(self, stack: ExitStack) -> Sampler:
         """The config's sampler, serving the weights of now."""
-        return open_sampler(self.config, self.policy, self.weights, self.version, self.loop, self.folder, stack)
+        return open_sampler(self.config, self.assets, self.weights, self.version, self.loop, self.folder, stack)
 
     def run(self) -> None:
         """The loop. `state` and `batch`, the number of batches taken from `play`, are all that changes from turn to turn."""
@@ -161,7 +161,7 @@ class Training(Learner):
     def pack(self, result: RolloutResult) -> list[GroupBatch]:
         """Scored groups -> micro-batches."""
         micro_batch_groups = self.update.mesh.size * self.config.training.groups_per_device
-        return pack(result.groups, micro_batch_groups, self.config.rollout.max_completion_tokens, self.config.packing)
+        return pack(result.groups, micro_batch_groups, self.config.rollout.max_completion_tokens, self.config.batching)
 
     def publish(self) -> None:
         """The sampler serves the new weights, under the next version."""
@@ -176,9 +176,9 @@ class Training(Learner):
 
     def record(self, prepared: Prepared, reports: Sequence[StepReport]) -> None:
         """Metrics and episodes of the batch. What recording it takes is counted with the next one's time, as is a checkpoint."""
-        seconds, sampler_idle_share = self.measure()
+        seconds, sampler_idle_fraction = self.measure()
         trained = update_metrics(prepared.batches, reports, self.update.compilations, seconds)
-        scheduled = schedule_metrics(seconds, sampler_idle_share)
+        scheduled = schedule_metrics(seconds, sampler_idle_fraction)
         metrics = prepared.metrics | trained | scheduled | self.served
         metrics["time/check_seconds"] = seconds["check"]
         self.skipped.clear()
@@ -192,22 +192,22 @@ class Training(Learner):
 
     def measure(self) -> tuple[dict[str, float], float]:
         """Since this was asked last: the seconds of each phase and of all, and the sampler's idle share."""
-        return self.clock.take(), self.loop.call(self.sampler.take_idle_share())
+        return self.clock.take(), self.loop.call(self.sampler.take_idle_fraction())
 
     def evaluate_if_due(self) -> None:
         """After the last step when asked for, and every so many steps before it."""
         evaluation, step = self.config.evaluation, self.state.step
         last = step >= self.config.training.steps
-        if evaluation.after if last else passed(evaluation.every, step, self.advance):
+        if evaluation.after if last else crossed_interval(evaluation.every, step, self.advance):
             with self.clock.phase("evaluate"):  # no batch's time
                 self.evaluate()
-            self.loop.call(self.sampler.take_idle_share())
+            self.loop.call(self.sampler.take_idle_fraction())
 
     def evaluate(self) -> None:
         """Every split that the config names, with the weights being served: nothing is published meanwhile. Rollouts that are ahead go on
         beside it, under the same weights."""
         e = self.config.evaluation
-        rollout = build_rollout(self.config, self.policy, self.sampler, Decoding(e.temperature, e.top_p))
+        rollout = build_rollout(self.config, self.assets, self.sampler, SamplingParams(e.temperature, e.top_p))
         for split in e.splits:
             tasks, name = split_tasks(self.config, split), f"eval-{self.state.step}"
             start = time.perf_counter()
@@ -225,7 +225,7 @@ class Training(Learner):
     def checkpoint_if_due(self) -> None:
         """Last of all, so that what a resumed run goes on from is recorded in full."""
         step, every = self.state.step, self.config.recording.checkpoint_every
-        if step >= self.config.training.steps or passed(every, step, self.advance):
+        if step >= self.config.training.steps or crossed_interval(every, step, self.advance):
             self.save()
 
     def save_evaluation(self, result: RolloutResult, kind: str) -> None:
@@ -238,18 +238,18 @@ class Training(Learner):
     def finish(self) -> None:
         """The trained policy as others load it."""
         if self.config.recording.export_hf:
-            folder = export(self.config, self.policy, self.folder, self.state.step, self.base)
+            folder = export(self.config, self.assets, self.folder, self.state.step, self.base)
             self.view.say(f"the policy is in {folder}")
 
 
-def training_tasks(config: Config, policy: Policy) -> tuple[Sequence[Task], Prompts]:
+def training_tasks(config: Config, assets: ModelAssets) -> tuple[Sequence[Task], Prompts]:
     """The tasks to train on, and the prompts of all that will be played, theirs first. Raises ConfigError when it does not fit."""
     tasks = open_tasks(config, "train")
     batches_per_epoch(len(tasks), config.rollout.tasks_per_step)
     e = config.evaluation
     splits = e.splits if e.before or e.after or e.every else ()
     played = [tasks, *(split_tasks(config, split) for split in splits)]
-    prompts = [check_episodes(config, policy, each) for each in played]
+    prompts = [check_episodes(config, assets, each) for each in played]
     return tasks, Prompts(max(of.longest for of in prompts), prompts[0].first_P)
 
 
@@ -257,22 +257,22 @@ def describe(config: Config) -> Iterator[str]:
     """What `--dry-run` prints: the resolved config, the arithmetic of a batch, the parameter count. Reads and fetches no weights, and needs
     none of the run's devices."""
     check_rewards(config)
-    policy = open_policy(config, weights=False)
-    tasks, prompts = training_tasks(config, policy)
+    assets = open_model_assets(config, weights=False)
+    tasks, prompts = training_tasks(config, assets)
     there = len(jax.devices())
     devices = config.training.devices or there
     r, t = config.rollout, config.training
     batches = batches_per_epoch(len(tasks), r.tasks_per_step)
     yield to_json(config)
-    yield f"parameters              {parameter_count(policy.config):,} ({policy.config.layers} layers of width {policy.config.width})"
+    yield f"parameters              {parameter_count(assets.config):,} ({assets.config.layers} layers of width {assets.config.hidden_size})"
     if config.lora.rank:
         adapters = f"LoRA of rank {config.lora.rank} on {', '.join(config.lora.targets)}"
-        yield f"trained parameters      {parameter_count(policy.config, config.lora):,} ({adapters})"
+        yield f"trained parameters      {parameter_count(assets.config, config.lora):,} ({adapters})"
     if devices > there:
         yield f"devices                 {devices}: this machine has {there} of kind {jax.default_backend()}, where the run would be refused"
     else:
         yield f"devices                 {devices}, compute in {compute_dtype(config)}"
-        yield f"attention               {attention_kernel(config, policy.config, training_mesh(config), compute_dtype(config))[1]}"
+        yield f"attention               {attention_kernel(config, assets.config, training_mesh(config), compute_dtype(config))[1]}"
     if not config.rewards.environment_alone:
         yield f"reward                  {config.rewards.formula}"
     yield f"longest prompt          {prompts.longest} tokens of at most {r.max_prompt_tokens}"
@@ -324,12 +324,12 @@ def _lead(config: Config, folder: Path, resume: bool, processes: Processes, stac
     training = Training(config, folder, resume, processes, stack)
     write_whole(folder / "config.json", to_json(config, places=True))
     training.run()
-    processes.tell(Told(Work.END))
+    processes.send(Command(Work.END))
     return training
 
 
 def _follow(config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack) -> Learner:
-    learner = Learner(config, open_policy(config), folder, resume, processes, stack)
+    learner = Learner(config, open_model_assets(config), folder, resume, processes, stack)
     learner.follow()
     return learner
 
@@ -346,7 +346,7 @@ def check_resumable(config: Config, folder: Path, step: int) -> None:
         raise ConfigError(f"{lacks}: put it back, or give another --run-dir")
     otherwise = "put it back, or give another --run-dir"
     try:
-        changes = changes_of_meaning(file.read_text(encoding="utf-8"), config)
+        changes = incompatible_changes(file.read_text(encoding="utf-8"), config)
     except OSError as error:
         raise ConfigError(f"{file} cannot be read ({error.strerror}): {otherwise}") from error
     except ValueError as error:
@@ -375,8 +375,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.set)
         folder = run_folder(args.run_dir, config.name, start)
-        take_gpus(config)
-        keep_compiled(config)
+        restrict_gpus(config)
+        enable_compilation_cache(config)
         processes = join(ClusterFlags.of(args), config.training.gpus)
         if args.dry_run:
             print("\n".join(describe(config) if processes.leads else []), end="\n" if processes.leads else "")

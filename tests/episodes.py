@@ -24,7 +24,7 @@ def episode(
         sample_index=0,
         prompt_ids_P=np.array(prompt, np.int32),
         completion_ids_C=np.array(completion, np.int32),
-        sampled_C=mask_C,
+        action_mask_C=mask_C,
         sampler_logprobs_C=np.where(mask_C, sampler_logprob, 0.0).astype(np.float32),
         weight_versions_C=np.where(mask_C, 0, -1).astype(np.int32),
         messages=(),

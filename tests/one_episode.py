@@ -5,7 +5,7 @@ import asyncio
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.background import BlockingCalls
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.episode import Decoding, EpisodeKey, EpisodePlayer, Limits
+from jaxgrpo.rollout.episode import EpisodeKey, EpisodePlayer, Limits, SamplingParams
 from jaxgrpo.run import records
 from jaxgrpo.run.records import TrajectoryRecord
 from jaxgrpo.types import Task
@@ -24,7 +24,7 @@ def play(make, *, limits=LIMITS, deadline=10.0, rewards=RewardSettings(), chat=N
     async def run():
         suite = Suite(lambda task, earlier: make() if earlier else EchoEnvironment())
         calls = BlockingCalls(2, deadline, say=lambda line: None)
-        player = EpisodePlayer(sampler, suite, chat, limits, Decoding(), calls, rewards)
+        player = EpisodePlayer(sampler, suite, chat, limits, SamplingParams(), calls, rewards)
         return await player.play(TASK, await player.open(TASK), KEY)
 
     trajectory = asyncio.run(run())

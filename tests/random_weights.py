@@ -8,12 +8,12 @@ from jaxgrpo.models.qwen2 import Params, param_shapes
 
 ODD = ModelConfig(
     vocab_size=13,
-    width=7,
+    hidden_size=7,
     layers=3,
     heads=2,
     kv_heads=1,
-    head_size=2,
-    mlp_width=5,
+    head_dim=2,
+    intermediate_size=5,
     context_length=32,
     rope_theta=10000.0,
     norm_epsilon=1e-6,

@@ -7,7 +7,7 @@ import numpy as np
 
 def grpo_loss(
     train: np.ndarray,
-    behaviour: np.ndarray,
+    old: np.ndarray,
     reference: np.ndarray | None,
     sampler: np.ndarray,
     advantages: np.ndarray,
@@ -24,7 +24,7 @@ def grpo_loss(
         weight, advantage, logprob = float(weights[n, g, c]), float(advantages[n, g]), float(train[n, g, c])
         if weight == 0:
             continue
-        ratio = math.exp(logprob - float(behaviour[n, g, c]))
+        ratio = math.exp(logprob - float(old[n, g, c]))
         if advantage > 0 and ratio > 1 + clip_high:
             objective, slope = (1 + clip_high) * advantage, 0.0
         elif advantage < 0 and ratio < 1 - clip_low:
@@ -33,7 +33,7 @@ def grpo_loss(
             objective, slope = ratio * advantage, ratio * advantage
         correction = 1.0
         if tis_cap is not None:
-            correction = min(math.exp(float(behaviour[n, g, c]) - float(sampler[n, g, c])), tis_cap)
+            correction = min(math.exp(float(old[n, g, c]) - float(sampler[n, g, c])), tis_cap)
         token, token_slope = -correction * objective, -correction * slope
         if reference is not None:
             delta = float(reference[n, g, c]) - logprob

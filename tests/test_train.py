@@ -15,10 +15,10 @@ import pytest
 
 from envs.procedural import Warehouse
 from jaxgrpo import train as train_module
-from jaxgrpo.config.settings import ConfigError, PackingSettings
+from jaxgrpo.config.settings import BatchingSettings, ConfigError
 from jaxgrpo.learner.sharding import logical_leaf, logical_on_host
 from jaxgrpo.models.model_config import ModelConfig
-from jaxgrpo.rollout.episode import Decoding
+from jaxgrpo.rollout.episode import SamplingParams
 from jaxgrpo.rollout.prefetch import StalenessError, task_batch
 from jaxgrpo.run import records, setup
 from jaxgrpo.run.processes import Processes
@@ -151,11 +151,11 @@ def test_multi_turn_episodes_of_the_warehouse(model, tmp_path):
     config = dataclasses.replace(
         changed(tmp_path, model, "training.steps=1", "training.iterations=1", "rollout.max_prompt_tokens=800", "rollout.group_size=2"),
         environment=Warehouse(),
-        packing=PackingSettings(prompt_multiple=256, completion_multiple=8),
+        batching=BatchingSettings(prompt_multiple=256, completion_multiple=8),
     )
     train(config, tmp_path / "run")
     (line,) = metric_lines(tmp_path / "run")
-    assert line["train/prompt_tokens_mean"] > 500 and line["train/overlong_share"] == 1
+    assert line["train/prompt_tokens_mean"] > 500 and line["train/overlong_fraction"] == 1
     assert line["train/loss_tokens"] == 0 and line["train/grad_norm"] == 0  # every row is overlong, so none carries loss
 
 
@@ -243,7 +243,7 @@ class TestOverlap:
         with ExitStack() as stack:
             training = Training(config, tmp_path / "run", False, Processes(), stack)
             for batch in range(3):
-                rollout = setup.build_rollout(config, training.policy, training.sampler, Decoding(1.0))
+                rollout = setup.build_rollout(config, training.assets, training.sampler, SamplingParams(1.0))
                 tasks = task_batch(training.tasks, 2, 0, batch)
                 result = training.loop.call(rollout.groups(tasks, 4, 0, f"batch-{batch}"))
                 training.learn(training.pack(result))
@@ -259,11 +259,11 @@ class TestOverlap:
             assert task_numbers(tmp_path / "run", step) == task_numbers(straight[0], step)
         lines = [line for line in metric_lines(tmp_path / "run") if "train/loss" in line]
         assert [line["train/staleness_max"] for line in lines[:2]] == [0, 1] and lines[2]["train/staleness_max"] <= 1
-        assert {v for t in played(tmp_path / "run", 4) for v in t.weight_versions_C[t.sampled_C].tolist()} == {0}
+        assert {v for t in played(tmp_path / "run", 4) for v in t.weight_versions_C[t.action_mask_C].tolist()} == {0}
         read = records.read_records(tmp_path / "run" / "trajectories" / "eval-test-000004.jsonl.gz").records
-        assert {v for r in read for v in r.trajectory.weight_versions_C[r.trajectory.sampled_C].tolist()} == {2}
+        assert {v for r in read for v in r.trajectory.weight_versions_C[r.trajectory.action_mask_C].tolist()} == {2}
         for line in lines:
-            assert 0 <= line["time/trainer_idle_share"] <= 1 and 0 <= line["time/sampler_idle_share"] <= 1
+            assert 0 <= line["time/trainer_idle_fraction"] <= 1 and 0 <= line["time/sampler_idle_fraction"] <= 1
             assert line["time/wait_seconds"] <= line["time/batch_seconds"]
         assert any((ours != theirs).any() for ours, theirs in zip(weights(state), weights(straight[1]), strict=True))
 

@@ -17,11 +17,11 @@ from jaxgrpo import train as train_module
 from jaxgrpo.config.settings import ConfigError, LoraSettings
 from jaxgrpo.models.attention import XLA
 from jaxgrpo.rollout.background import EventLoopThread
-from jaxgrpo.rollout.episode import Decoding, Limits
+from jaxgrpo.rollout.episode import Limits, SamplingParams
 from jaxgrpo.rollout.prefetch import task_batch
 from jaxgrpo.rollout.rollout import Execution
 from jaxgrpo.run import records, samplers, setup
-from jaxgrpo.run.learner import passed
+from jaxgrpo.run.learner import crossed_interval
 from jaxgrpo.run.weights import WholeWeights
 from jaxgrpo.train import main, train
 from jaxgrpo.types import Task
@@ -72,10 +72,10 @@ class TestOptions:
             "environment_deadline": 1.5, "max_retries": 4,
         }  # fmt: skip
         config = changed(tmp_path, model, *(f"rollout.{key}={value}" for key, value in options.items()))
-        rollout = setup.build_rollout(config, setup.open_policy(config), None, Decoding(0.5, 0.9))
+        rollout = setup.build_rollout(config, setup.open_model_assets(config), None, SamplingParams(0.5, 0.9))
         assert rollout.limits == Limits(max_completion_tokens=7, max_turns=3, max_prompt_tokens=90, context_length=1024)
         assert rollout.execution == Execution(episodes_in_flight=5, environment_threads=2, step_deadline_seconds=1.5, max_retries=4)
-        assert (rollout.decoding, rollout.suite) == (Decoding(0.5, 0.9), config.environment)
+        assert (rollout.sampling, rollout.suite) == (SamplingParams(0.5, 0.9), config.environment)
 
     def test_sizes_reach_the_sampler_and_the_update(self, model, tmp_path, monkeypatch):
         given = {}
@@ -84,7 +84,7 @@ class TestOptions:
         native = ("native.max_rows=3", "native.decode_chunk=5", "native.max_cache_tokens=4096")
         update = ("training.head_chunk=32", "rollout.temperature=0.5", "model.compute_dtype=bfloat16", "training.devices=2", "lora.rank=2")
         config = changed(tmp_path, model, *native, *update, "training.remat=none", "training.attention=xla")
-        policy = setup.open_policy(config)
+        policy = setup.open_model_assets(config)
         with EventLoopThread() as loop:
             samplers.open_sampler(config, policy, WholeWeights({}, policy.config), 3, loop, tmp_path, ExitStack())
         setup.build_update(config, policy.config)
@@ -136,8 +136,8 @@ def test_tasks_in_the_given_order_are_the_same_in_every_epoch() -> None:
 
 
 def test_passed_a_multiple():
-    assert [passed(4, step, 3) for step in (3, 6, 9, 12, 15)] == [False, True, True, True, False]
-    assert passed(2, 7, 3) and not passed(None, 4, 2)
+    assert [crossed_interval(4, step, 3) for step in (3, 6, 9, 12, 15)] == [False, True, True, True, False]
+    assert crossed_interval(2, 7, 3) and not crossed_interval(None, 4, 2)
 
 
 class TestCommandLine:
@@ -344,12 +344,12 @@ def test_compiled_programs_are_kept_in_the_projects_cache_when_so_set(model, tmp
     given = {}
     monkeypatch.setattr(setup.jax.config, "update", given.__setitem__)
     monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path))
-    setup.keep_compiled(small_config(model))
+    setup.enable_compilation_cache(small_config(model))
     assert given == {}  # the user's own folder stands: the tests have one
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    setup.keep_compiled(changed(tmp_path, model, "training.compilation_cache=False"))
+    setup.enable_compilation_cache(changed(tmp_path, model, "training.compilation_cache=False"))
     assert given == {}
-    setup.keep_compiled(small_config(model))
+    setup.enable_compilation_cache(small_config(model))
     folder = given["jax_compilation_cache_dir"]
     assert re.fullmatch(re.escape(f"{tmp_path}/xla/{platform.machine()}-") + "[0-9a-f]{8}", folder)
 

@@ -20,7 +20,7 @@ ON_TWO_CORES = (
     "model.source=assets/tiny-qwen2.5", "model.revision=None", "sampler=native", "training.devices=1", "training.gpus=None",
     "vllm.gpus=()", "rollout.tasks_per_step=2", "rollout.max_prompt_tokens=1024", "rollout.max_completion_tokens=256",
     "rollout.max_turns=3", "environment.docs=signatures", "environment.max_calls=1", "optimizer.learning_rate=1.5e-4",
-    "optimizer.warmup_steps=0", "packing.prompt_multiple=512", "packing.completion_multiple=256",
+    "optimizer.warmup_steps=0", "batching.prompt_multiple=512", "batching.completion_multiple=256",
     "evaluation.before=False", "evaluation.after=False",
     "evaluation.every=None", "recording.export_hf=False", "recording.tensorboard=False", "recording.checkpoint_every=None",
 )  # fmt: skip
@@ -95,7 +95,7 @@ class TestTreatments:
     def test_mu_1(self, run: Runs) -> None:
         metrics, _ = run("mu_1")
         assert [line["step"] for line in metrics] == [1, 2, 3]
-        assert [line["train/clip_share"] for line in metrics] == [0, 0, 0]  # every step is on-policy
+        assert [line["train/clip_fraction"] for line in metrics] == [0, 0, 0]  # every step is on-policy
 
     def test_own_rubric(self, run: Runs) -> None:
         _, episodes = run("own_rubric")

@@ -26,15 +26,15 @@ IDENTITY = {"name", "model.source", "model.revision"}
 DIFFERENCES: dict[str, dict] = {
     "article/final": {},
     "article/dr_grpo": {
-        "packing.advantage_normalization": "none",
-        "packing.aggregation": "constant",
+        "batching.advantage_normalization": "none",
+        "batching.aggregation": "constant",
     },
     "dapo_style": {
         "loss.clip_high": 0.28,
         "loss.kl_beta": 0.0,
         "loss.tis_cap": 2.0,
-        "packing.aggregation": "sequence",
-        "packing.masked_stop_reasons": (),
+        "batching.aggregation": "sequence",
+        "batching.masked_stop_reasons": (),
         "training.reference_every": None,
     },
     "article/no_kl": {"loss.kl_beta": 0.0, "training.reference_every": None},
@@ -118,8 +118,8 @@ def test_the_articles_recipe():
     expected = {
         "training.iterations": 2, "training.reference_every": 100, "loss.clip_low": 0.2, "loss.clip_high": 0.2, "loss.kl_beta": 0.001,
         "optimizer.learning_rate": 1e-6, "optimizer.warmup_steps": 20, "optimizer.b1": 0.9, "optimizer.b2": 0.99,
-        "optimizer.max_grad_norm": 0.2, "packing.advantage_normalization": "std",
-        "packing.masked_stop_reasons": ("token_limit", "context_limit"),
+        "optimizer.max_grad_norm": 0.2, "batching.advantage_normalization": "std",
+        "batching.masked_stop_reasons": ("token_limit", "context_limit"),
         "rollout.max_completion_tokens": 2048, "rollout.max_turns": 10, "rollout.temperature": 1.0,
         "environment.release": "v3", "environment.categories": ("base",), "environment.max_turns": 1, "environment.docs": "article",
         "environment.run_last_step": False, "environment.reward": "official", "training.steps": 1600,

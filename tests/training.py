@@ -11,11 +11,11 @@ import numpy as np
 
 from jaxgrpo.config.load import load_config
 from jaxgrpo.config.settings import (
+    BatchingSettings,
     Config,
     EvaluationSettings,
     ModelSettings,
     OptimizerSettings,
-    PackingSettings,
     RecordingSettings,
     RolloutSettings,
     TrainingSettings,
@@ -94,7 +94,7 @@ def small_config(model: Path | str) -> Config:
         model=ModelSettings(source=str(model)),
         environment=Letters(),
         rollout=RolloutSettings(group_size=4, tasks_per_step=2, max_prompt_tokens=96, max_completion_tokens=8, max_turns=2),
-        packing=PackingSettings(prompt_multiple=64, completion_multiple=8),
+        batching=BatchingSettings(prompt_multiple=64, completion_multiple=8),
         optimizer=OptimizerSettings(learning_rate=1e-3, warmup_steps=0, max_grad_norm=1.0),
         training=TrainingSettings(steps=6, iterations=2, devices=1, reference_every=4, head_chunk=64),
         evaluation=EvaluationSettings(before=False, after=False),

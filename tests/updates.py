@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgrpo.config.settings import LossSettings, OptimizerSettings, PackingSettings
+from jaxgrpo.config.settings import BatchingSettings, LossSettings, OptimizerSettings
 from jaxgrpo.learner.batching import pack
 from jaxgrpo.learner.sharding import logical_on_host, make_mesh
 from jaxgrpo.learner.update import StepReport, TrainState, Update
@@ -26,12 +26,12 @@ from tests.random_weights import random_params
 
 TINY = ModelConfig(
     vocab_size=97,
-    width=33,
+    hidden_size=33,
     layers=2,
     heads=4,
     kv_heads=2,
-    head_size=8,
-    mlp_width=45,
+    head_dim=8,
+    intermediate_size=45,
     context_length=64,
     rope_theta=10000.0,
     norm_epsilon=1e-6,
@@ -51,7 +51,7 @@ def params_of(config: ModelConfig) -> Params:
 
 
 def packed(groups: Sequence[Group], micro_batch_groups: int) -> list[GroupBatch]:
-    return pack(groups, micro_batch_groups, LONGEST, PackingSettings(prompt_multiple=LONGEST, completion_multiple=LONGEST))
+    return pack(groups, micro_batch_groups, LONGEST, BatchingSettings(prompt_multiple=LONGEST, completion_multiple=LONGEST))
 
 
 @functools.cache
@@ -89,9 +89,9 @@ def two_steps(update: Update, batches: Sequence[GroupBatch], params: Params) -> 
     other = update.init(params)
     state = other._replace(reference=state.reference)
     anchors = update.reference_logprobs(state, batches)
-    state, behaviour, first = update.optimizer_step(state, batches, None, anchors)
+    state, old, first = update.optimizer_step(state, batches, None, anchors)
     gradient, middle = clipped_gradient(update, state), logical_on_host(state.params, update.layout)
-    state, _, second = update.optimizer_step(state, batches, behaviour, anchors)
+    state, _, second = update.optimizer_step(state, batches, old, anchors)
     after = logical_on_host(state.params, update.layout)
     return Run(gradient, changed(params, middle), changed(middle, after), (first, second))
 

@@ -10,7 +10,7 @@ import pytest
 
 from configs.vllm_cpu import get_config as vllm_cpu
 from envs.procedural import Warehouse
-from jaxgrpo.config.settings import Config, EvaluationSettings, PackingSettings
+from jaxgrpo.config.settings import BatchingSettings, Config, EvaluationSettings
 from jaxgrpo.run import setup
 from jaxgrpo.run.samplers import server_plan
 from jaxgrpo.samplers.vllm.server import VllmServer
@@ -31,7 +31,7 @@ def config(**vllm: Any) -> Config:
         base,
         environment=Warehouse(),
         rollout=rollout,
-        packing=PackingSettings(prompt_multiple=128, completion_multiple=64),
+        batching=BatchingSettings(prompt_multiple=128, completion_multiple=64),
         training=dataclasses.replace(base.training, steps=2, iterations=1, devices=1, reference_every=None),
         evaluation=EvaluationSettings(before=False, after=False),
         recording=dataclasses.replace(base.recording, checkpoint_every=None, tensorboard=False, export_hf=False),
@@ -39,7 +39,7 @@ def config(**vllm: Any) -> Config:
     )
 
 
-POLICY = setup.open_policy(vllm_cpu())
+POLICY = setup.open_model_assets(vllm_cpu())
 
 
 def started_server(folder: Path) -> Iterator[VllmServer]:

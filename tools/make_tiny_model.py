@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from envs.bfcl import Bfcl
 from jaxgrpo.learner.batching import bucket
 from jaxgrpo.learner.losses import Head, token_logprobs
-from jaxgrpo.learner.sharding import Whole, embed
+from jaxgrpo.learner.sharding import Replicated, embed
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params, cast_to, forward_shared_prompt, head_table, init_params
 from jaxgrpo.paths import absolute
@@ -175,8 +175,8 @@ def train_step(
 ) -> tuple[Params, Any, Array]:
     """One step on the weighted mean of next-token cross-entropy. Returns the log-probability of each row's own tokens [N, G] beside the new
     state."""
-    whole = Whole(jnp.dtype(jnp.float32))
-    head = Head((config.vocab_size, config.width), whole, 2048, 1.0)
+    whole = Replicated(jnp.dtype(jnp.float32))
+    head = Head((config.vocab_size, config.hidden_size), whole, 2048, 1.0)
 
     def loss(p: Params) -> tuple[Array, Array]:
         hidden = forward_shared_prompt(
@@ -188,7 +188,7 @@ def train_step(
             load=cast_to(jnp.float32),
             embed=lambda tree, ids: embed(tree["embed"]["embedding"], ids, head.shape, whole),
         )
-        logprobs, _ = token_logprobs(hidden.reshape(-1, config.width), head_table(p), rows_NGC.reshape(-1), head)
+        logprobs, _ = token_logprobs(hidden.reshape(-1, config.hidden_size), head_table(p), rows_NGC.reshape(-1), head)
         logprobs_NGC = logprobs.reshape(rows_NGC.shape)
         return -jnp.sum(weights_NGC * logprobs_NGC) / jnp.sum(weights_NGC), jnp.sum(logprobs_NGC * (weights_NGC == 1), axis=-1)
 

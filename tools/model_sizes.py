@@ -5,15 +5,15 @@ from jaxgrpo.models.model_config import ModelConfig
 _PREFIX = "Qwen/Qwen2.5-"
 
 
-def _size(layers: int, width: int, heads: int, kv_heads: int, mlp_width: int, vocab_size: int, *, tied: bool = False) -> ModelConfig:
+def _size(layers: int, hidden_size: int, heads: int, kv_heads: int, intermediate_size: int, vocab_size: int, *, tied: bool = False) -> ModelConfig:
     return ModelConfig(
         vocab_size=vocab_size,
-        width=width,
+        hidden_size=hidden_size,
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
-        head_size=width // heads,
-        mlp_width=mlp_width,
+        head_dim=hidden_size // heads,
+        intermediate_size=intermediate_size,
         context_length=32768,
         rope_theta=1e6,
         norm_epsilon=1e-6,

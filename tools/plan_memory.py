@@ -91,7 +91,7 @@ class Planner:
 
     def _shape(self) -> GroupShape:
         """The config's limits, or the lengths that were asked for, in their buckets."""
-        r, p = self.config.rollout, self.config.packing
+        r, p = self.config.rollout, self.config.batching
         prompt = bucket(self.args.prompt or r.max_prompt_tokens, p.prompt_multiple)
         completion = bucket(self.args.completion or r.max_completion_tokens, p.completion_multiple)
         return GroupShape.of(prompt, r.group_size, completion)
@@ -124,7 +124,7 @@ class Planner:
     def shortened(self, divisor: int) -> "Planner":
         """The same for episodes whose prompt and completion are so many times shorter."""
         shorter = copy.copy(self)
-        p, shape = self.config.packing, self.shape
+        p, shape = self.config.batching, self.shape
         prompt = bucket(-(-shape.prompt // divisor), p.prompt_multiple)
         completion = bucket(-(-max(shape.completions) // divisor), p.completion_multiple)
         shorter.shape = GroupShape.of(prompt, len(shape.completions), completion)
@@ -157,7 +157,7 @@ def gib(size: float) -> str:
 def describe(planner: Planner, plan: Plan) -> Iterator[str]:
     """The whole plan, readable."""
     shape, target = plan.work.shape, planner.target
-    yield f"model       {parameter_count(plan.model):,} parameters, {plan.model.layers} layers of width {plan.model.width}"
+    yield f"model       {parameter_count(plan.model):,} parameters, {plan.model.layers} layers of width {plan.model.hidden_size}"
     yield f"group       {shape.prompt} prompt tokens, {len(shape.completions)} completions of {max(shape.completions)}"
     yield f"devices     {plan.cluster.devices} x {target.name} train, {plan.gpus - plan.cluster.devices} sample"
     yield from describe_memory(planner, plan)

@@ -68,7 +68,7 @@ class Flops:
 def layer_matrix_parameters(model: ModelConfig) -> int:
     """Entries of the matrices of one layer: of q and o, of k and v, and of the three of the MLP. No biases, no norms."""
     m = model
-    return 2 * m.width * m.heads * m.head_size + 2 * m.width * m.kv_heads * m.head_size + 3 * m.width * m.mlp_width
+    return 2 * m.hidden_size * m.heads * m.head_dim + 2 * m.hidden_size * m.kv_heads * m.head_dim + 3 * m.hidden_size * m.intermediate_size
 
 
 def forward_flops(model: ModelConfig, shape: GroupShape) -> Flops:
@@ -90,7 +90,7 @@ def recomputed(model: ModelConfig, forward: Flops, remat: str) -> Flops:
     """What the backward pass computes again of a forward pass, by `training.remat`. Rematerialised layers: all but their last product, the
     MLP's down projection, which its own gradient does not need. Attention's backward pass computes scores again, whatever was saved, and
     the chunked head its logits."""
-    down = model.width * model.mlp_width / layer_matrix_parameters(model)
+    down = model.hidden_size * model.intermediate_size / layer_matrix_parameters(model)
     layers = 0.0 if remat == "none" else forward.layers * (1 - down)
     return Flops(layers, forward.attention * (1.5 if remat == "full" else 0.5), forward.head)
 
@@ -103,8 +103,8 @@ def hardware_flops(model: ModelConfig, shape: GroupShape, remat: str, lora: Lora
 def _flops(model: ModelConfig, tokens: int, pairs: int, head_tokens: int) -> Flops:
     return Flops(
         layers=2 * model.layers * layer_matrix_parameters(model) * tokens,
-        attention=4 * model.layers * model.heads * model.head_size * pairs,
-        head=2 * model.width * model.vocab_size * head_tokens,
+        attention=4 * model.layers * model.heads * model.head_dim * pairs,
+        head=2 * model.hidden_size * model.vocab_size * head_tokens,
     )
 
 

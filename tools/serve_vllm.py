@@ -15,7 +15,7 @@ from jaxgrpo.config.load import load_config
 from jaxgrpo.config.settings import ConfigError
 from jaxgrpo.interruptions import run_program
 from jaxgrpo.run.samplers import server_plan
-from jaxgrpo.run.setup import open_policy
+from jaxgrpo.run.setup import open_model_assets
 from jaxgrpo.samplers.base import SamplerError
 from jaxgrpo.samplers.vllm.auth import KEY_VARIABLE
 from jaxgrpo.samplers.vllm.server import ServerError, VllmServer
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.set)
         log = Path(args.log or tempfile.mkstemp(prefix="vllm-", suffix=".log")[1])
-        server = VllmServer(server_plan(config, open_policy(config), own_weights=True), log, os.environ.get(KEY_VARIABLE))
+        server = VllmServer(server_plan(config, open_model_assets(config), own_weights=True), log, os.environ.get(KEY_VARIABLE))
         try:
             server.wait(config.vllm.start_seconds)
             print(f"serving at {server.url} (log: {log}); Ctrl-C ends it", flush=True)

@@ -85,7 +85,7 @@ def run(unit: str, context: Context) -> Iterator[Row]:
         yield from _planned(context)
         return
     plan = plan_of(unit)
-    why_not = unusable(jnp.dtype(jnp.bfloat16), plan.model.head_size, jax.devices()[0].platform)
+    why_not = unusable(jnp.dtype(jnp.bfloat16), plan.model.head_dim, jax.devices()[0].platform)
     if plan.kernel == "cudnn" and why_not:
         yield {"row": "left out", **plan.row, "why": why_not}
         return

@@ -28,7 +28,7 @@ def named(name: str) -> ModelConfig:
 
 def fitted(model: ModelConfig, memory: int) -> ModelConfig:
     """With as many layers as leave enough of `memory` bytes for activations when it is trained."""
-    tables = model.vocab_size * model.width * (1 if model.tied_embeddings else 2)
+    tables = model.vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)
     room = memory * _STATE_SHARE / _STATE_BYTES - tables
     layers = max(1, min(model.layers, int(room // layer_matrix_parameters(model))))
     return dataclasses.replace(model, layers=layers)

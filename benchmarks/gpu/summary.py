@@ -10,7 +10,7 @@ _COLUMNS = {
     "attention": "heads case kernel with agrees worst what seconds tflops",
     "model": "case kernel with agrees worst",
     "peak": "size tflops tflops_median seconds",
-    "mfu": "row model layers kernel remat prompt real_share seconds compile_seconds tflops mfu "
+    "mfu": "row model layers kernel remat prompt real_fraction seconds compile_seconds tflops mfu "
     "mfu_padded hardware mfu_of_data_sheet peak_gib predicted_gib",
     "torch": "model prompt mask checkpointing seconds first_seconds peak_gib",
     "sampler": "row model prompt prompts rows tokens_per_second step_ms first_seconds peak_gib",
@@ -21,7 +21,7 @@ _COLUMNS = {
     "tests": "file passed skipped failed whole",
 }
 _SHARES = (
-    "real_share",
+    "real_fraction",
     "mfu",
     "mfu_padded",
     "hardware",

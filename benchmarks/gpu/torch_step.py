@@ -91,8 +91,8 @@ def causal_lm(model: ModelConfig, device: torch.device, checkpointing: bool) -> 
         policy = Qwen2ForCausalLM._from_config(
             Qwen2Config(
                 vocab_size=model.vocab_size,
-                hidden_size=model.width,
-                intermediate_size=model.mlp_width,
+                hidden_size=model.hidden_size,
+                intermediate_size=model.intermediate_size,
                 num_hidden_layers=model.layers,
                 num_attention_heads=model.heads,
                 num_key_value_heads=model.kv_heads,

@@ -45,7 +45,7 @@ def run(unit: str, context: Context) -> Iterator[Row]:
     else:
         model = dataclasses.replace(named("0.5B"), layers=4, vocab_size=8192)
         work = packed(1000, Lengths(median=200, cap=512, groups=2), model.vocab_size)
-    why_not = unusable(jnp.dtype(jnp.bfloat16), model.head_size, jax.devices()[0].platform)
+    why_not = unusable(jnp.dtype(jnp.bfloat16), model.head_dim, jax.devices()[0].platform)
     with jax.default_matmul_precision("highest"):
         exact = first_step(model, KERNELS["xla"], jnp.float32, work)
     found: dict[str, Step] = {}
@@ -77,7 +77,7 @@ def first_step(model: ModelConfig, kernel: Kernel, dtype: Any, work: Packed) -> 
         state, work.batches, None, [None] * len(work.batches)
     )
     real = [
-        np.asarray(x)[batch.sampled_NGC] for x, batch in zip(logprobs, work.batches, strict=True)
+        np.asarray(x)[batch.action_mask_NGC] for x, batch in zip(logprobs, work.batches, strict=True)
     ]
     moments = optax.tree_utils.tree_get(
         state.opt_state, "mu"

@@ -199,7 +199,7 @@ def to_json(config: Config, places: bool = False) -> str:
     return json.dumps({**tree, PLACE: searched()} if places else tree, indent=2)
 
 
-def changes_of_meaning(saved: str, config: Config) -> list[str]:
+def incompatible_changes(saved: str, config: Config) -> list[str]:
     """How `config` differs from a run's saved one (`to_json`) in what a resumed run must not
     change: lines to show. See MAY_CHANGE.
 

@@ -123,7 +123,7 @@ class VllmSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class PackingSettings:
+class BatchingSettings:
     """How groups become arrays.
 
     `advantage_normalization` "std" divides a group's centred rewards by their standard deviation, "none" leaves them. Episodes that ended
@@ -256,7 +256,7 @@ class Config:
     rewards: RewardSettings = RewardSettings()
     native: NativeSamplerSettings = NativeSamplerSettings()
     vllm: VllmSettings = VllmSettings()
-    packing: PackingSettings = PackingSettings()
+    batching: BatchingSettings = BatchingSettings()
     loss: LossSettings = LossSettings()
     lora: LoraSettings = LoraSettings()
     optimizer: OptimizerSettings = OptimizerSettings()

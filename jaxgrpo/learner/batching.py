@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from jaxgrpo.config.settings import AGGREGATIONS, PackingSettings
+from jaxgrpo.config.settings import AGGREGATIONS, BatchingSettings
 from jaxgrpo.learner.advantages import group_advantages
 from jaxgrpo.types import Group, GroupBatch
 
@@ -23,7 +23,7 @@ def bucket(length: int, multiple: int) -> int:
 
 def loss_masks(groups: Sequence[Group], masked_stop_reasons: Collection[str]) -> list[np.ndarray]:
     """For each row of each group: true where a token carries loss. The policy's own do, unless the episode ended for a masked reason."""
-    return [t.sampled_C & (t.stop_reason not in masked_stop_reasons) for group in groups for t in group.trajectories]
+    return [t.action_mask_C & (t.stop_reason not in masked_stop_reasons) for group in groups for t in group.trajectories]
 
 
 def loss_weights(masks: Sequence[np.ndarray], aggregation: str, max_completion_tokens: int) -> list[np.ndarray]:
@@ -44,7 +44,7 @@ def loss_weights(masks: Sequence[np.ndarray], aggregation: str, max_completion_t
     return [m.astype(np.float32) / np.float32(max(d, 1.0)) for m, d in zip(masks, denominators, strict=True)]
 
 
-def pack(groups: Sequence[Group], micro_batch_groups: int, max_completion_tokens: int, settings: PackingSettings) -> list[GroupBatch]:
+def pack(groups: Sequence[Group], micro_batch_groups: int, max_completion_tokens: int, settings: BatchingSettings) -> list[GroupBatch]:
     """Scored groups of one size G -> micro-batches of `micro_batch_groups` groups each, groups of like size together.
 
     The last micro-batch is filled up with empty groups of zero weight. Raises ValueError when there is no group or sizes differ.
@@ -61,7 +61,7 @@ def pack(groups: Sequence[Group], micro_batch_groups: int, max_completion_tokens
     return [_pack_micro_batch([(groups[n], advantages_NG[n], rows[n]) for n in chunk], micro_batch_groups, g, settings) for chunk in chunks]
 
 
-def first_rows(batch: GroupBatch, groups: int, settings: PackingSettings) -> GroupBatch:
+def first_rows(batch: GroupBatch, groups: int, settings: BatchingSettings) -> GroupBatch:
     """A row of each of the first `groups` groups, cut to the smallest shape that is packed: [N, 1,
     C]."""
     n, p, c = groups, settings.prompt_multiple, settings.completion_multiple
@@ -70,21 +70,21 @@ def first_rows(batch: GroupBatch, groups: int, settings: PackingSettings) -> Gro
         prompt_lengths_N=np.minimum(batch.prompt_lengths_N[:n], p),
         completions_NGC=batch.completions_NGC[:n, :1, :c],
         completion_lengths_NG=np.minimum(batch.completion_lengths_NG[:n, :1], c),
-        sampled_NGC=batch.sampled_NGC[:n, :1, :c],
+        action_mask_NGC=batch.action_mask_NGC[:n, :1, :c],
         loss_weights_NGC=batch.loss_weights_NGC[:n, :1, :c],
         advantages_NG=batch.advantages_NG[:n, :1],
         sampler_logprobs_NGC=batch.sampler_logprobs_NGC[:n, :1, :c],
     )
 
 
-def _padded_shape(groups: Sequence[Group], settings: PackingSettings) -> tuple[int, int]:
+def _padded_shape(groups: Sequence[Group], settings: BatchingSettings) -> tuple[int, int]:
     prompt = max(len(group.prompt_ids_P) for group in groups)
     completion = max(len(t.completion_ids_C) for group in groups for t in group.trajectories)
     return bucket(prompt, settings.prompt_multiple), bucket(completion, settings.completion_multiple)
 
 
 def _pack_micro_batch(
-    items: Sequence[tuple[Group, np.ndarray, Sequence[np.ndarray]]], n: int, g: int, settings: PackingSettings
+    items: Sequence[tuple[Group, np.ndarray, Sequence[np.ndarray]]], n: int, g: int, settings: BatchingSettings
 ) -> GroupBatch:
     p, c = _padded_shape([group for group, _, _ in items], settings)
     batch = GroupBatch(
@@ -92,7 +92,7 @@ def _pack_micro_batch(
         prompt_lengths_N=np.ones(n, np.int32),
         completions_NGC=np.zeros((n, g, c), np.int32),
         completion_lengths_NG=np.zeros((n, g), np.int32),
-        sampled_NGC=np.zeros((n, g, c), bool),
+        action_mask_NGC=np.zeros((n, g, c), bool),
         loss_weights_NGC=np.zeros((n, g, c), np.float32),
         advantages_NG=np.zeros((n, g), np.float32),
         sampler_logprobs_NGC=np.zeros((n, g, c), np.float32),
@@ -106,7 +106,7 @@ def _pack_micro_batch(
             tokens = len(trajectory.completion_ids_C)
             batch.completions_NGC[i, j, :tokens] = trajectory.completion_ids_C
             batch.completion_lengths_NG[i, j] = tokens
-            batch.sampled_NGC[i, j, :tokens] = trajectory.sampled_C
+            batch.action_mask_NGC[i, j, :tokens] = trajectory.action_mask_C
             batch.loss_weights_NGC[i, j, :tokens] = weights[j]
             batch.sampler_logprobs_NGC[i, j, :tokens] = trajectory.sampler_logprobs_C
     return batch

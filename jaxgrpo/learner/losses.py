@@ -109,10 +109,10 @@ def k3_kl(train_logprobs: Array, reference_logprobs: Array) -> Array:
     return jnp.exp(delta) - delta - 1
 
 
-def truncated_importance_weight(behaviour_logprobs: Array, sampler_logprobs: Array, cap: float) -> Array:
-    """min(pi_behaviour / pi_sampler, cap): corrects for a sampler whose numerics differ from the trainer's (truncated importance
+def truncated_importance_weight(old_logprobs: Array, sampler_logprobs: Array, cap: float) -> Array:
+    """min(pi_old / pi_sampler, cap): corrects for a sampler whose numerics differ from the trainer's (truncated importance
     sampling; Ionides 2008). A weight, not a path for gradients."""
-    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(behaviour_logprobs - sampler_logprobs), cap))
+    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(old_logprobs - sampler_logprobs), cap))
 
 
 class LossSums(NamedTuple):
@@ -143,50 +143,50 @@ class LossSums(NamedTuple):
         return {
             "loss": float(self.loss),
             "kl": float(self.kl) / loss_tokens,
-            "clip_share": float(self.clipped) / loss_tokens,
+            "clip_fraction": float(self.clipped) / loss_tokens,
             "entropy": float(self.entropy) / loss_tokens,
             "loss_tokens": float(self.loss_tokens),
             "mismatch_mean": float(self.mismatch) / sampled,
             "mismatch_max": float(self.mismatch_max),
             "mismatch_kl": float(self.mismatch_kl) / sampled,
-            "mismatch_outside_share": float(self.mismatch_outside) / sampled,
+            "mismatch_outside_fraction": float(self.mismatch_outside) / sampled,
         }
 
 
 def grpo_loss(
     train_logprobs_NGC: AnyArray,
-    behaviour_logprobs_NGC: AnyArray,
+    old_logprobs_NGC: AnyArray,
     reference_logprobs_NGC: AnyArray | None,
     sampler_logprobs_NGC: AnyArray,
     entropies_NGC: AnyArray,
     advantages_NG: AnyArray,
     loss_weights_NGC: AnyArray,
-    sampled_NGC: AnyArray,
+    action_mask_NGC: AnyArray,
     settings: LossSettings,
 ) -> tuple[Array, LossSums]:
-    """sum of w (beta KL - min(r A, clip(r) A)) with r = exp(train - behaviour) (GRPO, arXiv:2402.03300, eq. 3).
+    """sum of w (beta KL - min(r A, clip(r) A)) with r = exp(train - old) (GRPO, arXiv:2402.03300, eq. 3).
 
     All arrays float32; `reference_logprobs_NGC` is None exactly when `kl_beta` is 0. Tokens of zero weight contribute nothing, whatever
     they hold. Returns the loss of this micro-batch and its sums.
     """
-    chex.assert_equal_shape([train_logprobs_NGC, behaviour_logprobs_NGC, sampler_logprobs_NGC, loss_weights_NGC, sampled_NGC])
+    chex.assert_equal_shape([train_logprobs_NGC, old_logprobs_NGC, sampler_logprobs_NGC, loss_weights_NGC, action_mask_NGC])
     chex.assert_rank([train_logprobs_NGC, advantages_NG], [3, 2])
     has_loss = loss_weights_NGC > 0
-    sampled = sampled_NGC.astype(jnp.float32)
+    sampled = action_mask_NGC.astype(jnp.float32)
     train = jnp.where(has_loss, train_logprobs_NGC, 0.0)
-    behaviour = jnp.where(has_loss, behaviour_logprobs_NGC, 0.0)
+    old = jnp.where(has_loss, old_logprobs_NGC, 0.0)
     sampler = jnp.where(has_loss, sampler_logprobs_NGC, 0.0)
     advantages = jnp.where(has_loss, advantages_NG[:, :, None], 0.0)
-    ratio = jnp.exp(train - behaviour)
+    ratio = jnp.exp(train - old)
     objective = clipped_objective(ratio, advantages, settings.clip_low, settings.clip_high)
     if settings.tis_cap is not None:
-        objective = objective * truncated_importance_weight(behaviour, sampler, settings.tis_cap)
+        objective = objective * truncated_importance_weight(old, sampler, settings.tis_cap)
     kl = jnp.zeros_like(train)
     if reference_logprobs_NGC is not None:
         kl = k3_kl(train, jnp.where(has_loss, reference_logprobs_NGC, 0.0))
     loss = jnp.sum(loss_weights_NGC * (settings.kl_beta * kl - objective))
     clipped = ((ratio < 1 - settings.clip_low) & (advantages < 0)) | ((ratio > 1 + settings.clip_high) & (advantages > 0))
-    delta = jnp.where(sampled_NGC, jax.lax.stop_gradient(train_logprobs_NGC) - sampler_logprobs_NGC, 0.0)
+    delta = jnp.where(action_mask_NGC, jax.lax.stop_gradient(train_logprobs_NGC) - sampler_logprobs_NGC, 0.0)
     sums = LossSums(
         loss=loss,
         loss_tokens=jnp.sum(has_loss),

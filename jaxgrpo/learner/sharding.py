@@ -152,7 +152,7 @@ class Storage(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Whole:
+class Replicated:
     """Leaves are whole weights."""
 
     dtype: Any

@@ -1,7 +1,7 @@
 """TrainState, the optimizer, and the jitted, sharded train step.
 
 A batch is a list of micro-batches. On it `mu` optimizer steps are taken; each adds up the gradients of all micro-batches and applies them
-once. On the first step the ratio is one: its log-probabilities come from that very forward and are kept as the behaviour of the later ones.
+once. On the first step the ratio is one: its log-probabilities come from that very forward and are kept as the old policy's of the later ones.
 
 With LoRA the parameters are the adapters, and the model's own weights are frozen beside them; nothing else differs.
 """
@@ -136,7 +136,7 @@ class Update:
         self.kernel, self.remat = kernel, remat
         rounded_to = None if served_dtype == self.compute_dtype else served_dtype
         storage = Sharded(mesh.size, self.compute_dtype, rounded_to)
-        self._head = Head((config.vocab_size, config.width), storage, head_chunk, temperature, trained=not lora.rank)
+        self._head = Head((config.vocab_size, config.hidden_size), storage, head_chunk, temperature, trained=not lora.rank)
         self._shapes: set[tuple] = set()
         specification, frozen, whole = specs(self.layout), specs(self.frozen_layout), specs(self._whole_layout)
         data, replicated = PartitionSpec(AXIS), PartitionSpec()
@@ -210,10 +210,10 @@ class Update:
         self,
         state: TrainState,
         batches: Sequence[GroupBatch],
-        behaviour: Sequence[Array] | None,
+        old: Sequence[Array] | None,
         reference: Sequence[Array | None],
     ) -> tuple[TrainState, list[Array], StepReport]:
-        """One optimizer step on all micro-batches. `behaviour` is None on the first step on a batch.
+        """One optimizer step on all micro-batches. `old` is None on the first step on a batch.
 
         Returns the new state (the old one's buffers are donated), each micro-batch's train
         log-probabilities [N, G, C], and the report. When the gradient is not finite the step is not
@@ -223,9 +223,9 @@ class Update:
         for i, batch in enumerate(batches):
             self._count("accumulate", batch)
             placed = self._put(batch)
-            ours = placed.sampler_logprobs_NGC if behaviour is None else behaviour[i]
+            ours = placed.sampler_logprobs_NGC if old is None else old[i]
             gradients, logprobs, micro_sums = self._accumulate(
-                state.params, gradients, placed, ours, reference[i], behaviour is None, state.frozen
+                state.params, gradients, placed, ours, reference[i], old is None, state.frozen
             )
             train_logprobs.append(logprobs)
             sums.append(micro_sums)
@@ -261,7 +261,7 @@ class Update:
             prompt_lengths_N=array((groups,), jnp.int32, data),
             completions_NGC=array(shape, jnp.int32, data),
             completion_lengths_NG=array(shape[:2], jnp.int32, data),
-            sampled_NGC=array(shape, bool, data),
+            action_mask_NGC=array(shape, bool, data),
             loss_weights_NGC=array(shape, float32, data),
             advantages_NG=array(shape[:2], float32, data),
             sampler_logprobs_NGC=array(shape, float32, data),
@@ -312,7 +312,7 @@ class Update:
             batch.prompt_NP,
             batch.prompt_lengths_N,
             batch.completions_NGC,
-            load=lambda leaf: storage.load(leaf, (self.config.width,)),
+            load=lambda leaf: storage.load(leaf, (self.config.hidden_size,)),
             embed=lambda tree, ids: embed(tree["embed"]["embedding"], ids, self._head.shape, storage),
             load_layer=load_layer,
             scan_layers=scan_layers,
@@ -322,7 +322,7 @@ class Update:
         )
         shape = batch.completions_NGC.shape
         logprobs, entropies = token_logprobs(
-            hidden.reshape(-1, self.config.width), head_table(params), batch.completions_NGC.reshape(-1), self._head
+            hidden.reshape(-1, self.config.hidden_size), head_table(params), batch.completions_NGC.reshape(-1), self._head
         )
         return logprobs.reshape(shape), entropies.reshape(shape)
 
@@ -334,7 +334,7 @@ class Update:
         params: Params,
         gradients: Params,
         batch: GroupBatch,
-        behaviour: Array,
+        old: Array,
         reference: Array | None,
         on_policy: Array,
         frozen: Params | None,
@@ -345,7 +345,7 @@ class Update:
 
         def loss(p: Params) -> tuple[Array, tuple[Array, LossSums]]:
             train, entropies = self._local_logprobs(combine(p, frozen), batch, scan_layers(p))
-            ours = jnp.where(on_policy, lax.stop_gradient(train), behaviour)
+            ours = jnp.where(on_policy, lax.stop_gradient(train), old)
             value, sums = grpo_loss(
                 train,
                 ours,
@@ -354,7 +354,7 @@ class Update:
                 entropies,
                 batch.advantages_NG,
                 batch.loss_weights_NGC,
-                batch.sampled_NGC,
+                batch.action_mask_NGC,
                 self.loss,
             )
             return value, (train, sums)

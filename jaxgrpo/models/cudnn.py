@@ -16,25 +16,25 @@ _MORE_ARGUMENTS: dict[str, dict[str, None]] = {"0.10": {}, "0.11": {}, "0.12": {
 """What the primitives take besides the common arguments, by jax's version. Others are refused: their arguments are not known."""
 
 
-def unusable(dtype: jnp.dtype, head_size: int, platform: str) -> str:
+def unusable(dtype: jnp.dtype, head_dim: int, platform: str) -> str:
     """Why cuDNN's attention cannot be used, or nothing when it can."""
     if platform not in ("gpu", "cuda"):
         return f"it needs an NVIDIA GPU, and jax computes on {platform}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16, not in {jnp.dtype(dtype).name}"
-    if head_size % 8 or head_size > 128:
-        return f"its heads are of a multiple of 8 and at most 128, not {head_size}"
+    if head_dim % 8 or head_dim > 128:
+        return f"its heads are of a multiple of 8 and at most 128, not {head_dim}"
     if _minor_version() not in _MORE_ARGUMENTS:
         return f"jax {jax.__version__} is not one of those whose internals are known here ({', '.join(_MORE_ARGUMENTS)})"
     return ""
 
 
-def choose_kernel(setting: str, dtype: jnp.dtype, head_size: int, platform: str) -> tuple[Kernel, str]:
+def choose_kernel(setting: str, dtype: jnp.dtype, head_dim: int, platform: str) -> tuple[Kernel, str]:
     """The kernel of `training.attention` ("auto", "xla" or "cudnn") and a line that says which it is and why.
 
     Raises ValueError where cuDNN is asked for and cannot be.
     """
-    why_not = unusable(jnp.dtype(dtype), head_size, platform)
+    why_not = unusable(jnp.dtype(dtype), head_dim, platform)
     if setting == "cudnn" and why_not:
         raise ValueError(f"training.attention is 'cudnn', but {why_not}: set it to 'auto' or 'xla'")
     if setting == "xla":
@@ -73,7 +73,7 @@ def _at_least_one(lengths: Array | None) -> tuple[Array | None, Array | None]:
 
 
 def _even(*arrays: Array) -> list[Array]:
-    """Lengths filled up to even ones, as cuDNN's backward pass needs them. Packing makes no odd ones."""
+    """Lengths filled up to even ones, as cuDNN's backward pass needs them. Batching makes no odd ones."""
     return [jnp.pad(x, [(0, 0), (0, x.shape[1] % 2)] + [(0, 0)] * (x.ndim - 2)) for x in arrays]
 
 

@@ -32,12 +32,12 @@ class ModelConfig:
     """The sizes of a Qwen2 model, read from a Hugging Face `config.json` by `from_hf`."""
 
     vocab_size: int
-    width: int
+    hidden_size: int
     layers: int
     heads: int
     kv_heads: int
-    head_size: int
-    mlp_width: int
+    head_dim: int
+    intermediate_size: int
     context_length: int
     rope_theta: float
     norm_epsilon: float
@@ -57,20 +57,20 @@ class ModelConfig:
                 f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads "
                 f"({kv_heads}; absent, it is 32)"
             )
-        head_size = config.get("head_dim") or config["hidden_size"] // heads
-        if head_size % 2 or head_size == 0:
+        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        if head_dim % 2 or head_dim == 0:
             raise ValueError(
                 "the head size (head_dim, or hidden_size / num_attention_heads) must be even and "
-                f"above 0, got {head_size}"
+                f"above 0, got {head_dim}"
             )
         return cls(
             vocab_size=config["vocab_size"],
-            width=config["hidden_size"],
+            hidden_size=config["hidden_size"],
             layers=config["num_hidden_layers"],
             heads=heads,
             kv_heads=kv_heads,
-            head_size=head_size,
-            mlp_width=config["intermediate_size"],
+            head_dim=head_dim,
+            intermediate_size=config["intermediate_size"],
             context_length=config.get("max_position_embeddings", 32768),
             rope_theta=_rope_theta(config),
             norm_epsilon=_number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),

@@ -73,8 +73,8 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root mean square layer normalisation in float32 (arXiv:1910.07467, eq. 4)."""
 
-    def __init__(self, width: int, epsilon: float):
-        self.scale = nnx.Param(jnp.ones(width))
+    def __init__(self, hidden_size: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(hidden_size))
         self.epsilon = epsilon
 
     def __call__(self, x: Array) -> Array:
@@ -94,15 +94,15 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, lora: LoraSettings = NO_LORA, *, rngs: nnx.Rngs):
         c = config
         self.config = config
-        self.q = Linear(c.width, c.heads * c.head_size, bias=True, lora=lora.of("q"), rngs=rngs)
-        self.k = Linear(c.width, c.kv_heads * c.head_size, bias=True, lora=lora.of("k"), rngs=rngs)
-        self.v = Linear(c.width, c.kv_heads * c.head_size, bias=True, lora=lora.of("v"), rngs=rngs)
-        self.o = Linear(c.heads * c.head_size, c.width, bias=False, lora=lora.of("o"), rngs=rngs)
+        self.q = Linear(c.hidden_size, c.heads * c.head_dim, bias=True, lora=lora.of("q"), rngs=rngs)
+        self.k = Linear(c.hidden_size, c.kv_heads * c.head_dim, bias=True, lora=lora.of("k"), rngs=rngs)
+        self.v = Linear(c.hidden_size, c.kv_heads * c.head_dim, bias=True, lora=lora.of("v"), rngs=rngs)
+        self.o = Linear(c.heads * c.head_dim, c.hidden_size, bias=False, lora=lora.of("o"), rngs=rngs)
 
     def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """x [..., T, D], positions [..., T] -> rotated queries [..., T, H, h], rotated keys [..., T, K, h], values [..., T, K, h]."""
         c = self.config
-        split = lambda y, heads: y.reshape(*y.shape[:-1], heads, c.head_size)
+        split = lambda y, heads: y.reshape(*y.shape[:-1], heads, c.head_dim)
         q, k, v = split(self.q(x), c.heads), split(self.k(x), c.kv_heads), split(self.v(x), c.kv_heads)
         return apply_rope(q, positions, c.rope_theta), apply_rope(k, positions, c.rope_theta), v
 
@@ -115,9 +115,9 @@ class MLP(nnx.Module):
     """SwiGLU (arXiv:2002.05202)."""
 
     def __init__(self, config: ModelConfig, lora: LoraSettings = NO_LORA, *, rngs: nnx.Rngs):
-        self.gate = Linear(config.width, config.mlp_width, bias=False, lora=lora.of("gate"), rngs=rngs)
-        self.up = Linear(config.width, config.mlp_width, bias=False, lora=lora.of("up"), rngs=rngs)
-        self.down = Linear(config.mlp_width, config.width, bias=False, lora=lora.of("down"), rngs=rngs)
+        self.gate = Linear(config.hidden_size, config.intermediate_size, bias=False, lora=lora.of("gate"), rngs=rngs)
+        self.up = Linear(config.hidden_size, config.intermediate_size, bias=False, lora=lora.of("up"), rngs=rngs)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False, lora=lora.of("down"), rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
@@ -127,9 +127,9 @@ class DecoderLayer(nnx.Module):
     """One pre-norm decoder layer, in the three pieces that every way of attending shares."""
 
     def __init__(self, config: ModelConfig, lora: LoraSettings = NO_LORA, *, rngs: nnx.Rngs):
-        self.input_norm = RMSNorm(config.width, config.norm_epsilon)
+        self.input_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.attention = Attention(config, lora, rngs=rngs)
-        self.post_attention_norm = RMSNorm(config.width, config.norm_epsilon)
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.mlp = MLP(config, lora, rngs=rngs)
 
     def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
@@ -145,8 +145,8 @@ class DecoderLayer(nnx.Module):
 class Embedding(nnx.Module):
     """A table [V, D]."""
 
-    def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, width)) * 0.02)
+    def __init__(self, vocab_size: int, hidden_size: int, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, hidden_size)) * 0.02)
 
 
 @functools.cache
@@ -168,12 +168,12 @@ def init_params(config: ModelConfig, key: Array) -> Params:
         return nnx.to_pure_dict(nnx.state(DecoderLayer(config, rngs=nnx.Rngs(params=layer_key))))
 
     def table(table_key: Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(Embedding(config.vocab_size, config.width, rngs=nnx.Rngs(params=table_key))))
+        return nnx.to_pure_dict(nnx.state(Embedding(config.vocab_size, config.hidden_size, rngs=nnx.Rngs(params=table_key))))
 
     params: Params = {
         "embed": table(embed_key),
         "layers": jax.vmap(one_layer)(jnp.stack(layer_keys)),
-        "norm": {"scale": jnp.ones(config.width)},
+        "norm": {"scale": jnp.ones(config.hidden_size)},
     }
     if not config.tied_embeddings:
         params["lm_head"] = table(head_key)

@@ -4,7 +4,7 @@ A reward function looks at a finished episode and its environment's score, and g
 that needs no settings is a plain function; its part has its name:
 
     def brevity(trajectory: Trajectory, score: Score) -> float:
-        return -0.001 * int(trajectory.sampled_C.sum())
+        return -0.001 * int(trajectory.action_mask_C.sum())
 
     Config(..., rewards=RewardSettings(functions=(brevity,)))
 

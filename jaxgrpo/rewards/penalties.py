@@ -52,7 +52,7 @@ class LocalGibberish(RewardFunction):
     - more than `broken_chars` characters are replacement characters, control characters, private or
       unassigned ones (but for replacement characters at a turn's end, where a limit may have cut);
     - more than `glued_words` different words have `glued_letters` letters or more, and these words
-      more than `glued_share` of all letters; camelCase and snake_case are several words;
+      more than `glued_fraction` of all letters; camelCase and snake_case are several words;
     - more than `mixed_words` words mix two scripts that are not written together, or letters of
       more than `most_scripts` scripts occur.
 
@@ -72,7 +72,7 @@ class LocalGibberish(RewardFunction):
     broken_chars: int = 1
     glued_letters: int = 18
     glued_words: int = 1
-    glued_share: float = 0.05
+    glued_fraction: float = 0.05
     mixed_words: int = 2
     most_scripts: int = 3
 
@@ -136,7 +136,7 @@ class LocalGibberish(RewardFunction):
         words = [word for text in texts for word in _words(text) if word.isascii()]
         long = [word for word in words if len(word) >= self.glued_letters]
         share = sum(map(len, long)) / max(1, sum(map(len, words)))
-        if len(set(long)) <= self.glued_words or share <= self.glued_share:
+        if len(set(long)) <= self.glued_words or share <= self.glued_fraction:
             return ""
         return f"{len(long)} words such as {long[0][:SHOWN_CHARS]!r}"
 

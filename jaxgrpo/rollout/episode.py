@@ -66,7 +66,7 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoding:
+class SamplingParams:
     """How the policy's tokens are drawn; temperature 0 is greedy."""
 
     temperature: float = 1.0
@@ -112,7 +112,7 @@ class EpisodePlayer:
     suite: TaskSuite
     chat: Chat
     limits: Limits
-    decoding: Decoding
+    sampling: SamplingParams
     environment_calls: BlockingCalls
     rewards: RewardSettings = RewardSettings()
 
@@ -126,7 +126,7 @@ class EpisodePlayer:
 
     async def play(self, task: Task, opening: Opening, key: EpisodeKey) -> Trajectory:
         """Play one episode to its end."""
-        tape = _Tape(opening)
+        tape = TrajectoryBuilder(opening)
         try:
             environment, observation = await self.openings.begin(task)
             fault = opens_differently(task, opening.observation, observation)
@@ -144,7 +144,7 @@ class EpisodePlayer:
             await self.sampler.release(key.episode_id)
         return tape.trajectory(key, stop_reason, score)
 
-    async def _take_turns(self, environment: Environment, observation: Observation, tape: "_Tape", key: EpisodeKey) -> StopReason:
+    async def _take_turns(self, environment: Environment, observation: Observation, tape: "TrajectoryBuilder", key: EpisodeKey) -> StopReason:
         while True:
             room, limit = self.limits.room(len(tape.prompt_ids), len(tape.ids))
             generation = await self.sampler.generate(self._request(observation, tape, key, room))
@@ -169,7 +169,7 @@ class EpisodePlayer:
                 return limit_reached
 
     async def _append(
-        self, observation: Observation, tape: "_Tape", ended_with_eos: bool, key: EpisodeKey
+        self, observation: Observation, tape: "TrajectoryBuilder", ended_with_eos: bool, key: EpisodeKey
     ) -> StopReason | None:
         """Append what the environment says next, or return the limit that leaves no room for it and one sampled token more."""
         step = f"step() of task {key.task_id!r}"
@@ -189,7 +189,7 @@ class EpisodePlayer:
         tape.add_observation(ids, observation.messages)
         return None
 
-    def _request(self, observation: Observation, tape: "_Tape", key: EpisodeKey, max_tokens: int) -> SamplingRequest:
+    def _request(self, observation: Observation, tape: "TrajectoryBuilder", key: EpisodeKey, max_tokens: int) -> SamplingRequest:
         return SamplingRequest(
             group_id=key.group_id,
             episode_id=key.episode_id,
@@ -197,8 +197,8 @@ class EpisodePlayer:
             prompt_length=len(tape.prompt_ids),
             max_tokens=max_tokens,
             seed=key.seed(tape.turns),
-            temperature=self.decoding.temperature,
-            top_p=self.decoding.top_p,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
             stop_strings=observation.stop_strings,
         )
 
@@ -206,7 +206,7 @@ class EpisodePlayer:
         return await ask(self.environment_calls, what, returned(kind), function, *args)
 
 
-class _Tape:
+class TrajectoryBuilder:
     """One episode as it grows."""
 
     def __init__(self, opening: Opening):
@@ -249,7 +249,7 @@ class _Tape:
             sample_index=key.sample_index,
             prompt_ids_P=self.prompt_ids,
             completion_ids_C=np.asarray(self.ids, np.int32),
-            sampled_C=np.asarray(self.sampled, bool),
+            action_mask_C=np.asarray(self.sampled, bool),
             sampler_logprobs_C=np.asarray(self.logprobs, np.float32),
             weight_versions_C=np.asarray(self.versions, np.int32),
             messages=tuple(self.messages),

@@ -17,7 +17,7 @@ from jaxgrpo.environment import TaskSuite
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.background import BlockingCalls, all_or_none
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.episode import Decoding, EpisodeKey, EpisodePlayer, Limits
+from jaxgrpo.rollout.episode import EpisodeKey, EpisodePlayer, Limits, SamplingParams
 from jaxgrpo.rollout.openings import Opening
 from jaxgrpo.rollout.user_code import FaultyEnvironmentError
 from jaxgrpo.samplers.base import Sampler
@@ -69,7 +69,7 @@ class RolloutResult:
     def sampled_versions_T(self) -> np.ndarray:
         """The weight version of each sampled token of the groups, one after the other."""
         trajectories = [t for group in self.groups for t in group.trajectories]
-        return np.concatenate([np.zeros(0, np.int32), *(t.weight_versions_C[t.sampled_C] for t in trajectories)])
+        return np.concatenate([np.zeros(0, np.int32), *(t.weight_versions_C[t.action_mask_C] for t in trajectories)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Rollout:
     suite: TaskSuite
     chat: Chat
     limits: Limits = Limits()
-    decoding: Decoding = Decoding()
+    sampling: SamplingParams = SamplingParams()
     execution: Execution = Execution()
     rewards: RewardSettings = RewardSettings()
 
@@ -113,7 +113,7 @@ class Rollout:
         if len({task.id for task in tasks}) < len(tasks):
             raise ValueError(f"a task occurs twice in batch {batch!r}: its episodes would be the same; give it two batches")
         start = time.perf_counter()
-        played_with = (self.limits, self.decoding, self._calls, self.rewards)
+        played_with = (self.limits, self.sampling, self._calls, self.rewards)
         player = EpisodePlayer(self.sampler, self.suite, self.chat, *played_with)
         counter = _Counter(progress, len(tasks) * group_size)
         runner = _BatchRunner(player, self._places, self.execution.max_retries, EpisodeKey(seed, batch, "", 0), counter)

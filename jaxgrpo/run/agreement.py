@@ -9,7 +9,7 @@ from jaxgrpo.config.settings import Config
 from jaxgrpo.learner.update import Update
 from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.rollout.background import EventLoopThread, all_or_none
-from jaxgrpo.run.processes import Told, Work, nobody
+from jaxgrpo.run.processes import Command, Work, no_op
 from jaxgrpo.samplers.base import Generation, Sampler, SamplerError, SamplingRequest
 from jaxgrpo.types import GroupBatch
 
@@ -30,7 +30,7 @@ class AgreementCheck:
     temperature: float
     bound: float
     tokens: int = 16
-    tell: Callable[[Told], None] = nobody
+    send: Callable[[Command], None] = no_op
 
     def run(self, loop: EventLoopThread, sampler: Sampler, params: Params, version: int) -> dict[str, float]:
         """The mean and the largest difference of log-probabilities; `params` are the trainer's (`Update.policy`), published as `version`.
@@ -42,7 +42,7 @@ class AgreementCheck:
         if served != [version]:
             raise MismatchError(f"after publishing weights of version {version} the sampler answers with version {served}")
         batch = self._batch(generations)
-        self.tell(Told(Work.SCORE, batches=(batch,)))
+        self.send(Command(Work.SCORE, batches=(batch,)))
         train_GC = np.asarray(self.update.logprobs(params, batch).addressable_data(0))[0]
         pairs = [(train_C[: len(g.logprobs_T)], g.logprobs_T) for train_C, g in zip(train_GC, generations, strict=True)]
         differences = np.abs(np.concatenate([train - sampled for train, sampled in pairs]))
@@ -79,7 +79,7 @@ class AgreementCheck:
             prompt_lengths_N=np.full(n, len(self.prompt_ids_P), np.int32),
             completions_NGC=np.broadcast_to(rows_GC, (n, g, c)),
             completion_lengths_NG=np.broadcast_to(lengths_G, (n, g)),
-            sampled_NGC=zeros_NGC.astype(bool),
+            action_mask_NGC=zeros_NGC.astype(bool),
             loss_weights_NGC=zeros_NGC,
             advantages_NG=np.zeros((n, g), np.float32),
             sampler_logprobs_NGC=zeros_NGC,
@@ -87,11 +87,11 @@ class AgreementCheck:
 
 
 def agreement_check(
-    config: Config, update: Update, prompt_ids_P: np.ndarray, tell: Callable[[Told], None] = nobody
+    config: Config, update: Update, prompt_ids_P: np.ndarray, send: Callable[[Command], None] = no_op
 ) -> AgreementCheck | None:
     """With a prompt [P] of the run, for a sampler in another process: there a weight can be lost or stale."""
     if config.sampler == "native":
         return None
     r = config.rollout
     tokens, bound = min(r.max_completion_tokens, 16), config.vllm.max_mismatch
-    return AgreementCheck(update, prompt_ids_P, r.temperature, bound, tokens, tell)
+    return AgreementCheck(update, prompt_ids_P, r.temperature, bound, tokens, send)

@@ -21,7 +21,7 @@ def rollout_metrics(result: RolloutResult, skipped: Sequence[RolloutResult], ver
     metrics: dict[str, float | int | str] = {
         "train/reward_mean": float(np.mean([g.rewards_G.mean() for g in result.groups])),
         "train/pass_rate": float(np.mean([t.score is not None and t.score.passed for t in trajectories])),
-        "train/no_signal_share": float(np.mean([np.ptp(g.rewards_G) == 0 for g in result.groups])),
+        "train/no_signal_fraction": float(np.mean([np.ptp(g.rewards_G) == 0 for g in result.groups])),
         "train/groups": len(result.groups),
         "train/skipped_batches": len(skipped),
         "train/dropped_groups": sum(len(r.dropped) for r in (*skipped, result)),
@@ -31,7 +31,7 @@ def rollout_metrics(result: RolloutResult, skipped: Sequence[RolloutResult], ver
         "train/prompt_tokens_mean": float(np.mean([len(g.prompt_ids_P) for g in result.groups])),
         "train/turns_mean": float(np.mean([t.turns for t in trajectories])),
         "train/tool_calls_mean": float(np.mean([len(t.calls) for t in trajectories])),
-        "train/overlong_share": float(np.mean([t.overlong for t in trajectories])),
+        "train/overlong_fraction": float(np.mean([t.overlong for t in trajectories])),
         "train/staleness_mean": float(np.mean(staleness)),
         "train/staleness_max": int(np.max(staleness)),
         "time/rollout_seconds": result.seconds,
@@ -63,10 +63,10 @@ def update_metrics(
     repeated = sum(int((b.completion_lengths_NG + b.prompt_lengths_N[:, None] * (b.completion_lengths_NG > 0)).sum()) for b in batches)
     return {
         **{f"train/{key}": value for key, value in first.items()},
-        "train/clip_share": taken[-1].sums.summary()["clip_share"],
+        "train/clip_fraction": taken[-1].sums.summary()["clip_fraction"],
         "train/grad_norm": float(np.mean([r.grad_norm for r in taken])),
         "train/skipped_steps": len(reports) - len(taken),
-        "train/real_token_share": real / computed,
+        "train/real_token_fraction": real / computed,
         "train/forwarded_per_completion_token": computed / completions,
         "train/prompt_sharing": repeated / real,
         "train/compilations": compilations,
@@ -78,7 +78,7 @@ def update_metrics(
     }
 
 
-def schedule_metrics(seconds: Mapping[str, float], sampler_idle_share: float) -> dict[str, float | int | str]:
+def schedule_metrics(seconds: Mapping[str, float], sampler_idle_fraction: float) -> dict[str, float | int | str]:
     """How long a batch took in all, less evaluations, and for which share of it each side was idle: the trainer while it waited for
     rollouts, the sampler while no request was in flight. Recording and a checkpoint are those of the batch before."""
     whole = seconds["all"] - seconds.get("evaluate", 0.0)
@@ -87,6 +87,6 @@ def schedule_metrics(seconds: Mapping[str, float], sampler_idle_share: float) ->
         "time/wait_seconds": seconds["wait"],
         "time/record_seconds": seconds.get("record", 0.0),
         "time/checkpoint_seconds": seconds.get("checkpoint", 0.0),
-        "time/trainer_idle_share": seconds["wait"] / whole,
-        "time/sampler_idle_share": sampler_idle_share,
+        "time/trainer_idle_fraction": seconds["wait"] / whole,
+        "time/sampler_idle_fraction": sampler_idle_fraction,
     }

@@ -11,8 +11,8 @@ from jaxgrpo.learner.batching import first_rows
 from jaxgrpo.learner.update import DivergedError, StepReport, TrainState
 from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.run.metrics import Stopwatch
-from jaxgrpo.run.processes import Processes, Told, Work
-from jaxgrpo.run.setup import Policy, build_update, initial_params, make_run_folder
+from jaxgrpo.run.processes import Command, Processes, Work
+from jaxgrpo.run.setup import ModelAssets, build_update, initial_params, make_run_folder
 from jaxgrpo.run.skipping import Overshoots
 from jaxgrpo.run.weights import StoredWeights
 from jaxgrpo.storage.checkpoint import Checkpoints, Progress, newest_step
@@ -20,7 +20,7 @@ from jaxgrpo.storage.checksums import DamageError
 from jaxgrpo.types import GroupBatch
 
 
-def passed(every: int | None, step: int, advance: int) -> bool:
+def crossed_interval(every: int | None, step: int, advance: int) -> bool:
     """True when a multiple of `every` lies within the last `advance` steps, `step` included."""
     return every is not None and step // every > (step - advance) // every
 
@@ -33,12 +33,12 @@ class Learner:
     In a run of several processes each has one. The first process calls the methods, each of which tells the others; they `follow`.
     """
 
-    def __init__(self, config: Config, policy: Policy, folder: Path, resume: bool, processes: Processes, stack: ExitStack):
+    def __init__(self, config: Config, assets: ModelAssets, folder: Path, resume: bool, processes: Processes, stack: ExitStack):
         self.config = config
-        self.policy = policy
+        self.assets = assets
         self.folder = folder
         self.processes = processes
-        self.update = build_update(config, policy.config)
+        self.update = build_update(config, assets.config)
         make_run_folder(folder)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.recording.keep)
         stack.callback(self.checkpoints.close)
@@ -54,7 +54,7 @@ class Learner:
         resuming: checkpoints hold adapters only."""
         lora, frozen = self.config.lora.rank > 0, None
         if lora or not resume:
-            state = self.update.init(self.base() if lora else initial_params(self.policy, np.float32), self.config.seed)
+            state = self.update.init(self.base() if lora else initial_params(self.assets, np.float32), self.config.seed)
             frozen = state.frozen
         if not resume:
             return state, Progress(0, 0)
@@ -69,12 +69,12 @@ class Learner:
 
     def base(self) -> Params:
         """The model's own weights, as adapters see them."""
-        return initial_params(self.policy, self.update.compute_dtype)
+        return initial_params(self.assets, self.update.compute_dtype)
 
     @property
     def weights(self) -> StoredWeights:
         """The policy's weights, as samplers take them."""
-        return StoredWeights(self.state, self.update, self.processes.tell)
+        return StoredWeights(self.state, self.update, self.processes.send)
 
     @property
     def steps_of_batch(self) -> int:
@@ -87,18 +87,18 @@ class Learner:
 
         Raises DivergedError when what was made of the weights is of no use; no sampler and no
         checkpoint has had them. """
-        self.processes.tell(Told(Work.LEARN, number=self.batch, batches=tuple(batches)))
+        self.processes.send(Command(Work.LEARN, number=self.batch, batches=tuple(batches)))
         with self.clock.phase("reference"):
             reference = self.update.reference_logprobs(self.state, batches)
-        behaviour, reports, before = None, [], self.state.step
+        old, reports, before = None, [], self.state.step
         with self.clock.phase("update"):
             for _ in range(self.steps_of_batch):
-                self.state, logprobs, report = self.update.optimizer_step(self.state, batches, behaviour, reference)
-                behaviour = logprobs if behaviour is None else behaviour
+                self.state, logprobs, report = self.update.optimizer_step(self.state, batches, old, reference)
+                old = logprobs if old is None else old
                 reports.append(report)
                 if not report.taken:
                     break
-                if passed(self.config.training.reference_every, self.state.step, 1):
+                if crossed_interval(self.config.training.reference_every, self.state.step, 1):
                     self.state = self.update.replace_reference(self.state)
         self.advance = self.state.step - before
         if self.advance:
@@ -111,7 +111,7 @@ class Learner:
         are what the disk holds."""
         with self.clock.phase("probe"):
             if self.update.usable(
-                self.state, first_rows(batches[0], self.update.mesh.size, self.config.packing)
+                self.state, first_rows(batches[0], self.update.mesh.size, self.config.batching)
             ):
                 return
         if self.processes.leads:
@@ -128,7 +128,7 @@ class Learner:
 
     def save(self) -> None:
         """A checkpoint of the state and of how many batches led to it."""
-        self.processes.tell(Told(Work.SAVE, number=self.batch))
+        self.processes.send(Command(Work.SAVE, number=self.batch))
         with self.clock.phase("checkpoint"):
             self.checkpoints.save(self.state, Progress(self.batch, self.version), self.update)
 

@@ -141,7 +141,7 @@ class TerminalView:
     def step(self, step: int, metrics: Metrics) -> None:
         """A batch is done."""
         reward, passed, tokens = (metrics[f"train/{key}"] for key in ("reward_mean", "pass_rate", "completion_tokens_mean"))
-        idle = "  ".join(f"{side} idle {metrics[f'time/{side}_idle_share']:.0%}" for side in ("trainer", "sampler"))
+        idle = "  ".join(f"{side} idle {metrics[f'time/{side}_idle_fraction']:.0%}" for side in ("trainer", "sampler"))
         self._status = f"reward {reward:.3f}  passed {passed:.0%}  tokens {tokens:.0f}  {idle}  {self._left(step)}"
         self._bar.update(self._task, completed=step, status=self._status)
         if not self.console.is_terminal:

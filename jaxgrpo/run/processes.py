@@ -57,7 +57,7 @@ class Work(enum.StrEnum):
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
+class Command:
     """One piece of work with what it needs, e.g. `Told(Work.PUBLISH, number=3, text="/shared/run/weights")`."""
 
     work: Work
@@ -66,7 +66,7 @@ class Told:
     batches: tuple[GroupBatch, ...] = ()
 
 
-def nobody(told: Told) -> None:
+def no_op(command: Command) -> None:
     """Tells no one: for what runs in one process."""
 
 
@@ -233,7 +233,7 @@ class Processes:
         self._store.key_value_set(f"{_SHARED}/{self._shared}/{self.index}", text)
         return [self._wait(f"{_SHARED}/{self._shared}/{i}") for i in range(self.count)]
 
-    def tell(self, told: Told) -> None:
+    def send(self, command: Command) -> None:
         """Called by the leader right before it computes on the mesh; of the others, and in a run of one process, it does nothing.
 
         Tells come from one thread at a time: whoever computes on the mesh meanwhile would be out of step with the others.
@@ -241,20 +241,20 @@ class Processes:
         if self.count == 1 or not self.leads:
             return
         self._told += 1
-        arrays = [_arrays(batch) for batch in told.batches]
+        arrays = [_arrays(batch) for batch in command.batches]
         forms = [{name: (array.dtype.name, array.shape) for name, array in of_one.items()} for of_one in arrays]
-        message = {"work": told.work, "number": told.number, "text": told.text, "batches": forms}
+        message = {"work": command.work, "number": command.number, "text": command.text, "batches": forms}
         self._store.key_value_set(_key(self._told), json.dumps(message))
         self._store.key_value_delete(_key(self._told - 2))  # that one was carried out: the last one computed with everybody
         for of_one in arrays:
             multihost_utils.broadcast_one_to_all(of_one)
 
-    def listen(self) -> Told:
+    def listen(self) -> Command:
         """Wait for what the leader tells next. Raises PeerError when another process has failed."""
         self._told += 1
         message = json.loads(self._wait(_key(self._told)))
         batches = [GroupBatch(**multihost_utils.broadcast_one_to_all(_empty(forms))) for forms in message["batches"]]
-        return Told(Work(message["work"]), message["number"], message["text"], tuple(batches))
+        return Command(Work(message["work"]), message["number"], message["text"], tuple(batches))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

@@ -152,7 +152,7 @@ def to_line(record: TrajectoryRecord) -> str:
         "calls": [dataclasses.asdict(call) for call in trajectory.calls],
         "prompt_ids": trajectory.prompt_ids_P.tolist(),
         "completion_ids": trajectory.completion_ids_C.tolist(),
-        "sampled": trajectory.sampled_C.astype(int).tolist(),
+        "sampled": trajectory.action_mask_C.astype(int).tolist(),
         "sampler_logprobs": _shortest(trajectory.sampler_logprobs_C),
         "weight_versions": trajectory.weight_versions_C.tolist(),
     }
@@ -170,7 +170,7 @@ def from_line(line: str | bytes) -> TrajectoryRecord:
         sample_index=fields["sample"],
         prompt_ids_P=np.array(fields["prompt_ids"], np.int32),
         completion_ids_C=np.array(fields["completion_ids"], np.int32),
-        sampled_C=np.array(fields["sampled"], bool),
+        action_mask_C=np.array(fields["sampled"], bool),
         sampler_logprobs_C=np.array(fields["sampler_logprobs"], np.float64).astype(np.float32),
         weight_versions_C=np.array(fields["weight_versions"], np.int32),
         messages=tuple(Message(**message) for message in fields["messages"]),

@@ -13,7 +13,7 @@ from jaxgrpo.config.settings import Config, ConfigError
 from jaxgrpo.learner.sharding import make_layout
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.rollout.background import EventLoopThread, say_aside
-from jaxgrpo.run.setup import Policy, compute_dtype
+from jaxgrpo.run.setup import ModelAssets, compute_dtype
 from jaxgrpo.samplers.base import PolicyWeights, Sampler, SamplerError
 from jaxgrpo.samplers.native.sampler import NativeSampler
 from jaxgrpo.samplers.vllm.auth import KEY_VARIABLE
@@ -25,33 +25,33 @@ _PROBE_TEXT = 'Call the tool: {"name": "añadir", "arguments": {"x": -12.5}}\n\n
 
 
 def open_sampler(
-    config: Config, policy: Policy, weights: PolicyWeights, version: int, loop: EventLoopThread, folder: Path, stack: ExitStack
+    config: Config, assets: ModelAssets, weights: PolicyWeights, version: int, loop: EventLoopThread, folder: Path, stack: ExitStack
 ) -> Sampler:
     """The sampler that the config asks for, serving `weights` as `version`; `stack` ends it and what it owns. `folder` is the run's.
 
     Raises ConfigError when it cannot be had.
     """
     if config.sampler == "native":
-        sampler: Sampler = _native(config, policy, weights, version)
+        sampler: Sampler = _native(config, assets, weights, version)
         stack.callback(lambda: loop.call(sampler.close()))
         return sampler
     try:
-        return _vllm(config, policy, weights, version, loop, folder, stack)
+        return _vllm(config, assets, weights, version, loop, folder, stack)
     except (SamplerError, OSError) as error:
         raise ConfigError(f"sampler 'vllm': {error}") from error
 
 
-def _native(config: Config, policy: Policy, weights: PolicyWeights, version: int) -> NativeSampler:
+def _native(config: Config, assets: ModelAssets, weights: PolicyWeights, version: int) -> NativeSampler:
     if jax.devices()[0].platform != "cpu":
         say_aside(
             "embedded sampler: the first batches wait for about ten programs to compile, some"
             " seconds each; later runs find them in the cache"
         )
     return NativeSampler(
-        policy.config,
+        assets.config,
         weights.logical(),
-        policy.tokenizer,
-        eos_token_ids=policy.chat.eos_ids,
+        assets.tokenizer,
+        eos_token_ids=assets.chat.eos_ids,
         version=version,
         max_rows=config.native.max_rows,
         decode_chunk=config.native.decode_chunk,
@@ -61,16 +61,16 @@ def _native(config: Config, policy: Policy, weights: PolicyWeights, version: int
 
 
 def _vllm(
-    config: Config, policy: Policy, weights: PolicyWeights, version: int, loop: EventLoopThread, folder: Path, stack: ExitStack
+    config: Config, assets: ModelAssets, weights: PolicyWeights, version: int, loop: EventLoopThread, folder: Path, stack: ExitStack
 ) -> VllmSampler:
     v = config.vllm
-    versions = _version_folder(v.weights_folder, folder, policy.config)
+    versions = _version_folder(v.weights_folder, folder, assets.config)
     stack.callback(versions.close)
     servers: list[VllmServer] = []
     key = os.environ.get(KEY_VARIABLE)
     if not v.urls:
         key = key or secrets.token_urlsafe(32)  # the routes that change weights are nobody else's on this host either
-        for i, plan in enumerate(server_plans(config, policy)):
+        for i, plan in enumerate(server_plans(config, assets)):
             servers.append(VllmServer(plan, folder / ("vllm.log" if i == 0 else f"vllm-{i}.log"), key))
             stack.callback(servers[-1].close)
         for server in servers:
@@ -78,13 +78,13 @@ def _vllm(
     sampler = VllmSampler(
         v.urls or tuple(server.url for server in servers),
         VllmLimits(v.max_requests, _context_tokens(config), v.request_seconds, v.publish_seconds, v.retries),
-        eos_token_ids=policy.chat.eos_ids,
+        eos_token_ids=assets.chat.eos_ids,
         versions=versions,
         api_key=key,
         failure=lambda: next((failure for server in servers if (failure := server.failure()) is not None), None),
     )
     stack.callback(lambda: loop.call(sampler.close()))
-    probe = TokenizerProbe(_PROBE_TEXT, tuple(policy.tokenizer.encode(_PROBE_TEXT, add_special_tokens=False)))
+    probe = TokenizerProbe(_PROBE_TEXT, tuple(assets.tokenizer.encode(_PROBE_TEXT, add_special_tokens=False)))
     loop.call(sampler.connect(probe))
     loop.call(sampler.publish(version, weights))
     return sampler
@@ -100,21 +100,21 @@ def _version_folder(given: str | None, run_folder: Path, model: ModelConfig) -> 
     return WeightFolder(run_folder, bytes_of_a_version, shared, elsewhere=True)
 
 
-def server_plans(config: Config, policy: Policy) -> list[ServerPlan]:
+def server_plans(config: Config, assets: ModelAssets) -> list[ServerPlan]:
     """The servers that a config describes: the GPUs in equal parts, from the given port on."""
     v = config.vllm
-    one, share = server_plan(config, policy), len(v.gpus) // v.servers
+    one, share = server_plan(config, assets), len(v.gpus) // v.servers
     return [
         dataclasses.replace(one, gpus=v.gpus[i * share : (i + 1) * share], port=one.port + i if one.port else 0) for i in range(v.servers)
     ]
 
 
-def server_plan(config: Config, policy: Policy, own_weights: bool = False) -> ServerPlan:
+def server_plan(config: Config, assets: ModelAssets, own_weights: bool = False) -> ServerPlan:
     """One server with all that the config gives to servers."""
     v = config.vllm
     return ServerPlan(
         python=str(Path(v.python).expanduser()) if v.python else sys.executable,
-        model=policy.folder,
+        model=assets.folder,
         context_tokens=_context_tokens(config),
         max_requests=v.max_requests,
         host=v.host,

@@ -22,7 +22,7 @@ from jaxgrpo.models.qwen2 import Params, trained_shapes
 from jaxgrpo.paths import absolute, cache_root, machine
 from jaxgrpo.rollout.background import say_aside
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.episode import Decoding, Limits
+from jaxgrpo.rollout.episode import Limits, SamplingParams
 from jaxgrpo.rollout.openings import PromptError
 from jaxgrpo.rollout.rollout import Execution, Rollout
 from jaxgrpo.rollout.task_check import TaskCheck
@@ -33,7 +33,7 @@ from jaxgrpo.types import Task
 
 
 @dataclasses.dataclass(frozen=True)
-class Policy:
+class ModelAssets:
     """The model's folder, its sizes, its chat format and its tokenizer; no weights yet.
 
     Raises ValueError when the tokenizer has more tokens than the model: a look-up beyond the table would take its last row unnoticed."""
@@ -53,7 +53,7 @@ class Policy:
             )
 
 
-def open_policy(config: Config, weights: bool = True) -> Policy:
+def open_model_assets(config: Config, weights: bool = True) -> ModelAssets:
     """Find the model and read its small files; without `weights` nothing else is fetched. Raises ConfigError that says what is missing
     or not supported."""
     try:
@@ -61,7 +61,7 @@ def open_policy(config: Config, weights: bool = True) -> Policy:
         sizes = ModelConfig.from_folder(folder)  # first: transformers reads config.json too, and says less about it
         tokenizer = load_tokenizer(folder)
         ends = (*sizes.eos_token_ids, *generation_ends(folder))
-        return Policy(folder, sizes, tokenizer, Chat(tokenizer, ends))
+        return ModelAssets(folder, sizes, tokenizer, Chat(tokenizer, ends))
     except (ValueError, OSError) as error:
         raise ConfigError(f"model.source {config.model.source!r}: {error}") from error
 
@@ -90,11 +90,11 @@ class Prompts:
     first_P: np.ndarray
 
 
-def check_episodes(config: Config, policy: Policy, tasks: Sequence[Task]) -> Prompts:
+def check_episodes(config: Config, assets: ModelAssets, tasks: Sequence[Task]) -> Prompts:
     """The prompts of the tasks that open. Raises ConfigError when the model or the settings leave an episode no room, and when no
     task opens: better now than at the batch that draws the task. Says so when some do not."""
-    r, context = config.rollout, policy.config.context_length
-    opened = _task_check(config).opened(policy.chat, r.max_prompt_tokens, tasks)
+    r, context = config.rollout, assets.config.context_length
+    opened = _task_check(config).opened(assets.chat, r.max_prompt_tokens, tasks)
     found = opened.found.values()
     problems = []
     if r.max_prompt_tokens + r.max_completion_tokens > context:
@@ -115,7 +115,7 @@ def check_episodes(config: Config, policy: Policy, tasks: Sequence[Task]) -> Pro
     return Prompts(max(tokens for tokens in found if isinstance(tokens, int)), opened.prompt_ids_P)
 
 
-def take_gpus(config: Config) -> None:
+def restrict_gpus(config: Config) -> None:
     """Let jax see only the GPUs that the config names: it takes most of the memory of every one that it sees. Before its first use."""
     if config.training.gpus is not None:
         jax.config.update("jax_cuda_visible_devices", ",".join(map(str, config.training.gpus)))
@@ -166,12 +166,12 @@ def served_dtype(config: Config) -> Any:
 def attention_kernel(config: Config, model: ModelConfig, mesh: Mesh, dtype: Any) -> tuple[Kernel, str]:
     """What computes attention in the update over a mesh, and a line that says so. Raises ConfigError where it cannot be as asked for."""
     try:
-        return choose_kernel(config.training.attention, dtype, model.head_size, mesh.devices.flat[0].platform)
+        return choose_kernel(config.training.attention, dtype, model.head_dim, mesh.devices.flat[0].platform)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def keep_compiled(config: Config) -> None:
+def enable_compilation_cache(config: Config) -> None:
     """Let jax keep what it compiles from run to run. JAX_COMPILATION_CACHE_DIR, where set, says where. Before jax's first use."""
     if config.training.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla" / machine()))
@@ -205,21 +205,21 @@ def update_on(mesh: Mesh, config: Config, model: ModelConfig, dtype: Any) -> Upd
     )
 
 
-def initial_params(policy: Policy, dtype: Any) -> Params:
+def initial_params(assets: ModelAssets, dtype: Any) -> Params:
     """The model's weights in the logical tree, on the host. Raises ConfigError when they are missing or of other shapes."""
     try:
-        return load_params(policy.folder, policy.config, dtype)
+        return load_params(assets.folder, assets.config, dtype)
     except (ValueError, OSError) as error:
-        raise ConfigError(f"the weights in {policy.folder} cannot be read: {error}") from error
+        raise ConfigError(f"the weights in {assets.folder} cannot be read: {error}") from error
 
 
-def build_rollout(config: Config, policy: Policy, sampler: Sampler, decoding: Decoding) -> Rollout:
+def build_rollout(config: Config, assets: ModelAssets, sampler: Sampler, sampling: SamplingParams) -> Rollout:
     """How episodes of this config are played."""
     r = config.rollout
-    limits = Limits(r.max_completion_tokens, r.max_turns, r.max_prompt_tokens, policy.config.context_length)
+    limits = Limits(r.max_completion_tokens, r.max_turns, r.max_prompt_tokens, assets.config.context_length)
     execution = Execution(r.max_in_flight, r.environment_threads, r.environment_deadline, r.max_retries)
     return Rollout(
-        sampler, config.environment, policy.chat, limits, decoding, execution, config.rewards
+        sampler, config.environment, assets.chat, limits, sampling, execution, config.rewards
     )
 
 

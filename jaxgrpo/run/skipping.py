@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxgrpo.config.load import changes_of_meaning, to_json
+from jaxgrpo.config.load import incompatible_changes, to_json
 from jaxgrpo.config.settings import Config
 from jaxgrpo.json_files import read_object
 from jaxgrpo.learner.update import StepReport
@@ -135,7 +135,7 @@ class Overshoots:
         found again."""
         try:
             saved = read_object(self._file)
-            if changes_of_meaning(saved["config"], self._config):
+            if incompatible_changes(saved["config"], self._config):
                 return []
             return [int(number) for number in saved["batches"]]
         except (OSError, ValueError, KeyError, TypeError):
@@ -172,7 +172,7 @@ def check_gradient(report: StepReport, batches: Sequence[GroupBatch]) -> None:
         raise UselessBatchError(what)
     raise UselessBatchError(
         f"{what}: the environment's rewards are too far apart for a gradient; scale them down, or "
-        'set packing.advantage_normalization="std"'
+        'set batching.advantage_normalization="std"'
     )
 
 

@@ -11,7 +11,7 @@ from jaxgrpo.learner.sharding import logical_on_devices, make_layout, make_mesh,
 from jaxgrpo.learner.update import TrainState, Update
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params
-from jaxgrpo.run.processes import Told, Work, nobody
+from jaxgrpo.run.processes import Command, Work, no_op
 from jaxgrpo.storage.publish import publish_weights
 
 
@@ -22,18 +22,18 @@ class StoredWeights:
 
     state: TrainState
     update: Update
-    tell: Callable[[Told], None] = nobody
+    send: Callable[[Command], None] = no_op
 
     def logical(self) -> Params:
         """On this process's first device."""
-        self.tell(Told(Work.GATHER))
+        self.send(Command(Work.GATHER))
         update = self.update
         whole = logical_on_devices(update.merged(self.state), update.model_layout, update.mesh, update.compute_dtype)
         jax.block_until_ready(whole)  # what all processes compute next must not overtake this gather in one of them
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
     def write(self, version: int, root: Path) -> Path:
-        self.tell(Told(Work.PUBLISH, version, str(root)))
+        self.send(Command(Work.PUBLISH, version, str(root)))
         update = self.update
         return publish_weights(update.merged(self.state), update.model_layout, update.mesh, update.config, version, root)
 

@@ -52,26 +52,26 @@ class HFTensor:
 def _layer_tensors(config: ModelConfig) -> list[tuple[str, Path, tuple[int, ...], bool]]:
     """Their name within a layer, our path within `layers`, their shape, whether transposed."""
     c = config
-    q, kv = c.heads * c.head_size, c.kv_heads * c.head_size
-    found: list[tuple[str, Path, tuple[int, ...], bool]] = [("input_layernorm.weight", ("input_norm", "scale"), (c.width,), False)]
+    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    found: list[tuple[str, Path, tuple[int, ...], bool]] = [("input_layernorm.weight", ("input_norm", "scale"), (c.hidden_size,), False)]
     for ours, out in (("q", q), ("k", kv), ("v", kv)):
-        found.append((f"self_attn.{ours}_proj.weight", ("attention", ours, "kernel"), (out, c.width), True))
+        found.append((f"self_attn.{ours}_proj.weight", ("attention", ours, "kernel"), (out, c.hidden_size), True))
         found.append((f"self_attn.{ours}_proj.bias", ("attention", ours, "bias"), (out,), False))
-    found.append(("self_attn.o_proj.weight", ("attention", "o", "kernel"), (c.width, q), True))
-    found.append(("post_attention_layernorm.weight", ("post_attention_norm", "scale"), (c.width,), False))
-    for ours, shape in (("gate", (c.mlp_width, c.width)), ("up", (c.mlp_width, c.width)), ("down", (c.width, c.mlp_width))):
+    found.append(("self_attn.o_proj.weight", ("attention", "o", "kernel"), (c.hidden_size, q), True))
+    found.append(("post_attention_layernorm.weight", ("post_attention_norm", "scale"), (c.hidden_size,), False))
+    for ours, shape in (("gate", (c.intermediate_size, c.hidden_size)), ("up", (c.intermediate_size, c.hidden_size)), ("down", (c.hidden_size, c.intermediate_size))):
         found.append((f"mlp.{ours}_proj.weight", ("mlp", ours, "kernel"), shape, True))
     return found
 
 
 def hf_tensors(config: ModelConfig) -> tuple[HFTensor, ...]:
     """Every tensor of a checkpoint of this size, in the order of the forward pass; the head only when it is not tied."""
-    table = (config.vocab_size, config.width)
+    table = (config.vocab_size, config.hidden_size)
     tensors = [HFTensor(EMBEDDING, table, ("embed", "embedding"), None, False)]
     for layer in range(config.layers):
         for name, path, shape, transposed in _layer_tensors(config):
             tensors.append(HFTensor(f"model.layers.{layer}.{name}", shape, ("layers", *path), layer, transposed))
-    tensors.append(HFTensor("model.norm.weight", (config.width,), ("norm", "scale"), None, False))
+    tensors.append(HFTensor("model.norm.weight", (config.hidden_size,), ("norm", "scale"), None, False))
     if not config.tied_embeddings:
         tensors.append(HFTensor(HEAD, table, ("lm_head", "embedding"), None, False))
     return tuple(tensors)
@@ -98,7 +98,7 @@ def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], wher
     A head beside tied embeddings passes here; whoever reads the values must compare it with the embedding.
     """
     expected = {t.name: t.shape for t in hf_tensors(config)}
-    allowed = {**expected, HEAD: (config.vocab_size, config.width)}
+    allowed = {**expected, HEAD: (config.vocab_size, config.hidden_size)}
     problems = [f"missing: {_some(expected.keys() - found.keys())}"] if expected.keys() - found.keys() else []
     if config.tied_embeddings and EMBEDDING not in found and HEAD in found:
         problems.append(

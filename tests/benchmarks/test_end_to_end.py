@@ -125,7 +125,7 @@ def test_an_option_that_a_worker_refuses_ends_the_benchmark_with_status_2() -> N
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "option",
-    ["packing.advantage_normalization=none", "rollout.temperature=0.5", "loss.kl_beta=1.0"],
+    ["batching.advantage_normalization=none", "rollout.temperature=0.5", "loss.kl_beta=1.0"],
 )
 def test_sides_that_do_other_work_on_the_same_tokens_are_refused(tmp_path, option) -> None:
     refused = pytest.raises(SystemExit, match="other does not do the same as ours")

@@ -197,7 +197,7 @@ class TestRollouts:
             (1024, 8, {c}) for c in (1536, 1536, 2048, 2048)
         ]
         for batch, real in zip(work.batches, work.real, strict=True):
-            assert batch.sampled_NGC.sum() == real.trained_tokens
+            assert batch.action_mask_NGC.sum() == real.trained_tokens
             assert batch.loss_weights_NGC.astype(bool).sum() == real.trained_tokens
         tokens = 4 * 1000 + sum(map(sum, drawn))
         assert work.row["real_tokens"] == tokens
@@ -282,14 +282,14 @@ def flops_by_hand(prompt: int, completions: list[int]) -> float:
     """Forward and backward of a group of TINY: pairs counted one by one, a multiplication and an
     addition each."""
     m = TINY
-    matrices = m.width * m.head_size * (2 * m.heads + 2 * m.kv_heads) + 3 * m.width * m.mlp_width
+    matrices = m.hidden_size * m.head_dim * (2 * m.heads + 2 * m.kv_heads) + 3 * m.hidden_size * m.intermediate_size
     context = prompt - 1  # the prompt's last token begins each row
     pairs = sum(query + 1 for query in range(context))
     pairs += sum(context + own + 1 for c in completions for own in range(c))
     layers = m.layers * (
-        2 * matrices * (context + sum(completions)) + 4 * m.heads * m.head_size * pairs
+        2 * matrices * (context + sum(completions)) + 4 * m.heads * m.head_dim * pairs
     )
-    return 3 * (layers + 2 * m.width * m.vocab_size * sum(completions))
+    return 3 * (layers + 2 * m.hidden_size * m.vocab_size * sum(completions))
 
 
 @pytest.mark.slow
@@ -345,7 +345,7 @@ class TestTiny:
         for (_, prompt), row in updates.items():
             counted = sum(flops_by_hand(prompt, group) for group in rollouts.TINY.draw())
             assert row["mfu"] * peak * 1e12 * row["seconds"] == pytest.approx(counted)
-            assert row["real_share"] < 0.8 and row["mfu"] < row["mfu_padded"] < row["hardware"]
+            assert row["real_fraction"] < 0.8 and row["mfu"] < row["mfu_padded"] < row["hardware"]
             assert row["predicted_gib"] > 0 and row["peak_gib"] is None  # a CPU has no such figure
         padded = sum(flops_by_hand(512, [c] * 4) for c in (64, 64, 64))
         assert updates["none", 300]["mfu_padded"] * peak * 1e12 * updates["none", 300][

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from jaxgrpo.config.encoding import decode, encode
-from jaxgrpo.config.load import changes_of_meaning, load_config, to_json
+from jaxgrpo.config.load import incompatible_changes, load_config, to_json
 from jaxgrpo.config.settings import Config, ConfigError
 from tests.training import Letters, small_config, write_config
 
@@ -283,7 +283,7 @@ def suite(**fields) -> Config:
 
 
 def changes(before: dict, now: dict) -> list[str]:
-    return changes_of_meaning(to_json(suite(**before)), suite(**now))
+    return incompatible_changes(to_json(suite(**before)), suite(**now))
 
 
 @pytest.mark.parametrize(
@@ -356,12 +356,12 @@ def test_nan_is_itself_and_a_list_in_the_place_of_a_tuple_is_no_change():
 def test_a_field_that_the_class_did_not_have_or_has_no_more():
     tree = json.loads(to_json(suite()))
     del tree["environment"]["anything"]
-    assert changes_of_meaning(json.dumps(tree), suite()) == []
-    assert changes_of_meaning(json.dumps(tree), suite(anything=3)) == [
+    assert incompatible_changes(json.dumps(tree), suite()) == []
+    assert incompatible_changes(json.dumps(tree), suite(anything=3)) == [
         "environment.anything was not there and is now 3"
     ]
     tree["environment"] |= {"anything": None, "gone": 3}
-    (line,) = changes_of_meaning(json.dumps(tree), suite())
+    (line,) = incompatible_changes(json.dumps(tree), suite())
     assert line == "environment.gone was 3, and there is no such setting any more"
 
 
@@ -374,8 +374,8 @@ def test_what_version_0_1_0_wrote_is_compared_by_its_meaning():
         "anything": "/a",
         "made": 1,  # which the class fills in itself
     }
-    assert changes_of_meaning(json.dumps(tree), suite(parts=(Part(),), anything=Path("/a"))) == []
-    assert changes_of_meaning(json.dumps(tree), suite(parts=(Part(),), anything=Path("/b"))) == [
+    assert incompatible_changes(json.dumps(tree), suite(parts=(Part(),), anything=Path("/a"))) == []
+    assert incompatible_changes(json.dumps(tree), suite(parts=(Part(),), anything=Path("/b"))) == [
         "environment.anything was '/a' and is now {'path': '/b'}"
     ]
 
@@ -387,8 +387,8 @@ def test_a_folder_of_a_model_is_known_by_other_names(tmp_path, monkeypatch):
     saved = to_json(small_config("model"))  # as version 0.1.0 wrote it
     config = load_config(write_config(tmp_path, "model"))
     assert config.model.source == str(tmp_path / "model")
-    assert changes_of_meaning(saved, config) == []
-    assert changes_of_meaning(saved, load_config(write_config(tmp_path, "link"))) == []
+    assert incompatible_changes(saved, config) == []
+    assert incompatible_changes(saved, load_config(write_config(tmp_path, "link"))) == []
     (tmp_path / "other").mkdir()
-    (line,) = changes_of_meaning(saved, load_config(write_config(tmp_path, "other")))
+    (line,) = incompatible_changes(saved, load_config(write_config(tmp_path, "other")))
     assert line == f"model.source was 'model' and is now '{tmp_path}/other'"

@@ -14,7 +14,7 @@ import pytest
 
 from envs.bfcl import Bfcl
 from envs.procedural import Warehouse
-from jaxgrpo.config.load import apply_override, changes_of_meaning, check, load_config, to_json
+from jaxgrpo.config.load import apply_override, check, incompatible_changes, load_config, to_json
 from jaxgrpo.config.settings import Config, ConfigError
 from jaxgrpo.learner.update import make_optimizer
 from tests.training import Letters, small_config, write_config
@@ -104,7 +104,7 @@ def test_overrides_of_one_section_are_checked_together(tmp_path):
         ("evaluation.top_p=1.5", "evaluation.top_p must be at most 1"),
         ("optimizer.b2=1", "optimizer.b2 must be in [0, 1)"),
         ("seed=-1", "seed must be at least 0"),
-        ("packing.aggregation=tokens", "Did you mean 'token'?"),
+        ("batching.aggregation=tokens", "Did you mean 'token'?"),
         ("sampler=nativ", "Did you mean 'native'?"),
         ("evaluation.splits=tests", "evaluation.splits must be one of train, test; got 'tests'. Did you mean 'test'?"),
         ("evaluation.splits=test,test", "names a split twice"),
@@ -291,13 +291,13 @@ def test_json_names_the_environment_and_tells_what_changed():
     assert json.loads(saved)["environment"]["class"] == "tests.training:Letters"
     check(SMALL)
     same = apply_override(apply_override(SMALL, "training.steps=8"), "evaluation.splits=train")
-    assert changes_of_meaning(saved, same) == []
+    assert incompatible_changes(saved, same) == []
     other = apply_override(apply_override(SMALL, "rollout.group_size=8"), "environment.good=abc")
-    changes = changes_of_meaning(saved, other)
+    changes = incompatible_changes(saved, other)
     assert [line.split(" was ")[0] for line in changes] == ["environment.good", "rollout.group_size"]
     assert changes[1] == "rollout.group_size was 4 and is now 8"
     warehouse = dataclasses.replace(SMALL, environment=Warehouse())
-    assert any(line.startswith("environment.class") for line in changes_of_meaning(saved, warehouse))
+    assert any(line.startswith("environment.class") for line in incompatible_changes(saved, warehouse))
 
 
 def test_every_setting_is_read_outside_its_definition():

@@ -6,12 +6,12 @@ import chex
 import numpy as np
 import pytest
 
-from jaxgrpo.config.settings import PackingSettings
+from jaxgrpo.config.settings import BatchingSettings
 from jaxgrpo.learner.batching import bucket, loss_masks, loss_weights, pack
 from jaxgrpo.types import Group, GroupBatch, StopReason
 from tests.episodes import episode, group, random_groups
 
-SMALL = PackingSettings(prompt_multiple=4, completion_multiple=4)
+SMALL = BatchingSettings(prompt_multiple=4, completion_multiple=4)
 OVERLONG = ("token_limit", "context_limit")
 
 # A golden group of two multi-turn episodes: s the policy's tokens, e the environment's.
@@ -78,7 +78,7 @@ def test_the_golden_batch_written_out() -> None:
     assert batch.prompt_lengths_N.tolist() == [3]
     assert batch.completions_NGC.tolist() == [[[17, 4, 9, 80, 81, 82, 5, 2], [17, 2, 80, 82, 6, 0, 0, 0]]]
     assert batch.completion_lengths_NG.tolist() == [[8, 5]]
-    assert batch.sampled_NGC.astype(int).tolist() == [[[1, 1, 1, 0, 0, 0, 1, 1], [1, 1, 0, 0, 1, 0, 0, 0]]]
+    assert batch.action_mask_NGC.astype(int).tolist() == [[[1, 1, 1, 0, 0, 0, 1, 1], [1, 1, 0, 0, 1, 0, 0, 0]]]
     e = 0.125  # eight tokens with loss
     assert batch.loss_weights_NGC.tolist() == [[[e, e, e, 0, 0, 0, e, e], [e, e, 0, 0, e, 0, 0, 0]]]
     assert batch.sampler_logprobs_NGC.tolist() == [[[-1, -1, -1, 0, 0, 0, -1, -1], [-1, -1, 0, 0, -1, 0, 0, 0]]]
@@ -90,7 +90,7 @@ def test_an_overlong_row_keeps_its_tokens_and_its_part_in_the_advantages() -> No
     (masked,) = pack([group(GOLDEN_FIRST, GOLDEN_OVERLONG)], 1, 8, SMALL)
     e = 0.2  # the five tokens of the other row
     chex.assert_trees_all_close(masked.loss_weights_NGC, np.array([[[e, e, e, 0, 0, 0, e, e], [0] * 8]], np.float32), rtol=1e-7)
-    for name in ("completions_NGC", "completion_lengths_NG", "sampled_NGC", "sampler_logprobs_NGC", "advantages_NG"):
+    for name in ("completions_NGC", "completion_lengths_NG", "action_mask_NGC", "sampler_logprobs_NGC", "advantages_NG"):
         chex.assert_trees_all_equal(getattr(masked, name), getattr(whole, name))
 
 
@@ -162,7 +162,7 @@ def test_the_last_micro_batch_is_filled_with_empty_groups() -> None:
     assert batch.prompt_NP[1:].tolist() == [[0, 0, 0, 0]] * 2
     assert batch.prompt_lengths_N.tolist() == [3, 1, 1]  # the update reads a prompt's last token: an empty group has one
     assert batch.completion_lengths_NG.tolist() == [[8, 5], [0, 0], [0, 0]]
-    assert not batch.sampled_NGC[1:].any()
+    assert not batch.action_mask_NGC[1:].any()
     assert not batch.loss_weights_NGC[1:].any()
     assert batch.advantages_NG[1:].tolist() == [[0, 0], [0, 0]]
 
@@ -198,7 +198,7 @@ def uneven_groups() -> list[Group]:
         for g in range(3):
             length = longest - g % 2
             row = episode([n, *range(50, 49 + prompt)], rng.integers(0, 50, length), rng.random(length) < 0.7, rng.random())
-            logprobs = np.where(row.sampled_C, rng.uniform(-9, -0.1, length), 0).astype(np.float32)
+            logprobs = np.where(row.action_mask_C, rng.uniform(-9, -0.1, length), 0).astype(np.float32)
             reason = StopReason.TOKEN_LIMIT if (n, g) == (2, 1) else StopReason.FINISHED
             rows.append(dataclasses.replace(row, sampler_logprobs_C=logprobs, stop_reason=reason))
         groups.append(group(*rows))
@@ -206,7 +206,7 @@ def uneven_groups() -> list[Group]:
 
 
 def expected_weights(groups: list[Group], aggregation: str, longest: int) -> list[list[np.ndarray]]:
-    masks = [[t.sampled_C & (t.stop_reason is StopReason.FINISHED) for t in each.trajectories] for each in groups]
+    masks = [[t.action_mask_C & (t.stop_reason is StopReason.FINISHED) for t in each.trajectories] for each in groups]
     rows = [mask for masks_G in masks for mask in masks_G]
     if aggregation == "token":
         return [[mask / np.concatenate(rows).sum() for mask in masks_G] for masks_G in masks]
@@ -234,7 +234,7 @@ def test_a_group_keeps_what_is_its_own_when_packing_reorders(aggregation: str, m
             padding = (0, batch.completions_NGC.shape[2] - len(trajectory.completion_ids_C))
             assert batch.completion_lengths_NG[i, g] == len(trajectory.completion_ids_C)
             np.testing.assert_array_equal(batch.completions_NGC[i, g], np.pad(trajectory.completion_ids_C, padding))
-            np.testing.assert_array_equal(batch.sampled_NGC[i, g], np.pad(trajectory.sampled_C, padding))
+            np.testing.assert_array_equal(batch.action_mask_NGC[i, g], np.pad(trajectory.action_mask_C, padding))
             np.testing.assert_array_equal(batch.sampler_logprobs_NGC[i, g], np.pad(trajectory.sampler_logprobs_C, padding))
             np.testing.assert_allclose(batch.loss_weights_NGC[i, g], np.pad(all_weights[n][g], padding), rtol=1e-6)
 

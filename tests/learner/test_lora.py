@@ -177,9 +177,9 @@ def test_three_devices_take_the_steps_of_one() -> None:
     changes, reports = [], []
     for devices in (1, 3):
         update, adapters = lora_update(devices), adapters_of()
-        state, behaviour, first = step(update, with_adapters(update, adapters))
+        state, old, first = step(update, with_adapters(update, adapters))
         anchors = update.reference_logprobs(state, BATCHES)
-        state, _, second = update.optimizer_step(state, BATCHES, behaviour, anchors)
+        state, _, second = update.optimizer_step(state, BATCHES, old, anchors)
         changes.append(changed(adapters, logical_on_host(state.params, update.layout)))
         reports.append((first, second))
     assert change_error(changes[1], changes[0]) < 1e-5

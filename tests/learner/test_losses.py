@@ -32,7 +32,7 @@ class Case:
     """The arguments of the loss."""
 
     train: np.ndarray
-    behaviour: np.ndarray
+    old: np.ndarray
     reference: np.ndarray | None
     sampler: np.ndarray
     advantages: np.ndarray
@@ -40,7 +40,7 @@ class Case:
 
     def run(self, settings: LossSettings, transform: Transform = jax.jit) -> tuple[jax.Array, jax.Array, LossSums]:
         """Loss, its gradient with respect to the train log-probabilities, and the sums."""
-        rest = (self.behaviour, self.reference, self.sampler, np.zeros_like(self.train), self.advantages, self.weights, self.weights > 0)
+        rest = (self.old, self.reference, self.sampler, np.zeros_like(self.train), self.advantages, self.weights, self.weights > 0)
 
         def loss(train: jax.Array) -> tuple[jax.Array, LossSums]:
             return grpo_loss(train, *rest, settings)
@@ -53,9 +53,9 @@ def golden() -> Case:
     """Two rows of two tokens with ratios 3/2 and 1/2, advantages 1 and -1, one fourth each; the reference at train + log 2."""
     ratios = np.array([[[1.5, 0.5], [1.5, 0.5]]], np.float32)
     train = np.full((1, 2, 2), -1.0, np.float32)
-    behaviour = train - np.log(ratios)
+    old = train - np.log(ratios)
     advantages = np.array([[1.0, -1.0]], np.float32)
-    return Case(train, behaviour, None, behaviour - np.float32(LOG3), advantages, np.full((1, 2, 2), 0.25, np.float32))
+    return Case(train, old, None, old - np.float32(LOG3), advantages, np.full((1, 2, 2), 0.25, np.float32))
 
 
 def random_case(seed: int, kl: bool = True) -> Case:
@@ -137,7 +137,7 @@ def test_kl_beta_adds_its_share_of_k3() -> None:
 @pytest.mark.parametrize(("cap", "factor"), [(2.0, 2.0), (5.0, 3.0)])
 def test_truncated_importance_scales_the_objective_up_to_its_cap(cap: float, factor: float) -> None:
     plain_value, plain_gradient, _ = golden().run(PLAIN)
-    value, gradient, _ = golden().run(dataclasses.replace(PLAIN, tis_cap=cap))  # behaviour over sampler is 3 at every token
+    value, gradient, _ = golden().run(dataclasses.replace(PLAIN, tis_cap=cap))  # old over sampler is 3 at every token
     chex.assert_trees_all_close(value, factor * plain_value, rtol=1e-6)
     chex.assert_trees_all_close(gradient, factor * plain_gradient, rtol=1e-6)
 
@@ -172,10 +172,10 @@ class TestStaleSamples:
 
     def policy_gradient(self, drawn: np.ndarray) -> np.ndarray:
         """sum over actions of drawn(a) R(a) grad log policy(a), in float64: with drawn = policy the gradient of the expected reward."""
-        return drawn * self.REWARDS - self.policy * (drawn @ self.REWARDS)
+        return drawn * self.REWARDS - self.assets * (drawn @ self.REWARDS)
 
     def gradient(self, tis_cap: float | None) -> np.ndarray:
-        """Of minus the loss, at the first step on a batch: behaviour is the policy itself."""
+        """Of minus the loss, at the first step on a batch: the old policy is the policy itself."""
         rows = lambda values: np.asarray(values, np.float32).reshape(1, 4, 1)
 
         def loss(logits: jax.Array) -> jax.Array:
@@ -187,17 +187,17 @@ class TestStaleSamples:
         return np.asarray(jax.grad(loss)(jnp.asarray(self.LOGITS, jnp.float32)))
 
     def test_with_the_importance_weight_the_gradient_is_the_on_policy_one(self) -> None:
-        np.testing.assert_allclose(self.gradient(math.inf), self.policy_gradient(self.policy), rtol=1e-6)
+        np.testing.assert_allclose(self.gradient(math.inf), self.policy_gradient(self.assets), rtol=1e-6)
 
     def test_without_it_it_is_another(self) -> None:
         np.testing.assert_allclose(self.gradient(None), self.policy_gradient(self.OLDER), rtol=1e-6)
-        on_policy, biased = self.policy_gradient(self.policy), self.gradient(None)
+        on_policy, biased = self.policy_gradient(self.assets), self.gradient(None)
         assert on_policy[0] > 0.2 and biased[0] < -0.02  # a good action that the older policy hardly took would become rarer
 
     def test_a_cap_bounds_the_weight_and_leaves_the_rest_as_it_is(self) -> None:
         """policy / older is about 4.4, 0.08, 6 and 0.7: a cap of 2 counts the first and the third action twice, where they lack more."""
-        drawn = np.minimum(self.policy, 2.0 * self.OLDER)
-        assert (drawn < self.policy).tolist() == [True, False, True, False]
+        drawn = np.minimum(self.assets, 2.0 * self.OLDER)
+        assert (drawn < self.assets).tolist() == [True, False, True, False]
         np.testing.assert_allclose(self.gradient(2.0), self.policy_gradient(drawn), rtol=1e-6)
 
 
@@ -213,7 +213,7 @@ def test_tokens_of_zero_weight_contribute_nothing_whatever_they_hold(garbage: fl
     spoil = lambda x: np.where(case.weights > 0, x, np.float32(garbage))
     advantages = case.advantages.copy()
     advantages[1] = garbage  # the group that is masked whole
-    names = ("train", "behaviour", "reference", "sampler")
+    names = ("train", "old", "reference", "sampler")
     spoiled = dataclasses.replace(case, advantages=advantages, **{name: spoil(getattr(case, name)) for name in names})
     clean_value, clean_gradient, clean_sums = case.run(settings, transform)
     value, gradient, sums = spoiled.run(settings, transform)
@@ -240,32 +240,32 @@ def test_equal_rewards_without_kl_give_exactly_zero_gradient() -> None:
 
 def test_on_policy_the_gradient_is_minus_weight_times_advantage() -> None:
     case = random_case(6, kl=False)
-    _, gradient, _ = dataclasses.replace(case, behaviour=case.train).run(PLAIN)
+    _, gradient, _ = dataclasses.replace(case, old=case.train).run(PLAIN)
     chex.assert_trees_all_close(gradient, jnp.asarray(-case.weights * case.advantages[:, :, None]), rtol=1e-6)
 
 
 def test_the_sums_by_hand() -> None:
     """One row of five sampled tokens, the last two without loss, and one of the environment's. Policy over sampler is 1, 2, 1/4, 1.12 and
-    .88 there; the ratio, policy over behaviour, is 1, 3/2 and 1/2, and the reference is the policy times 1, 2 and 1."""
+    .88 there; the ratio, policy over old policy, is 1, 3/2 and 1/2, and the reference is the policy times 1, 2 and 1."""
     row = lambda *values: np.array([[values]], np.float32)
     train = np.full((1, 1, 6), -1.0, np.float32)
     sampler = train - np.log(row(1, 2, 0.25, 1.12, 0.88, 7))
-    behaviour, reference_ = train - np.log(row(1, 1.5, 0.5, 9, 9, 9)), train + np.log(row(1, 2, 1, 9, 9, 9))
+    old, reference_ = train - np.log(row(1, 1.5, 0.5, 9, 9, 9)), train + np.log(row(1, 2, 1, 9, 9, 9))
     entropies, weights = row(1, 2, 6, 64, 128, 256), row(0.5, 0.5, 0.5, 0, 0, 0)
     settings = dataclasses.replace(PLAIN, kl_beta=0.1)
-    given = (train, behaviour, reference_, sampler, entropies, np.ones((1, 1), np.float32), weights, row(1, 1, 1, 1, 1, 0) > 0)
+    given = (train, old, reference_, sampler, entropies, np.ones((1, 1), np.float32), weights, row(1, 1, 1, 1, 1, 0) > 0)
     _, sums = grpo_loss(*given, settings)
     expected = {
         "loss": 0.5 * (-1 - 1.2 - 0.5 + 0.1 * (1 - LOG2)),
         "kl": (2 - LOG2 - 1) / 3,
-        "clip_share": 1 / 3,
+        "clip_fraction": 1 / 3,
         "entropy": 3.0,
         "loss_tokens": 3.0,
         "mismatch_mean": (3 * LOG2 + math.log(1.12) - math.log(0.88)) / 5,
         "mismatch_max": 2 * LOG2,  # of a token that became rarer
         # r - log r - 1 for r of 2, 1/4, 1.12 and .88
         "mismatch_kl": (1 - LOG2 + 2 * LOG2 - 0.75 + 0.12 - math.log(1.12) - 0.12 - math.log(0.88)) / 5,
-        "mismatch_outside_share": 4 / 5,
+        "mismatch_outside_fraction": 4 / 5,
     }
     assert sums.summary() == pytest.approx(expected, rel=1e-6)
 
@@ -286,4 +286,4 @@ def test_sums_add_up_and_the_largest_mismatch_stays_the_largest() -> None:
 
 def test_the_loss_refuses_arrays_of_different_shapes() -> None:
     with pytest.raises(AssertionError):
-        dataclasses.replace(golden(), behaviour=np.zeros((1, 2, 3), np.float32)).run(PLAIN)
+        dataclasses.replace(golden(), old=np.zeros((1, 2, 3), np.float32)).run(PLAIN)

@@ -13,8 +13,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxgrpo.learner.sharding import (
     AXIS,
     LeafLayout,
+    Replicated,
     Sharded,
-    Whole,
     embed,
     logical_leaf,
     logical_on_devices,
@@ -174,7 +174,7 @@ def test_the_embeddings_gradient_is_accumulated_in_float32() -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_whole_weights_are_only_cast(dtype: Any) -> None:
-    storage, table = Whole(dtype), jnp.asarray(numbered((13, 7)) / 3)
+    storage, table = Replicated(dtype), jnp.asarray(numbered((13, 7)) / 3)
     for got, expected in (
         (storage.load(table, (13, 7)), table.astype(dtype)),
         (embed(table, jnp.array([2, 0]), (13, 7), storage), table[jnp.array([2, 0])].astype(dtype)),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxgrpo.learner.losses import Head, token_logprobs
-from jaxgrpo.learner.sharding import Whole
+from jaxgrpo.learner.sharding import Replicated
 from tests import reference
 
 with_and_without_jit = pytest.mark.parametrize("transform", [jax.jit, lambda function: function], ids=["jit", "no jit"])
@@ -28,7 +28,7 @@ def logprob_case(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
 
 
 def head(chunk: int, temperature: float = 1.0, dtype: Any = jnp.float32, shape: tuple[int, int] = (V, D)) -> Head:
-    return Head(shape, Whole(dtype), chunk, temperature)
+    return Head(shape, Replicated(dtype), chunk, temperature)
 
 
 def logprobs_and_gradients(hidden: Any, table: Any, targets: Any, cotangents: Any, spec: Head, transform: Transform = jax.jit) -> tuple:

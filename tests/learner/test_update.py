@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgrpo.config.settings import LossSettings, PackingSettings
+from jaxgrpo.config.settings import BatchingSettings, LossSettings
 from jaxgrpo.learner.batching import pack
 from jaxgrpo.learner.sharding import logical_on_host
 from jaxgrpo.models.model_config import ModelConfig
@@ -107,7 +107,7 @@ def plain_rows(groups: Sequence[Group]) -> Rows:
         start, length = len(t.prompt_ids_P), len(t.completion_ids_C)
         ids[r, : start + length] = [*t.prompt_ids_P, *t.completion_ids_C]
         targets[r, :length] = np.arange(start, start + length)
-        weights[r, :length] = t.sampled_C & (not t.overlong)
+        weights[r, :length] = t.action_mask_C & (not t.overlong)
         sampler[r, :length] = t.sampler_logprobs_C
     rewards = np.array([group.rewards_G for group in groups])
     spread = rewards - rewards.mean(axis=1, keepdims=True)
@@ -126,15 +126,15 @@ def plain_logprobs(config: ModelConfig, params: Params, ids_RT: jax.Array, targe
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def plain_gradient(
-    config: ModelConfig, loss: LossSettings, params: Params, rows: dict[str, Any], behaviour: jax.Array, anchor: jax.Array
+    config: ModelConfig, loss: LossSettings, params: Params, rows: dict[str, Any], old: jax.Array, anchor: jax.Array
 ) -> tuple[jax.Array, Params]:
     def objective(p: Params) -> jax.Array:
         train = plain_logprobs(config, p, rows["ids_RT"], rows["targets_RC"])
-        advantage, ratio = rows["advantages_R"][:, None], jnp.exp(train - behaviour)
+        advantage, ratio = rows["advantages_R"][:, None], jnp.exp(train - old)
         held = jnp.where(advantage > 0, jnp.minimum(ratio, 1 + loss.clip_high), jnp.maximum(ratio, 1 - loss.clip_low))
         gain = held * advantage
         if loss.tis_cap is not None:
-            gain = gain * jnp.minimum(jnp.exp(behaviour - rows["sampler_RC"]), loss.tis_cap)
+            gain = gain * jnp.minimum(jnp.exp(old - rows["sampler_RC"]), loss.tis_cap)
         kl = jnp.exp(anchor - train) - (anchor - train) - 1
         return jnp.sum(rows["weights_RC"] * (loss.kl_beta * kl - gain))
 
@@ -152,12 +152,12 @@ def plain_start(config: ModelConfig, loss: LossSettings, groups: Sequence[Group]
 @functools.cache
 def plain_run(config: ModelConfig, loss: LossSettings) -> tuple[list[float], list[float], list[Params], Params]:
     """Two plain steps: losses, gradient norms, the weights' changes, and the first gradient, not clipped."""
-    (rows, behaviour, anchor), params = plain_start(config, loss, GROUPS), params_of(config)
+    (rows, old, anchor), params = plain_start(config, loss, GROUPS), params_of(config)
     flat, tree = jax.tree.flatten(params)
     moments: list[tuple[Any, Any]] = [(0.0, 0.0)] * len(flat)
     losses, norms, changes, gradients = [], [], [], []
     for step in (1, 2):
-        value, gradient = plain_gradient(config, loss, jax.tree.unflatten(tree, flat), rows, behaviour, anchor)
+        value, gradient = plain_gradient(config, loss, jax.tree.unflatten(tree, flat), rows, old, anchor)
         settings = dataclasses.asdict(ADAM)
         del settings["warmup_steps"]
         new, moments, norm = reference.adamw(flat, [np.asarray(g) for g in jax.tree.leaves(gradient)], moments, step, **settings)
@@ -181,7 +181,7 @@ def test_the_gradient_is_that_of_the_right_groups_when_packing_reorders() -> Non
     of its own, so that what is another group's or row's shows in the gradient or in the mismatch."""
     rng = np.random.default_rng(6)
     groups = [dataclasses.replace(g, trajectories=tuple(_with_own_logprobs(t, rng) for t in g.trajectories)) for g in GROUPS]
-    batches = pack(groups, 4, LONGEST, PackingSettings(prompt_multiple=4, completion_multiple=4))
+    batches = pack(groups, 4, LONGEST, BatchingSettings(prompt_multiple=4, completion_multiple=4))
     assert [b.prompt_NP.shape[1] for b in batches] == [4, 4, 8]
     lengths = np.concatenate([b.prompt_lengths_N for b in batches]).tolist()
     assert sorted(lengths[:8]) == [1, 1, 2, 2, 3, 3, 4, 4] and lengths != [len(g.prompt_ids_P) for g in groups]
@@ -201,7 +201,7 @@ def test_the_gradient_is_that_of_the_right_groups_when_packing_reorders() -> Non
 
 
 def _with_own_logprobs(trajectory: Trajectory, rng: np.random.Generator) -> Trajectory:
-    drawn = np.where(trajectory.sampled_C, rng.uniform(-7, -2, len(trajectory.sampled_C)), 0)
+    drawn = np.where(trajectory.action_mask_C, rng.uniform(-7, -2, len(trajectory.action_mask_C)), 0)
     return dataclasses.replace(trajectory, sampler_logprobs_C=drawn.astype(np.float32))
 
 
@@ -286,7 +286,7 @@ def test_the_first_steps_logprobs_are_those_of_the_weights_before_it() -> None:
     chex.assert_trees_all_close(train, anchors, atol=1e-6)  # the reference is the first policy
 
 
-def test_the_first_step_equals_one_with_its_own_logprobs_as_behaviour() -> None:
+def test_the_first_step_equals_one_with_its_own_logprobs_as_the_old_ones() -> None:
     update, batches = update_of(1), packed(GROUPS, 4)
     state = update.init(params_of(TINY))
     anchors = update.reference_logprobs(state, batches)

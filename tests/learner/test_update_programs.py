@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgrpo.config.settings import REMAT, PackingSettings
+from jaxgrpo.config.settings import REMAT, BatchingSettings
 from jaxgrpo.learner.batching import pack
 from jaxgrpo.learner.sharding import make_mesh
 from jaxgrpo.learner.update import Update
@@ -55,13 +55,13 @@ def test_an_unknown_way_of_rematerialising_is_refused() -> None:
 
 
 def test_every_pass_computes_the_prompt_of_a_group_once() -> None:
-    """The scoring pass, which is the reference's, and the training pass, which is also the behaviour's."""
+    """The scoring pass, which is the reference's, and the training pass, which is also the old policy's."""
     update, batch = update_of(1), packed(GROUPS, 4)[0]
     (n, g, c), p = batch.completions_NGC.shape, batch.prompt_NP.shape[1]
     stored = update.init(params_of(TINY)).params
     texts = update._score.lower(stored, update._put(batch)).as_text(), accumulate_text(update_of(1, TINY, NO_KL), batch)
     for text in texts:
-        assert f"tensor<{n * (p + g * c)}x{TINY.mlp_width}xf32>" in text  # what the MLP sees
+        assert f"tensor<{n * (p + g * c)}x{TINY.intermediate_size}xf32>" in text  # what the MLP sees
         assert f"{n * g * (p + c)}x" not in text
 
 
@@ -81,8 +81,8 @@ def test_no_device_holds_more_than_its_slice_of_weights_moments_reference_and_gr
 def test_one_shape_is_compiled_once() -> None:
     """Micro-batches, and a state that was stored, stepped once or stepped twice, are all one shape. (This Update sees no other.)"""
     update, batches = update_of(3, UNTIED, NO_KL), packed(GROUPS, 6)
-    state, behaviour, _ = update.optimizer_step(update.init(params_of(UNTIED)), batches, None, [None] * 2)
-    state, _, _ = update.optimizer_step(state, batches, behaviour, [None] * 2)
+    state, old, _ = update.optimizer_step(update.init(params_of(UNTIED)), batches, None, [None] * 2)
+    state, _, _ = update.optimizer_step(state, batches, old, [None] * 2)
     assert update.compilations == 1
     assert [f._cache_size() for f in (update._zeros, update._accumulate, update._apply)] == [1, 1, 1]
 
@@ -90,7 +90,7 @@ def test_one_shape_is_compiled_once() -> None:
 def test_each_new_shape_is_counted() -> None:
     update, params = update_of(1), params_of(TINY)
     before = update.compilations
-    longer = pack(GROUPS[:1], 1, LONGEST, PackingSettings(prompt_multiple=2 * LONGEST, completion_multiple=LONGEST))
+    longer = pack(GROUPS[:1], 1, LONGEST, BatchingSettings(prompt_multiple=2 * LONGEST, completion_multiple=LONGEST))
     stored = update.init(params).params
     for _ in range(2):
         update.logprobs(stored, longer[0])

@@ -48,7 +48,7 @@ def theirs(config: dict) -> dict | None:
         "tied_embeddings": read.tie_word_embeddings,
         "norm_epsilon": read.rms_norm_eps,
         "kv_heads": read.num_key_value_heads,
-        "head_size": read.__dict__.get("head_dim") or read.hidden_size // read.num_attention_heads,
+        "head_dim": read.__dict__.get("head_dim") or read.hidden_size // read.num_attention_heads,
         "context_length": read.max_position_embeddings,
     }
 
@@ -63,7 +63,7 @@ def ours(config: dict) -> dict | None:
         "tied_embeddings",
         "norm_epsilon",
         "kv_heads",
-        "head_size",
+        "head_dim",
         "context_length",
     )
     return {name: value for name, value in dataclasses.asdict(read).items() if name in names}

@@ -33,8 +33,8 @@ QWEN25 = {
 
 
 def qwen25(name: str) -> ModelConfig:
-    vocab, width, layers, heads, kv_heads, mlp_width, tied, _ = QWEN25[name]
-    return ModelConfig(vocab, width, layers, heads, kv_heads, width // heads, mlp_width, 32768, 1e6, 1e-6, tied)
+    vocab, hidden_size, layers, heads, kv_heads, intermediate_size, tied, _ = QWEN25[name]
+    return ModelConfig(vocab, hidden_size, layers, heads, kv_heads, hidden_size // heads, intermediate_size, 32768, 1e6, 1e-6, tied)
 
 
 @functools.cache
@@ -166,7 +166,7 @@ class TestSizes:
         load = cast_to(jnp.bfloat16)
         ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
         plain = jax.eval_shape(lambda p, x: forward(config, p, x, load=load), qwen2.param_shapes(config), ids)
-        assert plain.shape == (2, 16, config.width)
+        assert plain.shape == (2, 16, config.hidden_size)
         rows = jax.eval_shape(
             lambda p, *xs: forward_shared_prompt(config, p, *xs, load=load, embed=functools.partial(default_embed, load=load)),
             qwen2.param_shapes(config),
@@ -174,7 +174,7 @@ class TestSizes:
             jax.ShapeDtypeStruct((2,), jnp.int32),
             jax.ShapeDtypeStruct((2, 4, 8), jnp.int32),
         )
-        assert rows.shape == (2, 4, 8, config.width)
+        assert rows.shape == (2, 4, 8, config.hidden_size)
         assert rows.dtype == jnp.bfloat16
 
 

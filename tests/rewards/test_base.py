@@ -12,7 +12,7 @@ from tests.episodes import episode
 
 
 def brevity(trajectory: Trajectory, score: Score) -> float:
-    return -0.25 * int(trajectory.sampled_C.sum())
+    return -0.25 * int(trajectory.action_mask_C.sum())
 
 
 def doubled(trajectory: Trajectory, score: Score) -> float:

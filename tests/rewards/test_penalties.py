@@ -171,7 +171,7 @@ def test_the_settings_decide():
     assert LocalGibberish(broken_chars=2).findings(FOUND["broken characters"][0]) == []
     assert LocalGibberish(glued_letters=21).findings(FOUND["glued words"][0]) == []
     assert LocalGibberish(glued_words=2).findings(FOUND["glued words"][0]) == []
-    assert LocalGibberish(glued_share=0.9).findings(FOUND["glued words"][0]) == []
+    assert LocalGibberish(glued_fraction=0.9).findings(FOUND["glued words"][0]) == []
     assert LocalGibberish(mixed_words=3).findings(FOUND["scripts within words"][0]) == []
     assert LocalGibberish(most_scripts=4).findings(FOUND["many scripts"][0]) == []
     score = RewardSettings((LocalGibberish(penalty=-2.0),)).rewarded(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxgrpo.config.load import changes_of_meaning, load_config, to_json
+from jaxgrpo.config.load import incompatible_changes, load_config, to_json
 from jaxgrpo.config.settings import Config, ConfigError
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.types import ToolCall
@@ -91,20 +91,20 @@ def test_the_json_of_a_run_is_a_config_again(config_file, tmp_path):
 def test_a_resumed_run_may_not_reward_otherwise(config_file):
     config = load_config(config_file)
     saved = to_json(config)
-    assert changes_of_meaning(saved, config) == []
+    assert incompatible_changes(saved, config) == []
     assert (
-        changes_of_meaning(saved, load_config(config_file, ["rewards.Shouting.patience=5"])) == []
+        incompatible_changes(saved, load_config(config_file, ["rewards.Shouting.patience=5"])) == []
     )
-    assert changes_of_meaning(saved, load_config(config_file, ["rewards.Shouting.penalty=-2"])) == [
+    assert incompatible_changes(saved, load_config(config_file, ["rewards.Shouting.penalty=-2"])) == [
         "rewards.functions[1].penalty was -1.0 and is now -2.0"
     ]
     fewer = dataclasses.replace(
         config, rewards=RewardSettings(config.rewards.functions[:1], {"brevity": 2})
     )
-    (change,) = changes_of_meaning(saved, fewer)
+    (change,) = incompatible_changes(saved, fewer)
     assert change.startswith("rewards.functions was [{'import': '<config>:brevity'}, {'class'")
     heavier = load_config(config_file, ["rewards.weights={'brevity': 3}"])
-    assert changes_of_meaning(saved, heavier) == [
+    assert incompatible_changes(saved, heavier) == [
         "rewards.weights was [['brevity', 2.0]] and is now [['brevity', 3.0]]"
     ]
 
@@ -114,8 +114,8 @@ def test_a_run_from_before_there_were_reward_functions_had_none(config_file):
     tree = json.loads(to_json(config))
     del tree["rewards"]
     old = json.dumps(tree)
-    assert changes_of_meaning(old, dataclasses.replace(config, rewards=RewardSettings())) == []
-    (change,) = changes_of_meaning(old, config)
+    assert incompatible_changes(old, dataclasses.replace(config, rewards=RewardSettings())) == []
+    (change,) = incompatible_changes(old, config)
     assert change.startswith("rewards was not there and is now {")
 
 

@@ -10,7 +10,7 @@ from jaxgrpo.environment import Observation, StepResult
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.background import BlockingCalls
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.episode import Decoding, EpisodeKey, EpisodePlayer, Limits
+from jaxgrpo.rollout.episode import EpisodeKey, EpisodePlayer, Limits, SamplingParams
 from jaxgrpo.rollout.openings import PromptError
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall, Trajectory
@@ -26,7 +26,7 @@ from tests.rollout_fakes import (
 )
 
 TASK = Task("echo_1")
-ROOMY, PLAIN = Limits(), Decoding()
+ROOMY, PLAIN = Limits(), SamplingParams()
 KEY = EpisodeKey(7, "step-1", "echo_1", 2)
 PROMPT = [START, *b"system\nHelp.", END, 10, START, *b"user\nq", END, 10, START, *b"assistant\n"]
 AFTER_EOS = [10, START, *b"user\n<r>", AB, *b"</r>", END, 10, START, *b"assistant\n"]  # 28 tokens
@@ -34,14 +34,14 @@ AFTER_STOP = [END, *AFTER_EOS]
 
 
 def play(
-    script, environment=EchoEnvironment, limits: Limits = ROOMY, deadline: float = 10.0, sampler=None, decoding=PLAIN, **options
+    script, environment=EchoEnvironment, limits: Limits = ROOMY, deadline: float = 10.0, sampler=None, sampling=PLAIN, **options
 ) -> Trajectory:
     sampler = sampler or ScriptedSampler(script)
 
     async def run() -> Trajectory:
         suite = Suite(lambda task, earlier: environment())
-        player = EpisodePlayer(sampler, suite, Chat(byte_tokenizer()), limits, decoding, BlockingCalls(4, deadline), **options)
-        opening = await EpisodePlayer(sampler, Suite(), player.chat, limits, Decoding(), BlockingCalls(4, 10)).open(TASK)
+        player = EpisodePlayer(sampler, suite, Chat(byte_tokenizer()), limits, sampling, BlockingCalls(4, deadline), **options)
+        opening = await EpisodePlayer(sampler, Suite(), player.chat, limits, SamplingParams(), BlockingCalls(4, 10)).open(TASK)
         return await player.play(TASK, opening, KEY)
 
     return asyncio.run(run())
@@ -61,7 +61,7 @@ def test_golden_trajectory():
         10, 258, 97, 115, 115, 105, 115, 116, 97, 110, 116, 10,
         100, 111, 110, 101, 259,  # "done"
     ]
-    assert trajectory.sampled_C.astype(int).tolist() == [
+    assert trajectory.action_mask_C.astype(int).tolist() == [
         1, 1, 1,
         0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
         1, 1, 1, 1, 1,
@@ -83,7 +83,7 @@ def test_golden_trajectory():
         4, 4, 4, 4, 4,
     ]
     # fmt: on
-    assert [array.dtype for array in (trajectory.completion_ids_C, trajectory.sampled_C, trajectory.sampler_logprobs_C)] == [
+    assert [array.dtype for array in (trajectory.completion_ids_C, trajectory.action_mask_C, trajectory.sampler_logprobs_C)] == [
         np.int32,
         np.bool_,
         np.float32,
@@ -125,7 +125,7 @@ def test_requests_say_how_tokens_are_drawn_and_what_ends_this_turn():
             return dataclasses.replace(result, observation=later)
 
     sampler = ScriptedSampler([Say("ab"), Say("done")])
-    play(None, environment=TwoMarks, sampler=sampler, decoding=Decoding(temperature=0.7, top_p=0.9))
+    play(None, environment=TwoMarks, sampler=sampler, sampling=SamplingParams(temperature=0.7, top_p=0.9))
     assert [(r.temperature, r.top_p) for r in sampler.requests] == [(0.7, 0.9)] * 2
     assert [r.stop_strings for r in sampler.requests] == [("</t>",), ("</second>",)]
 
@@ -168,7 +168,7 @@ def test_reward_functions_judge_what_was_played():
 @pytest.mark.parametrize(("allowed", "fits"), [(35, True), (34, False)])
 def test_a_prompt_may_be_as_long_as_the_limit(allowed, fits):
     limits = Limits(100, 10, allowed, 1000)
-    player = EpisodePlayer(ScriptedSampler([]), Suite(), Chat(byte_tokenizer()), limits, Decoding(), BlockingCalls(4, 10))
+    player = EpisodePlayer(ScriptedSampler([]), Suite(), Chat(byte_tokenizer()), limits, SamplingParams(), BlockingCalls(4, 10))
     if fits:
         opening = asyncio.run(player.open(TASK))
         assert opening.prompt_ids_P.tolist() == PROMPT
@@ -225,7 +225,7 @@ def test_an_observation_needs_room_for_one_sampled_token(budget, context, reason
     trajectory = play([Say("ab"), Say("done")], limits=Limits(budget, 10, 35, context))
     assert trajectory.stop_reason is reason
     assert len(trajectory.completion_ids_C) == tokens
-    assert trajectory.sampled_C[-1]
+    assert trajectory.action_mask_C[-1]
     assert len(trajectory.calls) == 1  # the call itself was made
 
 
@@ -373,4 +373,4 @@ def test_limits_refuse_nonsense(change, message):
 @pytest.mark.parametrize(("temperature", "top_p"), [(-1.0, 1.0), (1.0, 0.0), (1.0, 1.1)])
 def test_decoding_refuses_nonsense(temperature, top_p):
     with pytest.raises(ValueError, match=rf"got {temperature} and {top_p}"):
-        Decoding(temperature, top_p)
+        SamplingParams(temperature, top_p)

@@ -148,16 +148,16 @@ def test_a_samplers_idle_share_by_a_clock_of_ones_own():
         second = asyncio.create_task(metered.generate(one_turn("b")))
         await asyncio.sleep(0)
         now = 20.0
-        while_busy = await metered.take_idle_share()
+        while_busy = await metered.take_idle_fraction()
         gate.set()
         await asyncio.gather(first, second)
         now = 25.0
-        without_a_request = await metered.take_idle_share()
+        without_a_request = await metered.take_idle_fraction()
         third = asyncio.create_task(metered.generate(one_turn("c")))
         now = 26.0  # one second until it is sent, three until it is answered
         await asyncio.sleep(0)
         now = 29.0
         await third
-        return [while_busy, without_a_request, await metered.take_idle_share()]
+        return [while_busy, without_a_request, await metered.take_idle_fraction()]
 
     assert asyncio.run(run()) == [0.3, 1.0, 0.25]

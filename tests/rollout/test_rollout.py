@@ -297,4 +297,4 @@ def test_the_warehouse_is_solved_by_its_demonstrations():
         assert trajectory.stop_reason is StopReason.FINISHED
         assert all(call.ok for call in trajectory.calls)
         spoken = "".join(m.content for m in trajectory.messages if m.role == "assistant")
-        assert bytes(trajectory.completion_ids_C[trajectory.sampled_C].tolist()).decode() == spoken
+        assert bytes(trajectory.completion_ids_C[trajectory.action_mask_C].tolist()).decode() == spoken

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxgrpo.config.settings import PackingSettings
+from jaxgrpo.config.settings import BatchingSettings
 from jaxgrpo.learner.batching import pack
 from jaxgrpo.learner.losses import LossSums
 from jaxgrpo.learner.update import StepReport
@@ -23,7 +23,7 @@ def trajectory(task: str, sampled: list[int], reward: float, reason=StopReason.F
         sample_index=0,
         prompt_ids_P=np.arange(1, 4, dtype=np.int32),
         completion_ids_C=np.arange(len(sampled), dtype=np.int32),
-        sampled_C=mask,
+        action_mask_C=mask,
         sampler_logprobs_C=np.where(mask, -1.0, 0.0).astype(np.float32),
         weight_versions_C=np.where(mask, versions, -1).astype(np.int32),
         messages=(),
@@ -47,7 +47,7 @@ def test_rollout_metrics_by_hand():
     expected = {
         "train/reward_mean": 0.5,
         "train/pass_rate": 0.25,
-        "train/no_signal_share": 0.5,
+        "train/no_signal_fraction": 0.5,
         "train/groups": 2,
         "train/skipped_batches": 0,
         "train/dropped_groups": 1,
@@ -57,7 +57,7 @@ def test_rollout_metrics_by_hand():
         "train/prompt_tokens_mean": 3.0,
         "train/turns_mean": 1.25,
         "train/tool_calls_mean": 0.5,
-        "train/overlong_share": 0.25,
+        "train/overlong_fraction": 0.25,
         "train/staleness_mean": 4 / 14,  # two of fourteen sampled tokens are two versions old
         "train/staleness_max": 2,
         "time/rollout_seconds": 2.0,
@@ -79,7 +79,7 @@ def test_faults_of_skipped_batches_are_counted_with_the_next():
 
 
 def test_update_metrics_by_hand():
-    batches = pack(GROUPS, 2, 8, PackingSettings(prompt_multiple=4, completion_multiple=8))
+    batches = pack(GROUPS, 2, 8, BatchingSettings(prompt_multiple=4, completion_multiple=8))
     first = LossSums(0.5, 10.0, 14.0, 2.0, 0.0, 20.0, 1.4, 0.7, 7.0, 0.3)
     last = first._replace(loss=0.1, clipped=5.0)
     seconds = {"reference": 0.1, "update": 0.5, "probe": 0.05, "publish": 0.2}
@@ -89,15 +89,15 @@ def test_update_metrics_by_hand():
         "train/loss": 0.5,
         "train/kl": 0.2,
         "train/entropy": 2.0,
-        "train/clip_share": 0.5,  # the last step's
+        "train/clip_fraction": 0.5,  # the last step's
         "train/loss_tokens": 10.0,
         "train/mismatch_mean": 0.1,
         "train/mismatch_max": 0.3,
         "train/mismatch_kl": 0.05,
-        "train/mismatch_outside_share": 0.5,
+        "train/mismatch_outside_fraction": 0.5,
         "train/grad_norm": 3.0,
         "train/skipped_steps": 0,
-        "train/real_token_share": real / (2 * 4 + 4 * 8),
+        "train/real_token_fraction": real / (2 * 4 + 4 * 8),
         "train/forwarded_per_completion_token": (2 * 4 + 4 * 8) / 16,
         "train/prompt_sharing": (16 + 4 * 3) / real,
         "train/compilations": 3,
@@ -111,7 +111,7 @@ def test_update_metrics_by_hand():
 
 
 def test_a_step_that_was_not_taken_is_counted_and_no_part_of_the_rest():
-    batches = pack(GROUPS, 2, 8, PackingSettings(prompt_multiple=4, completion_multiple=8))
+    batches = pack(GROUPS, 2, 8, BatchingSettings(prompt_multiple=4, completion_multiple=8))
     seconds = dict.fromkeys(("reference", "update", "probe", "publish"), 1.0)
     taken = StepReport(LossSums(*[1.0] * 10), 1.0)
     lost = StepReport(LossSums(*[float("nan")] * 10), float("inf"))
@@ -129,20 +129,20 @@ def test_what_a_batch_took_and_who_waited_by_hand():
         "time/wait_seconds": 4.0,
         "time/record_seconds": 0.5,
         "time/checkpoint_seconds": 0.25,
-        "time/trainer_idle_share": 0.4,
-        "time/sampler_idle_share": 0.1,
+        "time/trainer_idle_fraction": 0.4,
+        "time/sampler_idle_fraction": 0.1,
     }
 
 
 def test_empty_groups_that_fill_a_micro_batch_count_nothing():
-    one = pack(GROUPS[:1], 1, 8, PackingSettings(prompt_multiple=4, completion_multiple=8))
-    filled = pack(GROUPS[:1], 3, 8, PackingSettings(prompt_multiple=4, completion_multiple=8))
+    one = pack(GROUPS[:1], 1, 8, BatchingSettings(prompt_multiple=4, completion_multiple=8))
+    filled = pack(GROUPS[:1], 3, 8, BatchingSettings(prompt_multiple=4, completion_multiple=8))
     report = [StepReport(LossSums(*[1.0] * 10), 1.0)]
     seconds = dict.fromkeys(("reference", "update", "probe", "publish"), 1.0)
     a, b = (update_metrics(batches, report, 1, seconds) for batches in (one, filled))
-    assert b["train/real_token_share"] == pytest.approx(a["train/real_token_share"] / 3)
+    assert b["train/real_token_fraction"] == pytest.approx(a["train/real_token_fraction"] / 3)
     assert b["train/forwarded_per_completion_token"] == pytest.approx(a["train/forwarded_per_completion_token"] * 3)
-    padded = dict.fromkeys(("train/real_token_share", "train/forwarded_per_completion_token"), 0)
+    padded = dict.fromkeys(("train/real_token_fraction", "train/forwarded_per_completion_token"), 0)
     assert a | padded == b | padded
 
 

@@ -1,4 +1,4 @@
-"""The steps on one batch: how many there are, and whose log-probabilities are the behaviour of each."""
+"""The steps on one batch: how many there are, and whose log-probabilities are the old ones of each."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxgrpo.config.settings import PackingSettings
+from jaxgrpo.config.settings import BatchingSettings
 from jaxgrpo.learner.batching import pack
 from jaxgrpo.learner.update import StepReport
 from jaxgrpo.run.learner import Learner
 from jaxgrpo.run.processes import Processes
-from jaxgrpo.run.setup import initial_params, open_policy
+from jaxgrpo.run.setup import initial_params, open_model_assets
 from jaxgrpo.types import GroupBatch
 from tests import reference
 from tests.episodes import random_groups
 from tests.training import changed, make_model
 
-BATCHES = pack(random_groups(0, 4, 3, 260, 8, 8), 2, 8, PackingSettings(prompt_multiple=8, completion_multiple=8))
+BATCHES = pack(random_groups(0, 4, 3, 260, 8, 8), 2, 8, BatchingSettings(prompt_multiple=8, completion_multiple=8))
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +28,12 @@ def learner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learner]:
     options = ("optimizer.learning_rate=1e-2", "training.reference_every=None", "loss.kl_beta=0.05", "loss.tis_cap=1.5")
     config = changed(folder, make_model(folder), *options)
     with ExitStack() as stack:
-        yield Learner(config, open_policy(config), folder / "run", False, Processes(), stack)
+        yield Learner(config, open_model_assets(config), folder / "run", False, Processes(), stack)
 
 
 def restart(learner: Learner) -> None:
     """Back to the first weights."""
-    learner.state = learner.update.init(initial_params(learner.policy, np.float32))
+    learner.state = learner.update.init(initial_params(learner.assets, np.float32))
 
 
 def learn(learner: Learner, folder: Path, iterations: int) -> list[StepReport]:
@@ -49,7 +49,7 @@ def logprobs(learner: Learner) -> list[np.ndarray]:
     return [np.asarray(learner.update.logprobs(learner.update.policy(learner.state), batch), np.float64) for batch in BATCHES]
 
 
-def expected_loss(learner: Learner, train: list[np.ndarray], behaviour: list[np.ndarray], anchors: list[np.ndarray]) -> float:
+def expected_loss(learner: Learner, train: list[np.ndarray], old: list[np.ndarray], anchors: list[np.ndarray]) -> float:
     def of(batch: GroupBatch, *arrays: np.ndarray) -> float:
         loss = learner.update.loss
         return reference.grpo_loss(
@@ -63,10 +63,10 @@ def expected_loss(learner: Learner, train: list[np.ndarray], behaviour: list[np.
             tis_cap=loss.tis_cap,
         )[0]
 
-    return sum(of(*arrays) for arrays in zip(BATCHES, train, behaviour, anchors, strict=True))
+    return sum(of(*arrays) for arrays in zip(BATCHES, train, old, anchors, strict=True))
 
 
-def test_all_steps_on_a_batch_have_the_behaviour_of_the_first(learner: Learner, tmp_path: Path) -> None:
+def test_all_steps_on_a_batch_have_the_old_logprobs_of_the_first(learner: Learner, tmp_path: Path) -> None:
     """Against the loss in NumPy, of the log-probabilities of the weights before each step."""
     restart(learner)
     policies = [logprobs(learner)]

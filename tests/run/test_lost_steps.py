@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgrpo.config.settings import PackingSettings
+from jaxgrpo.config.settings import BatchingSettings
 from jaxgrpo.learner.batching import first_rows
 from jaxgrpo.storage import hf_mapping
 from tests.updates import GROUPS, LONGEST, TINY, packed, params_of, update_of
 
-SETTINGS = PackingSettings(prompt_multiple=LONGEST, completion_multiple=LONGEST)
+SETTINGS = BatchingSettings(prompt_multiple=LONGEST, completion_multiple=LONGEST)
 
 
 @pytest.mark.parametrize("spoilt_by", [np.nan, np.inf])

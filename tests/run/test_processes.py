@@ -21,7 +21,7 @@ from jaxgrpo.interruptions import interruptible
 from jaxgrpo.learner.sharding import logical_on_host
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.run import processes
-from jaxgrpo.run.processes import ClusterFlags, Processes, Told, Work, join
+from jaxgrpo.run.processes import ClusterFlags, Command, Processes, Work, join
 from jaxgrpo.storage.checkpoint import Checkpoints, Progress, read_policy
 from jaxgrpo.train import train
 from tests.processes import coordinator, outcomes, run_processes, start, start_processes
@@ -150,7 +150,7 @@ def test_a_second_run_at_a_coordinators_port_is_refused_and_the_first_goes_on():
 def test_without_flags_there_is_one_process_which_leads_and_tells_nobody():
     alone = join(ClusterFlags(), None)
     assert (alone.leads, alone.count) == (True, 1)
-    alone.tell(Told(Work.END))
+    alone.send(Command(Work.END))
     alone.agree("anything")
     with pytest.raises(KeyError), alone.together():
         raise KeyError

@@ -26,7 +26,7 @@ def record(sample: int = 0, **changes) -> TrajectoryRecord:
         "sample_index": sample,
         "prompt_ids_P": np.array([1, 2, 3], np.int32),
         "completion_ids_C": np.array([17, 80, 2], np.int32),
-        "sampled_C": np.array([True, False, True]),
+        "action_mask_C": np.array([True, False, True]),
         "sampler_logprobs_C": np.array([-0.1, 0.0, -2.5], np.float32),
         "weight_versions_C": np.array([3, -1, 4], np.int32),
         "messages": (Message("user", "Où?"), Message("assistant", "\ud800 \n 中")),
@@ -84,7 +84,7 @@ def test_every_stop_reason_comes_back(reason):
 def test_an_episode_without_tokens_comes_back():
     empty = {
         "completion_ids_C": np.zeros(0, np.int32),
-        "sampled_C": np.zeros(0, bool),
+        "action_mask_C": np.zeros(0, bool),
         "sampler_logprobs_C": np.zeros(0, np.float32),
         "weight_versions_C": np.zeros(0, np.int32),
     }
@@ -99,7 +99,7 @@ def test_log_probabilities_come_back_to_the_last_bit():
     n = len(values)
     original = record(
         completion_ids_C=np.arange(n, dtype=np.int32),
-        sampled_C=np.ones(n, bool),
+        action_mask_C=np.ones(n, bool),
         sampler_logprobs_C=values,
         weight_versions_C=np.zeros(n, np.int32),
     )

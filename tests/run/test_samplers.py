@@ -31,7 +31,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def policy(model):
-    return setup.open_policy(small_config(model))
+    return setup.open_model_assets(small_config(model))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def params(policy):
 def update(model, devices: int) -> setup.Update:
     config = small_config(model)
     return setup.build_update(
-        dataclasses.replace(config, training=dataclasses.replace(config.training, devices=devices)), setup.open_policy(config).config
+        dataclasses.replace(config, training=dataclasses.replace(config.training, devices=devices)), setup.open_model_assets(config).config
     )
 
 
@@ -173,7 +173,7 @@ def test_gpus_are_one_tensor_parallel_server_or_shared_out_to_several(model, pol
 def test_jax_is_told_which_gpus_are_its_own(model, tmp_path, monkeypatch):
     told = {}
     monkeypatch.setattr(jax.config, "update", lambda key, value: told.update({key: value}))
-    setup.take_gpus(changed(tmp_path, model))
+    setup.restrict_gpus(changed(tmp_path, model))
     assert told == {}
-    setup.take_gpus(changed(tmp_path, model, "training.gpus=(0,2)"))
+    setup.restrict_gpus(changed(tmp_path, model, "training.gpus=(0,2)"))
     assert told == {"jax_cuda_visible_devices": "0,2"}

@@ -159,7 +159,7 @@ class TestBatches:
         assert said.startswith(
             "error: nothing can be learnt from the last 3 batches: its gradient is not finite"
         )
-        assert "packing.advantage_normalization" in said and "learning_rate" not in said
+        assert "batching.advantage_normalization" in said and "learning_rate" not in said
         assert newest_step(tmp_path / "run/checkpoints") == 2
 
 
@@ -167,13 +167,13 @@ def fail_second_step(monkeypatch, at: int) -> None:
     """The second step on a batch, at this step, has a gradient of nothing but NaN."""
     take = Update.optimizer_step
 
-    def step(self, state, batches, behaviour, reference):
-        if behaviour is not None and state.step == at:
+    def step(self, state, batches, old, reference):
+        if old is not None and state.step == at:
             batches = [
                 dataclasses.replace(b, advantages_NG=b.advantages_NG + np.float32(np.nan))
                 for b in batches
             ]
-        return take(self, state, batches, behaviour, reference)
+        return take(self, state, batches, old, reference)
 
     monkeypatch.setattr(Update, "optimizer_step", step)
 
@@ -181,7 +181,7 @@ def fail_second_step(monkeypatch, at: int) -> None:
 def versions(played) -> set[int]:
     """Of the weights that these episodes were sampled with."""
     episodes = [record.trajectory for record in played]
-    return {v for t in episodes for v in t.weight_versions_C[t.sampled_C].tolist()}
+    return {v for t in episodes for v in t.weight_versions_C[t.action_mask_C].tolist()}
 
 
 class TestSteps:
@@ -210,11 +210,11 @@ class TestSteps:
         """Of four steps, two a batch, the first one on the second batch."""
         take, tried = Update.optimizer_step, []
 
-        def step(self, state, batches, behaviour, reference):
-            tried.append((state.step, behaviour is None))
+        def step(self, state, batches, old, reference):
+            tried.append((state.step, old is None))
             if len(tried) == 3:
                 batches = [far_apart(batch) for batch in batches]
-            return take(self, state, batches, behaviour, reference)
+            return take(self, state, batches, old, reference)
 
         monkeypatch.setattr(Update, "optimizer_step", step)
         train(changed(tmp_path, model, "training.steps=4"), tmp_path / "run")

@@ -42,7 +42,7 @@ def batch() -> GroupBatch:
         prompt_lengths_N=np.full(n, p, np.int32),
         completions_NGC=rng.integers(0, 29, (n, g, c)).astype(np.int32),
         completion_lengths_NG=np.full((n, g), c, np.int32),
-        sampled_NGC=np.ones((n, g, c), bool),
+        action_mask_NGC=np.ones((n, g, c), bool),
         loss_weights_NGC=np.full((n, g, c), 1 / (n * g * c), np.float32),
         advantages_NG=np.tile(np.array([1.0, -0.5], np.float32), (n, 1)),
         sampler_logprobs_NGC=np.full((n, g, c), -3.3, np.float32),

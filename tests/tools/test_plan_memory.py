@@ -63,7 +63,7 @@ def test_the_compiled_step_is_given_what_a_real_one_is() -> None:
     n, g, c = batch.completions_NGC.shape
     arrays = 4 * batch.prompt_NP.size + 4 * n + 4 * n * g  # prompts, their lengths, advantages; completions' lengths are not read
     arrays += (4 + 1 + 4 + 4) * n * g * c  # completions, which are sampled, weights, the sampler's log-probabilities
-    assert memory.batch == arrays // 3 + 2 * 4 * n * g * c // 3 + 1  # behaviour's and reference's log-probabilities; whether on-policy
+    assert memory.batch == arrays // 3 + 2 * 4 * n * g * c // 3 + 1  # the old policy's and the reference's log-probabilities; whether on-policy
     assert memory.apply.arguments == bytes_of(state.params) * 2 + bytes_of(state.opt_state)
 
 
@@ -160,7 +160,7 @@ ADVICE = {
     "- lora.rank above 0": ("--set", "lora.rank=2"),
     "- training.groups_per_device below 2": ("--set", "training.groups_per_device=1"),
     "- rollout.max_completion_tokens below 64": ("--completion", "32"),
-    "- rollout.max_prompt_tokens below 64": ("--prompt", "32", "--set", "packing.prompt_multiple=32"),
+    "- rollout.max_prompt_tokens below 64": ("--prompt", "32", "--set", "batching.prompt_multiple=32"),
     "- training.head_chunk below 64": ("--set", "training.head_chunk=16"),
 }
 
@@ -184,7 +184,7 @@ def test_what_is_advised_lowers_the_compiled_steps_peak(advised: str, tmp_path: 
 
 @pytest.mark.slow
 def test_that_shorter_episodes_fit_is_said(tmp_path: Path) -> None:
-    planner = tiny_planner(tmp_path, "--prompt", "128", "--set", "packing.prompt_multiple=64")
+    planner = tiny_planner(tmp_path, "--prompt", "128", "--set", "batching.prompt_multiple=64")
     plan, shorter = planner.main_plan(), planner.shortened(2).main_plan()
     assert shorter.memory.peak < plan.memory.peak
     last = refusal(with_room_for(planner, (plan.memory.peak + shorter.memory.peak) // 2), plan)[-1]

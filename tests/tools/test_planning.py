@@ -10,7 +10,7 @@ import pytest
 
 from jaxgrpo.config.settings import REMAT, LoraSettings
 from jaxgrpo.learner.losses import Head, token_logprobs
-from jaxgrpo.learner.sharding import Whole
+from jaxgrpo.learner.sharding import Replicated
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import (
     Params,
@@ -44,12 +44,12 @@ from tools.planning import (
 SEVEN_B = QWEN2_5["7B"]
 TINY = ModelConfig(
     vocab_size=512,
-    width=128,
+    hidden_size=128,
     layers=1,
     heads=4,
     kv_heads=2,
-    head_size=32,
-    mlp_width=256,
+    head_dim=32,
+    intermediate_size=256,
     context_length=64,
     rope_theta=10000.0,
     norm_epsilon=1e-6,
@@ -118,8 +118,8 @@ def loss(model: ModelConfig, params: Params, prompt_NP: Any, completions_NGC: An
     embed = lambda tree, ids: default_embed(tree, ids, load)
     lengths_N = jnp.full(prompt_NP.shape[0], prompt_NP.shape[1])
     hidden = forward_shared_prompt(model, params, prompt_NP, lengths_N, completions_NGC, load=load, embed=embed, remat=remat)
-    head = Head((model.vocab_size, model.width), Whole(jnp.float32), chunk, 1.0)
-    return jnp.sum(token_logprobs(hidden.reshape(-1, model.width), head_table(params), completions_NGC.reshape(-1), head)[0])
+    head = Head((model.vocab_size, model.hidden_size), Replicated(jnp.float32), chunk, 1.0)
+    return jnp.sum(token_logprobs(hidden.reshape(-1, model.hidden_size), head_table(params), completions_NGC.reshape(-1), head)[0])
 
 
 def arguments(model: ModelConfig, shape: GroupShape) -> tuple[Params, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -147,8 +147,8 @@ def dense_forward_flops(model: ModelConfig, shape: GroupShape) -> Flops:
     layers, tokens, pairs = model.layers, p + rows * c, p * p + rows * c * (p + c)
     return Flops(
         layers=2 * layers * layer_matrix_parameters(model) * tokens,
-        attention=4 * layers * model.heads * model.head_size * pairs,
-        head=2 * model.width * model.vocab_size * rows * c,
+        attention=4 * layers * model.heads * model.head_dim * pairs,
+        head=2 * model.hidden_size * model.vocab_size * rows * c,
     )
 
 

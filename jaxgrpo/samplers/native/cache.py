@@ -36,7 +36,7 @@ class CachedGroup:
     episodes: dict[str, CachedSequence] = dataclasses.field(default_factory=dict)
 
 
-class PageTable:
+class PageAllocator:
     """Hands the pool's pages to sequences; when none is free, takes them from those that the caller says may lose them."""
 
     def __init__(self, page_count: int):

@@ -105,7 +105,7 @@ def _embed(params: Params, ids_BT: Array) -> Array:
 
 def empty_pool(config: ModelConfig, pages: int, dtype: Any) -> Caches:
     """A pool of zeroed pages."""
-    k, h = config.kv_heads, config.head_size
+    k, h = config.kv_heads, config.head_dim
     return tuple(KeysValues(jnp.zeros((pages, k, h, PAGE), dtype), jnp.zeros((pages, k, PAGE, h), dtype)) for _ in range(config.layers))
 
 
@@ -242,7 +242,7 @@ def _decode_step(
 def begin_chunk(config: ModelConfig, rows: DecodeRows, *, steps: int, dtype: Any) -> tuple[Progress, Caches]:
     """A chunk of up to `steps` tokens a row before its first step, and the buffers for its keys [B, K, h, steps] and values."""
     b = len(rows.tokens_B)
-    shape = (b, config.kv_heads, config.head_size, steps)
+    shape = (b, config.kv_heads, config.head_dim, steps)
     buffers = tuple(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype).mT) for _ in range(config.layers))
     chunk = Chunk(jnp.zeros((b, steps), jnp.int32), jnp.zeros((b, steps), jnp.float32), jnp.zeros(b, jnp.int32))
     return Progress(jnp.int32(0), jnp.asarray(rows.tokens_B), jnp.asarray(rows.limits_B) > 0, chunk), buffers

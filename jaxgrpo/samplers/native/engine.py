@@ -17,7 +17,7 @@ from jaxgrpo.samplers.native import decode
 from jaxgrpo.samplers.native.cache import (
     CachedGroup,
     CachedSequence,
-    PageTable,
+    PageAllocator,
     page_matrix,
     token_places,
 )
@@ -122,7 +122,7 @@ class Engine:
         """Serve these weights; every cache is forgotten, for its keys and values are those of other weights."""
         self.version = version
         self._params = decode.serving_params(jax.device_put(params, self._device), self._dtype)
-        self._pages = PageTable(pages_for(self.limits.max_cache_tokens))
+        self._pages = PageAllocator(pages_for(self.limits.max_cache_tokens))
         for group in self._groups.values():
             group.shared = CachedSequence()
             group.episodes = {episode: CachedSequence() for episode in group.episodes}
@@ -367,7 +367,7 @@ def _shape_book(config: ModelConfig, limits: EngineLimits, sparing: bool) -> Sha
     row_cost = _row_cost(config)
     if not sparing:
         return ShapeBook(row_cost)
-    pair_flops = 4 * config.layers * config.heads * config.head_size
+    pair_flops = 4 * config.layers * config.heads * config.head_dim
     most_cached = 4 * limits.max_cache_tokens  # rows of uneven lengths may need as much
     return SparingShapeBook(row_cost, config.layers, pair_flops, limits.max_rows, most_cached)
 
@@ -375,5 +375,5 @@ def _shape_book(config: ModelConfig, limits: EngineLimits, sparing: bool) -> Sha
 def _row_cost(config: ModelConfig) -> float:
     """A token's work outside attention, in units of one query meeting one key over all heads and layers."""
     c = config
-    linear = c.width * c.head_size * (2 * c.heads + 2 * c.kv_heads) + 3 * c.width * c.mlp_width
-    return (c.layers * linear + c.width * c.vocab_size) / (2 * c.layers * c.heads * c.head_size)
+    linear = c.hidden_size * c.head_dim * (2 * c.heads + 2 * c.kv_heads) + 3 * c.hidden_size * c.intermediate_size
+    return (c.layers * linear + c.hidden_size * c.vocab_size) / (2 * c.layers * c.heads * c.head_dim)

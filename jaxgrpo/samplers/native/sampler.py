@@ -16,7 +16,7 @@ from jaxgrpo.samplers.native.stops import Decoder
 
 
 @dataclasses.dataclass(eq=False)
-class _Ticket:
+class PendingRequest:
     """A waiting caller: what is generated for it, and where the result goes."""
 
     job: Job
@@ -24,7 +24,7 @@ class _Ticket:
 
 
 @dataclasses.dataclass(eq=False)
-class _Order:
+class EngineCommand:
     """Something to do to the engine between two chunks, in the order in which it was asked for."""
 
     action: Callable[[], None]
@@ -63,8 +63,8 @@ class NativeSampler:
         self._tokenizer = tokenizer
         self._gather_seconds = gather_seconds
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="native-sampler")
-        self._tickets: list[_Ticket] = []
-        self._orders: list[_Order] = []
+        self._pending: list[PendingRequest] = []
+        self._commands: list[EngineCommand] = []
         self._released: list[str] = []
         self._serving: asyncio.Task[None] | None = None
         self._failure: Exception | None = None
@@ -86,13 +86,13 @@ class NativeSampler:
         """Generate one turn. ValueError for a request that contradicts its group, never fits, or whose episode is generating already."""
         self._check_alive()
         self._engine.check(request)
-        if any(t.job.request.episode_id == request.episode_id and not t.result.done() for t in self._tickets):
+        if any(t.job.request.episode_id == request.episode_id and not t.result.done() for t in self._pending):
             raise ValueError(f"episode {request.episode_id!r} is generating a turn already")
-        ticket = _Ticket(Job(request, self._tokenizer), asyncio.get_running_loop().create_future())
-        self._tickets.append(ticket)
+        pending = PendingRequest(Job(request, self._tokenizer), asyncio.get_running_loop().create_future())
+        self._pending.append(pending)
         self._answers += 1
         self._ensure_serving()
-        return await ticket.result  # cancelling the caller cancels the future: the ticket leaves at the next chunk
+        return await pending.result  # cancelling the caller cancels the future: the ticket leaves at the next chunk
 
     async def release(self, episode_id: str) -> None:
         """Forget an episode's cache at the next chunk. Returns at once: cleaning up after an episode stalls nobody."""
@@ -106,10 +106,10 @@ class NativeSampler:
         self._check_alive()
         self._published = version
         params = weights.logical()
-        order = _Order(lambda: self._engine.load(version, params), asyncio.get_running_loop().create_future())
-        self._orders.append(order)
+        command = EngineCommand(lambda: self._engine.load(version, params), asyncio.get_running_loop().create_future())
+        self._commands.append(command)
         self._ensure_serving()
-        await order.done
+        await command.done
         return {}
 
     async def close(self) -> None:
@@ -135,12 +135,12 @@ class NativeSampler:
             await self._let_callers_run(0)
             loop = asyncio.get_running_loop()
             deliver = lambda: loop.call_soon_threadsafe(self._deliver)
-            while (self._tickets or self._orders) and self._failure is None:
+            while (self._pending or self._commands) and self._failure is None:
                 await self._carry_out_orders()
                 self._admit()
                 busy = self._delivered - self._answers  # callers at something that takes longer: nobody waits for them again
-                if self._tickets:  # the engine's books are this thread's between its steps
-                    jobs = [ticket.job for ticket in self._tickets]
+                if self._pending:  # the engine's books are this thread's between its steps
+                    jobs = [pending.job for pending in self._pending]
                     await loop.run_in_executor(self._thread, self._engine.step, jobs, deliver)
                 self._deliver()
                 await self._let_callers_run(self._delivered - busy)
@@ -148,39 +148,39 @@ class NativeSampler:
             self._failure = error
             self._refuse_everyone(error)
         except asyncio.CancelledError:
-            for waiting in [t.result for t in self._tickets] + [o.done for o in self._orders]:
+            for waiting in [t.result for t in self._pending] + [o.done for o in self._commands]:
                 waiting.cancel()
             raise
 
     async def _carry_out_orders(self) -> None:
         """Orders that came up to now; a later one waits for the next chunk. One that fails stays in line, to be told with everyone else."""
-        for _ in range(len(self._orders)):
-            order = self._orders[0]
-            await asyncio.get_running_loop().run_in_executor(self._thread, order.action)
-            self._orders.pop(0)
-            if not order.done.done():
-                order.done.set_result(None)
+        for _ in range(len(self._commands)):
+            command = self._commands[0]
+            await asyncio.get_running_loop().run_in_executor(self._thread, command.action)
+            self._commands.pop(0)
+            if not command.done.done():
+                command.done.set_result(None)
 
     def _admit(self) -> None:
         """Forget released episodes; drop the tickets of callers that left; refuse those that contradict their group."""
         released, self._released = self._released, []
         for episode_id in released:
             self._engine.release(episode_id)
-        self._tickets = [ticket for ticket in self._tickets if not ticket.result.done()]
-        for ticket in self._tickets:
+        self._pending = [pending for pending in self._pending if not pending.result.done()]
+        for pending in self._pending:
             try:
-                self._engine.add(ticket.job.request)
+                self._engine.add(pending.job.request)
             except ValueError as error:
-                ticket.result.set_exception(error)
-        self._tickets = [ticket for ticket in self._tickets if not ticket.result.done()]
+                pending.result.set_exception(error)
+        self._pending = [pending for pending in self._pending if not pending.result.done()]
 
     def _deliver(self) -> None:
         """Give finished turns to their callers."""
-        for ticket in self._tickets:
-            if ticket.job.finish_reason is not None and not ticket.result.done():
-                ticket.result.set_result(ticket.job.generation())
+        for pending in self._pending:
+            if pending.job.finish_reason is not None and not pending.result.done():
+                pending.result.set_result(pending.job.generation())
                 self._delivered += 1
-        self._tickets = [ticket for ticket in self._tickets if not ticket.result.done()]
+        self._pending = [pending for pending in self._pending if not pending.result.done()]
 
     async def _let_callers_run(self, answers: int) -> None:
         """Let the event loop deliver requests that are ready, and wait a moment until callers have answered so often in all."""
@@ -194,8 +194,8 @@ class NativeSampler:
             await asyncio.sleep(self._gather_seconds / 10)
 
     def _refuse_everyone(self, cause: Exception) -> None:
-        waiting = [t.result for t in self._tickets] + [o.done for o in self._orders]
-        self._tickets, self._orders = [], []
+        waiting = [t.result for t in self._pending] + [o.done for o in self._commands]
+        self._pending, self._commands = [], []
         for future in waiting:
             if not future.done():
                 failed = SamplerError(f"the sampler does not serve any more: {cause}")

@@ -43,7 +43,7 @@ def test_a_run_with_a_server_that_is_there(server, tmp_path, monkeypatch):
         assert 0 < line["train/mismatch_mean"] < BOUND and 0 < line["check/mismatch_mean"] < BOUND
         assert line["time/publish_write_seconds"] > 0 and line["time/publish_load_seconds"] > 0
     read = records.read_records(tmp_path / "run" / "trajectories" / "train-000002.jsonl.gz").records
-    assert {v for r in read for v in r.trajectory.weight_versions_C[r.trajectory.sampled_C].tolist()} == {1}
+    assert {v for r in read for v in r.trajectory.weight_versions_C[r.trajectory.action_mask_C].tolist()} == {1}
     assert not list((tmp_path / "run").glob("weights/0*"))
 
 
@@ -75,7 +75,7 @@ def test_a_run_with_rollouts_ahead(server, tmp_path, monkeypatch):
     run = dataclasses.replace(
         run,
         environment=base.environment,  # where it earns rewards: without any, its weights drift wherever rounding leads
-        packing=base.packing,
+        batching=base.batching,
         rollout=dataclasses.replace(base.rollout, tasks_per_step=4, max_completion_tokens=128),
         loss=dataclasses.replace(run.loss, tis_cap=2.0),
         training=dataclasses.replace(run.training, steps=4, max_staleness=1),

@@ -21,7 +21,7 @@ from envs.procedural import Warehouse
 from jaxgrpo.config.settings import Config
 from jaxgrpo.models.qwen2 import Params, cast_to, forward, head_table
 from jaxgrpo.rollout.background import EventLoopThread
-from jaxgrpo.rollout.episode import Decoding
+from jaxgrpo.rollout.episode import SamplingParams
 from jaxgrpo.rollout.rollout import RolloutResult
 from jaxgrpo.run import setup
 from jaxgrpo.run.agreement import AgreementCheck, MismatchError
@@ -177,7 +177,7 @@ def with_room_for(run: Config, tokens: int) -> Config:
 def test_tokens_in_are_tokens_out_at_every_turn_of_real_episodes(client, run):
     async def body(sampler: VllmSampler) -> tuple[RolloutResult, Recording]:
         recording = Recording(sampler)
-        rollout = setup.build_rollout(run, POLICY, recording, Decoding(1.0))
+        rollout = setup.build_rollout(run, POLICY, recording, SamplingParams(1.0))
         return await rollout.groups(run.environment.tasks("train")[:8], 4, 0, "b"), recording
 
     result, recording = client(body)
@@ -193,7 +193,7 @@ def test_tokens_in_are_tokens_out_at_every_turn_of_real_episodes(client, run):
                 np.testing.assert_array_equal(whole[start:end], generation.token_ids_T)  # and so is what came out
                 served_C[start - len(trajectory.prompt_ids_P) : end - len(trajectory.prompt_ids_P)] = True
                 ends.add(generation.finish_reason)
-            np.testing.assert_array_equal(trajectory.sampled_C, served_C)  # and nothing else is
+            np.testing.assert_array_equal(trajectory.action_mask_C, served_C)  # and nothing else is
             turns_played += len(turns)
     assert turns_played > len(recording.turns) == 32  # several turns in some episode
     assert ends == {FinishReason.STOP, FinishReason.EOS, FinishReason.LENGTH}
