@@ -73,8 +73,16 @@ def one_row_each(batch: GroupBatch) -> GroupBatch:
     """The rows as groups of their own, each with its copy of the prompt: nothing is shared."""
     n, g = batch.advantages_NG.shape
     arrays = dataclasses.asdict(batch)
-    split = {name: x.reshape(n * g, 1, *x.shape[2:]) for name, x in arrays.items() if name.endswith(("_NGC", "_NG"))}
-    return GroupBatch(**split, prompt_NP=np.repeat(batch.prompt_NP, g, 0), prompt_lengths_N=np.repeat(batch.prompt_lengths_N, g))
+    split = {
+        name: x.reshape(n * g, 1, *x.shape[2:])
+        for name, x in arrays.items()
+        if name.endswith(("_NGC", "_NG"))
+    }
+    return GroupBatch(
+        **split,
+        prompt_NP=np.repeat(batch.prompt_NP, g, 0),
+        prompt_lengths_N=np.repeat(batch.prompt_lengths_N, g),
+    )
 
 
 class Stepping:
@@ -89,12 +97,16 @@ class Stepping:
 
     def step(self, reference_NGC: Any = None) -> StepReport:
         """An on-policy optimizer step, waited for."""
-        self.state, _, report = self.update.optimizer_step(self.state, [self.batch], None, [reference_NGC])
+        self.state, _, report = self.update.optimizer_step(
+            self.state, [self.batch], None, [reference_NGC]
+        )
         jax.block_until_ready(self.state.params)
         return report
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], repeats: int
+) -> dict[str, dict[str, float]]:
     """Minimum and median seconds of each, and the least processor seconds, all taking turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     cpu: dict[str, list[float]] = {name: [] for name in runs}

@@ -13,5 +13,7 @@ from jaxgrpo.config.settings import Config
 
 def get_config() -> Config:
     config = article()
-    environment = dataclasses.replace(config.environment, protocol="native", docs="without_response", result_limit=4000)
+    environment = dataclasses.replace(
+        config.environment, protocol="native", docs="without_response", result_limit=4000
+    )
     return dataclasses.replace(config, name="native_tools", environment=environment)

@@ -26,9 +26,17 @@ from jaxgrpo.config.settings import (
 def get_config() -> Config:
     return Config(
         name="qwen05_cpu",
-        model=ModelSettings(source="Qwen/Qwen2.5-0.5B-Instruct", revision="7ae557604adf67be50417f59c2c2f167def9a775"),
+        model=ModelSettings(
+            source="Qwen/Qwen2.5-0.5B-Instruct", revision="7ae557604adf67be50417f59c2c2f167def9a775"
+        ),
         environment=Bfcl(docs="signatures", examples=1),
-        rollout=RolloutSettings(group_size=4, tasks_per_step=2, max_prompt_tokens=2048, max_completion_tokens=256, max_turns=3),
+        rollout=RolloutSettings(
+            group_size=4,
+            tasks_per_step=2,
+            max_prompt_tokens=2048,
+            max_completion_tokens=256,
+            max_turns=3,
+        ),
         native=NativeSamplerSettings(max_rows=8, decode_chunk=32),
         vllm=VllmSettings(
             python=os.environ.get("JAXGRPO_VLLM_PYTHON", ".venv-vllm/bin/python"),

@@ -59,7 +59,9 @@ class StepResult:
 
     def __post_init__(self) -> None:
         if (self.observation is None) == (self.stop_reason is None):
-            raise ValueError("a step either observes or stops: set exactly one of observation and stop_reason")
+            raise ValueError(
+                "a step either observes or stops: set exactly one of observation and stop_reason"
+            )
         if self.stop_reason is None:
             observation = checked.record(self.observation, Observation, "a step's observation")
             object.__setattr__(self, "observation", observation)
@@ -81,7 +83,9 @@ def _tools(given: object) -> tuple[dict[str, Any], ...]:
     names = Counter(tool.get("function", tool)["name"] for tool in tools)
     repeated = [name for name, times in names.items() if times > 1]
     if repeated:
-        raise ValueError(f"{what} have the name {repeated[0]!r} twice: calls could not be told apart")
+        raise ValueError(
+            f"{what} have the name {repeated[0]!r} twice: calls could not be told apart"
+        )
     return tools
 
 
@@ -97,7 +101,9 @@ def _tool(given: object) -> dict[str, Any]:
     checked.text(function.get("description", ""), f"the description of tool {name!r}")
     if not isinstance(function.get("parameters", {}), dict):
         given = checked.shown(function["parameters"])
-        raise TypeError(f"the parameters of tool {name!r} must be a JSON schema, a dict, got {given}")
+        raise TypeError(
+            f"the parameters of tool {name!r} must be a JSON schema, a dict, got {given}"
+        )
     return schema
 
 

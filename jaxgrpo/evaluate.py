@@ -68,7 +68,9 @@ def split_tasks(config: Config, split: str) -> Sequence[Task]:
     """The tasks of a split that evaluation looks at. Raises ConfigError when there are none."""
     tasks = open_tasks(config, split)[: config.evaluation.tasks]
     if not tasks:
-        raise ConfigError(f"the {split} split of the environment is empty: there is nothing to evaluate")
+        raise ConfigError(
+            f"the {split} split of the environment is empty: there is nothing to evaluate"
+        )
     return tasks
 
 
@@ -88,7 +90,9 @@ def evaluate(
     result = loop.call(rollout.groups(tasks, samples, seed, f"{name}/{split}", progress))
     if not result.groups:
         raise NothingLeftError(f"the {split} split", result)
-    passed_NK = np.array([[t.score is not None and t.score.passed for t in g.trajectories] for g in result.groups])
+    passed_NK = np.array(
+        [[t.score is not None and t.score.passed for t in g.trajectories] for g in result.groups]
+    )
     rate = pass_rate(passed_NK)
     trajectories = [t for g in result.groups for t in g.trajectories]
     metrics: dict[str, float | int | str] = {
@@ -101,13 +105,17 @@ def evaluate(
         "eval/samples": samples,
         "eval/dropped_groups": len(result.dropped),
         "eval/overlong_fraction": float(np.mean([t.overlong for t in trajectories])),
-        "eval/completion_tokens_mean": float(np.mean([len(t.completion_ids_C) for t in trajectories])),
+        "eval/completion_tokens_mean": float(
+            np.mean([len(t.completion_ids_C) for t in trajectories])
+        ),
     }
     k = 2
     while k <= samples:
         metrics[f"eval/pass_at_{k}"] = mean_pass_at_k(passed_NK, k)
         k *= 2
-    for label, value in pass_rates_by_label(passed_NK, [g.task.labels for g in result.groups]).items():
+    for label, value in pass_rates_by_label(
+        passed_NK, [g.task.labels for g in result.groups]
+    ).items():
         metrics[f"eval/pass_rate/{label}"] = value.rate
     return Evaluation(metrics, result)
 
@@ -117,11 +125,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jaxgrpo.evaluate", description=__doc__)
     of_config = "a Python file with get_config(), or the config.json of a run"
     parser.add_argument("--config", required=True, help=of_config)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. evaluation.temperature=0")
-    parser.add_argument("--checkpoint", metavar="RUN", help="a run's folder; without it the config's own model is evaluated")
-    parser.add_argument("--step", type=int, help="which of the run's checkpoints (default: the newest)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a setting, e.g. evaluation.temperature=0",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="RUN",
+        help="a run's folder; without it the config's own model is evaluated",
+    )
+    parser.add_argument(
+        "--step", type=int, help="which of the run's checkpoints (default: the newest)"
+    )
     parser.add_argument("--split", default="test", help=f"{' or '.join(SPLITS)} (default: test)")
-    parser.add_argument("--samples", type=int, help="episodes a task (default: the config's evaluation.samples)")
+    parser.add_argument(
+        "--samples", type=int, help="episodes a task (default: the config's evaluation.samples)"
+    )
     parser.add_argument("--run-dir", help="where to record (default: runs/NAME-eval-SPLIT)")
     args = parser.parse_args(arguments)
     start = Path.cwd()  # now: a config file or an environment may change it
@@ -154,7 +176,9 @@ def _check_arguments(split: str, samples: int, checkpoint: str | None, step: int
     if not 1 <= samples < 2**31:
         problems.append(f"--samples must be from 1 to {2**31 - 1}, got {samples}")
     if step is not None and checkpoint is None:
-        problems.append(f"--step {step} names one of a run's checkpoints: give the run's folder with --checkpoint")
+        problems.append(
+            f"--step {step} names one of a run's checkpoints: give the run's folder with --checkpoint"
+        )
     if problems:
         raise ConfigError("; ".join(problems))
 
@@ -175,7 +199,13 @@ def _read_weights(
 
 
 def _check_sampler(
-    config: Config, assets: ModelAssets, params: Params, version: int, prompt_ids_P: np.ndarray, loop: EventLoopThread, sampler: Sampler
+    config: Config,
+    assets: ModelAssets,
+    params: Params,
+    version: int,
+    prompt_ids_P: np.ndarray,
+    loop: EventLoopThread,
+    sampler: Sampler,
 ) -> dict[str, float]:
     """As training does, on one device and with whole weights: adapters have been merged. Raises MismatchError when the sampler serves
     other weights than those to be evaluated."""
@@ -184,7 +214,9 @@ def _check_sampler(
     check = agreement_check(config, update, prompt_ids_P)
     if check is None:
         return {}
-    return check.run(loop, sampler, store(params, update.layout, update.mesh, update.compute_dtype), version)
+    return check.run(
+        loop, sampler, store(params, update.layout, update.mesh, update.compute_dtype), version
+    )
 
 
 def _evaluate_once(
@@ -202,13 +234,26 @@ def _evaluate_once(
     params, at_step = _read_weights(config, assets, checkpoint, step)
     make_run_folder(folder)
     sampling = SamplingParams(config.evaluation.temperature, config.evaluation.top_p)
-    with EventLoopThread() as loop, TerminalView(len(tasks) * samples, unit="episode") as view, ExitStack() as stack:
+    with (
+        EventLoopThread() as loop,
+        TerminalView(len(tasks) * samples, unit="episode") as view,
+        ExitStack() as stack,
+    ):
         version = at_step // config.training.iterations
-        sampler = open_sampler(config, assets, WholeWeights(params, assets.config), version, loop, folder, stack)
+        sampler = open_sampler(
+            config, assets, WholeWeights(params, assets.config), version, loop, folder, stack
+        )
         check = _check_sampler(config, assets, params, version, prompts.first_P, loop, sampler)
         rollout = build_rollout(config, assets, sampler, sampling)
         outcome = evaluate(
-            rollout, loop, tasks, split=split, samples=samples, seed=config.seed, name=f"eval-{at_step}", progress=view.advance
+            rollout,
+            loop,
+            tasks,
+            split=split,
+            samples=samples,
+            seed=config.seed,
+            name=f"eval-{at_step}",
+            progress=view.advance,
         )
     recorder = Recorder(folder, tensorboard=False, wandb_project=None, name=config.name)
     recorder.record(at_step, outcome.metrics | check)

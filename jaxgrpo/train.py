@@ -74,7 +74,9 @@ _LESS_MEMORY = (
 class Training(Learner):
     """One run, in the process that leads it: what it is made of, and the loop."""
 
-    def __init__(self, config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack):
+    def __init__(
+        self, config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack
+    ):
         check_rewards(config)
         assets = open_model_assets(config)
         self.tasks, prompts = training_tasks(config, assets)
@@ -83,21 +85,35 @@ class Training(Learner):
         self.skipped = SkippedBatches(self.trajectories)
         self.loop = stack.enter_context(EventLoopThread())
         self.sampler = MeteredSampler(self.open_sampler(stack))
-        self.rollout = build_rollout(config, self.assets, self.sampler, SamplingParams(config.rollout.temperature))
-        self.ahead = RolloutsAhead(self.loop, self.rollout_of, self.batch, config.training.max_staleness)
+        self.rollout = build_rollout(
+            config, self.assets, self.sampler, SamplingParams(config.rollout.temperature)
+        )
+        self.ahead = RolloutsAhead(
+            self.loop, self.rollout_of, self.batch, config.training.max_staleness
+        )
         stack.callback(self.ahead.close)
         self.agreement = agreement_check(config, self.update, prompts.first_P, processes.send)
         self.served = self.check_sampler()
         r = config.recording
         after = self.state.step if resume else None
-        self.recorder = Recorder(folder, tensorboard=r.tensorboard, wandb_project=r.wandb_project, name=config.name, after=after)
+        self.recorder = Recorder(
+            folder,
+            tensorboard=r.tensorboard,
+            wandb_project=r.wandb_project,
+            name=config.name,
+            after=after,
+        )
         stack.callback(self.recorder.close)
         self.view = stack.enter_context(TerminalView(config.training.steps))
-        self.view.say(f"attention: {attention_kernel(config, self.assets.config, self.update.mesh, self.update.compute_dtype)[1]}")
+        self.view.say(
+            f"attention: {attention_kernel(config, self.assets.config, self.update.mesh, self.update.compute_dtype)[1]}"
+        )
 
     def open_sampler(self, stack: ExitStack) -> Sampler:
         """The config's sampler, serving the weights of now."""
-        return open_sampler(self.config, self.assets, self.weights, self.version, self.loop, self.folder, stack)
+        return open_sampler(
+            self.config, self.assets, self.weights, self.version, self.loop, self.folder, stack
+        )
 
     def run(self) -> None:
         """The loop. `state` and `batch`, the number of batches taken from `play`, are all that changes from turn to turn."""
@@ -161,18 +177,31 @@ class Training(Learner):
     def pack(self, result: RolloutResult) -> list[GroupBatch]:
         """Scored groups -> micro-batches."""
         micro_batch_groups = self.update.mesh.size * self.config.training.groups_per_device
-        return pack(result.groups, micro_batch_groups, self.config.rollout.max_completion_tokens, self.config.batching)
+        return pack(
+            result.groups,
+            micro_batch_groups,
+            self.config.rollout.max_completion_tokens,
+            self.config.batching,
+        )
 
     def publish(self) -> None:
         """The sampler serves the new weights, under the next version."""
         with self.clock.phase("publish"):
             stages = self.loop.call(self.sampler.publish(self.version, self.weights))
         with self.clock.phase("check"):
-            self.served = self.check_sampler() | {f"time/publish_{stage}_seconds": seconds for stage, seconds in stages.items()}
+            self.served = self.check_sampler() | {
+                f"time/publish_{stage}_seconds": seconds for stage, seconds in stages.items()
+            }
 
     def check_sampler(self) -> dict[str, float]:
         """How far what is served is from the trainer's own forward. Raises MismatchError when it is too far."""
-        return {} if self.agreement is None else self.agreement.run(self.loop, self.sampler, self.update.policy(self.state), self.version)
+        return (
+            {}
+            if self.agreement is None
+            else self.agreement.run(
+                self.loop, self.sampler, self.update.policy(self.state), self.version
+            )
+        )
 
     def record(self, prepared: Prepared, reports: Sequence[StepReport]) -> None:
         """Metrics and episodes of the batch. What recording it takes is counted with the next one's time, as is a checkpoint."""
@@ -207,18 +236,29 @@ class Training(Learner):
         """Every split that the config names, with the weights being served: nothing is published meanwhile. Rollouts that are ahead go on
         beside it, under the same weights."""
         e = self.config.evaluation
-        rollout = build_rollout(self.config, self.assets, self.sampler, SamplingParams(e.temperature, e.top_p))
+        rollout = build_rollout(
+            self.config, self.assets, self.sampler, SamplingParams(e.temperature, e.top_p)
+        )
         for split in e.splits:
             tasks, name = split_tasks(self.config, split), f"eval-{self.state.step}"
             start = time.perf_counter()
             try:
                 outcome = evaluate(
-                    rollout, self.loop, tasks, split=split, samples=e.samples, seed=self.config.seed, name=name, progress=self.view.episodes
+                    rollout,
+                    self.loop,
+                    tasks,
+                    split=split,
+                    samples=e.samples,
+                    seed=self.config.seed,
+                    name=name,
+                    progress=self.view.episodes,
                 )
             except NothingLeftError as error:
                 self.view.say(f"step {self.state.step}  no evaluation: {error}")
                 continue
-            self.recorder.record(self.state.step, outcome.metrics | {"eval/seconds": time.perf_counter() - start})
+            self.recorder.record(
+                self.state.step, outcome.metrics | {"eval/seconds": time.perf_counter() - start}
+            )
             self.view.say(f"step {self.state.step}  {outcome.headline}")
             self.save_evaluation(outcome.result, f"eval-{split}")
 
@@ -285,7 +325,9 @@ def describe(config: Config) -> Iterator[str]:
     yield f"the run                 {t.steps} steps = {t.steps // t.iterations} batches = {t.steps / (batches * t.iterations):.1f} epochs"
 
 
-def train(config: Config, folder: Path, resume: bool = False, processes: Processes | None = None) -> TrainState:
+def train(
+    config: Config, folder: Path, resume: bool = False, processes: Processes | None = None
+) -> TrainState:
     """Run a config to its end, recorded in `folder`; returns the final state. Called by each of a run's processes (None: there is one).
 
     With `resume` it goes on from the folder's newest checkpoint, or begins (again) when there is none. Raises ConfigError when the folder
@@ -308,7 +350,9 @@ def _prepare(config: Config, folder: Path, resume: bool, saved: int | None) -> N
     nothing."""
     if saved is not None:
         if not resume:
-            raise ConfigError(f"{folder} holds a run already: pass --resume to go on with it, or another --run-dir")
+            raise ConfigError(
+                f"{folder} holds a run already: pass --resume to go on with it, or another --run-dir"
+            )
         check_resumable(config, folder, saved)
     elif _has_content(folder / "metrics.jsonl"):
         if not resume:
@@ -320,7 +364,9 @@ def _prepare(config: Config, folder: Path, resume: bool, saved: int | None) -> N
         (folder / "metrics.jsonl").unlink()
 
 
-def _lead(config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack) -> Learner:
+def _lead(
+    config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack
+) -> Learner:
     training = Training(config, folder, resume, processes, stack)
     write_whole(folder / "config.json", to_json(config, places=True))
     training.run()
@@ -328,7 +374,9 @@ def _lead(config: Config, folder: Path, resume: bool, processes: Processes, stac
     return training
 
 
-def _follow(config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack) -> Learner:
+def _follow(
+    config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack
+) -> Learner:
     learner = Learner(config, open_model_assets(config), folder, resume, processes, stack)
     learner.follow()
     return learner
@@ -365,9 +413,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jaxgrpo.train")
     of_config = "a Python file with get_config(), or the config.json of a run"
     parser.add_argument("--config", required=True, help=of_config)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. training.steps=20")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a setting, e.g. training.steps=20",
+    )
     parser.add_argument("--run-dir", help="where the run is recorded (default: runs/NAME)")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder, if there is one")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint of the run folder, if there is one",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     add_flags(parser)
     args = parser.parse_args(arguments)
@@ -379,7 +437,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         enable_compilation_cache(config)
         processes = join(ClusterFlags.of(args), config.training.gpus)
         if args.dry_run:
-            print("\n".join(describe(config) if processes.leads else []), end="\n" if processes.leads else "")
+            print(
+                "\n".join(describe(config) if processes.leads else []),
+                end="\n" if processes.leads else "",
+            )
             return 0
         with interruptible():  # after `join`, in which jax takes SIGTERM for itself
             return _train_until_told(config, folder, args.resume, processes)
@@ -404,7 +465,10 @@ def _train_until_told(config: Config, folder: Path, resume: bool, processes: Pro
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(f"error: out of memory: {str(error).splitlines()[0]}; {_how_to_go_on(folder)}\n{_LESS_MEMORY}", file=sys.stderr)
+        print(
+            f"error: out of memory: {str(error).splitlines()[0]}; {_how_to_go_on(folder)}\n{_LESS_MEMORY}",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print(f"interrupted: {_how_to_go_on(folder)}", file=sys.stderr)

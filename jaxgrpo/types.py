@@ -68,7 +68,9 @@ class Message:
             close = difflib.get_close_matches(role.lower(), ROLES, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             given = checked.shown(role)
-            raise ValueError(f"a message's role must be one of {', '.join(ROLES)}, got {given}{hint}")
+            raise ValueError(
+                f"a message's role must be one of {', '.join(ROLES)}, got {given}{hint}"
+            )
         object.__setattr__(self, "role", role)
         object.__setattr__(self, "content", checked.text(self.content, "a message's content"))
 
@@ -165,13 +167,23 @@ class Trajectory:
     error: str = ""
 
     def __post_init__(self) -> None:
-        lengths = {name: len(getattr(self, name)) for name in ("completion_ids_C", "action_mask_C", "sampler_logprobs_C", "weight_versions_C")}
+        lengths = {
+            name: len(getattr(self, name))
+            for name in (
+                "completion_ids_C",
+                "action_mask_C",
+                "sampler_logprobs_C",
+                "weight_versions_C",
+            )
+        }
         if len(set(lengths.values())) != 1:
             raise ValueError(f"a trajectory's token arrays must be of one length, got {lengths}")
         if len(self.prompt_ids_P) == 0:
             raise ValueError(f"the prompt of task {self.task_id!r} is empty")
         if self.score is None and self.stop_reason is not StopReason.ENVIRONMENT_ERROR:
-            raise ValueError(f"only an environment error leaves an episode without a score, not {self.stop_reason}")
+            raise ValueError(
+                f"only an environment error leaves an episode without a score, not {self.stop_reason}"
+            )
 
     @property
     def overlong(self) -> bool:
@@ -200,7 +212,9 @@ class Group:
             if not np.array_equal(trajectory.prompt_ids_P, first):
                 raise ValueError(f"the episodes of task {self.task.id!r} do not share one prompt")
             if trajectory.score is None:
-                raise ValueError(f"an episode of task {self.task.id!r} has no score: drop its group instead")
+                raise ValueError(
+                    f"an episode of task {self.task.id!r} has no score: drop its group instead"
+                )
 
     @property
     def prompt_ids_P(self) -> np.ndarray:
@@ -208,7 +222,9 @@ class Group:
 
     @property
     def rewards_G(self) -> np.ndarray:
-        return np.array([t.score.reward for t in self.trajectories if t.score is not None], np.float64)
+        return np.array(
+            [t.score.reward for t in self.trajectories if t.score is not None], np.float64
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,4 +263,6 @@ class GroupBatch:
         }
         for name, shape in expected.items():
             if getattr(self, name).shape != shape:
-                raise ValueError(f"{name} has shape {getattr(self, name).shape}, the batch's axes say {shape}")
+                raise ValueError(
+                    f"{name} has shape {getattr(self, name).shape}, the batch's axes say {shape}"
+                )

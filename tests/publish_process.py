@@ -24,7 +24,14 @@ def main(model: Path, version: int, root: Path) -> None:
     assert len(devices) == 2 * jax.process_count() and len(jax.local_devices()) == 2
     config = ModelConfig.from_folder(model)
     mesh, layout = make_mesh(devices), make_layout(config, len(devices))
-    folder = publish_weights(store(load_params(model, dtype="float32"), layout, mesh), layout, mesh, config, version, root)
+    folder = publish_weights(
+        store(load_params(model, dtype="float32"), layout, mesh),
+        layout,
+        mesh,
+        config,
+        version,
+        root,
+    )
     assert (folder / "manifest.json").is_file()
 
 

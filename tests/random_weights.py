@@ -24,4 +24,6 @@ ODD = ModelConfig(
 def random_params(config: ModelConfig = ODD, seed: int = 0, scale: float = 1.0) -> Params:
     """Every weight normally distributed, of `scale`: attention, biases and norms all matter."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: rng.normal(0.0, scale, s.shape).astype(np.float32), param_shapes(config))
+    return jax.tree.map(
+        lambda s: rng.normal(0.0, scale, s.shape).astype(np.float32), param_shapes(config)
+    )

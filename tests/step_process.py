@@ -15,7 +15,9 @@ from tests.updates import GROUPS, packed, update_of
 def step(update: Update, state: TrainState) -> tuple[TrainState, StepReport]:
     """On twelve groups in one micro-batch."""
     batches = packed(GROUPS, 12)
-    state, _, report = update.optimizer_step(state, batches, None, update.reference_logprobs(state, batches))
+    state, _, report = update.optimizer_step(
+        state, batches, None, update.reference_logprobs(state, batches)
+    )
     return state, report
 
 

@@ -43,6 +43,8 @@ def test_a_wrong_shape_in_the_loss_is_found(transform) -> None:
     )
     with axes_checked():
         loss(np.zeros((2, 3), np.float32))
-    wrong = pytest.raises(AssertionError, match="advantages_NG: N is 1, and 2 in train_logprobs_NGC")
+    wrong = pytest.raises(
+        AssertionError, match="advantages_NG: N is 1, and 2 in train_logprobs_NGC"
+    )
     with wrong, axes_checked():
         loss(np.zeros((1, 3), np.float32))

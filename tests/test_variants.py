@@ -20,7 +20,9 @@ from jaxgrpo.rewards.judge import GibberishJudge
 from jaxgrpo.train import main
 
 CONFIGS = sorted(
-    path.relative_to("configs").with_suffix("").as_posix() for path in Path("configs").rglob("*.py") if path.stem != "__init__"
+    path.relative_to("configs").with_suffix("").as_posix()
+    for path in Path("configs").rglob("*.py")
+    if path.stem != "__init__"
 )
 IDENTITY = {"name", "model.source", "model.revision"}
 DIFFERENCES: dict[str, dict] = {
@@ -55,7 +57,9 @@ DIFFERENCES: dict[str, dict] = {
         "vllm.gpus": (1,),
     },
     "article/gibberish_penalty": {
-        "rewards.functions": (GibberishJudge(url="https://api.openai.com/v1", model="gpt-4o-mini"),),
+        "rewards.functions": (
+            GibberishJudge(url="https://api.openai.com/v1", model="gpt-4o-mini"),
+        ),
     },
     "article/correctness": {
         "rewards.functions": (Correctness(),),
@@ -109,7 +113,9 @@ def test_it_loads_and_its_docstring_gives_its_command(name: str) -> None:
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_a_variant_differs_from_the_article_only_in_what_it_says(name: str) -> None:
     article, variant = settings("h200x4"), settings(name)
-    assert {key: variant[key] for key in article if variant[key] != article[key] and key not in IDENTITY} == DIFFERENCES[name]
+    assert {
+        key: variant[key] for key in article if variant[key] != article[key] and key not in IDENTITY
+    } == DIFFERENCES[name]
 
 
 def test_the_articles_recipe():
@@ -156,7 +162,10 @@ SAID: dict[str, dict[str, str]] = {
         "an epoch": "336 tasks = 28 batches = 56 steps",
         "the run": "1600 steps = 800 batches = 28.6 epochs",
     },
-    "h200x8": {"devices": "6: this machine has 4 of kind cpu, where the run would be refused", "micro-batches a step": "2 of 6 groups"},
+    "h200x8": {
+        "devices": "6: this machine has 4 of kind cpu, where the run would be refused",
+        "micro-batches a step": "2 of 6 groups",
+    },
     "lora": {
         # rank 32 on q, k, v, o, gate, up, down of three layers: 3 x 32 x (512 + 384 + 384 + 512 + 3 x 896)
         "trained parameters": "430,080 (LoRA of rank 32 on q, k, v, o, gate, up, down)",
@@ -208,7 +217,9 @@ def dry_run(name: str) -> tuple[dict, dict[str, str]]:
             if file.suffix != ".safetensors":
                 shutil.copy(file, folder)
         sizes = json.loads((Path(folder) / "config.json").read_text())
-        (Path(folder) / "config.json").write_text(json.dumps(sizes | {"max_position_embeddings": 16384}))
+        (Path(folder) / "config.json").write_text(
+            json.dumps(sizes | {"max_position_embeddings": 16384})
+        )
         overrides = [f"model.source={folder}", "model.revision=None", "evaluation.tasks=2"]
         if load_config(f"configs/{name}.py").rollout.max_prompt_tokens > 2048:
             overrides.append("rollout.max_prompt_tokens=12000")
@@ -217,7 +228,19 @@ def dry_run(name: str) -> tuple[dict, dict[str, str]]:
         arguments = [part for override in overrides for part in ("--set", override)]
         run, printed = Path(folder) / "run", io.StringIO()
         with contextlib.redirect_stdout(printed):
-            assert main(["--config", f"configs/{name}.py", *arguments, "--dry-run", "--run-dir", str(run)]) == 0
+            assert (
+                main(
+                    [
+                        "--config",
+                        f"configs/{name}.py",
+                        *arguments,
+                        "--dry-run",
+                        "--run-dir",
+                        str(run),
+                    ]
+                )
+                == 0
+            )
         assert not run.exists()
     config, end, lines = printed.getvalue().partition("\n}\n")
     return json.loads(config + end), {line[:24].strip(): line[24:] for line in lines.splitlines()}
@@ -227,7 +250,11 @@ def flat(tree: dict, prefix: str = "") -> dict:
     """Nested dicts as one, with dotted keys; lists are tuples."""
     found: dict = {}
     for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": _tuples(value)}
+        found |= (
+            flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": _tuples(value)}
+        )
     return found
 
 
@@ -246,7 +273,9 @@ def test_a_dry_run_on_the_configs_own_tasks_says_what_would_run(name: str) -> No
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_a_dry_run_prints_the_variants_own_settings(name: str) -> None:
     article, variant = flat(dry_run("h200x4")[0]), flat(dry_run(name)[0])
-    differences = {key: variant[key] for key in article if variant[key] != article[key] and key not in IDENTITY}
+    differences = {
+        key: variant[key] for key in article if variant[key] != article[key] and key not in IDENTITY
+    }
     assert differences == {key: _tuples(encode(value)) for key, value in DIFFERENCES[name].items()}
     assert variant["name"] == name.replace("/", "_")
 
@@ -254,9 +283,21 @@ def test_a_dry_run_prints_the_variants_own_settings(name: str) -> None:
 def test_the_longest_prompt_is_that_of_the_configs_own_tool_documents() -> None:
     """Whole documents as in the article, without what tools return, and one line a tool. The curriculum's first turns are the article's."""
     longest = {}
-    for name in ("h200x4", "article/curriculum", "native_tools", "qwen05_cpu", "cpu_demo", "procedural"):
+    for name in (
+        "h200x4",
+        "article/curriculum",
+        "native_tools",
+        "qwen05_cpu",
+        "cpu_demo",
+        "procedural",
+    ):
         count, limit = dry_run(name)[1]["longest prompt"].split(" tokens of at most ")
         assert int(limit) == dry_run(name)[0]["rollout"]["max_prompt_tokens"]
         longest[name] = int(count)
-    assert longest["h200x4"] == longest["article/curriculum"] > longest["native_tools"] > 2 * longest["qwen05_cpu"]
+    assert (
+        longest["h200x4"]
+        == longest["article/curriculum"]
+        > longest["native_tools"]
+        > 2 * longest["qwen05_cpu"]
+    )
     assert longest["qwen05_cpu"] > longest["cpu_demo"] > longest["procedural"] > 100

@@ -5,7 +5,16 @@ from jaxgrpo.models.model_config import ModelConfig
 _PREFIX = "Qwen/Qwen2.5-"
 
 
-def _size(layers: int, hidden_size: int, heads: int, kv_heads: int, intermediate_size: int, vocab_size: int, *, tied: bool = False) -> ModelConfig:
+def _size(
+    layers: int,
+    hidden_size: int,
+    heads: int,
+    kv_heads: int,
+    intermediate_size: int,
+    vocab_size: int,
+    *,
+    tied: bool = False,
+) -> ModelConfig:
     return ModelConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,

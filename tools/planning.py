@@ -43,7 +43,9 @@ class GroupShape:
     def pairs(self) -> int:
         """Pairs of a query and a key that it may attend to."""
         context = self.prompt - 1
-        return context * (context + 1) // 2 + sum(c * context + c * (c + 1) // 2 for c in self.completions)
+        return context * (context + 1) // 2 + sum(
+            c * context + c * (c + 1) // 2 for c in self.completions
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,9 @@ class Flops:
         return self.layers + self.attention + self.head
 
     def __add__(self, other: "Flops") -> "Flops":
-        return Flops(self.layers + other.layers, self.attention + other.attention, self.head + other.head)
+        return Flops(
+            self.layers + other.layers, self.attention + other.attention, self.head + other.head
+        )
 
     def times(self, factor: float) -> "Flops":
         return Flops(self.layers * factor, self.attention * factor, self.head * factor)
@@ -68,7 +72,11 @@ class Flops:
 def layer_matrix_parameters(model: ModelConfig) -> int:
     """Entries of the matrices of one layer: of q and o, of k and v, and of the three of the MLP. No biases, no norms."""
     m = model
-    return 2 * m.hidden_size * m.heads * m.head_dim + 2 * m.hidden_size * m.kv_heads * m.head_dim + 3 * m.hidden_size * m.intermediate_size
+    return (
+        2 * m.hidden_size * m.heads * m.head_dim
+        + 2 * m.hidden_size * m.kv_heads * m.head_dim
+        + 3 * m.hidden_size * m.intermediate_size
+    )
 
 
 def forward_flops(model: ModelConfig, shape: GroupShape) -> Flops:
@@ -95,7 +103,9 @@ def recomputed(model: ModelConfig, forward: Flops, remat: str) -> Flops:
     return Flops(layers, forward.attention * (1.5 if remat == "full" else 0.5), forward.head)
 
 
-def hardware_flops(model: ModelConfig, shape: GroupShape, remat: str, lora: LoraSettings = NO_LORA) -> Flops:
+def hardware_flops(
+    model: ModelConfig, shape: GroupShape, remat: str, lora: LoraSettings = NO_LORA
+) -> Flops:
     """As `model_flops`, and what is computed again (less what of it is the adapters')."""
     return model_flops(model, shape, lora) + recomputed(model, forward_flops(model, shape), remat)
 
@@ -129,7 +139,9 @@ class StateBytes:
         return self.parameters + self.optimizer + self.reference
 
 
-def state_bytes(model: ModelConfig, devices: int, *, reference: bool, lora: LoraSettings = NO_LORA) -> StateBytes:
+def state_bytes(
+    model: ModelConfig, devices: int, *, reference: bool, lora: LoraSettings = NO_LORA
+) -> StateBytes:
     """The state in the flat ZeRO-3 layout, padding included; AdamW's step counters (a few bytes) are left out."""
     trained = _elements(trained_shapes(model, lora), devices) // devices
     frozen = _elements(param_shapes(model), devices) // devices if lora.rank else 0
@@ -171,7 +183,9 @@ def forward_traffic(model: ModelConfig, devices: int) -> Traffic:
     return Traffic(COMPUTE_BYTES * (_padded(model, devices, "layers") + _tables(model, devices)), 0)
 
 
-def gradient_traffic(model: ModelConfig, devices: int, lora: LoraSettings = NO_LORA, remat: str = "full") -> Traffic:
+def gradient_traffic(
+    model: ModelConfig, devices: int, lora: LoraSettings = NO_LORA, remat: str = "full"
+) -> Traffic:
     """The gradient of a micro-batch: layers gathered once more where they are rematerialised (`training.remat` "none" keeps them), every
     gradient scattered once; with LoRA there are those of the adapters only. (The head's table is kept from its forward pass to its backward
     pass, which follow each other.)"""
@@ -213,7 +227,10 @@ class Cluster:
     def seconds(self, traffic: Traffic) -> float:
         """The slower of two: each device's part over its link, and each host's part over the network links of its devices."""
         between = traffic.total * (self.hosts - 1) / self.hosts
-        return max(self.received(traffic) / self.link, between / (min(self.devices, self.devices_per_host) * self.network))
+        return max(
+            self.received(traffic) / self.link,
+            between / (min(self.devices, self.devices_per_host) * self.network),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,10 +292,19 @@ class Forecast:
         return work.batches * (work.iterations * step + self.reference + (self.rollouts or 0.0))
 
 
-def forecast(model: ModelConfig, work: Work, cluster: Cluster, flops_per_second: float, rollout_rate: float | None) -> Forecast:
+def forecast(
+    model: ModelConfig,
+    work: Work,
+    cluster: Cluster,
+    flops_per_second: float,
+    rollout_rate: float | None,
+) -> Forecast:
     """Expected seconds at `flops_per_second` a device (peak times MFU) and `rollout_rate` sampled tokens a second over all samplers."""
     rate = cluster.devices * flops_per_second
-    reference = max(work.reference_flops(model).total / rate, cluster.seconds(work.reference_traffic(model, cluster.devices)))
+    reference = max(
+        work.reference_flops(model).total / rate,
+        cluster.seconds(work.reference_traffic(model, cluster.devices)),
+    )
     return Forecast(
         step=work.step_flops(model).total / rate,
         step_communication=cluster.seconds(work.step_traffic(model, cluster.devices)),

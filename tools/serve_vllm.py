@@ -25,13 +25,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: run the config's server until it is told to end."""
     parser = argparse.ArgumentParser(prog="python -m tools.serve_vllm", description=__doc__)
     parser.add_argument("--config", required=True, help="a Python file with get_config()")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. vllm.port=8000")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a setting, e.g. vllm.port=8000",
+    )
     parser.add_argument("--log", help="where vLLM's output goes (default: a temporary file)")
     args = parser.parse_args(arguments)
     try:
         config = load_config(args.config, args.set)
         log = Path(args.log or tempfile.mkstemp(prefix="vllm-", suffix=".log")[1])
-        server = VllmServer(server_plan(config, open_model_assets(config), own_weights=True), log, os.environ.get(KEY_VARIABLE))
+        server = VllmServer(
+            server_plan(config, open_model_assets(config), own_weights=True),
+            log,
+            os.environ.get(KEY_VARIABLE),
+        )
         try:
             server.wait(config.vllm.start_seconds)
             print(f"serving at {server.url} (log: {log}); Ctrl-C ends it", flush=True)

@@ -77,7 +77,8 @@ def first_step(model: ModelConfig, kernel: Kernel, dtype: Any, work: Packed) -> 
         state, work.batches, None, [None] * len(work.batches)
     )
     real = [
-        np.asarray(x)[batch.action_mask_NGC] for x, batch in zip(logprobs, work.batches, strict=True)
+        np.asarray(x)[batch.action_mask_NGC]
+        for x, batch in zip(logprobs, work.batches, strict=True)
     ]
     moments = optax.tree_utils.tree_get(
         state.opt_state, "mu"

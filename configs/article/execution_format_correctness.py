@@ -17,4 +17,6 @@ from jaxgrpo.config.settings import Config
 
 def get_config() -> Config:
     rewards = article_rewards(Execution(), Format(), Correctness())
-    return dataclasses.replace(article(), name="article_execution_format_correctness", rewards=rewards)
+    return dataclasses.replace(
+        article(), name="article_execution_format_correctness", rewards=rewards
+    )

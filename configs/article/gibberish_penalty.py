@@ -20,4 +20,6 @@ from jaxgrpo.rewards.judge import GibberishJudge
 
 def get_config() -> Config:
     judge = GibberishJudge(url="https://api.openai.com/v1", model="gpt-4o-mini")
-    return dataclasses.replace(article(), name="article_gibberish_penalty", rewards=RewardSettings(functions=(judge,)))
+    return dataclasses.replace(
+        article(), name="article_gibberish_penalty", rewards=RewardSettings(functions=(judge,))
+    )

@@ -90,9 +90,21 @@ def _check_ranges(config: Config) -> list[str]:
     given = {key: value for key, value, _ in leaves(config) if value is not None}
     temperatures = ("rollout.temperature", "evaluation.temperature")
     return [
-        *[f"{key} must be at least {least}, got {given[key]}" for key, least in _AT_LEAST.items() if given.get(key, least) < least],
-        *[f"{key} must be at most {most}, got {given[key]}" for key, most in _AT_MOST.items() if given[key] > most],
-        *[f"{key} must be above {limit}, got {given[key]}" for key, limit in _ABOVE.items() if given[key] <= limit],
+        *[
+            f"{key} must be at least {least}, got {given[key]}"
+            for key, least in _AT_LEAST.items()
+            if given.get(key, least) < least
+        ],
+        *[
+            f"{key} must be at most {most}, got {given[key]}"
+            for key, most in _AT_MOST.items()
+            if given[key] > most
+        ],
+        *[
+            f"{key} must be above {limit}, got {given[key]}"
+            for key, limit in _ABOVE.items()
+            if given[key] <= limit
+        ],
         *[
             f"{key} must be in [0, {limit}) and in float32 below {limit}, got {given[key]}"
             for key, limit in _BELOW.items()
@@ -112,18 +124,27 @@ def _check_choices(config: Config) -> list[str]:
         ("model.compute_dtype", config.model.compute_dtype, COMPUTE_DTYPES),
         ("training.attention", config.training.attention, ATTENTION),
         ("training.remat", config.training.remat, REMAT),
-        ("batching.advantage_normalization", config.batching.advantage_normalization, NORMALIZATIONS),
+        (
+            "batching.advantage_normalization",
+            config.batching.advantage_normalization,
+            NORMALIZATIONS,
+        ),
         ("batching.aggregation", config.batching.aggregation, AGGREGATIONS),
         ("lora.export", config.lora.export, EXPORTS),
         *[("lora.targets", target, tuple(TARGETS)) for target in config.lora.targets],
-        *[("batching.masked_stop_reasons", reason, MASKABLE) for reason in config.batching.masked_stop_reasons],
+        *[
+            ("batching.masked_stop_reasons", reason, MASKABLE)
+            for reason in config.batching.masked_stop_reasons
+        ],
         ("rollout.task_order", config.rollout.task_order, TASK_ORDERS),
         *[("evaluation.splits", split, SPLITS) for split in config.evaluation.splits],
     ]
     problems = []
     for key, given, allowed in choices:
         if given not in allowed:
-            close = difflib.get_close_matches(given, allowed, 1) or [name for name in allowed if given.startswith(f"{name}_")]  # q_proj
+            close = difflib.get_close_matches(given, allowed, 1) or [
+                name for name in allowed if given.startswith(f"{name}_")
+            ]  # q_proj
             hint = f" Did you mean {close[0]!r}?" if close else ""
             problems.append(f"{key} must be one of {', '.join(allowed)}; got {given!r}.{hint}")
     return problems
@@ -133,13 +154,17 @@ def _check_across(config: Config) -> list[str]:
     problems = []
     training, rollout, evaluation = config.training, config.rollout, config.evaluation
     if not re.fullmatch(r"\w[\w.-]*", config.name):
-        problems.append(f"name must be letters, digits, '.', '_' and '-', for it names the run's folder; got {config.name!r}")
+        problems.append(
+            f"name must be letters, digits, '.', '_' and '-', for it names the run's folder; got {config.name!r}"
+        )
     if training.steps % max(training.iterations, 1):
         problems.append(
             f"training.steps ({training.steps}) must be a multiple of training.iterations ({training.iterations}): "
             "every batch is used for that many optimizer steps"
         )
-    if training.devices is not None and rollout.tasks_per_step % max(training.devices * training.groups_per_device, 1):
+    if training.devices is not None and rollout.tasks_per_step % max(
+        training.devices * training.groups_per_device, 1
+    ):
         problems.append(
             f"rollout.tasks_per_step ({rollout.tasks_per_step}) must be a multiple of training.devices x training.groups_per_device "
             f"({training.devices} x {training.groups_per_device}): micro-batches hold that many groups"
@@ -157,17 +182,27 @@ def _check_across(config: Config) -> list[str]:
             "takes every sample for the policy's own: set it, e.g. to 2.0"
         )
     if training.attention == "cudnn" and config.model.compute_dtype == "float32":
-        problems.append("training.attention is 'cudnn', which computes in bfloat16: set model.compute_dtype to 'auto' or 'bfloat16'")
+        problems.append(
+            "training.attention is 'cudnn', which computes in bfloat16: set model.compute_dtype to 'auto' or 'bfloat16'"
+        )
     if config.lora.export == "adapter" and not config.recording.export_hf:
-        problems.append("lora.export is 'adapter', but recording.export_hf is False, which exports nothing: set one of them otherwise")
+        problems.append(
+            "lora.export is 'adapter', but recording.export_hf is False, which exports nothing: set one of them otherwise"
+        )
     if config.loss.kl_beta == 0 and training.reference_every is not None:
-        problems.append("training.reference_every has no effect when loss.kl_beta is 0: set it to None")
+        problems.append(
+            "training.reference_every has no effect when loss.kl_beta is 0: set it to None"
+        )
     if (evaluation.every or evaluation.before or evaluation.after) and not evaluation.splits:
-        problems.append("evaluation.splits is empty although evaluation is asked for: name train, test or both")
+        problems.append(
+            "evaluation.splits is empty although evaluation is asked for: name train, test or both"
+        )
     if len(set(evaluation.splits)) < len(evaluation.splits):
         problems.append(f"evaluation.splits names a split twice: {', '.join(evaluation.splits)}")
     if config.recording.wandb_project is not None and importlib.util.find_spec("wandb") is None:
-        problems.append("recording.wandb_project is set, but wandb is not installed: pip install 'jaxgrpo[wandb]', or set it to None")
+        problems.append(
+            "recording.wandb_project is set, but wandb is not installed: pip install 'jaxgrpo[wandb]', or set it to None"
+        )
     return problems
 
 
@@ -177,23 +212,39 @@ def _check_gpus(config: Config) -> list[str]:
     for key, gpus in (("training.gpus", mine or ()), ("vllm.gpus", vllm.gpus)):
         if len(set(gpus)) < len(gpus) or min(gpus, default=0) < 0:
             problems.append(f"{key} must be different indices from 0 on, got {gpus}")
-    if mine is not None and config.training.devices is not None and config.training.devices > len(mine):
-        problems.append(f"training.devices is {config.training.devices}, but training.gpus names {len(mine)} GPU(s)")
+    if (
+        mine is not None
+        and config.training.devices is not None
+        and config.training.devices > len(mine)
+    ):
+        problems.append(
+            f"training.devices is {config.training.devices}, but training.gpus names {len(mine)} GPU(s)"
+        )
     if config.sampler != "vllm":
         return problems
     shared = sorted(set(vllm.gpus) & set(mine or ()))
     if shared:
-        problems.append(f"training.gpus and vllm.gpus share GPU {', '.join(map(str, shared))}: each takes most of a GPU's memory")
+        problems.append(
+            f"training.gpus and vllm.gpus share GPU {', '.join(map(str, shared))}: each takes most of a GPU's memory"
+        )
     if vllm.gpus and mine is None:
-        problems.append("vllm.gpus is set and training.gpus is not: jax would take the memory of all GPUs; name the trainer's")
+        problems.append(
+            "vllm.gpus is set and training.gpus is not: jax would take the memory of all GPUs; name the trainer's"
+        )
     if vllm.urls and (vllm.gpus or vllm.port or vllm.servers > 1):
         problems.append(
             "vllm.urls names servers that are there; vllm.gpus, vllm.port and vllm.servers are of those to be started: leave out one or "
             "the other"
         )
     if len(vllm.gpus) % max(vllm.servers, 1):
-        problems.append(f"vllm.servers ({vllm.servers}) must divide the {len(vllm.gpus)} GPU(s) of vllm.gpus: each server has as many")
-    problems += [f"vllm.urls must be like http://host:8000, got {url!r}" for url in vllm.urls if not re.match(r"https?://[^/]+/?$", url)]
+        problems.append(
+            f"vllm.servers ({vllm.servers}) must divide the {len(vllm.gpus)} GPU(s) of vllm.gpus: each server has as many"
+        )
+    problems += [
+        f"vllm.urls must be like http://host:8000, got {url!r}"
+        for url in vllm.urls
+        if not re.match(r"https?://[^/]+/?$", url)
+    ]
     return problems
 
 
@@ -203,9 +254,14 @@ def _check_lora(lora: LoraSettings) -> list[str]:
     defaults = {key: value for key, value, _ in leaves(NO_LORA)}
     if not lora.rank:
         idle = [key for key, value, _ in leaves(lora) if value != defaults[key]]
-        problems += [f"lora.{key} has no effect when lora.rank is 0, which trains all weights: set lora.rank too" for key in idle]
+        problems += [
+            f"lora.{key} has no effect when lora.rank is 0, which trains all weights: set lora.rank too"
+            for key in idle
+        ]
     if not lora.targets:
-        problems.append(f"lora.targets is empty, so nothing would be trained: name some of {', '.join(TARGETS)}")
+        problems.append(
+            f"lora.targets is empty, so nothing would be trained: name some of {', '.join(TARGETS)}"
+        )
     if len(set(lora.targets)) < len(lora.targets):
         problems.append(f"lora.targets names a layer twice: {', '.join(lora.targets)}")
     return problems

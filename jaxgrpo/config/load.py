@@ -83,11 +83,15 @@ def apply_override(config: Config, override: str) -> Config:
 def _run_python(path: Path) -> Config:
     module = run_file(path, _unexpected_argument)
     if "get_config" not in vars(module):
-        raise ConfigError(f"{path} has no get_config(): it must return a jaxgrpo.config.settings.Config")
+        raise ConfigError(
+            f"{path} has no get_config(): it must return a jaxgrpo.config.settings.Config"
+        )
     with told(path, _unexpected_argument):
         config = module.get_config()
     if not isinstance(config, Config):
-        raise ConfigError(f"get_config() of {path} returned {type(config).__name__}, not a jaxgrpo.config.settings.Config")
+        raise ConfigError(
+            f"get_config() of {path} returned {type(config).__name__}, not a jaxgrpo.config.settings.Config"
+        )
     return _whole(config, path)
 
 
@@ -163,7 +167,9 @@ def _whole(config: Config, path: Path) -> Config:
             if not isinstance(getattr(config, name), kind)
         ]
     )
-    plays = all(callable(getattr(config.environment, method, None)) for method in ("tasks", "create"))
+    plays = all(
+        callable(getattr(config.environment, method, None)) for method in ("tasks", "create")
+    )
     if not is_record(config.environment) or not plays:
         raise ConfigError(
             f"environment of {path} must be an instance of a dataclass with tasks() and create(), "
@@ -174,7 +180,11 @@ def _whole(config: Config, path: Path) -> Config:
 
 def _sections() -> dict[str, type]:
     """The sections of a config that are this project's own: all but the environment."""
-    return {name: kind for name, kind in typing.get_type_hints(Config).items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
+    return {
+        name: kind
+        for name, kind in typing.get_type_hints(Config).items()
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    }
 
 
 def _unexpected_argument(error: BaseException) -> str:
@@ -183,7 +193,9 @@ def _unexpected_argument(error: BaseException) -> str:
     kinds = {kind.__name__: kind for kind in (Config, *_sections().values())}
     if found is None or found[1] not in kinds:
         return ""
-    close = difflib.get_close_matches(found[2], [field.name for field in dataclasses.fields(kinds[found[1]])], 1)
+    close = difflib.get_close_matches(
+        found[2], [field.name for field in dataclasses.fields(kinds[found[1]])], 1
+    )
     return f". Did you mean {close[0]!r}?" if close else ""
 
 

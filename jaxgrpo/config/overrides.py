@@ -126,14 +126,20 @@ def nearest(key: str, keys: Sequence[str]) -> str:
     last = {known: known.rpartition(".")[2] for known in keys}
     name = key.rpartition(".")[2]
     similar = difflib.get_close_matches(name, last.values(), 1)
-    close = [known for known in keys if last[known] == name] or difflib.get_close_matches(key, keys, 1, 0.7)
+    close = [known for known in keys if last[known] == name] or difflib.get_close_matches(
+        key, keys, 1, 0.7
+    )
     close = close or [known for known in keys if last[known] in similar]
     section = [known for known in keys if known.startswith(key.partition(".")[0] + ".")]
     return f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(section or keys)}"
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
-    return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+    return (
+        typing.get_args(kind)
+        if typing.get_origin(kind) in (types.UnionType, typing.Union)
+        else (kind,)
+    )
 
 
 def _read(text: str, kind: Any) -> Any:
@@ -146,7 +152,9 @@ def _read(text: str, kind: Any) -> Any:
         value = words.get(text.lower(), text)
     if str in kinds and not isinstance(value, str) and not (value is None and type(None) in kinds):
         return text
-    if isinstance(value, str) and any(typing.get_origin(k) is tuple and str in typing.get_args(k) for k in kinds):
+    if isinstance(value, str) and any(
+        typing.get_origin(k) is tuple and str in typing.get_args(k) for k in kinds
+    ):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
 
@@ -166,7 +174,10 @@ def _fit(value: Any, kind: Any) -> Any:
             return value if fits else items
         if _matches(value, one):
             return value
-    names = " or ".join(k.__name__ if isinstance(k, type) and not typing.get_args(k) else str(k) for k in _alternatives(kind))
+    names = " or ".join(
+        k.__name__ if isinstance(k, type) and not typing.get_args(k) else str(k)
+        for k in _alternatives(kind)
+    )
     raise TypeError(f"must be of type {names.replace('NoneType', 'None')}, got {shown(value)}")
 
 

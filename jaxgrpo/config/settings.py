@@ -15,7 +15,9 @@ class ConfigError(ValueError):
 def refuse(problems: Sequence[str]) -> None:
     """Raise ConfigError that lists the problems, if there are any."""
     if problems:
-        raise ConfigError("the config cannot run:\n" + "\n".join(f"- {problem}" for problem in problems))
+        raise ConfigError(
+            "the config cannot run:\n" + "\n".join(f"- {problem}" for problem in problems)
+        )
 
 
 SAMPLERS = ("native", "vllm")
@@ -24,7 +26,9 @@ ATTENTION = ("auto", "xla", "cudnn")
 REMAT = ("full", "attention", "none")
 SPLITS = ("train", "test")
 TASK_ORDERS = ("shuffled", "as_given")
-MASKABLE = tuple(reason.value for reason in StopReason if reason is not StopReason.ENVIRONMENT_ERROR)
+MASKABLE = tuple(
+    reason.value for reason in StopReason if reason is not StopReason.ENVIRONMENT_ERROR
+)
 NORMALIZATIONS = ("std", "none")
 AGGREGATIONS = ("token", "sequence", "constant")
 TARGETS = {
@@ -136,7 +140,10 @@ class BatchingSettings:
 
     advantage_normalization: str = "std"
     aggregation: str = "token"
-    masked_stop_reasons: tuple[str, ...] = (StopReason.TOKEN_LIMIT.value, StopReason.CONTEXT_LIMIT.value)
+    masked_stop_reasons: tuple[str, ...] = (
+        StopReason.TOKEN_LIMIT.value,
+        StopReason.CONTEXT_LIMIT.value,
+    )
     prompt_multiple: int = 256
     completion_multiple: int = 64
 

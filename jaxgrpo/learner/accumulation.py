@@ -19,7 +19,9 @@ Carry = Any
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def accumulating_scan(layer: Layer, carry: Carry, stack: Params, accumulator: Params, frozen: Params | None = None) -> Carry:
+def accumulating_scan(
+    layer: Layer, carry: Carry, stack: Params, accumulator: Params, frozen: Params | None = None
+) -> Carry:
     """`carry` through `layer(carry, leaves)` for each row of the stack (leaves [L, ...]), the rows of the `frozen` stack put beside its own
     (`jaxgrpo.models.lora.combine`). The gradient with regard to `stack` is `accumulator` (same shapes) plus the stack's
     own; `frozen` has none.
@@ -59,10 +61,14 @@ def _pull_back(tree: Any, place: list[int | None], kept: list[jax.Array], rows: 
     return jax.tree.unflatten(tree, [next(others) if at is None else own[at] for at in place])
 
 
-def _backward(layer: Layer, residuals: tuple[Partial, list, _Stacks, Params], cotangent: Carry) -> tuple[Carry, Params, None, None]:
+def _backward(
+    layer: Layer, residuals: tuple[Partial, list, _Stacks, Params], cotangent: Carry
+) -> tuple[Carry, Params, None, None]:
     rebuild, kept, stacks, accumulator = residuals
 
-    def one(state: tuple[Carry, Params], row: tuple[jax.Array, list, _Stacks]) -> tuple[tuple[Carry, Params], None]:
+    def one(
+        state: tuple[Carry, Params], row: tuple[jax.Array, list, _Stacks]
+    ) -> tuple[tuple[Carry, Params], None]:
         (cotangent, total), (index, kept, rows) = state, row
         cotangent, gradient = rebuild(kept, rows)(cotangent)
         return (cotangent, jax.tree.map(lambda t, g: t.at[index].add(g), total, gradient)), None

@@ -17,7 +17,14 @@ from jaxgrpo.models.qwen2 import Params
 _SAMPLED = 1024
 
 
-def merge_stored(base: Params, adapters: Params, base_layout: Layout, adapter_layout: Layout, mesh: Mesh, scale: float) -> Params:
+def merge_stored(
+    base: Params,
+    adapters: Params,
+    base_layout: Layout,
+    adapter_layout: Layout,
+    mesh: Mesh,
+    scale: float,
+) -> Params:
     """Stored weights with W + scale A B in place of every adapted kernel W, in `base`'s layout and types; the leaves that no adapter
     belongs to are `base`'s own.
 
@@ -28,17 +35,28 @@ def merge_stored(base: Params, adapters: Params, base_layout: Layout, adapter_la
         shapes = (base_layout["kernel"], adapter_layout[ADAPTER]["a"], adapter_layout[ADAPTER]["b"])
         merge = _merge_kernel(*shapes, mesh, scale)
         merged = merge(base["kernel"], adapters[ADAPTER]["a"], adapters[ADAPTER]["b"])
-        return {**base, "kernel": jax.block_until_ready(merged)}  # one by one: several processes must meet in the same order
+        return {
+            **base,
+            "kernel": jax.block_until_ready(merged),
+        }  # one by one: several processes must meet in the same order
     return {
-        key: merge_stored(value, adapters[key], base_layout[key], adapter_layout[key], mesh, scale) if key in adapters else value
+        key: merge_stored(value, adapters[key], base_layout[key], adapter_layout[key], mesh, scale)
+        if key in adapters
+        else value
         for key, value in base.items()
     }
 
 
 @functools.cache
-def _merge_kernel(kernel: LeafLayout, a: LeafLayout, b: LeafLayout, mesh: Mesh, scale: float) -> Any:
+def _merge_kernel(
+    kernel: LeafLayout, a: LeafLayout, b: LeafLayout, mesh: Mesh, scale: float
+) -> Any:
     """Stored W [L, *], A (transposed) and B -> stored W + scale A B, jitted."""
-    storage, piece, (inputs, outputs) = Sharded(mesh.size, jnp.float32), kernel.padded // mesh.size, kernel.shape
+    storage, piece, (inputs, outputs) = (
+        Sharded(mesh.size, jnp.float32),
+        kernel.padded // mesh.size,
+        kernel.shape,
+    )
     rows = min(inputs, -(-piece // outputs) + 1)  # of W, that a device's slice can lie in
 
     def local(kernel_shard: Array, a_shard: Array, b_shard: Array) -> Array:
@@ -47,14 +65,22 @@ def _merge_kernel(kernel: LeafLayout, a: LeafLayout, b: LeafLayout, mesh: Mesh, 
 
         def layer(_: None, shards: tuple[Array, Array, Array]) -> tuple[None, Array]:
             left = lax.dynamic_slice_in_dim(storage.load(shards[1], a.shape), first, rows, axis=1)
-            change = jnp.matmul(left.T, storage.load(shards[2], b.shape), precision=lax.Precision.HIGHEST).reshape(-1)
-            change = jnp.pad(change, (0, kernel.padded - kernel.size))  # the last slices end in padding
+            change = jnp.matmul(
+                left.T, storage.load(shards[2], b.shape), precision=lax.Precision.HIGHEST
+            ).reshape(-1)
+            change = jnp.pad(
+                change, (0, kernel.padded - kernel.size)
+            )  # the last slices end in padding
             mine = lax.dynamic_slice_in_dim(change, start - first * outputs, piece)
             return None, (shards[0].astype(jnp.float32) + scale * mine).astype(kernel_shard.dtype)
 
         return lax.scan(layer, None, (kernel_shard, a_shard, b_shard))[1]
 
-    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(kernel.spec, a.spec, b.spec), out_specs=kernel.spec))
+    return jax.jit(
+        jax.shard_map(
+            local, mesh=mesh, in_specs=(kernel.spec, a.spec, b.spec), out_specs=kernel.spec
+        )
+    )
 
 
 def fingerprint(stored: Params, layout: Layout, mesh: Mesh) -> str:
@@ -69,4 +95,7 @@ def fingerprint(stored: Params, layout: Layout, mesh: Mesh) -> str:
 @functools.cache
 def _sample(leaf: LeafLayout, mesh: Mesh) -> Any:
     where = slice(0, leaf.size, max(1, leaf.size // _SAMPLED))
-    return jax.jit(lambda value: value[..., where].astype(jnp.bfloat16), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(
+        lambda value: value[..., where].astype(jnp.bfloat16),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )

@@ -23,9 +23,13 @@ def group_advantages(rewards_NG: np.ndarray, normalization: str = "std") -> np.n
         raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
     rewards = np.asarray(rewards_NG, np.float64)
     if not (np.abs(rewards) <= MAX_MAGNITUDE).all():
-        raise ValueError(f"rewards must be finite and at most {MAX_MAGNITUDE:g} either way, got {rewards.tolist()}")
+        raise ValueError(
+            f"rewards must be finite and at most {MAX_MAGNITUDE:g} either way, got {rewards.tolist()}"
+        )
     centred = rewards - rewards.mean(axis=1, keepdims=True)
-    centred[np.ptp(rewards, axis=1) == 0] = 0.0  # exactly: the mean of equal rewards may differ from them in the last digit
+    centred[np.ptp(rewards, axis=1) == 0] = (
+        0.0  # exactly: the mean of equal rewards may differ from them in the last digit
+    )
     if normalization == "std":
         centred = centred / (rewards.std(axis=1, ddof=1, keepdims=True) + EPSILON)
     return centred.astype(np.float32)

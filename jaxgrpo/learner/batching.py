@@ -23,10 +23,16 @@ def bucket(length: int, multiple: int) -> int:
 
 def loss_masks(groups: Sequence[Group], masked_stop_reasons: Collection[str]) -> list[np.ndarray]:
     """For each row of each group: true where a token carries loss. The policy's own do, unless the episode ended for a masked reason."""
-    return [t.action_mask_C & (t.stop_reason not in masked_stop_reasons) for group in groups for t in group.trajectories]
+    return [
+        t.action_mask_C & (t.stop_reason not in masked_stop_reasons)
+        for group in groups
+        for t in group.trajectories
+    ]
 
 
-def loss_weights(masks: Sequence[np.ndarray], aggregation: str, max_completion_tokens: int) -> list[np.ndarray]:
+def loss_weights(
+    masks: Sequence[np.ndarray], aggregation: str, max_completion_tokens: int
+) -> list[np.ndarray]:
     """Each row's mask [C] -> float32 weights [C], so that the sum of weight x token loss over the whole batch is the aggregated loss.
 
     A batch without any token of loss has all-zero weights. Raises ValueError for an unknown aggregation.
@@ -41,24 +47,45 @@ def loss_weights(masks: Sequence[np.ndarray], aggregation: str, max_completion_t
         denominators = [float(rows * int(m.sum())) for m in masks]
     else:
         denominators = [float(len(masks) * max_completion_tokens)] * len(masks)
-    return [m.astype(np.float32) / np.float32(max(d, 1.0)) for m, d in zip(masks, denominators, strict=True)]
+    return [
+        m.astype(np.float32) / np.float32(max(d, 1.0))
+        for m, d in zip(masks, denominators, strict=True)
+    ]
 
 
-def pack(groups: Sequence[Group], micro_batch_groups: int, max_completion_tokens: int, settings: BatchingSettings) -> list[GroupBatch]:
+def pack(
+    groups: Sequence[Group],
+    micro_batch_groups: int,
+    max_completion_tokens: int,
+    settings: BatchingSettings,
+) -> list[GroupBatch]:
     """Scored groups of one size G -> micro-batches of `micro_batch_groups` groups each, groups of like size together.
 
     The last micro-batch is filled up with empty groups of zero weight. Raises ValueError when there is no group or sizes differ.
     """
     sizes = {len(group.trajectories) for group in groups}
     if len(sizes) != 1:
-        raise ValueError(f"groups must have one size and be at least one, got sizes {sorted(sizes)}")
+        raise ValueError(
+            f"groups must have one size and be at least one, got sizes {sorted(sizes)}"
+        )
     g = sizes.pop()
-    advantages_NG = group_advantages(np.stack([group.rewards_G for group in groups]), settings.advantage_normalization)
-    weights = loss_weights(loss_masks(groups, settings.masked_stop_reasons), settings.aggregation, max_completion_tokens)
+    advantages_NG = group_advantages(
+        np.stack([group.rewards_G for group in groups]), settings.advantage_normalization
+    )
+    weights = loss_weights(
+        loss_masks(groups, settings.masked_stop_reasons),
+        settings.aggregation,
+        max_completion_tokens,
+    )
     rows = [weights[n * g : (n + 1) * g] for n in range(len(groups))]
     order = sorted(range(len(groups)), key=lambda n: (_padded_shape([groups[n]], settings), n))
     chunks = [order[i : i + micro_batch_groups] for i in range(0, len(order), micro_batch_groups)]
-    return [_pack_micro_batch([(groups[n], advantages_NG[n], rows[n]) for n in chunk], micro_batch_groups, g, settings) for chunk in chunks]
+    return [
+        _pack_micro_batch(
+            [(groups[n], advantages_NG[n], rows[n]) for n in chunk], micro_batch_groups, g, settings
+        )
+        for chunk in chunks
+    ]
 
 
 def first_rows(batch: GroupBatch, groups: int, settings: BatchingSettings) -> GroupBatch:
@@ -80,11 +107,16 @@ def first_rows(batch: GroupBatch, groups: int, settings: BatchingSettings) -> Gr
 def _padded_shape(groups: Sequence[Group], settings: BatchingSettings) -> tuple[int, int]:
     prompt = max(len(group.prompt_ids_P) for group in groups)
     completion = max(len(t.completion_ids_C) for group in groups for t in group.trajectories)
-    return bucket(prompt, settings.prompt_multiple), bucket(completion, settings.completion_multiple)
+    return bucket(prompt, settings.prompt_multiple), bucket(
+        completion, settings.completion_multiple
+    )
 
 
 def _pack_micro_batch(
-    items: Sequence[tuple[Group, np.ndarray, Sequence[np.ndarray]]], n: int, g: int, settings: BatchingSettings
+    items: Sequence[tuple[Group, np.ndarray, Sequence[np.ndarray]]],
+    n: int,
+    g: int,
+    settings: BatchingSettings,
 ) -> GroupBatch:
     p, c = _padded_shape([group for group, _, _ in items], settings)
     batch = GroupBatch(

@@ -53,7 +53,9 @@ def _chunked(x: Array, chunk: int) -> Array:
     return padded.reshape(-1, chunk, *x.shape[1:])
 
 
-def _logprobs_forward(hidden: Array, table: Array, targets: Array, head: Head) -> tuple[tuple[Array, Array], tuple]:
+def _logprobs_forward(
+    hidden: Array, table: Array, targets: Array, head: Head
+) -> tuple[tuple[Array, Array], tuple]:
     weight = head.storage.load(table, head.shape)
     tokens = hidden.shape[0]
     chunk = min(head.chunk, tokens)
@@ -73,7 +75,9 @@ def _logprobs_forward(hidden: Array, table: Array, targets: Array, head: Head) -
     return (logprobs, entropies), (hidden, table, targets, log_normalizers)
 
 
-def _logprobs_backward(head: Head, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple[Array, Array | None, None]:
+def _logprobs_backward(
+    head: Head, residuals: tuple, cotangents: tuple[Array, Array]
+) -> tuple[Array, Array | None, None]:
     hidden, table, targets, log_normalizers = residuals
     weight = head.storage.load(table, head.shape)
     tokens = hidden.shape[0]
@@ -83,13 +87,17 @@ def _logprobs_backward(head: Head, residuals: tuple, cotangents: tuple[Array, Ar
         h, y, log_normalizer, cotangent = args
         probabilities = jnp.exp(_logits(h, weight, head.temperature) - log_normalizer[:, None])
         one_hot = jnp.arange(head.shape[0])[None] == y[:, None]
-        dlogits = ((one_hot - probabilities) * (cotangent / head.temperature)[:, None]).astype(h.dtype)
+        dlogits = ((one_hot - probabilities) * (cotangent / head.temperature)[:, None]).astype(
+            h.dtype
+        )
         if gradient is not None:
             gradient = gradient + einsum_float32("tv,td->vd", dlogits, h)
         return gradient, jnp.einsum("tv,vd->td", dlogits, weight)
 
     chunks = tuple(_chunked(x, chunk) for x in (hidden, targets, log_normalizers, cotangents[0]))
-    gradient, dhidden = jax.lax.scan(one, head.storage.zeros(head.shape) if head.trained else None, chunks)
+    gradient, dhidden = jax.lax.scan(
+        one, head.storage.zeros(head.shape) if head.trained else None, chunks
+    )
     dtable = None if gradient is None else head.storage.reduce(gradient, head.shape)
     return dhidden.reshape(-1, hidden.shape[1])[:tokens], dtable, None
 
@@ -100,7 +108,9 @@ token_logprobs.defvjp(_logprobs_forward, _logprobs_backward)
 def clipped_objective(ratio: Array, advantages: Array, clip_low: float, clip_high: float) -> Array:
     """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), to be maximised (PPO, arXiv:1707.06347, eq. 7; two bounds as in DAPO,
     arXiv:2503.14476, eq. 10). Arrays of one shape, or broadcastable."""
-    return jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages)
+    return jnp.minimum(
+        ratio * advantages, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
+    )
 
 
 def k3_kl(train_logprobs: Array, reference_logprobs: Array) -> Array:
@@ -169,7 +179,15 @@ def grpo_loss(
     All arrays float32; `reference_logprobs_NGC` is None exactly when `kl_beta` is 0. Tokens of zero weight contribute nothing, whatever
     they hold. Returns the loss of this micro-batch and its sums.
     """
-    chex.assert_equal_shape([train_logprobs_NGC, old_logprobs_NGC, sampler_logprobs_NGC, loss_weights_NGC, action_mask_NGC])
+    chex.assert_equal_shape(
+        [
+            train_logprobs_NGC,
+            old_logprobs_NGC,
+            sampler_logprobs_NGC,
+            loss_weights_NGC,
+            action_mask_NGC,
+        ]
+    )
     chex.assert_rank([train_logprobs_NGC, advantages_NG], [3, 2])
     has_loss = loss_weights_NGC > 0
     sampled = action_mask_NGC.astype(jnp.float32)
@@ -185,8 +203,12 @@ def grpo_loss(
     if reference_logprobs_NGC is not None:
         kl = k3_kl(train, jnp.where(has_loss, reference_logprobs_NGC, 0.0))
     loss = jnp.sum(loss_weights_NGC * (settings.kl_beta * kl - objective))
-    clipped = ((ratio < 1 - settings.clip_low) & (advantages < 0)) | ((ratio > 1 + settings.clip_high) & (advantages > 0))
-    delta = jnp.where(action_mask_NGC, jax.lax.stop_gradient(train_logprobs_NGC) - sampler_logprobs_NGC, 0.0)
+    clipped = ((ratio < 1 - settings.clip_low) & (advantages < 0)) | (
+        (ratio > 1 + settings.clip_high) & (advantages > 0)
+    )
+    delta = jnp.where(
+        action_mask_NGC, jax.lax.stop_gradient(train_logprobs_NGC) - sampler_logprobs_NGC, 0.0
+    )
     sums = LossSums(
         loss=loss,
         loss_tokens=jnp.sum(has_loss),

@@ -88,12 +88,16 @@ def store_leaf(value: Any, leaf: LeafLayout, mesh: Mesh, dtype: Any = jnp.float3
     """One logical array (NumPy or jax, whole) as stored shards. Each device is handed its slice only."""
     value = np.asarray(value)
     if value.shape != leaf.logical_shape:
-        raise ValueError(f"a tensor has shape {value.shape}, the model's config says {leaf.logical_shape}")
+        raise ValueError(
+            f"a tensor has shape {value.shape}, the model's config says {leaf.logical_shape}"
+        )
     flat = value.reshape(leaf.layers, leaf.size)
     return store_rows(lambda start, stop: flat[:, start:stop], leaf, mesh, dtype)
 
 
-def store_rows(read: Callable[[int, int], np.ndarray], leaf: LeafLayout, mesh: Mesh, dtype: Any) -> Array:
+def store_rows(
+    read: Callable[[int, int], np.ndarray], leaf: LeafLayout, mesh: Mesh, dtype: Any
+) -> Array:
     """Stored shards of what `read(start, stop)` gives: elements of each layer's flat values, [layers, stop - start]. Asked for what the
     devices of this process hold, and no more."""
 
@@ -133,7 +137,13 @@ def logical_on_devices(stored: Params, layout: Layout, mesh: Mesh, dtype: Any) -
 def _logical_on_devices(leaves: tuple[LeafLayout, ...], mesh: Mesh, dtype: Any) -> Any:
     def convert(stored: Params) -> Params:
         flat, tree = jax.tree.flatten(stored)
-        return jax.tree.unflatten(tree, [logical_leaf(value.astype(dtype), leaf) for value, leaf in zip(flat, leaves, strict=True)])
+        return jax.tree.unflatten(
+            tree,
+            [
+                logical_leaf(value.astype(dtype), leaf)
+                for value, leaf in zip(flat, leaves, strict=True)
+            ],
+        )
 
     return jax.jit(convert, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
@@ -204,7 +214,9 @@ def _gather_forward(shard: Array, shape: tuple[int, ...], storage: Sharded) -> t
     return _gather(shard, shape, storage), None
 
 
-def _gather_backward(shape: tuple[int, ...], storage: Sharded, _: None, cotangent: Array) -> tuple[Array]:
+def _gather_backward(
+    shape: tuple[int, ...], storage: Sharded, _: None, cotangent: Array
+) -> tuple[Array]:
     return (storage.reduce(cotangent, shape),)
 
 
@@ -217,11 +229,15 @@ def embed(leaf: Array, ids: Array, shape: tuple[int, int], storage: Storage) -> 
     return storage.load(leaf, shape)[ids]
 
 
-def _embed_forward(leaf: Array, ids: Array, shape: tuple[int, int], storage: Storage) -> tuple[Array, Array]:
+def _embed_forward(
+    leaf: Array, ids: Array, shape: tuple[int, int], storage: Storage
+) -> tuple[Array, Array]:
     return embed(leaf, ids, shape, storage), ids
 
 
-def _embed_backward(shape: tuple[int, int], storage: Storage, ids: Array, cotangent: Array) -> tuple[Array, None]:
+def _embed_backward(
+    shape: tuple[int, int], storage: Storage, ids: Array, cotangent: Array
+) -> tuple[Array, None]:
     gradient = storage.zeros(shape).at[ids].add(cotangent.astype(jnp.float32))
     return storage.reduce(gradient, shape), None
 

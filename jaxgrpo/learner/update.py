@@ -71,10 +71,14 @@ class TrainState(NamedTuple):
 def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
     """The first of `warmup_steps` steps has 1 / warmup_steps of the learning rate."""
     warmup = max(settings.warmup_steps, 1)
-    schedule = optax.linear_schedule(settings.learning_rate / warmup, settings.learning_rate, warmup - 1 if warmup > 1 else 1)
+    schedule = optax.linear_schedule(
+        settings.learning_rate / warmup, settings.learning_rate, warmup - 1 if warmup > 1 else 1
+    )
     if warmup == 1:
         schedule = optax.constant_schedule(settings.learning_rate)
-    adamw = optax.adamw(schedule, settings.b1, settings.b2, settings.epsilon, weight_decay=settings.weight_decay)
+    adamw = optax.adamw(
+        schedule, settings.b1, settings.b2, settings.epsilon, weight_decay=settings.weight_decay
+    )
     return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), adamw)
 
 
@@ -136,17 +140,33 @@ class Update:
         self.kernel, self.remat = kernel, remat
         rounded_to = None if served_dtype == self.compute_dtype else served_dtype
         storage = Sharded(mesh.size, self.compute_dtype, rounded_to)
-        self._head = Head((config.vocab_size, config.hidden_size), storage, head_chunk, temperature, trained=not lora.rank)
+        self._head = Head(
+            (config.vocab_size, config.hidden_size),
+            storage,
+            head_chunk,
+            temperature,
+            trained=not lora.rank,
+        )
         self._shapes: set[tuple] = set()
-        specification, frozen, whole = specs(self.layout), specs(self.frozen_layout), specs(self._whole_layout)
+        specification, frozen, whole = (
+            specs(self.layout),
+            specs(self.frozen_layout),
+            specs(self._whole_layout),
+        )
         data, replicated = PartitionSpec(AXIS), PartitionSpec()
         sums = LossSums._make([replicated] * len(LossSums._fields))
         shard = functools.partial(jax.shard_map, mesh=mesh)
         # What a function returns is fed to the next one: each output's sharding is named, or zeros would land whole on one device and
         # one shape would be compiled once for every way that XLA chose to lay its inputs out.
         place = functools.partial(jax.tree.map, functools.partial(NamedSharding, mesh))
-        params_at, data_at, opt_state_at = place(specification), NamedSharding(mesh, data), place(self._optimizer_specs())
-        self._score = jax.jit(shard(self._local_score, in_specs=(whole, data), out_specs=data), out_shardings=data_at)
+        params_at, data_at, opt_state_at = (
+            place(specification),
+            NamedSharding(mesh, data),
+            place(self._optimizer_specs()),
+        )
+        self._score = jax.jit(
+            shard(self._local_score, in_specs=(whole, data), out_specs=data), out_shardings=data_at
+        )
         self._accumulate = jax.jit(
             shard(
                 self._local_accumulate,
@@ -157,12 +177,19 @@ class Update:
             out_shardings=(params_at, data_at, place(sums)),
         )
         self._apply = jax.jit(
-            self._apply_gradients, donate_argnums=(0, 1), out_shardings=(params_at, opt_state_at, NamedSharding(mesh, replicated))
+            self._apply_gradients,
+            donate_argnums=(0, 1),
+            out_shardings=(params_at, opt_state_at, NamedSharding(mesh, replicated)),
         )
         self._finite = jax.jit(_finite, out_shardings=NamedSharding(mesh, replicated))
         self._init_optimizer = jax.jit(self.optimizer.init, out_shardings=opt_state_at)
-        self._zeros = jax.jit(functools.partial(jax.tree.map, jnp.zeros_like), out_shardings=params_at)
-        self._copy_as_reference = jax.jit(functools.partial(jax.tree.map, lambda x: x.astype(storage.dtype)), out_shardings=params_at)
+        self._zeros = jax.jit(
+            functools.partial(jax.tree.map, jnp.zeros_like), out_shardings=params_at
+        )
+        self._copy_as_reference = jax.jit(
+            functools.partial(jax.tree.map, lambda x: x.astype(storage.dtype)),
+            out_shardings=params_at,
+        )
 
     @property
     def compilations(self) -> int:
@@ -171,14 +198,22 @@ class Update:
     def init(self, params: Params, seed: int = 0) -> TrainState:
         """The state of step 0 from the model's logical weights (NumPy or jax arrays, whole); `seed` is for the adapters' first values."""
         frozen = self.freeze(params)
-        trained = params if frozen is None else init_adapters(self.config, self.lora, jax.random.key(seed))
+        trained = (
+            params
+            if frozen is None
+            else init_adapters(self.config, self.lora, jax.random.key(seed))
+        )
         stored = store(trained, self.layout, self.mesh)
         reference = self._copy_as_reference(stored) if self.loss.kl_beta else None
         return TrainState(stored, self._init_optimizer(stored), reference, 0, frozen)
 
     def freeze(self, params: Params) -> Params | None:
         """What of the model's logical weights is not trained, stored: with LoRA all of them."""
-        return None if self.frozen_layout is None else store(params, self.frozen_layout, self.mesh, self.compute_dtype)
+        return (
+            None
+            if self.frozen_layout is None
+            else store(params, self.frozen_layout, self.mesh, self.compute_dtype)
+        )
 
     def policy(self, state: TrainState) -> Params:
         """The stored weights that the state's policy computes with, in training: what `logprobs` takes."""
@@ -188,18 +223,26 @@ class Update:
         """The policy as stored weights of a model (in `model_layout`) that knows no adapters."""
         if state.frozen is None:
             return state.params
-        return merge_stored(state.frozen, state.params, self.model_layout, self.layout, self.mesh, self.lora.scale)
+        return merge_stored(
+            state.frozen, state.params, self.model_layout, self.layout, self.mesh, self.lora.scale
+        )
 
     def replace_reference(self, state: TrainState) -> TrainState:
         """The policy becomes the reference."""
-        return state if state.reference is None else state._replace(reference=self._copy_as_reference(state.params))
+        return (
+            state
+            if state.reference is None
+            else state._replace(reference=self._copy_as_reference(state.params))
+        )
 
     def logprobs(self, params: Params, batch: GroupBatch) -> Array:
         """Log-probabilities of the completions under stored `params` (as of `policy`) [N, G, C], on the devices; no gradients."""
         self._count("score", batch, tuple(leaf.dtype for leaf in jax.tree.leaves(params)))
         return self._score(params, self._put(batch))
 
-    def reference_logprobs(self, state: TrainState, batches: Sequence[GroupBatch]) -> list[Array | None]:
+    def reference_logprobs(
+        self, state: TrainState, batches: Sequence[GroupBatch]
+    ) -> list[Array | None]:
         """The reference's log-probabilities of each micro-batch, once a batch; None where there is no KL term."""
         if state.reference is None:
             return [None] * len(batches)
@@ -217,7 +260,7 @@ class Update:
 
         Returns the new state (the old one's buffers are donated), each micro-batch's train
         log-probabilities [N, G, C], and the report. When the gradient is not finite the step is not
-        taken: the state is the one that was given, to the last bit. """
+        taken: the state is the one that was given, to the last bit."""
         gradients = self._zeros(state.params)
         train_logprobs, sums = [], []
         for i, batch in enumerate(batches):
@@ -230,7 +273,9 @@ class Update:
             train_logprobs.append(logprobs)
             sums.append(micro_sums)
         params, opt_state, grad_norm = self._apply(state.params, state.opt_state, gradients)
-        total = functools.reduce(LossSums.add, (LossSums._make(map(float, s)) for s in jax.device_get(sums)))
+        total = functools.reduce(
+            LossSums.add, (LossSums._make(map(float, s)) for s in jax.device_get(sums))
+        )
         report = StepReport(total, float(grad_norm))
         return (
             state._replace(params=params, opt_state=opt_state, step=state.step + report.taken),
@@ -269,22 +314,36 @@ class Update:
         params, logprobs = stored(self.layout, float32), array(shape, float32, data)
         frozen = stored(self.frozen_layout, self.compute_dtype)
         opt_state = jax.tree.map(
-            lambda leaf, spec: array(leaf.shape, leaf.dtype, spec), jax.eval_shape(self.optimizer.init, params), self._optimizer_specs()
+            lambda leaf, spec: array(leaf.shape, leaf.dtype, spec),
+            jax.eval_shape(self.optimizer.init, params),
+            self._optimizer_specs(),
         )
         reference = logprobs if self.loss.kl_beta else None
-        on_policy = jax.ShapeDtypeStruct((), bool)  # as a step gives it: what is compiled here is what a step runs
+        on_policy = jax.ShapeDtypeStruct(
+            (), bool
+        )  # as a step gives it: what is compiled here is what a step runs
         return LoweredStep(
-            score=self._score.lower(stored(self._whole_layout, self.compute_dtype), batch) if self.loss.kl_beta else None,
-            accumulate=self._accumulate.lower(params, params, batch, logprobs, reference, on_policy, frozen),
+            score=self._score.lower(stored(self._whole_layout, self.compute_dtype), batch)
+            if self.loss.kl_beta
+            else None,
+            accumulate=self._accumulate.lower(
+                params, params, batch, logprobs, reference, on_policy, frozen
+            ),
             apply=self._apply.lower(params, opt_state, params),
         )
 
     def _optimizer_specs(self) -> Any:
         """The optimizer's state with a PartitionSpec for each array: its moments lie as the weights do, its counters are replicated."""
-        stored = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.stored_shape, jnp.float32), self.layout)
+        stored = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.stored_shape, jnp.float32), self.layout
+        )
         state = jax.eval_shape(self.optimizer.init, stored)
         return optax.tree_map_params(
-            self.optimizer, lambda _, spec: spec, state, specs(self.layout), transform_non_params=lambda _: PartitionSpec()
+            self.optimizer,
+            lambda _, spec: spec,
+            state,
+            specs(self.layout),
+            transform_non_params=lambda _: PartitionSpec(),
         )
 
     def _put(self, batch: GroupBatch) -> GroupBatch:
@@ -292,19 +351,32 @@ class Update:
         sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
         arrays = {name: np.asarray(getattr(batch, name)) for name in _BATCH_FIELDS}
         if arrays["prompt_NP"].shape[0] % self.mesh.size:
-            raise ValueError(f"{arrays['prompt_NP'].shape[0]} groups in a micro-batch do not divide over {self.mesh.size} devices")
+            raise ValueError(
+                f"{arrays['prompt_NP'].shape[0]} groups in a micro-batch do not divide over {self.mesh.size} devices"
+            )
         # each process hands its own devices their groups; jax.device_put would compare the arrays of all processes first
-        return GroupBatch(**{name: jax.make_array_from_callback(a.shape, sharding, a.__getitem__) for name, a in arrays.items()})
+        return GroupBatch(
+            **{
+                name: jax.make_array_from_callback(a.shape, sharding, a.__getitem__)
+                for name, a in arrays.items()
+            }
+        )
 
     def _count(self, function: str, batch: GroupBatch, *more: Any) -> None:
         self._shapes.add((function, batch.prompt_NP.shape, batch.completions_NGC.shape, *more))
 
-    def _local_logprobs(self, params: Params, batch: GroupBatch, scan_layers: ScanLayers = scan_stack) -> tuple[Array, Array]:
+    def _local_logprobs(
+        self, params: Params, batch: GroupBatch, scan_layers: ScanLayers = scan_stack
+    ) -> tuple[Array, Array]:
         """This device's groups: log-probabilities and entropies of the completions, [N, G, C] each."""
         storage = self._head.storage
 
         def load_layer(leaves: Params) -> Params:
-            return jax.tree.map(lambda leaf, layout: storage.load(leaf, layout.shape), leaves, self._whole_layout["layers"])
+            return jax.tree.map(
+                lambda leaf, layout: storage.load(leaf, layout.shape),
+                leaves,
+                self._whole_layout["layers"],
+            )
 
         hidden = forward_shared_prompt(
             self.config,
@@ -313,7 +385,9 @@ class Update:
             batch.prompt_lengths_N,
             batch.completions_NGC,
             load=lambda leaf: storage.load(leaf, (self.config.hidden_size,)),
-            embed=lambda tree, ids: embed(tree["embed"]["embedding"], ids, self._head.shape, storage),
+            embed=lambda tree, ids: embed(
+                tree["embed"]["embedding"], ids, self._head.shape, storage
+            ),
             load_layer=load_layer,
             scan_layers=scan_layers,
             kernel=self.kernel,
@@ -322,7 +396,10 @@ class Update:
         )
         shape = batch.completions_NGC.shape
         logprobs, entropies = token_logprobs(
-            hidden.reshape(-1, self.config.hidden_size), head_table(params), batch.completions_NGC.reshape(-1), self._head
+            hidden.reshape(-1, self.config.hidden_size),
+            head_table(params),
+            batch.completions_NGC.reshape(-1),
+            self._head,
         )
         return logprobs.reshape(shape), entropies.reshape(shape)
 
@@ -341,7 +418,9 @@ class Update:
     ) -> tuple[Params, Array, LossSums]:
         def scan_layers(p: Params) -> ScanLayers:
             still = None if frozen is None else frozen["layers"]
-            return lambda layer, carry, _: accumulating_scan(layer, carry, p["layers"], gradients["layers"], still)
+            return lambda layer, carry, _: accumulating_scan(
+                layer, carry, p["layers"], gradients["layers"], still
+            )
 
         def loss(p: Params) -> tuple[Array, tuple[Array, LossSums]]:
             train, entropies = self._local_logprobs(combine(p, frozen), batch, scan_layers(p))
@@ -366,7 +445,9 @@ class Update:
         total = jax.tree.map(jnp.add, {name: gradients[name] for name in new}, new)
         return total | {"layers": layers}, train, LossSums(*totals)
 
-    def _apply_gradients(self, params: Params, opt_state: Any, gradients: Params) -> tuple[Params, Any, Array]:
+    def _apply_gradients(
+        self, params: Params, opt_state: Any, gradients: Params
+    ) -> tuple[Params, Any, Array]:
         """Nothing changes when the gradient is not finite."""
         norm = optax.tree.norm(gradients)
 

@@ -20,7 +20,9 @@ from jaxgrpo.models.numerics import einsum_float32
 
 MASKED = -1e30  # finite, so that a part with nothing to attend weighs nothing, and is not NaN
 _QUERY_BLOCK = 256  # queries a block: their scores fit a CPU's cache
-_CAUSAL_SEGMENTS = 8  # a causal row is cut into so many runs of queries at most; each leaves out the keys after it
+_CAUSAL_SEGMENTS = (
+    8  # a causal row is cut into so many runs of queries at most; each leaves out the keys after it
+)
 
 OUTPUT_NAMES = ("attention_output", "attention_logsumexp")
 """What a rematerialisation policy may save, so that the backward pass does not compute attention's forward pass again."""
@@ -48,7 +50,9 @@ class Kernel:
 
     name: str
     forward: Callable[[Array, Array, Array, Array | None], tuple[Array, Array]]
-    backward: Callable[[Array, Array, Array, Array | None, Array, Array, Array], tuple[Array, Array, Array]]
+    backward: Callable[
+        [Array, Array, Array, Array | None, Array, Array, Array], tuple[Array, Array, Array]
+    ]
 
 
 def attend(
@@ -92,24 +96,32 @@ def _attend_forward(kernel: Kernel, *inputs: *_Inputs) -> tuple[Array, tuple]:
     output, logsumexp = output.reshape(q.shape), logsumexp.reshape(q.shape[:-1])
     if context_k is not None:
         assert context_v is not None and context_lengths is not None
-        theirs, their_logsumexp = kernel.forward(_whole_group(q), context_k, context_v, context_lengths)
+        theirs, their_logsumexp = kernel.forward(
+            _whole_group(q), context_k, context_v, context_lengths
+        )
         theirs, their_logsumexp = theirs.reshape(q.shape), their_logsumexp.reshape(logsumexp.shape)
         merged = jnp.logaddexp(logsumexp, their_logsumexp)
         share, their_share = jnp.exp(logsumexp - merged), jnp.exp(their_logsumexp - merged)
         output = (output * share[..., None] + theirs * their_share[..., None]).astype(q.dtype)
         logsumexp = merged
-    output, logsumexp = (checkpoint_name(x, name) for x, name in zip((output, logsumexp), OUTPUT_NAMES, strict=True))
+    output, logsumexp = (
+        checkpoint_name(x, name) for x, name in zip((output, logsumexp), OUTPUT_NAMES, strict=True)
+    )
     return output, (inputs, output, logsumexp)
 
 
 def _attend_backward(kernel: Kernel, residuals: tuple, d_output: Array) -> tuple[Array | None, ...]:
     (q, k, v, context_k, context_v, context_lengths), output, logsumexp = residuals
     whole = (output, logsumexp, d_output)
-    dq, dk, dv = kernel.backward(_each_row(q), _each_row(k), _each_row(v), None, *map(_each_row, whole))
+    dq, dk, dv = kernel.backward(
+        _each_row(q), _each_row(k), _each_row(v), None, *map(_each_row, whole)
+    )
     dq, dk, dv = dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
     if context_k is None:
         return dq, dk, dv, None, None, None
-    more, *d_context = kernel.backward(_whole_group(q), context_k, context_v, context_lengths, *map(_whole_group, whole))
+    more, *d_context = kernel.backward(
+        _whole_group(q), context_k, context_v, context_lengths, *map(_whole_group, whole)
+    )
     return dq + more.reshape(q.shape), dk, dv, *d_context, None
 
 
@@ -124,13 +136,17 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def _split_heads(x: Array, kv_heads: int) -> Array:
     """[B, T, H, ...] -> [B, K, M, ...]."""
     b, t, heads = x.shape[:3]
-    return jnp.moveaxis(x.reshape(b, t, kv_heads, heads // kv_heads, *x.shape[3:]), 2, 1).reshape(b, kv_heads, -1, *x.shape[3:])
+    return jnp.moveaxis(x.reshape(b, t, kv_heads, heads // kv_heads, *x.shape[3:]), 2, 1).reshape(
+        b, kv_heads, -1, *x.shape[3:]
+    )
 
 
 def _join_heads(x: Array, shape: tuple[int, ...]) -> Array:
     """[B, K, M, ...] -> `shape` [B, T, H, ...]."""
     b, kv_heads = x.shape[:2]
-    return jnp.moveaxis(x.reshape(b, kv_heads, shape[1], shape[2] // kv_heads, *shape[3:]), 1, 2).reshape(shape)
+    return jnp.moveaxis(
+        x.reshape(b, kv_heads, shape[1], shape[2] // kv_heads, *shape[3:]), 1, 2
+    ).reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +165,15 @@ def _segments(queries: int, keys: int, causal: bool) -> list[_Segment]:
     blocks = math.ceil(queries / block)
     each = math.ceil(blocks / _CAUSAL_SEGMENTS) if causal else blocks
     firsts = range(0, blocks, each)
-    return [_Segment(i * block, min(each, blocks - i), block, min(keys, (i + each) * block) if causal else keys) for i in firsts]
+    return [
+        _Segment(
+            i * block,
+            min(each, blocks - i),
+            block,
+            min(keys, (i + each) * block) if causal else keys,
+        )
+        for i in firsts
+    ]
 
 
 def _blocks(x: Array, segment: _Segment, heads: int) -> Array:
@@ -161,7 +185,11 @@ def _blocks(x: Array, segment: _Segment, heads: int) -> Array:
 def _padded(x: Array, segments: list[_Segment], queries: int, heads: int) -> Array:
     """x [B, K, M, ...] with zeros for the queries that fill up the last block."""
     missing = segments[-1].start + segments[-1].blocks * segments[-1].block - queries
-    return x if missing == 0 else jnp.pad(x, [(0, 0), (0, 0), (0, missing * heads)] + [(0, 0)] * (x.ndim - 3))
+    return (
+        x
+        if missing == 0
+        else jnp.pad(x, [(0, 0), (0, 0), (0, missing * heads)] + [(0, 0)] * (x.ndim - 3))
+    )
 
 
 def _scores(q: Array, k: Array, first: Array, heads: int, lengths: Array | None) -> Array:
@@ -189,13 +217,20 @@ def _forward(q: Array, k: Array, v: Array, lengths: Array | None) -> tuple[Array
             top = jnp.max(scores, axis=-1, keepdims=True)
             weights = jnp.exp(scores - top)
             total = jnp.sum(weights, axis=-1, keepdims=True)
-            output = einsum_float32("bkms,bksh->bkmh", weights.astype(v.dtype), values[:, :, : segment.keys]) / total
+            output = (
+                einsum_float32(
+                    "bkms,bksh->bkmh", weights.astype(v.dtype), values[:, :, : segment.keys]
+                )
+                / total
+            )
             return output.astype(q.dtype), (top + jnp.log(total))[..., 0]
 
         output, logsumexp = lax.map(one, (_blocks(rows, segment, heads), _firsts(segment)))
         outputs.append(_unblocked(output))
         logsumexps.append(_unblocked(logsumexp))
-    join = lambda parts, shape: _join_heads(jnp.concatenate(parts, axis=2)[:, :, : queries * heads], shape)
+    join = lambda parts, shape: _join_heads(
+        jnp.concatenate(parts, axis=2)[:, :, : queries * heads], shape
+    )
     return join(outputs, q.shape), join(logsumexps, q.shape[:-1])
 
 
@@ -210,13 +245,22 @@ def _unblocked(x: Array) -> Array:
 
 
 def _backward(
-    q: Array, k: Array, v: Array, lengths: Array | None, output: Array, logsumexp: Array, d_output: Array
+    q: Array,
+    k: Array,
+    v: Array,
+    lengths: Array | None,
+    output: Array,
+    logsumexp: Array,
+    d_output: Array,
 ) -> tuple[Array, Array, Array]:
     """With p = exp(scores - logsumexp): dv = p' do, dscores = p (do v' - sum(do output)); sums over queries in float32."""
     queries, heads, kv_heads = q.shape[1], q.shape[2] // k.shape[2], k.shape[2]
     segments = _segments(queries, k.shape[1], lengths is None)
     centre = jnp.sum(d_output.astype(jnp.float32) * output.astype(jnp.float32), axis=-1)
-    rows = tuple(_padded(_split_heads(x, kv_heads), segments, queries, heads) for x in (q, d_output, logsumexp, centre))
+    rows = tuple(
+        _padded(_split_heads(x, kv_heads), segments, queries, heads)
+        for x in (q, d_output, logsumexp, centre)
+    )
     keys, values = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
     scale = q.shape[-1] ** -0.5
     dqs = []
@@ -226,10 +270,14 @@ def _backward(
         seen_keys, seen_values = keys[:, :, : segment.keys], values[:, :, : segment.keys]
 
         def one(
-            sums: tuple[Array, ...], args: tuple, seen: tuple[Array, Array] = (seen_keys, seen_values)
+            sums: tuple[Array, ...],
+            args: tuple,
+            seen: tuple[Array, Array] = (seen_keys, seen_values),
         ) -> tuple[tuple[Array, ...], Array]:
             (block, d_block, block_logsumexp, block_centre), first = args
-            weights = jnp.exp(_scores(block, seen[0], first, heads, lengths) - block_logsumexp[..., None])
+            weights = jnp.exp(
+                _scores(block, seen[0], first, heads, lengths) - block_logsumexp[..., None]
+            )
             d_weights = einsum_float32("bkmh,bksh->bkms", d_block, seen[1])
             d_scores = (weights * (d_weights - block_centre[..., None]) * scale).astype(q.dtype)
             dk = sums[0] + einsum_float32("bkmh,bkms->bkhs", block, d_scores)
@@ -237,7 +285,9 @@ def _backward(
             return (dk, dv), einsum_float32("bkms,bksh->bkmh", d_scores, seen[0]).astype(q.dtype)
 
         start = tuple(x[..., : segment.keys] for x in total)
-        sums, dq = lax.scan(one, start, (tuple(_blocks(x, segment, heads) for x in rows), _firsts(segment)))
+        sums, dq = lax.scan(
+            one, start, (tuple(_blocks(x, segment, heads) for x in rows), _firsts(segment))
+        )
         total = tuple(x.at[..., : segment.keys].set(s) for x, s in zip(total, sums, strict=True))
         dqs.append(_unblocked(dq))
     dq = _join_heads(jnp.concatenate(dqs, axis=2)[:, :, : queries * heads], q.shape)

@@ -29,7 +29,9 @@ def unusable(dtype: jnp.dtype, head_dim: int, platform: str) -> str:
     return ""
 
 
-def choose_kernel(setting: str, dtype: jnp.dtype, head_dim: int, platform: str) -> tuple[Kernel, str]:
+def choose_kernel(
+    setting: str, dtype: jnp.dtype, head_dim: int, platform: str
+) -> tuple[Kernel, str]:
     """The kernel of `training.attention` ("auto", "xla" or "cudnn") and a line that says which it is and why.
 
     Raises ValueError where cuDNN is asked for and cannot be.
@@ -39,7 +41,11 @@ def choose_kernel(setting: str, dtype: jnp.dtype, head_dim: int, platform: str) 
         raise ValueError(f"training.attention is 'cudnn', but {why_not}: set it to 'auto' or 'xla'")
     if setting == "xla":
         return XLA, "plain XLA, as training.attention says"
-    return (XLA, f"plain XLA and not cuDNN: {why_not}") if why_not else (CUDNN, "cuDNN's flash attention")
+    return (
+        (XLA, f"plain XLA and not cuDNN: {why_not}")
+        if why_not
+        else (CUDNN, "cuDNN's flash attention")
+    )
 
 
 def _minor_version() -> str:
@@ -82,13 +88,21 @@ def _forward(q: Array, k: Array, v: Array, lengths: Array | None) -> tuple[Array
     q, k, v = _even(q, k, v)
     lengths, exists = _at_least_one(lengths)
     before, after, static = _arguments(q, lengths)
-    output, logsumexp_BHT = fused._dot_product_attention_fwd_p_wrapper.bind(q, k, v, *before, *after, is_training=True, **static)
+    output, logsumexp_BHT = fused._dot_product_attention_fwd_p_wrapper.bind(
+        q, k, v, *before, *after, is_training=True, **static
+    )
     output, logsumexp = output[:, :queries], jnp.swapaxes(logsumexp_BHT, 1, 2)[:, :queries]
     return output, logsumexp if exists is None else jnp.where(exists, logsumexp, MASKED)
 
 
 def _backward(
-    q: Array, k: Array, v: Array, lengths: Array | None, output: Array, logsumexp: Array, d_output: Array
+    q: Array,
+    k: Array,
+    v: Array,
+    lengths: Array | None,
+    output: Array,
+    logsumexp: Array,
+    d_output: Array,
 ) -> tuple[Array, Array, Array]:
     queries, keys = q.shape[1], k.shape[1]
     q, k, v, output, logsumexp, d_output = _even(q, k, v, output, logsumexp, d_output)
@@ -97,7 +111,9 @@ def _backward(
         d_output = jnp.where(exists[..., None], d_output, 0)
     before, after, static = _arguments(q, lengths)
     whole = jnp.swapaxes(logsumexp, 1, 2), output, d_output
-    dq, dk, dv = fused._dot_product_attention_bwd_p_wrapper.bind(q, k, v, *before, *after, *whole, **static)
+    dq, dk, dv = fused._dot_product_attention_bwd_p_wrapper.bind(
+        q, k, v, *before, *after, *whole, **static
+    )
     if lengths is not None:  # what cuDNN leaves behind the last real key is not documented
         real = (jnp.arange(k.shape[1]) < lengths[:, None])[:, :, None, None]
         dk, dv = jnp.where(real, dk, 0), jnp.where(real, dv, 0)

@@ -26,5 +26,9 @@ def combine(params: Any, frozen: Any | None) -> Any:
 
 def only_adapters(tree: Any) -> Any:
     """The part of a tree that is trained: the adapters, under their paths."""
-    inner = {key: value if key == ADAPTER else only_adapters(value) for key, value in tree.items() if isinstance(value, dict)}
+    inner = {
+        key: value if key == ADAPTER else only_adapters(value)
+        for key, value in tree.items()
+        if isinstance(value, dict)
+    }
     return {key: value for key, value in inner.items() if value}

@@ -30,5 +30,8 @@ def matmul(x: Array, kernel: Array) -> Array:
     if x.dtype == kernel.dtype == jnp.float32:
         return x @ kernel
     return jax.lax.platform_dependent(
-        x, kernel, cpu=lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype), default=jnp.matmul
+        x,
+        kernel,
+        cpu=lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype),
+        default=jnp.matmul,
     )

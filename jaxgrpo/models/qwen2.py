@@ -45,7 +45,9 @@ class Adapter(nnx.Module):
 
     def __init__(self, in_size: int, out_size: int, lora: LoraSettings, *, rngs: nnx.Rngs):
         bound = in_size**-0.5
-        self.a = nnx.Param(jax.random.uniform(rngs.params(), (lora.rank, in_size), minval=-bound, maxval=bound))
+        self.a = nnx.Param(
+            jax.random.uniform(rngs.params(), (lora.rank, in_size), minval=-bound, maxval=bound)
+        )
         self.b = nnx.Param(jnp.zeros((lora.rank, out_size)))
         self.scale = lora.scale
 
@@ -56,7 +58,16 @@ class Adapter(nnx.Module):
 class Linear(nnx.Module):
     """x [..., in] -> x @ kernel [in, out] (+ bias [out]) (+ adapter(x), with LoRA)."""
 
-    def __init__(self, in_size: int, out_size: int, *, bias: bool, rngs: nnx.Rngs, lora: LoraSettings | None = None, stddev: float = 0.02):
+    def __init__(
+        self,
+        in_size: int,
+        out_size: int,
+        *,
+        bias: bool,
+        rngs: nnx.Rngs,
+        lora: LoraSettings | None = None,
+        stddev: float = 0.02,
+    ):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (in_size, out_size)) * stddev)
         self.bias = nnx.Param(jnp.zeros(out_size)) if bias else None
         self.adapter = Adapter(in_size, out_size, lora, rngs=rngs) if lora else None
@@ -85,7 +96,9 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
     """x [..., D] over its root mean square, times scale [D]; the statistics in float32, the result in x's dtype."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
-    return (normed.astype(x.dtype).reshape(-1, x.shape[-1]) * scale).reshape(x.shape)  # in two dimensions, as in `Linear`
+    return (normed.astype(x.dtype).reshape(-1, x.shape[-1]) * scale).reshape(
+        x.shape
+    )  # in two dimensions, as in `Linear`
 
 
 class Attention(nnx.Module):
@@ -94,16 +107,28 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, lora: LoraSettings = NO_LORA, *, rngs: nnx.Rngs):
         c = config
         self.config = config
-        self.q = Linear(c.hidden_size, c.heads * c.head_dim, bias=True, lora=lora.of("q"), rngs=rngs)
-        self.k = Linear(c.hidden_size, c.kv_heads * c.head_dim, bias=True, lora=lora.of("k"), rngs=rngs)
-        self.v = Linear(c.hidden_size, c.kv_heads * c.head_dim, bias=True, lora=lora.of("v"), rngs=rngs)
-        self.o = Linear(c.heads * c.head_dim, c.hidden_size, bias=False, lora=lora.of("o"), rngs=rngs)
+        self.q = Linear(
+            c.hidden_size, c.heads * c.head_dim, bias=True, lora=lora.of("q"), rngs=rngs
+        )
+        self.k = Linear(
+            c.hidden_size, c.kv_heads * c.head_dim, bias=True, lora=lora.of("k"), rngs=rngs
+        )
+        self.v = Linear(
+            c.hidden_size, c.kv_heads * c.head_dim, bias=True, lora=lora.of("v"), rngs=rngs
+        )
+        self.o = Linear(
+            c.heads * c.head_dim, c.hidden_size, bias=False, lora=lora.of("o"), rngs=rngs
+        )
 
     def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """x [..., T, D], positions [..., T] -> rotated queries [..., T, H, h], rotated keys [..., T, K, h], values [..., T, K, h]."""
         c = self.config
         split = lambda y, heads: y.reshape(*y.shape[:-1], heads, c.head_dim)
-        q, k, v = split(self.q(x), c.heads), split(self.k(x), c.kv_heads), split(self.v(x), c.kv_heads)
+        q, k, v = (
+            split(self.q(x), c.heads),
+            split(self.k(x), c.kv_heads),
+            split(self.v(x), c.kv_heads),
+        )
         return apply_rope(q, positions, c.rope_theta), apply_rope(k, positions, c.rope_theta), v
 
     def output(self, x: Array) -> Array:
@@ -115,9 +140,23 @@ class MLP(nnx.Module):
     """SwiGLU (arXiv:2002.05202)."""
 
     def __init__(self, config: ModelConfig, lora: LoraSettings = NO_LORA, *, rngs: nnx.Rngs):
-        self.gate = Linear(config.hidden_size, config.intermediate_size, bias=False, lora=lora.of("gate"), rngs=rngs)
-        self.up = Linear(config.hidden_size, config.intermediate_size, bias=False, lora=lora.of("up"), rngs=rngs)
-        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False, lora=lora.of("down"), rngs=rngs)
+        self.gate = Linear(
+            config.hidden_size,
+            config.intermediate_size,
+            bias=False,
+            lora=lora.of("gate"),
+            rngs=rngs,
+        )
+        self.up = Linear(
+            config.hidden_size, config.intermediate_size, bias=False, lora=lora.of("up"), rngs=rngs
+        )
+        self.down = Linear(
+            config.intermediate_size,
+            config.hidden_size,
+            bias=False,
+            lora=lora.of("down"),
+            rngs=rngs,
+        )
 
     def __call__(self, x: Array) -> Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
@@ -146,7 +185,9 @@ class Embedding(nnx.Module):
     """A table [V, D]."""
 
     def __init__(self, vocab_size: int, hidden_size: int, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, hidden_size)) * 0.02)
+        self.embedding = nnx.Param(
+            jax.random.normal(rngs.params(), (vocab_size, hidden_size)) * 0.02
+        )
 
 
 @functools.cache
@@ -168,7 +209,11 @@ def init_params(config: ModelConfig, key: Array) -> Params:
         return nnx.to_pure_dict(nnx.state(DecoderLayer(config, rngs=nnx.Rngs(params=layer_key))))
 
     def table(table_key: Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(Embedding(config.vocab_size, config.hidden_size, rngs=nnx.Rngs(params=table_key))))
+        return nnx.to_pure_dict(
+            nnx.state(
+                Embedding(config.vocab_size, config.hidden_size, rngs=nnx.Rngs(params=table_key))
+            )
+        )
 
     params: Params = {
         "embed": table(embed_key),
@@ -190,7 +235,9 @@ def init_adapters(config: ModelConfig, lora: LoraSettings, key: Array) -> Params
     """The adapters of step 0 in the logical tree, float32: a random, b zero."""
 
     def one_layer(layer_key: Array) -> Params:
-        return only_adapters(nnx.to_pure_dict(nnx.state(DecoderLayer(config, lora, rngs=nnx.Rngs(params=layer_key)))))
+        return only_adapters(
+            nnx.to_pure_dict(nnx.state(DecoderLayer(config, lora, rngs=nnx.Rngs(params=layer_key))))
+        )
 
     return {"layers": jax.vmap(one_layer)(jax.random.split(key, config.layers))}
 
@@ -224,7 +271,11 @@ def rematerialised(layer: Layer, remat: str) -> Layer:
         raise ValueError(f"remat must be one of {REMAT}, got {remat!r}")
     if remat == "none":
         return layer
-    policy = jax.checkpoint_policies.save_only_these_names(*OUTPUT_NAMES) if remat == "attention" else None
+    policy = (
+        jax.checkpoint_policies.save_only_these_names(*OUTPUT_NAMES)
+        if remat == "attention"
+        else None
+    )
     return jax.checkpoint(layer, prevent_cse=False, policy=policy)
 
 
@@ -261,9 +312,15 @@ def forward_shared_prompt(
     _, p = prompt_NP.shape
     n, g, c = completions_NGC.shape
     last_N11 = jnp.take_along_axis(prompt_NP, prompt_lengths_N[:, None] - 1, axis=1)[:, :, None]
-    rows_NGC = jnp.concatenate([jnp.broadcast_to(last_N11, (n, g, 1)), completions_NGC[:, :, :-1]], axis=2)
-    row_positions = jnp.broadcast_to((prompt_lengths_N[:, None] - 1 + jnp.arange(c))[:, None], (n, g, c))
-    positions = jnp.concatenate([jnp.broadcast_to(jnp.arange(p), (n, p)), row_positions.reshape(n, g * c)], axis=1)
+    rows_NGC = jnp.concatenate(
+        [jnp.broadcast_to(last_N11, (n, g, 1)), completions_NGC[:, :, :-1]], axis=2
+    )
+    row_positions = jnp.broadcast_to(
+        (prompt_lengths_N[:, None] - 1 + jnp.arange(c))[:, None], (n, g, c)
+    )
+    positions = jnp.concatenate(
+        [jnp.broadcast_to(jnp.arange(p), (n, p)), row_positions.reshape(n, g * c)], axis=1
+    )
 
     def layer(x: Array, leaves: Params) -> Array:
         """x [N, P + G * C, D]: prompt and rows pass through the weights together and part only in attention."""
@@ -272,12 +329,18 @@ def forward_shared_prompt(
         q_prompt, k_prompt, v_prompt = (y[:, :p] for y in (q, k, v))
         q_rows, k_rows, v_rows = (y[:, p:].reshape(n, g, c, *y.shape[2:]) for y in (q, k, v))
         prompt = attend(kernel, q_prompt[:, None], k_prompt[:, None], v_prompt[:, None])[:, 0]
-        rows = attend(kernel, q_rows, k_rows, v_rows, k_prompt, v_prompt, jnp.asarray(prompt_lengths_N) - 1)
-        return block.finish(x, jnp.concatenate([prompt, rows.reshape(n, g * c, *rows.shape[3:])], axis=1))
+        rows = attend(
+            kernel, q_rows, k_rows, v_rows, k_prompt, v_prompt, jnp.asarray(prompt_lengths_N) - 1
+        )
+        return block.finish(
+            x, jnp.concatenate([prompt, rows.reshape(n, g * c, *rows.shape[3:])], axis=1)
+        )
 
     x = embed(params, jnp.concatenate([prompt_NP, rows_NGC.reshape(n, g * c)], axis=1))
     x = scan_layers(rematerialised(layer, remat), x, params["layers"])
-    return rms_norm(x[:, p:].reshape(n, g, c, -1), load(params["norm"]["scale"]), config.norm_epsilon)
+    return rms_norm(
+        x[:, p:].reshape(n, g, c, -1), load(params["norm"]["scale"]), config.norm_epsilon
+    )
 
 
 def forward(config: ModelConfig, params: Params, ids_BT: Array, *, load: Load) -> Array:
@@ -291,5 +354,7 @@ def forward(config: ModelConfig, params: Params, ids_BT: Array, *, load: Load) -
         q, k, v = block.project(x, positions)
         return block.finish(x, attend(XLA, q[:, None], k[:, None], v[:, None])[:, 0])
 
-    x = scan_stack(rematerialised(layer, "full"), default_embed(params, ids_BT, load), params["layers"])
+    x = scan_stack(
+        rematerialised(layer, "full"), default_embed(params, ids_BT, load), params["layers"]
+    )
     return rms_norm(x, load(params["norm"]["scale"]), config.norm_epsilon)

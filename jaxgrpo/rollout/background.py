@@ -76,7 +76,9 @@ class BlockingCalls:
     further call is waited for. A call that never releases the interpreter lock (a power of huge integers) cannot be abandoned by anybody.
     """
 
-    def __init__(self, threads: int, deadline_seconds: float, say: Callable[[str], None] = say_aside):
+    def __init__(
+        self, threads: int, deadline_seconds: float, say: Callable[[str], None] = say_aside
+    ):
         self._places = asyncio.Semaphore(threads)
         self._deadline_seconds = deadline_seconds
         self._most_stuck = STUCK_A_PLACE * threads
@@ -103,7 +105,9 @@ class BlockingCalls:
                     raise
                 stack = call.stack()
                 self._count_stuck()
-                late = f"{call.what} took longer than the deadline of {self._deadline_seconds} seconds"
+                late = (
+                    f"{call.what} took longer than the deadline of {self._deadline_seconds} seconds"
+                )
                 raise DeadlineError(late, stack) from None
 
     def oldest(self) -> str:
@@ -123,7 +127,9 @@ class BlockingCalls:
             f"{len(stuck)} call(s) into the environment have not come back within the deadline of "
             f"{self._deadline_seconds} seconds, and their threads cannot be ended; the oldest is {stuck[0]}"
         )
-        advice = "give what it waits for a time limit of its own, or raise rollout.environment_deadline"
+        advice = (
+            "give what it waits for a time limit of its own, or raise rollout.environment_deadline"
+        )
         if len(stuck) > self._most_stuck:
             raise StuckCallsError(f"{told}. Too many to go on: {advice}")
         self._say_at = 2 * len(stuck)
@@ -141,7 +147,9 @@ def _deliver(result: asyncio.Future, function: Callable, args: tuple) -> None:
         hand_over = functools.partial(result.set_result, function(*args))
     except BaseException as error:  # whatever it is, it belongs to the one who awaits; nothing would see it in this thread
         hand_over = functools.partial(result.set_exception, _awaitable(error))
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for an abandoned call
+    with contextlib.suppress(
+        RuntimeError
+    ):  # the loop is closed: nobody waits for an abandoned call
         result.get_loop().call_soon_threadsafe(lambda: None if result.done() else hand_over())
 
 
@@ -169,7 +177,9 @@ class EventLoopThread:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="event loop", daemon=True)
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="event loop", daemon=True
+        )
         self._thread.start()
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
@@ -218,5 +228,3 @@ async def all_or_none(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
             if not task.cancelling():  # a second time would cut its cleaning up short
                 task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-

@@ -48,7 +48,9 @@ class Limits:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name} must be at least 1, got {getattr(self, field.name)}")
+                raise ValueError(
+                    f"{field.name} must be at least 1, got {getattr(self, field.name)}"
+                )
         if self.max_prompt_tokens >= self.context_length:
             raise ValueError(
                 f"max_prompt_tokens ({self.max_prompt_tokens}) must be below context_length ({self.context_length}): "
@@ -62,7 +64,9 @@ class Limits:
         """
         in_budget = self.max_completion_tokens - completion_tokens
         in_context = self.context_length - prompt_tokens - completion_tokens
-        return min(in_budget, in_context), StopReason.CONTEXT_LIMIT if in_context < in_budget else StopReason.TOKEN_LIMIT
+        return min(
+            in_budget, in_context
+        ), StopReason.CONTEXT_LIMIT if in_context < in_budget else StopReason.TOKEN_LIMIT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +78,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"temperature must be >= 0 and top_p in (0, 1], got {self.temperature} and {self.top_p}")
+            raise ValueError(
+                f"temperature must be >= 0 and top_p in (0, 1], got {self.temperature} and {self.top_p}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +106,9 @@ class EpisodeKey:
 
     def seed(self, turn: int) -> int:
         """The seed of one turn, 31 bits: a hash of what the turn is, so that it depends neither on scheduling nor on the process."""
-        name = repr((self.run_seed, self.batch, self.task_id, self.sample_index, self.attempt, turn))
+        name = repr(
+            (self.run_seed, self.batch, self.task_id, self.sample_index, self.attempt, turn)
+        )
         return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little") >> 1
 
 
@@ -118,7 +126,9 @@ class EpisodePlayer:
 
     @functools.cached_property
     def openings(self) -> Openings:
-        return Openings(self.suite, self.chat, self.limits.max_prompt_tokens, self.environment_calls)
+        return Openings(
+            self.suite, self.chat, self.limits.max_prompt_tokens, self.environment_calls
+        )
 
     async def open(self, task: Task) -> Opening:
         """The opening that all episodes of the task share. Raises FaultyEnvironmentError."""
@@ -144,19 +154,31 @@ class EpisodePlayer:
             await self.sampler.release(key.episode_id)
         return tape.trajectory(key, stop_reason, score)
 
-    async def _take_turns(self, environment: Environment, observation: Observation, tape: "TrajectoryBuilder", key: EpisodeKey) -> StopReason:
+    async def _take_turns(
+        self,
+        environment: Environment,
+        observation: Observation,
+        tape: "TrajectoryBuilder",
+        key: EpisodeKey,
+    ) -> StopReason:
         while True:
             room, limit = self.limits.room(len(tape.prompt_ids), len(tape.ids))
             generation = await self.sampler.generate(self._request(observation, tape, key, room))
             _check_generation(generation, room, key)
             text = self.chat.text(generation.token_ids_T)
             tape.add_turn(generation, text)
-            if generation.finish_reason is FinishReason.LENGTH:  # an unfinished turn is not acted upon
+            if (
+                generation.finish_reason is FinishReason.LENGTH
+            ):  # an unfinished turn is not acted upon
                 return limit if len(generation.token_ids_T) == room else StopReason.CONTEXT_LIMIT
-            result = await self._ask(f"step() of task {key.task_id!r}", StepResult, environment.step, text)
+            result = await self._ask(
+                f"step() of task {key.task_id!r}", StepResult, environment.step, text
+            )
             tape.add_calls(result.calls)
             if result.stop_reason is StopReason.ENVIRONMENT_ERROR:
-                raise FaultyEnvironmentError("the environment stopped the episode with ENVIRONMENT_ERROR")
+                raise FaultyEnvironmentError(
+                    "the environment stopped the episode with ENVIRONMENT_ERROR"
+                )
             if result.stop_reason is not None:
                 return result.stop_reason
             if tape.turns == self.limits.max_turns:
@@ -169,7 +191,11 @@ class EpisodePlayer:
                 return limit_reached
 
     async def _append(
-        self, observation: Observation, tape: "TrajectoryBuilder", ended_with_eos: bool, key: EpisodeKey
+        self,
+        observation: Observation,
+        tape: "TrajectoryBuilder",
+        ended_with_eos: bool,
+        key: EpisodeKey,
     ) -> StopReason | None:
         """Append what the environment says next, or return the limit that leaves no room for it and one sampled token more."""
         step = f"step() of task {key.task_id!r}"
@@ -189,7 +215,9 @@ class EpisodePlayer:
         tape.add_observation(ids, observation.messages)
         return None
 
-    def _request(self, observation: Observation, tape: "TrajectoryBuilder", key: EpisodeKey, max_tokens: int) -> SamplingRequest:
+    def _request(
+        self, observation: Observation, tape: "TrajectoryBuilder", key: EpisodeKey, max_tokens: int
+    ) -> SamplingRequest:
         return SamplingRequest(
             group_id=key.group_id,
             episode_id=key.episode_id,
@@ -232,7 +260,9 @@ class TrajectoryBuilder:
         for call in calls:
             self.call_chars += len(call.arguments) + len(call.result)
             if self.call_chars > MAX_EPISODE_CALL_CHARS:
-                arguments, result = (checked.cut(text, 100) for text in (call.arguments, call.result))
+                arguments, result = (
+                    checked.cut(text, 100) for text in (call.arguments, call.result)
+                )
                 call = ToolCall(call.name, arguments, result, call.ok)
             self.calls.append(call)
 
@@ -243,7 +273,9 @@ class TrajectoryBuilder:
         self.versions += [-1] * len(ids)
         self.messages += messages
 
-    def trajectory(self, key: EpisodeKey, stop_reason: StopReason, score: Score | None, error: str = "") -> Trajectory:
+    def trajectory(
+        self, key: EpisodeKey, stop_reason: StopReason, score: Score | None, error: str = ""
+    ) -> Trajectory:
         return Trajectory(
             task_id=key.task_id,
             sample_index=key.sample_index,
@@ -265,6 +297,10 @@ def _check_generation(generation: Generation, max_tokens: int, key: EpisodeKey) 
     """Refuse what would poison a batch: no tokens, more than were asked for, or log-probabilities that are not finite."""
     count = len(generation.token_ids_T)
     if not 0 < count <= max_tokens:
-        raise SamplerError(f"the sampler gave {count} tokens for {key.episode_id}, asked for 1 to {max_tokens}")
+        raise SamplerError(
+            f"the sampler gave {count} tokens for {key.episode_id}, asked for 1 to {max_tokens}"
+        )
     if not np.isfinite(generation.logprobs_T).all():
-        raise SamplerError(f"the sampler gave log-probabilities that are not finite for {key.episode_id}: {generation.logprobs_T}")
+        raise SamplerError(
+            f"the sampler gave log-probabilities that are not finite for {key.episode_id}: {generation.logprobs_T}"
+        )

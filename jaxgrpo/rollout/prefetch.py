@@ -48,7 +48,11 @@ class RolloutsAhead:
     leaves no trace: a run that was cut off plays it again."""
 
     def __init__(
-        self, loop: EventLoopThread, play: Callable[[int], Coroutine[Any, Any, RolloutResult]], first: int, max_staleness: int
+        self,
+        loop: EventLoopThread,
+        play: Callable[[int], Coroutine[Any, Any, RolloutResult]],
+        first: int,
+        max_staleness: int,
     ) -> None:
         """`play` is the rollout of one batch, to be run on `loop`."""
         self._loop = loop

@@ -36,11 +36,17 @@ class Execution:
     max_retries: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("episodes_in_flight", 1), ("environment_threads", 1), ("max_retries", 0)):
+        for name, least in (
+            ("episodes_in_flight", 1),
+            ("environment_threads", 1),
+            ("max_retries", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.step_deadline_seconds <= 0:
-            raise ValueError(f"step_deadline_seconds must be above 0, got {self.step_deadline_seconds}")
+            raise ValueError(
+                f"step_deadline_seconds must be above 0, got {self.step_deadline_seconds}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +75,9 @@ class RolloutResult:
     def sampled_versions_T(self) -> np.ndarray:
         """The weight version of each sampled token of the groups, one after the other."""
         trajectories = [t for group in self.groups for t in group.trajectories]
-        return np.concatenate([np.zeros(0, np.int32), *(t.weight_versions_C[t.action_mask_C] for t in trajectories)])
+        return np.concatenate(
+            [np.zeros(0, np.int32), *(t.weight_versions_C[t.action_mask_C] for t in trajectories)]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +105,17 @@ class Rollout:
 
     @functools.cached_property
     def _calls(self) -> BlockingCalls:
-        return BlockingCalls(self.execution.environment_threads, self.execution.step_deadline_seconds)
+        return BlockingCalls(
+            self.execution.environment_threads, self.execution.step_deadline_seconds
+        )
 
     async def groups(
-        self, tasks: Sequence[Task], group_size: int, seed: int, batch: str, progress: Progress | None = None
+        self,
+        tasks: Sequence[Task],
+        group_size: int,
+        seed: int,
+        batch: str,
+        progress: Progress | None = None,
     ) -> RolloutResult:
         """Play `group_size` episodes of each task.
 
@@ -111,19 +126,37 @@ class Rollout:
         if group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {group_size}")
         if len({task.id for task in tasks}) < len(tasks):
-            raise ValueError(f"a task occurs twice in batch {batch!r}: its episodes would be the same; give it two batches")
+            raise ValueError(
+                f"a task occurs twice in batch {batch!r}: its episodes would be the same; give it two batches"
+            )
         start = time.perf_counter()
         played_with = (self.limits, self.sampling, self._calls, self.rewards)
         player = EpisodePlayer(self.sampler, self.suite, self.chat, *played_with)
         counter = _Counter(progress, len(tasks) * group_size)
-        runner = _BatchRunner(player, self._places, self.execution.max_retries, EpisodeKey(seed, batch, "", 0), counter)
+        runner = _BatchRunner(
+            player,
+            self._places,
+            self.execution.max_retries,
+            EpisodeKey(seed, batch, "", 0),
+            counter,
+        )
         openings = await all_or_none([runner.open(task) for task in tasks])
-        outcomes = await all_or_none([runner.run_group(task, opening, group_size) for task, opening in zip(tasks, openings, strict=True)])
+        outcomes = await all_or_none(
+            [
+                runner.run_group(task, opening, group_size)
+                for task, opening in zip(tasks, openings, strict=True)
+            ]
+        )
         position = {task.id: i for i, task in enumerate(tasks)}
         return RolloutResult(
             groups=tuple(outcome for outcome in outcomes if isinstance(outcome, Group)),
             dropped=tuple(outcome for outcome in outcomes if isinstance(outcome, DroppedGroup)),
-            failures=tuple(sorted(runner.failures, key=lambda failure: (position[failure.task_id], failure.sample_index))),
+            failures=tuple(
+                sorted(
+                    runner.failures,
+                    key=lambda failure: (position[failure.task_id], failure.sample_index),
+                )
+            ),
             seconds=time.perf_counter() - start,
         )
 
@@ -135,7 +168,14 @@ class _TriesSpentError(Exception):
 class _BatchRunner:
     """One batch under way."""
 
-    def __init__(self, player: EpisodePlayer, places: asyncio.Semaphore, max_retries: int, key: EpisodeKey, counter: "_Counter"):
+    def __init__(
+        self,
+        player: EpisodePlayer,
+        places: asyncio.Semaphore,
+        max_retries: int,
+        key: EpisodeKey,
+        counter: "_Counter",
+    ):
         self._player = player
         self._tries = 1 + max_retries
         self._in_flight = places
@@ -152,7 +192,9 @@ class _BatchRunner:
                 error = str(faulty)
         return DroppedGroup(task, error)
 
-    async def run_group(self, task: Task, opening: Opening | DroppedGroup, group_size: int) -> Group | DroppedGroup:
+    async def run_group(
+        self, task: Task, opening: Opening | DroppedGroup, group_size: int
+    ) -> Group | DroppedGroup:
         """All episodes of a task. The first one that fails for good cancels the others: the group is lost without it."""
         if isinstance(opening, DroppedGroup):
             self._counter.add(group_size)
@@ -174,7 +216,9 @@ class _BatchRunner:
 
     async def _run_episode(self, task: Task, opening: Opening, sample_index: int) -> Trajectory:
         for attempt in range(self._tries):
-            key = dataclasses.replace(self._key, task_id=task.id, sample_index=sample_index, attempt=attempt)
+            key = dataclasses.replace(
+                self._key, task_id=task.id, sample_index=sample_index, attempt=attempt
+            )
             async with self._in_flight:
                 trajectory = await self._player.play(task, opening, key)
             if trajectory.stop_reason is not StopReason.ENVIRONMENT_ERROR:

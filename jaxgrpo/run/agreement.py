@@ -32,19 +32,28 @@ class AgreementCheck:
     tokens: int = 16
     send: Callable[[Command], None] = no_op
 
-    def run(self, loop: EventLoopThread, sampler: Sampler, params: Params, version: int) -> dict[str, float]:
+    def run(
+        self, loop: EventLoopThread, sampler: Sampler, params: Params, version: int
+    ) -> dict[str, float]:
         """The mean and the largest difference of log-probabilities; `params` are the trainer's (`Update.policy`), published as `version`.
 
         Raises MismatchError beyond the bound.
         """
         generations = loop.call(self._generate(sampler, version))
-        served = sorted({int(v) for generation in generations for v in generation.weight_versions_T})
+        served = sorted(
+            {int(v) for generation in generations for v in generation.weight_versions_T}
+        )
         if served != [version]:
-            raise MismatchError(f"after publishing weights of version {version} the sampler answers with version {served}")
+            raise MismatchError(
+                f"after publishing weights of version {version} the sampler answers with version {served}"
+            )
         batch = self._batch(generations)
         self.send(Command(Work.SCORE, batches=(batch,)))
         train_GC = np.asarray(self.update.logprobs(params, batch).addressable_data(0))[0]
-        pairs = [(train_C[: len(g.logprobs_T)], g.logprobs_T) for train_C, g in zip(train_GC, generations, strict=True)]
+        pairs = [
+            (train_C[: len(g.logprobs_T)], g.logprobs_T)
+            for train_C, g in zip(train_GC, generations, strict=True)
+        ]
         differences = np.abs(np.concatenate([train - sampled for train, sampled in pairs]))
         mean, largest = float(differences.mean()), float(differences.max())
         if not mean <= self.bound:
@@ -58,7 +67,15 @@ class AgreementCheck:
     async def _generate(self, sampler: Sampler, version: int) -> list[Generation]:
         group, prompt = f"check-{version}", self.prompt_ids_P
         requests = [
-            SamplingRequest(group, f"{group}/{i}", prompt, len(prompt), self.tokens, seed=i, temperature=self.temperature)
+            SamplingRequest(
+                group,
+                f"{group}/{i}",
+                prompt,
+                len(prompt),
+                self.tokens,
+                seed=i,
+                temperature=self.temperature,
+            )
             for i in range(_CHECK_SAMPLES)
         ]
         try:
@@ -70,7 +87,12 @@ class AgreementCheck:
     def _batch(self, generations: Sequence[Generation]) -> GroupBatch:
         """One group of all generations, repeated for every device."""
         n, g, c = self.update.mesh.size, len(generations), self.tokens
-        rows_GC = np.stack([np.pad(generation.token_ids_T, (0, c - len(generation.token_ids_T))) for generation in generations])
+        rows_GC = np.stack(
+            [
+                np.pad(generation.token_ids_T, (0, c - len(generation.token_ids_T)))
+                for generation in generations
+            ]
+        )
         lengths_G = np.array([len(generation.token_ids_T) for generation in generations], np.int32)
         prompt_P = np.pad(self.prompt_ids_P, (0, -len(self.prompt_ids_P) % 128))
         zeros_NGC = np.zeros((n, g, c), np.float32)
@@ -87,7 +109,10 @@ class AgreementCheck:
 
 
 def agreement_check(
-    config: Config, update: Update, prompt_ids_P: np.ndarray, send: Callable[[Command], None] = no_op
+    config: Config,
+    update: Update,
+    prompt_ids_P: np.ndarray,
+    send: Callable[[Command], None] = no_op,
 ) -> AgreementCheck | None:
     """With a prompt [P] of the run, for a sampler in another process: there a weight can be lost or stale."""
     if config.sampler == "native":

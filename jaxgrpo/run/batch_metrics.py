@@ -9,7 +9,9 @@ from jaxgrpo.rollout.rollout import RolloutResult
 from jaxgrpo.types import GroupBatch, StopReason
 
 
-def rollout_metrics(result: RolloutResult, skipped: Sequence[RolloutResult], version: int) -> dict[str, float | int | str]:
+def rollout_metrics(
+    result: RolloutResult, skipped: Sequence[RolloutResult], version: int
+) -> dict[str, float | int | str]:
     """What the episodes of a batch came to, and the batches `skipped` before it, whose faults are
     counted here.
 
@@ -20,8 +22,12 @@ def rollout_metrics(result: RolloutResult, skipped: Sequence[RolloutResult], ver
     tokens = np.array([len(t.completion_ids_C) for t in trajectories])
     metrics: dict[str, float | int | str] = {
         "train/reward_mean": float(np.mean([g.rewards_G.mean() for g in result.groups])),
-        "train/pass_rate": float(np.mean([t.score is not None and t.score.passed for t in trajectories])),
-        "train/no_signal_fraction": float(np.mean([np.ptp(g.rewards_G) == 0 for g in result.groups])),
+        "train/pass_rate": float(
+            np.mean([t.score is not None and t.score.passed for t in trajectories])
+        ),
+        "train/no_signal_fraction": float(
+            np.mean([np.ptp(g.rewards_G) == 0 for g in result.groups])
+        ),
         "train/groups": len(result.groups),
         "train/skipped_batches": len(skipped),
         "train/dropped_groups": sum(len(r.dropped) for r in (*skipped, result)),
@@ -40,12 +46,17 @@ def rollout_metrics(result: RolloutResult, skipped: Sequence[RolloutResult], ver
     for reason in StopReason:
         metrics[f"stop/{reason}"] = float(np.mean([t.stop_reason is reason for t in trajectories]))
     for part in sorted({name for t in trajectories if t.score for name in t.score.parts}):
-        metrics[f"reward/{part}"] = float(np.mean([t.score.parts.get(part, 0.0) for t in trajectories if t.score]))
+        metrics[f"reward/{part}"] = float(
+            np.mean([t.score.parts.get(part, 0.0) for t in trajectories if t.score])
+        )
     return metrics
 
 
 def update_metrics(
-    batches: Sequence[GroupBatch], reports: Sequence[StepReport], compilations: int, seconds: Mapping[str, float]
+    batches: Sequence[GroupBatch],
+    reports: Sequence[StepReport],
+    compilations: int,
+    seconds: Mapping[str, float],
 ) -> dict[str, float | int | str]:
     """What the optimizer steps on a batch came to; those that were not taken
     (jaxgrpo.learner.update.StepReport) are counted.
@@ -58,9 +69,19 @@ def update_metrics(
     taken = [report for report in reports if report.taken]
     first = taken[0].sums.summary()
     completions = sum(int(b.completion_lengths_NG.sum()) for b in batches)
-    real = completions + sum(int(b.prompt_lengths_N[b.completion_lengths_NG.any(axis=1)].sum()) for b in batches)
+    real = completions + sum(
+        int(b.prompt_lengths_N[b.completion_lengths_NG.any(axis=1)].sum()) for b in batches
+    )
     computed = sum(b.prompt_NP.size + b.completions_NGC.size for b in batches)
-    repeated = sum(int((b.completion_lengths_NG + b.prompt_lengths_N[:, None] * (b.completion_lengths_NG > 0)).sum()) for b in batches)
+    repeated = sum(
+        int(
+            (
+                b.completion_lengths_NG
+                + b.prompt_lengths_N[:, None] * (b.completion_lengths_NG > 0)
+            ).sum()
+        )
+        for b in batches
+    )
     return {
         **{f"train/{key}": value for key, value in first.items()},
         "train/clip_fraction": taken[-1].sums.summary()["clip_fraction"],
@@ -78,7 +99,9 @@ def update_metrics(
     }
 
 
-def schedule_metrics(seconds: Mapping[str, float], sampler_idle_fraction: float) -> dict[str, float | int | str]:
+def schedule_metrics(
+    seconds: Mapping[str, float], sampler_idle_fraction: float
+) -> dict[str, float | int | str]:
     """How long a batch took in all, less evaluations, and for which share of it each side was idle: the trainer while it waited for
     rollouts, the sampler while no request was in flight. Recording and a checkpoint are those of the batch before."""
     whole = seconds["all"] - seconds.get("evaluate", 0.0)

@@ -33,7 +33,15 @@ class Learner:
     In a run of several processes each has one. The first process calls the methods, each of which tells the others; they `follow`.
     """
 
-    def __init__(self, config: Config, assets: ModelAssets, folder: Path, resume: bool, processes: Processes, stack: ExitStack):
+    def __init__(
+        self,
+        config: Config,
+        assets: ModelAssets,
+        folder: Path,
+        resume: bool,
+        processes: Processes,
+        stack: ExitStack,
+    ):
         self.config = config
         self.assets = assets
         self.folder = folder
@@ -54,7 +62,9 @@ class Learner:
         resuming: checkpoints hold adapters only."""
         lora, frozen = self.config.lora.rank > 0, None
         if lora or not resume:
-            state = self.update.init(self.base() if lora else initial_params(self.assets, np.float32), self.config.seed)
+            state = self.update.init(
+                self.base() if lora else initial_params(self.assets, np.float32), self.config.seed
+            )
             frozen = state.frozen
         if not resume:
             return state, Progress(0, 0)
@@ -86,14 +96,16 @@ class Learner:
         gradient is not finite is not taken, and is the last one.
 
         Raises DivergedError when what was made of the weights is of no use; no sampler and no
-        checkpoint has had them. """
+        checkpoint has had them."""
         self.processes.send(Command(Work.LEARN, number=self.batch, batches=tuple(batches)))
         with self.clock.phase("reference"):
             reference = self.update.reference_logprobs(self.state, batches)
         old, reports, before = None, [], self.state.step
         with self.clock.phase("update"):
             for _ in range(self.steps_of_batch):
-                self.state, logprobs, report = self.update.optimizer_step(self.state, batches, old, reference)
+                self.state, logprobs, report = self.update.optimizer_step(
+                    self.state, batches, old, reference
+                )
                 old = logprobs if old is None else old
                 reports.append(report)
                 if not report.taken:

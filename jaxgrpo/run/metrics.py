@@ -22,7 +22,15 @@ class Recorder:
     cut off and resumes writes them again. None keeps all lines.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool, wandb_project: str | None, name: str, after: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tensorboard: bool,
+        wandb_project: str | None,
+        name: str,
+        after: int | None = None,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         _mend(folder / "metrics.jsonl", after)
         self._lines = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
@@ -31,7 +39,9 @@ class Recorder:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=None if after is None else after + 1)
+            self._tensorboard = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=None if after is None else after + 1
+            )
         if wandb_project is not None:
             import wandb  # optional; the config refuses a project where it is not installed
 
@@ -39,7 +49,10 @@ class Recorder:
 
     def record(self, step: int, metrics: Metrics) -> None:
         """Write one line; numbers are finite floats or ints, strings label the line."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in metrics.items()
+        }
         self._lines.write(json.dumps({"step": step, **finite}) + "\n")
         self._lines.flush()
         numbers = {k: v for k, v in finite.items() if isinstance(v, (int, float))}
@@ -63,7 +76,11 @@ def _mend(path: Path, after: int | None) -> None:
     those that a loss of power left unreadable."""
     if not path.exists():
         return
-    whole = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if line.endswith("\n")]
+    whole = [
+        line
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        if line.endswith("\n")
+    ]
     kept = [line for line in whole if after is None or _step(line) <= after]
     mended = path.with_suffix(".mended")
     mended.write_text("".join(kept), encoding="utf-8")
@@ -111,7 +128,13 @@ class TerminalView:
         self._streams = sys.stdout, sys.stderr
         self.console = console or Console(file=sys.stdout)
         self._total = total
-        columns = [TextColumn(f"[bold]{unit}"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[status]}")]
+        columns = [
+            TextColumn(f"[bold]{unit}"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[status]}"),
+        ]
         self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self._task = self._bar.add_task(unit, total=total, status="")
         self._first, self._started = 0, time.perf_counter()
@@ -121,7 +144,12 @@ class TerminalView:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._bar.stop()
         sys.stdout, sys.stderr = self._streams
 
@@ -140,8 +168,14 @@ class TerminalView:
 
     def step(self, step: int, metrics: Metrics) -> None:
         """A batch is done."""
-        reward, passed, tokens = (metrics[f"train/{key}"] for key in ("reward_mean", "pass_rate", "completion_tokens_mean"))
-        idle = "  ".join(f"{side} idle {metrics[f'time/{side}_idle_fraction']:.0%}" for side in ("trainer", "sampler"))
+        reward, passed, tokens = (
+            metrics[f"train/{key}"]
+            for key in ("reward_mean", "pass_rate", "completion_tokens_mean")
+        )
+        idle = "  ".join(
+            f"{side} idle {metrics[f'time/{side}_idle_fraction']:.0%}"
+            for side in ("trainer", "sampler")
+        )
         self._status = f"reward {reward:.3f}  passed {passed:.0%}  tokens {tokens:.0f}  {idle}  {self._left(step)}"
         self._bar.update(self._task, completed=step, status=self._status)
         if not self.console.is_terminal:
@@ -155,6 +189,16 @@ class TerminalView:
 
     def _left(self, done: int) -> str:
         """Reckoned from all steps since the start; rich's own column forgets what is older than thirty seconds, less than a step takes."""
-        seconds = (time.perf_counter() - self._started) / max(done - self._first, 1) * max(self._total - done, 0)
+        seconds = (
+            (time.perf_counter() - self._started)
+            / max(done - self._first, 1)
+            * max(self._total - done, 0)
+        )
         hours, minutes = divmod(round(seconds / 60), 60)
-        return f"{hours} h {minutes:02} min left" if hours else f"{minutes} min left" if seconds >= 90 else f"{seconds:.0f} s left"
+        return (
+            f"{hours} h {minutes:02} min left"
+            if hours
+            else f"{minutes} min left"
+            if seconds >= 90
+            else f"{seconds:.0f} s left"
+        )

@@ -84,7 +84,9 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     (Chen et al. 2021, "Evaluating large language models trained on code", arXiv:2107.03374, equation 1).
     """
     if not (0 <= passed <= samples and 1 <= k <= samples):
-        raise ValueError(f"pass@k needs 0 <= passed <= samples and 1 <= k <= samples, got passed={passed}, samples={samples}, k={k}")
+        raise ValueError(
+            f"pass@k needs 0 <= passed <= samples and 1 <= k <= samples, got passed={passed}, samples={samples}, k={k}"
+        )
     return 1 - math.comb(samples - passed, k) / math.comb(samples, k)
 
 
@@ -94,16 +96,23 @@ def mean_pass_at_k(passed_NG: np.ndarray, k: int) -> float:
     return float(np.mean([pass_at_k(g, int(passed), k) for passed in np.sum(passed_NG, axis=1)]))
 
 
-def pass_rates_by_label(passed_NG: np.ndarray, labels_N: Sequence[Sequence[str]]) -> Mapping[str, PassRate]:
+def pass_rates_by_label(
+    passed_NG: np.ndarray, labels_N: Sequence[Sequence[str]]
+) -> Mapping[str, PassRate]:
     """The pass rate of each label's tasks, labels in alphabetical order. A task counts once under each of its labels."""
     n, _ = _tasks_and_samples(passed_NG)
     if len(labels_N) != n:
         raise ValueError(f"there are outcomes of {n} tasks and labels of {len(labels_N)}")
     names = sorted({label for labels in labels_N for label in labels})
-    return {name: pass_rate(passed_NG[np.array([name in labels for labels in labels_N])]) for name in names}
+    return {
+        name: pass_rate(passed_NG[np.array([name in labels for labels in labels_N])])
+        for name in names
+    }
 
 
 def _tasks_and_samples(passed_NG: np.ndarray) -> tuple[int, int]:
     if passed_NG.ndim != 2 or passed_NG.size == 0 or passed_NG.dtype != bool:
-        raise ValueError(f"passed_NG must be a filled array of booleans [tasks, samples], got {passed_NG.dtype} {passed_NG.shape}")
+        raise ValueError(
+            f"passed_NG must be a filled array of booleans [tasks, samples], got {passed_NG.dtype} {passed_NG.shape}"
+        )
     return passed_NG.shape[0], passed_NG.shape[1]

@@ -89,13 +89,23 @@ class ClusterFlags:
 
     @property
     def several(self) -> bool:
-        return self.detect or (self.coordinator, self.processes, self.process_id) != (None, None, None)
+        return self.detect or (self.coordinator, self.processes, self.process_id) != (
+            None,
+            None,
+            None,
+        )
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """What a command of several processes is told beside its config, which is the same for all."""
-    cluster = parser.add_argument_group("several processes (docs/scale-out.md)", "the same command on every host or GPU")
-    cluster.add_argument("--distributed", action="store_true", help="jax finds the others: Slurm, Open MPI, Kubernetes")
+    cluster = parser.add_argument_group(
+        "several processes (docs/scale-out.md)", "the same command on every host or GPU"
+    )
+    cluster.add_argument(
+        "--distributed",
+        action="store_true",
+        help="jax finds the others: Slurm, Open MPI, Kubernetes",
+    )
     cluster.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     cluster.add_argument("--processes", type=int, help="how many there are")
     cluster.add_argument("--process-id", type=int, help="which this is, from 0 on")
@@ -115,7 +125,9 @@ def join(flags: ClusterFlags, gpus: Sequence[int] | None) -> "Processes":
         return Processes()
     given = (flags.coordinator, flags.processes, flags.process_id)
     if None in given and not flags.detect:
-        raise ConfigError("--coordinator, --processes and --process-id belong together; --distributed has jax find out what is not given")
+        raise ConfigError(
+            "--coordinator, --processes and --process-id belong together; --distributed has jax find out what is not given"
+        )
     _check_flags(flags)
     try:
         jax.distributed.initialize(
@@ -242,10 +254,20 @@ class Processes:
             return
         self._told += 1
         arrays = [_arrays(batch) for batch in command.batches]
-        forms = [{name: (array.dtype.name, array.shape) for name, array in of_one.items()} for of_one in arrays]
-        message = {"work": command.work, "number": command.number, "text": command.text, "batches": forms}
+        forms = [
+            {name: (array.dtype.name, array.shape) for name, array in of_one.items()}
+            for of_one in arrays
+        ]
+        message = {
+            "work": command.work,
+            "number": command.number,
+            "text": command.text,
+            "batches": forms,
+        }
         self._store.key_value_set(_key(self._told), json.dumps(message))
-        self._store.key_value_delete(_key(self._told - 2))  # that one was carried out: the last one computed with everybody
+        self._store.key_value_delete(
+            _key(self._told - 2)
+        )  # that one was carried out: the last one computed with everybody
         for of_one in arrays:
             multihost_utils.broadcast_one_to_all(of_one)
 
@@ -253,7 +275,10 @@ class Processes:
         """Wait for what the leader tells next. Raises PeerError when another process has failed."""
         self._told += 1
         message = json.loads(self._wait(_key(self._told)))
-        batches = [GroupBatch(**multihost_utils.broadcast_one_to_all(_empty(forms))) for forms in message["batches"]]
+        batches = [
+            GroupBatch(**multihost_utils.broadcast_one_to_all(_empty(forms)))
+            for forms in message["batches"]
+        ]
         return Command(Work(message["work"]), message["number"], message["text"], tuple(batches))
 
     @contextlib.contextmanager
@@ -354,7 +379,9 @@ class Processes:
             self._failure = failure
             main_thread = threading.main_thread().ident
             assert main_thread is not None
-            signal.pthread_kill(main_thread, signal.SIGINT)  # to that thread, so that what it waits for is interrupted
+            signal.pthread_kill(
+                main_thread, signal.SIGINT
+            )  # to that thread, so that what it waits for is interrupted
         if not self._over.wait(_LEADERS_GRACE_SECONDS if self.leads else _GRACE_SECONDS):
             print(f"error: {failure}", file=sys.stderr, flush=True)
             os._exit(130 if self._interrupted else 1)
@@ -369,7 +396,9 @@ def _key(number: int) -> str:
 
 
 def _arrays(batch: GroupBatch) -> dict[str, np.ndarray]:
-    return {field.name: np.asarray(getattr(batch, field.name)) for field in dataclasses.fields(batch)}
+    return {
+        field.name: np.asarray(getattr(batch, field.name)) for field in dataclasses.fields(batch)
+    }
 
 
 def _empty(forms: Mapping[str, tuple[str, Sequence[int]]]) -> dict[str, np.ndarray]:

@@ -113,7 +113,9 @@ def clear_unfinished(folder: Path) -> None:
 def append_records(path: Path, records: Iterable[TrajectoryRecord]) -> None:
     """Add to the end of a plain file, after cutting off a line that was torn there."""
     if path.suffix == ".gz":
-        raise ValueError(f"cannot append to {path}: gzipped files are written whole, with write_records")
+        raise ValueError(
+            f"cannot append to {path}: gzipped files are written whole, with write_records"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     data = "".join(f"{to_line(record)}\n" for record in records).encode("ascii")
     with path.open("ab+") as file:
@@ -145,7 +147,9 @@ def to_line(record: TrajectoryRecord) -> str:
         "turns": trajectory.turns,
         "reward": None if score is None else float(score.reward),
         "passed": None if score is None else bool(score.passed),
-        "score_parts": None if score is None else {name: float(part) for name, part in score.parts.items()},
+        "score_parts": None
+        if score is None
+        else {name: float(part) for name, part in score.parts.items()},
         "score_notes": None if score is None else dict(score.notes),
         "error": trajectory.error,
         "messages": [dataclasses.asdict(message) for message in trajectory.messages],
@@ -164,7 +168,9 @@ def from_line(line: str | bytes) -> TrajectoryRecord:
     fields = json.loads(line)
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         found = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
-        raise ValueError(f"the line has format {found!r}, this program reads format {FORMAT}: read it with the version that wrote it")
+        raise ValueError(
+            f"the line has format {found!r}, this program reads format {FORMAT}: read it with the version that wrote it"
+        )
     trajectory = Trajectory(
         task_id=fields["task"],
         sample_index=fields["sample"],
@@ -223,7 +229,10 @@ def _read_bytes(path: Path) -> tuple[bytes, str]:
         except zlib.error as error:
             raise ValueError(f"{path} is not a gzip file, or it is damaged: {error}") from error
         if not inflate.eof:
-            return text, f"{path}: the gzipped data end too early; their whole lines up to there were read"
+            return (
+                text,
+                f"{path}: the gzipped data end too early; their whole lines up to there were read",
+            )
         data = inflate.unused_data
     return text, ""
 
@@ -233,4 +242,6 @@ def _parsed(path: Path, lines: Iterable[bytes]) -> Iterator[TrajectoryRecord]:
         try:
             yield from_line(line)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"line {number} of {path} is not a trajectory: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"line {number} of {path} is not a trajectory: {type(error).__name__}: {error}"
+            ) from error

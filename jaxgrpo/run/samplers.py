@@ -21,11 +21,19 @@ from jaxgrpo.samplers.vllm.client import TokenizerProbe, VllmLimits, VllmSampler
 from jaxgrpo.samplers.vllm.server import ServerPlan, VllmServer
 from jaxgrpo.storage.publish import WeightFolder, published_bytes
 
-_PROBE_TEXT = 'Call the tool: {"name": "añadir", "arguments": {"x": -12.5}}\n\n<tool_call> done 你好'
+_PROBE_TEXT = (
+    'Call the tool: {"name": "añadir", "arguments": {"x": -12.5}}\n\n<tool_call> done 你好'
+)
 
 
 def open_sampler(
-    config: Config, assets: ModelAssets, weights: PolicyWeights, version: int, loop: EventLoopThread, folder: Path, stack: ExitStack
+    config: Config,
+    assets: ModelAssets,
+    weights: PolicyWeights,
+    version: int,
+    loop: EventLoopThread,
+    folder: Path,
+    stack: ExitStack,
 ) -> Sampler:
     """The sampler that the config asks for, serving `weights` as `version`; `stack` ends it and what it owns. `folder` is the run's.
 
@@ -41,7 +49,9 @@ def open_sampler(
         raise ConfigError(f"sampler 'vllm': {error}") from error
 
 
-def _native(config: Config, assets: ModelAssets, weights: PolicyWeights, version: int) -> NativeSampler:
+def _native(
+    config: Config, assets: ModelAssets, weights: PolicyWeights, version: int
+) -> NativeSampler:
     if jax.devices()[0].platform != "cpu":
         say_aside(
             "embedded sampler: the first batches wait for about ten programs to compile, some"
@@ -61,7 +71,13 @@ def _native(config: Config, assets: ModelAssets, weights: PolicyWeights, version
 
 
 def _vllm(
-    config: Config, assets: ModelAssets, weights: PolicyWeights, version: int, loop: EventLoopThread, folder: Path, stack: ExitStack
+    config: Config,
+    assets: ModelAssets,
+    weights: PolicyWeights,
+    version: int,
+    loop: EventLoopThread,
+    folder: Path,
+    stack: ExitStack,
 ) -> VllmSampler:
     v = config.vllm
     versions = _version_folder(v.weights_folder, folder, assets.config)
@@ -69,22 +85,32 @@ def _vllm(
     servers: list[VllmServer] = []
     key = os.environ.get(KEY_VARIABLE)
     if not v.urls:
-        key = key or secrets.token_urlsafe(32)  # the routes that change weights are nobody else's on this host either
+        key = key or secrets.token_urlsafe(
+            32
+        )  # the routes that change weights are nobody else's on this host either
         for i, plan in enumerate(server_plans(config, assets)):
-            servers.append(VllmServer(plan, folder / ("vllm.log" if i == 0 else f"vllm-{i}.log"), key))
+            servers.append(
+                VllmServer(plan, folder / ("vllm.log" if i == 0 else f"vllm-{i}.log"), key)
+            )
             stack.callback(servers[-1].close)
         for server in servers:
             server.wait(v.start_seconds)
     sampler = VllmSampler(
         v.urls or tuple(server.url for server in servers),
-        VllmLimits(v.max_requests, _context_tokens(config), v.request_seconds, v.publish_seconds, v.retries),
+        VllmLimits(
+            v.max_requests, _context_tokens(config), v.request_seconds, v.publish_seconds, v.retries
+        ),
         eos_token_ids=assets.chat.eos_ids,
         versions=versions,
         api_key=key,
-        failure=lambda: next((failure for server in servers if (failure := server.failure()) is not None), None),
+        failure=lambda: next(
+            (failure for server in servers if (failure := server.failure()) is not None), None
+        ),
     )
     stack.callback(lambda: loop.call(sampler.close()))
-    probe = TokenizerProbe(_PROBE_TEXT, tuple(assets.tokenizer.encode(_PROBE_TEXT, add_special_tokens=False)))
+    probe = TokenizerProbe(
+        _PROBE_TEXT, tuple(assets.tokenizer.encode(_PROBE_TEXT, add_special_tokens=False))
+    )
     loop.call(sampler.connect(probe))
     loop.call(sampler.publish(version, weights))
     return sampler
@@ -105,7 +131,10 @@ def server_plans(config: Config, assets: ModelAssets) -> list[ServerPlan]:
     v = config.vllm
     one, share = server_plan(config, assets), len(v.gpus) // v.servers
     return [
-        dataclasses.replace(one, gpus=v.gpus[i * share : (i + 1) * share], port=one.port + i if one.port else 0) for i in range(v.servers)
+        dataclasses.replace(
+            one, gpus=v.gpus[i * share : (i + 1) * share], port=one.port + i if one.port else 0
+        )
+        for i in range(v.servers)
     ]
 
 
@@ -130,5 +159,3 @@ def server_plan(config: Config, assets: ModelAssets, own_weights: bool = False) 
 
 def _context_tokens(config: Config) -> int:
     return config.rollout.max_prompt_tokens + config.rollout.max_completion_tokens
-
-

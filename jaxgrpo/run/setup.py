@@ -58,7 +58,9 @@ def open_model_assets(config: Config, weights: bool = True) -> ModelAssets:
     or not supported."""
     try:
         folder = locate(config.model.source, config.model.revision, weights)
-        sizes = ModelConfig.from_folder(folder)  # first: transformers reads config.json too, and says less about it
+        sizes = ModelConfig.from_folder(
+            folder
+        )  # first: transformers reads config.json too, and says less about it
         tokenizer = load_tokenizer(folder)
         ends = (*sizes.eos_token_ids, *generation_ends(folder))
         return ModelAssets(folder, sizes, tokenizer, Chat(tokenizer, ends))
@@ -127,14 +129,20 @@ def device_count(config: Config) -> int:
     wanted = config.training.devices or len(available)
     problems = []
     if wanted > len(available):
-        problems.append(f"training.devices is {wanted}, but jax sees {len(available)} device(s) of kind {available[0].platform}")
+        problems.append(
+            f"training.devices is {wanted}, but jax sees {len(available)} device(s) of kind {available[0].platform}"
+        )
     elif wanted < len(available) and jax.process_count() > 1:
         problems.append(
             f"training.devices is {wanted}, but the {jax.process_count()} processes have {len(available)} devices, all of which take part: "
             "leave it None, and limit each process with training.gpus"
         )
     refuse(problems)
-    micro_batches(config.rollout.tasks_per_step, devices=wanted, groups_per_device=config.training.groups_per_device)
+    micro_batches(
+        config.rollout.tasks_per_step,
+        devices=wanted,
+        groups_per_device=config.training.groups_per_device,
+    )
     return wanted
 
 
@@ -163,10 +171,14 @@ def served_dtype(config: Config) -> Any:
     return jnp.dtype(jnp.bfloat16) if config.sampler == "vllm" and not config.lora.rank else None
 
 
-def attention_kernel(config: Config, model: ModelConfig, mesh: Mesh, dtype: Any) -> tuple[Kernel, str]:
+def attention_kernel(
+    config: Config, model: ModelConfig, mesh: Mesh, dtype: Any
+) -> tuple[Kernel, str]:
     """What computes attention in the update over a mesh, and a line that says so. Raises ConfigError where it cannot be as asked for."""
     try:
-        return choose_kernel(config.training.attention, dtype, model.head_dim, mesh.devices.flat[0].platform)
+        return choose_kernel(
+            config.training.attention, dtype, model.head_dim, mesh.devices.flat[0].platform
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -213,11 +225,17 @@ def initial_params(assets: ModelAssets, dtype: Any) -> Params:
         raise ConfigError(f"the weights in {assets.folder} cannot be read: {error}") from error
 
 
-def build_rollout(config: Config, assets: ModelAssets, sampler: Sampler, sampling: SamplingParams) -> Rollout:
+def build_rollout(
+    config: Config, assets: ModelAssets, sampler: Sampler, sampling: SamplingParams
+) -> Rollout:
     """How episodes of this config are played."""
     r = config.rollout
-    limits = Limits(r.max_completion_tokens, r.max_turns, r.max_prompt_tokens, assets.config.context_length)
-    execution = Execution(r.max_in_flight, r.environment_threads, r.environment_deadline, r.max_retries)
+    limits = Limits(
+        r.max_completion_tokens, r.max_turns, r.max_prompt_tokens, assets.config.context_length
+    )
+    execution = Execution(
+        r.max_in_flight, r.environment_threads, r.environment_deadline, r.max_retries
+    )
     return Rollout(
         sampler, config.environment, assets.chat, limits, sampling, execution, config.rewards
     )
@@ -241,4 +259,6 @@ def make_run_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"can it be written to?")
     except OSError as error:
-        raise ConfigError(f"the run folder {folder} cannot be written to ({error.strerror}): give another one with --run-dir") from error
+        raise ConfigError(
+            f"the run folder {folder} cannot be written to ({error.strerror}): give another one with --run-dir"
+        ) from error

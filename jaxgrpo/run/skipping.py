@@ -41,7 +41,9 @@ class NothingLeftError(RuntimeError):
     """Every group was dropped because of its environment; the message ends with the last error."""
 
     def __init__(self, what: str, result: RolloutResult):
-        super().__init__(f"every group of {what} was dropped; the last error:\n{result.dropped[-1].error.rstrip()}")
+        super().__init__(
+            f"every group of {what} was dropped; the last error:\n{result.dropped[-1].error.rstrip()}"
+        )
 
 
 class NothingLearntError(RuntimeError):

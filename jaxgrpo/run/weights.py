@@ -28,14 +28,25 @@ class StoredWeights:
         """On this process's first device."""
         self.send(Command(Work.GATHER))
         update = self.update
-        whole = logical_on_devices(update.merged(self.state), update.model_layout, update.mesh, update.compute_dtype)
-        jax.block_until_ready(whole)  # what all processes compute next must not overtake this gather in one of them
+        whole = logical_on_devices(
+            update.merged(self.state), update.model_layout, update.mesh, update.compute_dtype
+        )
+        jax.block_until_ready(
+            whole
+        )  # what all processes compute next must not overtake this gather in one of them
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
 
     def write(self, version: int, root: Path) -> Path:
         self.send(Command(Work.PUBLISH, version, str(root)))
         update = self.update
-        return publish_weights(update.merged(self.state), update.model_layout, update.mesh, update.config, version, root)
+        return publish_weights(
+            update.merged(self.state),
+            update.model_layout,
+            update.mesh,
+            update.config,
+            version,
+            root,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,4 +61,6 @@ class WholeWeights:
 
     def write(self, version: int, root: Path) -> Path:
         layout, mesh = make_layout(self.model, 1), make_mesh(jax.devices()[:1])
-        return publish_weights(store(self.params, layout, mesh, jnp.bfloat16), layout, mesh, self.model, version, root)
+        return publish_weights(
+            store(self.params, layout, mesh, jnp.bfloat16), layout, mesh, self.model, version, root
+        )

@@ -164,7 +164,7 @@ class Checkpoints:
         Damaged checkpoints are passed over, named on stderr, and set aside as `STEP.damaged`. In a
         run of several processes `share` gives what all of them say, so that they agree on the step.
         Raises FileNotFoundError when there is none, DamageError when none is whole, and ValueError
-        when it is of another model, of other adapters or of another base. """
+        when it is of another model, of other adapters or of another base."""
         record = (
             None
             if frozen is None
@@ -221,15 +221,22 @@ def newest_whole(
     raise DamageError(f"{whole}the checkpoint of step {candidates[-1]} is damaged: {fault}")
 
 
-def read_policy(folder: Path, model: ModelConfig, step: int | None = None, base: Callable[[], Params] | None = None) -> tuple[Params, int]:
+def read_policy(
+    folder: Path,
+    model: ModelConfig,
+    step: int | None = None,
+    base: Callable[[], Params] | None = None,
+) -> tuple[Params, int]:
     """The logical weights of a run's checkpoint (NumPy, float32), and their step; nothing else of it is read, nothing is changed.
 
     Of a run with LoRA, its adapters are merged into the weights that `base` reads, and the result
     is of their type. A damaged checkpoint is passed over, named on stderr. Raises FileNotFoundError
     when there is none, DamageError (a ValueError) when none is whole, and ValueError when it is of
-    another model or base. """
+    another model or base."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"there are no checkpoints in {folder}: give the folder of a run that saved some")
+        raise FileNotFoundError(
+            f"there are no checkpoints in {folder}: give the folder of a run that saved some"
+        )
 
     def read(at: Path) -> tuple[Params, dict[str, Any] | None]:
         _verify(at, POLICY, ADAPTER)
@@ -240,7 +247,9 @@ def read_policy(folder: Path, model: ModelConfig, step: int | None = None, base:
     if record is None:
         return policy, step
     if base is None:
-        raise ValueError(f"{folder} holds adapters only, and the base that they belong to was not given")
+        raise ValueError(
+            f"{folder} holds adapters only, and the base that they belong to was not given"
+        )
     return _merged(policy, base(), model, record), step
 
 
@@ -295,7 +304,9 @@ def _set_aside(folder: Path) -> None:
 
 def _read_trained(folder: Path, model: ModelConfig, lora: LoraSettings) -> Params:
     leaves = _open_policy(folder, model, lora)
-    return hf_mapping.unflatten({path: read_whole(array, saved_shape(array)) for path, array in leaves.items()})
+    return hf_mapping.unflatten(
+        {path: read_whole(array, saved_shape(array)) for path, array in leaves.items()}
+    )
 
 
 def _merged(adapters: Params, base: Params, model: ModelConfig, record: dict[str, Any]) -> Params:
@@ -304,7 +315,12 @@ def _merged(adapters: Params, base: Params, model: ModelConfig, record: dict[str
     layout, adapter_layout = make_layout(model, 1), layout_of(trained_shapes(model, lora), 1)
     stored = store(base, layout, mesh, jax.tree.leaves(base)[0].dtype)
     _check_adapter(_adapter_record(lora, fingerprint(stored, layout, mesh)), record)
-    return logical_on_host(merge_stored(stored, store(adapters, adapter_layout, mesh), layout, adapter_layout, mesh, lora.scale), layout)
+    return logical_on_host(
+        merge_stored(
+            stored, store(adapters, adapter_layout, mesh), layout, adapter_layout, mesh, lora.scale
+        ),
+        layout,
+    )
 
 
 def _adapter_record(lora: LoraSettings, base: str) -> dict[str, Any]:
@@ -312,7 +328,11 @@ def _adapter_record(lora: LoraSettings, base: str) -> dict[str, Any]:
 
 
 def _recorded_lora(record: dict[str, Any] | None) -> LoraSettings:
-    return LoraSettings(record["rank"], record["alpha"], tuple(record["targets"])) if record else NO_LORA
+    return (
+        LoraSettings(record["rank"], record["alpha"], tuple(record["targets"]))
+        if record
+        else NO_LORA
+    )
 
 
 def _write_adapter_record(folder: Path, record: dict[str, Any]) -> None:
@@ -333,7 +353,9 @@ def _read_adapter_record(folder: Path) -> dict[str, Any] | None:
 
 def _check_adapter(mine: dict[str, Any], saved: dict[str, Any] | None) -> None:
     if saved is None:
-        raise ValueError("its checkpoint holds all weights, no adapters: it was trained without LoRA (lora.rank 0)")
+        raise ValueError(
+            "its checkpoint holds all weights, no adapters: it was trained without LoRA (lora.rank 0)"
+        )
     if saved["base"] != mine["base"]:
         raise ValueError(
             f"its adapters were trained on another base model (fingerprint {saved['base']}, that of model.source is {mine['base']}): "
@@ -347,11 +369,17 @@ def _steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
 
 
-def _open_policy(folder: Path, model: ModelConfig, lora: LoraSettings) -> dict[hf_mapping.Path, ts.TensorStore]:
+def _open_policy(
+    folder: Path, model: ModelConfig, lora: LoraSettings
+) -> dict[hf_mapping.Path, ts.TensorStore]:
     """The arrays of what was trained. Raises ValueError for another model's, or other adapters'."""
     leaves = open_leaves(folder / POLICY)
-    expected = {path: leaf.shape for path, leaf in hf_mapping.flatten(trained_shapes(model, lora)).items()}
-    hf_mapping.check_paths(expected, {path: saved_shape(array) for path, array in leaves.items()}, folder / POLICY)
+    expected = {
+        path: leaf.shape for path, leaf in hf_mapping.flatten(trained_shapes(model, lora)).items()
+    }
+    hf_mapping.check_paths(
+        expected, {path: saved_shape(array) for path, array in leaves.items()}, folder / POLICY
+    )
     return leaves
 
 
@@ -362,8 +390,12 @@ def _map_optimizer(update: Update, function: Any, opt_state: Any) -> Any:
 
 def _optimizer_layout(update: Update) -> Any:
     """The optimizer's state with the layout of each array in its place; counters, which every device has, are shapes."""
-    stored = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.stored_shape, np.float32), update.layout)
-    return _map_optimizer(update, lambda _, layout: layout, jax.eval_shape(update.optimizer.init, stored))
+    stored = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.stored_shape, np.float32), update.layout
+    )
+    return _map_optimizer(
+        update, lambda _, layout: layout, jax.eval_shape(update.optimizer.init, stored)
+    )
 
 
 def _name(path: tuple[Any, ...]) -> hf_mapping.Path:
@@ -374,17 +406,26 @@ def _name(path: tuple[Any, ...]) -> hf_mapping.Path:
 def _nested(tree: Any) -> dict[str, Any]:
     """A tree as dicts of its leaves' names; arrays that every device has become NumPy's."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return hf_mapping.unflatten({_name(path): leaf if isinstance(leaf, ShardedLeaf) else np.asarray(leaf) for path, leaf in flat})
+    return hf_mapping.unflatten(
+        {
+            _name(path): leaf if isinstance(leaf, ShardedLeaf) else np.asarray(leaf)
+            for path, leaf in flat
+        }
+    )
 
 
-def _read_tree(stores: dict[hf_mapping.Path, ts.TensorStore], at: hf_mapping.Path, layout: Any, update: Update) -> Any:
+def _read_tree(
+    stores: dict[hf_mapping.Path, ts.TensorStore], at: hf_mapping.Path, layout: Any, update: Update
+) -> Any:
     """A tree of layouts as the arrays saved under `at`, on the mesh. Raises ValueError when one is not there."""
     everywhere = NamedSharding(update.mesh, PartitionSpec())
 
     def read(path: tuple[Any, ...], leaf: LeafLayout | jax.ShapeDtypeStruct) -> Array:
         name = (*at, *_name(path))
         if name not in stores:
-            raise ValueError(f"the checkpoint holds no {'.'.join(name)}: it is of a run with other settings")
+            raise ValueError(
+                f"the checkpoint holds no {'.'.join(name)}: it is of a run with other settings"
+            )
         if isinstance(leaf, LeafLayout):
             return read_shards(stores[name], leaf, update.mesh)
         value = read_whole(stores[name], leaf.shape)

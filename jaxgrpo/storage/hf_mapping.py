@@ -53,13 +53,35 @@ def _layer_tensors(config: ModelConfig) -> list[tuple[str, Path, tuple[int, ...]
     """Their name within a layer, our path within `layers`, their shape, whether transposed."""
     c = config
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    found: list[tuple[str, Path, tuple[int, ...], bool]] = [("input_layernorm.weight", ("input_norm", "scale"), (c.hidden_size,), False)]
+    found: list[tuple[str, Path, tuple[int, ...], bool]] = [
+        ("input_layernorm.weight", ("input_norm", "scale"), (c.hidden_size,), False)
+    ]
     for ours, out in (("q", q), ("k", kv), ("v", kv)):
-        found.append((f"self_attn.{ours}_proj.weight", ("attention", ours, "kernel"), (out, c.hidden_size), True))
+        found.append(
+            (
+                f"self_attn.{ours}_proj.weight",
+                ("attention", ours, "kernel"),
+                (out, c.hidden_size),
+                True,
+            )
+        )
         found.append((f"self_attn.{ours}_proj.bias", ("attention", ours, "bias"), (out,), False))
-    found.append(("self_attn.o_proj.weight", ("attention", "o", "kernel"), (c.hidden_size, q), True))
-    found.append(("post_attention_layernorm.weight", ("post_attention_norm", "scale"), (c.hidden_size,), False))
-    for ours, shape in (("gate", (c.intermediate_size, c.hidden_size)), ("up", (c.intermediate_size, c.hidden_size)), ("down", (c.hidden_size, c.intermediate_size))):
+    found.append(
+        ("self_attn.o_proj.weight", ("attention", "o", "kernel"), (c.hidden_size, q), True)
+    )
+    found.append(
+        (
+            "post_attention_layernorm.weight",
+            ("post_attention_norm", "scale"),
+            (c.hidden_size,),
+            False,
+        )
+    )
+    for ours, shape in (
+        ("gate", (c.intermediate_size, c.hidden_size)),
+        ("up", (c.intermediate_size, c.hidden_size)),
+        ("down", (c.hidden_size, c.intermediate_size)),
+    ):
         found.append((f"mlp.{ours}_proj.weight", ("mlp", ours, "kernel"), shape, True))
     return found
 
@@ -70,8 +92,14 @@ def hf_tensors(config: ModelConfig) -> tuple[HFTensor, ...]:
     tensors = [HFTensor(EMBEDDING, table, ("embed", "embedding"), None, False)]
     for layer in range(config.layers):
         for name, path, shape, transposed in _layer_tensors(config):
-            tensors.append(HFTensor(f"model.layers.{layer}.{name}", shape, ("layers", *path), layer, transposed))
-    tensors.append(HFTensor("model.norm.weight", (config.hidden_size,), ("norm", "scale"), None, False))
+            tensors.append(
+                HFTensor(
+                    f"model.layers.{layer}.{name}", shape, ("layers", *path), layer, transposed
+                )
+            )
+    tensors.append(
+        HFTensor("model.norm.weight", (config.hidden_size,), ("norm", "scale"), None, False)
+    )
     if not config.tied_embeddings:
         tensors.append(HFTensor(HEAD, table, ("lm_head", "embedding"), None, False))
     return tuple(tensors)
@@ -79,7 +107,10 @@ def hf_tensors(config: ModelConfig) -> tuple[HFTensor, ...]:
 
 def leaf_shapes(config: ModelConfig) -> dict[Path, tuple[int, ...]]:
     """Path -> shape of every leaf of the logical tree, layer axis included."""
-    return {t.path: t.our_shape if t.layer is None else (config.layers, *t.our_shape) for t in hf_tensors(config)}
+    return {
+        t.path: t.our_shape if t.layer is None else (config.layers, *t.our_shape)
+        for t in hf_tensors(config)
+    }
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -99,7 +130,11 @@ def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], wher
     """
     expected = {t.name: t.shape for t in hf_tensors(config)}
     allowed = {**expected, HEAD: (config.vocab_size, config.hidden_size)}
-    problems = [f"missing: {_some(expected.keys() - found.keys())}"] if expected.keys() - found.keys() else []
+    problems = (
+        [f"missing: {_some(expected.keys() - found.keys())}"]
+        if expected.keys() - found.keys()
+        else []
+    )
     if config.tied_embeddings and EMBEDDING not in found and HEAD in found:
         problems.append(
             f"found: {HEAD}, with which config.json ties the missing {EMBEDDING} "
@@ -113,7 +148,9 @@ def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], wher
         if name in found and tuple(found[name]) != shape
     ][:_SHOWN]
     if problems:
-        raise ValueError(f"the tensors of {where} do not fit its config.json: " + "; ".join(problems))
+        raise ValueError(
+            f"the tensors of {where} do not fit its config.json: " + "; ".join(problems)
+        )
 
 
 def check_leaves(config: ModelConfig, found: Mapping[Path, tuple[int, ...]], where: object) -> None:
@@ -121,7 +158,9 @@ def check_leaves(config: ModelConfig, found: Mapping[Path, tuple[int, ...]], whe
     check_paths(leaf_shapes(config), found, where)
 
 
-def check_paths(expected: Mapping[Path, tuple[int, ...]], found: Mapping[Path, tuple[int, ...]], where: object) -> None:
+def check_paths(
+    expected: Mapping[Path, tuple[int, ...]], found: Mapping[Path, tuple[int, ...]], where: object
+) -> None:
     """Raises ValueError naming every missing, extra or misshapen leaf among `found`; both are paths -> shapes."""
     missing = {"/".join(path) for path in expected.keys() - found.keys()}
     extra = {"/".join(path) for path in found.keys() - expected.keys()}
@@ -140,7 +179,9 @@ def flatten(params: Params, prefix: Path = ()) -> dict[Path, Any]:
     """The leaves of a nested dict by their path."""
     flat: dict[Path, Any] = {}
     for key, value in params.items():
-        flat.update(flatten(value, (*prefix, key)) if isinstance(value, dict) else {(*prefix, key): value})
+        flat.update(
+            flatten(value, (*prefix, key)) if isinstance(value, dict) else {(*prefix, key): value}
+        )
     return flat
 
 
@@ -157,13 +198,21 @@ def unflatten(flat: Mapping[Path, Any]) -> Params:
 
 def params_from_hf(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Params:
     """Whole models in memory: Hugging Face name -> tensor, to the logical tree. Raises ValueError as `check_shapes` does."""
-    check_shapes(config, {name: tensor.shape for name, tensor in tensors.items()}, "the given state")
-    if config.tied_embeddings and HEAD in tensors and not same_bits(tensors[HEAD], tensors[EMBEDDING]):
+    check_shapes(
+        config, {name: tensor.shape for name, tensor in tensors.items()}, "the given state"
+    )
+    if (
+        config.tied_embeddings
+        and HEAD in tensors
+        and not same_bits(tensors[HEAD], tensors[EMBEDDING])
+    ):
         raise ValueError(differing_head("the given state"))
     rows: dict[Path, list[np.ndarray]] = {}
     for tensor in hf_tensors(config):
         rows.setdefault(tensor.path, []).append(tensor.turn(np.asarray(tensors[tensor.name])))
-    return unflatten({path: np.stack(parts) if path[0] == "layers" else parts[0] for path, parts in rows.items()})
+    return unflatten(
+        {path: np.stack(parts) if path[0] == "layers" else parts[0] for path, parts in rows.items()}
+    )
 
 
 def params_to_hf(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:

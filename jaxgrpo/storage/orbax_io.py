@@ -51,7 +51,10 @@ class StreamedLeaf:
             for layer in range(self.shape[0]):
                 kernel = self.read(layer, layer + 1)
                 for start in range(0, self.shape[1], rows):
-                    yield np.s_[layer : layer + 1, start : start + rows], kernel[:, start : start + rows]
+                    yield (
+                        np.s_[layer : layer + 1, start : start + rows],
+                        kernel[:, start : start + rows],
+                    )
         else:
             for start in range(0, self.shape[0], rows):
                 yield np.s_[start : start + rows,], self.read(start, start + rows)
@@ -66,18 +69,29 @@ class WriteOnlyHandler(ocp.type_handlers.TypeHandler):
     async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
         raise NotImplementedError("leaves of this type are only written")
 
-    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
+    async def deserialize(
+        self, infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> Sequence[Any]:
         raise NotImplementedError("leaves of this type are only written")
 
 
 class _StreamedLeafHandler(WriteOnlyHandler):
     """Saves `StreamedLeaf`s."""
 
-    async def serialize(self, values: Sequence[StreamedLeaf], infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
+    async def serialize(
+        self,
+        values: Sequence[StreamedLeaf],
+        infos: Sequence[Any],
+        args: Sequence[Any] | None = None,
+    ) -> Sequence[Any]:
         for value, info in zip(values, infos, strict=True):
             store = await ts.open(
                 # orbax records that zeros are stored too, and then takes a chunk that is not there for a loss
-                {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{info.path}/"}, "store_data_equal_to_fill_value": True},
+                {
+                    "driver": "zarr3",
+                    "kvstore": {"driver": "file", "path": f"{info.path}/"},
+                    "store_data_equal_to_fill_value": True,
+                },
                 create=True,
                 dtype=ts.dtype(value.dtype.name),
                 shape=value.shape,
@@ -92,8 +106,12 @@ class _StreamedLeafHandler(WriteOnlyHandler):
 
 def write(folder: Path, leaves: dict[hf_mapping.Path, StreamedLeaf]) -> None:
     """Write the leaves as an orbax checkpoint at `folder`, which must not exist. Peak memory: about one layer of the largest leaf."""
-    registry = ocp.type_handlers.create_type_handler_registry((StreamedLeaf, _StreamedLeafHandler()))
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (StreamedLeaf, _StreamedLeafHandler())
+    )
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, use_zarr3=True, type_handler_registry=registry
+    )
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(folder.absolute(), ocp.args.PyTreeSave(hf_mapping.unflatten(leaves)))
 
@@ -102,13 +120,19 @@ def open_leaves(folder: Path) -> dict[hf_mapping.Path, ts.TensorStore]:
     """The leaves of an orbax checkpoint of weights as tensorstores, nothing read yet.
 
     Raises ValueError when it is no orbax checkpoint, DamageError (a ValueError) when an array's
-    metadata cannot be read. """
+    metadata cannot be read."""
     folder = folder.absolute()
     if (folder / "manifest.ocdbt").exists():
-        raise ValueError(f"{folder} is in orbax's OCDBT format: a model folder holds what tools.convert_hf_to_orbax writes")
+        raise ValueError(
+            f"{folder} is in orbax's OCDBT format: a model folder holds what tools.convert_hf_to_orbax writes"
+        )
     leaves: dict[hf_mapping.Path, ts.TensorStore] = {}
     for meta in sorted(folder.glob("*/zarr.json")):
-        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{meta.parent}/"}, "fill_missing_data_reads": False}
+        spec = {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": f"{meta.parent}/"},
+            "fill_missing_data_reads": False,
+        }
         with _told(meta):
             leaves[tuple(meta.parent.name.split("."))] = ts.open(spec, read=True).result()
     if not leaves:

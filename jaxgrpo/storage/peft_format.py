@@ -26,7 +26,12 @@ _PREFIX = "base_model.model."
 
 
 def save_adapter(
-    adapters: Params, config: ModelConfig, lora: LoraSettings, base: str, revision: str | None, destination: str | Path
+    adapters: Params,
+    config: ModelConfig,
+    lora: LoraSettings,
+    base: str,
+    revision: str | None,
+    destination: str | Path,
 ) -> None:
     """Write the logical tree of adapters (NumPy or JAX arrays, whole) as a PEFT adapter of the model named `base`, in float32.
 
@@ -42,7 +47,9 @@ def _tensors(adapters: Params, config: ModelConfig) -> Iterator[safetensors_io.O
     for tensor in hf_mapping.hf_tensors(config):
         linear, name = (*tensor.path[:-1], ADAPTER), tensor.name.removesuffix(".weight")
         if tensor.path[-1] == "kernel" and (*linear, "a") in leaves:
-            a, b = (np.asarray(leaves[*linear, kind][tensor.layer], np.float32) for kind in ("a", "b"))
+            a, b = (
+                np.asarray(leaves[*linear, kind][tensor.layer], np.float32) for kind in ("a", "b")
+            )
             yield _outgoing(f"{_PREFIX}{name}.lora_A.weight", a)
             yield _outgoing(f"{_PREFIX}{name}.lora_B.weight", b.T)
 

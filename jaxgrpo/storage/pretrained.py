@@ -52,17 +52,27 @@ def locate(model: str | Path, revision: str | None = None, weights: bool = True)
     folder = absolute(model)
     if folder.is_dir():
         if revision is not None:
-            raise ValueError(f"{folder} is a folder, and a folder has no revision: drop the revision {revision!r}")
+            raise ValueError(
+                f"{folder} is a folder, and a folder has no revision: drop the revision {revision!r}"
+            )
         return folder
     name = str(model)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"no folder {name}: name a model by an existing folder, or by its hub name (Qwen/Qwen2.5-0.5B-Instruct)")
+        raise FileNotFoundError(
+            f"no folder {name}: name a model by an existing folder, or by its hub name (Qwen/Qwen2.5-0.5B-Instruct)"
+        )
     import huggingface_hub  # only a hub name needs it, and importing it takes a second
 
     try:
         patterns = [*_HUB_PATTERNS, *(_WEIGHT_PATTERNS if weights else ())]
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (OSError, huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError) as error:
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
+        )
+    except (
+        OSError,
+        huggingface_hub.errors.HfHubHTTPError,
+        huggingface_hub.errors.HFValidationError,
+    ) as error:
         raise FileNotFoundError(
             f"{name} (revision {revision or 'main'}) is no folder here, is not in the Hugging Face cache, and cannot be fetched "
             f"({type(error).__name__}: {str(error).strip().splitlines()[0]}). Put config.json, the *.safetensors (with their index) and "
@@ -75,7 +85,9 @@ def load_tokenizer(folder: str | Path) -> Any:
     what is missing, ValueError that says what is damaged."""
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise FileNotFoundError(f"no tokenizer in {folder}: put tokenizer.json and tokenizer_config.json (or vocab.json, merges.txt) there")
+        raise FileNotFoundError(
+            f"no tokenizer in {folder}: put tokenizer.json and tokenizer_config.json (or vocab.json, merges.txt) there"
+        )
     for name in _TOKENIZER_OBJECTS:
         if (folder / name).is_file():
             read_object(folder / name)
@@ -91,9 +103,13 @@ def load_tokenizer(folder: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         tokenizer.encode("text", add_special_tokens=False)  # some settings are looked at only here
     except Exception as error:  # the edge to transformers and tokenizers, which raise anything for broken files, Exception itself included
-        raise ValueError(f"the tokenizer files in {folder} cannot be read by transformers: {error}") from error
+        raise ValueError(
+            f"the tokenizer files in {folder} cannot be read by transformers: {error}"
+        ) from error
     if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer in {folder} has no chat template: take an Instruct model, or add chat_template.jinja there")
+        raise ValueError(
+            f"the tokenizer in {folder} has no chat template: take an Instruct model, or add chat_template.jinja there"
+        )
     return tokenizer
 
 
@@ -135,13 +151,17 @@ class HFWeights:
         self.folder = folder
         self.config = config
         self._stored = safetensors_io.read_folder(folder)
-        hf_mapping.check_shapes(config, {name: stored.shape for name, stored in self._stored.items()}, folder)
+        hf_mapping.check_shapes(
+            config, {name: stored.shape for name, stored in self._stored.items()}, folder
+        )
         self.dtypes: dict[hf_mapping.Path, np.dtype] = {}
         for tensor in hf_mapping.hf_tensors(config):
             dtype = self._stored[tensor.name].dtype
             if self.dtypes.setdefault(tensor.path, dtype) != dtype:
                 others = self.dtypes[tensor.path]
-                raise ValueError(f"{tensor.name} in {folder} is {dtype}, that of other layers is {others}: cast them to one type")
+                raise ValueError(
+                    f"{tensor.name} in {folder} is {dtype}, that of other layers is {others}: cast them to one type"
+                )
         if config.tied_embeddings and hf_mapping.HEAD in self._stored:
             head, table = self._stored[hf_mapping.HEAD], self._stored[hf_mapping.EMBEDDING]
             if head.dtype != table.dtype or not hf_mapping.same_bits(head.map(), table.map()):
@@ -163,7 +183,9 @@ class OrbaxWeights:
             )
         except ValueError as error:
             raise ValueError(f"{error}: convert the model again") from error
-        hf_mapping.check_leaves(config, {path: leaf.shape for path, leaf in self._leaves.items()}, folder)
+        hf_mapping.check_leaves(
+            config, {path: leaf.shape for path, leaf in self._leaves.items()}, folder
+        )
         self.dtypes = {path: leaf.dtype.numpy_dtype for path, leaf in self._leaves.items()}
         for path, dtype in self.dtypes.items():
             if dtype not in safetensors_io.WEIGHT_DTYPES:
@@ -189,12 +211,16 @@ def open_weights(folder: str | Path, config: ModelConfig | None = None) -> Weigh
     """
     folder = Path(folder)
     if (folder / _LOCK).exists():
-        raise ValueError(f"{folder} is unfinished: what wrote it was interrupted, or is still at it. Run the conversion again")
+        raise ValueError(
+            f"{folder} is unfinished: what wrote it was interrupted, or is still at it. Run the conversion again"
+        )
     config = config or ModelConfig.from_folder(folder)
     return OrbaxWeights(folder, config) if is_orbax(folder) else HFWeights(folder, config)
 
 
-def read_leaves(source: WeightSource, dtype: Any = None) -> Iterator[tuple[hf_mapping.Path, np.ndarray]]:
+def read_leaves(
+    source: WeightSource, dtype: Any = None
+) -> Iterator[tuple[hf_mapping.Path, np.ndarray]]:
     """The leaves of the logical tree one by one, stacked over the layers, as `dtype` (default: as stored).
 
     Peak memory beyond what the caller keeps: one leaf and one tensor.
@@ -225,7 +251,9 @@ def _copy(target: np.ndarray, values: np.ndarray) -> None:
 
 def write_orbax(source: WeightSource, destination: str | Path) -> None:
     """Write a model folder of either kind as an orbax folder, bit for bit. Peak memory: about one layer of the largest leaf."""
-    by_place = {(tensor.path, tensor.layer): tensor for tensor in hf_mapping.hf_tensors(source.config)}
+    by_place = {
+        (tensor.path, tensor.layer): tensor for tensor in hf_mapping.hf_tensors(source.config)
+    }
 
     def leaf(path: hf_mapping.Path, shape: tuple[int, ...]) -> orbax_io.StreamedLeaf:
         def read(start: int, stop: int) -> np.ndarray:
@@ -238,11 +266,17 @@ def write_orbax(source: WeightSource, destination: str | Path) -> None:
 
     with new_folder(destination) as folder:
         copy_companions(source.folder, folder)
-        orbax_io.write(folder / ORBAX_SUBFOLDER, {p: leaf(p, shape) for p, shape in hf_mapping.leaf_shapes(source.config).items()})
+        orbax_io.write(
+            folder / ORBAX_SUBFOLDER,
+            {p: leaf(p, shape) for p, shape in hf_mapping.leaf_shapes(source.config).items()},
+        )
 
 
 def write_hf(
-    source: WeightSource, destination: str | Path, shard_bytes: int = safetensors_io.SHARD_BYTES, dtype_in_config: str | None = None
+    source: WeightSource,
+    destination: str | Path,
+    shard_bytes: int = safetensors_io.SHARD_BYTES,
+    dtype_in_config: str | None = None,
 ) -> None:
     """Write a model folder of either kind as a Hugging Face folder, bit for bit. Peak memory: about two tensors.
 
@@ -250,13 +284,20 @@ def write_hf(
     """
 
     def outgoing(tensor: HFTensor) -> safetensors_io.Outgoing:
-        return safetensors_io.Outgoing(tensor.name, tensor.shape, source.dtypes[tensor.path], lambda: tensor.turn(source.read(tensor)))
+        return safetensors_io.Outgoing(
+            tensor.name,
+            tensor.shape,
+            source.dtypes[tensor.path],
+            lambda: tensor.turn(source.read(tensor)),
+        )
 
     with new_folder(destination) as folder:
         copy_companions(source.folder, folder)
         if dtype_in_config is not None:
             _write_dtype(folder / "config.json", dtype_in_config)
-        safetensors_io.write_folder(folder, [outgoing(t) for t in hf_mapping.hf_tensors(source.config)], shard_bytes)
+        safetensors_io.write_folder(
+            folder, [outgoing(t) for t in hf_mapping.hf_tensors(source.config)], shard_bytes
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,7 +332,9 @@ def save_hf(
     source_folder = Path(source_folder)
     config = ModelConfig.from_folder(source_folder)
     leaves = hf_mapping.flatten(params)
-    hf_mapping.check_leaves(config, {path: leaf.shape for path, leaf in leaves.items()}, "the given tree")
+    hf_mapping.check_leaves(
+        config, {path: leaf.shape for path, leaf in leaves.items()}, "the given tree"
+    )
     source = _TreeWeights(source_folder, config, leaves, np.dtype(dtype))
     write_hf(source, destination, shard_bytes, source.dtype.name)
 
@@ -310,10 +353,17 @@ def copy_companions(source: Path, destination: Path) -> None:
     """Copy what makes weights a model: config, tokenizer, chat template, generation config, licence."""
     for path in sorted(source.iterdir()):
         wanted = path.suffix in _COMPANION_SUFFIXES or path.name.startswith(("LICENSE", "NOTICE"))
-        if path.is_file() and wanted and not path.name.endswith(".index.json") and not path.name.startswith("."):
+        if (
+            path.is_file()
+            and wanted
+            and not path.name.endswith(".index.json")
+            and not path.name.startswith(".")
+        ):
             shutil.copyfile(path, destination / path.name)
     if (source / "additional_chat_templates").is_dir():
-        shutil.copytree(source / "additional_chat_templates", destination / "additional_chat_templates")
+        shutil.copytree(
+            source / "additional_chat_templates", destination / "additional_chat_templates"
+        )
 
 
 @contextlib.contextmanager
@@ -344,12 +394,16 @@ def new_folder(destination: str | Path) -> Iterator[Path]:
 
 def _remove_leftover(partial: Path) -> None:
     if not (partial / _LOCK).is_file():
-        raise FileExistsError(f"{partial} is in the way and was not made by this program: move it elsewhere")
+        raise FileExistsError(
+            f"{partial} is in the way and was not made by this program: move it elsewhere"
+        )
     with (partial / _LOCK).open() as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise FileExistsError(f"{partial} is being written by another process: wait for it, or stop it") from error
+            raise FileExistsError(
+                f"{partial} is being written by another process: wait for it, or stop it"
+            ) from error
         shutil.rmtree(partial)
 
 

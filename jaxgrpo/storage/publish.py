@@ -67,7 +67,13 @@ _log = logging.getLogger(__name__)
 
 
 def publish_weights(
-    params: Params, layout: Layout, mesh: Mesh, model_config: ModelConfig, version: int, root: Path, dtype: Any = jnp.bfloat16
+    params: Params,
+    layout: Layout,
+    mesh: Mesh,
+    model_config: ModelConfig,
+    version: int,
+    root: Path,
+    dtype: Any = jnp.bfloat16,
 ) -> Path:
     """Write stored weights (jaxgrpo.learner.sharding) as a version's folder under `root`; returns it when it is
     published, on every process.
@@ -109,7 +115,10 @@ def retire_version(root: Path, version: int) -> None:
 
 def published_bytes(layout: Layout, dtype: Any = jnp.bfloat16) -> int:
     """The size of one version."""
-    return sum(int(np.prod(leaf.stored_shape)) for leaf in jax.tree.leaves(layout)) * np.dtype(dtype).itemsize
+    return (
+        sum(int(np.prod(leaf.stored_shape)) for leaf in jax.tree.leaves(layout))
+        * np.dtype(dtype).itemsize
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +134,9 @@ class _Leaf:
     def pieces(self) -> list[tuple[int, Any]]:
         """This process's part: the first element of a row that a device holds, and the device's shard, in order."""
         shards = [shard for shard in self.value.addressable_shards if shard.replica_id == 0]
-        return sorted(((shard.index[-1].start or 0, shard) for shard in shards), key=lambda piece: piece[0])
+        return sorted(
+            ((shard.index[-1].start or 0, shard) for shard in shards), key=lambda piece: piece[0]
+        )
 
     @property
     def piece(self) -> int:
@@ -140,9 +151,14 @@ class _Leaf:
         for shard in self.value.global_shards:
             starts.setdefault(shard.device.process_index, set()).add(shard.index[-1].start or 0)
         share = self.layout.padded // len(starts)
-        shared = all(min(s) % share == 0 and s == set(range(min(s), min(s) + share, self.piece)) for s in starts.values())
+        shared = all(
+            min(s) % share == 0 and s == set(range(min(s), min(s) + share, self.piece))
+            for s in starts.values()
+        )
         columns = share if shared else self.piece
-        return equal_parts(self.layout.layers, columns, FILE_BYTES // self.dtype.itemsize)[0], columns
+        return equal_parts(self.layout.layers, columns, FILE_BYTES // self.dtype.itemsize)[
+            0
+        ], columns
 
     @property
     def block(self) -> tuple[int, int]:
@@ -150,23 +166,35 @@ class _Leaf:
         return equal_parts(self.file[0], self.piece, BLOCK_BYTES // self.dtype.itemsize)
 
 
-def _leaves(params: Params, layout: Layout, mesh: Mesh, dtype: np.dtype) -> dict[hf_mapping.Path, _Leaf]:
+def _leaves(
+    params: Params, layout: Layout, mesh: Mesh, dtype: np.dtype
+) -> dict[hf_mapping.Path, _Leaf]:
     values, layouts = hf_mapping.flatten(params), hf_mapping.flatten(layout)
     if values.keys() != layouts.keys():
         raise ValueError("the parameters and their layout are different trees")
     for path, leaf in layouts.items():
         if leaf.devices != mesh.size or values[path].shape != leaf.stored_shape:
-            raise ValueError(f"{'/'.join(path)} has shape {values[path].shape} on {mesh.size} devices, its layout is {leaf}")
-    return {path: _Leaf(".".join(path), values[path], leaf, dtype) for path, leaf in layouts.items()}
+            raise ValueError(
+                f"{'/'.join(path)} has shape {values[path].shape} on {mesh.size} devices, its layout is {leaf}"
+            )
+    return {
+        path: _Leaf(".".join(path), values[path], leaf, dtype) for path, leaf in layouts.items()
+    }
 
 
 def _write(folder: Path, spare: Path, leaves: dict[hf_mapping.Path, _Leaf]) -> None:
     handler = _LeafHandler(folder / _pieces_file(jax.process_index()), spare)
     # orbax asks the handler of arrays for a store of metadata, and warns when there is none
-    registry = ocp.type_handlers.create_type_handler_registry((_Leaf, handler), (jax.Array, ocp.type_handlers.ArrayHandler()))
-    tree_handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (_Leaf, handler), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    tree_handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, use_zarr3=True, type_handler_registry=registry
+    )
     with without_ocdbt_hint(), ocp.Checkpointer(tree_handler) as checkpointer:
-        checkpointer.save((folder / PARAMS).absolute(), ocp.args.PyTreeSave(hf_mapping.unflatten(leaves)))
+        checkpointer.save(
+            (folder / PARAMS).absolute(), ocp.args.PyTreeSave(hf_mapping.unflatten(leaves))
+        )
 
 
 def _pieces_file(process: int) -> str:
@@ -181,17 +209,23 @@ class _LeafHandler(WriteOnlyHandler):
         self._checksums_file = checksums_file
         self._spare = spare
 
-    async def serialize(self, values: Sequence[_Leaf], infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
+    async def serialize(
+        self, values: Sequence[_Leaf], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> Sequence[Any]:
         checksums: dict[str, dict[int, list[int]]] = {leaf.name: {} for leaf in values}
         with ThreadPoolExecutor(_WRITERS) as pool:
             loop, writing = asyncio.get_running_loop(), []
             for leaf, info in zip(values, infos, strict=True):
                 await ts.open(_spec(leaf, info.path))  # creates the array's metadata
                 rows, columns = leaf.file
-                for row, (column, pieces) in itertools.product(range(0, leaf.layout.layers, rows), _by_file(leaf.pieces, columns)):
+                for row, (column, pieces) in itertools.product(
+                    range(0, leaf.layout.layers, rows), _by_file(leaf.pieces, columns)
+                ):
                     place = f"c/{row // rows}/{column}" if leaf.layout.stacked else f"c/{column}"
                     file, used = Path(info.path, place), self._spare / leaf.name / place
-                    writing.append(loop.run_in_executor(pool, _write_file, file, used, leaf, row, pieces))
+                    writing.append(
+                        loop.run_in_executor(pool, _write_file, file, used, leaf, row, pieces)
+                    )
             for leaf, found in await asyncio.gather(*writing):  # in order of rows
                 for start, of_rows in found.items():
                     checksums[leaf.name].setdefault(start, []).extend(of_rows)
@@ -199,30 +233,50 @@ class _LeafHandler(WriteOnlyHandler):
         return []
 
 
-def _by_file(pieces: list[tuple[int, Any]], columns: int) -> list[tuple[int, list[tuple[int, Any]]]]:
+def _by_file(
+    pieces: list[tuple[int, Any]], columns: int
+) -> list[tuple[int, list[tuple[int, Any]]]]:
     """The pieces of a row that share a file, by the file's place in the row of files."""
-    return [(file, list(together)) for file, together in itertools.groupby(pieces, key=lambda piece: piece[0] // columns)]
+    return [
+        (file, list(together))
+        for file, together in itertools.groupby(pieces, key=lambda piece: piece[0] // columns)
+    ]
 
 
 def _spec(leaf: _Leaf, path: Any) -> ts.Spec:
     spec = ts.Spec(
         # orbax records that zeros are stored too, and then takes a chunk that is not there for a loss
-        {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}, "store_data_equal_to_fill_value": True},
+        {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": f"{path}/"},
+            "store_data_equal_to_fill_value": True,
+        },
     )
     layout = ts.ChunkLayout(chunk_shape=leaf.file if leaf.layout.stacked else leaf.file[1:])
     codec = ts.CodecSpec({"driver": "zarr3", "codecs": BARE})
-    spec.update(dtype=ts.dtype(leaf.dtype.name), shape=leaf.layout.stored_shape, chunk_layout=layout, codec=codec, create=True, open=True)
+    spec.update(
+        dtype=ts.dtype(leaf.dtype.name),
+        shape=leaf.layout.stored_shape,
+        chunk_layout=layout,
+        codec=codec,
+        create=True,
+        open=True,
+    )
     return spec
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def _outgoing(piece: Array, starts: tuple[int, ...], shape: tuple[int, ...], dtype: Any) -> tuple[Array, Array]:
+def _outgoing(
+    piece: Array, starts: tuple[int, ...], shape: tuple[int, ...], dtype: Any
+) -> tuple[Array, Array]:
     """A block of a piece as it is published, and whether all of it is finite, as its sum tells; on the device where it is."""
     block = jax.lax.dynamic_slice(piece, starts, shape).astype(dtype)
     return block, jnp.isfinite(jnp.sum(block, dtype=jnp.float32))
 
 
-def _write_file(path: Path, used: Path, leaf: _Leaf, row: int, pieces: list[tuple[int, Any]]) -> tuple[_Leaf, dict[int, list[int]]]:
+def _write_file(
+    path: Path, used: Path, leaf: _Leaf, row: int, pieces: list[tuple[int, Any]]
+) -> tuple[_Leaf, dict[int, list[int]]]:
     """The file of the rows from `row` on of these pieces, over the `used` one if there is one; the checksums of its rows by the first
     element of each block. Not synchronised to the disk: a version that a loss of power spoils is of no use to anybody."""
     checksums: dict[int, list[int]] = {}
@@ -230,11 +284,17 @@ def _write_file(path: Path, used: Path, leaf: _Leaf, row: int, pieces: list[tupl
     first = pieces[0][0]
     with _open(path, used, rows * columns * leaf.dtype.itemsize) as file:
         for start, shard in pieces:
-            for element, block_row in itertools.product(range(0, leaf.piece, elements), range(0, rows, block_rows)):
+            for element, block_row in itertools.product(
+                range(0, leaf.piece, elements), range(0, rows, block_rows)
+            ):
                 block_RE = _block(leaf, shard, row + block_row, element)
                 for i, values_E in enumerate(block_RE.view(np.uint8)):
                     checksums.setdefault(start + element, []).append(zlib.crc32(values_E.data))
-                    _write_at(file, values_E.data, ((block_row + i) * columns + start + element - first) * leaf.dtype.itemsize)
+                    _write_at(
+                        file,
+                        values_E.data,
+                        ((block_row + i) * columns + start + element - first) * leaf.dtype.itemsize,
+                    )
     return leaf, checksums
 
 
@@ -248,10 +308,14 @@ def _open(path: Path, used: Path, size: int) -> io.FileIO:
 
 
 def _block(leaf: _Leaf, shard: Any, row: int, element: int) -> np.ndarray:
-    starts, shape = ((row, element), leaf.block) if leaf.layout.stacked else ((element,), leaf.block[1:])
+    starts, shape = (
+        ((row, element), leaf.block) if leaf.layout.stacked else ((element,), leaf.block[1:])
+    )
     block, finite = _outgoing(shard.data, starts, shape, leaf.dtype)
     if not bool(finite):
-        raise WeightError(f"{leaf.name} holds values that are not finite: the policy is lost, and nothing is published")
+        raise WeightError(
+            f"{leaf.name} holds values that are not finite: the policy is lost, and nothing is published"
+        )
     return np.asarray(block).reshape(leaf.block)
 
 
@@ -262,7 +326,9 @@ def _write_at(file: io.FileIO, data: memoryview, place: int) -> None:
         data, place = data[written:], place + written
 
 
-def _manifest(folder: Path, leaves: dict[hf_mapping.Path, _Leaf], config: ModelConfig, version: int) -> Manifest:
+def _manifest(
+    folder: Path, leaves: dict[hf_mapping.Path, _Leaf], config: ModelConfig, version: int
+) -> Manifest:
     """Out of what every process noted down."""
     pieces: dict[str, dict[int, list[int]]] = {leaf.name: {} for leaf in leaves.values()}
     for process in range(jax.process_count()):
@@ -270,14 +336,19 @@ def _manifest(folder: Path, leaves: dict[hf_mapping.Path, _Leaf], config: ModelC
         for name, starts in noted.items():
             pieces[name].update({int(start): rows for start, rows in starts.items()})
     arrays = {leaf.name: _stored_array(leaf, pieces[leaf.name]) for leaf in leaves.values()}
-    tensors = {t.name: StoredTensor(".".join(t.path), t.layer, t.shape, t.transposed) for t in hf_mapping.hf_tensors(config)}
+    tensors = {
+        t.name: StoredTensor(".".join(t.path), t.layer, t.shape, t.transposed)
+        for t in hf_mapping.hf_tensors(config)
+    }
     return Manifest(version, arrays, tensors)
 
 
 def _stored_array(leaf: _Leaf, rows_by_start: dict[int, list[int]]) -> StoredArray:
     starts = sorted(rows_by_start)
     checksums = tuple(zip(*(rows_by_start[start] for start in starts), strict=True))
-    return StoredArray(leaf.layout.stored_shape, leaf.dtype.name, (*starts, leaf.layout.padded), checksums)
+    return StoredArray(
+        leaf.layout.stored_shape, leaf.dtype.name, (*starts, leaf.layout.padded), checksums
+    )
 
 
 class WeightFolder:
@@ -288,7 +359,13 @@ class WeightFolder:
     file system shows a change there is its own affair.
     """
 
-    def __init__(self, run_folder: Path, version_bytes: int, shared_memory: Path = SHARED_MEMORY, elsewhere: bool = False):
+    def __init__(
+        self,
+        run_folder: Path,
+        version_bytes: int,
+        shared_memory: Path = SHARED_MEMORY,
+        elsewhere: bool = False,
+    ):
         self._elsewhere = elsewhere or jax.process_count() > 1
         _remove_abandoned(shared_memory)
         # several processes may be on several hosts, which share folders but no memory

@@ -40,11 +40,19 @@ class StoredArray:
 
     def __post_init__(self) -> None:
         rows = self.shape[0] if len(self.shape) == 2 else 1
-        well_cut = self.cuts[:1] == (0,) and self.cuts[-1:] == self.shape[-1:] and list(self.cuts) == sorted(set(self.cuts))
+        well_cut = (
+            self.cuts[:1] == (0,)
+            and self.cuts[-1:] == self.shape[-1:]
+            and list(self.cuts) == sorted(set(self.cuts))
+        )
         if len(self.shape) not in (1, 2) or not well_cut:
             raise ValueError(f"an array of shape {self.shape} cannot be cut at {self.cuts}")
-        if len(self.checksums) != rows or any(len(row) != len(self.cuts) - 1 for row in self.checksums):
-            raise ValueError(f"an array of shape {self.shape}, cut at {self.cuts}, needs a checksum for every cut of every row")
+        if len(self.checksums) != rows or any(
+            len(row) != len(self.cuts) - 1 for row in self.checksums
+        ):
+            raise ValueError(
+                f"an array of shape {self.shape}, cut at {self.cuts}, needs a checksum for every cut of every row"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +87,16 @@ class Manifest:
             if array is None:
                 raise ValueError(f"{name} is in {tensor.array}, which the manifest does not list")
             rows = array.shape[0] if len(array.shape) == 2 else None
-            if (rows is None) != (tensor.row is None) or (rows is not None and not 0 <= (tensor.row or 0) < rows):
-                raise ValueError(f"{name} is row {tensor.row} of {tensor.array}, which has shape {array.shape}")
+            if (rows is None) != (tensor.row is None) or (
+                rows is not None and not 0 <= (tensor.row or 0) < rows
+            ):
+                raise ValueError(
+                    f"{name} is row {tensor.row} of {tensor.array}, which has shape {array.shape}"
+                )
             if tensor.size > array.shape[-1]:
-                raise ValueError(f"{name} has shape {tensor.shape}, more than a row of {tensor.array} holds ({array.shape[-1]})")
+                raise ValueError(
+                    f"{name} has shape {tensor.shape}, more than a row of {tensor.array} holds ({array.shape[-1]})"
+                )
 
     def dtype(self, name: str) -> str:
         """The type of a tensor."""
@@ -110,9 +124,13 @@ def read_manifest(folder: Path, version: int | None = None) -> Manifest:
     try:
         manifest = _parse(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise WeightError(f"{folder / MANIFEST} is damaged: {type(error).__name__}: {error}") from error
+        raise WeightError(
+            f"{folder / MANIFEST} is damaged: {type(error).__name__}: {error}"
+        ) from error
     if version is not None and manifest.version != version:
-        raise WeightError(f"{folder} holds version {manifest.version}, version {version} was asked for")
+        raise WeightError(
+            f"{folder} holds version {manifest.version}, version {version} was asked for"
+        )
     return manifest
 
 
@@ -120,8 +138,16 @@ def _parse(read: Any) -> Manifest:
     if read["format"] != FORMAT:
         raise ValueError(f"it is of format {read['format']}, this program reads format {FORMAT}")
     arrays = {
-        name: StoredArray(tuple(a["shape"]), a["dtype"], tuple(a["cuts"]), tuple(tuple(row) for row in a["checksums"]))
+        name: StoredArray(
+            tuple(a["shape"]),
+            a["dtype"],
+            tuple(a["cuts"]),
+            tuple(tuple(row) for row in a["checksums"]),
+        )
         for name, a in read["arrays"].items()
     }
-    tensors = {name: StoredTensor(t["array"], t["row"], tuple(t["shape"]), t["transposed"]) for name, t in read["tensors"].items()}
+    tensors = {
+        name: StoredTensor(t["array"], t["row"], tuple(t["shape"]), t["transposed"])
+        for name, t in read["tensors"].items()
+    }
     return Manifest(int(read["version"]), arrays, tensors)

@@ -35,10 +35,15 @@ _SHOWN = 3
 def check_fit(manifest: Manifest, expected: Mapping[str, tuple[int, ...]], dtype: str) -> None:
     """Raises WeightError unless the manifest lists exactly the `expected` tensors (Hugging Face name -> shape), all of `dtype`."""
     found = manifest.tensors
-    shapes = [f"{n} {found[n].shape} for {s}" for n, s in sorted(expected.items()) if n in found and found[n].shape != tuple(s)]
+    shapes = [
+        f"{n} {found[n].shape} for {s}"
+        for n, s in sorted(expected.items())
+        if n in found and found[n].shape != tuple(s)
+    ]
     types = [f"{n} {manifest.dtype(n)}" for n in sorted(found) if manifest.dtype(n) != dtype]
     problems = [
-        f"{what}: {', '.join(names[:_SHOWN])}" + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        f"{what}: {', '.join(names[:_SHOWN])}"
+        + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
         for what, names in (
             ("missing", sorted(expected.keys() - found.keys())),
             ("unknown", sorted(found.keys() - expected.keys())),
@@ -48,7 +53,10 @@ def check_fit(manifest: Manifest, expected: Mapping[str, tuple[int, ...]], dtype
         if names
     ]
     if problems:
-        raise WeightError(f"the weights of version {manifest.version} do not fit the served model: " + "; ".join(problems))
+        raise WeightError(
+            f"the weights of version {manifest.version} do not fit the served model: "
+            + "; ".join(problems)
+        )
 
 
 def read_tensors(folder: Path, manifest: Manifest) -> dict[str, tuple[np.ndarray, bool]]:
@@ -59,9 +67,14 @@ def read_tensors(folder: Path, manifest: Manifest) -> dict[str, tuple[np.ndarray
     written.
     """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), initializer=_leave_bound_core) as pool:
-        arrays = {name: _map(folder / PARAMS, name, array) for name, array in manifest.arrays.items()}
+        arrays = {
+            name: _map(folder / PARAMS, name, array) for name, array in manifest.arrays.items()
+        }
         _check(arrays, manifest, folder / PARAMS, pool)
-        found = pool.map(lambda tensor: (arrays[tensor.array].tensor(tensor), tensor.transposed), manifest.tensors.values())
+        found = pool.map(
+            lambda tensor: (arrays[tensor.array].tensor(tensor), tensor.transposed),
+            manifest.tensors.values(),
+        )
         return dict(zip(manifest.tensors, found, strict=True))
 
 
@@ -97,16 +110,30 @@ class _MappedArray:
         return crc
 
 
-def _check(arrays: Mapping[str, _MappedArray], manifest: Manifest, folder: Path, pool: Executor) -> None:
+def _check(
+    arrays: Mapping[str, _MappedArray], manifest: Manifest, folder: Path, pool: Executor
+) -> None:
     """Every checksum, on all threads."""
     checks = []
     for name, array in manifest.arrays.items():
         for row, checksums in enumerate(array.checksums):
-            for (start, stop), expected in zip(itertools.pairwise(array.cuts), checksums, strict=True):
-                checks.append((name, start, stop, expected, pool.submit(arrays[name].checksum, row, start, stop)))
+            for (start, stop), expected in zip(
+                itertools.pairwise(array.cuts), checksums, strict=True
+            ):
+                checks.append(
+                    (
+                        name,
+                        start,
+                        stop,
+                        expected,
+                        pool.submit(arrays[name].checksum, row, start, stop),
+                    )
+                )
     for name, start, stop, expected, found in checks:
         if found.result() != expected:
-            raise WeightError(f"{name} in {folder} is damaged: the checksum of elements {start}:{stop} of a row is not the manifest's")
+            raise WeightError(
+                f"{name} in {folder} is damaged: the checksum of elements {start}:{stop} of a row is not the manifest's"
+            )
 
 
 def _map(folder: Path, name: str, wanted: StoredArray) -> _MappedArray:
@@ -115,9 +142,21 @@ def _map(folder: Path, name: str, wanted: StoredArray) -> _MappedArray:
     files = folder / name / "c"
     try:
         if len(wanted.shape) == 1:
-            return _MappedArray([[_map_file(files / str(j), (1, elements), wanted.dtype) for j in range(wanted.shape[0] // elements)]])
+            return _MappedArray(
+                [
+                    [
+                        _map_file(files / str(j), (1, elements), wanted.dtype)
+                        for j in range(wanted.shape[0] // elements)
+                    ]
+                ]
+            )
         down, across = range(wanted.shape[0] // rows), range(wanted.shape[1] // elements)
-        return _MappedArray([[_map_file(files / str(i) / str(j), (rows, elements), wanted.dtype) for j in across] for i in down])
+        return _MappedArray(
+            [
+                [_map_file(files / str(i) / str(j), (rows, elements), wanted.dtype) for j in across]
+                for i in down
+            ]
+        )
     except (ValueError, TypeError, OSError) as error:
         raise WeightError(f"{name} in {folder} cannot be read: {error}") from error
 
@@ -131,9 +170,17 @@ def _chunk_shape(name: str, file: Path, wanted: StoredArray) -> tuple[int, int]:
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise WeightError(f"{name} cannot be opened: {type(error).__name__}: {error}") from error
     if shape != wanted.shape or dtype != wanted.dtype:
-        raise WeightError(f"{name} is {dtype} {shape}, the manifest says {wanted.dtype} {wanted.shape}")
-    if codecs != BARE or len(chunk) != len(shape) or any(part < 1 or whole % part for whole, part in zip(shape, chunk)):
-        raise WeightError(f"{name} is in chunks of {chunk}, coded by {codecs}: jaxgrpo.storage.publish writes bare values in equal chunks")
+        raise WeightError(
+            f"{name} is {dtype} {shape}, the manifest says {wanted.dtype} {wanted.shape}"
+        )
+    if (
+        codecs != BARE
+        or len(chunk) != len(shape)
+        or any(part < 1 or whole % part for whole, part in zip(shape, chunk))
+    ):
+        raise WeightError(
+            f"{name} is in chunks of {chunk}, coded by {codecs}: jaxgrpo.storage.publish writes bare values in equal chunks"
+        )
     return (1, *chunk) if len(chunk) == 1 else chunk
 
 
@@ -144,4 +191,6 @@ def _map_file(path: Path, shape: tuple[int, int], dtype: str) -> np.ndarray:
     with path.open("rb") as file:
         if (size := os.fstat(file.fileno()).st_size) != expected:
             raise ValueError(f"{path} has {size} bytes, not {expected}")
-        return np.frombuffer(mmap.mmap(file.fileno(), expected, access=mmap.ACCESS_COPY), bits).reshape(shape)
+        return np.frombuffer(
+            mmap.mmap(file.fileno(), expected, access=mmap.ACCESS_COPY), bits
+        ).reshape(shape)

@@ -22,7 +22,11 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 
-_DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+_DTYPES = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 WEIGHT_DTYPES = tuple(_NAMES)
 _MAX_HEADER = 100 * 2**20
@@ -41,7 +45,9 @@ class Stored:
     def dtype(self) -> np.dtype:
         """Raises ValueError for a type that is not read here."""
         if self.dtype_name not in _DTYPES:
-            raise ValueError(f"{self.file} holds tensors of type {self.dtype_name}; allowed are {sorted(_DTYPES)}: cast them first")
+            raise ValueError(
+                f"{self.file} holds tensors of type {self.dtype_name}; allowed are {sorted(_DTYPES)}: cast them first"
+            )
         return _DTYPES[self.dtype_name]
 
     def map(self) -> np.ndarray:
@@ -126,19 +132,31 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
     if not (folder / INDEX).is_file():
-        others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in folder.glob(pattern))
-        hint = f" (only {', '.join(others[:4])}: save the model as safetensors first)" if others else ""
-        raise FileNotFoundError(f"no weights in {folder}: neither {SINGLE} nor {INDEX} is there{hint}")
+        others = sorted(
+            p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in folder.glob(pattern)
+        )
+        hint = (
+            f" (only {', '.join(others[:4])}: save the model as safetensors first)"
+            if others
+            else ""
+        )
+        raise FileNotFoundError(
+            f"no weights in {folder}: neither {SINGLE} nor {INDEX} is there{hint}"
+        )
     weight_map = _weight_map(folder / INDEX)
     shards = sorted(set(weight_map.values()))
     absent = [shard for shard in shards if not (folder / shard).is_file()]
     if absent:
-        raise FileNotFoundError(f"{folder / INDEX} names shards that are not there: {', '.join(absent)}")
+        raise FileNotFoundError(
+            f"{folder / INDEX} names shards that are not there: {', '.join(absent)}"
+        )
     tensors: dict[str, Stored] = {}
     for shard in shards:
         for name, stored in read_header(folder / shard).items():
             if name in tensors:
-                raise ValueError(f"{name} is in two shards of {folder}: {tensors[name].file.name} and {shard}")
+                raise ValueError(
+                    f"{name} is in two shards of {folder}: {tensors[name].file.name} and {shard}"
+                )
             tensors[name] = stored
     lost = sorted(
         name
@@ -146,7 +164,9 @@ def read_folder(folder: Path) -> dict[str, Stored]:
         if name not in tensors or tensors[name].file != folder / shard
     )
     if lost:
-        raise ValueError(f"{folder / INDEX} places tensors in shards that do not hold them: {', '.join(lost[:8])}")
+        raise ValueError(
+            f"{folder / INDEX} places tensors in shards that do not hold them: {', '.join(lost[:8])}"
+        )
     return tensors
 
 
@@ -181,7 +201,9 @@ class Outgoing:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_folder(folder: Path, tensors: Iterable[Outgoing], shard_bytes: int = SHARD_BYTES) -> list[Path]:
+def write_folder(
+    folder: Path, tensors: Iterable[Outgoing], shard_bytes: int = SHARD_BYTES
+) -> list[Path]:
     """Write the tensors in their order: one file, or shards of at most `shard_bytes` (more only for one larger tensor) and their index."""
     if shard_bytes <= 0:
         raise ValueError(f"the shard size must be positive, got {shard_bytes}")
@@ -193,10 +215,19 @@ def write_folder(folder: Path, tensors: Iterable[Outgoing], shard_bytes: int = S
     if len(shards) == 1:
         files = [folder / SINGLE]
     else:
-        files = [folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        weight_map = {tensor.name: file.name for file, shard in zip(files, shards, strict=True) for tensor in shard}
+        files = [
+            folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            for i in range(1, len(shards) + 1)
+        ]
+        weight_map = {
+            tensor.name: file.name
+            for file, shard in zip(files, shards, strict=True)
+            for tensor in shard
+        }
         metadata = {"total_size": sum(t.nbytes for shard in shards for t in shard)}
-        (folder / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n")
+        (folder / INDEX).write_text(
+            json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
+        )
     for file, shard in zip(files, shards, strict=True):
         write_file(file, shard)
     return files
@@ -212,9 +243,15 @@ def _header(tensors: Iterable[Outgoing]) -> bytes:
     offset = 0
     for tensor in tensors:
         if tensor.dtype not in _NAMES:
-            raise ValueError(f"{tensor.name} is {tensor.dtype}; safetensors are written as one of {sorted(str(d) for d in _NAMES)}")
+            raise ValueError(
+                f"{tensor.name} is {tensor.dtype}; safetensors are written as one of {sorted(str(d) for d in _NAMES)}"
+            )
         place = [offset, offset + tensor.nbytes]
-        entries[tensor.name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+        entries[tensor.name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": place,
+        }
         offset = place[1]
     text = json.dumps(entries, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)
@@ -229,7 +266,9 @@ def write_file(file: Path, tensors: list[Outgoing]) -> None:
         for tensor in tensors:
             values = tensor.values()
             if values.shape != tensor.shape or values.dtype != tensor.dtype:
-                raise ValueError(f"{tensor.name}: announced {tensor.shape} {tensor.dtype}, got {values.shape} {values.dtype}")
+                raise ValueError(
+                    f"{tensor.name}: announced {tensor.shape} {tensor.dtype}, got {values.shape} {values.dtype}"
+                )
             stream.write(contiguous(values).reshape(-1).view(np.uint8).data)
         stream.flush()
         os.fsync(stream.fileno())

@@ -45,12 +45,16 @@ class ShardedLeaf:
     @property
     def shape(self) -> tuple[int, ...]:
         """On disk."""
-        return (self.layout.layers, self.layout.size) if self.layout.stacked else (self.layout.size,)
+        return (
+            (self.layout.layers, self.layout.size) if self.layout.stacked else (self.layout.size,)
+        )
 
     @property
     def chunk(self) -> tuple[int, int]:
         """Rows and elements of a chunk."""
-        return equal_parts(self.layout.layers, self.piece, max(1, CHUNK_BYTES // self.value.dtype.itemsize))
+        return equal_parts(
+            self.layout.layers, self.piece, max(1, CHUNK_BYTES // self.value.dtype.itemsize)
+        )
 
     @property
     def starts(self) -> Iterator[tuple[int, int]]:
@@ -70,7 +74,9 @@ def equal_parts(rows: int, elements: int, most: int) -> tuple[int, int]:
 def _equal_part(number: int, most: int) -> int | None:
     """The largest divisor of `number` between `most` / 4 and `most`, if there is one."""
     least = -(-number // most)
-    return next((number // parts for parts in range(least, 4 * least + 1) if number % parts == 0), None)
+    return next(
+        (number // parts for parts in range(least, 4 * least + 1) if number % parts == 0), None
+    )
 
 
 class StoppedError(RuntimeError):
@@ -85,8 +91,12 @@ def checkpoint_handler(stop: threading.Event | None = None) -> ocp.PyTreeCheckpo
         (np.ndarray, ocp.type_handlers.NumpyHandler()),
     )
     # orbax asks the handler of arrays for a store of metadata, and warns when there is none
-    registry = ocp.type_handlers.create_type_handler_registry(*handlers, (jax.Array, ocp.type_handlers.ArrayHandler()))
-    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        *handlers, (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    return ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, use_zarr3=True, type_handler_registry=registry
+    )
 
 
 def read_shards(store: ts.TensorStore, leaf: LeafLayout, mesh: Mesh) -> Array:
@@ -111,7 +121,9 @@ def check_shape(store: ts.TensorStore, logical_shape: tuple[int, ...]) -> None:
     saved = saved_shape(store)
     if saved != tuple(logical_shape):
         assert store.kvstore is not None
-        raise ValueError(f"{store.kvstore.path} is of shape {saved}, the model's config says {tuple(logical_shape)}")
+        raise ValueError(
+            f"{store.kvstore.path} is of shape {saved}, the model's config says {tuple(logical_shape)}"
+        )
 
 
 def saved_shape(store: ts.TensorStore) -> tuple[int, ...]:
@@ -126,7 +138,9 @@ class _ShardedLeafHandler(WriteOnlyHandler):
     def __init__(self, stop: threading.Event):
         self._stop = stop
 
-    async def serialize(self, values: Sequence[ShardedLeaf], infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
+    async def serialize(
+        self, values: Sequence[ShardedLeaf], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> Sequence[Any]:
         context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         with ThreadPoolExecutor(_WRITERS) as pool:
             loop, writing = asyncio.get_running_loop(), []
@@ -161,7 +175,14 @@ def _spec(leaf: ShardedLeaf, path: Any, context: ts.Context) -> ts.Spec:
     )
     chunk = leaf.chunk if leaf.layout.stacked else leaf.chunk[1:]
     layout = ts.ChunkLayout(chunk_shape=chunk)
-    spec.update(dtype=ts.dtype(leaf.value.dtype.name), shape=leaf.shape, chunk_layout=layout, context=context, create=True, open=True)
+    spec.update(
+        dtype=ts.dtype(leaf.value.dtype.name),
+        shape=leaf.shape,
+        chunk_layout=layout,
+        context=context,
+        create=True,
+        open=True,
+    )
     return spec
 
 
@@ -171,14 +192,22 @@ def _cut(piece: Array, starts: tuple[int, ...], shape: tuple[int, ...]) -> Array
     return jax.lax.dynamic_slice(piece, starts, shape)
 
 
-def _write_chunk(leaf: ShardedLeaf, shard: Any, row: int, element: int, store: ts.TensorStore) -> None:
+def _write_chunk(
+    leaf: ShardedLeaf, shard: Any, row: int, element: int, store: ts.TensorStore
+) -> None:
     """One chunk of one device's piece, less the padding."""
     rows, elements = leaf.chunk
     start = (shard.index[-1].start or 0) + element
     real = min(elements, leaf.layout.size - start)
     if real <= 0:
         return
-    starts, shape = ((row, element), (rows, elements)) if leaf.layout.stacked else ((element,), (elements,))
+    starts, shape = (
+        ((row, element), (rows, elements)) if leaf.layout.stacked else ((element,), (elements,))
+    )
     values = np.asarray(_cut(shard.data, starts, shape)).reshape(rows, elements)[:, :real]
-    place = store[row : row + rows, start : start + real] if leaf.layout.stacked else store[ts.newaxis][:, start : start + real]
+    place = (
+        store[row : row + rows, start : start + real]
+        if leaf.layout.stacked
+        else store[ts.newaxis][:, start : start + real]
+    )
     place.write(values, can_reference_source_data_indefinitely=True).result()

@@ -34,7 +34,9 @@ def test_a_sampler_that_sleeps_keeps_its_rate_and_labels_tokens_by_the_time_they
 
     start = time.perf_counter()
     first_T, second_T = asyncio.run(play())
-    assert len(first_T) == len(second_T) == 8  # eight are asked for at most: 0.2 seconds each, one after the other
+    assert (
+        len(first_T) == len(second_T) == 8
+    )  # eight are asked for at most: 0.2 seconds each, one after the other
     assert time.perf_counter() - start > 0.399
     assert set(first_T.tolist()) == {4, 5} and first_T.tolist() == sorted(first_T.tolist())
     assert second_T.tolist() == [5] * 8

@@ -16,7 +16,11 @@ from tests.bfcl_fixtures import library, tool
 
 def differing(listed: list[Case]) -> list[str]:
     compared = compare(library(), open_package(), listed)
-    return [f"{case.task.id}/{case.variant}/{case.scope}: ours {ours}" for case, ours, theirs in compared if ours != theirs]
+    return [
+        f"{case.task.id}/{case.variant}/{case.scope}: ours {ours}"
+        for case, ours, theirs in compared
+        if ours != theirs
+    ]
 
 
 def test_a_sample_of_the_base_tasks_gets_the_official_verdicts() -> None:
@@ -42,9 +46,14 @@ def test_whole_episodes_get_the_official_verdicts() -> None:
     for case in cases(library(), ("base",), ("reversed", "wrong_argument", "after_another"), 60):
         if case.scope == "first_turn":
             env = suite.create(as_task(case.task))
-            steps = [env.step(tool(*((call.name, dict(call.arguments)) for call in step))).calls for step in case.turns[0]]
+            steps = [
+                env.step(tool(*((call.name, dict(call.arguments)) for call in step))).calls
+                for step in case.turns[0]
+            ]
             env.step("<TASK_FINISHED>")
-            made = [[Call(call.name, json.loads(call.arguments)) for call in step] for step in steps]
+            made = [
+                [Call(call.name, json.loads(call.arguments)) for call in step] for step in steps
+            ]
             played.append(dataclasses.replace(case, turns=[made]))
             rewards.append(bool(env.score().reward))
     verdicts = official(open_package(), played)
@@ -63,16 +72,32 @@ def test_results_of_earlier_turns_count_officially_too() -> None:
         "no call in the second turn": [[first, second], []],
         "no call in the second turn, the third as it should be": [[first, second], [], [third]],
     }
-    compared = compare(library(), open_package(), [Case(payload, name, "all_turns", played) for name, played in turns.items()])
+    compared = compare(
+        library(),
+        open_package(),
+        [Case(payload, name, "all_turns", played) for name, played in turns.items()],
+    )
     assert [(ours, theirs) for _, ours, theirs in compared] == [(True, True), *[(False, False)] * 4]
 
 
 def test_turns_in_which_the_truth_makes_no_call_are_not_compared_officially_either() -> None:
     payload = library().tasks["miss_param"]["multi_turn_miss_param_11"]
     changes, listing = Call("mkdir", {"dir_name": "of_my_own"}), list(payload.turns[1].truth)
-    turns = {"the first alone": [[[changes]]], "both": [[[changes]], [listing]], "both, nothing changed": [[], [listing]]}
-    compared = compare(library(), open_package(), [Case(payload, name, "", played) for name, played in turns.items()])
-    assert [(ours, theirs) for _, ours, theirs in compared] == [(True, True), (False, False), (True, True)]
+    turns = {
+        "the first alone": [[[changes]]],
+        "both": [[[changes]], [listing]],
+        "both, nothing changed": [[], [listing]],
+    }
+    compared = compare(
+        library(),
+        open_package(),
+        [Case(payload, name, "", played) for name, played in turns.items()],
+    )
+    assert [(ours, theirs) for _, ours, theirs in compared] == [
+        (True, True),
+        (False, False),
+        (True, True),
+    ]
 
 
 @pytest.mark.slow

@@ -282,7 +282,10 @@ def flops_by_hand(prompt: int, completions: list[int]) -> float:
     """Forward and backward of a group of TINY: pairs counted one by one, a multiplication and an
     addition each."""
     m = TINY
-    matrices = m.hidden_size * m.head_dim * (2 * m.heads + 2 * m.kv_heads) + 3 * m.hidden_size * m.intermediate_size
+    matrices = (
+        m.hidden_size * m.head_dim * (2 * m.heads + 2 * m.kv_heads)
+        + 3 * m.hidden_size * m.intermediate_size
+    )
     context = prompt - 1  # the prompt's last token begins each row
     pairs = sum(query + 1 for query in range(context))
     pairs += sum(context + own + 1 for c in completions for own in range(c))

@@ -203,7 +203,9 @@ def test_classes_in_the_config_file_or_beside_it_are_found_from_another_folder(t
     (tmp_path / "its" / "within.py").write_text(
         MODULE + "from tests.training import small_config\n" + MADE
     )
-    show = "import sys; from jaxgrpo.config.load import *; print(load_config(sys.argv[1]).environment)"
+    show = (
+        "import sys; from jaxgrpo.config.load import *; print(load_config(sys.argv[1]).environment)"
+    )
     for name, label in (("beside", "json_helper:Mine"), ("within", "<config>:Mine")):
         text = to_json(load_config(tmp_path / "its" / f"{name}.py"), places=True)
         assert json.loads(text)["environment"]["class"] == label

@@ -73,9 +73,9 @@ def test_overrides_of_one_section_are_checked_together(tmp_path):
         "import dataclasses\nfrom envs.procedural import Warehouse\nfrom tests.training import small_config\n"
         "def get_config():\n    return dataclasses.replace(small_config('m'), environment=Warehouse(train_size=500, test_size=70))\n"
     )
-    assert load_config(path, ["environment.test_size=300", "environment.train_size=200"]).environment == Warehouse(
-        train_size=200, test_size=300
-    )
+    assert load_config(
+        path, ["environment.test_size=300", "environment.train_size=200"]
+    ).environment == Warehouse(train_size=200, test_size=300)
     with pytest.raises(ConfigError, match="environment: train_size"):
         load_config(path, ["environment.test_size=300"])
 
@@ -106,10 +106,19 @@ def test_overrides_of_one_section_are_checked_together(tmp_path):
         ("seed=-1", "seed must be at least 0"),
         ("batching.aggregation=tokens", "Did you mean 'token'?"),
         ("sampler=nativ", "Did you mean 'native'?"),
-        ("evaluation.splits=tests", "evaluation.splits must be one of train, test; got 'tests'. Did you mean 'test'?"),
+        (
+            "evaluation.splits=tests",
+            "evaluation.splits must be one of train, test; got 'tests'. Did you mean 'test'?",
+        ),
         ("evaluation.splits=test,test", "names a split twice"),
-        ("training.iterations=4", "training.steps (6) must be a multiple of training.iterations (4)"),
-        ("training.groups_per_device=4", "must be a multiple of training.devices x training.groups_per_device (1 x 4)"),
+        (
+            "training.iterations=4",
+            "training.steps (6) must be a multiple of training.iterations (4)",
+        ),
+        (
+            "training.groups_per_device=4",
+            "must be a multiple of training.devices x training.groups_per_device (1 x 4)",
+        ),
         ("training.remat=all", "training.remat must be one of full, attention, none; got 'all'"),
         ("training.attention=cudn", "Did you mean 'cudnn'?"),
         ("native.max_cache_tokens=64", "native.max_cache_tokens (64) cannot hold one episode"),
@@ -122,16 +131,25 @@ def test_overrides_of_one_section_are_checked_together(tmp_path):
         ("vllm.gpus=(1,1)", "vllm.gpus must be different indices"),
         ("training.gpus=()", "training.devices is 1, but training.gpus names 0"),
         ("training.max_staleness=-1", "training.max_staleness must be at least 0"),
-        ("training.max_staleness=1", "loss.tis_cap None takes every sample for the policy's own: set it"),
+        (
+            "training.max_staleness=1",
+            "loss.tis_cap None takes every sample for the policy's own: set it",
+        ),
         ("seed=99999999999999999999999", "seed must be below 2^63 = 9223372036854775808, got 99"),
         ("seed=9223372036854775808", "seed must be below 2^63"),
-        ("optimizer.warmup_steps=2147483648", "optimizer.warmup_steps must be below 2^31 = 21474836"),
+        (
+            "optimizer.warmup_steps=2147483648",
+            "optimizer.warmup_steps must be below 2^31 = 21474836",
+        ),
         ("native.decode_chunk=1000000000000000000000", "native.decode_chunk must be below 2^31"),
         ("training.gpus=(10000000000,)", "training.gpus must be below 2^31"),
         ("vllm.cache_bytes=9223372036854775808", "vllm.cache_bytes must be below 2^63"),
         (f"optimizer.learning_rate=1{'0' * 400}", "optimizer.learning_rate must be finite"),
         (f"recording.trajectories=0x1{'0' * 4000}", "must be of type bool, got an object of int"),
-        (f"training.steps=0x1{'0' * 4000}", "training.steps must be below 2^31 = 2147483648, got an"),
+        (
+            f"training.steps=0x1{'0' * 4000}",
+            "training.steps must be below 2^31 = 2147483648, got an",
+        ),
         ("optimizer.learning_rate=1e39", "size that float32 has, 1.18e-38 to 3.4e+38, got 1e+39"),
         ("optimizer.epsilon=1e-60", "optimizer.epsilon must be of a size that float32 has"),
         ("rollout.temperature=1e-300", "rollout.temperature must be of a size that float32 has"),
@@ -154,7 +172,10 @@ def test_each_refusal_names_the_key_and_what_is_allowed(tmp_path, monkeypatch, o
         (("vllm.gpus=(1,)",), "vllm.gpus is set and training.gpus is not"),
         (("vllm.urls=http://a:1", "vllm.port=5"), "leave out one or the other"),
         (("vllm.urls=http://a:1", "vllm.servers=2"), "leave out one or the other"),
-        (("vllm.gpus=(1,2,3)", "training.gpus=(0,)", "vllm.servers=2"), "vllm.servers (2) must divide the 3 GPU(s) of vllm.gpus"),
+        (
+            ("vllm.gpus=(1,2,3)", "training.gpus=(0,)", "vllm.servers=2"),
+            "vllm.servers (2) must divide the 3 GPU(s) of vllm.gpus",
+        ),
         (("vllm.urls=a:8000",), "vllm.urls must be like http://host:8000, got 'a:8000'"),
     ],
 )
@@ -220,7 +241,14 @@ def test_paths_are_absolute_and_from_the_current_folder(tmp_path, monkeypatch):
 
 
 def test_all_contradictions_are_listed_at_once(tmp_path):
-    said = refused("foo=1", "training.steps=5", "rollout.group_size=1", "evaluation.splits=", "evaluation.after=True", folder=tmp_path)
+    said = refused(
+        "foo=1",
+        "training.steps=5",
+        "rollout.group_size=1",
+        "evaluation.splits=",
+        "evaluation.after=True",
+        folder=tmp_path,
+    )
     for part in ("foo", "training.steps (5)", "rollout.group_size", "evaluation.splits is empty"):
         assert part in said
     assert said.count("\n- ") == 4
@@ -231,12 +259,18 @@ def test_all_contradictions_are_listed_at_once(tmp_path):
     [
         ("def get_config(:\n    pass\n", "c.py, line 1: SyntaxError"),
         ("\nx = 1 / 0\n", "c.py, line 2: ZeroDivisionError"),
-        ("def get_config():\n    a = 1\n    raise KeyError('gone')\n", "c.py, line 3: KeyError: 'gone'"),
+        (
+            "def get_config():\n    a = 1\n    raise KeyError('gone')\n",
+            "c.py, line 3: KeyError: 'gone'",
+        ),
         ("import sys\nsys.exit(3)\n", "c.py, line 2: SystemExit: 3"),
         ("x = '\0'\n", "c.py: SyntaxError: source code string cannot contain null bytes"),
         ("x = 1\n", "has no get_config()"),
         ("def get_config():\n    return 3\n", "returned int, not a jaxgrpo.config.settings.Config"),
-        ("from envs.procedural import Warehouse\nWarehouse(\n    kinds=('walk',))\n", "line 2: ValueError: kinds must be"),
+        (
+            "from envs.procedural import Warehouse\nWarehouse(\n    kinds=('walk',))\n",
+            "line 2: ValueError: kinds must be",
+        ),
         (
             "from jaxgrpo.config.settings import RolloutSettings\nRolloutSettings(group_sice=3)\n",
             "unexpected keyword argument 'group_sice'. Did you mean 'group_size'?",
@@ -270,9 +304,15 @@ def test_a_missing_file_and_an_environment_that_is_none(tmp_path):
     ("change", "said"),
     [
         ("rollout=RolloutSettings", "rollout must be of type RolloutSettings, got <class"),
-        ("rollout=TrainingSettings()", "rollout must be of type RolloutSettings, got TrainingSettings("),
+        (
+            "rollout=TrainingSettings()",
+            "rollout must be of type RolloutSettings, got TrainingSettings(",
+        ),
         ("model='m'", "model must be of type ModelSettings, got 'm'"),
-        ("environment=RolloutSettings()", "must be an instance of a dataclass with tasks() and create(), got RolloutSettings("),
+        (
+            "environment=RolloutSettings()",
+            "must be an instance of a dataclass with tasks() and create(), got RolloutSettings(",
+        ),
     ],
 )
 def test_a_section_of_another_kind(tmp_path, change, said):
@@ -294,10 +334,15 @@ def test_json_names_the_environment_and_tells_what_changed():
     assert incompatible_changes(saved, same) == []
     other = apply_override(apply_override(SMALL, "rollout.group_size=8"), "environment.good=abc")
     changes = incompatible_changes(saved, other)
-    assert [line.split(" was ")[0] for line in changes] == ["environment.good", "rollout.group_size"]
+    assert [line.split(" was ")[0] for line in changes] == [
+        "environment.good",
+        "rollout.group_size",
+    ]
     assert changes[1] == "rollout.group_size was 4 and is now 8"
     warehouse = dataclasses.replace(SMALL, environment=Warehouse())
-    assert any(line.startswith("environment.class") for line in incompatible_changes(saved, warehouse))
+    assert any(
+        line.startswith("environment.class") for line in incompatible_changes(saved, warehouse)
+    )
 
 
 def test_every_setting_is_read_outside_its_definition():
@@ -307,9 +352,16 @@ def test_every_setting_is_read_outside_its_definition():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 read.add(node.attr)
-    sections = [kind for kind in typing.get_type_hints(Config).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+    sections = [
+        kind
+        for kind in typing.get_type_hints(Config).values()
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    ]
     assert len(sections) == 12
     unread = {
-        f"{kind.__name__}.{field.name}" for kind in (Config, *sections) for field in dataclasses.fields(kind) if field.name not in read
+        f"{kind.__name__}.{field.name}"
+        for kind in (Config, *sections)
+        for field in dataclasses.fields(kind)
+        if field.name not in read
     }
     assert unread == set()

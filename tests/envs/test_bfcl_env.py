@@ -10,7 +10,9 @@ from jaxgrpo.types import Message, StopReason
 from tests.bfcl_fixtures import all_tasks, environment, play, shown, task, tool
 
 SOLVED = tool(
-    ("cd", {"folder": "document"}), ("mkdir", {"dir_name": "temp"}), ("mv", {"source": "final_report.pdf", "destination": "temp"})
+    ("cd", {"folder": "document"}),
+    ("mkdir", {"dir_name": "temp"}),
+    ("mv", {"source": "final_report.pdf", "destination": "temp"}),
 )
 
 
@@ -18,14 +20,21 @@ SOLVED = tool(
 @pytest.mark.parametrize("protocol", ["tags", "native"])
 @pytest.mark.parametrize("max_turns", [1, 99])
 @pytest.mark.parametrize("reward", ["official", "call_match"])
-def test_the_demonstration_of_every_base_task_is_rewarded(release: str, protocol: str, max_turns: int, reward: str) -> None:
+def test_the_demonstration_of_every_base_task_is_rewarded(
+    release: str, protocol: str, max_turns: int, reward: str
+) -> None:
     suite = Bfcl(release=release, protocol=protocol, max_turns=max_turns, reward=reward)
     failed = []
     for each in all_tasks(suite):
         env = suite.create(each)
         stop = play(env, suite.demonstration(each))
         score = env.score()
-        if (stop, score.reward, score.parts["turns_passed"], score.parts["finished"]) != (StopReason.FINISHED, 1.0, 1.0, 1.0):
+        if (stop, score.reward, score.parts["turns_passed"], score.parts["finished"]) != (
+            StopReason.FINISHED,
+            1.0,
+            1.0,
+            1.0,
+        ):
             failed.append((each.id, stop, score))
     assert failed == []
 
@@ -55,7 +64,9 @@ def test_the_opening_in_tags() -> None:
 
 
 def test_the_opening_in_the_native_form() -> None:
-    observation = environment("base_0", release="v4", protocol="native", docs="signatures").observe()
+    observation = environment(
+        "base_0", release="v4", protocol="native", docs="signatures"
+    ).observe()
     assert observation.stop_strings == ()
     names = [schema["function"]["name"] for schema in observation.tools]
     assert "mv" in names and "post_tweet" in names and "cp" not in names
@@ -83,7 +94,13 @@ def test_worked_examples_come_before_the_task(protocol: str) -> None:
 
 def test_results_say_how_each_call_went() -> None:
     env = environment("base_0")
-    result = env.step(tool(("cd", {"folder": "document"}), ("cd", {"folder": "nowhere"}), ("mkdir", {"dir_name": "x"})))
+    result = env.step(
+        tool(
+            ("cd", {"folder": "document"}),
+            ("cd", {"folder": "nowhere"}),
+            ("mkdir", {"dir_name": "x"}),
+        )
+    )
     assert result.observation is not None
     (message,) = result.observation.messages
     assert message.role == "system"
@@ -96,28 +113,46 @@ def test_results_say_how_each_call_went() -> None:
 
 def test_a_failed_call_stops_its_list_and_earlier_ones_stand() -> None:
     env = environment("base_0")
-    env.step(tool(("cd", {"folder": "document"}), ("mkdir", {"dir_name": "temp"}), ("pwd", {"x": 1}), ("mkdir", {"dir_name": "late"})))
+    env.step(
+        tool(
+            ("cd", {"folder": "document"}),
+            ("mkdir", {"dir_name": "temp"}),
+            ("pwd", {"x": 1}),
+            ("mkdir", {"dir_name": "late"}),
+        )
+    )
     listing = env.step(tool(("ls", {})))
-    assert listing.calls[0].result == '{"current_directory_content": ["final_report.pdf", "previous_report.pdf", "temp"]}'
+    assert (
+        listing.calls[0].result
+        == '{"current_directory_content": ["final_report.pdf", "previous_report.pdf", "temp"]}'
+    )
 
 
 def test_native_results_are_tool_messages() -> None:
     env = environment("base_0", protocol="native")
     calls = [("cd", {"folder": "document"}), ("cd", {"folder": "nowhere"}), ("pwd", {})]
     text = "Let me see.\n" + "\n".join(
-        f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>" for name, arguments in calls
+        f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+        for name, arguments in calls
     )
     result = env.step(text)
     assert result.observation is not None
     assert [message.role for message in result.observation.messages] == ["tool", "tool", "tool"]
-    assert result.observation.messages[0] == Message("tool", '{"current_working_directory": "document"}')
+    assert result.observation.messages[0] == Message(
+        "tool", '{"current_working_directory": "document"}'
+    )
     assert result.observation.messages[2].content == "not run: an earlier call failed"
     assert len(result.calls) == 2
 
 
 @pytest.mark.parametrize(
     "text",
-    ['<tool_call>{"name": "ls"', "<tool_call>ls</tool_call>", "<tool_call>" + "[" * 100_000 + "</tool_call>", "<tool_call></tool_call>"],
+    [
+        '<tool_call>{"name": "ls"',
+        "<tool_call>ls</tool_call>",
+        "<tool_call>" + "[" * 100_000 + "</tool_call>",
+        "<tool_call></tool_call>",
+    ],
 )
 def test_a_native_call_that_cannot_be_read_is_an_observation(text: str) -> None:
     result = environment("base_0", protocol="native").step(text)
@@ -127,7 +162,13 @@ def test_a_native_call_that_cannot_be_read_is_an_observation(text: str) -> None:
 
 def test_native_calls_that_are_malformed_are_observations() -> None:
     env = environment("base_0", protocol="native")
-    for item in ('"ls"', "[]", '{"name": 3, "arguments": {}}', '{"name": "ls", "arguments": []}', '{"name": "ls"}'):
+    for item in (
+        '"ls"',
+        "[]",
+        '{"name": 3, "arguments": {}}',
+        '{"name": "ls", "arguments": []}',
+        '{"name": "ls"}',
+    ):
         assert not env.step(f"<tool_call>{item}</tool_call>").done
 
 
@@ -139,9 +180,16 @@ def test_a_native_reply_without_a_call_ends_the_turn() -> None:
 
 def test_finishing_counts_only_outside_the_reasoning() -> None:
     env = environment("base_0")
-    for text in ("TASK_FINISHED", "<reasoning>then I write <TASK_FINISHED>", "<reasoning><TASK_ERROR></reasoning>"):
+    for text in (
+        "TASK_FINISHED",
+        "<reasoning>then I write <TASK_FINISHED>",
+        "<reasoning><TASK_ERROR></reasoning>",
+    ):
         assert not env.step(text).done
-    assert env.step("<reasoning>Not yet <TASK_ERROR>.</reasoning> <TASK_FINISHED>").stop_reason is StopReason.FINISHED
+    assert (
+        env.step("<reasoning>Not yet <TASK_ERROR>.</reasoning> <TASK_FINISHED>").stop_reason
+        is StopReason.FINISHED
+    )
 
 
 def test_the_tenth_steps_calls_still_run() -> None:
@@ -171,7 +219,10 @@ def test_the_tenth_steps_calls_may_be_left_out_as_in_the_articles_code() -> None
 
 
 def test_fewer_steps_may_be_allowed() -> None:
-    assert environment("base_0", max_steps_per_turn=1).step("what?").stop_reason is StopReason.STEP_LIMIT
+    assert (
+        environment("base_0", max_steps_per_turn=1).step("what?").stop_reason
+        is StopReason.STEP_LIMIT
+    )
 
 
 def test_more_than_twenty_steps_with_calls_fail_officially() -> None:
@@ -206,7 +257,10 @@ def test_a_lost_turn_ends_the_episode() -> None:
     assert score.parts["turns_passed"] == 0.0
     assert score.notes["turn 0"] == "the state differs"
     assert score.notes["turn 1"] == "no call was made"  # the lost turn's calls are its own
-    assert environment("base_0", max_turns=99, reward="call_match").step("<TASK_FINISHED>").observation is not None
+    assert (
+        environment("base_0", max_turns=99, reward="call_match").step("<TASK_FINISHED>").observation
+        is not None
+    )
 
 
 def test_a_lost_turn_may_be_played_on_and_stays_lost() -> None:
@@ -220,9 +274,18 @@ def test_a_lost_turn_may_be_played_on_and_stays_lost() -> None:
 
 def test_results_of_earlier_turns_count_in_later_ones() -> None:
     """The second turn's truth only reads. What was read in the first turn need not be read again; some call is needed."""
-    there, search = ("cd", {"folder": "temp"}), ("grep", {"file_name": "final_report.pdf", "pattern": "budget analysis"})
+    there, search = (
+        ("cd", {"folder": "temp"}),
+        ("grep", {"file_name": "final_report.pdf", "pattern": "budget analysis"}),
+    )
     early, never = environment("base_0", max_turns=2), environment("base_0", max_turns=2)
-    assert play(early, [SOLVED, tool(there, search), "<TASK_FINISHED>", tool(("pwd", {})), "<TASK_FINISHED>"]) is StopReason.FINISHED
+    assert (
+        play(
+            early,
+            [SOLVED, tool(there, search), "<TASK_FINISHED>", tool(("pwd", {})), "<TASK_FINISHED>"],
+        )
+        is StopReason.FINISHED
+    )
     assert early.score().parts["turns_passed"] == 1.0
     assert early.score().reward == 1.0
     assert early.score().parts["calls_match"] == 0.5  # which counts the calls of each turn alone
@@ -234,7 +297,10 @@ def test_results_of_earlier_turns_count_in_later_ones() -> None:
 def test_where_the_truth_makes_no_call_nothing_is_compared_until_the_next_turn() -> None:
     """The first turn of this task leaves out what it needs; the second one's truth lists the files."""
     changes, listing = tool(("mkdir", {"dir_name": "of_my_own"})), tool(("ls", {"a": True}))
-    first, both = (environment("miss_param_11", categories=("miss_param",), max_turns=turns) for turns in (1, 2))
+    first, both = (
+        environment("miss_param_11", categories=("miss_param",), max_turns=turns)
+        for turns in (1, 2)
+    )
     play(first, [changes, "<TASK_FINISHED>"])
     assert (first.score().reward, first.score().parts["state"]) == (1.0, 1.0)
     play(both, [changes, "<TASK_FINISHED>", listing, "<TASK_FINISHED>"])
@@ -244,7 +310,10 @@ def test_where_the_truth_makes_no_call_nothing_is_compared_until_the_next_turn()
 
 def test_turns_that_were_not_played_are_not_passed() -> None:
     right = TurnVerdict(0, state=True, response=True)
-    early, whole = official_score([right], 2, finished=False), official_score([right, right], 2, finished=False)
+    early, whole = (
+        official_score([right], 2, finished=False),
+        official_score([right, right], 2, finished=False),
+    )
     assert (early.reward, early.passed, early.parts["turns_passed"]) == (0.0, False, 0.5)
     assert (whole.reward, whole.passed, whole.parts["turns_passed"]) == (1.0, True, 1.0)
     none = official_score([], 1, finished=False)
@@ -279,13 +348,18 @@ def test_a_turn_that_nothing_can_be_done_in_and_the_tools_that_arrive() -> None:
 
 def test_notes_say_what_differs() -> None:
     env = environment("base_0")
-    play(env, [tool(("cd", {"folder": "document"}), ("mkdir", {"dir_name": "tmp"})), "<TASK_FINISHED>"])
+    play(
+        env,
+        [tool(("cd", {"folder": "document"}), ("mkdir", {"dir_name": "tmp"})), "<TASK_FINISHED>"],
+    )
     score = env.score()
     shares = {"state_match": 0.5, "calls_match": 0.0}
     assert score.parts == {
         "state": 0.0, "response": 0.0, "turns_passed": 0.0, "finished": 1.0, **shares,
     }  # fmt: skip
-    assert "document/tmp: (empty), expected (absent)" in score.notes["turn 0: GorillaFileSystem.root"]
+    assert (
+        "document/tmp: (empty), expected (absent)" in score.notes["turn 0: GorillaFileSystem.root"]
+    )
     assert "moved to" in score.notes["turn 0: missing results"]
 
 
@@ -298,11 +372,21 @@ def test_call_match_wants_the_calls_and_the_state() -> None:
     }  # fmt: skip
     other_way = environment("base_0", reward="call_match")
     cd, mkdir = ("cd", {"folder": "document"}), ("mkdir", {"dir_name": "temp"})
-    play(other_way, [tool(cd, mkdir, ("mv", {"destination": "temp", "source": "final_report.pdf"}), mkdir), "<TASK_FINISHED>"])
+    play(
+        other_way,
+        [
+            tool(cd, mkdir, ("mv", {"destination": "temp", "source": "final_report.pdf"}), mkdir),
+            "<TASK_FINISHED>",
+        ],
+    )
     assert other_way.score().passed  # the order of arguments, and a call that fails, do not matter
     more = environment("base_0", reward="call_match")
     play(more, [SOLVED, tool(("mkdir", {"dir_name": "of_my_own"})), "<TASK_FINISHED>"])
-    assert (more.score().reward, more.score().parts["calls"], more.score().parts["state"]) == (0.0, 1.0, 0.0)
+    assert (more.score().reward, more.score().parts["calls"], more.score().parts["state"]) == (
+        0.0,
+        1.0,
+        0.0,
+    )
     fewer = environment("base_0", reward="call_match")
     play(fewer, [tool(("cd", {"folder": "document"})), "<TASK_FINISHED>"])
     score = fewer.score()

@@ -28,7 +28,11 @@ print(run(tickets, "edit_ticket", ticket_id=1, updates={"owner": 1, "title": "t"
 def test_texts_that_hold_sets_are_the_same_in_every_process() -> None:
     printed = {
         subprocess.run(
-            [sys.executable, "-c", SETS], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+            [sys.executable, "-c", SETS],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         for seed in HASH_SEEDS
     }
@@ -41,9 +45,18 @@ def test_texts_that_hold_sets_are_the_same_in_every_process() -> None:
 def test_a_stable_set_is_a_set() -> None:
     letters = StableSet(["b", "a", "c"])
     assert letters == {"a", "b", "c"} and letters != {"a"}
-    assert (repr(letters), list(letters), repr(StableSet())) == ("{'a', 'b', 'c'}", ["a", "b", "c"], "set()")
+    assert (repr(letters), list(letters), repr(StableSet())) == (
+        "{'a', 'b', 'c'}",
+        ["a", "b", "c"],
+        "set()",
+    )
     changed = [letters - {"a"}, letters & {"c", "b"}, letters | {"0"}, letters ^ {"a"}]
-    changed += [letters.difference("a"), letters.intersection("cb"), letters.union("0"), letters.copy()]
+    changed += [
+        letters.difference("a"),
+        letters.intersection("cb"),
+        letters.union("0"),
+        letters.copy(),
+    ]
     assert [repr(s) for s in changed] == [
         "{'b', 'c'}", "{'b', 'c'}", "{'0', 'a', 'b', 'c'}", "{'b', 'c'}",
         "{'b', 'c'}", "{'b', 'c'}", "{'0', 'a', 'b', 'c'}", "{'a', 'b', 'c'}",
@@ -82,9 +95,14 @@ print(json.dumps([execute_multi_turn_func_call([call], {}, ["MathAPI"], "m", f"t
 
 def test_mistyped_arguments_are_answered_as_officially() -> None:
     """By the package's own executor, in a process of its own."""
-    texts = [f"{call.name}({', '.join(f'{k}={v!r}' for k, v in call.arguments.items())})" for call in MISTYPED]
+    texts = [
+        f"{call.name}({', '.join(f'{k}={v!r}' for k, v in call.arguments.items())})"
+        for call in MISTYPED
+    ]
     command = [sys.executable, "-c", OFFICIAL, str(open_package().folder.parent), json.dumps(texts)]
-    official = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    official = json.loads(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    )
     ours = [session("MathAPI").run(call).text for call in MISTYPED]
     assert dict(zip(texts, ours, strict=True)) == dict(zip(texts, official, strict=True))
     assert ours[0] == "{'result': mpf('1.3027')}"
@@ -100,13 +118,21 @@ def test_a_text_that_is_no_number_leaves_pythons_limit_on_digits_alone() -> None
 @pytest.mark.parametrize(
     ("name", "arguments", "text"),
     [
-        ("logarithm", {"value": 10, "base": 2, "precision": "100000"}, "precision must be at most 1000"),
+        (
+            "logarithm",
+            {"value": 10, "base": 2, "precision": "100000"},
+            "precision must be at most 1000",
+        ),
         ("logarithm", {"value": 10, "base": 2, "precision": 1e9}, "precision must be at most 1000"),
         ("logarithm", {"value": "1e1000000000", "base": 2, "precision": 5}, "value is too large"),
         ("logarithm", {"value": 2, "base": "0x1p-999999999", "precision": 5}, "base is too large"),
         ("logarithm", {"value": "9" * 5000, "base": 2, "precision": 5}, "value is too large"),
         ("square_root", {"number": 2, "precision": 10**9}, "precision must be at most 1000"),
-        ("round_number", {"number": 5, "decimal_places": -(10**9)}, "decimal_places must be at least -1000"),
+        (
+            "round_number",
+            {"number": 5, "decimal_places": -(10**9)},
+            "decimal_places must be at least -1000",
+        ),
     ],
 )
 def test_what_would_hang_is_refused(name: str, arguments: dict, text: str) -> None:
@@ -121,7 +147,10 @@ def test_a_precision_given_as_a_text_passes_as_it_does_officially(release: str) 
     for each in (task("miss_param_49", suite), task("miss_param_48", suite)):
         env = suite.create(each)
         for turn in each.payload.turns:
-            calls = [Call(c.name, {k: str(v) if k == "precision" else v for k, v in c.arguments.items()}) for c in turn.truth]
+            calls = [
+                Call(c.name, {k: str(v) if k == "precision" else v for k, v in c.arguments.items()})
+                for c in turn.truth
+            ]
             played += sum(call.name == "logarithm" for call in calls)
             if calls:
                 env.step(tool(*((call.name, dict(call.arguments)) for call in calls)))

@@ -21,14 +21,18 @@ def test_the_pins() -> None:
 
 
 @pytest.mark.parametrize(("release", "prefix"), [(V3, "f93fee3a"), (V4, "3bb6dfa5")])
-def test_a_wheel_of_other_bytes_is_refused(tmp_path: Path, release: source.Release, prefix: str) -> None:
+def test_a_wheel_of_other_bytes_is_refused(
+    tmp_path: Path, release: source.Release, prefix: str
+) -> None:
     wheel = tmp_path / release.wheel
     wheel.write_bytes(b"not the wheel")
     with pytest.raises(source.SourceError, match=f"expected {prefix}"):
         source.check_hash(wheel, release)
 
 
-def test_a_failed_download_says_why_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_says_why_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(source.SourceError, match="unpack the wheel by hand"):
         source.cached_folder(tmp_path / "cache", V3)
@@ -46,7 +50,10 @@ def test_a_given_folder_is_used_or_refused(tmp_path: Path) -> None:
 
 def test_a_folder_of_the_other_release_is_refused_by_name() -> None:
     folder = str(source.open_package("v4").folder)
-    with pytest.raises(source.SourceError, match=r"holds the data of BFCL v4, and release is 'v3': set release='v4'"):
+    with pytest.raises(
+        source.SourceError,
+        match=r"holds the data of BFCL v4, and release is 'v3': set release='v4'",
+    ):
         Bfcl(folder=folder).tasks("train")
 
 
@@ -59,21 +66,46 @@ def test_a_release_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     folder = copied(tmp_path)
     for file in folder.glob("data/BFCL_v3_*"):
         file.rename(file.with_name(file.name.replace("v3", "v9")))
-    with pytest.raises(source.SourceError, match=r"holds the data of BFCL v9, and release is 'v3': known are v3, v4"):
+    with pytest.raises(
+        source.SourceError,
+        match=r"holds the data of BFCL v9, and release is 'v3': known are v3, v4",
+    ):
         Bfcl(folder=str(folder)).tasks("train")
 
 
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        ("data/BFCL_v3_multi_turn_base.json", '"involved_classes"', '"classes"', "KeyError: 'involved_classes'"),
-        ("data/BFCL_v3_multi_turn_base.json", '["TravelAPI"]', '["HotelAPI"]', "KeyError: 'HotelAPI'"),
-        ("data/possible_answer/BFCL_v3_multi_turn_base.json", "lockDoors(", "lock_doors(", "KeyError: 'lock_doors'"),
-        ("data/multi_turn_func_doc/math_api.json", '"name": "add"', '"name": "plus"', "AttributeError: .*'plus'"),
+        (
+            "data/BFCL_v3_multi_turn_base.json",
+            '"involved_classes"',
+            '"classes"',
+            "KeyError: 'involved_classes'",
+        ),
+        (
+            "data/BFCL_v3_multi_turn_base.json",
+            '["TravelAPI"]',
+            '["HotelAPI"]',
+            "KeyError: 'HotelAPI'",
+        ),
+        (
+            "data/possible_answer/BFCL_v3_multi_turn_base.json",
+            "lockDoors(",
+            "lock_doors(",
+            "KeyError: 'lock_doors'",
+        ),
+        (
+            "data/multi_turn_func_doc/math_api.json",
+            '"name": "add"',
+            '"name": "plus"',
+            "AttributeError: .*'plus'",
+        ),
         ("data/multi_turn_func_doc/math_api.json", '{"name"', "{name", "JSONDecodeError"),
     ],
 )
-def test_data_that_are_not_understood_are_refused_by_name(tmp_path: Path, file: str, old: str, new: str, message: str) -> None:
+def test_data_that_are_not_understood_are_refused_by_name(
+    tmp_path: Path, file: str, old: str, new: str, message: str
+) -> None:
     folder = copied(tmp_path)
     text = (folder / file).read_text("utf-8")
     assert old in text
@@ -87,7 +119,9 @@ def test_a_category_with_a_task_too_few_is_refused_by_name(tmp_path: Path) -> No
     folder = copied(tmp_path)
     file = folder / "data" / "BFCL_v3_multi_turn_miss_func.json"
     file.write_text("\n".join(file.read_text("utf-8").splitlines()[1:]), "utf-8")
-    with pytest.raises(source.SourceError, match=r"BFCL_v3_multi_turn_miss_func\.json holds 199 tasks, not 200"):
+    with pytest.raises(
+        source.SourceError, match=r"BFCL_v3_multi_turn_miss_func\.json holds 199 tasks, not 200"
+    ):
         Bfcl(folder=str(folder)).tasks("train")
 
 
@@ -99,11 +133,15 @@ def test_a_category_with_a_task_too_few_is_refused_by_name(tmp_path: Path) -> No
         ("def logarithm(", "def logarithm(:", "SyntaxError"),
     ],
 )
-def test_simulators_that_are_not_understood_are_refused_by_name(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_simulators_that_are_not_understood_are_refused_by_name(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
     folder = copied(tmp_path)
     file = folder / "eval_checker" / "multi_turn_eval" / "func_source_code" / "math_api.py"
     file.write_text(file.read_text("utf-8").replace(old, new, 1), "utf-8")
-    with pytest.raises(source.SourceError, match=f"the simulators in .* are not understood .*{message}"):
+    with pytest.raises(
+        source.SourceError, match=f"the simulators in .* are not understood .*{message}"
+    ):
         Bfcl(folder=str(folder)).tasks("train")
 
 
@@ -117,7 +155,10 @@ def test_the_cache_follows_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.slow
 def test_many_callers_fetch_into_one_cache(tmp_path: Path) -> None:
     folders: list[Path] = []
-    threads = [threading.Thread(target=lambda: folders.append(source.cached_folder(tmp_path, V4))) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda: folders.append(source.cached_folder(tmp_path, V4)))
+        for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -147,6 +188,10 @@ def test_nothing_enters_the_import_system() -> None:
 
 @pytest.mark.parametrize(("release", "tools"), [("v3", 129), ("v4", 128)])
 def test_no_two_classes_share_a_tool(release: str, tools: int) -> None:
-    names = [name for documents in bfcl_fixtures.library(release).documents.values() for name in documents]
+    names = [
+        name
+        for documents in bfcl_fixtures.library(release).documents.values()
+        for name in documents
+    ]
     assert len(names) == tools
     assert len(set(names)) == tools

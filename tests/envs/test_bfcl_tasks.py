@@ -32,7 +32,9 @@ def test_the_articles_split(release: str) -> None:
         ("v4", {1: 98, 2: 61, 3: 22, 4: 8, 5: 9, 6: 1, 7: 1}, 734, 1142),
     ],
 )
-def test_measured_facts_of_the_base_category(release: str, first_calls: dict[int, int], turns: int, calls: int) -> None:
+def test_measured_facts_of_the_base_category(
+    release: str, first_calls: dict[int, int], turns: int, calls: int
+) -> None:
     payloads = list(library(release).tasks["base"].values())
     firsts = [len(payload.turns[0].truth) for payload in payloads]
     assert collections.Counter(firsts) == first_calls
@@ -42,10 +44,16 @@ def test_measured_facts_of_the_base_category(release: str, first_calls: dict[int
 
 
 def test_the_releases_differ_in_46_first_queries_and_42_first_ground_truths() -> None:
-    pairs = [(old, library("v4").tasks["base"][name]) for name, old in library("v3").tasks["base"].items()]
+    pairs = [
+        (old, library("v4").tasks["base"][name])
+        for name, old in library("v3").tasks["base"].items()
+    ]
     assert sum(old.turns[0].query != new.turns[0].query for old, new in pairs) == 46
     assert sum(old.turns[0].truth != new.turns[0].truth for old, new in pairs) == 42
-    assert sum(json.loads(old.initial_config) != json.loads(new.initial_config) for old, new in pairs) == 72
+    assert (
+        sum(json.loads(old.initial_config) != json.loads(new.initial_config) for old, new in pairs)
+        == 72
+    )
 
 
 @pytest.mark.parametrize("release", ["v3", "v4"])
@@ -58,7 +66,10 @@ def test_every_category_loads(release: str, category: str) -> None:
 
 def test_several_categories_follow_one_another() -> None:
     train = Bfcl(categories=("miss_param", "base")).tasks("train")
-    assert [t.id for t in train[:1] + train[100:101]] == ["multi_turn_miss_param_101", "multi_turn_base_101"]
+    assert [t.id for t in train[:1] + train[100:101]] == [
+        "multi_turn_miss_param_101",
+        "multi_turn_base_101",
+    ]
 
 
 def test_labels_are_the_involved_classes() -> None:
@@ -66,9 +77,13 @@ def test_labels_are_the_involved_classes() -> None:
 
 
 def test_positional_ground_truth_gets_names_and_lists_stay_lists() -> None:
-    assert task("base_0").payload.turns[2].truth == (Call("sort", {"file_name": "final_report.pdf"}),)
+    assert task("base_0").payload.turns[2].truth == (
+        Call("sort", {"file_name": "final_report.pdf"}),
+    )
     lock = task("base_55").payload.turns[0].truth[2]
-    assert lock == Call("lockDoors", {"unlock": False, "door": ["driver", "passenger", "rear_left", "rear_right"]})
+    assert lock == Call(
+        "lockDoors", {"unlock": False, "door": ["driver", "passenger", "rear_left", "rear_right"]}
+    )
     assert type(lock.arguments["door"]) is list
 
 
@@ -100,7 +115,9 @@ def test_withheld_tools_arrive_on_their_turn() -> None:
     payload = task("miss_func_127", suite).payload
     assert "get_watchlist" not in payload.tools
     assert [turn.new_tools for turn in payload.turns][:3] == [(), ("get_watchlist",), ()]
-    defect = task("miss_func_49", suite).payload  # its second turn needs `tail`, announced on the fourth
+    defect = task(
+        "miss_func_49", suite
+    ).payload  # its second turn needs `tail`, announced on the fourth
     assert "tail" in defect.tools
     assert defect.turns[3].new_tools == ("wc", "cat")
 
@@ -111,25 +128,41 @@ def test_signatures_are_short() -> None:
     assert docs.signature(documents["find"]) == "find(path: str = '.', name: str = None)"
     assert docs.signature(documents["pwd"]) == "pwd()"
     twitter = library().documents["TwitterAPI"]["post_tweet"]
-    assert docs.signature(twitter) == "post_tweet(content: str, tags: list[str] = [], mentions: list[str] = [])"
-    assert docs.signature(library().documents["TicketAPI"]["edit_ticket"]) == "edit_ticket(ticket_id: int, updates: dict)"
+    assert (
+        docs.signature(twitter)
+        == "post_tweet(content: str, tags: list[str] = [], mentions: list[str] = [])"
+    )
+    assert (
+        docs.signature(library().documents["TicketAPI"]["edit_ticket"])
+        == "edit_ticket(ticket_id: int, updates: dict)"
+    )
 
 
 def test_details_of_the_documents() -> None:
     document = library().documents["MathAPI"]["add"]
     full = json.loads(docs.describe([document], "full"))
     assert full == document
-    assert sorted(json.loads(docs.describe([document], "without_response"))) == ["description", "name", "parameters"]
-    full, _, without, signatures = (len(environment("base_0", docs=d).observe().messages[0].content) for d in docs.DETAILS)
+    assert sorted(json.loads(docs.describe([document], "without_response"))) == [
+        "description",
+        "name",
+        "parameters",
+    ]
+    full, _, without, signatures = (
+        len(environment("base_0", docs=d).observe().messages[0].content) for d in docs.DETAILS
+    )
     assert signatures < 1500 < 8000 < without < full
 
 
 def test_the_articles_wording_of_the_documents() -> None:
     document = library().documents["MathAPI"]["add"]
     worded = docs.describe([document], "article")
-    assert worded.startswith('{"name": "add", "description": "Add two numbers.", "parameters": {"type": "dict", ')
+    assert worded.startswith(
+        '{"name": "add", "description": "Add two numbers.", "parameters": {"type": "dict", '
+    )
     assert json.loads(worded) == {**document, "description": "Add two numbers."}
-    every = docs.describe([d for owned in library().documents.values() for d in owned.values()], "article")
+    every = docs.describe(
+        [d for owned in library().documents.values() for d in owned.values()], "article"
+    )
     assert every.count("\n") == 128 and "Tool description" not in every
     native = docs.schema(document, "article")["function"]
     assert native["description"] == "Add two numbers." and "response" in native
@@ -141,13 +174,25 @@ def test_the_curriculum_plays_few_turns_first_in_the_articles_order() -> None:
     turns = [len(each.payload.turns) for each in tasks]
     assert turns == sorted(turns)
     assert collections.Counter(turns) == {1: 100, 2: 98, 3: 79}
-    assert [each.id for each in tasks[:3]] == ["multi_turn_base_51:1", "multi_turn_base_140:1", "multi_turn_base_177:1"]
+    assert [each.id for each in tasks[:3]] == [
+        "multi_turn_base_51:1",
+        "multi_turn_base_140:1",
+        "multi_turn_base_177:1",
+    ]
     assert {each.payload.id for each in tasks} == {each.id for each in Bfcl().tasks("train")}
     assert [each.id for each in suite.tasks("test")] == [each.id for each in Bfcl().tasks("test")]
     env = suite.create(tasks[100])
-    assert [env.step(text).done for text in suite.demonstration(tasks[100])] == [False, False, False, True]
+    assert [env.step(text).done for text in suite.demonstration(tasks[100])] == [
+        False,
+        False,
+        False,
+        True,
+    ]
     assert env.score().parts["turns_passed"] == 1.0
-    assert len(Bfcl(curriculum=True, max_turns=3, task_ids=("multi_turn_base_101",)).tasks("train")) == 3
+    assert (
+        len(Bfcl(curriculum=True, max_turns=3, task_ids=("multi_turn_base_101",)).tasks("train"))
+        == 3
+    )
 
 
 def test_the_curriculums_order_by_an_independent_sort() -> None:
@@ -168,23 +213,38 @@ def test_the_curriculums_order_by_an_independent_sort() -> None:
 def test_schemas_speak_json_schema() -> None:
     documents = library().documents
     add = docs.schema(documents["MathAPI"]["add"], "signatures")
-    parameters = {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}, "required": ["a", "b"]}
+    parameters = {
+        "type": "object",
+        "properties": {"a": {"type": "number"}, "b": {"type": "number"}},
+        "required": ["a", "b"],
+    }
     assert add == {"type": "function", "function": {"name": "add", "parameters": parameters}}
-    assert sorted(docs.schema(documents["MathAPI"]["add"], "without_response")["function"]) == ["description", "name", "parameters"]
+    assert sorted(docs.schema(documents["MathAPI"]["add"], "without_response")["function"]) == [
+        "description",
+        "name",
+        "parameters",
+    ]
     types = set()
 
     def collect(schema: dict) -> None:
         types.add(schema.get("type"))
-        for child in [*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])]:
+        for child in [
+            *schema.get("properties", {}).values(),
+            *([schema["items"]] if "items" in schema else []),
+        ]:
             collect(child)
 
     for owned in documents.values():
         for document in owned.values():
             function = docs.schema(document, "full")["function"]
             collect(function["parameters"])
-            assert function["response"]["type"] == "object" or function["response"]["type"] == "array"
+            assert (
+                function["response"]["type"] == "object" or function["response"]["type"] == "array"
+            )
     assert types == {"object", "number", "string", "integer", "boolean", "array"}
-    find = docs.schema(documents["GorillaFileSystem"]["find"], "full")["function"]["parameters"]["properties"]
+    find = docs.schema(documents["GorillaFileSystem"]["find"], "full")["function"]["parameters"][
+        "properties"
+    ]
     assert find["path"]["default"] == "."
     assert "default" not in find["name"]
 
@@ -193,7 +253,10 @@ def test_training_on_fewer_tasks() -> None:
     chosen = Bfcl(task_ids=("multi_turn_base_190", "multi_turn_base_101"))
     assert [t.id for t in chosen.tasks("train")] == ["multi_turn_base_101", "multi_turn_base_190"]
     assert len(chosen.tasks("test")) == 100
-    assert [t.id for t in Bfcl(train_limit=2).tasks("train")] == ["multi_turn_base_101", "multi_turn_base_127"]
+    assert [t.id for t in Bfcl(train_limit=2).tasks("train")] == [
+        "multi_turn_base_101",
+        "multi_turn_base_127",
+    ]
     assert len(Bfcl(max_calls=1).tasks("train")) == 52
     assert len(Bfcl(max_calls=1).tasks("test")) == 100
     assert {t.labels for t in Bfcl(classes=("GorillaFileSystem", "MathAPI")).tasks("train")} == {
@@ -201,7 +264,9 @@ def test_training_on_fewer_tasks() -> None:
         ("GorillaFileSystem", "MathAPI"),
     }
     assert len(Bfcl(max_calls=1, train_limit=7).tasks("train")) == 7
-    with pytest.raises(ValueError, match="unknown task id of the train split 'multi_turn_base_184'"):
+    with pytest.raises(
+        ValueError, match="unknown task id of the train split 'multi_turn_base_184'"
+    ):
         Bfcl(task_ids=("multi_turn_base_184",)).tasks("train")
 
 

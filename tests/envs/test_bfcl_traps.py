@@ -27,7 +27,20 @@ def test_initial_states_are_not_mutated() -> None:
     assert {each.id: each.payload.initial_config for each in all_tasks(suite)} == before
 
 
-@pytest.mark.parametrize("name", ["_load_scenario", "__init__", "__class__", "_api_description", "root", "_current_dir", "cp", "", "ls "])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_load_scenario",
+        "__init__",
+        "__class__",
+        "_api_description",
+        "root",
+        "_current_dir",
+        "cp",
+        "",
+        "ls ",
+    ],
+)
 def test_only_offered_tools_can_be_called(name: str) -> None:
     env = environment("base_0")
     result = env.step(json.dumps([{"name": name, "args": {}}]).join(["<tool>", "</tool>"]))
@@ -36,7 +49,10 @@ def test_only_offered_tools_can_be_called(name: str) -> None:
 
 
 def test_list_defaults_are_not_shared() -> None:
-    first, second = session("TwitterAPI", {"authenticated": True}), session("TwitterAPI", {"authenticated": True})
+    first, second = (
+        session("TwitterAPI", {"authenticated": True}),
+        session("TwitterAPI", {"authenticated": True}),
+    )
     run(first, "post_tweet", content="one")
     run(first, "mention", tweet_id=0, mentioned_usernames=["@a"])
     assert json.loads(run(first, "post_tweet", content="two"))["mentions"] == []
@@ -70,7 +86,12 @@ def test_random_ids_are_an_episodes_own() -> None:
     alone = session("TravelAPI")
     expected = [login(alone), login(alone)]
     first, second = session("TravelAPI"), session("TravelAPI")
-    assert [login(first), login(second), login(second), login(first)] == [expected[0], expected[0], expected[1], expected[1]]
+    assert [login(first), login(second), login(second), login(first)] == [
+        expected[0],
+        expected[0],
+        expected[1],
+        expected[1],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +146,10 @@ def _hasty_threads() -> Iterator[None]:
 def test_global_precisions_are_left_alone_and_threads_do_not_mix() -> None:
     before = (mpmath.mp.dps, decimal.getcontext().prec)
     run(session("MathAPI"), "square_root", number=2, precision=3)
-    expected = {digits: run(session("MathAPI"), "logarithm", value=2, base=10, precision=digits) for digits in (5, 50, 200)}
+    expected = {
+        digits: run(session("MathAPI"), "logarithm", value=2, base=10, precision=digits)
+        for digits in (5, 50, 200)
+    }
     assert expected[5] == "{'result': mpf('0.30102968')}"
     seen: dict[int, set[str]] = {digits: set() for digits in expected}
 
@@ -135,7 +159,9 @@ def test_global_precisions_are_left_alone_and_threads_do_not_mix() -> None:
             seen[digits].add(run(on, "logarithm", value=2, base=10, precision=digits))
             run(on, "square_root", number=2, precision=digits)
 
-    threads = [threading.Thread(target=work, args=(digits,)) for digits in expected for _ in range(2)]
+    threads = [
+        threading.Thread(target=work, args=(digits,)) for digits in expected for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -155,20 +181,28 @@ def test_copies_cannot_outgrow_the_machine() -> None:
     assert texts[-1] == "Error during execution: no space left"
     assert guards.tree_size(on.instances["GorillaFileSystem"].root) <= guards.MAX_TREE
     assert run(on, "find").startswith('{"matches"')
-    assert scoring.state_differences(on.instances, session("GorillaFileSystem").instances).keys() == {"GorillaFileSystem.root"}
+    assert scoring.state_differences(
+        on.instances, session("GorillaFileSystem").instances
+    ).keys() == {"GorillaFileSystem.root"}
     assert time.perf_counter() - started < 5
 
 
 def test_a_directory_cannot_hold_itself() -> None:
     on = session("GorillaFileSystem", {"root": {"r": {"type": "directory", "contents": {}}}})
     run(on, "mkdir", dir_name="a")
-    assert run(on, "cp", source="a", destination="a") == "Error during execution: cannot copy 'a' into itself"
+    assert (
+        run(on, "cp", source="a", destination="a")
+        == "Error during execution: cannot copy 'a' into itself"
+    )
     run(on, "mv", source="a", destination="a")  # officially the directory is gone then
     assert run(on, "find") == '{"matches": []}'
 
 
 def test_deep_directories_are_an_unequal_state_not_an_exception() -> None:
-    sides = [session("GorillaFileSystem", {"root": {"r": {"type": "directory", "contents": {}}}}) for _ in range(2)]
+    sides = [
+        session("GorillaFileSystem", {"root": {"r": {"type": "directory", "contents": {}}}})
+        for _ in range(2)
+    ]
     for on in sides:
         for _ in range(2000):
             run(on, "mkdir", dir_name="d")
@@ -176,12 +210,20 @@ def test_deep_directories_are_an_unequal_state_not_an_exception() -> None:
     run(sides[0], "touch", file_name="x")
     run(sides[0], "cd", folder="/")
     assert run(sides[0], "find").startswith("Error during execution: maximum recursion depth")
-    assert list(scoring.state_differences(sides[0].instances, sides[1].instances)) == ["GorillaFileSystem.root"]
+    assert list(scoring.state_differences(sides[0].instances, sides[1].instances)) == [
+        "GorillaFileSystem.root"
+    ]
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"stocks": [["a"]], "min_price": 1, "max_price": 2}, {"stocks": 5, "min_price": 1, "max_price": 2}, {"self": 1}, {"stocks": "ab"}],
+    [
+        {},
+        {"stocks": [["a"]], "min_price": 1, "max_price": 2},
+        {"stocks": 5, "min_price": 1, "max_price": 2},
+        {"self": 1},
+        {"stocks": "ab"},
+    ],
 )
 def test_bad_arguments_are_results(arguments: dict) -> None:
     result = session("TradingBot").run(Call("filter_stocks_by_price", arguments))
@@ -225,11 +267,21 @@ def test_no_arguments_make_any_tool_raise_or_hang() -> None:
     assert time.perf_counter() - started < 30
 
 
-@pytest.mark.parametrize(("release", "of_age", "a_day_younger"), [("v3", "2007-06-08", "2007-06-09"), ("v4", "2008-03-23", "2008-03-24")])
+@pytest.mark.parametrize(
+    ("release", "of_age", "a_day_younger"),
+    [("v3", "2007-06-08", "2007-06-09"), ("v4", "2008-03-23", "2008-03-24")],
+)
 def test_today_is_fixed(release: str, of_age: str, a_day_younger: str) -> None:
     on = session("TravelAPI", {"user_first_name": "A", "user_last_name": "B"}, release=release)
     birthdays = {
-        birthday: run(on, "verify_traveler_information", first_name="A", last_name="B", date_of_birth=birthday, passport_number="US1")
+        birthday: run(
+            on,
+            "verify_traveler_information",
+            first_name="A",
+            last_name="B",
+            date_of_birth=birthday,
+            passport_number="US1",
+        )
         for birthday in (of_age, a_day_younger)
     }
     assert birthdays[of_age] == '{"verification_status": true}'
@@ -298,7 +350,9 @@ def test_first_turns_that_leave_the_public_state_alone(release: str, expected: i
         on = library(release).session(payload)
         for call in payload.turns[0].truth:
             on.run(call)
-        unchanged += not scoring.state_differences(on.instances, library(release).session(payload).instances)
+        unchanged += not scoring.state_differences(
+            on.instances, library(release).session(payload).instances
+        )
     assert unchanged == expected
 
 

@@ -6,7 +6,9 @@ from envs import tool_tags
 from envs.procedural import Errand, Warehouse, WarehouseEnvironment
 from jaxgrpo.types import Message, StopReason, Task
 
-ERRAND = Errand("refill", "lamp", 30, "", (("lamp", "K4", 12), ("rope", "B7", 3), ("drum", "S1", 8)))
+ERRAND = Errand(
+    "refill", "lamp", 30, "", (("lamp", "K4", 12), ("rope", "B7", 3), ("drum", "S1", 8))
+)
 
 
 def environment(errand: Errand = ERRAND, max_steps: int = 6) -> WarehouseEnvironment:
@@ -31,11 +33,15 @@ def test_the_demonstration_of_every_task_is_rewarded() -> None:
 def test_a_whole_episode() -> None:
     env = environment()
     opening = env.observe()
-    assert opening.messages[1] == Message("user", "Order as many of the item lamp as are missing to have 30.")
+    assert opening.messages[1] == Message(
+        "user", "Order as many of the item lamp as are missing to have 30."
+    )
     assert opening.stop_strings == ("</tool>", "<TASK_FINISHED>", "<TASK_ERROR>")
     first = env.step(call("code_of", item="lamp"))
     assert first.observation is not None
-    assert first.observation.messages == (Message("system", '<tool_result>["code_of succeeded: K4"]</tool_result>'),)
+    assert first.observation.messages == (
+        Message("system", '<tool_result>["code_of succeeded: K4"]</tool_result>'),
+    )
     assert env.step(call("stock_of", code="K4")).calls[0].result == "12"
     assert env.step(call("order", code="K4", count=18)).calls[0].ok
     assert env.step("<TASK_FINISHED>").stop_reason is StopReason.FINISHED
@@ -93,7 +99,10 @@ def test_giving_up_ends_the_episode() -> None:
 
 def test_splits_share_no_wish_and_the_seed_decides() -> None:
     def wishes(suite: Warehouse, split: str) -> list[tuple]:
-        return [(t.payload.kind, t.payload.item, t.payload.amount, t.payload.place) for t in suite.tasks(split)]  # type: ignore[attr-defined]
+        return [
+            (t.payload.kind, t.payload.item, t.payload.amount, t.payload.place)
+            for t in suite.tasks(split)
+        ]  # type: ignore[attr-defined]
 
     suite = Warehouse(train_size=400, test_size=100)
     train, test = wishes(suite, "train"), wishes(suite, "test")

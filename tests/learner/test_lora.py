@@ -53,13 +53,24 @@ BATCHES = packed(GROUPS, 12)
 def lora_update(devices: int, lora: LoraSettings = LORA, dtype: str = "float32") -> Update:
     """One Update for all tests that need it: compiling takes longer than anything else here."""
     mesh = make_mesh(jax.devices()[:devices])
-    return Update(TINY, mesh, LOSS, ADAM, compute_dtype=dtype, temperature=TEMPERATURE, head_chunk=16, lora=lora)
+    return Update(
+        TINY,
+        mesh,
+        LOSS,
+        ADAM,
+        compute_dtype=dtype,
+        temperature=TEMPERATURE,
+        head_chunk=16,
+        lora=lora,
+    )
 
 
 def adapters_of(lora: LoraSettings = LORA, seed: int = 3) -> Params:
     """Adapters in which b is not zero any more."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: rng.normal(0.0, 0.2, s.shape).astype(np.float32), trained_shapes(TINY, lora))
+    return jax.tree.map(
+        lambda s: rng.normal(0.0, 0.2, s.shape).astype(np.float32), trained_shapes(TINY, lora)
+    )
 
 
 def merged_by_hand(base: Params, adapters: Params, scale: float = SCALE) -> Params:
@@ -69,7 +80,9 @@ def merged_by_hand(base: Params, adapters: Params, scale: float = SCALE) -> Para
         if name in adapters["layers"].get(block, {}):
             pair = adapters["layers"][block][name]["adapter"]
             linear = merged["layers"][block][name]
-            linear["kernel"] = linear["kernel"] + scale * np.einsum("lri,lro->lio", pair["a"].astype(np.float64), pair["b"])
+            linear["kernel"] = linear["kernel"] + scale * np.einsum(
+                "lri,lro->lio", pair["a"].astype(np.float64), pair["b"]
+            )
     return jax.tree.map(lambda x: x.astype(np.float32), merged)
 
 
@@ -89,9 +102,14 @@ def test_it_begins_as_its_base() -> None:
     update, full = lora_update(1), update_of(1)
     state = update.init(params_of(TINY), seed=5)
     (batch,) = BATCHES
-    ours, base = update.logprobs(update.policy(state), batch), full.logprobs(full.init(params_of(TINY)).params, batch)
+    ours, base = (
+        update.logprobs(update.policy(state), batch),
+        full.logprobs(full.init(params_of(TINY)).params, batch),
+    )
     chex.assert_trees_all_close(ours, base, atol=1e-6)
-    chex.assert_trees_all_equal(logical_on_host(update.merged(state), update.model_layout), params_of(TINY))
+    chex.assert_trees_all_equal(
+        logical_on_host(update.merged(state), update.model_layout), params_of(TINY)
+    )
 
 
 def test_at_first_b_is_zero_and_a_is_uniform_as_peft_has_it_and_of_the_seed() -> None:
@@ -103,7 +121,12 @@ def test_at_first_b_is_zero_and_a_is_uniform_as_peft_has_it_and_of_the_seed() ->
         assert a.std() == pytest.approx((3 * inputs) ** -0.5, rel=0.03)
         assert not np.array_equal(a[0], a[1])
     update = lora_update(1)
-    first = [np.asarray(update.init(params_of(TINY), seed=seed).params["layers"]["mlp"]["up"]["adapter"]["a"]) for seed in (0, 0, 1)]
+    first = [
+        np.asarray(
+            update.init(params_of(TINY), seed=seed).params["layers"]["mlp"]["up"]["adapter"]["a"]
+        )
+        for seed in (0, 0, 1)
+    ]
     assert np.array_equal(first[0], first[1]) and not np.array_equal(first[0], first[2])
 
 
@@ -112,15 +135,22 @@ def test_the_merged_weights_are_what_the_unmerged_forward_computes_with(devices:
     update, full, adapters = lora_update(devices), update_of(1), adapters_of()
     state = with_adapters(update, adapters)
     merged = logical_on_host(update.merged(state), update.model_layout)
-    chex.assert_trees_all_close(merged, merged_by_hand(params_of(TINY), adapters), rtol=1e-6, atol=1e-7)
+    chex.assert_trees_all_close(
+        merged, merged_by_hand(params_of(TINY), adapters), rtol=1e-6, atol=1e-7
+    )
     (batch,) = BATCHES
     ours = np.asarray(update.logprobs(update.policy(state), batch))
-    theirs, base = (np.asarray(full.logprobs(full.init(params).params, batch)) for params in (merged, params_of(TINY)))
+    theirs, base = (
+        np.asarray(full.logprobs(full.init(params).params, batch))
+        for params in (merged, params_of(TINY))
+    )
     np.testing.assert_allclose(ours, theirs, atol=4e-6)
     assert np.max(np.abs(ours - base)) > 0.1
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "devices", [1, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_bfloat16_weights_are_merged_in_float32_and_rounded_once(devices: int) -> None:
     update, adapters = lora_update(devices, LORA, "bfloat16"), adapters_of()
     base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params_of(TINY))
@@ -130,21 +160,30 @@ def test_bfloat16_weights_are_merged_in_float32_and_rounded_once(devices: int) -
     for ours, exact in zip(jax.tree.leaves(merged), jax.tree.leaves(expected), strict=True):
         rounded = exact.astype(jnp.bfloat16)
         assert ours.dtype == rounded.dtype
-        assert np.mean(ours.view(np.uint16) != rounded.view(np.uint16)) < 1e-3  # one that lies between two may fall to either side
+        assert (
+            np.mean(ours.view(np.uint16) != rounded.view(np.uint16)) < 1e-3
+        )  # one that lies between two may fall to either side
     for value in jax.tree.leaves(update.merged(state)):
-        assert value.sharding.num_devices == devices and not any(s.data.size * devices != value.size for s in value.addressable_shards)
+        assert value.sharding.num_devices == devices and not any(
+            s.data.size * devices != value.size for s in value.addressable_shards
+        )
     assert update.merged(state)["embed"]["embedding"] is state.frozen["embed"]["embedding"]
 
 
 def test_what_is_published_for_another_process_is_merged_too(tmp_path) -> None:
     update, adapters = lora_update(1), adapters_of()
     folder = StoredWeights(with_adapters(update, adapters), update).write(1, tmp_path)
-    merged = params_to_hf(TINY, jax.tree.map(lambda x: x.astype(jnp.bfloat16), merged_by_hand(params_of(TINY), adapters)))
+    merged = params_to_hf(
+        TINY,
+        jax.tree.map(lambda x: x.astype(jnp.bfloat16), merged_by_hand(params_of(TINY), adapters)),
+    )
     read = read_tensors(folder, read_manifest(folder, 1))
     assert read.keys() == merged.keys()
     for name, (array, transposed) in read.items():
         values = array.view(ml_dtypes.bfloat16)
-        ours, expected = (x.astype(np.float32) for x in (values.T if transposed else values, merged[name]))
+        ours, expected = (
+            x.astype(np.float32) for x in (values.T if transposed else values, merged[name])
+        )
         np.testing.assert_allclose(ours, expected, rtol=2**-7, atol=1e-6)
 
 
@@ -165,7 +204,10 @@ def test_the_gradient_is_the_projection_of_the_gradient_of_all_weights() -> None
     ours, of_all = gradients
     expected: Params = {"layers": {"attention": {}, "mlp": {}}}
     for block, name in TARGETS.values():
-        dW, pair = of_all["layers"][block][name]["kernel"], adapters["layers"][block][name]["adapter"]
+        dW, pair = (
+            of_all["layers"][block][name]["kernel"],
+            adapters["layers"][block][name]["adapter"],
+        )
         da = SCALE * np.einsum("lio,lro->lri", dW, pair["b"], dtype=np.float64)
         db = SCALE * np.einsum("lri,lio->lro", pair["a"], dW, dtype=np.float64)
         expected["layers"][block][name] = {"adapter": {"a": da, "b": db}}
@@ -207,7 +249,9 @@ def test_the_reference_is_the_base_until_it_is_replaced_by_the_adapters() -> Non
     (kept,) = update.reference_logprobs(state, BATCHES)
     (replaced,) = update.reference_logprobs(update.replace_reference(state), BATCHES)
     chex.assert_trees_all_equal(np.asarray(kept), np.asarray(before))
-    chex.assert_trees_all_close(replaced, update.logprobs(update.policy(state), BATCHES[0]), atol=1e-6)
+    chex.assert_trees_all_close(
+        replaced, update.logprobs(update.policy(state), BATCHES[0]), atol=1e-6
+    )
     assert float(jnp.max(jnp.abs(replaced - before))) > 0.1
 
 
@@ -217,13 +261,18 @@ def test_an_untied_model_without_a_reference() -> None:
     lora, norms = LoraSettings(rank=2, alpha=3.0, targets=("q", "up")), []
     for devices in (1, 2):
         mesh = make_mesh(jax.devices()[:devices])
-        update = Update(UNTIED, mesh, NO_KL, ADAM, compute_dtype=jnp.float32, head_chunk=16, lora=lora)
+        update = Update(
+            UNTIED, mesh, NO_KL, ADAM, compute_dtype=jnp.float32, head_chunk=16, lora=lora
+        )
         state = update.init(params_of(UNTIED))
         head = np.array(state.frozen["lm_head"]["embedding"])
         assert state.reference is None and update.reference_logprobs(state, BATCHES) == [None]
         state, _, report = update.optimizer_step(state, BATCHES, None, [None])
         np.testing.assert_array_equal(np.asarray(state.frozen["lm_head"]["embedding"]), head)
-        assert all(np.asarray(state.params["layers"][block][name]["adapter"]["b"]).any() for block, name in (TARGETS["q"], TARGETS["up"]))
+        assert all(
+            np.asarray(state.params["layers"][block][name]["adapter"]["b"]).any()
+            for block, name in (TARGETS["q"], TARGETS["up"])
+        )
         norms.append(report.grad_norm)
     assert norms[0] == pytest.approx(norms[1], rel=1e-6) and norms[0] > 0
 
@@ -241,7 +290,9 @@ def test_targets_are_what_is_trained() -> None:
 def compiled(update: Update) -> jax.stages.Compiled:
     state, batch = update.init(params_of(TINY)), update._put(BATCHES[0])
     given = batch.sampler_logprobs_NGC
-    return update._accumulate.lower(state.params, update._zeros(state.params), batch, given, given, True, state.frozen).compile()
+    return update._accumulate.lower(
+        state.params, update._zeros(state.params), batch, given, given, True, state.frozen
+    ).compile()
 
 
 def shapes_of(operation: str, program: jax.stages.Compiled) -> list[tuple[int, ...]]:
@@ -272,8 +323,15 @@ def test_bytes_of_the_state_by_kind() -> None:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.ndim)
 
     state = lora_update(3, LORA, "bfloat16").init(params_of(TINY))
-    sizes = {kind: total(getattr(state, kind)) for kind in ("params", "opt_state", "reference", "frozen")}
-    assert sizes == {"params": 4 * 2772, "opt_state": 8 * 2772, "reference": 2 * 2772, "frozen": 2 * 18750}
+    sizes = {
+        kind: total(getattr(state, kind)) for kind in ("params", "opt_state", "reference", "frozen")
+    }
+    assert sizes == {
+        "params": 4 * 2772,
+        "opt_state": 8 * 2772,
+        "reference": 2 * 2772,
+        "frozen": 2 * 18750,
+    }
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     whole = update_of(3).init(params_of(TINY))
     assert {kind: total(getattr(whole, kind)) for kind in ("params", "opt_state", "frozen")} == {
@@ -293,7 +351,9 @@ def saved(tmp_path_factory):
     checkpoints.save(state, Progress(5, 1), update)
     checkpoints.close()
     merged = logical_on_host(update.merged(state), update.model_layout)
-    trained = [np.array(leaf) for leaf in jax.tree.leaves((state.params, state.opt_state, state.reference))]
+    trained = [
+        np.array(leaf) for leaf in jax.tree.leaves((state.params, state.opt_state, state.reference))
+    ]
     return folder, merged, trained, step(update, state)[0]
 
 
@@ -309,7 +369,9 @@ def test_a_resumed_run_goes_on_bit_for_bit(saved) -> None:
     folder, _, trained, following = saved
     update = lora_update(1)
     state = restored(folder, update, params_of(TINY))
-    for ours, theirs in zip(jax.tree.leaves((state.params, state.opt_state, state.reference)), trained, strict=True):
+    for ours, theirs in zip(
+        jax.tree.leaves((state.params, state.opt_state, state.reference)), trained, strict=True
+    ):
         np.testing.assert_array_equal(np.asarray(ours), theirs)
     chex.assert_trees_all_equal(step(update, state)[0].params, following.params)
 
@@ -319,12 +381,17 @@ def test_on_another_number_of_devices(saved) -> None:
     folder, merged, _, _ = saved
     update = lora_update(4)
     state = restored(folder, update, params_of(TINY))
-    chex.assert_trees_all_close(logical_on_host(update.merged(state), update.model_layout), merged, rtol=1e-6, atol=1e-7)
+    chex.assert_trees_all_close(
+        logical_on_host(update.merged(state), update.model_layout), merged, rtol=1e-6, atol=1e-7
+    )
 
 
 def test_a_checkpoint_holds_adapters_and_no_base(saved) -> None:
     folder, merged, _, _ = saved
-    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 18740 * 4 + 40_000
+    assert (
+        sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        < 18740 * 4 + 40_000
+    )
     params, at_step = read_policy(folder, TINY, base=lambda: params_of(TINY))
     assert at_step == 1
     chex.assert_trees_all_equal(params, merged)
@@ -333,11 +400,18 @@ def test_a_checkpoint_holds_adapters_and_no_base(saved) -> None:
 def test_another_base_other_settings_or_a_run_without_lora_are_refused(saved, tmp_path) -> None:
     folder = saved[0]
     other = params_of(TINY)
-    other["layers"]["mlp"]["up"]["kernel"] = other["layers"]["mlp"]["up"]["kernel"] * np.float32(1.02)
-    for read in (lambda: restored(folder, lora_update(1), other), lambda: read_policy(folder, TINY, base=lambda: other)):
+    other["layers"]["mlp"]["up"]["kernel"] = other["layers"]["mlp"]["up"]["kernel"] * np.float32(
+        1.02
+    )
+    for read in (
+        lambda: restored(folder, lora_update(1), other),
+        lambda: read_policy(folder, TINY, base=lambda: other),
+    ):
         with pytest.raises(ValueError, match="trained on another base model"):
             read()
-    with pytest.raises(ValueError, match=r"of other settings: saved .*'alpha': 4.5.* now .*'alpha': 9"):
+    with pytest.raises(
+        ValueError, match=r"of other settings: saved .*'alpha': 4.5.* now .*'alpha': 9"
+    ):
         restored(folder, lora_update(1, dataclasses.replace(LORA, alpha=9.0)), params_of(TINY))
     with pytest.raises(ValueError, match="holds adapters only"):
         read_policy(folder, TINY)

@@ -40,15 +40,24 @@ def dense(q: jax.Array, k: jax.Array, v: jax.Array, *shared: jax.Array) -> jax.A
     if shared:
         context_k, context_v, lengths = shared
         p = context_k.shape[1]
-        k, v = (jnp.concatenate([jnp.broadcast_to(c[:, None], (n, g, p, K, SIZE)), own], 2) for c, own in ((context_k, k), (context_v, v)))
-        seen = jnp.broadcast_to((jnp.arange(p) < jnp.asarray(lengths)[:, None])[:, None, None], (n, g, t, p))
+        k, v = (
+            jnp.concatenate([jnp.broadcast_to(c[:, None], (n, g, p, K, SIZE)), own], 2)
+            for c, own in ((context_k, k), (context_v, v))
+        )
+        seen = jnp.broadcast_to(
+            (jnp.arange(p) < jnp.asarray(lengths)[:, None])[:, None, None], (n, g, t, p)
+        )
         mask = jnp.concatenate([seen, mask], -1)
     k, v = (jnp.repeat(x, h // K, axis=3) for x in (k, v))
-    scores = jnp.where(mask[:, :, None], jnp.einsum("ngthx,ngshx->nghts", q, k) / size**0.5, -jnp.inf)
+    scores = jnp.where(
+        mask[:, :, None], jnp.einsum("ngthx,ngshx->nghts", q, k) / size**0.5, -jnp.inf
+    )
     return jnp.einsum("nghts,ngshx->ngthx", jax.nn.softmax(scores), v)
 
 
-def value_and_gradients(function: Callable[..., jax.Array], arrays: tuple, *rest: np.ndarray) -> tuple:
+def value_and_gradients(
+    function: Callable[..., jax.Array], arrays: tuple, *rest: np.ndarray
+) -> tuple:
     """The output, and the gradients by all `arrays` of its products with fixed random weights."""
 
     def loss(*a: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -61,13 +70,19 @@ def value_and_gradients(function: Callable[..., jax.Array], arrays: tuple, *rest
 def test_rope_equals_a_turn_of_complex_numbers() -> None:
     x, positions = heads(0, 5, H), np.array([0, 1, 2, 77, 4000])
     expected = reference.rope(x, positions, 1e6)
-    chex.assert_trees_all_close(np.asarray(apply_rope(x, jnp.asarray(positions), 1e6)), expected.astype(np.float32), atol=1e-4)
+    chex.assert_trees_all_close(
+        np.asarray(apply_rope(x, jnp.asarray(positions), 1e6)),
+        expected.astype(np.float32),
+        atol=1e-4,
+    )
 
 
 def test_rope_by_hand() -> None:
     # one pair, a quarter turn a position: (1, 0) at position 1 with theta such that the angle is 1 radian
     turned = apply_rope(jnp.array([[[1.0, 0.0]]]), jnp.array([1]), 10000.0)
-    chex.assert_trees_all_close(turned, jnp.array([[[0.5403023, 0.8414710]]]), rtol=1e-6)  # cos 1, sin 1
+    chex.assert_trees_all_close(
+        turned, jnp.array([[[0.5403023, 0.8414710]]]), rtol=1e-6
+    )  # cos 1, sin 1
 
 
 def test_rope_keeps_the_dtype() -> None:
@@ -77,7 +92,15 @@ def test_rope_keeps_the_dtype() -> None:
 def test_attention_equals_float64_numpy() -> None:
     q, k, v = own(6)
     out = attend(XLA, q, k, v)
-    expected = np.stack([[reference.attention(q[n, g], k[n, g], v[n, g], np.tri(6, dtype=bool)) for g in range(G)] for n in range(N)])
+    expected = np.stack(
+        [
+            [
+                reference.attention(q[n, g], k[n, g], v[n, g], np.tri(6, dtype=bool))
+                for g in range(G)
+            ]
+            for n in range(N)
+        ]
+    )
     chex.assert_trees_all_close(np.asarray(out), expected.astype(np.float32), atol=1e-6)
 
 
@@ -87,8 +110,13 @@ def test_a_context_equals_its_keys_put_before_the_rows_own() -> None:
     expected = np.zeros(q.shape)
     for n in range(N):
         for g in range(G):
-            whole_mask = np.concatenate([np.broadcast_to(np.arange(5) < lengths[n], (6, 5)), np.tri(6, dtype=bool)], axis=1)
-            keys, values = np.concatenate([context_k[n], k[n, g]]), np.concatenate([context_v[n], v[n, g]])
+            whole_mask = np.concatenate(
+                [np.broadcast_to(np.arange(5) < lengths[n], (6, 5)), np.tri(6, dtype=bool)], axis=1
+            )
+            keys, values = (
+                np.concatenate([context_k[n], k[n, g]]),
+                np.concatenate([context_v[n], v[n, g]]),
+            )
             expected[n, g] = reference.attention(q[n, g], keys, values, whole_mask)
     chex.assert_trees_all_close(np.asarray(out), expected.astype(np.float32), atol=1e-6)
 
@@ -102,15 +130,25 @@ def test_a_long_row_equals_float64_numpy() -> None:
     chex.assert_trees_all_close(np.asarray(out)[0, 0], expected.astype(np.float32), atol=2e-6)
 
 
-@pytest.mark.parametrize("block", [256, 4, 3, 1])  # one block; blocks that fill the row or do not; more blocks than segments
-def test_value_and_gradients_equal_those_of_a_dense_softmax(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "block", [256, 4, 3, 1]
+)  # one block; blocks that fill the row or do not; more blocks than segments
+def test_value_and_gradients_equal_those_of_a_dense_softmax(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "_QUERY_BLOCK", block)
     arrays = own(10)
-    chex.assert_trees_all_close(value_and_gradients(functools.partial(attend, XLA), arrays), value_and_gradients(dense, arrays), atol=2e-6)
+    chex.assert_trees_all_close(
+        value_and_gradients(functools.partial(attend, XLA), arrays),
+        value_and_gradients(dense, arrays),
+        atol=2e-6,
+    )
 
 
 @pytest.mark.parametrize("block", [256, 8, 7])
-def test_the_gradient_of_two_merged_parts_is_that_of_one_softmax(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_of_two_merged_parts_is_that_of_one_softmax(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "_QUERY_BLOCK", block)
     context_k, context_v, lengths = context(5)
     arrays = (*own(10), context_k, context_v)
@@ -126,7 +164,9 @@ def test_in_bfloat16_the_gradients_are_near_the_dense_ones() -> None:
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(ours))
     exact = value_and_gradients(dense, tuple(x.astype(jnp.float32) for x in rounded), lengths)
     for got, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(exact), strict=True):
-        assert jnp.linalg.norm(got.astype(jnp.float32) - expected) < 0.01 * jnp.linalg.norm(expected)
+        assert jnp.linalg.norm(got.astype(jnp.float32) - expected) < 0.01 * jnp.linalg.norm(
+            expected
+        )
 
 
 def test_what_lies_behind_a_context_does_not_matter() -> None:
@@ -139,16 +179,26 @@ def test_what_lies_behind_a_context_does_not_matter() -> None:
 def test_an_empty_context_changes_nothing() -> None:
     (q, k, v), (context_k, context_v, _) = own(6), context(5)
     empty = np.zeros(N, int)
-    chex.assert_trees_all_close(attend(XLA, q, k, v, context_k, context_v, empty), attend(XLA, q, k, v), atol=1e-7)
-    gradients, _ = value_and_gradients(functools.partial(attend, XLA), (q, k, v, context_k, context_v), empty)
+    chex.assert_trees_all_close(
+        attend(XLA, q, k, v, context_k, context_v, empty), attend(XLA, q, k, v), atol=1e-7
+    )
+    gradients, _ = value_and_gradients(
+        functools.partial(attend, XLA), (q, k, v, context_k, context_v), empty
+    )
     chex.assert_trees_all_equal(gradients[3:], (np.zeros_like(context_k), np.zeros_like(context_v)))
 
 
 def test_the_context_is_never_copied_for_the_rows() -> None:
     """No array of the program, gradient included, is as large as the context's keys once a row."""
     (q, k, v), (context_k, context_v, lengths) = own(6), context(5)
-    text = jax.jit(jax.grad(lambda *a: attend(XLA, *a, lengths).sum(), argnums=(0, 3, 4))).lower(q, k, v, context_k, context_v).as_text()
+    text = (
+        jax.jit(jax.grad(lambda *a: attend(XLA, *a, lengths).sum(), argnums=(0, 3, 4)))
+        .lower(q, k, v, context_k, context_v)
+        .as_text()
+    )
     copied = N * G * 5 * K * SIZE
-    sizes = [math.prod(map(int, shape.split("x"))) for shape in re.findall(r"tensor<([\dx]+)xf32>", text)]
+    sizes = [
+        math.prod(map(int, shape.split("x"))) for shape in re.findall(r"tensor<([\dx]+)xf32>", text)
+    ]
     assert copied not in sizes
     assert N * 5 * K * SIZE in sizes

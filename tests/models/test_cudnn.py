@@ -19,8 +19,14 @@ def lowered(kernel, c: int = C, dtype=jnp.bfloat16, wrap=lambda function: functi
     """The program of forward and backward for an NVIDIA GPU."""
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
     own = [shape((N, G, c, heads, SIZE)) for heads in (H, K, K)]
-    context = [shape((N, P, K, SIZE)), shape((N, P, K, SIZE)), jax.ShapeDtypeStruct((N,), jnp.int32)]
-    gradient = jax.grad(lambda *a: jnp.sum(attend(kernel, *a).astype(jnp.float32)), argnums=(0, 1, 2, 3, 4))
+    context = [
+        shape((N, P, K, SIZE)),
+        shape((N, P, K, SIZE)),
+        jax.ShapeDtypeStruct((N,), jnp.int32),
+    ]
+    gradient = jax.grad(
+        lambda *a: jnp.sum(attend(kernel, *a).astype(jnp.float32)), argnums=(0, 1, 2, 3, 4)
+    )
     program = jax.jit(wrap(gradient))
     return program.trace(*own, *context).lower(lowering_platforms=("cuda",)).as_text()
 
@@ -48,7 +54,10 @@ def test_odd_lengths_are_filled_up() -> None:
 
 def test_it_can_be_split_over_a_mesh() -> None:
     mesh, over = Mesh(np.array(jax.devices()[:2]), ("data",)), PartitionSpec("data")
-    text = lowered(CUDNN, wrap=lambda gradient: jax.shard_map(gradient, mesh=mesh, in_specs=over, out_specs=over))
+    text = lowered(
+        CUDNN,
+        wrap=lambda gradient: jax.shard_map(gradient, mesh=mesh, in_specs=over, out_specs=over),
+    )
     assert text.count("__cudnn$") == 4
 
 
@@ -59,13 +68,21 @@ def test_auto_is_cudnn_where_it_can_be_and_says_why_where_not() -> None:
         (jnp.float32, 64, "gpu", "it computes in bfloat16, not in float32"),
         (jnp.bfloat16, 20, "gpu", "its heads are of a multiple of 8 and at most 128, not 20"),
     ):
-        assert choose_kernel("auto", dtype, size, platform) == (XLA, f"plain XLA and not cuDNN: {why}")
-        with pytest.raises(ValueError, match=f"training.attention is 'cudnn', but {why}: set it to 'auto' or 'xla'"):
+        assert choose_kernel("auto", dtype, size, platform) == (
+            XLA,
+            f"plain XLA and not cuDNN: {why}",
+        )
+        with pytest.raises(
+            ValueError, match=f"training.attention is 'cudnn', but {why}: set it to 'auto' or 'xla'"
+        ):
             choose_kernel("cudnn", dtype, size, platform)
 
 
 def test_xla_is_what_it_is_asked_to_be() -> None:
-    assert choose_kernel("xla", jnp.bfloat16, 64, "gpu") == (XLA, "plain XLA, as training.attention says")
+    assert choose_kernel("xla", jnp.bfloat16, 64, "gpu") == (
+        XLA,
+        "plain XLA, as training.attention says",
+    )
 
 
 def test_a_jax_of_unknown_internals_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:

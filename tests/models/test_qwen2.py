@@ -34,7 +34,19 @@ QWEN25 = {
 
 def qwen25(name: str) -> ModelConfig:
     vocab, hidden_size, layers, heads, kv_heads, intermediate_size, tied, _ = QWEN25[name]
-    return ModelConfig(vocab, hidden_size, layers, heads, kv_heads, hidden_size // heads, intermediate_size, 32768, 1e6, 1e-6, tied)
+    return ModelConfig(
+        vocab,
+        hidden_size,
+        layers,
+        heads,
+        kv_heads,
+        hidden_size // heads,
+        intermediate_size,
+        32768,
+        1e6,
+        1e-6,
+        tied,
+    )
 
 
 @functools.cache
@@ -57,7 +69,9 @@ def logits_of(config: ModelConfig, params: qwen2.Params, ids_BT: np.ndarray) -> 
         return np.asarray(hidden @ head_table(params).T)
 
 
-def row_logits_of(config: ModelConfig, params: qwen2.Params, arrays: dict[str, np.ndarray]) -> np.ndarray:
+def row_logits_of(
+    config: ModelConfig, params: qwen2.Params, arrays: dict[str, np.ndarray]
+) -> np.ndarray:
     load = cast_to(jnp.float32)
     with jax.default_matmul_precision("highest"):
         hidden = forward_shared_prompt(
@@ -81,7 +95,9 @@ class TestGoldenLogits:
     def test_a_sequence_longer_than_a_block_of_queries(self, name):
         arrays = golden(name)
         assert len(arrays["long_ids_T"]) > 2 * attention._QUERY_BLOCK
-        logits = logits_of(*golden_model(name), arrays["long_ids_T"][None])[0, arrays["long_positions_K"]]
+        logits = logits_of(*golden_model(name), arrays["long_ids_T"][None])[
+            0, arrays["long_positions_K"]
+        ]
         assert np.abs(logits - arrays["long_logits_KV"]).max() < BOUND
 
     def test_right_padding_changes_nothing_before_it(self, name):
@@ -102,9 +118,16 @@ class TestGoldenLogits:
         padded = dict(arrays)
         prompt_padding = np.arange(7) >= arrays["prompt_lengths_N"][:, None]
         completion_padding = np.arange(6) >= arrays["completion_lengths_NG"][..., None]
-        padded["prompt_NP"] = np.where(prompt_padding, 63 - arrays["prompt_NP"], arrays["prompt_NP"])
-        padded["completions_NGC"] = np.where(completion_padding, 63 - arrays["completions_NGC"], arrays["completions_NGC"])
-        before, after = row_logits_of(*golden_model(name), arrays), row_logits_of(*golden_model(name), padded)
+        padded["prompt_NP"] = np.where(
+            prompt_padding, 63 - arrays["prompt_NP"], arrays["prompt_NP"]
+        )
+        padded["completions_NGC"] = np.where(
+            completion_padding, 63 - arrays["completions_NGC"], arrays["completions_NGC"]
+        )
+        before, after = (
+            row_logits_of(*golden_model(name), arrays),
+            row_logits_of(*golden_model(name), padded),
+        )
         assert np.array_equal(before[~completion_padding], after[~completion_padding])
 
     def test_a_prompt_of_one_token(self, name):
@@ -126,11 +149,15 @@ def test_each_weight_matters(name):
     expected = golden(name)["logits_BTV"]
     for path, leaf in hf_mapping.flatten(params).items():
         if path[-2:] == ("k", "bias"):
-            changed = leaf.at[:, ::2].set(3.0)  # a constant shift of every key is invisible to softmax only without rotation
+            changed = leaf.at[:, ::2].set(
+                3.0
+            )  # a constant shift of every key is invisible to softmax only without rotation
         else:
             changed = jnp.zeros_like(leaf)
         flat = {**hf_mapping.flatten(params), path: changed}
-        moved = np.abs(logits_of(config, hf_mapping.unflatten(flat), golden(name)["ids_BT"]) - expected).max()
+        moved = np.abs(
+            logits_of(config, hf_mapping.unflatten(flat), golden(name)["ids_BT"]) - expected
+        ).max()
         assert moved > 1e-2, "/".join(path)
 
 
@@ -147,7 +174,12 @@ def test_transformers_directly(seed):
     weights = {key: value.numpy() for key, value in reference.state_dict().items()}
     params = jax.tree.map(jnp.asarray, hf_mapping.params_from_hf(config, weights))
     ids_T = np.random.default_rng(seed).integers(0, 64, 33)
-    assert np.abs(logits_of(config, params, ids_T[None])[0] - make_golden.logits(reference, ids_T)).max() < BOUND
+    assert (
+        np.abs(
+            logits_of(config, params, ids_T[None])[0] - make_golden.logits(reference, ids_T)
+        ).max()
+        < BOUND
+    )
 
 
 @pytest.mark.parametrize("name", QWEN25)
@@ -158,17 +190,24 @@ class TestSizes:
         assert hf_mapping.parameter_count(qwen25(name)) == QWEN25[name][-1]
 
     def test_the_mapping_has_the_models_leaves(self, name):
-        shapes = {path: leaf.shape for path, leaf in hf_mapping.flatten(qwen2.param_shapes(qwen25(name))).items()}
+        shapes = {
+            path: leaf.shape
+            for path, leaf in hf_mapping.flatten(qwen2.param_shapes(qwen25(name))).items()
+        }
         assert shapes == hf_mapping.leaf_shapes(qwen25(name))
 
     def test_forward_has_the_width(self, name):
         config = qwen25(name)
         load = cast_to(jnp.bfloat16)
         ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
-        plain = jax.eval_shape(lambda p, x: forward(config, p, x, load=load), qwen2.param_shapes(config), ids)
+        plain = jax.eval_shape(
+            lambda p, x: forward(config, p, x, load=load), qwen2.param_shapes(config), ids
+        )
         assert plain.shape == (2, 16, config.hidden_size)
         rows = jax.eval_shape(
-            lambda p, *xs: forward_shared_prompt(config, p, *xs, load=load, embed=functools.partial(default_embed, load=load)),
+            lambda p, *xs: forward_shared_prompt(
+                config, p, *xs, load=load, embed=functools.partial(default_embed, load=load)
+            ),
             qwen2.param_shapes(config),
             ids,
             jax.ShapeDtypeStruct((2,), jnp.int32),
@@ -226,26 +265,53 @@ class TestConfig:
             ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding"),
             ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling"),
             ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, "yarn"),
-            ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+            (
+                {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}},
+                "partial_rotary_factor",
+            ),
             ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
             ({"model_type": "llama"}, "llama"),
             ({"model_type": "qwen3"}, "qwen3"),
             ({"model_type": "qwen2_moe"}, "qwen2_moe"),
             ({"hidden_act": "gelu"}, "hidden_act"),
             ({"hidden_size": None}, "config.json has no hidden_size"),
-            ({"hidden_size": "3584"}, "hidden_size in config.json must be a whole number above 0, got '3584'"),
-            ({"num_attention_heads": 0}, "num_attention_heads in config.json must be a whole number above 0, got 0"),
-            ({"max_position_embeddings": 1.5}, "max_position_embeddings in config.json must be a whole number"),
+            (
+                {"hidden_size": "3584"},
+                "hidden_size in config.json must be a whole number above 0, got '3584'",
+            ),
+            (
+                {"num_attention_heads": 0},
+                "num_attention_heads in config.json must be a whole number above 0, got 0",
+            ),
+            (
+                {"max_position_embeddings": 1.5},
+                "max_position_embeddings in config.json must be a whole number",
+            ),
             ({"rope_theta": None}, "rope_theta in config.json must be a number above 0, got None"),
-            ({"rms_norm_eps": "x"}, "rms_norm_eps in config.json must be a number above 0, got 'x'"),
-            ({"rope_parameters": 3}, "rope_parameters in config.json must be settings by name, got 3"),
+            (
+                {"rms_norm_eps": "x"},
+                "rms_norm_eps in config.json must be a number above 0, got 'x'",
+            ),
+            (
+                {"rope_parameters": 3},
+                "rope_parameters in config.json must be settings by name, got 3",
+            ),
         ],
     )
     def test_refusals_by_name(self, change, named):
         with pytest.raises(ValueError, match=named):
             ModelConfig.from_hf({**PUBLISHED_7B, **change})
 
-    @pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"])
+    @pytest.mark.parametrize(
+        "key",
+        [
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "vocab_size",
+        ],
+    )
     def test_a_missing_size_is_named(self, key):
         config = {**PUBLISHED_7B}
         del config[key]
@@ -255,7 +321,9 @@ class TestConfig:
     @pytest.mark.parametrize(("heads", "kv_heads"), [(28, 3), (28, 0)])
     def test_heads_that_do_not_divide(self, heads, kv_heads):
         with pytest.raises(ValueError, match="num_key_value_heads"):
-            ModelConfig.from_hf({**PUBLISHED_7B, "num_attention_heads": heads, "num_key_value_heads": kv_heads})
+            ModelConfig.from_hf(
+                {**PUBLISHED_7B, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+            )
 
     def test_a_folder_without_config(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"config\.json"):

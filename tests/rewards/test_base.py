@@ -71,7 +71,10 @@ def test_the_reward_is_the_weighted_sum_of_all_parts():
 def test_weights_that_mean_the_same_are_the_same():
     same = [
         RewardSettings((brevity, doubled), weights)
-        for weights in ({"doubled": 2, "environment": 0.5}, (("environment", 0.5), ("doubled", 2.0)))
+        for weights in (
+            {"doubled": 2, "environment": 0.5},
+            (("environment", 0.5), ("doubled", 2.0)),
+        )
     ]
     same.append(dataclasses.replace(same[0], weights=[("brevity", 1), *same[0].weights]))
     assert [rewards.weights for rewards in same] == [(("environment", 0.5), ("doubled", 2.0))] * 3

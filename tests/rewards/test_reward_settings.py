@@ -95,9 +95,9 @@ def test_a_resumed_run_may_not_reward_otherwise(config_file):
     assert (
         incompatible_changes(saved, load_config(config_file, ["rewards.Shouting.patience=5"])) == []
     )
-    assert incompatible_changes(saved, load_config(config_file, ["rewards.Shouting.penalty=-2"])) == [
-        "rewards.functions[1].penalty was -1.0 and is now -2.0"
-    ]
+    assert incompatible_changes(
+        saved, load_config(config_file, ["rewards.Shouting.penalty=-2"])
+    ) == ["rewards.functions[1].penalty was -1.0 and is now -2.0"]
     fewer = dataclasses.replace(
         config, rewards=RewardSettings(config.rewards.functions[:1], {"brevity": 2})
     )

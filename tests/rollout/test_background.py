@@ -76,7 +76,9 @@ def test_calls_that_hang_are_told_of_and_are_not_let_pile_up():
     before = threading.active_count()
     asyncio.run(run())
     assert [line.partition(" ")[0] for line in said] == ["2", "4"]
-    assert said[0].endswith("or raise rollout.environment_deadline; more than 4 such calls end the run")
+    assert said[0].endswith(
+        "or raise rollout.environment_deadline; more than 4 such calls end the run"
+    )
 
 
 def test_a_calls_own_timeout_is_not_taken_for_the_deadline():
@@ -94,7 +96,9 @@ def test_waiting_for_a_place_does_not_count_against_the_deadline():
     async def run() -> None:
         calls, start = BlockingCalls(1, 0.3), time.monotonic()
         await asyncio.gather(*(calls.run(time.sleep, 0.1) for _ in range(5)))
-        assert time.monotonic() - start > 0.45  # one after the other: the last one waited for longer than its deadline
+        assert (
+            time.monotonic() - start > 0.45
+        )  # one after the other: the last one waited for longer than its deadline
 
     asyncio.run(run())
 
@@ -106,7 +110,9 @@ def test_an_abandoned_call_does_not_keep_the_process():
         "try: asyncio.run(BlockingCalls(1, 0.05).run(threading.Event().wait))\n"
         "except TimeoutError: print('late')\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
     assert (done.stdout, done.returncode) == ("late\n", 0)
 
 

@@ -34,21 +34,41 @@ AFTER_STOP = [END, *AFTER_EOS]
 
 
 def play(
-    script, environment=EchoEnvironment, limits: Limits = ROOMY, deadline: float = 10.0, sampler=None, sampling=PLAIN, **options
+    script,
+    environment=EchoEnvironment,
+    limits: Limits = ROOMY,
+    deadline: float = 10.0,
+    sampler=None,
+    sampling=PLAIN,
+    **options,
 ) -> Trajectory:
     sampler = sampler or ScriptedSampler(script)
 
     async def run() -> Trajectory:
         suite = Suite(lambda task, earlier: environment())
-        player = EpisodePlayer(sampler, suite, Chat(byte_tokenizer()), limits, sampling, BlockingCalls(4, deadline), **options)
-        opening = await EpisodePlayer(sampler, Suite(), player.chat, limits, SamplingParams(), BlockingCalls(4, 10)).open(TASK)
+        player = EpisodePlayer(
+            sampler,
+            suite,
+            Chat(byte_tokenizer()),
+            limits,
+            sampling,
+            BlockingCalls(4, deadline),
+            **options,
+        )
+        opening = await EpisodePlayer(
+            sampler, Suite(), player.chat, limits, SamplingParams(), BlockingCalls(4, 10)
+        ).open(TASK)
         return await player.play(TASK, opening, KEY)
 
     return asyncio.run(run())
 
 
 def test_golden_trajectory():
-    script = [Say("ab", version=3), Say("x</t>", FinishReason.STOP, version=3), Say("done", version=4)]
+    script = [
+        Say("ab", version=3),
+        Say("x</t>", FinishReason.STOP, version=3),
+        Say("done", version=4),
+    ]
     trajectory = play(script)
     assert trajectory.prompt_ids_P.tolist() == PROMPT
     # fmt: off
@@ -83,7 +103,14 @@ def test_golden_trajectory():
         4, 4, 4, 4, 4,
     ]
     # fmt: on
-    assert [array.dtype for array in (trajectory.completion_ids_C, trajectory.action_mask_C, trajectory.sampler_logprobs_C)] == [
+    assert [
+        array.dtype
+        for array in (
+            trajectory.completion_ids_C,
+            trajectory.action_mask_C,
+            trajectory.sampler_logprobs_C,
+        )
+    ] == [
         np.int32,
         np.bool_,
         np.float32,
@@ -96,9 +123,16 @@ def test_golden_trajectory():
         Message("tool", "ab"),
         Message("assistant", "done"),
     )
-    assert trajectory.calls == (ToolCall("echo", '"ab"', "ab", ok=True), ToolCall("echo", '"x</t>"', "ab", ok=True))
+    assert trajectory.calls == (
+        ToolCall("echo", '"ab"', "ab", ok=True),
+        ToolCall("echo", '"x</t>"', "ab", ok=True),
+    )
     assert trajectory.score == Score(2.0, True, {"calls": 2.0})
-    assert (trajectory.turns, trajectory.stop_reason, trajectory.error) == (3, StopReason.FINISHED, "")
+    assert (trajectory.turns, trajectory.stop_reason, trajectory.error) == (
+        3,
+        StopReason.FINISHED,
+        "",
+    )
     assert (trajectory.task_id, trajectory.sample_index) == ("echo_1", 2)
 
 
@@ -121,11 +155,18 @@ def test_requests_say_how_tokens_are_drawn_and_what_ends_this_turn():
     class TwoMarks(EchoEnvironment):
         def step(self, action):
             result = super().step(action)
-            later = result.observation and dataclasses.replace(result.observation, stop_strings=("</second>",))
+            later = result.observation and dataclasses.replace(
+                result.observation, stop_strings=("</second>",)
+            )
             return dataclasses.replace(result, observation=later)
 
     sampler = ScriptedSampler([Say("ab"), Say("done")])
-    play(None, environment=TwoMarks, sampler=sampler, sampling=SamplingParams(temperature=0.7, top_p=0.9))
+    play(
+        None,
+        environment=TwoMarks,
+        sampler=sampler,
+        sampling=SamplingParams(temperature=0.7, top_p=0.9),
+    )
     assert [(r.temperature, r.top_p) for r in sampler.requests] == [(0.7, 0.9)] * 2
     assert [r.stop_strings for r in sampler.requests] == [("</t>",), ("</second>",)]
 
@@ -154,12 +195,17 @@ def test_the_call_that_ends_an_episode_is_recorded():
 
 def tokens_after_the_answer(trajectory: Trajectory, score: Score) -> float:
     """How many tokens follow "ab", its end and the environment's answer."""
-    assert (trajectory.stop_reason, score) == (StopReason.FINISHED, Score(1.0, True, {"calls": 1.0}))
+    assert (trajectory.stop_reason, score) == (
+        StopReason.FINISHED,
+        Score(1.0, True, {"calls": 1.0}),
+    )
     return float(len(trajectory.completion_ids_C) - 3 - 28)
 
 
 def test_reward_functions_judge_what_was_played():
-    rewards = RewardSettings((tokens_after_the_answer,), {"environment": 0.5, "tokens_after_the_answer": 2.0})
+    rewards = RewardSettings(
+        (tokens_after_the_answer,), {"environment": 0.5, "tokens_after_the_answer": 2.0}
+    )
     score = play([Say("ab"), Say("done")], rewards=rewards).score
     assert score.reward == 0.5 * 1 + 2 * 5
     assert score.parts == {"calls": 1.0, "environment": 1.0, "tokens_after_the_answer": 5.0}
@@ -168,19 +214,32 @@ def test_reward_functions_judge_what_was_played():
 @pytest.mark.parametrize(("allowed", "fits"), [(35, True), (34, False)])
 def test_a_prompt_may_be_as_long_as_the_limit(allowed, fits):
     limits = Limits(100, 10, allowed, 1000)
-    player = EpisodePlayer(ScriptedSampler([]), Suite(), Chat(byte_tokenizer()), limits, SamplingParams(), BlockingCalls(4, 10))
+    player = EpisodePlayer(
+        ScriptedSampler([]),
+        Suite(),
+        Chat(byte_tokenizer()),
+        limits,
+        SamplingParams(),
+        BlockingCalls(4, 10),
+    )
     if fits:
         opening = asyncio.run(player.open(TASK))
         assert opening.prompt_ids_P.tolist() == PROMPT
         assert not opening.prompt_ids_P.flags.writeable  # all episodes of the task hold this array
     else:
-        with pytest.raises(PromptError, match=r"has 35 tokens, and rollout\.max_prompt_tokens is 34"):
+        with pytest.raises(
+            PromptError, match=r"has 35 tokens, and rollout\.max_prompt_tokens is 34"
+        ):
             asyncio.run(player.open(TASK))
 
 
 @pytest.mark.parametrize(
     ("word", "reason", "passed"),
-    [("done", StopReason.FINISHED, True), ("cannot", StopReason.GAVE_UP, False), ("broken", StopReason.FAILED, False)],
+    [
+        ("done", StopReason.FINISHED, True),
+        ("cannot", StopReason.GAVE_UP, False),
+        ("broken", StopReason.FAILED, False),
+    ],
 )
 def test_the_environment_ends_the_episode(word, reason, passed):
     trajectory = play([Say(word)])
@@ -215,7 +274,12 @@ def test_a_sampler_whose_own_context_is_shorter_ends_the_episode_by_context():
 @pytest.mark.parametrize(
     ("budget", "context", "reason", "tokens"),
     [
-        (3 + 28, 1000, StopReason.TOKEN_LIMIT, 3),  # the answer fits, but not one sampled token after it: it is left out
+        (
+            3 + 28,
+            1000,
+            StopReason.TOKEN_LIMIT,
+            3,
+        ),  # the answer fits, but not one sampled token after it: it is left out
         (3 + 28 + 1, 1000, StopReason.TOKEN_LIMIT, 3 + 28 + 1),  # exactly one more token
         (1000, 35 + 3 + 28, StopReason.CONTEXT_LIMIT, 3),
         (1000, 35 + 3 + 28 + 1, StopReason.CONTEXT_LIMIT, 3 + 28 + 1),
@@ -244,7 +308,10 @@ def test_the_last_turns_call_is_made_before_the_step_limit_is_declared():
 
 
 def test_finishing_in_the_last_turn_is_finished():
-    assert play([Say("a"), Say("done")], limits=Limits(1000, 2, 50, 2000)).stop_reason is StopReason.FINISHED
+    assert (
+        play([Say("a"), Say("done")], limits=Limits(1000, 2, 50, 2000)).stop_reason
+        is StopReason.FINISHED
+    )
 
 
 @pytest.mark.parametrize("where", ["observe", "step", "score"])
@@ -290,21 +357,63 @@ FINITE = "must be a finite number"
     [
         ("step", lambda: None, "step() of task 'echo_1' returned NoneType, not StepResult ("),
         ("score", lambda: 1.0, "score() of task 'echo_1' returned float, not Score ("),
-        ("score", lambda: Score(float("nan"), False), f"ValueError: a score's reward {FINITE} from -1e+12 to 1e+12, got nan ("),
-        ("score", lambda: Score(1.0, True, {"state": float("inf")}), f"ValueError: a score's parts['state'] {FINITE} from"),
+        (
+            "score",
+            lambda: Score(float("nan"), False),
+            f"ValueError: a score's reward {FINITE} from -1e+12 to 1e+12, got nan (",
+        ),
+        (
+            "score",
+            lambda: Score(1.0, True, {"state": float("inf")}),
+            f"ValueError: a score's parts['state'] {FINITE} from",
+        ),
         ("score", lambda: Score(None, False), f"TypeError: a score's reward {FINITE}, got None"),
-        ("score", lambda: Score(1.0, 1.0), "TypeError: a score's passed must be True or False, got 1.0"),
-        ("step", lambda: StepResult(stop_reason=StopReason.ENVIRONMENT_ERROR), "stopped the episode with ENVIRONMENT_ERROR"),
-        ("step", lambda: StepResult(Observation((Message("tool", None),))), "TypeError: a message's content must be a text, got None"),
-        ("step", lambda: StepResult(Observation(("ab",))), "TypeError: a message must be of Message, got 'ab'"),
-        ("step", lambda: StepResult(Message("tool", "ab")), "TypeError: a step's observation must be of Observation, got Message("),
-        ("step", lambda: StepResult(stop_reason="finished"), "TypeError: a step's stop_reason must be of StopReason, got 'finished'"),
-        ("step", lambda: StepResult(dataclasses.replace(OPENING, tools=({"name": "add"},))), "gave tools: only the first observation"),
-        ("step", lambda: StepResult(Observation((Message("assistant", "I agree"),))), "spoke as assistant: that is the policy's role"),
+        (
+            "score",
+            lambda: Score(1.0, 1.0),
+            "TypeError: a score's passed must be True or False, got 1.0",
+        ),
+        (
+            "step",
+            lambda: StepResult(stop_reason=StopReason.ENVIRONMENT_ERROR),
+            "stopped the episode with ENVIRONMENT_ERROR",
+        ),
+        (
+            "step",
+            lambda: StepResult(Observation((Message("tool", None),))),
+            "TypeError: a message's content must be a text, got None",
+        ),
+        (
+            "step",
+            lambda: StepResult(Observation(("ab",))),
+            "TypeError: a message must be of Message, got 'ab'",
+        ),
+        (
+            "step",
+            lambda: StepResult(Message("tool", "ab")),
+            "TypeError: a step's observation must be of Observation, got Message(",
+        ),
+        (
+            "step",
+            lambda: StepResult(stop_reason="finished"),
+            "TypeError: a step's stop_reason must be of StopReason, got 'finished'",
+        ),
+        (
+            "step",
+            lambda: StepResult(dataclasses.replace(OPENING, tools=({"name": "add"},))),
+            "gave tools: only the first observation",
+        ),
+        (
+            "step",
+            lambda: StepResult(Observation((Message("assistant", "I agree"),))),
+            "spoke as assistant: that is the policy's role",
+        ),
     ],
 )
 def test_an_environment_that_breaks_its_contract(method, answer, message):
-    trajectory = play([Say("done")], environment=lambda: environment_with(**{method: lambda *_: answer()}))
+    trajectory = play(
+        [Say("done")], environment=lambda: environment_with(**{method: lambda *_: answer()})
+    )
     assert trajectory.stop_reason is StopReason.ENVIRONMENT_ERROR
     assert message in trajectory.error.splitlines()[0]
     if message.endswith("Error") or "Error: " in message:
@@ -323,12 +432,18 @@ def test_an_episode_that_opens_otherwise_than_its_task_is_an_environment_error()
 
 @pytest.mark.parametrize(
     ("ids", "logprobs", "message"),
-    [([], [], "gave 0 tokens"), ([1] * 5, [0.0] * 5, "gave 5 tokens .* asked for 1 to 4"), ([1], [np.nan], "not finite")],
+    [
+        ([], [], "gave 0 tokens"),
+        ([1] * 5, [0.0] * 5, "gave 5 tokens .* asked for 1 to 4"),
+        ([1], [np.nan], "not finite"),
+    ],
 )
 def test_generations_that_would_poison_a_batch_are_refused(ids, logprobs, message):
     class Bad(ScriptedSampler):
         async def generate(self, request):
-            return Generation(np.array(ids, int), np.array(logprobs), np.zeros(len(ids), int), FinishReason.STOP)
+            return Generation(
+                np.array(ids, int), np.array(logprobs), np.zeros(len(ids), int), FinishReason.STOP
+            )
 
     sampler = Bad([])
     with pytest.raises(SamplerError, match=message):
@@ -348,7 +463,9 @@ def test_seeds_differ_in_everything_that_names_a_turn_and_are_fixed():
     seeds = {key.seed(turn) for key in keys for turn in (0, 1)}
     assert len(seeds) == 12
     assert all(0 <= seed < 2**31 for seed in seeds)
-    assert KEY.seed(0) == 1388743270  # a run must be repeatable in another process, on another machine
+    assert (
+        KEY.seed(0) == 1388743270
+    )  # a run must be repeatable in another process, on another machine
 
 
 def test_room_names_the_limit_that_binds():
@@ -362,7 +479,10 @@ def test_room_names_the_limit_that_binds():
     ("change", "message"),
     [
         ({"max_turns": 0}, "max_turns must be at least 1, got 0"),
-        ({"max_prompt_tokens": 8192}, r"max_prompt_tokens \(8192\) must be below context_length \(8192\)"),
+        (
+            {"max_prompt_tokens": 8192},
+            r"max_prompt_tokens \(8192\) must be below context_length \(8192\)",
+        ),
     ],
 )
 def test_limits_refuse_nonsense(change, message):

@@ -51,7 +51,10 @@ def ended(loop: EventLoopThread, rollouts: Rollouts, *numbers: int) -> None:
     loop.call(end())
 
 
-@pytest.mark.parametrize(("max_staleness", "versions"), [(0, [0, 1, 2, 3, 4]), (1, [0, 0, 1, 2, 3]), (3, [0, 0, 0, 0, 1])])
+@pytest.mark.parametrize(
+    ("max_staleness", "versions"),
+    [(0, [0, 1, 2, 3, 4]), (1, [0, 0, 1, 2, 3]), (3, [0, 0, 0, 0, 1])],
+)
 def test_batches_begin_as_early_as_the_bound_allows(loop, max_staleness, versions):
     rollouts = Rollouts()
     ended(loop, rollouts, *range(5))
@@ -115,14 +118,21 @@ def test_an_interrupted_wait_ends_all_that_is_under_way(loop, monkeypatch):
 
 
 def result(*versions: int) -> RolloutResult:
-    return RolloutResult(tuple(Group(Task("a"), (trajectory("a", [1, 0, 1], 1.0, versions=v),)) for v in versions), (), ())
+    return RolloutResult(
+        tuple(Group(Task("a"), (trajectory("a", [1, 0, 1], 1.0, versions=v),)) for v in versions),
+        (),
+        (),
+    )
 
 
 def test_the_bound_holds_for_the_oldest_token():
     assert result(4, 6).sampled_versions_T.tolist() == [4, 4, 6, 6]
     check_staleness(result(4, 6), 6, 2)
     check_staleness(result(), 6, 0)
-    with pytest.raises(StalenessError, match=r"of weight version 4, but trains version 6: .* training.max_staleness \(1\) allows"):
+    with pytest.raises(
+        StalenessError,
+        match=r"of weight version 4, but trains version 6: .* training.max_staleness \(1\) allows",
+    ):
         check_staleness(result(6, 4), 6, 1)
 
 

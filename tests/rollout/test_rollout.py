@@ -28,23 +28,48 @@ TASKS = (Task("red"), Task("green"), Task("blue"))
 
 
 def rollout(sampler, suite=None, **execution) -> Rollout:
-    return Rollout(sampler, suite or Suite(), Chat(byte_tokenizer()), Limits(1000, 10, 100, 2000), execution=Execution(**execution))
+    return Rollout(
+        sampler,
+        suite or Suite(),
+        Chat(byte_tokenizer()),
+        Limits(1000, 10, 100, 2000),
+        execution=Execution(**execution),
+    )
 
 
-def run(sampler, suite=None, tasks=TASKS, group_size=2, progress=None, seed=0, batch="step-1", **execution) -> RolloutResult:
-    return asyncio.run(rollout(sampler, suite, **execution).groups(tasks, group_size, seed, batch, progress))
+def run(
+    sampler,
+    suite=None,
+    tasks=TASKS,
+    group_size=2,
+    progress=None,
+    seed=0,
+    batch="step-1",
+    **execution,
+) -> RolloutResult:
+    return asyncio.run(
+        rollout(sampler, suite, **execution).groups(tasks, group_size, seed, batch, progress)
+    )
 
 
 def failing_suite(task_id: str, failing: set[int]) -> Suite:
     """The environments of one task, counted from zero, raise in their step where `failing` says; the first only opens the task."""
-    return Suite(lambda task, earlier: FailingEnvironment("step") if task.id == task_id and earlier in failing else EchoEnvironment())
+    return Suite(
+        lambda task, earlier: (
+            FailingEnvironment("step")
+            if task.id == task_id and earlier in failing
+            else EchoEnvironment()
+        )
+    )
 
 
 def test_groups_come_in_the_order_of_their_tasks_with_shared_prompts():
     sampler = ScriptedSampler([Say("x"), Say("done")], jitter=True)
     result = run(sampler, group_size=3)
     assert [group.task for group in result.groups] == list(TASKS)
-    assert [[t.sample_index for t in group.trajectories] for group in result.groups] == [[0, 1, 2]] * 3
+    assert [[t.sample_index for t in group.trajectories] for group in result.groups] == [
+        [0, 1, 2]
+    ] * 3
     assert [group.rewards_G.tolist() for group in result.groups] == [[1.0, 1.0, 1.0]] * 3
     assert (result.dropped, result.failures) == ((), ())
     assert sorted(sampler.released) == sorted({request.episode_id for request in sampler.requests})
@@ -59,7 +84,11 @@ def test_a_failed_episode_is_tried_again_with_a_fresh_environment_and_fresh_seed
     assert result.failures[0].stop_reason is StopReason.ENVIRONMENT_ERROR
     assert result.dropped == ()
     green = [request for request in sampler.requests if request.group_id == "step-1/green"]
-    assert sorted(r.episode_id for r in green) == ["step-1/green/0/0", "step-1/green/0/1", "step-1/green/1/0"]
+    assert sorted(r.episode_id for r in green) == [
+        "step-1/green/0/0",
+        "step-1/green/0/1",
+        "step-1/green/1/0",
+    ]
     assert len({request.seed for request in green}) == 3
     assert sorted(sampler.released) == sorted(request.episode_id for request in sampler.requests)
 
@@ -76,9 +105,18 @@ def test_a_group_is_dropped_and_counted_when_the_tries_are_spent():
 
 
 def test_failures_come_in_the_order_of_their_tasks():
-    suite = Suite(lambda task, earlier: FailingEnvironment("step") if earlier in (1, 2) else EchoEnvironment())
+    suite = Suite(
+        lambda task, earlier: FailingEnvironment("step") if earlier in (1, 2) else EchoEnvironment()
+    )
     result = run(ScriptedSampler([Say("done")], jitter=True), suite, max_retries=2)
-    assert [failure.task_id for failure in result.failures] == ["red", "red", "green", "green", "blue", "blue"]
+    assert [failure.task_id for failure in result.failures] == [
+        "red",
+        "red",
+        "green",
+        "green",
+        "blue",
+        "blue",
+    ]
     assert len(result.groups) == 3
 
 
@@ -98,7 +136,9 @@ def test_a_dropped_groups_other_episodes_are_cancelled():
             return await super().generate(request)
 
     sampler = Hanging([Say("done")])
-    suite = Suite(lambda task, earlier: FailingEnvironment("step") if earlier else EchoEnvironment())
+    suite = Suite(
+        lambda task, earlier: FailingEnvironment("step") if earlier else EchoEnvironment()
+    )
     result = run(sampler, suite, tasks=TASKS[:1])
     assert [dropped.task.id for dropped in result.dropped] == ["red"]
     assert sorted(sampler.released) == ["step-1/red/0/0", "step-1/red/0/1", "step-1/red/1/0"]
@@ -172,7 +212,9 @@ def test_a_task_whose_prompt_is_too_long_is_dropped():
             return Observation((Message("user", "q" * 200),))
 
     sampler = ScriptedSampler([Say("done")])
-    result = run(sampler, Suite(lambda task, earlier: Long() if task.id == "blue" else EchoEnvironment()))
+    result = run(
+        sampler, Suite(lambda task, earlier: Long() if task.id == "blue" else EchoEnvironment())
+    )
     assert [group.task.id for group in result.groups] == ["red", "green"]
     assert [dropped.error for dropped in result.dropped] == [
         "the prompt of task 'blue' has 234 tokens, and rollout.max_prompt_tokens is 100: raise it, or "
@@ -197,7 +239,15 @@ def by_seed(request) -> list[Say]:
 def test_outcomes_do_not_depend_on_scheduling_or_company():
     alone = outcomes(run(ScriptedSampler(by_seed), tasks=TASKS[1:2], group_size=4))
     together = outcomes(run(ScriptedSampler(by_seed, jitter=True), tasks=TASKS, group_size=4))
-    backwards = outcomes(run(ScriptedSampler(by_seed), tasks=TASKS[::-1], group_size=4, episodes_in_flight=1, environment_threads=1))
+    backwards = outcomes(
+        run(
+            ScriptedSampler(by_seed),
+            tasks=TASKS[::-1],
+            group_size=4,
+            episodes_in_flight=1,
+            environment_threads=1,
+        )
+    )
     assert [o for o in together if o[0] == "green"] == alone
     assert sorted(backwards) == sorted(together)
     assert len({tuple(o[2]) for o in together}) > 1
@@ -216,7 +266,9 @@ def test_batches_side_by_side_share_the_places_and_the_earlier_one_comes_first()
     shared = rollout(sampler, episodes_in_flight=3)
 
     async def both():
-        return await asyncio.gather(*[shared.groups(TASKS, 2, 0, batch) for batch in ("step-1", "step-2")])
+        return await asyncio.gather(
+            *[shared.groups(TASKS, 2, 0, batch) for batch in ("step-1", "step-2")]
+        )
 
     first, second = asyncio.run(both())
     assert len(first.groups) == len(second.groups) == 3
@@ -240,15 +292,27 @@ def test_environment_threads_are_bounded():
                 running -= 1
             return super().step(action)
 
-    run(ScriptedSampler([Say("x"), Say("done")]), Suite(lambda task, earlier: Counting()), group_size=4, environment_threads=2)
+    run(
+        ScriptedSampler([Say("x"), Say("done")]),
+        Suite(lambda task, earlier: Counting()),
+        group_size=4,
+        environment_threads=2,
+    )
     assert most == 2
 
 
-@pytest.mark.parametrize("failing", [{1, 2, 3, 4}, {2, 3}])  # all tries of the group, or those of its second episode
+@pytest.mark.parametrize(
+    "failing", [{1, 2, 3, 4}, {2, 3}]
+)  # all tries of the group, or those of its second episode
 def test_progress_counts_every_episode_once(failing):
     heard: list[tuple[int, int]] = []
     suite = failing_suite("green", failing)
-    result = run(ScriptedSampler([Say("done")]), suite, progress=lambda *counts: heard.append(counts), episodes_in_flight=1)
+    result = run(
+        ScriptedSampler([Say("done")]),
+        suite,
+        progress=lambda *counts: heard.append(counts),
+        episodes_in_flight=1,
+    )
     assert [dropped.task.id for dropped in result.dropped] == ["green"]
     assert heard[-1] == (6, 6)
     assert heard == sorted(heard)
@@ -274,7 +338,9 @@ def test_execution_refuses_nonsense(setting, message):
 
 def test_a_synchronous_program_drives_a_rollout_while_it_does_something_else():
     with EventLoopThread() as loop:
-        pending = loop.start(rollout(ScriptedSampler([Say("x"), Say("done")])).groups(TASKS, 2, 0, "step-1"))
+        pending = loop.start(
+            rollout(ScriptedSampler([Say("x"), Say("done")])).groups(TASKS, 2, 0, "step-1")
+        )
         assert np.sum(np.arange(4)) == 6
         assert len(pending.result(timeout=10).groups) == 3
 
@@ -283,18 +349,28 @@ class DemonstratingSampler(ScriptedSampler):
     """Says what solves each errand of the warehouse."""
 
     def __init__(self, suite: Warehouse, tasks):
-        turns = {task.id: [Say(text, FinishReason.STOP) for text in suite.demonstration(task)] for task in tasks}
+        turns = {
+            task.id: [Say(text, FinishReason.STOP) for text in suite.demonstration(task)]
+            for task in tasks
+        }
         super().__init__(lambda request: turns[request.group_id.removeprefix("step-1/")])
 
 
 def test_the_warehouse_is_solved_by_its_demonstrations():
     suite = Warehouse(train_size=6)
     tasks = suite.tasks("train")
-    driver = Rollout(DemonstratingSampler(suite, tasks), suite, Chat(byte_tokenizer()), Limits(2048, 10, 2048, 8192))
+    driver = Rollout(
+        DemonstratingSampler(suite, tasks),
+        suite,
+        Chat(byte_tokenizer()),
+        Limits(2048, 10, 2048, 8192),
+    )
     result = asyncio.run(driver.groups(tasks, 2, 0, "step-1"))
     assert [group.rewards_G.tolist() for group in result.groups] == [[1.0, 1.0]] * 6
     for trajectory in (t for group in result.groups for t in group.trajectories):
         assert trajectory.stop_reason is StopReason.FINISHED
         assert all(call.ok for call in trajectory.calls)
         spoken = "".join(m.content for m in trajectory.messages if m.role == "assistant")
-        assert bytes(trajectory.completion_ids_C[trajectory.action_mask_C].tolist()).decode() == spoken
+        assert (
+            bytes(trajectory.completion_ids_C[trajectory.action_mask_C].tolist()).decode() == spoken
+        )

@@ -16,7 +16,15 @@ from jaxgrpo.types import Group, Score, StopReason, Task, ToolCall, Trajectory
 CALL = ToolCall("ls", "{}", "", ok=True)
 
 
-def trajectory(task: str, sampled: list[int], reward: float, reason=StopReason.FINISHED, versions=4, calls=0, turns=1) -> Trajectory:
+def trajectory(
+    task: str,
+    sampled: list[int],
+    reward: float,
+    reason=StopReason.FINISHED,
+    versions=4,
+    calls=0,
+    turns=1,
+) -> Trajectory:
     mask = np.array(sampled, bool)
     return Trajectory(
         task_id=task,
@@ -30,13 +38,27 @@ def trajectory(task: str, sampled: list[int], reward: float, reason=StopReason.F
         calls=(CALL,) * calls,
         turns=turns,
         stop_reason=reason,
-        score=None if reason is StopReason.ENVIRONMENT_ERROR else Score(reward, reward >= 1, {"tidy": reward / 2}),
+        score=None
+        if reason is StopReason.ENVIRONMENT_ERROR
+        else Score(reward, reward >= 1, {"tidy": reward / 2}),
     )
 
 
 GROUPS = (
-    Group(Task("a"), (trajectory("a", [1, 1, 0, 1], 1.0, calls=2, turns=2), trajectory("a", [1, 1], 0.0, versions=2))),
-    Group(Task("b"), (trajectory("b", [1] * 6, 0.5, StopReason.TOKEN_LIMIT), trajectory("b", [1, 1, 1, 0], 0.5, StopReason.GAVE_UP))),
+    Group(
+        Task("a"),
+        (
+            trajectory("a", [1, 1, 0, 1], 1.0, calls=2, turns=2),
+            trajectory("a", [1, 1], 0.0, versions=2),
+        ),
+    ),
+    Group(
+        Task("b"),
+        (
+            trajectory("b", [1] * 6, 0.5, StopReason.TOKEN_LIMIT),
+            trajectory("b", [1, 1, 1, 0], 0.5, StopReason.GAVE_UP),
+        ),
+    ),
 )
 FAILED = trajectory("c", [1], 0.0, StopReason.ENVIRONMENT_ERROR)
 RESULT = RolloutResult(GROUPS, (DroppedGroup(Task("c"), "lost"),), (FAILED, FAILED), seconds=2.0)
@@ -73,9 +95,15 @@ def test_rollout_metrics_by_hand():
 
 
 def test_faults_of_skipped_batches_are_counted_with_the_next():
-    lost = RolloutResult((), (DroppedGroup(Task("x"), "e"), DroppedGroup(Task("y"), "e")), (FAILED,) * 3)
+    lost = RolloutResult(
+        (), (DroppedGroup(Task("x"), "e"), DroppedGroup(Task("y"), "e")), (FAILED,) * 3
+    )
     metrics = rollout_metrics(RESULT, [lost, lost], 4)
-    assert (metrics["train/skipped_batches"], metrics["train/dropped_groups"], metrics["train/environment_errors"]) == (2, 5, 8)
+    assert (
+        metrics["train/skipped_batches"],
+        metrics["train/dropped_groups"],
+        metrics["train/environment_errors"],
+    ) == (2, 5, 8)
 
 
 def test_update_metrics_by_hand():
@@ -123,7 +151,17 @@ def test_a_step_that_was_not_taken_is_counted_and_no_part_of_the_rest():
 
 
 def test_what_a_batch_took_and_who_waited_by_hand():
-    metrics = schedule_metrics({"all": 13.0, "wait": 4.0, "update": 5.0, "evaluate": 3.0, "record": 0.5, "checkpoint": 0.25}, 0.1)
+    metrics = schedule_metrics(
+        {
+            "all": 13.0,
+            "wait": 4.0,
+            "update": 5.0,
+            "evaluate": 3.0,
+            "record": 0.5,
+            "checkpoint": 0.25,
+        },
+        0.1,
+    )
     assert metrics == {
         "time/batch_seconds": 10.0,
         "time/wait_seconds": 4.0,
@@ -141,13 +179,17 @@ def test_empty_groups_that_fill_a_micro_batch_count_nothing():
     seconds = dict.fromkeys(("reference", "update", "probe", "publish"), 1.0)
     a, b = (update_metrics(batches, report, 1, seconds) for batches in (one, filled))
     assert b["train/real_token_fraction"] == pytest.approx(a["train/real_token_fraction"] / 3)
-    assert b["train/forwarded_per_completion_token"] == pytest.approx(a["train/forwarded_per_completion_token"] * 3)
+    assert b["train/forwarded_per_completion_token"] == pytest.approx(
+        a["train/forwarded_per_completion_token"] * 3
+    )
     padded = dict.fromkeys(("train/real_token_fraction", "train/forwarded_per_completion_token"), 0)
     assert a | padded == b | padded
 
 
 def test_score_parts_that_only_some_episodes_have_count_as_zero():
     odd = dataclasses.replace(GROUPS[0].trajectories[0], score=Score(1.0, True, {"rare": 1.0}))
-    result = RolloutResult((Group(Task("a"), (odd, GROUPS[0].trajectories[1])),), (), (), seconds=1.0)
+    result = RolloutResult(
+        (Group(Task("a"), (odd, GROUPS[0].trajectories[1])),), (), (), seconds=1.0
+    )
     metrics = rollout_metrics(result, [], 4)
     assert (metrics["reward/rare"], metrics["reward/tidy"]) == (0.5, 0.0)

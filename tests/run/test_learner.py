@@ -18,14 +18,24 @@ from tests import reference
 from tests.episodes import random_groups
 from tests.training import changed, make_model
 
-BATCHES = pack(random_groups(0, 4, 3, 260, 8, 8), 2, 8, BatchingSettings(prompt_multiple=8, completion_multiple=8))
+BATCHES = pack(
+    random_groups(0, 4, 3, 260, 8, 8),
+    2,
+    8,
+    BatchingSettings(prompt_multiple=8, completion_multiple=8),
+)
 
 
 @pytest.fixture(scope="module")
 def learner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Learner]:
     """At a learning rate at which three steps take ratios out of their bounds."""
     folder = tmp_path_factory.mktemp("learner")
-    options = ("optimizer.learning_rate=1e-2", "training.reference_every=None", "loss.kl_beta=0.05", "loss.tis_cap=1.5")
+    options = (
+        "optimizer.learning_rate=1e-2",
+        "training.reference_every=None",
+        "loss.kl_beta=0.05",
+        "loss.tis_cap=1.5",
+    )
     config = changed(folder, make_model(folder), *options)
     with ExitStack() as stack:
         yield Learner(config, open_model_assets(config), folder / "run", False, Processes(), stack)
@@ -46,10 +56,15 @@ def learn(learner: Learner, folder: Path, iterations: int) -> list[StepReport]:
 
 def logprobs(learner: Learner) -> list[np.ndarray]:
     """The policy's of now, of each micro-batch."""
-    return [np.asarray(learner.update.logprobs(learner.update.policy(learner.state), batch), np.float64) for batch in BATCHES]
+    return [
+        np.asarray(learner.update.logprobs(learner.update.policy(learner.state), batch), np.float64)
+        for batch in BATCHES
+    ]
 
 
-def expected_loss(learner: Learner, train: list[np.ndarray], old: list[np.ndarray], anchors: list[np.ndarray]) -> float:
+def expected_loss(
+    learner: Learner, train: list[np.ndarray], old: list[np.ndarray], anchors: list[np.ndarray]
+) -> float:
     def of(batch: GroupBatch, *arrays: np.ndarray) -> float:
         loss = learner.update.loss
         return reference.grpo_loss(
@@ -66,7 +81,9 @@ def expected_loss(learner: Learner, train: list[np.ndarray], old: list[np.ndarra
     return sum(of(*arrays) for arrays in zip(BATCHES, train, old, anchors, strict=True))
 
 
-def test_all_steps_on_a_batch_have_the_old_logprobs_of_the_first(learner: Learner, tmp_path: Path) -> None:
+def test_all_steps_on_a_batch_have_the_old_logprobs_of_the_first(
+    learner: Learner, tmp_path: Path
+) -> None:
     """Against the loss in NumPy, of the log-probabilities of the weights before each step."""
     restart(learner)
     policies = [logprobs(learner)]
@@ -79,7 +96,10 @@ def test_all_steps_on_a_batch_have_the_old_logprobs_of_the_first(learner: Learne
     assert [report.sums.loss for report in reports] == pytest.approx(losses, rel=1e-5)
     assert learner.state.step == 3
     on_policy = [expected_loss(learner, train, train, first) for train in policies]
-    previous = [expected_loss(learner, second, first, first), expected_loss(learner, third, second, first)]
+    previous = [
+        expected_loss(learner, second, first, first),
+        expected_loss(learner, third, second, first),
+    ]
     assert np.abs(np.subtract(losses, on_policy)[1:]).min() > 1e-3
     assert abs(losses[2] - previous[1]) > 1e-3
     assert reports[0].sums.clipped == 0 and reports[1].sums.clipped > 0

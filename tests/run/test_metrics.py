@@ -30,11 +30,16 @@ def test_one_object_a_line_and_null_for_what_is_not_finite(tmp_path):
     r.record(2, {"a": 1, "b": math.nan, "c": math.inf, "d": "x"})
     r.record(4, {"a": 2})
     r.close()
-    assert lines(tmp_path / "new" / "run") == [{"step": 2, "a": 1, "b": None, "c": None, "d": "x"}, {"step": 4, "a": 2}]
+    assert lines(tmp_path / "new" / "run") == [
+        {"step": 2, "a": 1, "b": None, "c": None, "d": "x"},
+        {"step": 4, "a": 2},
+    ]
 
 
 def test_resuming_drops_later_lines_and_a_torn_one(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/split": "test"}\n{"step": 2}\n{"step": 4}\n{"step": 6}\n{"step": 8, "los')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 0, "eval/split": "test"}\n{"step": 2}\n{"step": 4}\n{"step": 6}\n{"step": 8, "los'
+    )
     r = recorder(tmp_path, after=4)
     r.record(6, {"again": 1})
     r.close()
@@ -43,7 +48,9 @@ def test_resuming_drops_later_lines_and_a_torn_one(tmp_path):
 
 
 def test_resuming_drops_lines_that_cannot_be_read(tmp_path):
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 2}\n\0\0\0\n{"step": 4}\nnull\n\xff\n{"stop": 4}\n')
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'{"step": 2}\n\0\0\0\n{"step": 4}\nnull\n\xff\n{"stop": 4}\n'
+    )
     recorder(tmp_path, after=4).close()
     assert lines(tmp_path) == [{"step": 2}, {"step": 4}]
 
@@ -60,7 +67,11 @@ def test_tensorboard_gets_the_numbers_and_evaluations_by_split(tmp_path, monkeyp
     seen = []
     import tensorboardX
 
-    monkeypatch.setattr(tensorboardX.SummaryWriter, "add_scalar", lambda self, key, value, step: seen.append((key, value, step)))
+    monkeypatch.setattr(
+        tensorboardX.SummaryWriter,
+        "add_scalar",
+        lambda self, key, value, step: seen.append((key, value, step)),
+    )
     r = recorder(tmp_path, tensorboard=True)
     r.record(2, {"train/loss": 0.5, "train/bad": math.nan, "label": "x"})
     r.record(2, {"eval/split": "test", "eval/pass_rate": 0.75})
@@ -71,7 +82,10 @@ def test_tensorboard_gets_the_numbers_and_evaluations_by_split(tmp_path, monkeyp
 
 def test_wandb_gets_the_numbers_of_its_project(tmp_path, monkeypatch):
     logged = []
-    run = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("finished"))
+    run = types.SimpleNamespace(
+        log=lambda values, step: logged.append((step, values)),
+        finish=lambda: logged.append("finished"),
+    )
     fake = types.ModuleType("wandb")
     fake.init = lambda **options: logged.append(options["project"]) or run
     monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -132,7 +146,9 @@ def test_an_evaluation_counts_its_episodes():
     assert "7/20" in shown(True, lambda view: view.advance(7, 20))
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(30, "30 s left"), (600, "10 min left"), (7260, "2 h 01 min left")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(30, "30 s left"), (600, "10 min left"), (7260, "2 h 01 min left")]
+)
 def test_time_left_in_its_unit(monkeypatch, seconds, text):
     now = [0.0]
     monkeypatch.setattr("jaxgrpo.run.metrics.time.perf_counter", lambda: now[0])

@@ -30,7 +30,9 @@ def test_wilson_interval_by_hand(rate, samples, low, high):
     np.testing.assert_allclose(wilson_interval(rate, samples), (low, high), atol=1e-7)
 
 
-@pytest.mark.parametrize(("passed", "samples", "low", "high"), [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605)])
+@pytest.mark.parametrize(
+    ("passed", "samples", "low", "high"), [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605)]
+)
 def test_wilson_interval_as_published(passed, samples, low, high):
     """Newcombe 1998, "Two-sided confidence intervals for the single proportion", Statistics in Medicine 17:857-872, table I."""
     np.testing.assert_allclose(wilson_interval(passed / samples, samples), (low, high), atol=5e-5)
@@ -52,7 +54,9 @@ def test_intraclass_correlation_of_four_samples_by_hand():
     assert intraclass_correlation(outcomes("1110", "0100", "0000")) == pytest.approx(5 / 13)
 
 
-@pytest.mark.parametrize("rows", [("1100",), ("1", "0", "1"), ("11", "11"), ("00", "00"), ("11", "00")])
+@pytest.mark.parametrize(
+    "rows", [("1100",), ("1", "0", "1"), ("11", "11"), ("00", "00"), ("11", "00")]
+)
 def test_correlation_is_one_where_samples_agree_or_nothing_can_be_told(rows):
     assert intraclass_correlation(outcomes(*rows)) == 1.0
 
@@ -110,7 +114,9 @@ def test_pass_at_k(samples, passed, k, expected):
 def test_pass_at_k_has_no_bias():
     """Averaged over all draws of 4 samples with chance 1/4 each, pass@2 is 1 - (3/4)^2 exactly: 7/16."""
     binomial = [81, 108, 54, 12, 1]  # ways of 4 samples with c passes, out of 256
-    assert sum(ways * pass_at_k(4, c, 2) for c, ways in enumerate(binomial)) / 256 == pytest.approx(7 / 16)
+    assert sum(ways * pass_at_k(4, c, 2) for c, ways in enumerate(binomial)) / 256 == pytest.approx(
+        7 / 16
+    )
 
 
 def test_mean_pass_at_k_averages_over_tasks():
@@ -118,7 +124,9 @@ def test_mean_pass_at_k_averages_over_tasks():
 
 
 def test_a_task_counts_under_each_of_its_labels():
-    rates = pass_rates_by_label(outcomes("11", "10", "00"), [("Files", "Math"), ("Math",), ("Files",)])
+    rates = pass_rates_by_label(
+        outcomes("11", "10", "00"), [("Files", "Math"), ("Math",), ("Files",)]
+    )
     assert list(rates) == ["Files", "Math"]
     assert (rates["Files"].rate, rates["Files"].tasks) == (0.5, 2)
     assert (rates["Math"].rate, rates["Math"].tasks) == (0.75, 2)

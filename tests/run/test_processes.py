@@ -29,7 +29,14 @@ from tests.step_process import step
 from tests.training import changed, make_model, metric_lines, write_config
 from tests.updates import TINY, change_error, clipped_gradient, params_of, update_of, worst_error
 
-SAME = ("train/loss", "train/grad_norm", "train/kl", "train/entropy", "train/reward_mean", "train/loss_tokens")
+SAME = (
+    "train/loss",
+    "train/grad_norm",
+    "train/kl",
+    "train/entropy",
+    "train/reward_mean",
+    "train/loss_tokens",
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +75,9 @@ def test_flags_that_cannot_be_are_refused(flags, said):
 def test_a_name_that_nobody_knows_is_refused_when_it_does_not_become_known(monkeypatch):
     monkeypatch.setattr(processes, "_NAME_SECONDS", 1.5)
     started = time.monotonic()
-    with pytest.raises(ConfigError, match=r"--coordinator host\.invalid:5000: host\.invalid is not"):
+    with pytest.raises(
+        ConfigError, match=r"--coordinator host\.invalid:5000: host\.invalid is not"
+    ):
         join(ClusterFlags("host.invalid:5000", 2, 0), None)
     assert time.monotonic() - started > 1.5
 
@@ -238,7 +247,13 @@ def on_three(tmp_path_factory):
     checkpoints.close()
     before = logical_on_host(state.params, update.layout)
     state, report = step(update, state)
-    return folder, before, logical_on_host(state.params, update.layout), clipped_gradient(update, state), report
+    return (
+        folder,
+        before,
+        logical_on_host(state.params, update.layout),
+        clipped_gradient(update, state),
+        report,
+    )
 
 
 @pytest.mark.slow
@@ -261,7 +276,9 @@ def test_a_step_of_several_processes_is_that_of_one(on_three, tmp_path, processe
 
 
 def difference(before, after):
-    return jax.tree.map(lambda a, b: np.asarray(b, np.float64) - np.asarray(a, np.float64), before, after)
+    return jax.tree.map(
+        lambda a, b: np.asarray(b, np.float64) - np.asarray(a, np.float64), before, after
+    )
 
 
 # Whole runs.
@@ -271,7 +288,9 @@ def policy_of(run: Path, model: Path, at: int | None = None):
     return read_policy(run / "checkpoints", ModelConfig.from_folder(model), at)[0]
 
 
-def command(config: Path, run: Path, *overrides: str, flags: tuple[str, ...] = ()) -> tuple[str, ...]:
+def command(
+    config: Path, run: Path, *overrides: str, flags: tuple[str, ...] = ()
+) -> tuple[str, ...]:
     sets = [part for override in overrides for part in ("--set", override)]
     return ("jaxgrpo.train", "--config", str(config), "--run-dir", str(run), *sets, *flags)
 
@@ -280,17 +299,30 @@ def command(config: Path, run: Path, *overrides: str, flags: tuple[str, ...] = (
 def test_a_run_of_two_processes_is_that_of_one_and_either_goes_on_with_the_others(model, tmp_path):
     """Four steps with the embedded sampler on both sides. One process trains on one device, two on one each: what is compared is the sum
     of their gradients, and the weights that the sampler was given."""
-    options = ("training.steps=4", "recording.checkpoint_every=2", "recording.export_hf=True", "training.devices=None")
+    options = (
+        "training.steps=4",
+        "recording.checkpoint_every=2",
+        "recording.export_hf=True",
+        "training.devices=None",
+    )
     config = write_config(tmp_path, model)
     run_processes(2, 1, *command(config, tmp_path / "two", *options))
     train(changed(tmp_path, model, *options[:3]), tmp_path / "one")
     one, two = metric_lines(tmp_path / "one"), metric_lines(tmp_path / "two")
     assert [line["step"] for line in two] == [2, 4]
     for ours, theirs in zip(two, one, strict=True):
-        assert {key: ours[key] for key in SAME} == pytest.approx({key: theirs[key] for key in SAME}, rel=1e-4, abs=1e-6)
+        assert {key: ours[key] for key in SAME} == pytest.approx(
+            {key: theirs[key] for key in SAME}, rel=1e-4, abs=1e-6
+        )
     middle = policy_of(tmp_path / "one", model, 2)
     moved = difference(middle, policy_of(tmp_path / "one", model))
-    assert change_error(difference(policy_of(tmp_path / "two", model, 2), policy_of(tmp_path / "two", model)), moved) < 1e-3
+    assert (
+        change_error(
+            difference(policy_of(tmp_path / "two", model, 2), policy_of(tmp_path / "two", model)),
+            moved,
+        )
+        < 1e-3
+    )
     assert (tmp_path / "two" / "hf" / "model.safetensors").is_file()
 
     longer = ("training.steps=6", *options[1:])
@@ -298,7 +330,9 @@ def test_a_run_of_two_processes_is_that_of_one_and_either_goes_on_with_the_other
     train(changed(tmp_path, model, *longer[:3]), tmp_path / "two", resume=True)
     last, other = metric_lines(tmp_path / "one")[-1], metric_lines(tmp_path / "two")[-1]
     assert last["step"] == other["step"] == 6
-    assert {key: last[key] for key in SAME} == pytest.approx({key: other[key] for key in SAME}, rel=1e-4, abs=1e-6)
+    assert {key: last[key] for key in SAME} == pytest.approx(
+        {key: other[key] for key in SAME}, rel=1e-4, abs=1e-6
+    )
 
 
 @pytest.mark.slow
@@ -307,30 +341,51 @@ def test_two_processes_train_adapters_as_one_does(model, tmp_path):
     options = ("training.devices=None", "lora.rank=2", "recording.checkpoint_every=2")
     config = write_config(tmp_path, model)
     run_processes(2, 1, *command(config, tmp_path / "two", "training.steps=4", *options))
-    run_processes(2, 1, *command(config, tmp_path / "two", "training.steps=6", *options, flags=("--resume",)))
+    run_processes(
+        2, 1, *command(config, tmp_path / "two", "training.steps=6", *options, flags=("--resume",))
+    )
     train(changed(tmp_path, model, "training.steps=6", options[1]), tmp_path / "one")
     one, two = metric_lines(tmp_path / "one"), metric_lines(tmp_path / "two")
     assert [line["step"] for line in two] == [2, 4, 6]
     for ours, theirs in zip(two, one, strict=True):
-        assert {key: ours[key] for key in SAME} == pytest.approx({key: theirs[key] for key in SAME}, rel=1e-4, abs=1e-6)
+        assert {key: ours[key] for key in SAME} == pytest.approx(
+            {key: theirs[key] for key in SAME}, rel=1e-4, abs=1e-6
+        )
 
 
 @pytest.mark.slow
 def test_jax_finds_the_processes_that_slurm_started(on_three, tmp_path):
-    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    slurm = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+    }
     ranks = [slurm | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
-    started = [start(("tests.step_process", str(on_three[0]), str(tmp_path), "--distributed"), 1, variables) for variables in ranks]
+    started = [
+        start(
+            ("tests.step_process", str(on_three[0]), str(tmp_path), "--distributed"), 1, variables
+        )
+        for variables in ranks
+    ]
     assert [status for status, _ in outcomes(started)] == [0, 0]
-    assert json.loads((tmp_path / "report.json").read_text())[1] == pytest.approx(on_three[-1].grad_norm, rel=1e-6)
+    assert json.loads((tmp_path / "report.json").read_text())[1] == pytest.approx(
+        on_three[-1].grad_norm, rel=1e-6
+    )
 
 
 @pytest.mark.slow
 def test_processes_of_different_configs_are_refused(model, tmp_path):
     config = write_config(tmp_path, model)
-    commands = [command(config, tmp_path / "run", "training.devices=None", f"seed={seed}") for seed in (0, 1)]
+    commands = [
+        command(config, tmp_path / "run", "training.devices=None", f"seed={seed}")
+        for seed in (0, 1)
+    ]
     (first, first_errors), (second, second_errors) = outcomes(start_processes(commands, 1))
     assert (first, second) == (1, 2)
-    assert "process 1 failed: ConfigError: process 1 was started with another config than process 0" in first_errors
+    assert (
+        "process 1 failed: ConfigError: process 1 was started with another config than process 0"
+        in first_errors
+    )
     assert "error: process 1 was started with another config than process 0" in second_errors
 
 
@@ -338,18 +393,31 @@ def test_processes_of_different_configs_are_refused(model, tmp_path):
 def test_what_the_first_process_raises_ends_the_others(model, tmp_path):
     """Its environments fail in every group, three batches in a row; the other waits for a batch meanwhile."""
     overrides = ("training.devices=None", "environment.broken=0,1,2,3,4,5")
-    ended = outcomes(start_processes([command(write_config(tmp_path, model), tmp_path / "run", *overrides)] * 2, 1), 120)
+    ended = outcomes(
+        start_processes(
+            [command(write_config(tmp_path, model), tmp_path / "run", *overrides)] * 2, 1
+        ),
+        120,
+    )
     assert [status for status, _ in ended] == [1, 1]
     assert "error: every group of the last 3 batches was dropped" in ended[0][1]
-    assert "error: process 0 failed: NothingLeftError: every group of the last 3 batches was dropped" in ended[1][1]
+    assert (
+        "error: process 0 failed: NothingLeftError: every group of the last 3 batches was dropped"
+        in ended[1][1]
+    )
 
 
 @pytest.mark.slow
 def test_too_few_devices_named_for_several_processes(model, tmp_path):
-    ended = outcomes(start_processes([command(write_config(tmp_path, model), tmp_path / "run")] * 2, 1), 120)
+    ended = outcomes(
+        start_processes([command(write_config(tmp_path, model), tmp_path / "run")] * 2, 1), 120
+    )
     assert {2} <= {status for status, _ in ended} <= {1, 2}  # each finds it out, or is told first
     for _, said in ended:
-        assert "training.devices is 1, but the 2 processes have 2 devices, all of which take part" in said
+        assert (
+            "training.devices is 1, but the 2 processes have 2 devices, all of which take part"
+            in said
+        )
 
 
 @pytest.mark.faults
@@ -357,7 +425,9 @@ def test_too_few_devices_named_for_several_processes(model, tmp_path):
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
 def test_a_process_that_is_ended_ends_the_other(model, tmp_path, killed, by):
     overrides = ("training.devices=None", "training.steps=4000", "recording.checkpoint_every=2")
-    started = start_processes([command(write_config(tmp_path, model), tmp_path / "run", *overrides)] * 2, 1)
+    started = start_processes(
+        [command(write_config(tmp_path, model), tmp_path / "run", *overrides)] * 2, 1
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "checkpoints" / "2").is_dir() and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -371,7 +441,9 @@ def test_a_process_that_is_ended_ends_the_other(model, tmp_path, killed, by):
 
 @pytest.mark.faults
 def test_a_process_that_fails_within_a_step_ends_the_one_that_waits_for_it_there(model, tmp_path):
-    _, *arguments = command(write_config(tmp_path, model), tmp_path / "run", "training.devices=None")
+    _, *arguments = command(
+        write_config(tmp_path, model), tmp_path / "run", "training.devices=None"
+    )
     ended = outcomes(start_processes([("tests.fault_process", *arguments)] * 2, 1))
     assert ended[0][0] == 1 and ended[1][0] != 0
     assert "error: process 1 failed: MemoryError: there is no more" in ended[0][1]
@@ -390,7 +462,9 @@ def get_config():
 
 @pytest.mark.vllm
 @pytest.mark.timeout(900)
-@pytest.mark.skipif("JAXGRPO_VLLM_PYTHON" not in os.environ, reason="JAXGRPO_VLLM_PYTHON names no interpreter")
+@pytest.mark.skipif(
+    "JAXGRPO_VLLM_PYTHON" not in os.environ, reason="JAXGRPO_VLLM_PYTHON names no interpreter"
+)
 def test_a_run_of_two_processes_with_two_vllm_servers(tmp_path):
     """Both write each version, both score what the servers are checked with, and both servers serve what was published last."""
     (tmp_path / "two.py").write_text(VLLM_CONFIG)

@@ -64,7 +64,10 @@ def test_a_line_written_out():
         "score_parts": {"state": 0.0},
         "score_notes": {"difference": "a != b"},
         "error": "",
-        "messages": [{"role": "user", "content": "Où?"}, {"role": "assistant", "content": "\ud800 \n 中"}],
+        "messages": [
+            {"role": "user", "content": "Où?"},
+            {"role": "assistant", "content": "\ud800 \n 中"},
+        ],
         "calls": [{"name": "ls", "arguments": '{"a": "b"}', "result": "x\ty", "ok": False}],
         "prompt_ids": [1, 2, 3],
         "completion_ids": [17, 80, 2],
@@ -77,7 +80,9 @@ def test_a_line_written_out():
 @pytest.mark.parametrize("reason", list(StopReason))
 def test_every_stop_reason_comes_back(reason):
     failed = reason is StopReason.ENVIRONMENT_ERROR
-    original = record(stop_reason=reason, **({"score": None, "error": "Traceback\n..."} if failed else {}))
+    original = record(
+        stop_reason=reason, **({"score": None, "error": "Traceback\n..."} if failed else {})
+    )
     assert_same(from_line(to_line(original)), original)
 
 
@@ -88,13 +93,17 @@ def test_an_episode_without_tokens_comes_back():
         "sampler_logprobs_C": np.zeros(0, np.float32),
         "weight_versions_C": np.zeros(0, np.int32),
     }
-    original = record(**empty, stop_reason=StopReason.ENVIRONMENT_ERROR, score=None, error="KeyError", turns=0)
+    original = record(
+        **empty, stop_reason=StopReason.ENVIRONMENT_ERROR, score=None, error="KeyError", turns=0
+    )
     assert_same(from_line(to_line(original)), original)
 
 
 def test_log_probabilities_come_back_to_the_last_bit():
     bits = np.random.default_rng(0).integers(0, 2**32, 20000, dtype=np.uint32)
-    values = np.concatenate([bits.view(np.float32), np.array([-0.0, 1e-45, -1.1754944e-38, 3.4028235e38], np.float32)])
+    values = np.concatenate(
+        [bits.view(np.float32), np.array([-0.0, 1e-45, -1.1754944e-38, 3.4028235e38], np.float32)]
+    )
     values = values[np.isfinite(values)]
     n = len(values)
     original = record(
@@ -125,10 +134,14 @@ def test_files_come_back_and_are_replaced_whole(tmp_path, name):
 
 
 def test_a_rollouts_episodes_are_written_with_their_labels_failures_last(tmp_path):
-    failure = record(1, stop_reason=StopReason.ENVIRONMENT_ERROR, score=None, error="KeyError").trajectory
+    failure = record(
+        1, stop_reason=StopReason.ENVIRONMENT_ERROR, score=None, error="KeyError"
+    ).trajectory
     lost = dataclasses.replace(failure, task_id="math_1")
     group = Group(Task("files_7", ("Files", "Math")), (record(0).trajectory, record(1).trajectory))
-    result = RolloutResult((group,), (DroppedGroup(Task("math_1", ("Math",)), "KeyError"),), (failure, lost))
+    result = RolloutResult(
+        (group,), (DroppedGroup(Task("math_1", ("Math",)), "KeyError"),), (failure, lost)
+    )
     write(tmp_path / "a.jsonl.gz", result, split="train", step=12)
     read = read_records(tmp_path / "a.jsonl.gz").records
     assert len(read) == 4
@@ -177,7 +190,10 @@ def test_appending_to_a_file_that_is_one_torn_long_line(tmp_path):
 
 def test_a_torn_gzipped_file_gives_its_whole_lines(tmp_path):
     path = tmp_path / "a.jsonl.gz"
-    records = [record(i, prompt_ids_P=np.random.default_rng(i).integers(0, 1000, 2000).astype(np.int32)) for i in range(4)]
+    records = [
+        record(i, prompt_ids_P=np.random.default_rng(i).integers(0, 1000, 2000).astype(np.int32))
+        for i in range(4)
+    ]
     write_records(path, records)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 6 // 10])

@@ -42,7 +42,8 @@ def params(policy):
 def update(model, devices: int) -> setup.Update:
     config = small_config(model)
     return setup.build_update(
-        dataclasses.replace(config, training=dataclasses.replace(config.training, devices=devices)), setup.open_model_assets(config).config
+        dataclasses.replace(config, training=dataclasses.replace(config.training, devices=devices)),
+        setup.open_model_assets(config).config,
     )
 
 
@@ -50,7 +51,9 @@ def test_stored_and_whole_weights_are_the_same_to_every_sampler(model, policy, p
     on_two = update(model, 2)
     forms = [StoredWeights(on_two.init(params), on_two), WholeWeights(params, policy.config)]
     for form in forms:
-        for ours, theirs in zip(jax.tree.leaves(form.logical()), jax.tree.leaves(params), strict=True):
+        for ours, theirs in zip(
+            jax.tree.leaves(form.logical()), jax.tree.leaves(params), strict=True
+        ):
             np.testing.assert_array_equal(np.asarray(ours), theirs)
     read = []
     for i, form in enumerate(forms):
@@ -67,7 +70,11 @@ def test_what_is_served_outlives_the_trainers_weights(model, policy, params, dev
     on = update(model, devices)
     state = on.init(params)
     served = StoredWeights(state, on).logical()
-    jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0, tree), donate_argnums=0)(state.params))
+    jax.block_until_ready(
+        jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0, tree), donate_argnums=0)(
+            state.params
+        )
+    )
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     for ours, theirs in zip(jax.tree.leaves(served), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(np.asarray(ours), theirs)
@@ -76,11 +83,20 @@ def test_what_is_served_outlives_the_trainers_weights(model, policy, params, dev
 class TestAgreement:
     def sampler(self, policy, params) -> NativeSampler:
         return NativeSampler(
-            policy.config, params, policy.tokenizer, version=2, max_rows=8, decode_chunk=4, max_cache_tokens=2048, compute_dtype=jnp.float32
+            policy.config,
+            params,
+            policy.tokenizer,
+            version=2,
+            max_rows=8,
+            decode_chunk=4,
+            max_cache_tokens=2048,
+            compute_dtype=jnp.float32,
         )
 
     @pytest.mark.parametrize("devices", [1, 2])
-    def test_what_is_served_is_compared_with_the_trainers_own_forward(self, model, policy, params, devices):
+    def test_what_is_served_is_compared_with_the_trainers_own_forward(
+        self, model, policy, params, devices
+    ):
         own = update(model, devices)
         check = AgreementCheck(own, PROMPT, temperature=1.0, bound=1e-3)
         state = own.init(params)
@@ -89,9 +105,14 @@ class TestAgreement:
             sampler = self.sampler(policy, params)
             figures = check.run(loop, sampler, state.params, 2)
             assert 0 < figures["check/mismatch_mean"] <= figures["check/mismatch_max"] < 1e-5
-            with pytest.raises(MismatchError, match=r"does not serve the trainer's weights of version 2: .* tokens differ by 0\.\d+ on"):
+            with pytest.raises(
+                MismatchError,
+                match=r"does not serve the trainer's weights of version 2: .* tokens differ by 0\.\d+ on",
+            ):
                 check.run(loop, sampler, other.params, 2)
-            with pytest.raises(MismatchError, match=r"weights of version 3 the sampler answers with version \[2\]"):
+            with pytest.raises(
+                MismatchError, match=r"weights of version 3 the sampler answers with version \[2\]"
+            ):
                 check.run(loop, sampler, state.params, 3)
             loop.call(sampler.close())
 
@@ -127,7 +148,9 @@ class TestAgreement:
         tasks = config.environment.tasks("train")
         first_P = setup.check_episodes(config, policy, tasks).first_P
         observed = Letters().create(tasks[2]).observe()
-        np.testing.assert_array_equal(first_P, policy.chat.opening(observed.messages, observed.tools))
+        np.testing.assert_array_equal(
+            first_P, policy.chat.opening(observed.messages, observed.tools)
+        )
         with pytest.raises(ConfigError, match="of 2 tasks none opens"):
             setup.check_episodes(config, policy, tasks[:2])
 
@@ -135,12 +158,20 @@ class TestAgreement:
         class Nan:
             async def generate(self, request: SamplingRequest) -> Generation:
                 sampler_logprobs_T = np.full(3, np.nan, np.float32)
-                return Generation(np.array([1, 2, 3], np.int32), sampler_logprobs_T, np.full(3, 2, np.int32), "length")
+                return Generation(
+                    np.array([1, 2, 3], np.int32),
+                    sampler_logprobs_T,
+                    np.full(3, 2, np.int32),
+                    "length",
+                )
 
             async def release(self, episode_id: str) -> None: ...
 
         own = update(model, 1)
-        with EventLoopThread() as loop, pytest.raises(SamplerError, match="differ by nan on average"):
+        with (
+            EventLoopThread() as loop,
+            pytest.raises(SamplerError, match="differ by nan on average"),
+        ):
             AgreementCheck(own, PROMPT, 1.0, 0.05).run(loop, Nan(), own.init(params).params, 2)
 
 
@@ -163,7 +194,10 @@ def test_gpus_are_one_tensor_parallel_server_or_shared_out_to_several(model, pol
     overrides = ("sampler=vllm", "vllm.gpus=(4,5,6,7)", "training.gpus=(0,)", "vllm.port=8000")
 
     def plans(*more: str) -> list[tuple[tuple[int, ...], int]]:
-        return [(plan.gpus, plan.port) for plan in server_plans(changed(tmp_path, model, *overrides, *more), policy)]
+        return [
+            (plan.gpus, plan.port)
+            for plan in server_plans(changed(tmp_path, model, *overrides, *more), policy)
+        ]
 
     assert plans() == [((4, 5, 6, 7), 8000)]
     assert plans("vllm.servers=2") == [((4, 5), 8000), ((6, 7), 8001)]

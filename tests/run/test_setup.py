@@ -109,12 +109,22 @@ def test_the_policy_that_a_server_samples_from_is_the_one_that_is_trained(tmp_pa
     sizes = ModelConfig.from_folder(model)
     params = random_params(sizes, scale=0.2)
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(np.float32), params)
-    (batch,) = pack(random_groups(0, 2, 2, 260, 8, 8), 2, 8, BatchingSettings(prompt_multiple=8, completion_multiple=8))
-    served = build_update(changed(tmp_path, model, "sampler=vllm", "model.compute_dtype=float32"), sizes)
+    (batch,) = pack(
+        random_groups(0, 2, 2, 260, 8, 8),
+        2,
+        8,
+        BatchingSettings(prompt_multiple=8, completion_multiple=8),
+    )
+    served = build_update(
+        changed(tmp_path, model, "sampler=vllm", "model.compute_dtype=float32"), sizes
+    )
     embedded = build_update(small_config(model), sizes)
     state = served.init(params)
     ours = np.asarray(served.logprobs(served.policy(state), batch))
-    of_rounded, of_whole = (np.asarray(embedded.logprobs(embedded.policy(embedded.init(tree)), batch)) for tree in (rounded, params))
+    of_rounded, of_whole = (
+        np.asarray(embedded.logprobs(embedded.policy(embedded.init(tree)), batch))
+        for tree in (rounded, params)
+    )
     np.testing.assert_array_equal(ours, of_rounded)
     assert np.abs(ours - of_whole).max() > 1e-3
     (scored,) = served.reference_logprobs(state, [batch])

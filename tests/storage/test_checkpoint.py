@@ -23,14 +23,30 @@ from jaxgrpo.types import GroupBatch
 from tests.random_weights import random_params
 from tests.training import CONFIG_JSON
 
-SMALL = {**CONFIG_JSON, "vocab_size": 29, "hidden_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 20}
+SMALL = {
+    **CONFIG_JSON,
+    "vocab_size": 29,
+    "hidden_size": 12,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 20,
+}
 MODEL = ModelConfig.from_hf(SMALL)
 
 
-def update_on(devices: int, kl_beta: float = 0.5, model: ModelConfig = MODEL, compute_dtype: str = "float32") -> Update:
+def update_on(
+    devices: int, kl_beta: float = 0.5, model: ModelConfig = MODEL, compute_dtype: str = "float32"
+) -> Update:
     mesh = make_mesh(jax.devices()[:devices])
     optimizer = OptimizerSettings(learning_rate=1e-2, warmup_steps=3)
-    return Update(model, mesh, LossSettings(kl_beta=kl_beta), optimizer, compute_dtype=compute_dtype, head_chunk=8)
+    return Update(
+        model,
+        mesh,
+        LossSettings(kl_beta=kl_beta),
+        optimizer,
+        compute_dtype=compute_dtype,
+        head_chunk=8,
+    )
 
 
 def batch() -> GroupBatch:
@@ -55,7 +71,9 @@ def fresh(update: Update):
 
 def one_step(update: Update, state):
     batches = [batch()]
-    state, _, report = update.optimizer_step(state, batches, None, update.reference_logprobs(state, batches))
+    state, _, report = update.optimizer_step(
+        state, batches, None, update.reference_logprobs(state, batches)
+    )
     return state, report
 
 
@@ -102,12 +120,20 @@ def unlike(update: Update, kl_beta: float) -> TrainState:
     """A state of which no array is equal to another: weights, both moments, the counters and the reference."""
     state = update.init(random_params(MODEL))
     times = lambda factor: jax.tree.map(lambda leaf: leaf * factor, state.params)
-    opt_state = optax.tree_utils.tree_set(state.opt_state, mu=times(2), nu=times(3), count=jnp.int32(7))
-    reference = jax.tree.map(lambda leaf: (leaf * 5).astype(update.compute_dtype), state.params) if kl_beta else None
+    opt_state = optax.tree_utils.tree_set(
+        state.opt_state, mu=times(2), nu=times(3), count=jnp.int32(7)
+    )
+    reference = (
+        jax.tree.map(lambda leaf: (leaf * 5).astype(update.compute_dtype), state.params)
+        if kl_beta
+        else None
+    )
     return state._replace(step=4, opt_state=opt_state, reference=reference)
 
 
-@pytest.mark.parametrize(("kl_beta", "dtype"), [(0.001, "bfloat16"), (0.001, "float32"), (0.0, "float32")])
+@pytest.mark.parametrize(
+    ("kl_beta", "dtype"), [(0.001, "bfloat16"), (0.001, "float32"), (0.0, "float32")]
+)
 def test_every_array_comes_back_bit_for_bit(tmp_path, kl_beta, dtype):
     update = update_on(2, kl_beta, compute_dtype=dtype)
     state = unlike(update, kl_beta)
@@ -126,7 +152,9 @@ def test_the_newest_are_kept_and_any_of_them_is_read(tmp_path):
     state = fresh(update)
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (2, 4, 6):
-        scaled = state._replace(step=step, params=jax.tree.map(lambda x, s=step: x * s, state.params))
+        scaled = state._replace(
+            step=step, params=jax.tree.map(lambda x, s=step: x * s, state.params)
+        )
         checkpoints.save(scaled, Progress(step // 2), update)
     assert newest_step(tmp_path) == 6
     assert checkpoints.restore(update, 4)[0].step == 4
@@ -173,7 +201,11 @@ def test_another_model_is_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path, 2)
     checkpoints.save(fresh(update)._replace(step=2), Progress(1), update)
     checkpoints.close()
-    for change in ({"intermediate_size": 24}, {"num_hidden_layers": 3}, {"tie_word_embeddings": False}):
+    for change in (
+        {"intermediate_size": 24},
+        {"num_hidden_layers": 3},
+        {"tie_word_embeddings": False},
+    ):
         with pytest.raises(ValueError):
             read_policy(tmp_path, ModelConfig.from_hf({**SMALL, **change}))
 

@@ -64,17 +64,27 @@ class TestRoundTrip:
 
     def test_the_export_needs_only_the_orbax_folder(self, hf_folder, orbax_folder, tmp_path):
         expected, files = read_safetensors(hf_folder), {p.name for p in hf_folder.iterdir()}
-        originals = {p.name: p.read_bytes() for p in hf_folder.iterdir() if p.suffix != ".safetensors"}
+        originals = {
+            p.name: p.read_bytes() for p in hf_folder.iterdir() if p.suffix != ".safetensors"
+        }
         for path in hf_folder.iterdir():
             path.unlink()
         pretrained.write_hf(pretrained.open_weights(orbax_folder), tmp_path / "back")
         assert {p.name for p in (tmp_path / "back").iterdir()} == files
         assert {name: (tmp_path / "back" / name).read_bytes() for name in originals} == originals
-        assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= files
+        assert {
+            "config.json",
+            "generation_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+        } <= files
         assert read_safetensors(tmp_path / "back") == expected
 
     def test_shards_and_their_index(self, hf_folder, orbax_folder, tmp_path):
-        pretrained.write_hf(pretrained.open_weights(orbax_folder), tmp_path / "back", shard_bytes=4300)
+        pretrained.write_hf(
+            pretrained.open_weights(orbax_folder), tmp_path / "back", shard_bytes=4300
+        )
         files = sorted(p.name for p in (tmp_path / "back").glob("*.safetensors"))
         assert files == [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
         index = json.loads((tmp_path / "back/model.safetensors.index.json").read_text())
@@ -83,7 +93,13 @@ class TestRoundTrip:
         assert index["weight_map"].keys() == expected.keys()
         for name, file in index["weight_map"].items():
             assert name in dict(safetensors.deserialize((tmp_path / "back" / file).read_bytes()))
-        sizes = [sum(len(entry["data"]) for _, entry in safetensors.deserialize((tmp_path / "back" / file).read_bytes())) for file in files]
+        sizes = [
+            sum(
+                len(entry["data"])
+                for _, entry in safetensors.deserialize((tmp_path / "back" / file).read_bytes())
+            )
+            for file in files
+        ]
         assert sizes == [4240, 3072, 4224]
         assert read_safetensors(tmp_path / "back") == expected
 
@@ -92,8 +108,12 @@ class TestRoundTrip:
         import torch
         from transformers import AutoModelForCausalLM
 
-        pretrained.write_hf(pretrained.open_weights(orbax_folder), tmp_path / "back", shard_bytes=4300)
-        state = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.bfloat16).state_dict()
+        pretrained.write_hf(
+            pretrained.open_weights(orbax_folder), tmp_path / "back", shard_bytes=4300
+        )
+        state = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "back", dtype=torch.bfloat16
+        ).state_dict()
         for name, (_, shape, data) in read_safetensors(hf_folder).items():
             assert tuple(state[name].shape) == shape
             assert state[name].contiguous().view(torch.int16).numpy().tobytes() == data
@@ -112,20 +132,33 @@ class TestOrbax:
             assert np.ascontiguousarray(values).tobytes() == stored[tensor.name][2]
 
     def test_orbax_restores_it_sharded(self, orbax_folder):
-        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        mesh = jax.make_mesh(
+            (jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+        )
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None))
         config = ModelConfig.from_folder(orbax_folder)
         shapes = hf_mapping.leaf_shapes(config)
         abstract = hf_mapping.unflatten(
             {
-                path: jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+                path: jax.ShapeDtypeStruct(
+                    s,
+                    jnp.bfloat16,
+                    sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
+                )
                 for path, s in shapes.items()
             }
         )
-        abstract["embed"]["embedding"] = jax.ShapeDtypeStruct(shapes["embed", "embedding"], jnp.bfloat16, sharding=sharding)
-        restored = ocp.StandardCheckpointer().restore((orbax_folder / "params").absolute(), abstract)
+        abstract["embed"]["embedding"] = jax.ShapeDtypeStruct(
+            shapes["embed", "embedding"], jnp.bfloat16, sharding=sharding
+        )
+        restored = ocp.StandardCheckpointer().restore(
+            (orbax_folder / "params").absolute(), abstract
+        )
         ours = hf_mapping.flatten(pretrained.load_params(orbax_folder))
-        assert all(hf_mapping.same_bits(np.asarray(leaf), ours[path]) for path, leaf in hf_mapping.flatten(restored).items())
+        assert all(
+            hf_mapping.same_bits(np.asarray(leaf), ours[path])
+            for path, leaf in hf_mapping.flatten(restored).items()
+        )
 
     def test_a_layer_is_a_chunk(self, orbax_folder):
         meta = json.loads((orbax_folder / "params/layers.mlp.up.kernel/zarr.json").read_text())
@@ -143,7 +176,11 @@ class TestOrbax:
         monkeypatch.setattr(pretrained.orbax_io, "CHUNK_BYTES", 4 * 3 * 5)
         for shape in [(2, 6, 5), (12, 5), (2, 7, 5)]:
             values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-            pieces = list(pretrained.orbax_io.StreamedLeaf(shape, values.dtype, lambda a, b, v=values: v[a:b]).pieces())
+            pieces = list(
+                pretrained.orbax_io.StreamedLeaf(
+                    shape, values.dtype, lambda a, b, v=values: v[a:b]
+                ).pieces()
+            )
             out = np.full(shape, -1, np.float32)
             for where, piece in pieces:
                 assert (out[where] == -1).all()
@@ -163,7 +200,9 @@ class TestOrbax:
 
 
 class TestRefusals:
-    def refused(self, folder: Path, tmp_path: Path, match: str, error: type[Exception] = ValueError) -> None:
+    def refused(
+        self, folder: Path, tmp_path: Path, match: str, error: type[Exception] = ValueError
+    ) -> None:
         with pytest.raises(error, match=match):
             pretrained.write_orbax(pretrained.open_weights(folder), tmp_path / "out")
         assert not list(tmp_path.glob("out*"))
@@ -171,15 +210,27 @@ class TestRefusals:
     def test_missing_tensor(self, tmp_path):
         tensors = random_tensors(False, "bfloat16")
         del tensors["model.layers.1.mlp.up_proj.weight"]
-        self.refused(make_folder(tmp_path / "hf", tensors), tmp_path, r"missing: model\.layers\.1\.mlp\.up_proj\.weight")
+        self.refused(
+            make_folder(tmp_path / "hf", tensors),
+            tmp_path,
+            r"missing: model\.layers\.1\.mlp\.up_proj\.weight",
+        )
 
     def test_extra_tensor(self, tmp_path):
-        tensors = {**random_tensors(False, "bfloat16"), "model.layers.0.self_attn.q_norm.weight": np.zeros(4, "bfloat16")}
+        tensors = {
+            **random_tensors(False, "bfloat16"),
+            "model.layers.0.self_attn.q_norm.weight": np.zeros(4, "bfloat16"),
+        }
         self.refused(make_folder(tmp_path / "hf", tensors), tmp_path, r"q_norm")
 
     def test_misshapen_tensor(self, tmp_path):
-        tensors = {**random_tensors(False, "bfloat16"), "model.norm.weight": np.zeros(9, "bfloat16")}
-        self.refused(make_folder(tmp_path / "hf", tensors), tmp_path, r"model\.norm\.weight has shape \(9,\)")
+        tensors = {
+            **random_tensors(False, "bfloat16"),
+            "model.norm.weight": np.zeros(9, "bfloat16"),
+        }
+        self.refused(
+            make_folder(tmp_path / "hf", tensors), tmp_path, r"model\.norm\.weight has shape \(9,\)"
+        )
 
     def test_unsupported_type(self, tmp_path):
         tensors = {**random_tensors(False, "bfloat16"), "model.norm.weight": np.zeros(8, "int8")}
@@ -188,7 +239,11 @@ class TestRefusals:
     def test_layers_of_two_types(self, tmp_path):
         tensors = random_tensors(False, "bfloat16")
         tensors["model.layers.2.input_layernorm.weight"] = np.ones(8, np.float32)
-        self.refused(make_folder(tmp_path / "hf", tensors), tmp_path, r"model\.layers\.2\.input_layernorm\.weight .*float32")
+        self.refused(
+            make_folder(tmp_path / "hf", tensors),
+            tmp_path,
+            r"model\.layers\.2\.input_layernorm\.weight .*float32",
+        )
 
     def test_a_type_for_each_leaf_is_kept(self, tmp_path):
         tensors = {**random_tensors(False, "bfloat16"), "model.norm.weight": np.ones(8, np.float32)}
@@ -200,7 +255,12 @@ class TestRefusals:
     def test_no_weights(self, tmp_path):
         folder = make_folder(tmp_path / "hf", {})
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-        self.refused(folder, tmp_path, r"pytorch_model\.bin: save the model as safetensors", FileNotFoundError)
+        self.refused(
+            folder,
+            tmp_path,
+            r"pytorch_model\.bin: save the model as safetensors",
+            FileNotFoundError,
+        )
 
     def test_missing_shard(self, tmp_path):
         folder = make_folder(tmp_path / "hf", random_tensors(False, "bfloat16"), shards=3)
@@ -222,7 +282,9 @@ class TestRefusals:
         self.refused(hf_folder, tmp_path, "fetch it again")
 
     def test_a_file_that_is_a_pointer(self, hf_folder, tmp_path):
-        (hf_folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        (hf_folder / "model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+        )
         self.refused(hf_folder, tmp_path, "is a Git LFS pointer")
 
     def test_an_orbax_folder_is_not_converted_again(self, orbax_folder, tmp_path, refused):
@@ -255,7 +317,11 @@ class TestRefusals:
 class TestTiedHead:
     def test_the_same_bits_are_accepted_and_dropped(self, tmp_path):
         tensors = random_tensors(True, "bfloat16")
-        folder = make_folder(tmp_path / "hf", {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].copy()}, tied=True)
+        folder = make_folder(
+            tmp_path / "hf",
+            {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].copy()},
+            tied=True,
+        )
         pretrained.write_orbax(pretrained.open_weights(folder), tmp_path / "orbax")
         pretrained.write_hf(pretrained.open_weights(tmp_path / "orbax"), tmp_path / "back")
         assert read_safetensors(tmp_path / "back").keys() == tensors.keys()
@@ -271,21 +337,35 @@ class TestTiedHead:
 
 def test_rotary_buffers_are_ignored(tmp_path):
     tensors = random_tensors(False, "bfloat16")
-    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32) for i in range(3)}
+    buffers = {
+        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32) for i in range(3)
+    }
     folder = make_folder(tmp_path / "hf", {**tensors, **buffers})
     pretrained.write_orbax(pretrained.open_weights(folder), tmp_path / "orbax")
-    assert verify_conversion.differing_tensors(pretrained.open_weights(folder), pretrained.open_weights(tmp_path / "orbax")) == []
+    assert (
+        verify_conversion.differing_tensors(
+            pretrained.open_weights(folder), pretrained.open_weights(tmp_path / "orbax")
+        )
+        == []
+    )
 
 
 class TestVerify:
     @pytest.mark.parametrize(
-        "name", ["model.layers.1.mlp.down_proj.weight", "model.layers.1.self_attn.k_proj.bias", "model.embed_tokens.weight"]
+        "name",
+        [
+            "model.layers.1.mlp.down_proj.weight",
+            "model.layers.1.self_attn.k_proj.bias",
+            "model.embed_tokens.weight",
+        ],
     )
     def test_one_bit_is_found_and_named(self, hf_folder, orbax_folder, tmp_path, monkeypatch, name):
         tensors = random_tensors(False, "bfloat16")
         tensors[name].view(np.uint16).flat[-1] ^= 1
         write_safetensors(hf_folder / "model.safetensors", tensors)
-        with pytest.raises(SystemExit, match=f"1 of 39 tensors differ: {re.escape(name)}$") as error:
+        with pytest.raises(
+            SystemExit, match=f"1 of 39 tensors differ: {re.escape(name)}$"
+        ) as error:
             command(monkeypatch, verify_conversion, hf_folder, orbax_folder)
         assert isinstance(error.value.code, str)  # a message: the process exits with 1
 
@@ -295,7 +375,14 @@ class TestVerify:
 
     def test_another_type_is_different(self, hf_folder, tmp_path):
         other = make_folder(tmp_path / "other", random_tensors(False, "float32"))
-        assert len(verify_conversion.differing_tensors(pretrained.open_weights(hf_folder), pretrained.open_weights(other))) == 39
+        assert (
+            len(
+                verify_conversion.differing_tensors(
+                    pretrained.open_weights(hf_folder), pretrained.open_weights(other)
+                )
+            )
+            == 39
+        )
 
     @pytest.fixture
     def finite(self, hf_folder, tmp_path) -> tuple[Path, Path, np.ndarray, float]:

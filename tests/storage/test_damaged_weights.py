@@ -190,7 +190,9 @@ class TestOrbax:
     def test_what_describes_a_leaf(self, orbax_folder, text):
         file = orbax_folder / "params/norm.scale/zarr.json"
         file.write_text(text)
-        refused(pretrained.open_weights, orbax_folder, file, "is damaged .*: convert the model again")
+        refused(
+            pretrained.open_weights, orbax_folder, file, "is damaged .*: convert the model again"
+        )
 
     @pytest.mark.parametrize(
         ("name", "said"),

@@ -23,7 +23,10 @@ from tests.model_folders import config_of, make_folder, random_tensors, read_saf
 
 class TestLoadParams:
     def test_both_kinds_of_folder_give_the_same(self, hf_folder, orbax_folder):
-        a, b = hf_mapping.flatten(pretrained.load_params(hf_folder)), hf_mapping.flatten(pretrained.load_params(orbax_folder))
+        a, b = (
+            hf_mapping.flatten(pretrained.load_params(hf_folder)),
+            hf_mapping.flatten(pretrained.load_params(orbax_folder)),
+        )
         assert a.keys() == b.keys()
         assert all(hf_mapping.same_bits(a[path], b[path]) for path in a)
 
@@ -32,8 +35,12 @@ class TestLoadParams:
         flat = hf_mapping.flatten(pretrained.load_params(hf_folder, dtype=dtype))
         assert {leaf.dtype for leaf in flat.values()} == {np.dtype(dtype)}
         assert all(leaf.flags.c_contiguous and leaf.flags.writeable for leaf in flat.values())
-        expected = random_tensors(False, "bfloat16")["model.layers.2.mlp.down_proj.weight"].T.astype(dtype)
-        assert hf_mapping.same_bits(flat["layers", "mlp", "down", "kernel"][2], np.ascontiguousarray(expected))
+        expected = random_tensors(False, "bfloat16")[
+            "model.layers.2.mlp.down_proj.weight"
+        ].T.astype(dtype)
+        assert hf_mapping.same_bits(
+            flat["layers", "mlp", "down", "kernel"][2], np.ascontiguousarray(expected)
+        )
 
     def test_another_config_is_refused(self, hf_folder):
         other = ModelConfig.from_hf({**config_of(False), "num_hidden_layers": 2})
@@ -41,18 +48,34 @@ class TestLoadParams:
             pretrained.load_params(hf_folder, other)
 
     def test_memory_stays_near_a_tensor(self, tmp_path, monkeypatch):
-        config = {**config_of(False), "num_hidden_layers": 24, "hidden_size": 128, "intermediate_size": 512}
+        config = {
+            **config_of(False),
+            "num_hidden_layers": 24,
+            "hidden_size": 128,
+            "intermediate_size": 512,
+        }
         monkeypatch.setattr(model_folders, "SIZES", {**model_folders.SIZES, **config})
         tensors = random_tensors(False, "float32")
         folder = make_folder(tmp_path / "hf", tensors)
-        largest, total = max(t.nbytes for t in tensors.values()), sum(t.nbytes for t in tensors.values())
+        largest, total = (
+            max(t.nbytes for t in tensors.values()),
+            sum(t.nbytes for t in tensors.values()),
+        )
         del tensors
         assert (largest, total // 2**20) == (262144, 22)
         peaks = {}
         tracemalloc.start()
         for name, run in (
-            ("orbax", lambda: pretrained.write_orbax(pretrained.open_weights(folder), tmp_path / "orbax")),
-            ("hf", lambda: pretrained.write_hf(pretrained.open_weights(tmp_path / "orbax"), tmp_path / "back")),
+            (
+                "orbax",
+                lambda: pretrained.write_orbax(pretrained.open_weights(folder), tmp_path / "orbax"),
+            ),
+            (
+                "hf",
+                lambda: pretrained.write_hf(
+                    pretrained.open_weights(tmp_path / "orbax"), tmp_path / "back"
+                ),
+            ),
         ):
             tracemalloc.reset_peak()
             before = tracemalloc.get_traced_memory()[0]
@@ -76,12 +99,21 @@ class TestSaveHF:
         for name, tensor in random_tensors(False, "bfloat16").items():
             expected = tensor.astype(np.float32).astype(ml_dtypes.bfloat16)
             assert saved[name][2] == expected.tobytes(), name
-        assert json.loads((tmp_path / "saved/config.json").read_text()) == {**config_of(False), "dtype": "bfloat16"}
-        assert (tmp_path / "saved/chat_template.jinja").read_text() == (hf_folder / "chat_template.jinja").read_text()
+        assert json.loads((tmp_path / "saved/config.json").read_text()) == {
+            **config_of(False),
+            "dtype": "bfloat16",
+        }
+        assert (tmp_path / "saved/chat_template.jinja").read_text() == (
+            hf_folder / "chat_template.jinja"
+        ).read_text()
 
     def test_dtype_goes_where_the_config_has_it(self, hf_folder, tmp_path):
-        (hf_folder / "config.json").write_text(json.dumps({**config_of(False), "torch_dtype": "bfloat16"}))
-        pretrained.save_hf(pretrained.load_params(hf_folder), hf_folder, tmp_path / "saved", dtype="float32")
+        (hf_folder / "config.json").write_text(
+            json.dumps({**config_of(False), "torch_dtype": "bfloat16"})
+        )
+        pretrained.save_hf(
+            pretrained.load_params(hf_folder), hf_folder, tmp_path / "saved", dtype="float32"
+        )
         assert json.loads((tmp_path / "saved/config.json").read_text())["torch_dtype"] == "float32"
         assert {entry[0] for entry in read_safetensors(tmp_path / "saved").values()} == {"F32"}
 
@@ -108,7 +140,9 @@ class TestSaveHF:
 
     def test_beside_an_orbax_source(self, orbax_folder, tmp_path):
         pretrained.save_hf(pretrained.load_params(orbax_folder), orbax_folder, tmp_path / "saved")
-        assert pretrained.open_weights(tmp_path / "saved").config == ModelConfig.from_folder(orbax_folder)
+        assert pretrained.open_weights(tmp_path / "saved").config == ModelConfig.from_folder(
+            orbax_folder
+        )
 
     def test_a_tree_that_does_not_fit(self, hf_folder, tmp_path):
         params = pretrained.load_params(hf_folder)
@@ -149,13 +183,22 @@ class TestUnfinished:
     def test_success_leaves_what_was_written(self, tmp_path):
         with pretrained.new_folder(tmp_path / "deep/out") as folder:
             (folder / "whole").write_text("whole")
-        assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["deep", "deep/out", "deep/out/whole"]
+        assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == [
+            "deep",
+            "deep/out",
+            "deep/out/whole",
+        ]
 
     def test_a_killed_writer_is_recognised(self, tmp_path):
         """While it lives its folder is refused; once it is dead the folder is refused as a model, and replaced by the next writer."""
-        with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "out"], stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            [sys.executable, "-c", HOLD, tmp_path / "out"], stdout=subprocess.PIPE, text=True
+        ) as process:
             assert process.stdout is not None and process.stdout.readline() == "writing\n"
-            with pytest.raises(FileExistsError, match="being written by another process"), pretrained.new_folder(tmp_path / "out"):
+            with (
+                pytest.raises(FileExistsError, match="being written by another process"),
+                pretrained.new_folder(tmp_path / "out"),
+            ):
                 pass
             assert (tmp_path / "out.partial/half").is_file()
             process.kill()
@@ -170,19 +213,30 @@ class TestUnfinished:
     def test_a_strangers_folder_is_kept(self, tmp_path):
         (tmp_path / "out.partial").mkdir()
         (tmp_path / "out.partial/thesis.tex").write_text("\\section{}")
-        with pytest.raises(FileExistsError, match="was not made by this program"), pretrained.new_folder(tmp_path / "out"):
+        with (
+            pytest.raises(FileExistsError, match="was not made by this program"),
+            pretrained.new_folder(tmp_path / "out"),
+        ):
             pass
         assert (tmp_path / "out.partial/thesis.tex").is_file()
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
-LOCATE = "import sys; from jaxgrpo.storage import pretrained; print(pretrained.locate(*sys.argv[1:]))"
+LOCATE = (
+    "import sys; from jaxgrpo.storage import pretrained; print(pretrained.locate(*sys.argv[1:]))"
+)
 
 
 class TestLocate:
     def offline(self, cache: Path, *arguments: str) -> subprocess.CompletedProcess:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)}
-        return subprocess.run([sys.executable, "-c", LOCATE, *arguments], env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            [sys.executable, "-c", LOCATE, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
     def test_a_folder(self, hf_folder):
         assert pretrained.locate(str(hf_folder)) == hf_folder
@@ -290,11 +344,17 @@ def test_our_files_are_read_by_the_library(tmp_path):
         "empty": np.zeros((0, 4), np.float16),
         "fortran": np.asfortranarray(np.eye(3, 2, dtype=np.float32)),
     }
-    outgoing = [safetensors_io.Outgoing(name, a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()]
+    outgoing = [
+        safetensors_io.Outgoing(name, a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()
+    ]
     safetensors_io.write_folder(tmp_path, outgoing)
     found = read_safetensors(tmp_path)
-    assert found == {name: ({2: "F16", 4: "F32"}[a.itemsize], a.shape, a.tobytes()) for name, a in arrays.items()}
-    assert (tmp_path / "model.safetensors").read_bytes()[0] % 8 == 0  # the header's length: the data begins aligned
-    assert {name: stored.map().tolist() for name, stored in safetensors_io.read_folder(tmp_path).items()} == {
-        n: a.tolist() for n, a in arrays.items()
+    assert found == {
+        name: ({2: "F16", 4: "F32"}[a.itemsize], a.shape, a.tobytes()) for name, a in arrays.items()
     }
+    assert (tmp_path / "model.safetensors").read_bytes()[
+        0
+    ] % 8 == 0  # the header's length: the data begins aligned
+    assert {
+        name: stored.map().tolist() for name, stored in safetensors_io.read_folder(tmp_path).items()
+    } == {n: a.tolist() for n, a in arrays.items()}

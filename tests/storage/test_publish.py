@@ -42,26 +42,38 @@ SHAPES = {tensor.name: tensor.shape for tensor in hf_mapping.hf_tensors(ODD)}
 
 
 def expected_tensors(params: Params) -> dict[str, np.ndarray]:
-    return hf_mapping.params_to_hf(ODD, jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), params))
+    return hf_mapping.params_to_hf(
+        ODD, jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), params)
+    )
 
 
 def publish(root: Path, params: Params, devices: int = 1, version: int = 7, **more: Any) -> Path:
     mesh, layout = make_mesh(jax.devices()[:devices]), make_layout(ODD, devices)
-    return weights.publish_weights(store(params, layout, mesh), layout, mesh, ODD, version, root, **more)
+    return weights.publish_weights(
+        store(params, layout, mesh), layout, mesh, ODD, version, root, **more
+    )
 
 
 def read(folder: Path, version: int = 7) -> dict[str, np.ndarray]:
     """What the plugin does with a folder, less torch."""
     manifest = read_manifest(folder, version)
     check_fit(manifest, SHAPES, "bfloat16")
-    found = {name: array.view(ml_dtypes.bfloat16) for name, (array, _) in read_tensors(folder, manifest).items()}
-    return {name: array.T if manifest.tensors[name].transposed else array for name, array in found.items()}
+    found = {
+        name: array.view(ml_dtypes.bfloat16)
+        for name, (array, _) in read_tensors(folder, manifest).items()
+    }
+    return {
+        name: array.T if manifest.tensors[name].transposed else array
+        for name, array in found.items()
+    }
 
 
 def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
     assert list(found) == list(expected)
     for name, tensor in expected.items():
-        assert hf_mapping.same_bits(np.ascontiguousarray(found[name]), np.ascontiguousarray(tensor)), name
+        assert hf_mapping.same_bits(
+            np.ascontiguousarray(found[name]), np.ascontiguousarray(tensor)
+        ), name
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 4])
@@ -81,27 +93,41 @@ def test_files_and_blocks_of_any_size_hold_the_same(
     monkeypatch.setattr(weights, "BLOCK_BYTES", block_bytes)
     params = random_params()
     folder = publish(tmp_path, params, devices)
-    files = [len(list((folder / "params" / f"layers.attention.{leaf}" / "c").glob("*/*"))) for leaf in ("q.bias", "k.kernel")]
-    assert files == {20: [3, 3], 60: [1, 3], 200: [1, 1]}[file_bytes]  # three rows, of 8 and of 28 bytes, in equal parts
+    files = [
+        len(list((folder / "params" / f"layers.attention.{leaf}" / "c").glob("*/*")))
+        for leaf in ("q.bias", "k.kernel")
+    ]
+    assert (
+        files == {20: [3, 3], 60: [1, 3], 200: [1, 1]}[file_bytes]
+    )  # three rows, of 8 and of 28 bytes, in equal parts
     assert_same_bits(read(folder), expected_tensors(params))
 
 
-def cuts(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], layers: int, devices: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def cuts(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], layers: int, devices: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """Rows and elements of a file, and of a block, when files may have 2,000 values and blocks 500."""
     monkeypatch.setattr(weights, "FILE_BYTES", 4000)
     monkeypatch.setattr(weights, "BLOCK_BYTES", 1000)
     layout = LeafLayout(shape, layers > 1, layers, devices)
-    value = store_leaf(np.zeros(layout.logical_shape, np.float32), layout, make_mesh(jax.devices()[:devices]))
+    value = store_leaf(
+        np.zeros(layout.logical_shape, np.float32), layout, make_mesh(jax.devices()[:devices])
+    )
     leaf = weights._Leaf("leaf", value, layout, np.dtype(ml_dtypes.bfloat16))
     return leaf.file, leaf.block
 
 
-def test_a_row_is_in_one_file_which_is_written_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_is_in_one_file_which_is_written_block_by_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert cuts(monkeypatch, (100,), 24, 1) == ((12, 100), (4, 100))
     assert cuts(monkeypatch, (100,), 24, 4) == ((12, 100), (12, 25))
     assert cuts(monkeypatch, (60, 50), 24, 1) == ((1, 3000), (1, 500))
     assert cuts(monkeypatch, (60, 50), 1, 2) == ((1, 3000), (1, 500))
-    assert cuts(monkeypatch, (10007,), 1, 1) == ((1, 10007), (1, 10007))  # a prime number is not cut into single elements
+    assert cuts(monkeypatch, (10007,), 1, 1) == (
+        (1, 10007),
+        (1, 10007),
+    )  # a prime number is not cut into single elements
     assert cuts(monkeypatch, (100,), 101, 1) == ((1, 100), (1, 100))
 
 
@@ -122,15 +148,22 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
     config = ModelConfig.from_hf(CONFIG_JSON)
     params = jax.tree.map(np.asarray, init_params(config, jax.random.key(0)))
     save_hf(params, skeleton, tmp_path / "model")
-    weights.retire_version(tmp_path / "two", int(publish_by_processes(2, tmp_path / "model", 6, tmp_path / "two").name))
+    weights.retire_version(
+        tmp_path / "two", int(publish_by_processes(2, tmp_path / "model", 6, tmp_path / "two").name)
+    )
     (tmp_path / "two" / "spare" / "params" / BIAS / "c" / "0" / "0").write_bytes(b"another size")
     two = publish_by_processes(2, tmp_path / "model", 7, tmp_path / "two")
     mesh, layout = make_mesh(jax.devices()), make_layout(config, 4)
-    one = weights.publish_weights(store(params, layout, mesh), layout, mesh, config, 7, tmp_path / "one")
+    one = weights.publish_weights(
+        store(params, layout, mesh), layout, mesh, config, 7, tmp_path / "one"
+    )
     assert read_manifest(two) == read_manifest(one)  # checksums and all
     found, expected = (read_tensors(folder, read_manifest(folder)) for folder in (two, one))
     assert all(hf_mapping.same_bits(found[name][0], expected[name][0]) for name in expected)
-    starts = [[int(start) for start in json.loads((two / f"pieces-{i}.json").read_text())[BIAS]] for i in range(2)]
+    starts = [
+        [int(start) for start in json.loads((two / f"pieces-{i}.json").read_text())[BIAS]]
+        for i in range(2)
+    ]
     assert starts == [[0, 8], [16, 24]]  # each its own half
 
 
@@ -139,7 +172,9 @@ def test_orbax_restores_a_version_unaided(tmp_path: Path) -> None:
     with ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(folder / "params")
     bias = restored["layers"]["attention"]["q"]["bias"]
-    expected = np.zeros((3, 6), ml_dtypes.bfloat16)  # four values over three devices: two zeros of padding
+    expected = np.zeros(
+        (3, 6), ml_dtypes.bfloat16
+    )  # four values over three devices: two zeros of padding
     expected[:, :4] = random_params()["layers"]["attention"]["q"]["bias"]
     np.testing.assert_array_equal(bias, expected)
 
@@ -147,7 +182,9 @@ def test_orbax_restores_a_version_unaided(tmp_path: Path) -> None:
 def test_weights_that_are_not_finite_are_not_published(tmp_path: Path) -> None:
     params = random_params()
     params["layers"]["mlp"]["up"]["kernel"][1, 2, 3] = np.nan
-    with pytest.raises(WeightError, match=r"layers\.mlp\.up\.kernel holds values that are not finite"):
+    with pytest.raises(
+        WeightError, match=r"layers\.mlp\.up\.kernel holds values that are not finite"
+    ):
         publish(tmp_path, params)
     with pytest.raises(WeightError, match="not published"):
         read_manifest(tmp_path / "000007")
@@ -186,7 +223,9 @@ def test_an_array_of_another_shape_than_the_manifest_says(tmp_path: Path) -> Non
     folder = publish(tmp_path, random_params(), 1)
     shutil.rmtree(folder / "params" / BIAS)
     shutil.copytree(folder / "params" / "layers.attention.k.bias", folder / "params" / BIAS)
-    with pytest.raises(WeightError, match=r"is bfloat16 \(3, 2\), the manifest says bfloat16 \(3, 4\)"):
+    with pytest.raises(
+        WeightError, match=r"is bfloat16 \(3, 2\), the manifest says bfloat16 \(3, 4\)"
+    ):
         read(folder)
 
 
@@ -209,7 +248,12 @@ def test_a_manifest_contradicts_itself() -> None:
 def test_the_readers_modules_import_no_jax() -> None:
     foreign = {"jax", "orbax", "flax", "torch", "tensorstore", "ml_dtypes"}
     code = f"import sys, jaxgrpo.storage.published_reader; print(sorted({foreign} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )
 
 
 def weight_folder(tmp_path: Path, version_bytes: int = 1) -> weights.WeightFolder:
@@ -233,7 +277,10 @@ def test_the_reader_leaves_a_workers_core_but_not_those_of_its_server() -> None:
     for allowed in (given, given[:1]):
         start = f"import os, subprocess, sys; os.sched_setaffinity(0, {allowed}); subprocess.run(sys.argv[1:], check=True)"
         command = [sys.executable, "-c", start, sys.executable, "-c", READING_THREAD, str(given[0])]
-        assert json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) == allowed
+        assert (
+            json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            == allowed
+        )
 
 
 def test_weights_are_in_shared_memory_when_there_is_room(tmp_path: Path) -> None:
@@ -246,7 +293,9 @@ def test_weights_are_in_shared_memory_when_there_is_room(tmp_path: Path) -> None
     folder.close()
 
 
-def test_several_processes_share_a_folder_that_was_named_and_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_share_a_folder_that_was_named_and_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     folder = weight_folder(tmp_path)
     assert folder.root.parent == tmp_path / "memory"
@@ -272,11 +321,17 @@ def test_old_versions_and_unfinished_ones_are_removed(tmp_path: Path) -> None:
 
 def stored_values(folder: Path) -> dict[Path, int]:
     """The files of values in a version's folder, and their inodes."""
-    return {path.relative_to(folder): path.stat().st_ino for path in folder.glob("params/*/c/**/*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.stat().st_ino
+        for path in folder.glob("params/*/c/**/*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("devices", [1, 3])
-def test_a_version_is_written_over_the_files_of_the_one_retired_before_it(tmp_path: Path, devices: int) -> None:
+def test_a_version_is_written_over_the_files_of_the_one_retired_before_it(
+    tmp_path: Path, devices: int
+) -> None:
     folder = weight_folder(tmp_path)
     versions = [publish(folder.root, random_params(seed=seed), devices, seed) for seed in (0, 1)]
     inodes = stored_values(versions[0])
@@ -296,12 +351,17 @@ def test_files_that_other_hosts_may_have_open_are_not_written_over(tmp_path: Pat
     folder.close()
 
 
-def test_files_of_another_size_are_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_another_size_are_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = weight_folder(tmp_path)
     publish(folder.root, random_params(), version=1)
     folder.keep_only({2})
     monkeypatch.setattr(weights, "FILE_BYTES", 20)
-    assert_same_bits(read(publish(folder.root, random_params(seed=1), version=2), 2), expected_tensors(random_params(seed=1)))
+    assert_same_bits(
+        read(publish(folder.root, random_params(seed=1), version=2), 2),
+        expected_tensors(random_params(seed=1)),
+    )
     folder.close()
 
 

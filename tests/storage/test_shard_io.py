@@ -18,8 +18,14 @@ from jaxgrpo.storage.shard_io import ShardedLeaf, checkpoint_handler, read_shard
 def save(folder: Path, values: dict[str, np.ndarray], devices: int) -> dict[str, LeafLayout]:
     """Arrays whose first axis is a stack, saved by so many devices."""
     mesh = make_mesh(jax.devices()[:devices])
-    layouts = {name: LeafLayout(value.shape[1:], True, len(value), devices) for name, value in values.items()}
-    tree = {name: ShardedLeaf(store_leaf(value, layouts[name], mesh, value.dtype), layouts[name]) for name, value in values.items()}
+    layouts = {
+        name: LeafLayout(value.shape[1:], True, len(value), devices)
+        for name, value in values.items()
+    }
+    tree = {
+        name: ShardedLeaf(store_leaf(value, layouts[name], mesh, value.dtype), layouts[name])
+        for name, value in values.items()
+    }
     with without_ocdbt_hint(), ocp.Checkpointer(checkpoint_handler()) as checkpointer:
         checkpointer.save(folder, ocp.args.PyTreeSave(tree))
     return layouts
@@ -30,7 +36,11 @@ def numbered(*shape: int, dtype: type = np.float32) -> np.ndarray:
 
 
 def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != "zarr.json"}
+    return {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "zarr.json"
+    }
 
 
 def test_two_layers_of_seven_numbers_on_three_devices_written_out(tmp_path: Path) -> None:
@@ -43,7 +53,9 @@ def test_two_layers_of_seven_numbers_on_three_devices_written_out(tmp_path: Path
     assert files(tmp_path / "saved" / "w") == {"c/0/0", "c/0/1", "c/0/2"}
 
 
-def test_large_pieces_are_cut_into_equal_chunks_that_end_where_they_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_pieces_are_cut_into_equal_chunks_that_end_where_they_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shard_io, "CHUNK_BYTES", 16)
     value = numbered(2, 23)
     save(tmp_path / "saved", {"w": value}, 3)  # pieces of 8, 8 and 7
@@ -58,7 +70,10 @@ def test_rows_are_put_together_or_cut_into_equal_parts_by_hand() -> None:
     assert shard_io.equal_parts(29, 100, 1000) == (1, 100)
     assert shard_io.equal_parts(28, 1500, 1000) == (1, 750)
     assert shard_io.equal_parts(28, 1511, 1000) == (1, 1511)  # a prime number
-    assert shard_io.equal_parts(1, 42955459, 2**24) == (1, 42955459)  # another: a 72B's table over 29 devices
+    assert shard_io.equal_parts(1, 42955459, 2**24) == (
+        1,
+        42955459,
+    )  # another: a 72B's table over 29 devices
 
 
 def test_a_device_without_a_number_writes_nothing(tmp_path: Path) -> None:
@@ -68,7 +83,9 @@ def test_a_device_without_a_number_writes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_any_number_of_devices_reads_its_own_ranges(tmp_path: Path, devices: int, dtype: type) -> None:
+def test_any_number_of_devices_reads_its_own_ranges(
+    tmp_path: Path, devices: int, dtype: type
+) -> None:
     value = numbered(2, 3, 3, dtype=dtype)
     save(tmp_path / "saved", {"w": value}, 3)
     mesh, layout = make_mesh(jax.devices()[:devices]), LeafLayout((3, 3), True, 2, devices)
@@ -82,7 +99,9 @@ def test_orbax_restores_it_unaided(tmp_path: Path) -> None:
     value = numbered(2, 7)
     save(tmp_path / "saved", {"w": value}, 3)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        np.testing.assert_array_equal(np.asarray(checkpointer.restore(tmp_path / "saved")["w"]), value)
+        np.testing.assert_array_equal(
+            np.asarray(checkpointer.restore(tmp_path / "saved")["w"]), value
+        )
 
 
 def test_the_shape_is_known_though_the_values_are_flat(tmp_path: Path) -> None:
@@ -91,7 +110,9 @@ def test_the_shape_is_known_though_the_values_are_flat(tmp_path: Path) -> None:
     save(tmp_path / "saved", {"w": value}, 2)
     store = open_leaves(tmp_path / "saved")[("w",)]
     np.testing.assert_array_equal(read_whole(store, (2, 3, 5)), value)
-    with pytest.raises(ValueError, match=r"is of shape \(2, 3, 5\), the model's config says \(2, 5, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"is of shape \(2, 3, 5\), the model's config says \(2, 5, 3\)"
+    ):
         read_shards(store, LeafLayout((5, 3), True, 2, 1), make_mesh(jax.devices()[:1]))
 
 

@@ -80,9 +80,17 @@ def test_another_text_is_refused() -> None:
 def step_collectives(devices: int) -> tuple[list[Collective], list[Collective], list[Collective]]:
     """Of the gradients' program before and after XLA's passes, and of the optimizer's program after them: bfloat16, two layers."""
     batch = packed(GROUPS, 12)[0]
-    shape = (*batch.completions_NGC.shape[:2], batch.prompt_NP.shape[1], batch.completions_NGC.shape[2])
+    shape = (
+        *batch.completions_NGC.shape[:2],
+        batch.prompt_NP.shape[1],
+        batch.completions_NGC.shape[2],
+    )
     lowered = update_of(devices, UNTIED, dtype=jnp.bfloat16).lower(*shape)
-    programs = lowered.accumulate.as_text("hlo"), lowered.accumulate.compile().as_text(), lowered.apply.compile().as_text()
+    programs = (
+        lowered.accumulate.as_text("hlo"),
+        lowered.accumulate.compile().as_text(),
+        lowered.apply.compile().as_text(),
+    )
     before, after, applied = map(collectives, programs)
     return before, after, applied
 
@@ -108,9 +116,13 @@ def test_each_layer_is_gathered_in_bfloat16_within_the_loops(devices: int) -> No
     gathers = [c for c in before if c.kind == "all-gather"]
     assert {c.dtype for c in gathers} == {"bf16"}
     # forward, and again in backward, where the layer is computed anew
-    assert sorted(c.elements for c in after if c.kind == "all-gather" and c.inside_loop) == sorted(layer * 2)
+    assert sorted(c.elements for c in after if c.kind == "all-gather" and c.inside_loop) == sorted(
+        layer * 2
+    )
     assert {c.times for c in after if c.kind == "all-gather" and c.inside_loop} == {TINY.layers}
-    assert sorted({c.elements for c in after if c.kind == "all-gather" and not c.inside_loop}) == sorted(set(other))
+    assert sorted(
+        {c.elements for c in after if c.kind == "all-gather" and not c.inside_loop}
+    ) == sorted(set(other))
 
 
 @on_three_and_four
@@ -138,4 +150,6 @@ def test_nothing_larger_than_a_number_is_reduced_to_all(devices: int) -> None:
     for program in (after, applied):
         assert {c.shape for c in program if c.kind == "all-reduce"} == {()}
         assert {c.kind for c in program} <= {"all-gather", "all-reduce", "reduce-scatter"}
-    assert {c.kind for c in applied} == {"all-reduce"}  # Adam works on the shards; only the norm crosses devices
+    assert {c.kind for c in applied} == {
+        "all-reduce"
+    }  # Adam works on the shards; only the norm crosses devices

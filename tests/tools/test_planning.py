@@ -69,7 +69,9 @@ TINY = ModelConfig(
         ("72B", 72_706_203_648),
     ],
 )
-def test_published_models_have_their_published_number_of_parameters(size: str, parameters: int) -> None:
+def test_published_models_have_their_published_number_of_parameters(
+    size: str, parameters: int
+) -> None:
     assert parameter_count(QWEN2_5[size]) == parameters
 
 
@@ -87,44 +89,84 @@ def test_a_group_is_counted_by_hand() -> None:
 
 def test_the_7b_is_counted_by_hand() -> None:
     shape = GroupShape.of(4096, 8, 1024)
-    assert layer_matrix_parameters(SEVEN_B) == 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944 == 233_046_016
+    assert (
+        layer_matrix_parameters(SEVEN_B)
+        == 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944
+        == 233_046_016
+    )
     assert (shape.forwarded_tokens, shape.pairs) == (12_287, 8_386_560 + 37_744_640)
     forward = forward_flops(SEVEN_B, shape)
-    assert forward == Flops(2 * 28 * 233_046_016 * 12_287, 4 * 28 * 3584 * 46_131_200, 2 * 3584 * 152_064 * 8192)
+    assert forward == Flops(
+        2 * 28 * 233_046_016 * 12_287, 4 * 28 * 3584 * 46_131_200, 2 * 3584 * 152_064 * 8192
+    )
     assert forward.total == pytest.approx(187.8e12, rel=1e-4)
     assert model_flops(SEVEN_B, shape).total == pytest.approx(563.4e12, rel=1e-4)
     down = 2 * 28 * 3584 * 18_944 * 12_287  # the one product that is not computed again
-    again = {"full": forward.layers - down + 1.5 * forward.attention, "attention": forward.layers - down + 0.5 * forward.attention}
+    again = {
+        "full": forward.layers - down + 1.5 * forward.attention,
+        "attention": forward.layers - down + 0.5 * forward.attention,
+    }
     again["none"] = 0.5 * forward.attention
     for remat, flops in again.items():
-        assert hardware_flops(SEVEN_B, shape, remat).total == pytest.approx(3 * forward.total + flops + forward.head, rel=1e-12)
+        assert hardware_flops(SEVEN_B, shape, remat).total == pytest.approx(
+            3 * forward.total + flops + forward.head, rel=1e-12
+        )
 
 
 def test_lora_is_counted_by_hand() -> None:
     shape, lora = GroupShape.of(4096, 8, 1024), LoraSettings(rank=32, targets=("q", "down"))
     trained = 28 * 32 * (2 * 3584 + 18_944 + 3584)
     forward = forward_flops(SEVEN_B, shape)
-    expected = Flops(2 * forward.layers + 6 * trained * 12_287, 3 * forward.attention, 2 * forward.head)
+    expected = Flops(
+        2 * forward.layers + 6 * trained * 12_287, 3 * forward.attention, 2 * forward.head
+    )
     assert model_flops(SEVEN_B, shape, lora) == expected
-    state, whole = state_bytes(SEVEN_B, 1, reference=True, lora=lora), state_bytes(SEVEN_B, 1, reference=True)
-    assert state == StateBytes(4 * trained, 8 * trained, 4 * trained, 2 * trained, frozen=whole.reference)
+    state, whole = (
+        state_bytes(SEVEN_B, 1, reference=True, lora=lora),
+        state_bytes(SEVEN_B, 1, reference=True),
+    )
+    assert state == StateBytes(
+        4 * trained, 8 * trained, 4 * trained, 2 * trained, frozen=whole.reference
+    )
     assert state.total == 18 * trained + whole.reference
     assert gradient_traffic(SEVEN_B, 1, lora).scattered == 4 * trained
 
 
-def loss(model: ModelConfig, params: Params, prompt_NP: Any, completions_NGC: Any, chunk: int, remat: str = "full") -> jax.Array:
+def loss(
+    model: ModelConfig,
+    params: Params,
+    prompt_NP: Any,
+    completions_NGC: Any,
+    chunk: int,
+    remat: str = "full",
+) -> jax.Array:
     """The sum of the log-probabilities: what the update differentiates, without GRPO's elementwise part."""
     load = cast_to(jnp.float32)
     embed = lambda tree, ids: default_embed(tree, ids, load)
     lengths_N = jnp.full(prompt_NP.shape[0], prompt_NP.shape[1])
-    hidden = forward_shared_prompt(model, params, prompt_NP, lengths_N, completions_NGC, load=load, embed=embed, remat=remat)
+    hidden = forward_shared_prompt(
+        model, params, prompt_NP, lengths_N, completions_NGC, load=load, embed=embed, remat=remat
+    )
     head = Head((model.vocab_size, model.hidden_size), Replicated(jnp.float32), chunk, 1.0)
-    return jnp.sum(token_logprobs(hidden.reshape(-1, model.hidden_size), head_table(params), completions_NGC.reshape(-1), head)[0])
+    return jnp.sum(
+        token_logprobs(
+            hidden.reshape(-1, model.hidden_size),
+            head_table(params),
+            completions_NGC.reshape(-1),
+            head,
+        )[0]
+    )
 
 
-def arguments(model: ModelConfig, shape: GroupShape) -> tuple[Params, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+def arguments(
+    model: ModelConfig, shape: GroupShape
+) -> tuple[Params, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     ids = lambda *sizes: jax.ShapeDtypeStruct((1, *sizes), jnp.int32)
-    return param_shapes(model), ids(shape.prompt), ids(len(shape.completions), max(shape.completions))
+    return (
+        param_shapes(model),
+        ids(shape.prompt),
+        ids(len(shape.completions), max(shape.completions)),
+    )
 
 
 def products(jaxpr: Any) -> int:
@@ -134,8 +176,15 @@ def products(jaxpr: Any) -> int:
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            count += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: isinstance(x, jax.extend.core.ClosedJaxpr)):
+            count += (
+                2
+                * math.prod(equation.outvars[0].aval.shape)
+                * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+            )
+        for inner in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda x: isinstance(x, jax.extend.core.ClosedJaxpr),
+        ):
             if isinstance(inner, jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr):
                 count += times * products(getattr(inner, "jaxpr", inner))
     return count
@@ -155,14 +204,20 @@ def dense_forward_flops(model: ModelConfig, shape: GroupShape) -> Flops:
 @pytest.mark.parametrize("remat", REMAT)
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("shape", [GroupShape.of(24, 3, 8), GroupShape.of(16, 5, 12)])
-def test_the_count_is_that_of_the_traced_program(layers: int, shape: GroupShape, remat: str) -> None:
+def test_the_count_is_that_of_the_traced_program(
+    layers: int, shape: GroupShape, remat: str
+) -> None:
     model = dataclasses.replace(TINY, layers=layers)
     given = arguments(model, shape)
     forward = jax.make_jaxpr(lambda *args: loss(model, *args, chunk=shape.trained_tokens))(*given)
-    update = jax.make_jaxpr(jax.grad(lambda *args: loss(model, *args, chunk=shape.trained_tokens // 2, remat=remat)))(*given)
+    update = jax.make_jaxpr(
+        jax.grad(lambda *args: loss(model, *args, chunk=shape.trained_tokens // 2, remat=remat))
+    )(*given)
     counted = dense_forward_flops(model, shape)
     assert products(forward.jaxpr) == counted.total
-    assert products(update.jaxpr) == pytest.approx((counted.times(3) + recomputed(model, counted, remat)).total, rel=1e-12)
+    assert products(update.jaxpr) == pytest.approx(
+        (counted.times(3) + recomputed(model, counted, remat)).total, rel=1e-12
+    )
 
 
 def test_the_count_is_xlas_for_a_program_without_loops() -> None:
@@ -180,7 +235,9 @@ def test_masked_pairs_and_padding_are_what_dense_counts_more() -> None:
     needed, dense = forward_flops(TINY, shape), dense_forward_flops(TINY, shape)
     assert dense.head / needed.head == pytest.approx(100 / 60)
     assert dense.layers / needed.layers == pytest.approx(200 / 159)
-    assert dense.attention / needed.attention == pytest.approx((100 * 100 + 2 * 50 * 150) / (4950 + 10 * 99 + 55 + 50 * 99 + 1275))
+    assert dense.attention / needed.attention == pytest.approx(
+        (100 * 100 + 2 * 50 * 150) / (4950 + 10 * 99 + 55 + 50 * 99 + 1275)
+    )
 
 
 # Bytes.
@@ -193,7 +250,9 @@ def test_the_state_is_counted_by_hand() -> None:
     assert state_bytes(SEVEN_B, 1, reference=True).saved == 14 * n  # all but the gradients
     assert state_bytes(SEVEN_B, 1, reference=False).reference == 0
     # On three, one or two elements pad each of a layer's norms, biases, matrices of attention and of the MLP, and one the last norm.
-    assert state_bytes(SEVEN_B, 3, reference=True).parameters * 3 == 4 * (n + 28 * (2 * 1 + 3 * 1 + 4 * 2 + 3 * 2) + 1)
+    assert state_bytes(SEVEN_B, 3, reference=True).parameters * 3 == 4 * (
+        n + 28 * (2 * 1 + 3 * 1 + 4 * 2 + 3 * 2) + 1
+    )
 
 
 def test_traffic_is_counted_by_hand() -> None:
@@ -210,17 +269,35 @@ def test_traffic_is_counted_by_hand() -> None:
 
 def test_the_slower_of_link_and_network_counts() -> None:
     traffic = Traffic(200, 400)
-    one_host, two_hosts = Cluster(3, 3, link=100.0, network=10.0), Cluster(6, 3, link=100.0, network=10.0)
-    assert (one_host.hosts, one_host.received(traffic), one_host.seconds(traffic)) == (1, 400.0, 4.0)
+    one_host, two_hosts = (
+        Cluster(3, 3, link=100.0, network=10.0),
+        Cluster(6, 3, link=100.0, network=10.0),
+    )
+    assert (one_host.hosts, one_host.received(traffic), one_host.seconds(traffic)) == (
+        1,
+        400.0,
+        4.0,
+    )
     # half of the bytes come to a host from the other one, over three adapters
-    assert (two_hosts.hosts, two_hosts.received(traffic), two_hosts.seconds(traffic)) == (2, 500.0, 10.0)
+    assert (two_hosts.hosts, two_hosts.received(traffic), two_hosts.seconds(traffic)) == (
+        2,
+        500.0,
+        10.0,
+    )
     assert dataclasses.replace(two_hosts, network=100.0).seconds(traffic) == 5.0
     assert Cluster(1, 1, link=100.0, network=10.0).seconds(traffic) == 0.0
 
 
 # Time.
 
-WORK = Work(GroupShape.of(4096, 8, 1024), groups=12, micro_batches=4, iterations=2, steps=1600, reference=True)
+WORK = Work(
+    GroupShape.of(4096, 8, 1024),
+    groups=12,
+    micro_batches=4,
+    iterations=2,
+    steps=1600,
+    reference=True,
+)
 
 
 def test_a_run_is_worked_out_by_hand() -> None:
@@ -229,7 +306,9 @@ def test_a_run_is_worked_out_by_hand() -> None:
     assert (WORK.rollouts, WORK.tokens, WORK.batches) == (96, 98_304, 800)
     assert expected.step == pytest.approx(12 * 563.4e12 / (3 * 400e12), rel=1e-4)
     assert expected.reference == pytest.approx(12 * 187.8e12 / (3 * 400e12), rel=1e-4)
-    assert expected.step_communication == pytest.approx(4 * (2 * (2 * 6.5256e9 + 1.09e9) + 4 * 7.6156e9) * 2 / 3 / 450e9, rel=1e-4)
+    assert expected.step_communication == pytest.approx(
+        4 * (2 * (2 * 6.5256e9 + 1.09e9) + 4 * 7.6156e9) * 2 / 3 / 450e9, rel=1e-4
+    )
     assert expected.rollouts == 98_304 / 3000
     assert expected.run_seconds(WORK) == pytest.approx(800 * (2 * 5.634 + 1.878 + 32.768), rel=1e-4)
 
@@ -243,4 +322,6 @@ def test_without_a_rate_or_a_reference_neither_costs_time() -> None:
 
 
 def test_slow_links_set_the_pace() -> None:
-    assert Forecast(step=1.0, step_communication=3.0, reference=0.5, rollouts=None).run_seconds(WORK) == 800 * (2 * 3.0 + 0.5)
+    assert Forecast(step=1.0, step_communication=3.0, reference=0.5, rollouts=None).run_seconds(
+        WORK
+    ) == 800 * (2 * 3.0 + 0.5)

@@ -48,10 +48,14 @@ class PageAllocator:
     def free_pages(self) -> int:
         return len(self._free)
 
-    def reserve(self, wanted: Sequence[tuple[CachedSequence, int]], victims: Iterable[CachedSequence]) -> bool:
+    def reserve(
+        self, wanted: Sequence[tuple[CachedSequence, int]], victims: Iterable[CachedSequence]
+    ) -> bool:
         """Give each wanted sequence room for so many tokens, all or none; `victims` lose their caches in order, as far as needed."""
         self._clock += 1
-        missing = sum(max(0, pages_for(tokens) - len(sequence.pages)) for sequence, tokens in wanted)
+        missing = sum(
+            max(0, pages_for(tokens) - len(sequence.pages)) for sequence, tokens in wanted
+        )
         for victim in victims if missing > len(self._free) else ():
             self.drop(victim)
             if missing <= len(self._free):
@@ -80,12 +84,16 @@ def page_matrix(sequences: Sequence[CachedSequence], rows: int, pages: int) -> n
     return matrix
 
 
-def token_places(sequences: Sequence[CachedSequence], rows: int, tokens: int, page_count: int) -> tuple[np.ndarray, np.ndarray]:
+def token_places(
+    sequences: Sequence[CachedSequence], rows: int, tokens: int, page_count: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Page and offset [rows, tokens] of the tokens that follow each sequence's cached ones; page `page_count` where it has no room."""
     pages = np.full((rows, tokens), page_count, np.int32)
     offsets = np.zeros((rows, tokens), np.int32)
     for row, sequence in enumerate(sequences):
-        places = np.arange(sequence.length, min(sequence.length + tokens, len(sequence.pages) * PAGE))
+        places = np.arange(
+            sequence.length, min(sequence.length + tokens, len(sequence.pages) * PAGE)
+        )
         pages[row, : len(places)] = np.asarray(sequence.pages, np.int32)[places // PAGE]
         offsets[row, : len(places)] = places % PAGE
     return pages, offsets

@@ -100,13 +100,20 @@ def serving_params(params: Params, dtype: Any) -> Params:
 
 def _embed(params: Params, ids_BT: Array) -> Array:
     """[B, T] -> [B, T, D]."""
-    return params["embed"]["embedding"][ids_BT] if "embed" in params else jnp.moveaxis(params["head"][:, ids_BT], 0, -1)
+    return (
+        params["embed"]["embedding"][ids_BT]
+        if "embed" in params
+        else jnp.moveaxis(params["head"][:, ids_BT], 0, -1)
+    )
 
 
 def empty_pool(config: ModelConfig, pages: int, dtype: Any) -> Caches:
     """A pool of zeroed pages."""
     k, h = config.kv_heads, config.head_dim
-    return tuple(KeysValues(jnp.zeros((pages, k, h, PAGE), dtype), jnp.zeros((pages, k, PAGE, h), dtype)) for _ in range(config.layers))
+    return tuple(
+        KeysValues(jnp.zeros((pages, k, h, PAGE), dtype), jnp.zeros((pages, k, PAGE, h), dtype))
+        for _ in range(config.layers)
+    )
 
 
 @jax.jit
@@ -129,8 +136,12 @@ def write_pages(pool: Caches, new: Caches, pages_BT: Given, offsets_BT: Given) -
     """Store new keys [B, K, h, T] and values [B, K, T, h] at (page, offset) of each token; a page past the pool drops its token."""
 
     def one(layer: KeysValues, fresh: KeysValues) -> KeysValues:
-        keys = layer.keys.at[pages_BT, :, :, offsets_BT].set(fresh.keys.transpose(0, 3, 1, 2), mode="drop")
-        values = layer.values.at[pages_BT, :, offsets_BT].set(fresh.values.transpose(0, 2, 1, 3), mode="drop")
+        keys = layer.keys.at[pages_BT, :, :, offsets_BT].set(
+            fresh.keys.transpose(0, 3, 1, 2), mode="drop"
+        )
+        values = layer.values.at[pages_BT, :, offsets_BT].set(
+            fresh.values.transpose(0, 2, 1, 3), mode="drop"
+        )
         return KeysValues(keys, values)
 
     return tuple(one(layer, fresh) for layer, fresh in zip(pool, new, strict=True))
@@ -158,8 +169,16 @@ def _merge(parts: list[_Part]) -> Array:
     """One softmax over the keys of all parts (arXiv:2112.05682, section 2): [R, K, M, h]."""
     maximum = functools.reduce(jnp.maximum, [part.maximum for part in parts])
     scales = [jnp.exp(part.maximum - maximum) for part in parts]
-    total = functools.reduce(jnp.add, [part.total * scale for part, scale in zip(parts, scales, strict=True)])
-    return functools.reduce(jnp.add, [part.out * scale[..., None] for part, scale in zip(parts, scales, strict=True)]) / total[..., None]
+    total = functools.reduce(
+        jnp.add, [part.total * scale for part, scale in zip(parts, scales, strict=True)]
+    )
+    return (
+        functools.reduce(
+            jnp.add,
+            [part.out * scale[..., None] for part, scale in zip(parts, scales, strict=True)],
+        )
+        / total[..., None]
+    )
 
 
 def attend_cached(q: Array, context: Context, layer: int, new: KeysValues, mask_TC: Array) -> Array:
@@ -170,7 +189,12 @@ def attend_cached(q: Array, context: Context, layer: int, new: KeysValues, mask_
     b, t, heads, h = q.shape
     kv = new.keys.shape[1]
     repeat = heads // kv
-    grouped = (q * h**-0.5).reshape(b, t, kv, repeat, h).transpose(0, 2, 1, 3, 4).reshape(b, kv, t * repeat, h)
+    grouped = (
+        (q * h**-0.5)
+        .reshape(b, t, kv, repeat, h)
+        .transpose(0, 2, 1, 3, 4)
+        .reshape(b, kv, t * repeat, h)
+    )
     own = context.own[layer]
     own_mask = jnp.arange(own.keys.shape[-1]) < context.own_lengths_B[:, None]
     parts = [
@@ -204,7 +228,9 @@ def _to_cache(k: Array, v: Array) -> KeysValues:
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def extend(config: ModelConfig, params: Params, context: Context, ids_BT: Given, positions_B: Given) -> Caches:
+def extend(
+    config: ModelConfig, params: Params, context: Context, ids_BT: Given, positions_B: Given
+) -> Caches:
     """Keys and values of new tokens, the first at `positions_B`; padding on the right makes keys that nobody may read."""
     t = ids_BT.shape[1]
     positions_BT = jnp.asarray(positions_B)[:, None] + jnp.arange(t)
@@ -220,7 +246,13 @@ def extend(config: ModelConfig, params: Params, context: Context, ids_BT: Given,
 
 
 def _decode_step(
-    config: ModelConfig, params: Params, context: Context, buffers: Caches, tokens_B: Array, positions_B: Array, step: Array
+    config: ModelConfig,
+    params: Params,
+    context: Context,
+    buffers: Caches,
+    tokens_B: Array,
+    positions_B: Array,
+    step: Array,
 ) -> tuple[Array, Caches]:
     """Float32 logits [B, V] after one token a row, whose keys and values go to entry `step` of the buffers."""
     mask = (jnp.arange(buffers[0].keys.shape[-1]) <= step)[None]
@@ -231,21 +263,36 @@ def _decode_step(
         q, k, v = block.project(x, positions_B[:, None])
         new = _to_cache(k, v)
         keys = jax.lax.dynamic_update_slice_in_dim(buffers[layer].keys, new.keys, step, axis=3)
-        values = jax.lax.dynamic_update_slice_in_dim(buffers[layer].values, new.values, step, axis=2)
+        values = jax.lax.dynamic_update_slice_in_dim(
+            buffers[layer].values, new.values, step, axis=2
+        )
         made.append(KeysValues(keys, values))
         x = block.finish(x, attend_cached(q, context, layer, made[-1], mask))
     hidden = rms_norm(x[:, 0], params["norm"]["scale"], config.norm_epsilon)
-    return jnp.einsum("bd,dv->bv", hidden, params["head"], preferred_element_type=jnp.float32), tuple(made)
+    return jnp.einsum(
+        "bd,dv->bv", hidden, params["head"], preferred_element_type=jnp.float32
+    ), tuple(made)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps", "dtype"))
-def begin_chunk(config: ModelConfig, rows: DecodeRows, *, steps: int, dtype: Any) -> tuple[Progress, Caches]:
+def begin_chunk(
+    config: ModelConfig, rows: DecodeRows, *, steps: int, dtype: Any
+) -> tuple[Progress, Caches]:
     """A chunk of up to `steps` tokens a row before its first step, and the buffers for its keys [B, K, h, steps] and values."""
     b = len(rows.tokens_B)
     shape = (b, config.kv_heads, config.head_dim, steps)
-    buffers = tuple(KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype).mT) for _ in range(config.layers))
-    chunk = Chunk(jnp.zeros((b, steps), jnp.int32), jnp.zeros((b, steps), jnp.float32), jnp.zeros(b, jnp.int32))
-    return Progress(jnp.int32(0), jnp.asarray(rows.tokens_B), jnp.asarray(rows.limits_B) > 0, chunk), buffers
+    buffers = tuple(
+        KeysValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype).mT)
+        for _ in range(config.layers)
+    )
+    chunk = Chunk(
+        jnp.zeros((b, steps), jnp.int32),
+        jnp.zeros((b, steps), jnp.float32),
+        jnp.zeros(b, jnp.int32),
+    )
+    return Progress(
+        jnp.int32(0), jnp.asarray(rows.tokens_B), jnp.asarray(rows.limits_B) > 0, chunk
+    ), buffers
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps"), donate_argnames="buffers")
@@ -272,11 +319,17 @@ def run_steps(
     def body(state: tuple[Progress, Caches]) -> tuple[Progress, Caches]:
         (step, last_B, running_B, chunk), buffers = state
         positions_B = jnp.asarray(rows.positions_B) + step
-        logits_BV, buffers = _decode_step(config, params, context, buffers, last_B, positions_B, step)
-        tokens_B, logprobs_B = sample(logits_BV, rows.seeds_B2, positions_B + 1, rows.temperatures_B, rows.top_ps_B)
+        logits_BV, buffers = _decode_step(
+            config, params, context, buffers, last_B, positions_B, step
+        )
+        tokens_B, logprobs_B = sample(
+            logits_BV, rows.seeds_B2, positions_B + 1, rows.temperatures_B, rows.top_ps_B
+        )
         chunk = Chunk(
             jax.lax.dynamic_update_slice_in_dim(chunk.tokens_BC, tokens_B[:, None], step, axis=1),
-            jax.lax.dynamic_update_slice_in_dim(chunk.logprobs_BC, logprobs_B[:, None], step, axis=1),
+            jax.lax.dynamic_update_slice_in_dim(
+                chunk.logprobs_BC, logprobs_B[:, None], step, axis=1
+            ),
             chunk.counts_B + running_B,
         )
         running_B &= (chunk.counts_B < rows.limits_B) & ~jnp.isin(tokens_B, eos_E)
@@ -285,7 +338,9 @@ def run_steps(
     return jax.lax.while_loop(live, body, (progress, buffers))
 
 
-def sample(logits_BV: Array, seeds_B2: Given, positions_B: Given, temperatures_B: Given, top_ps_B: Given) -> tuple[Array, Array]:
+def sample(
+    logits_BV: Array, seeds_B2: Given, positions_B: Given, temperatures_B: Given, top_ps_B: Given
+) -> tuple[Array, Array]:
     """Tokens [B] and their log-probabilities [B] before top-p: argmax of log p + Gumbel noise, or of the logits at temperature 0.
 
     The noise of a row is a function of its seed (two 32-bit words) and of the token's position, so a row does not depend on its batch.
@@ -301,7 +356,12 @@ def sample(logits_BV: Array, seeds_B2: Given, positions_B: Given, temperatures_B
 
     def draw(scores_BV: Array) -> Array:
         cut = (top_ps_B < 1) & ~greedy_B
-        scores_BV = jax.lax.cond(cut.any(), lambda s: jnp.where(nucleus(s, top_ps_B), s, -jnp.inf), lambda s: s, scores_BV)
+        scores_BV = jax.lax.cond(
+            cut.any(),
+            lambda s: jnp.where(nucleus(s, top_ps_B), s, -jnp.inf),
+            lambda s: s,
+            scores_BV,
+        )
         noise_BV = jax.vmap(noise_of)(jnp.asarray(seeds_B2), jnp.asarray(positions_B))
         return _argmax(jnp.where(greedy_B[:, None], logprobs_BV, scores_BV + noise_BV))
 
@@ -333,6 +393,8 @@ def nucleus(logprobs_BV: Array, top_ps_B: Given) -> Array:
         return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
 
     one = jax.lax.bitcast_convert_type(jnp.float32(1.01), jnp.int32)
-    low_B, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(top_ps_B, jnp.int32), jnp.full(top_ps_B.shape, one)))
+    low_B, _ = jax.lax.fori_loop(
+        0, 31, halve, (jnp.zeros_like(top_ps_B, jnp.int32), jnp.full(top_ps_B.shape, one))
+    )
     kept_BV = probs_BV >= jax.lax.bitcast_convert_type(low_B, jnp.float32)[:, None]
     return kept_BV | (top_ps_B[:, None] >= 1)

@@ -26,7 +26,9 @@ from jaxgrpo.samplers.native.stops import Decoder, StopFinder
 
 _EXTEND_TOKENS = (64, 128, 512)  # widths of one extension; longer ones take several
 _SPARING_EXTEND_TOKENS = (256,)  # on an accelerator: each width is a program
-_STEPS_A_LOOK = 4  # the host looks at a chunk's tokens so often, while the device is at the next ones
+_STEPS_A_LOOK = (
+    4  # the host looks at a chunk's tokens so often, while the device is at the next ones
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,9 @@ class EngineLimits:
 
     def __post_init__(self) -> None:
         if self.max_rows < 1 or self.decode_chunk < 1 or self.max_cache_tokens < PAGE:
-            raise ValueError(f"max_rows and decode_chunk must be at least 1 and max_cache_tokens at least {PAGE}, got {self}")
+            raise ValueError(
+                f"max_rows and decode_chunk must be at least 1 and max_cache_tokens at least {PAGE}, got {self}"
+            )
 
 
 class Job:
@@ -63,7 +67,13 @@ class Job:
     def remaining(self) -> int:
         return self.request.max_tokens - len(self.token_ids)
 
-    def push(self, token_ids: np.ndarray, logprobs: np.ndarray, version: int, eos_token_ids: frozenset[int]) -> None:
+    def push(
+        self,
+        token_ids: np.ndarray,
+        logprobs: np.ndarray,
+        version: int,
+        eos_token_ids: frozenset[int],
+    ) -> None:
         """Take a chunk's tokens up to the one that ends the turn; those after it never were."""
         stopped = self.stops.push(token_ids.tolist())
         kept = len(token_ids) if stopped is None else stopped
@@ -99,12 +109,22 @@ class EngineMetrics:
 class Engine:
     """Weights, the pool of cached keys and values, and the groups and episodes that use it."""
 
-    def __init__(self, config: ModelConfig, params: Params, version: int, eos_token_ids: Sequence[int], limits: EngineLimits, dtype: Any):
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        version: int,
+        eos_token_ids: Sequence[int],
+        limits: EngineLimits,
+        dtype: Any,
+    ):
         self.config = config
         self.limits = limits
         self.metrics = EngineMetrics()
         self._dtype = jnp.dtype(dtype)
-        self._device = jax.devices()[0]  # the one place that says where the sampler computes: everything follows its weights and its pool
+        self._device = jax.devices()[
+            0
+        ]  # the one place that says where the sampler computes: everything follows its weights and its pool
         self._eos = frozenset(int(i) for i in eos_token_ids)
         self._eos_E = jnp.asarray(sorted(self._eos) or [-1], jnp.int32)
         self._groups: dict[str, CachedGroup] = {}
@@ -127,7 +147,9 @@ class Engine:
             group.shared = CachedSequence()
             group.episodes = {episode: CachedSequence() for episode in group.episodes}
         self._pool: decode.Caches = ()  # the old pool goes before the new one comes
-        self._pool = jax.device_put(decode.empty_pool(self.config, self._pages.page_count, self._dtype), self._device)
+        self._pool = jax.device_put(
+            decode.empty_pool(self.config, self._pages.page_count, self._dtype), self._device
+        )
 
     def check(self, request: SamplingRequest) -> None:
         """Refuse, with ValueError, what no amount of waiting would make room for."""
@@ -154,7 +176,9 @@ class Engine:
             )
         home = self._group_of_episode.setdefault(request.episode_id, request.group_id)
         if home != request.group_id:
-            raise ValueError(f"episode {request.episode_id!r} belongs to group {home!r}, not {request.group_id!r}: release it first")
+            raise ValueError(
+                f"episode {request.episode_id!r} belongs to group {home!r}, not {request.group_id!r}: release it first"
+            )
         group = self._groups.setdefault(request.group_id, CachedGroup(prompt))
         group.episodes.setdefault(request.episode_id, CachedSequence())
 
@@ -176,8 +200,12 @@ class Engine:
         """
         chosen = self._admit(jobs)
         groups = {id(group): group for group in map(self._group, chosen)}.values()
-        self.metrics.prefill_tokens += self._extend([(g.shared, g.prompt_ids[:-1], None) for g in groups])
-        self.metrics.extend_tokens += self._extend([(self._row(j), j.own_ids[:-1], self._group(j)) for j in chosen])
+        self.metrics.prefill_tokens += self._extend(
+            [(g.shared, g.prompt_ids[:-1], None) for g in groups]
+        )
+        self.metrics.extend_tokens += self._extend(
+            [(self._row(j), j.own_ids[:-1], self._group(j)) for j in chosen]
+        )
         self._decode(chosen, finished)
 
     def _group(self, job: Job) -> CachedGroup:
@@ -198,21 +226,31 @@ class Engine:
             if not self._pages.reserve(wanted, self._victims([*chosen, job], jobs)):
                 break
             chosen.append(job)
-        assert chosen, "the first job fits an empty pool: requests that never fit are refused before"
+        assert chosen, (
+            "the first job fits an empty pool: requests that never fit are refused before"
+        )
         return chosen
 
     def _victims(self, protected: Sequence[Job], jobs: Sequence[Job]) -> Iterator[CachedSequence]:
         """Caches that may be dropped: those no job needs, least recently used first; then those of other jobs, the latest first."""
         kept = {id(s) for job in protected for s in (self._row(job), self._group(job).shared)}
-        needed = {id(s): i for i, job in reversed(list(enumerate(jobs))) for s in (self._row(job), self._group(job).shared)}
-        every = itertools.chain.from_iterable((g.shared, *g.episodes.values()) for g in self._groups.values())
+        needed = {
+            id(s): i
+            for i, job in reversed(list(enumerate(jobs)))
+            for s in (self._row(job), self._group(job).shared)
+        }
+        every = itertools.chain.from_iterable(
+            (g.shared, *g.episodes.values()) for g in self._groups.values()
+        )
         candidates = [s for s in every if s.pages and id(s) not in kept]
         candidates.sort(key=lambda s: (id(s) in needed, -needed.get(id(s), 0), s.last_used))
         for sequence in candidates:
             self.metrics.evictions += 1
             yield sequence
 
-    def _extend(self, targets: Sequence[tuple[CachedSequence, np.ndarray, CachedGroup | None]]) -> int:
+    def _extend(
+        self, targets: Sequence[tuple[CachedSequence, np.ndarray, CachedGroup | None]]
+    ) -> int:
         """Bring caches up to their target ids, the rows of a group over its prompt; returns how many tokens were computed."""
         total = sum(len(ids) - s.length for s, ids, _ in targets)
         widths = _SPARING_EXTEND_TOKENS if self._sparing else _EXTEND_TOKENS
@@ -226,7 +264,9 @@ class Engine:
             pending = [target for target in pending if len(target[1]) > target[0].length]
         return total
 
-    def _extend_once(self, batch: Sequence[tuple[CachedSequence, np.ndarray, CachedGroup | None]], width: int) -> None:
+    def _extend_once(
+        self, batch: Sequence[tuple[CachedSequence, np.ndarray, CachedGroup | None]], width: int
+    ) -> None:
         sequences = [sequence for sequence, _, _ in batch]
         # What grows over several extensions asks for its last shape at once where shapes are dear.
         own = widest(len(ids) if self._sparing else s.length for s, ids, _ in batch)
@@ -274,20 +314,29 @@ class Engine:
             own=own,
         )
         shape = self._shapes.choose(kind, exact)
-        rows_NG, slots_B = np.zeros((shape.groups, shape.group_rows), np.int32), np.zeros(shape.rows, np.int32)
+        rows_NG, slots_B = (
+            np.zeros((shape.groups, shape.group_rows), np.int32),
+            np.zeros(shape.rows, np.int32),
+        )
         for n, rows in enumerate(rows_of[key] for key in prompts):
             rows_NG[n, : len(rows)] = rows
             slots_B[rows] = n * shape.group_rows + np.arange(len(rows))
         context = decode.Context(
             decode.Layout(rows_NG, slots_B),
-            decode.gather_pages(self._pool, page_matrix(shared, shape.groups, pages_for(shape.shared))),
+            decode.gather_pages(
+                self._pool, page_matrix(shared, shape.groups, pages_for(shape.shared))
+            ),
             _padded([s.length for s in shared], shape.groups),
-            decode.gather_pages(self._pool, page_matrix(sequences, shape.rows, pages_for(shape.own))),
+            decode.gather_pages(
+                self._pool, page_matrix(sequences, shape.rows, pages_for(shape.own))
+            ),
             _padded([s.length for s in sequences], shape.rows),
         )
         return context, shape.rows
 
-    def _write(self, new: decode.Caches, sequences: Sequence[CachedSequence], rows: int, tokens: int) -> None:
+    def _write(
+        self, new: decode.Caches, sequences: Sequence[CachedSequence], rows: int, tokens: int
+    ) -> None:
         pages, offsets = token_places(sequences, rows, tokens, self._pages.page_count)
         self._pool = decode.write_pages(self._pool, new, pages, offsets)
 
@@ -309,7 +358,14 @@ class Engine:
         unseen: list[decode.Chunk] = []
         for _ in range(0, steps, _STEPS_A_LOOK):
             progress, buffers = decode.run_steps(
-                self.config, self._params, context, inputs, self._eos_E, progress, buffers, steps=_STEPS_A_LOOK
+                self.config,
+                self._params,
+                context,
+                inputs,
+                self._eos_E,
+                progress,
+                buffers,
+                steps=_STEPS_A_LOOK,
             )
             unseen.append(progress.chunk)
             if len(unseen) == 2:
@@ -318,7 +374,9 @@ class Engine:
                     break
         self._write(buffers, sequences, rows, steps)
         seen = self._take(jobs, unseen.pop(), seen, finished)
-        for job, sequence in zip(jobs, sequences, strict=True):  # a cache ends before the job's last token, whatever was computed past it
+        for job, sequence in zip(
+            jobs, sequences, strict=True
+        ):  # a cache ends before the job's last token, whatever was computed past it
             sequence.ids = job.own_ids[:-1]
         self.metrics.decode_chunks += 1
         self.metrics.decode_row_steps += rows * int(seen.max())
@@ -327,21 +385,31 @@ class Engine:
         requests = [job.request for job in jobs]
         return decode.DecodeRows(
             tokens_B=_padded([job.own_ids[-1] for job in jobs], rows),
-            positions_B=_padded([len(job.request.context_ids) + len(job.token_ids) - 1 for job in jobs], rows),
+            positions_B=_padded(
+                [len(job.request.context_ids) + len(job.token_ids) - 1 for job in jobs], rows
+            ),
             limits_B=_padded([min(self.limits.decode_chunk, job.remaining) for job in jobs], rows),
             seeds_B2=_padded([divmod(r.seed % 2**64, 2**32) for r in requests], rows, np.uint32),
             temperatures_B=_padded([r.temperature for r in requests], rows, np.float32),
             top_ps_B=_padded([r.top_p for r in requests], rows, np.float32),
         )
 
-    def _take(self, jobs: Sequence[Job], chunk: decode.Chunk, seen: np.ndarray, finished: Callable[[], object]) -> np.ndarray:
+    def _take(
+        self,
+        jobs: Sequence[Job],
+        chunk: decode.Chunk,
+        seen: np.ndarray,
+        finished: Callable[[], object],
+    ) -> np.ndarray:
         """Hand a chunk's tokens from `seen` on to their jobs; how many there are of each row now."""
         tokens_BC, logprobs_BC, counts_B = jax.device_get(chunk)
         over = sum(job.finish_reason is not None for job in jobs)
         for i, job in enumerate(jobs):
             new, before = slice(seen[i], counts_B[i]), len(job.token_ids)
             if not np.isfinite(logprobs_BC[i, new]).all():
-                raise FloatingPointError(f"weight version {self.version} gives log-probabilities that are not finite: the policy is broken")
+                raise FloatingPointError(
+                    f"weight version {self.version} gives log-probabilities that are not finite: the policy is broken"
+                )
             if job.finish_reason is None and seen[i] < counts_B[i]:
                 job.push(tokens_BC[i, new], logprobs_BC[i, new], self.version, self._eos)
             kept = len(job.token_ids) - before
@@ -375,5 +443,10 @@ def _shape_book(config: ModelConfig, limits: EngineLimits, sparing: bool) -> Sha
 def _row_cost(config: ModelConfig) -> float:
     """A token's work outside attention, in units of one query meeting one key over all heads and layers."""
     c = config
-    linear = c.hidden_size * c.head_dim * (2 * c.heads + 2 * c.kv_heads) + 3 * c.hidden_size * c.intermediate_size
-    return (c.layers * linear + c.hidden_size * c.vocab_size) / (2 * c.layers * c.heads * c.head_dim)
+    linear = (
+        c.hidden_size * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
+        + 3 * c.hidden_size * c.intermediate_size
+    )
+    return (c.layers * linear + c.hidden_size * c.vocab_size) / (
+        2 * c.layers * c.heads * c.head_dim
+    )

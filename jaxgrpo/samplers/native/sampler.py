@@ -86,13 +86,20 @@ class NativeSampler:
         """Generate one turn. ValueError for a request that contradicts its group, never fits, or whose episode is generating already."""
         self._check_alive()
         self._engine.check(request)
-        if any(t.job.request.episode_id == request.episode_id and not t.result.done() for t in self._pending):
+        if any(
+            t.job.request.episode_id == request.episode_id and not t.result.done()
+            for t in self._pending
+        ):
             raise ValueError(f"episode {request.episode_id!r} is generating a turn already")
-        pending = PendingRequest(Job(request, self._tokenizer), asyncio.get_running_loop().create_future())
+        pending = PendingRequest(
+            Job(request, self._tokenizer), asyncio.get_running_loop().create_future()
+        )
         self._pending.append(pending)
         self._answers += 1
         self._ensure_serving()
-        return await pending.result  # cancelling the caller cancels the future: the ticket leaves at the next chunk
+        return (
+            await pending.result
+        )  # cancelling the caller cancels the future: the ticket leaves at the next chunk
 
     async def release(self, episode_id: str) -> None:
         """Forget an episode's cache at the next chunk. Returns at once: cleaning up after an episode stalls nobody."""
@@ -102,11 +109,15 @@ class NativeSampler:
     async def publish(self, version: int, weights: PolicyWeights) -> Mapping[str, float]:
         """Serve these weights; returns once they are in use."""
         if version <= self._published:
-            raise ValueError(f"weight version {version} is not above {self._published}, the last one published")
+            raise ValueError(
+                f"weight version {version} is not above {self._published}, the last one published"
+            )
         self._check_alive()
         self._published = version
         params = weights.logical()
-        command = EngineCommand(lambda: self._engine.load(version, params), asyncio.get_running_loop().create_future())
+        command = EngineCommand(
+            lambda: self._engine.load(version, params), asyncio.get_running_loop().create_future()
+        )
         self._commands.append(command)
         self._ensure_serving()
         await command.done
@@ -123,7 +134,9 @@ class NativeSampler:
 
     def _check_alive(self) -> None:
         if self._failure is not None:
-            raise SamplerError(f"the sampler does not serve any more: {self._failure}") from self._failure
+            raise SamplerError(
+                f"the sampler does not serve any more: {self._failure}"
+            ) from self._failure
 
     def _ensure_serving(self) -> None:
         if self._serving is None or self._serving.done():
@@ -138,13 +151,17 @@ class NativeSampler:
             while (self._pending or self._commands) and self._failure is None:
                 await self._carry_out_orders()
                 self._admit()
-                busy = self._delivered - self._answers  # callers at something that takes longer: nobody waits for them again
+                busy = (
+                    self._delivered - self._answers
+                )  # callers at something that takes longer: nobody waits for them again
                 if self._pending:  # the engine's books are this thread's between its steps
                     jobs = [pending.job for pending in self._pending]
                     await loop.run_in_executor(self._thread, self._engine.step, jobs, deliver)
                 self._deliver()
                 await self._let_callers_run(self._delivered - busy)
-        except Exception as error:  # the one edge: any failure of the engine belongs to those who wait for it
+        except (
+            Exception
+        ) as error:  # the one edge: any failure of the engine belongs to those who wait for it
             self._failure = error
             self._refuse_everyone(error)
         except asyncio.CancelledError:

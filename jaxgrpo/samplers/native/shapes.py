@@ -12,7 +12,9 @@ from jaxgrpo.config.settings import PAGE
 
 _SLACK = 1.5  # a compiled shape serves for good when it costs at most this many times what the best fitting one would
 _PATIENCE = 8  # and otherwise until the better one was wanted this often: most shapes of a batch's tail come once and are gone
-_LEAST_ROWS = 4  # fewer rows are padded: a step is bound by reading weights and caches, which such rows share
+_LEAST_ROWS = (
+    4  # fewer rows are padded: a step is bound by reading weights and caches, which such rows share
+)
 _LEAST_TOKENS = 64  # and so is an extension of few tokens; one of more pays for each row
 _LEAST_CACHED = 1024  # on an accelerator: a step's launches take longer than reading so many
 EXTEND_BUDGET = 2048  # tokens of one extension over all rows
@@ -30,7 +32,9 @@ class Shape:
     own: int
 
     def covers(self, other: "Shape") -> bool:
-        return self.tokens == other.tokens and all(mine >= theirs for mine, theirs in zip(self.key, other.key, strict=True))
+        return self.tokens == other.tokens and all(
+            mine >= theirs for mine, theirs in zip(self.key, other.key, strict=True)
+        )
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -43,7 +47,9 @@ class Shape:
 
     def cost(self, row_cost: float) -> float:
         """Work in units of one query meeting one key; `row_cost` is that of a token outside attention."""
-        attended = self.groups * self.group_rows * self.shared + self.rows * (self.own + self.tokens)
+        attended = self.groups * self.group_rows * self.shared + self.rows * (
+            self.own + self.tokens
+        )
         return self.tokens * (self.rows * row_cost + attended)
 
 

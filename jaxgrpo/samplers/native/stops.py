@@ -9,7 +9,13 @@ _INCOMPLETE = "\ufffd"  # what a decoder shows for bytes that are no whole chara
 class Decoder(Protocol):
     """A tokenizer, as far as the sampler needs one."""
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str: ...
+    def decode(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool,
+        clean_up_tokenization_spaces: bool,
+    ) -> str: ...
 
 
 class StopFinder:
@@ -23,7 +29,9 @@ class StopFinder:
         self._stops = stop_strings
         self._reach = max((len(s) for s in stop_strings), default=1) - 1
         self._tail = ""  # settled text of the turn, its last `_reach` characters
-        self._before: list[int] = []  # the tokens of the last settled step: context for decoders that drop a leading space
+        self._before: list[
+            int
+        ] = []  # the tokens of the last settled step: context for decoders that drop a leading space
         self._before_text = ""
         self._pending: list[int] = []  # tokens whose text is not settled
 
@@ -35,13 +43,19 @@ class StopFinder:
         self._pending.extend(token_ids)
         text = self._text(len(self._pending))
         if self._found(text):
-            return next(n for n in range(1, len(token_ids) + 1) if self._found(self._text(already + n)))
-        if not text.endswith(_INCOMPLETE):  # else a character may be split over this token and the next: these are looked at again
+            return next(
+                n for n in range(1, len(token_ids) + 1) if self._found(self._text(already + n))
+            )
+        if not text.endswith(
+            _INCOMPLETE
+        ):  # else a character may be split over this token and the next: these are looked at again
             self._settle(text)
         return None
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self._tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
     def _text(self, count: int) -> str:
         """The text of the first `count` pending tokens."""

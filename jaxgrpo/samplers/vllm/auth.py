@@ -23,14 +23,24 @@ class RequireKey:
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Send) -> None:
         """Pass the request on, or answer 401."""
-        if scope["type"] not in ("http", "websocket") or scope["path"] in _OPEN or self._allowed(scope):
+        if (
+            scope["type"] not in ("http", "websocket")
+            or scope["path"] in _OPEN
+            or self._allowed(scope)
+        ):
             await self._app(scope, receive, send)
             return
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
         body = b'{"error": "this server wants the key that it was started with (the variable VLLM_API_KEY)"}'
-        await send({"type": "http.response.start", "status": 401, "headers": [(b"content-type", b"application/json")]})
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 401,
+                "headers": [(b"content-type", b"application/json")],
+            }
+        )
         await send({"type": "http.response.body", "body": body})
 
     def _allowed(self, scope: dict[str, Any]) -> bool:

@@ -99,7 +99,9 @@ class VllmSampler:
         """Generate one turn. Raises ValueError for one that does not fit the context, SamplerError when no server gives it."""
         needed = len(request.context_ids) + request.max_tokens
         if needed > self._limits.context_tokens:
-            raise ValueError(f"{needed} tokens of context and completion exceed the {self._limits.context_tokens} that the servers hold")
+            raise ValueError(
+                f"{needed} tokens of context and completion exceed the {self._limits.context_tokens} that the servers hold"
+            )
         deadline = time.monotonic() + self._limits.request_seconds
         avoided: list[_Server] = []
         problem = ""
@@ -111,10 +113,14 @@ class VllmSampler:
                 await asyncio.sleep(min(_FIRST_WAIT * 2 ** (attempt - 1), left))
             queued = time.monotonic()
             async with self._place(request.episode_id, avoided) as server:
-                deadline += time.monotonic() - queued  # waiting for a place is not the server's time
+                deadline += (
+                    time.monotonic() - queued
+                )  # waiting for a place is not the server's time
                 left = deadline - time.monotonic()
                 try:
-                    choice = await server.connection.generate(request.context_ids.tolist(), self._sampling(request), left)
+                    choice = await server.connection.generate(
+                        request.context_ids.tolist(), self._sampling(request), left
+                    )
                 except UnreachableError as error:
                     problem = str(error)
                     avoided.append(server)
@@ -123,7 +129,9 @@ class VllmSampler:
             if choice["finish_reason"] != "abort":
                 return self._generation(request, choice)
             problem = f"{server.connection.url} aborted the request"
-        raise SamplerError(f"a turn of {request.episode_id} failed on every try (vllm.retries is {self._limits.retries}): {problem}")
+        raise SamplerError(
+            f"a turn of {request.episode_id} failed on every try (vllm.retries is {self._limits.retries}): {problem}"
+        )
 
     async def release(self, episode_id: str) -> None:
         """The servers' caches give way by themselves."""
@@ -133,15 +141,24 @@ class VllmSampler:
         """Write the weights and load them into every server. Raises SamplerError; the servers then go on with what they had. A cancelled
         publish is over when nobody writes any more and no server is frozen."""
         if self._published and version <= self._published[-1]:
-            raise ValueError(f"weight version {version} is not above {self._published[-1]}, the last one published")
+            raise ValueError(
+                f"weight version {version} is not above {self._published[-1]}, the last one published"
+            )
         async with self._publishing:
             start = time.perf_counter()
             folder = await self._write(version, weights)
             written = time.perf_counter()
             self._published.append(version)
             paused, loaded = await self._load(folder, version)
-            await asyncio.to_thread(self._versions.keep_only, [version])  # a server that must go back reads the last one again
-        return {"write": written - start, "pause": paused - written, "load": loaded - paused, "resume": time.perf_counter() - loaded}
+            await asyncio.to_thread(
+                self._versions.keep_only, [version]
+            )  # a server that must go back reads the last one again
+        return {
+            "write": written - start,
+            "pause": paused - written,
+            "load": loaded - paused,
+            "resume": time.perf_counter() - loaded,
+        }
 
     async def close(self) -> None:
         """A publish that was cancelled ends first: its folder may then go, and its servers have been woken up."""
@@ -153,7 +170,9 @@ class VllmSampler:
         try:
             return await _to_its_end(asyncio.to_thread(weights.write, version, self._versions.root))
         except (WeightError, OSError) as error:
-            raise SamplerError(f"weights of version {version} cannot be published: {error}") from error
+            raise SamplerError(
+                f"weights of version {version} cannot be published: {error}"
+            ) from error
 
     async def _load(self, folder: Path, version: int) -> tuple[float, float]:
         """Freeze, load, go on, on every server; when they were frozen, and when they had the weights."""
@@ -161,21 +180,31 @@ class VllmSampler:
         try:
             await self._on_all(lambda server: server.connection.pause(seconds))
             paused = time.perf_counter()
-            await self._on_all(lambda server: server.connection.update_weights(str(folder), version, seconds))
+            await self._on_all(
+                lambda server: server.connection.update_weights(str(folder), version, seconds)
+            )
         except UnreachableError:
             self._check_alive()
             raise
         finally:  # nothing may stay frozen: a failed update leaves the old weights whole
-            await asyncio.gather(*[server.connection.resume() for server in self._servers], return_exceptions=True)
+            await asyncio.gather(
+                *[server.connection.resume() for server in self._servers], return_exceptions=True
+            )
         loaded = time.perf_counter()
-        still = [server.connection.url for server in self._servers if await server.connection.is_paused()]
+        still = [
+            server.connection.url for server in self._servers if await server.connection.is_paused()
+        ]
         if still:
-            raise SamplerError(f"{', '.join(still)} stayed frozen after weights of version {version} were loaded")
+            raise SamplerError(
+                f"{', '.join(still)} stayed frozen after weights of version {version} were loaded"
+            )
         return paused, loaded
 
     async def _on_all(self, action: Callable[[_Server], Awaitable[None]]) -> None:
         """On every server at once; all have ended, one way or the other, when the first failure is raised."""
-        outcomes = await asyncio.gather(*[action(server) for server in self._servers], return_exceptions=True)
+        outcomes = await asyncio.gather(
+            *[action(server) for server in self._servers], return_exceptions=True
+        )
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -183,7 +212,9 @@ class VllmSampler:
     async def _check_server(self, connection: Connection, probe: TokenizerProbe) -> None:
         version = await connection.vllm_version()
         if not version.startswith(SUPPORTED_VLLM):
-            raise SamplerError(f"{connection.url} runs vLLM {version}; supported: {', '.join(f'{v}x' for v in SUPPORTED_VLLM)}")
+            raise SamplerError(
+                f"{connection.url} runs vLLM {version}; supported: {', '.join(f'{v}x' for v in SUPPORTED_VLLM)}"
+            )
         token_ids, context = await connection.tokenize(probe.text)
         if tuple(token_ids) != probe.token_ids:
             raise SamplerError(
@@ -195,7 +226,9 @@ class VllmSampler:
                 f"{connection.url} holds {context} tokens of context, episodes may need {self._limits.context_tokens} "
                 "(rollout.max_prompt_tokens + rollout.max_completion_tokens): start it with a larger --max-model-len"
             )
-        if await connection.is_paused():  # a client that ended in the middle of a publish left it so
+        if (
+            await connection.is_paused()
+        ):  # a client that ended in the middle of a publish left it so
             await connection.resume()
 
     def _check_alive(self) -> None:
@@ -207,7 +240,9 @@ class VllmSampler:
     async def _place(self, episode_id: str, avoided: Sequence[_Server]) -> AsyncIterator[_Server]:
         """A place on the least loaded server, of those that are not avoided if there are any."""
         async with self._room:
-            candidates = [server for server in self._servers if server not in avoided] or self._servers
+            candidates = [
+                server for server in self._servers if server not in avoided
+            ] or self._servers
             home = self._homes.get(episode_id)
             server = min(candidates, key=lambda server: (server.running, server is not home))
             self._homes[episode_id] = server
@@ -235,8 +270,12 @@ class VllmSampler:
         token_ids_T = np.asarray(choice["token_ids"], np.int32)
         content = (choice.get("logprobs") or {}).get("content") or []
         logprobs_T = np.asarray([token["logprob"] for token in content], np.float32)
-        if len(logprobs_T) != len(token_ids_T) or any(token["token_id"] != i for token, i in zip(content, choice["token_ids"])):
-            raise SamplerError(f"the server's log-probabilities are not those of its {len(token_ids_T)} tokens ({request.episode_id})")
+        if len(logprobs_T) != len(token_ids_T) or any(
+            token["token_id"] != i for token, i in zip(content, choice["token_ids"])
+        ):
+            raise SamplerError(
+                f"the server's log-probabilities are not those of its {len(token_ids_T)} tokens ({request.episode_id})"
+            )
         versions_T = self._versions_of(choice.get("weight_versions") or [], len(token_ids_T))
         return Generation(token_ids_T, logprobs_T, versions_T, self._finish_reason(choice))
 
@@ -251,15 +290,23 @@ class VllmSampler:
                 )
             versions_T[span["start"] : span["end"]] = int(span["version"])
         if (versions_T < 0).any():
-            raise SamplerError(f"the server left {int((versions_T < 0).sum())} of {count} tokens without a weight version")
+            raise SamplerError(
+                f"the server left {int((versions_T < 0).sum())} of {count} tokens without a weight version"
+            )
         return versions_T
 
     def _finish_reason(self, choice: Mapping[str, Any]) -> FinishReason:
         if choice["finish_reason"] == "length":
             return FinishReason.LENGTH
         if choice["finish_reason"] != "stop":
-            raise SamplerError(f"the server ended a turn with {choice['finish_reason']!r}, which is none of stop, length and abort")
-        return FinishReason.EOS if choice["token_ids"] and choice["token_ids"][-1] in self._eos else FinishReason.STOP
+            raise SamplerError(
+                f"the server ended a turn with {choice['finish_reason']!r}, which is none of stop, length and abort"
+            )
+        return (
+            FinishReason.EOS
+            if choice["token_ids"] and choice["token_ids"][-1] in self._eos
+            else FinishReason.STOP
+        )
 
 
 async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:

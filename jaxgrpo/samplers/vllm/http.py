@@ -37,14 +37,18 @@ class Connection:
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             # as many as are asked for: frozen turns must not keep the calls of a publish waiting; the sampler bounds the turns
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=connections),
-            timeout=httpx2.Timeout(None, connect=10.0),  # how long an answer may take is each call's own affair
+            timeout=httpx2.Timeout(
+                None, connect=10.0
+            ),  # how long an answer may take is each call's own affair
             trust_env=False,  # a proxy meant for the internet must not see loopback traffic
         )
 
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def generate(self, token_ids: Sequence[int], sampling: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    async def generate(
+        self, token_ids: Sequence[int], sampling: Mapping[str, Any], seconds: float
+    ) -> dict[str, Any]:
         """The one choice of vLLM's own token-in, token-out route."""
         body = {"token_ids": token_ids, "sampling_params": sampling}
         answer = await self._call("POST", "/inference/v1/generate", body, seconds=seconds)
@@ -58,7 +62,9 @@ class Connection:
 
     async def tokenize(self, text: str) -> tuple[list[int], int]:
         """The server's own token ids of a text, and the tokens that its context holds."""
-        answer = await self._call("POST", "/tokenize", {"prompt": text, "add_special_tokens": False})
+        answer = await self._call(
+            "POST", "/tokenize", {"prompt": text, "add_special_tokens": False}
+        )
         return answer["tokens"], answer["max_model_len"]
 
     async def weight_version(self) -> str:
@@ -70,7 +76,9 @@ class Connection:
 
     async def pause(self, seconds: float) -> None:
         """Freeze requests in flight and drop all caches: on `resume` they go on, recomputed."""
-        await self._call("POST", "/pause", params={"mode": "keep", "clear_cache": "true"}, seconds=seconds)
+        await self._call(
+            "POST", "/pause", params={"mode": "keep", "clear_cache": "true"}, seconds=seconds
+        )
 
     async def resume(self) -> None:
         await self._call("POST", "/resume")
@@ -79,40 +87,63 @@ class Connection:
         """Load published weights, all or nothing, and label them. Raises RefusedError when the server keeps its old ones."""
         await self._start_update()
         try:
-            await self._call("POST", "/update_weights", {"update_info": {"path": path, "version": version}}, seconds=seconds)
-        except SamplerError:  # of a parallel server's workers only the last one, which raised, has ended its session
+            await self._call(
+                "POST",
+                "/update_weights",
+                {"update_info": {"path": path, "version": version}},
+                seconds=seconds,
+            )
+        except (
+            SamplerError
+        ):  # of a parallel server's workers only the last one, which raised, has ended its session
             with contextlib.suppress(SamplerError):
                 await self._call("POST", "/finish_weight_update")
             raise
         await self._call("POST", "/finish_weight_update", {"weight_version": str(version)})
         served = await self.weight_version()
         if served != str(version):
-            raise RefusedError(f"{self.url} was given weights of version {version} and says that it serves {served}")
+            raise RefusedError(
+                f"{self.url} was given weights of version {version} and says that it serves {served}"
+            )
 
     async def _start_update(self) -> None:
         """Begin an update; one that a client left behind half-way is ended first, under the label that was served."""
         try:
             await self._call("POST", "/start_weight_update")
         except SamplerError:
-            await self._call("POST", "/finish_weight_update", {"weight_version": await self.weight_version()})
+            await self._call(
+                "POST", "/finish_weight_update", {"weight_version": await self.weight_version()}
+            )
             await self._call("POST", "/start_weight_update")
 
     async def _call(
-        self, method: str, route: str, body: Any = None, *, params: Mapping[str, str] | None = None, seconds: float = _SHORT
+        self,
+        method: str,
+        route: str,
+        body: Any = None,
+        *,
+        params: Mapping[str, str] | None = None,
+        seconds: float = _SHORT,
     ) -> "_Answer":
         try:
             async with asyncio.timeout(seconds):
                 response = await self._request(method, route, body, params)
         except TimeoutError as error:
-            raise UnreachableError(f"{self.url}{route} gave no answer within {seconds:.0f} seconds") from error
+            raise UnreachableError(
+                f"{self.url}{route} gave no answer within {seconds:.0f} seconds"
+            ) from error
         except httpx2.TransportError as error:
-            raise UnreachableError(f"{self.url}{route} cannot be reached: {type(error).__name__}: {error}") from error
+            raise UnreachableError(
+                f"{self.url}{route} cannot be reached: {type(error).__name__}: {error}"
+            ) from error
         if response.is_success:
             return _Answer(_object(response.text), self.url + route)
         kind = UnreachableError if response.status_code in _BUSY else RefusedError
         raise kind(f"{self.url}{route} answered {response.status_code}: {_message(response.text)}")
 
-    async def _request(self, method: str, route: str, body: Any, params: Mapping[str, str] | None) -> httpx2.Response:
+    async def _request(
+        self, method: str, route: str, body: Any, params: Mapping[str, str] | None
+    ) -> httpx2.Response:
         """vLLM closes a connection after it answered with an error of its own; who takes it from the pool too early asks once more."""
         try:
             return await self._client.request(method, route, json=body, params=params)

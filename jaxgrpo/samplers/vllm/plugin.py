@@ -75,7 +75,9 @@ class OrbaxWeightTransfer(WeightTransferEngine[OrbaxInitInfo, OrbaxUpdateInfo]):
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module):
         if not vllm.__version__.startswith(SUPPORTED_VLLM):
-            raise RuntimeError(f"the weight-transfer backend {BACKEND!r} is for vLLM {SUPPORTED_VLLM}*, this is {vllm.__version__}")
+            raise RuntimeError(
+                f"the weight-transfer backend {BACKEND!r} is for vLLM {SUPPORTED_VLLM}*, this is {vllm.__version__}"
+            )
         super().__init__(config, vllm_config, device, model)
         self.served: OrbaxUpdateInfo | None = None
         self._expected = _hf_shapes(self.model_config.hf_config)
@@ -111,7 +113,10 @@ class OrbaxWeightTransfer(WeightTransferEngine[OrbaxInitInfo, OrbaxUpdateInfo]):
         _, failure = _attempt(lambda: self._apply(weights))
         if (reason := _failure_of_any(failure)) is not None:
             self._roll_back(failure)
-            return _refuse(f"version {update_info.version} could not be applied, the one before it was put back: {reason}", failure)
+            return _refuse(
+                f"version {update_info.version} could not be applied, the one before it was put back: {reason}",
+                failure,
+            )
         self.served = update_info
         seconds = f"read and checked in {staged - began:.2f} s, applied in {time.perf_counter() - staged:.2f} s"
         _log.info("version %d from %s: %s", update_info.version, update_info.path, seconds)
@@ -120,7 +125,10 @@ class OrbaxWeightTransfer(WeightTransferEngine[OrbaxInitInfo, OrbaxUpdateInfo]):
         folder = Path(info.path)
         manifest = read_manifest(folder, info.version)
         check_fit(manifest, self._expected, str(self.model_config.dtype).removeprefix("torch."))
-        return {name: (_to_torch(array), transposed) for name, (array, transposed) in read_tensors(folder, manifest).items()}
+        return {
+            name: (_to_torch(array), transposed)
+            for name, (array, transposed) in read_tensors(folder, manifest).items()
+        }
 
     @torch.no_grad()
     def _apply(self, weights: Weights) -> None:
@@ -146,10 +154,15 @@ class OrbaxWeightTransfer(WeightTransferEngine[OrbaxInitInfo, OrbaxUpdateInfo]):
 
     def _roll_back(self, failure: Exception | None) -> None:
         """Put the last good version back on this worker, or end it."""
-        _log.error("the weights could not be applied, going back to %s", self.served, exc_info=failure)
+        _log.error(
+            "the weights could not be applied, going back to %s", self.served, exc_info=failure
+        )
         _, still = _attempt(self._reapply_served)
         if _failure_of_any(still) is not None:
-            _log.critical("going back failed too: this worker ends, rather than serve a mixture of weights", exc_info=still)
+            _log.critical(
+                "going back failed too: this worker ends, rather than serve a mixture of weights",
+                exc_info=still,
+            )
             logging.shutdown()
             os._exit(EXIT_STATUS)
 
@@ -172,13 +185,21 @@ def _attempt(function: Any) -> tuple[Any, Exception | None]:
 def _failure_of_any(failure: Exception | None) -> str | None:
     """What went wrong in this worker, or in another one of this server; None when all is well everywhere."""
     known = isinstance(failure, WeightError)
-    text = None if failure is None else str(failure) if known else f"{type(failure).__name__}: {failure}"
+    text = (
+        None
+        if failure is None
+        else str(failure)
+        if known
+        else f"{type(failure).__name__}: {failure}"
+    )
     group = get_world_group()
     if group.world_size == 1:
         return text
     texts: list[str | None] = [None] * group.world_size
     torch.distributed.all_gather_object(texts, text, group=group.cpu_group)
-    return next((f"worker {rank}: {found}" for rank, found in enumerate(texts) if found is not None), None)
+    return next(
+        (f"worker {rank}: {found}" for rank, found in enumerate(texts) if found is not None), None
+    )
 
 
 def _refuse(message: str, cause: Exception | None) -> None:

@@ -84,7 +84,9 @@ class ServerPlan:
             options["gpu-memory-utilization"] = self.gpu_memory
         else:  # a request with a seed whose prompt is computed in parts kills vLLM's CPU engine
             options["max-num-batched-tokens"] = max(self.context_tokens, 2048)
-        if self.float32_logits:  # as the trainer: logits rounded to bfloat16 are off by up to 0.06 at 16
+        if (
+            self.float32_logits
+        ):  # as the trainer: logits rounded to bfloat16 are off by up to 0.06 at 16
             options["hf-overrides"] = json.dumps({"head_dtype": "float32"})
         if self.cache_bytes is not None:
             options["kv-cache-memory-bytes"] = self.cache_bytes
@@ -92,17 +94,39 @@ class ServerPlan:
         if guarded:
             flags += ["--middleware", f"{RequireKey.__module__}.{RequireKey.__name__}"]
         named = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        return [self.python, "-m", "vllm.entrypoints.openai.api_server", *named, *flags, *self.arguments]
+        return [
+            self.python,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            *named,
+            *flags,
+            *self.arguments,
+        ]
 
     def environment(self, ours: Mapping[str, str], key: str | None) -> dict[str, str]:
         """vLLM's environment, out of this process's own. The key is in no command line: those can be read by everybody."""
-        theirs = {name: value for name, value in ours.items() if name not in (*_FOREIGN_VARIABLES, KEY_VARIABLE)}
+        theirs = {
+            name: value
+            for name, value in ours.items()
+            if name not in (*_FOREIGN_VARIABLES, KEY_VARIABLE)
+        }
         theirs |= {} if key is None else {KEY_VARIABLE: key}
-        theirs |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        theirs |= {
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
         if self.gpus:
-            theirs["CUDA_VISIBLE_DEVICES"] = ",".join(_visible_gpu(index, ours) for index in self.gpus)
+            theirs["CUDA_VISIBLE_DEVICES"] = ",".join(
+                _visible_gpu(index, ours) for index in self.gpus
+            )
         else:
-            theirs |= {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+            theirs |= {
+                "CUDA_VISIBLE_DEVICES": "",
+                "OMP_WAIT_POLICY": "passive",
+                "GOMP_SPINCOUNT": "0",
+            }
         return theirs
 
 
@@ -144,7 +168,9 @@ class VllmServer:
             if time.monotonic() > deadline:
                 last = self.last_lines()
                 self.close()
-                raise ServerError(f"vLLM did not answer at {self.url} within vllm.start_seconds ({seconds:.0f}); its last lines:\n{last}")
+                raise ServerError(
+                    f"vLLM did not answer at {self.url} within vllm.start_seconds ({seconds:.0f}); its last lines:\n{last}"
+                )
             time.sleep(0.25)
 
     def failure(self) -> str | None:
@@ -204,22 +230,34 @@ def _check_gpus(plan: ServerPlan) -> None:
         return
     visible = _visible_gpus(os.environ)
     if max(plan.gpus) >= len(visible):
-        why = "nvidia-smi lists none" if "CUDA_VISIBLE_DEVICES" not in os.environ else "CUDA_VISIBLE_DEVICES leaves none, or there is none"
+        why = (
+            "nvidia-smi lists none"
+            if "CUDA_VISIBLE_DEVICES" not in os.environ
+            else "CUDA_VISIBLE_DEVICES leaves none, or there is none"
+        )
         there = f"{len(visible)} GPU(s) are visible" if visible else f"no GPU is visible ({why})"
-        raise ServerError(f"vllm.gpus asks for GPU {max(plan.gpus)}, but {there}: set vllm.gpus to what is there, or to () for the CPU")
+        raise ServerError(
+            f"vllm.gpus asks for GPU {max(plan.gpus)}, but {there}: set vllm.gpus to what is there, or to () for the CPU"
+        )
 
 
 def _visible_gpus(environment: Mapping[str, str]) -> list[str]:
     """The names, as CUDA_VISIBLE_DEVICES takes them, of the GPUs that this process may use."""
     try:
         listed = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, timeout=60, check=True
+            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return []
     there = listed.stdout.split()
     allowed = environment.get("CUDA_VISIBLE_DEVICES")
-    return there if allowed is None else [name.strip() for name in allowed.split(",") if name.strip()]
+    return (
+        there if allowed is None else [name.strip() for name in allowed.split(",") if name.strip()]
+    )
 
 
 def _visible_gpu(index: int, environment: Mapping[str, str]) -> str:
@@ -235,17 +273,27 @@ def _check_environment(python: str) -> None:
         look = [python, "-I", "-c", _LOOK_AT_ENVIRONMENT, *_IN_VLLM]
         looked = subprocess.run(look, capture_output=True, text=True, timeout=120, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        raise ServerError(f"{python} cannot be run ({type(error).__name__}: {error}): {hint}") from error
+        raise ServerError(
+            f"{python} cannot be run ({type(error).__name__}: {error}): {hint}"
+        ) from error
     versions, plugin = json.loads(looked.stdout)
     if not versions:
         raise ServerError(f"{python} has no vLLM: {hint}; the README says how to install it")
     version = next(iter(versions.values()))
     if not version.startswith(SUPPORTED_VLLM):
-        raise ServerError(f"{python} has vLLM {version}; supported: {', '.join(f'{v}x' for v in SUPPORTED_VLLM)}")
+        raise ServerError(
+            f"{python} has vLLM {version}; supported: {', '.join(f'{v}x' for v in SUPPORTED_VLLM)}"
+        )
     package = Path(__file__).parents[2]
     if plugin != [zlib.crc32((package / name).read_bytes()) for name in _IN_VLLM]:
-        lack = "has another version of this package's plugin than the trainer" if plugin else "lacks this package's plugin"
-        raise ServerError(f"the vLLM of {python} {lack}: {python} -m pip install --no-deps {package.parent}")
+        lack = (
+            "has another version of this package's plugin than the trainer"
+            if plugin
+            else "lacks this package's plugin"
+        )
+        raise ServerError(
+            f"the vLLM of {python} {lack}: {python} -m pip install --no-deps {package.parent}"
+        )
 
 
 def _answers(url: str) -> bool:

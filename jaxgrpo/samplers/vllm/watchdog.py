@@ -9,7 +9,7 @@ the command's processes leave behind is handed to this one (PR_SET_CHILD_SUBREAP
 vLLM's processes speak through blocks of shared memory, hundreds of megabytes, which stay when all
 of them are killed at once. Their names are random, so this process notes down which ones the
 command's processes have open, in /dev/shm/jaxgrpo-vllm-UID-PID, under a lock. What is left of them
-it removes at its own end; if it is killed too, the next one does. """
+it removes at its own end; if it is killed too, the next one does."""
 
 import contextlib
 import ctypes
@@ -41,8 +41,15 @@ def main(command: list[str]) -> int:
     starter = os.getppid()
     remove_left()
     notes = _Notes()
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent)
-    while process.poll() is None and not told and os.getppid() == starter and not _closed(sys.stdin.fileno()):
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent
+    )
+    while (
+        process.poll() is None
+        and not told
+        and os.getppid() == starter
+        and not _closed(sys.stdin.fileno())
+    ):
         notes.take(process.pid)
     notes.take(process.pid, now=True)
     _end_group(process)

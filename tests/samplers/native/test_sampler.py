@@ -29,9 +29,16 @@ from tests.samplers.native.test_stops import TOKENIZER
 
 
 def test_logprobs_equal_the_plain_forward_and_greedy_its_argmax():
-    requests = [request(g, e, temperature=t, max_tokens=9 + e) for g in range(3) for e, t in enumerate((0.0, 0.7, 1.0))]
+    requests = [
+        request(g, e, temperature=t, max_tokens=9 + e)
+        for g in range(3)
+        for e, t in enumerate((0.0, 0.7, 1.0))
+    ]
     for r, generation in zip(requests, generate(*requests, max_rows=16), strict=True):
-        assert (len(generation.token_ids_T), generation.finish_reason) == (r.max_tokens, FinishReason.LENGTH)
+        assert (len(generation.token_ids_T), generation.finish_reason) == (
+            r.max_tokens,
+            FinishReason.LENGTH,
+        )
         assert generation.weight_versions_T.tolist() == [0] * r.max_tokens
         logits = plain_logits(r, generation)
         expected = logprobs_of(logits / (r.temperature or 1.0), generation.token_ids_T)
@@ -66,7 +73,9 @@ def test_the_same_request_alone_in_a_batch_and_admitted_late():
 
 def test_a_seed_decides_the_tokens_to_its_last_bit():
     seeds = (5, 5, *(5 ^ 1 << bit for bit in (0, 8, 30, 31, 32, 63)))
-    first, again, *others = (generate(request(0, seed=seed))[0].token_ids_T.tolist() for seed in seeds)
+    first, again, *others = (
+        generate(request(0, seed=seed))[0].token_ids_T.tolist() for seed in seeds
+    )
     assert first == again
     assert len({tuple(tokens) for tokens in (first, *others)}) == 7
 
@@ -75,12 +84,16 @@ def test_a_next_turn_extends_its_cache_and_equals_a_fresh_request():
     async def turns(sampler: NativeSampler) -> tuple[SamplingRequest, Generation, int]:
         first = await asyncio.gather(*[sampler.generate(request(0, e)) for e in range(3)])
         before = sampler.metrics.extend_tokens
-        seconds = [request(0, e, tail=[*g.token_ids_T, 7, 8, 9, 10 + e]) for e, g in enumerate(first)]
+        seconds = [
+            request(0, e, tail=[*g.token_ids_T, 7, 8, 9, 10 + e]) for e, g in enumerate(first)
+        ]
         generations = await asyncio.gather(*[sampler.generate(r) for r in seconds])
         return seconds[1], generations[1], sampler.metrics.extend_tokens - before
 
     second, generation, extended = run(turns)
-    assert extended == 3 * 4  # the last sampled token and the observation, less its last token, which the first step takes
+    assert (
+        extended == 3 * 4
+    )  # the last sampled token and the observation, less its last token, which the first step takes
     same(generation, generate(second)[0])
 
 
@@ -106,7 +119,9 @@ def test_a_prompt_is_computed_once_for_its_group():
     assert run(body) == len(PROMPTS[1]) - 1
 
 
-def extensions(monkeypatch: pytest.MonkeyPatch, *requests: SamplingRequest) -> tuple[list[tuple[int, int]], Engine, list[Job]]:
+def extensions(
+    monkeypatch: pytest.MonkeyPatch, *requests: SamplingRequest
+) -> tuple[list[tuple[int, int]], Engine, list[Job]]:
     """One step of an engine with a context of 2,048 tokens: rows and width of each extension, the engine, and the jobs."""
     made, extend_once = [], Engine._extend_once
 
@@ -115,7 +130,14 @@ def extensions(monkeypatch: pytest.MonkeyPatch, *requests: SamplingRequest) -> t
         extend_once(self, batch, width)
 
     monkeypatch.setattr(Engine, "_extend_once", noted)
-    engine = Engine(dataclasses.replace(CONFIG, context_length=2048), PARAMS, 0, (), EngineLimits(8, 8192, 16), jnp.float32)
+    engine = Engine(
+        dataclasses.replace(CONFIG, context_length=2048),
+        PARAMS,
+        0,
+        (),
+        EngineLimits(8, 8192, 16),
+        jnp.float32,
+    )
     jobs = [Job(r, TOKENIZER) for r in requests]
     for r in requests:
         engine.add(r)
@@ -127,7 +149,12 @@ def test_a_long_context_takes_several_extensions(monkeypatch):
     """1,100 tokens after the prompt's last one, in pieces of up to 512, give the log-probabilities of the plain forward."""
     long = request(0, tail=np.arange(1100) % 261, max_tokens=6)
     made, engine, [job] = extensions(monkeypatch, long)
-    assert made == [(1, 64), (1, 512), (1, 512), (1, 128)]  # the prompt, less its last token, and the rest in three
+    assert made == [
+        (1, 64),
+        (1, 512),
+        (1, 512),
+        (1, 128),
+    ]  # the prompt, less its last token, and the rest in three
     assert (engine.metrics.prefill_tokens, engine.metrics.extend_tokens) == (39, 1100)
     logits = plain_logits(long, job.generation(), length=1280)
     np.testing.assert_allclose(job.logprobs, logprobs_of(logits, job.token_ids), atol=1e-5)
@@ -145,7 +172,9 @@ def test_many_long_rows_are_extended_a_few_at_a_time(monkeypatch):
 
 def test_a_context_is_the_same_as_the_prompt_of_its_group_and_as_an_episodes_own_tokens():
     long = request(0, tail=np.arange(300) % 261, max_tokens=6)
-    whole = SamplingRequest("whole", "w", long.context_ids, len(long.context_ids), 6, seed=long.seed)
+    whole = SamplingRequest(
+        "whole", "w", long.context_ids, len(long.context_ids), 6, seed=long.seed
+    )
     a, b = generate(long, whole)
     same(a, b)
 
@@ -154,7 +183,9 @@ def test_steady_state_compiles_nothing_new():
     async def body(sampler: NativeSampler) -> tuple[int, int]:
         async def episodes(names: range) -> None:
             for turn in range(2):
-                await asyncio.gather(*[sampler.generate(request(0, e, tail=[1, 2, 3] * turn)) for e in names])
+                await asyncio.gather(
+                    *[sampler.generate(request(0, e, tail=[1, 2, 3] * turn)) for e in names]
+                )
             await asyncio.gather(*[sampler.release(f"g0e{e}") for e in names])
 
         await episodes(range(4))
@@ -186,9 +217,13 @@ def test_a_stop_string_ends_a_turn_at_the_token_that_completes_it_and_the_next_t
         free = await sampler.generate(request(0, max_tokens=40))
         text = TOKENIZER.decode(free.token_ids_T)
         spans = [text[i : i + 2] for i in range(len(text) - 1) if text[i : i + 2].isascii()]
-        stop = next(span for span in spans if completing(free.token_ids_T, span) % 4 == 2)  # inside a chunk of four
+        stop = next(
+            span for span in spans if completing(free.token_ids_T, span) % 4 == 2
+        )  # inside a chunk of four
         end = completing(free.token_ids_T, stop)
-        stopped = await sampler.generate(request(0, 1, seed=0, max_tokens=40, stop_strings=("never this", stop)))
+        stopped = await sampler.generate(
+            request(0, 1, seed=0, max_tokens=40, stop_strings=("never this", stop))
+        )
         assert stopped.finish_reason is FinishReason.STOP
         np.testing.assert_array_equal(stopped.token_ids_T, free.token_ids_T[:end])
         assert sampler.metrics.discarded_tokens == 2
@@ -279,5 +314,10 @@ def test_top_p_keeps_to_the_nucleus_and_reports_the_whole_distribution():
     for token, row in zip(generation.token_ids_T, logits, strict=True):
         probs = np.asarray(jax.nn.softmax(row), np.float64)
         assert probs[probs > probs[token]].sum() < 0.4
-    np.testing.assert_allclose(generation.logprobs_T, logprobs_of(logits, generation.token_ids_T), atol=1e-5)
-    assert generation.token_ids_T.tolist() != generate(request(0, max_tokens=12))[0].token_ids_T.tolist()
+    np.testing.assert_allclose(
+        generation.logprobs_T, logprobs_of(logits, generation.token_ids_T), atol=1e-5
+    )
+    assert (
+        generation.token_ids_T.tolist()
+        != generate(request(0, max_tokens=12))[0].token_ids_T.tolist()
+    )

@@ -41,7 +41,11 @@ def test_publish_changes_outputs_and_versions_and_going_back_restores_them_bit_f
 
     first, other, back = run(body)
     assert [g.weight_versions_T[0] for g in (first, other, back)] == [0, 3, 4]
-    np.testing.assert_allclose(other.logprobs_T, logprobs_of(plain_logits(request(0), other, OTHER), other.token_ids_T), atol=1e-5)
+    np.testing.assert_allclose(
+        other.logprobs_T,
+        logprobs_of(plain_logits(request(0), other, OTHER), other.token_ids_T),
+        atol=1e-5,
+    )
     assert other.token_ids_T.tolist() != first.token_ids_T.tolist()
     np.testing.assert_array_equal(first.token_ids_T, back.token_ids_T)
     np.testing.assert_array_equal(first.logprobs_T, back.logprobs_T)
@@ -60,8 +64,16 @@ def test_a_publish_between_chunks_is_recorded_token_by_token():
     first = int((versions == 0).sum())
     assert versions.tolist() == [0] * first + [1] * (120 - first)
     assert 0 < first < 80
-    shown = Generation(generation.token_ids_T[:80], generation.logprobs_T[:80], versions[:80], generation.finish_reason)
-    for params, of_version in ((PARAMS, 0), (OTHER, 1)):  # each token's log-probability is that of the weights that it names
+    shown = Generation(
+        generation.token_ids_T[:80],
+        generation.logprobs_T[:80],
+        versions[:80],
+        generation.finish_reason,
+    )
+    for params, of_version in (
+        (PARAMS, 0),
+        (OTHER, 1),
+    ):  # each token's log-probability is that of the weights that it names
         expected = logprobs_of(plain_logits(request(0), shown, params), shown.token_ids_T)
         mine = shown.weight_versions_T == of_version
         np.testing.assert_allclose(shown.logprobs_T[mine], expected[mine], atol=1e-5)
@@ -89,7 +101,9 @@ def test_running_jobs_give_way_to_earlier_ones_and_finish():
     requests = [request(2, e, max_tokens=100) for e in range(3)]
 
     async def body(sampler: NativeSampler) -> tuple[list[Generation], int]:
-        return await asyncio.gather(*[sampler.generate(r) for r in requests]), sampler.metrics.evictions
+        return await asyncio.gather(
+            *[sampler.generate(r) for r in requests]
+        ), sampler.metrics.evictions
 
     (roomy, none), (tight, some) = run(body), run(body, max_cache_tokens=64 * 4)
     assert none == 0 < some
@@ -111,13 +125,19 @@ def jobs_of(serving: Engine, *requests: SamplingRequest) -> list[Job]:
 def test_the_cache_of_an_idle_episode_gives_way_before_that_of_one_that_waits():
     """Four pages: one for the prompt, one each for an episode between its turns and one in its turn. A new one needs two."""
     serving = engine(max_rows=8, pages=4)
-    idle, running, new = jobs_of(serving, request(0, 0, max_tokens=4), request(0, 1), request(0, 2, tail=range(100)))
+    idle, running, new = jobs_of(
+        serving, request(0, 0, max_tokens=4), request(0, 1), request(0, 2, tail=range(100))
+    )
     serving.step([idle, running])
     extended = serving.metrics.extend_tokens
     serving.step([new, running])
     assert serving.metrics.evictions == 1
-    assert serving.metrics.extend_tokens - extended == 100  # of the one in its turn nothing is computed again
-    serving.step([idle_again := jobs_of(serving, request(0, 0, tail=[*idle.token_ids, 9]))[0], running])
+    assert (
+        serving.metrics.extend_tokens - extended == 100
+    )  # of the one in its turn nothing is computed again
+    serving.step(
+        [idle_again := jobs_of(serving, request(0, 0, tail=[*idle.token_ids, 9]))[0], running]
+    )
     assert idle_again.token_ids and serving.metrics.extend_tokens - extended > 104
 
 
@@ -131,7 +151,9 @@ def test_no_more_rows_are_decoded_at_once_than_allowed():
 def test_weights_that_give_no_numbers_are_an_error():
     broken = jax.tree.map(lambda leaf: leaf * np.nan, PARAMS)
     serving = engine(max_rows=2, pages=32, params=broken)
-    with pytest.raises(FloatingPointError, match="weight version 0 gives log-probabilities that are not finite"):
+    with pytest.raises(
+        FloatingPointError, match="weight version 0 gives log-probabilities that are not finite"
+    ):
         serving.step(jobs_of(serving, request(0)))
 
 
@@ -172,12 +194,23 @@ def test_a_failure_of_the_engine_reaches_everyone():
             raise KeyError("no such token")
 
     async def main() -> None:
-        sampler = NativeSampler(CONFIG, PARAMS, Broken(), decode_chunk=4, max_rows=8, max_cache_tokens=2048, compute_dtype=jnp.float32)
+        sampler = NativeSampler(
+            CONFIG,
+            PARAMS,
+            Broken(),
+            decode_chunk=4,
+            max_rows=8,
+            max_cache_tokens=2048,
+            compute_dtype=jnp.float32,
+        )
         calls = [sampler.generate(request(0, e, stop_strings=("x",))) for e in range(3)]
         for outcome in await asyncio.gather(*calls, return_exceptions=True):
             assert isinstance(outcome, SamplerError) and isinstance(outcome.__cause__, KeyError)
         await sampler.release("g0e0")  # cleaning up is no reason to fail again
-        for later in (sampler.generate(request(0, 9)), sampler.publish(1, WholeWeights(PARAMS, CONFIG))):
+        for later in (
+            sampler.generate(request(0, 9)),
+            sampler.publish(1, WholeWeights(PARAMS, CONFIG)),
+        ):
             with pytest.raises(SamplerError, match="no such token"):
                 await later
         await sampler.close()
@@ -198,7 +231,9 @@ def test_a_request_that_contradicts_its_group_is_refused_and_the_others_are_serv
         assert len((await good).token_ids_T) == 10
         for episode in ("g0e0", "g0e5", "unknown"):
             await sampler.release(episode)
-        again = await sampler.generate(SamplingRequest("g0", "stranger", other, len(other), 4, seed=0))  # the group is over: a new one
+        again = await sampler.generate(
+            SamplingRequest("g0", "stranger", other, len(other), 4, seed=0)
+        )  # the group is over: a new one
         assert len(again.token_ids_T) == 4
 
     run(body)
@@ -211,8 +246,12 @@ def test_requests_that_never_fit_are_refused():
         for most in (472, 200):  # within the context, to the last token
             with pytest.raises(ValueError, match="raise it"):
                 await sampler.generate(request(0, max_tokens=most))
-        with pytest.raises(ValueError, match="may need 256 cached tokens, max_cache_tokens is 192: raise it"):
-            await sampler.generate(request(0, max_tokens=129))  # a page for 39 tokens of the prompt, three for 129 of its own
+        with pytest.raises(
+            ValueError, match="may need 256 cached tokens, max_cache_tokens is 192: raise it"
+        ):
+            await sampler.generate(
+                request(0, max_tokens=129)
+            )  # a page for 39 tokens of the prompt, three for 129 of its own
         assert len((await sampler.generate(request(0, 1, max_tokens=128))).token_ids_T) == 128
         running = asyncio.create_task(sampler.generate(request(0)))
         await asyncio.sleep(0)

@@ -16,10 +16,14 @@ def test_shapes_are_few_and_follow_lasting_work():
     almost = Shape(rows=50, tokens=16, groups=8, group_rows=7, shared=900, own=90)
     assert book.choose("decode", almost) == Shape(64, 16, 8, 8, 1024, 128)  # close enough for good
     tail = Shape(rows=5, tokens=16, groups=2, group_rows=3, shared=700, own=200)
-    assert book.choose("decode", tail) == Shape(8, 16, 2, 4, 768, 256)  # nothing covers 200 own tokens
+    assert book.choose("decode", tail) == Shape(
+        8, 16, 2, 4, 768, 256
+    )  # nothing covers 200 own tokens
     few = Shape(rows=2, tokens=16, groups=1, group_rows=2, shared=60, own=10)
     chosen = [book.choose("decode", few) for _ in range(9)]
-    assert chosen == [Shape(8, 16, 2, 4, 768, 256)] * 7 + [Shape(4, 16, 1, 4, 64, 64)] * 2  # wasteful, so replaced once it is wanted often
+    assert (
+        chosen == [Shape(8, 16, 2, 4, 768, 256)] * 7 + [Shape(4, 16, 1, 4, 64, 64)] * 2
+    )  # wasteful, so replaced once it is wanted often
     assert book.compilations == 3
     assert book.choose("extend", few) == Shape(4, 16, 1, 4, 64, 64)
 
@@ -31,7 +35,9 @@ def test_a_rows_cost_by_hand():
 
 def test_an_extension_of_many_tokens_is_not_padded_with_rows():
     book = ShapeBook(row_cost=100.0)
-    assert [book.choose("extend", Shape(1, tokens, 1, 1, 0, 0)).rows for tokens in (16, 64, 512)] == [4, 1, 1]
+    assert [
+        book.choose("extend", Shape(1, tokens, 1, 1, 0, 0)).rows for tokens in (16, 64, 512)
+    ] == [4, 1, 1]
     assert book.choose("decode", Shape(1, 64, 1, 1, 0, 0)).rows == 4
 
 
@@ -39,7 +45,13 @@ def play_batch(book: ShapeBook, rng: np.random.Generator) -> None:
     """The shapes that 64 episodes of one to three turns ask for, 8 a group: prompts of 350 to 760 tokens, turns of 26 on average."""
     prompts = rng.integers(350, 760, 8).tolist()
     own = [0] * 64
-    turns = [[(int(1 + rng.exponential(26)), int(rng.integers(15, 60))) for _ in range(rng.integers(1, 4))] for _ in own]
+    turns = [
+        [
+            (int(1 + rng.exponential(26)), int(rng.integers(15, 60)))
+            for _ in range(rng.integers(1, 4))
+        ]
+        for _ in own
+    ]
     turn_of, left = [0] * 64, [t[0][0] for t in turns]
     sparing = isinstance(book, SparingShapeBook)
     if sparing:

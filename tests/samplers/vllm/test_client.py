@@ -19,7 +19,12 @@ def _no_waiting(monkeypatch):
 
 def test_what_is_asked_for():
     server = FakeVllm(served([7, 8], stop="</t>"))
-    run(lambda sampler: sampler.generate(request(stop_strings=("</t>",), temperature=0.5, top_p=0.9)), server)
+    run(
+        lambda sampler: sampler.generate(
+            request(stop_strings=("</t>",), temperature=0.5, top_p=0.9)
+        ),
+        server,
+    )
     [(_, body)] = server.seen
     assert body == {
         "token_ids": [5, 6, 7, 8],
@@ -48,7 +53,9 @@ def test_what_is_asked_for():
     ],
 )
 def test_ids_log_probabilities_and_the_reason_of_the_end(answer, reason):
-    generation: Generation = run(lambda sampler: sampler.generate(request()), FakeVllm(lambda body: answer))
+    generation: Generation = run(
+        lambda sampler: sampler.generate(request()), FakeVllm(lambda body: answer)
+    )
     assert generation.finish_reason is reason
     assert generation.token_ids_T.tolist() == answer["token_ids"]
     assert generation.logprobs_T.tolist() == [-(i + 1) / 8 for i in range(len(answer["token_ids"]))]
@@ -58,7 +65,10 @@ def test_ids_log_probabilities_and_the_reason_of_the_end(answer, reason):
 
 def test_every_token_has_the_version_that_made_it():
     answer = choice([7, 8, 9, 10], "1")
-    answer["weight_versions"] = [{"version": "1", "start": 0, "end": 3}, {"version": "2", "start": 3, "end": 4}]
+    answer["weight_versions"] = [
+        {"version": "1", "start": 0, "end": 3},
+        {"version": "2", "start": 3, "end": 4},
+    ]
 
     async def body(sampler: VllmSampler) -> Generation:
         await sampler.publish(2, Written())
@@ -70,8 +80,14 @@ def test_every_token_has_the_version_that_made_it():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"weight_versions": [{"version": "9", "start": 0, "end": 2}]}, "weights of version '9', which this run has not published"),
-        ({"weight_versions": [{"version": "1", "start": 0, "end": 1}]}, "left 1 of 2 tokens without a weight version"),
+        (
+            {"weight_versions": [{"version": "9", "start": 0, "end": 2}]},
+            "weights of version '9', which this run has not published",
+        ),
+        (
+            {"weight_versions": [{"version": "1", "start": 0, "end": 1}]},
+            "left 1 of 2 tokens without a weight version",
+        ),
         ({"weight_versions": None}, "left 2 of 2 tokens"),
         ({"logprobs": None}, "log-probabilities are not those of its 2 tokens"),
         ({"token_ids": [7, 9]}, "log-probabilities are not those"),
@@ -93,7 +109,10 @@ def test_a_turn_without_an_answer_is_asked_for_again(failure):
 
 def test_the_retries_are_bounded_and_the_last_problem_is_told():
     server = FakeVllm(failures={GENERATE: [503] * 9})
-    with pytest.raises(SamplerError, match=r"failed on every try \(vllm.retries is 2\): .*answered 503: told to fail with 503"):
+    with pytest.raises(
+        SamplerError,
+        match=r"failed on every try \(vllm.retries is 2\): .*answered 503: told to fail with 503",
+    ):
         run(lambda sampler: sampler.generate(request()), server)
     assert server.counts[GENERATE] == 3
 
@@ -117,7 +136,9 @@ def test_a_turn_has_a_deadline_over_all_its_tries():
 
 def test_another_server_is_asked_when_one_does_not_answer():
     broken, whole = FakeVllm(failures={GENERATE: ["drop"] * 9}), FakeVllm(served([7]))
-    assert run(lambda sampler: sampler.generate(request()), broken, whole).token_ids_T.tolist() == [7]
+    assert run(lambda sampler: sampler.generate(request()), broken, whole).token_ids_T.tolist() == [
+        7
+    ]
     assert (broken.counts[GENERATE], whole.counts[GENERATE]) == (1, 1)
 
 
@@ -158,7 +179,9 @@ def test_the_least_loaded_server_is_taken_and_an_episode_returns_to_its_own():
     async def body(sampler: VllmSampler) -> tuple[int, int]:
         await asyncio.gather(*[sampler.generate(request(f"e{i}")) for i in range(4)])
         both = first.counts[GENERATE], second.counts[GENERATE]
-        await sampler.generate(request("e1"))  # e0 and e2 were played by the first, e1 and e3 by the second
+        await sampler.generate(
+            request("e1")
+        )  # e0 and e2 were played by the first, e1 and e3 by the second
         await sampler.generate(request("e3"))
         return both
 
@@ -224,7 +247,9 @@ def test_the_key_is_shown():
 def test_nobody_listens():
     async def main() -> None:
         limits = VllmLimits(4, 64, 5.0, 5.0, 0)
-        sampler = VllmSampler(["http://127.0.0.1:9"], limits, eos_token_ids=(EOS,), versions=Folder(Path("/weights")))
+        sampler = VllmSampler(
+            ["http://127.0.0.1:9"], limits, eos_token_ids=(EOS,), versions=Folder(Path("/weights"))
+        )
         with pytest.raises(SamplerError, match="version cannot be reached"):
             await sampler.connect(PROBE)
         await sampler.close()

@@ -33,9 +33,17 @@ from tests.training import CONFIG_JSON
 from tests.weight_damage import DAMAGES
 
 PYTHON = os.environ.get("JAXGRPO_VLLM_PYTHON", "")
-pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not PYTHON, reason="JAXGRPO_VLLM_PYTHON names no interpreter"), pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(not PYTHON, reason="JAXGRPO_VLLM_PYTHON names no interpreter"),
+    pytest.mark.timeout(900),
+]
 
-SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}  # vLLM's CPU kernels want heads of 32 at least
+SIZES = {
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # vLLM's CPU kernels want heads of 32 at least
 PROMPTS = [list(range(5, 45)), list(range(60, 90))]
 BOUND = 0.02
 """Mean absolute difference of log-probabilities between the server, in bfloat16, and the trainer's forward of the same weights."""
@@ -48,7 +56,14 @@ class Serving:
         self.folder = folder
         self.config = ModelConfig.from_folder(model) if model else self._make_model(tied)
         ours = ("--worker-extension-cls", "tests.vllm_faults.Faults", "--enforce-eager")
-        plan = ServerPlan(PYTHON, model or folder / "model", 256, 4, cache_bytes=2**26, arguments=(*ours, *arguments))
+        plan = ServerPlan(
+            PYTHON,
+            model or folder / "model",
+            256,
+            4,
+            cache_bytes=2**26,
+            arguments=(*ours, *arguments),
+        )
         self.server = VllmServer(plan, folder / "vllm.log")
         self.published = 0
         self.prompts = PROMPTS
@@ -78,7 +93,14 @@ class Serving:
         """The next version, written but not loaded."""
         self.published += 1
         mesh, layout = make_mesh(jax.devices()[:devices]), make_layout(self.config, devices)
-        return weights.publish_weights(store(params, layout, mesh), layout, mesh, self.config, self.published, self.folder / "weights")
+        return weights.publish_weights(
+            store(params, layout, mesh),
+            layout,
+            mesh,
+            self.config,
+            self.published,
+            self.folder / "weights",
+        )
 
     def talk(self, conversation: Callable[[Connection], Any]) -> Any:
         async def talked() -> Any:
@@ -104,14 +126,23 @@ class Serving:
 
     def sampled(self) -> list[dict[str, Any]]:
         async def conversation(connection: Connection) -> list[dict[str, Any]]:
-            sampling = {"temperature": 1.0, "max_tokens": self.tokens, "logprobs": 0, "seed": 1, "ignore_eos": True}
+            sampling = {
+                "temperature": 1.0,
+                "max_tokens": self.tokens,
+                "logprobs": 0,
+                "seed": 1,
+                "ignore_eos": True,
+            }
             return [await connection.generate(prompt, sampling, 120) for prompt in self.prompts]
 
         return self.talk(conversation)
 
     def answers(self) -> list[tuple[list[int], list[float]]]:
         """Sampled tokens and their log-probabilities: a function of the weights."""
-        return [(choice["token_ids"], [entry["logprob"] for entry in choice["logprobs"]["content"]]) for choice in self.sampled()]
+        return [
+            (choice["token_ids"], [entry["logprob"] for entry in choice["logprobs"]["content"]])
+            for choice in self.sampled()
+        ]
 
     def version(self) -> str:
         return self.talk(lambda connection: connection.weight_version())
@@ -122,9 +153,16 @@ class Serving:
 
     def echoes(self) -> list[str]:
         body = {"method": "echo", "kwargs": {"value": "7"}}
-        return self.talk(lambda connection: connection._call("POST", "/collective_rpc", body))["results"]
+        return self.talk(lambda connection: connection._call("POST", "/collective_rpc", body))[
+            "results"
+        ]
 
-    def mismatch(self, params: Params, answers: list[tuple[list[int], list[float]]] | None = None, dtype: Any = jnp.float32) -> float:
+    def mismatch(
+        self,
+        params: Params,
+        answers: list[tuple[list[int], list[float]]] | None = None,
+        dtype: Any = jnp.float32,
+    ) -> float:
         """Mean absolute difference between the server's log-probabilities and the trainer's, which computes in `dtype`."""
         differences = []
         for prompt, (tokens, logprobs) in zip(self.prompts, answers or self.answers(), strict=True):
@@ -134,17 +172,24 @@ class Serving:
         return float(np.mean(differences))
 
 
-def trainer_logprobs(config: ModelConfig, params: Params, ids_T: np.ndarray, dtype: Any) -> np.ndarray:
+def trainer_logprobs(
+    config: ModelConfig, params: Params, ids_T: np.ndarray, dtype: Any
+) -> np.ndarray:
     """Of each token after the first, by the weights as they are published; the head is summed in float32, as in an update."""
     rounded = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.bfloat16), params)
     hidden_TD = forward(config, rounded, ids_T[None], load=cast_to(dtype))[0]
-    logprobs_TV = jax.nn.log_softmax(einsum_float32("td,vd->tv", hidden_TD, head_table(rounded).astype(dtype)))
+    logprobs_TV = jax.nn.log_softmax(
+        einsum_float32("td,vd->tv", hidden_TD, head_table(rounded).astype(dtype))
+    )
     return np.asarray(logprobs_TV)[np.arange(len(ids_T) - 1), ids_T[1:]]
 
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    head = ("--hf-overrides", '{"head_dtype": "model"}')  # in bfloat16 vLLM's CPU build has a packed copy of the head, which can be stale
+    head = (
+        "--hf-overrides",
+        '{"head_dtype": "model"}',
+    )  # in bfloat16 vLLM's CPU build has a packed copy of the head, which can be stale
     yield from serving(tmp_path_factory.mktemp("tied"), True, *head)
 
 
@@ -152,7 +197,9 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 def parallel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # two workers on one NUMA node
-        yield from serving(tmp_path_factory.mktemp("parallel"), False, "--tensor-parallel-size", "2")
+        yield from serving(
+            tmp_path_factory.mktemp("parallel"), False, "--tensor-parallel-size", "2"
+        )
 
 
 def serving(folder: Path, tied: bool, *arguments: str) -> Iterator[Serving]:
@@ -182,7 +229,9 @@ def change_small_ones(params: Params) -> None:
 
 
 @pytest.mark.parametrize("change", [change_embedding, change_layers, change_small_ones])
-def test_new_weights_are_served_and_old_ones_come_back_bit_for_bit(tied: Serving, change: Callable[[Params], None]) -> None:
+def test_new_weights_are_served_and_old_ones_come_back_bit_for_bit(
+    tied: Serving, change: Callable[[Params], None]
+) -> None:
     first, changed = tied.params(0), tied.params(0)
     change(changed)
     tied.load(tied.publish(first))
@@ -190,9 +239,15 @@ def test_new_weights_are_served_and_old_ones_come_back_bit_for_bit(tied: Serving
     folder = tied.publish(changed, 3)
     tied.load(folder)
     assert tied.version() == str(tied.published)
-    assert all(span["version"] == str(tied.published) for choice in tied.sampled() for span in choice["weight_versions"])
+    assert all(
+        span["version"] == str(tied.published)
+        for choice in tied.sampled()
+        for span in choice["weight_versions"]
+    )
     after = tied.mismatch(changed)
-    print(f"\n{change.__name__}: mismatch {mismatch:.4f}, changed {after:.4f}, of the other weights {tied.mismatch(first):.4f}")
+    print(
+        f"\n{change.__name__}: mismatch {mismatch:.4f}, changed {after:.4f}, of the other weights {tied.mismatch(first):.4f}"
+    )
     assert mismatch < BOUND and after < BOUND and tied.mismatch(first) > 5 * BOUND
     tied.load(tied.publish(first))
     assert tied.answers() == before
@@ -213,7 +268,9 @@ def test_nor_do_the_writers_processes(tied: Serving) -> None:
     tied.load(tied.publish(tied.params(1)))
     assert tied.answers() != before
     tied.published += 1
-    tied.load(publish_by_processes(2, tied.folder / "model", tied.published, tied.folder / "weights"))
+    tied.load(
+        publish_by_processes(2, tied.folder / "model", tied.published, tied.folder / "weights")
+    )
     assert tied.answers() == before and tied.version() == str(tied.published)
 
 
@@ -244,7 +301,9 @@ def test_damaged_weights_change_nothing(tied: Serving, name: str) -> None:
     DAMAGES[name][0](named_seven)
     with pytest.raises(SamplerError, match="version 7 is refused: ") as refusal:
         tied.load(named_seven, 7)
-    print(f"\n| {name} | {refusal.value} | version {tied.version()}, bit-identical {tied.answers() == before} |")
+    print(
+        f"\n| {name} | {refusal.value} | version {tied.version()}, bit-identical {tied.answers() == before} |"
+    )
     assert tied.answers() == before and tied.version() == version
     tied.load(tied.publish(tied.params(1)))
     assert tied.mismatch(tied.params(1)) < BOUND
@@ -288,8 +347,13 @@ def test_a_real_model(tmp_path: Path) -> None:
             change(changed)
             serving.load(serving.publish(changed))
             given.append(serving.answers())
-            served, stale = (serving.mismatch(params, given[-1], jnp.bfloat16) for params in (changed, first))
-            print(f"\n{change.__name__}: mismatch {served:.4f}, of the first weights {stale:.4f}", flush=True)
+            served, stale = (
+                serving.mismatch(params, given[-1], jnp.bfloat16) for params in (changed, first)
+            )
+            print(
+                f"\n{change.__name__}: mismatch {served:.4f}, of the first weights {stale:.4f}",
+                flush=True,
+            )
             assert served < BOUND and (change is keep or stale > 2 * BOUND)
         assert given[-1] == given[0]
     finally:
@@ -324,14 +388,19 @@ def test_workers_of_a_parallel_server_go_back_together(parallel: Serving) -> Non
     assert parallel.answers() == before
     parallel.load(folder)
     assert parallel.mismatch(parallel.params(1)) < BOUND
-    assert parallel.echoes() == ["7", "7"]  # no worker's answer to an earlier call was left for a later one
+    assert parallel.echoes() == [
+        "7",
+        "7",
+    ]  # no worker's answer to an earlier call was left for a later one
 
 
 def test_a_parallel_server_survives_a_request_that_no_worker_understands(parallel: Serving) -> None:
     async def conversation(connection: Connection) -> None:
         await connection._call("POST", "/start_weight_update")
         try:
-            await connection._call("POST", "/update_weights", {"update_info": {"folder": "somewhere"}})
+            await connection._call(
+                "POST", "/update_weights", {"update_info": {"folder": "somewhere"}}
+            )
         finally:
             with contextlib.suppress(SamplerError):
                 await connection._call("POST", "/finish_weight_update")

@@ -22,7 +22,9 @@ def test_a_publish_freezes_loads_and_goes_on():
     ]  # fmt: skip
     assert server.seen[2][1] == {"update_info": {"path": "/weights/000002", "version": 2}}
     assert (server.weights, server.paused) == ("2", False)
-    assert set(stages) == {"write", "pause", "load", "resume"} and all(seconds >= 0 for seconds in stages.values())
+    assert set(stages) == {"write", "pause", "load", "resume"} and all(
+        seconds >= 0 for seconds in stages.values()
+    )
 
 
 def test_versions_only_grow():
@@ -40,7 +42,9 @@ def test_a_refused_publish_leaves_no_server_frozen_and_no_update_open():
     with pytest.raises(SamplerError, match="update_weights answered 400: told to fail"):
         run(body, good, bad)
     assert not good.paused and not bad.paused
-    assert bad.weights == "1" and not bad.session  # a parallel server's workers do not all end it by themselves
+    assert (
+        bad.weights == "1" and not bad.session
+    )  # a parallel server's workers do not all end it by themselves
 
 
 def test_a_server_that_closes_a_connection_after_an_error_does_not_stay_frozen():
@@ -93,14 +97,20 @@ def test_a_sampler_that_is_closed_amid_a_publish_waits_for_the_writing():
     run(body, FakeVllm())
 
 
-@pytest.mark.parametrize("error", [WeightError("norm holds values that are not finite"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "error",
+    [WeightError("norm holds values that are not finite"), OSError(28, "No space left on device")],
+)
 def test_weights_that_cannot_be_written_are_the_samplers_failure(error):
     class Broken(Written):
         def write(self, version: int, root: Path) -> Path:
             raise error
 
     server = FakeVllm()
-    with pytest.raises(SamplerError, match=r"weights of version 2 cannot be published: .*(not finite|No space left)"):
+    with pytest.raises(
+        SamplerError,
+        match=r"weights of version 2 cannot be published: .*(not finite|No space left)",
+    ):
         run(lambda sampler: sampler.publish(2, Broken()), server)
     assert server.seen == []
 
@@ -108,7 +118,9 @@ def test_weights_that_cannot_be_written_are_the_samplers_failure(error):
 def test_an_update_that_a_client_left_open_is_ended_under_its_own_label():
     server = FakeVllm(session=True, weights="5")
     run(lambda sampler: sampler.publish(6, Written()), server, published=False)
-    finished = [body["weight_version"] for route, body in server.seen if route == "/finish_weight_update"]
+    finished = [
+        body["weight_version"] for route, body in server.seen if route == "/finish_weight_update"
+    ]
     assert finished == ["5", "6"]
 
 

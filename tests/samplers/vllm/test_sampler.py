@@ -45,7 +45,12 @@ def params() -> Params:
 def other(params: Params) -> Params:
     """Another policy: every weight is changed, the embedding, which is the head too, included."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: (np.asarray(leaf, np.float32) * rng.uniform(0.7, 1.3, leaf.shape)).astype(jnp.bfloat16), params)
+    return jax.tree.map(
+        lambda leaf: (np.asarray(leaf, np.float32) * rng.uniform(0.7, 1.3, leaf.shape)).astype(
+            jnp.bfloat16
+        ),
+        params,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,14 @@ class Client:
             versions = WeightFolder(self.folder, 2**23)
             limits = VllmLimits(64, CONTEXT, 300.0, 120.0, 1)
             urls, failure = [self.server.url], self.server.failure
-            sampler = VllmSampler(urls, limits, eos_token_ids=self.eos, versions=versions, api_key=KEY, failure=failure)
+            sampler = VllmSampler(
+                urls,
+                limits,
+                eos_token_ids=self.eos,
+                versions=versions,
+                api_key=KEY,
+                failure=failure,
+            )
             try:
                 await sampler.publish(1, WholeWeights(self.params, POLICY.config))
                 return await body(sampler)
@@ -91,9 +103,13 @@ def prompt(index: int = 0) -> np.ndarray:
 
 def generated_tokens(server: VllmServer) -> float:
     """All that the server has ever generated, by its own count."""
-    asked = urllib.request.Request(f"{server.url}/metrics", headers={"Authorization": f"Bearer {KEY}"})
+    asked = urllib.request.Request(
+        f"{server.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}
+    )
     with urllib.request.urlopen(asked) as response:
-        counts = re.findall(r"^vllm:generation_tokens_total\S* (\S+)$", response.read().decode(), re.MULTILINE)
+        counts = re.findall(
+            r"^vllm:generation_tokens_total\S* (\S+)$", response.read().decode(), re.MULTILINE
+        )
     return sum(map(float, counts))
 
 
@@ -106,20 +122,30 @@ def logprobs(params: Params, r: SamplingRequest, generation: Generation) -> np.n
     """Of the generated tokens under the plain forward."""
     ids = np.concatenate([r.context_ids, generation.token_ids_T])
     padded = np.pad(ids, (0, -len(ids) % 256))[None]
-    hidden = forward(POLICY.config, params, padded, load=cast_to(jnp.float32))[0, len(r.context_ids) - 1 : len(ids) - 1]
+    hidden = forward(POLICY.config, params, padded, load=cast_to(jnp.float32))[
+        0, len(r.context_ids) - 1 : len(ids) - 1
+    ]
     logits = hidden @ head_table(params).astype(jnp.float32).T
-    return np.asarray(jax.nn.log_softmax(logits / (r.temperature or 1.0)))[np.arange(len(generation.token_ids_T)), generation.token_ids_T]
+    return np.asarray(jax.nn.log_softmax(logits / (r.temperature or 1.0)))[
+        np.arange(len(generation.token_ids_T)), generation.token_ids_T
+    ]
 
 
 class TestEndsOfTurns:
     def test_a_turn_ends_at_its_end_token_which_is_kept(self, client):
-        [generation] = client(lambda sampler: asyncio.gather(sampler.generate(request(temperature=0.0, max_tokens=200))))
+        [generation] = client(
+            lambda sampler: asyncio.gather(
+                sampler.generate(request(temperature=0.0, max_tokens=200))
+            )
+        )
         assert generation.finish_reason is FinishReason.EOS
         assert generation.token_ids_T[-1] in POLICY.chat.eos_ids
         assert not set(generation.token_ids_T[:-1].tolist()) & set(POLICY.chat.eos_ids)
 
     def test_a_turn_is_cut_at_its_length(self, client):
-        generation = client(lambda sampler: sampler.generate(request(temperature=0.0, max_tokens=5)))
+        generation = client(
+            lambda sampler: sampler.generate(request(temperature=0.0, max_tokens=5))
+        )
         assert (generation.finish_reason, len(generation.token_ids_T)) == (FinishReason.LENGTH, 5)
 
     def test_a_stop_string_ends_a_turn_at_the_token_that_completes_it(self, client):
@@ -128,7 +154,10 @@ class TestEndsOfTurns:
         stops = sorted({text[i : i + 3] for i in range(3, len(text) - 3)}, key=text.index)[:12:3]
 
         async def body(sampler: VllmSampler) -> list[Generation]:
-            requests = [request(temperature=0.0, max_tokens=60, stop_strings=("never this", stop)) for stop in stops]
+            requests = [
+                request(temperature=0.0, max_tokens=60, stop_strings=("never this", stop))
+                for stop in stops
+            ]
             return [await sampler.generate(r) for r in requests]
 
         assert len(stops) == 4
@@ -170,10 +199,14 @@ class Recording:
 
 
 def with_room_for(run: Config, tokens: int) -> Config:
-    return dataclasses.replace(run, rollout=dataclasses.replace(run.rollout, max_completion_tokens=tokens))
+    return dataclasses.replace(
+        run, rollout=dataclasses.replace(run.rollout, max_completion_tokens=tokens)
+    )
 
 
-@pytest.mark.parametrize("run", [with_room_for(config(), 96), with_room_for(vllm_cpu(), 128)], ids=["warehouse", "bfcl"])
+@pytest.mark.parametrize(
+    "run", [with_room_for(config(), 96), with_room_for(vllm_cpu(), 128)], ids=["warehouse", "bfcl"]
+)
 def test_tokens_in_are_tokens_out_at_every_turn_of_real_episodes(client, run):
     async def body(sampler: VllmSampler) -> tuple[RolloutResult, Recording]:
         recording = Recording(sampler)
@@ -189,9 +222,15 @@ def test_tokens_in_are_tokens_out_at_every_turn_of_real_episodes(client, run):
             served_C = np.zeros(len(trajectory.completion_ids_C), bool)
             for r, generation in turns:
                 start, end = len(r.context_ids), len(r.context_ids) + len(generation.token_ids_T)
-                np.testing.assert_array_equal(whole[:start], r.context_ids)  # what went in is what is trained on
-                np.testing.assert_array_equal(whole[start:end], generation.token_ids_T)  # and so is what came out
-                served_C[start - len(trajectory.prompt_ids_P) : end - len(trajectory.prompt_ids_P)] = True
+                np.testing.assert_array_equal(
+                    whole[:start], r.context_ids
+                )  # what went in is what is trained on
+                np.testing.assert_array_equal(
+                    whole[start:end], generation.token_ids_T
+                )  # and so is what came out
+                served_C[
+                    start - len(trajectory.prompt_ids_P) : end - len(trajectory.prompt_ids_P)
+                ] = True
                 ends.add(generation.finish_reason)
             np.testing.assert_array_equal(trajectory.action_mask_C, served_C)  # and nothing else is
             turns_played += len(turns)
@@ -200,18 +239,26 @@ def test_tokens_in_are_tokens_out_at_every_turn_of_real_episodes(client, run):
 
 
 class TestPublishing:
-    def test_what_is_published_is_served_and_going_back_is_bit_identical(self, client, params, other):
+    def test_what_is_published_is_served_and_going_back_is_bit_identical(
+        self, client, params, other
+    ):
         r = request(temperature=0.0, max_tokens=24)
 
         async def body(sampler: VllmSampler) -> list[Generation]:
             generations = [await sampler.generate(r)]
             for version, tree in ((2, other), (3, params)):
                 await sampler.publish(version, WholeWeights(tree, POLICY.config))
-                generations.append(await sampler.generate(r))  # the same prompt: a stale cache would answer
+                generations.append(
+                    await sampler.generate(r)
+                )  # the same prompt: a stale cache would answer
             return generations
 
         first, changed, back = client(body)
-        assert [set(g.weight_versions_T.tolist()) for g in (first, changed, back)] == [{1}, {2}, {3}]
+        assert [set(g.weight_versions_T.tolist()) for g in (first, changed, back)] == [
+            {1},
+            {2},
+            {3},
+        ]
         assert np.abs(logprobs(other, r, changed) - changed.logprobs_T).mean() < BOUND
         assert np.abs(logprobs(params, r, changed) - changed.logprobs_T).mean() > 5 * BOUND
         np.testing.assert_array_equal(first.token_ids_T, back.token_ids_T)
@@ -243,12 +290,17 @@ class TestPublishing:
         mixed = []
         for r, generation in client(body):
             first = int((generation.weight_versions_T == 1).sum())
-            assert generation.weight_versions_T.tolist() == [1] * first + [2] * (r.max_tokens - first)
+            assert generation.weight_versions_T.tolist() == [1] * first + [2] * (
+                r.max_tokens - first
+            )
             mixed += [(r, generation)] if 0 < first < r.max_tokens else []
         assert mixed
         for r, generation in mixed[:4]:
             versions_T = generation.weight_versions_T
-            for tree, version in ((params, 1), (other, 2)):  # each token is of the weights that it names, keys before it included
+            for tree, version in (
+                (params, 1),
+                (other, 2),
+            ):  # each token is of the weights that it names, keys before it included
                 differences_T = np.abs(logprobs(tree, r, generation) - generation.logprobs_T)
                 assert differences_T[versions_T == version].mean() < 2 * BOUND
 
@@ -275,24 +327,40 @@ class TestAgreement:
         update = setup.build_update(config(), POLICY.config)
         return AgreementCheck(update, prompt(), 1.0, BOUND), update
 
-    def test_it_passes_the_served_weights_and_stops_on_others(self, server, tmp_path, params, other, check):
+    def test_it_passes_the_served_weights_and_stops_on_others(
+        self, server, tmp_path, params, other, check
+    ):
         agreement, update = check
         mine, wrong = (update.init(tree).params for tree in (params, other))
         with EventLoopThread() as loop:
             versions = WeightFolder(tmp_path, 2**23)
             limits = VllmLimits(64, CONTEXT, 300.0, 120.0, 1)
-            sampler = VllmSampler([server.url], limits, eos_token_ids=POLICY.chat.eos_ids, versions=versions, api_key=KEY)
+            sampler = VllmSampler(
+                [server.url],
+                limits,
+                eos_token_ids=POLICY.chat.eos_ids,
+                versions=versions,
+                api_key=KEY,
+            )
             loop.call(sampler.publish(1, WholeWeights(params, POLICY.config)))
             figures = agreement.run(loop, sampler, mine, 1)
             assert 0 < figures["check/mismatch_mean"] < BOUND
-            with pytest.raises(MismatchError, match=r"does not serve the trainer's weights of version 1: .* vllm.max_mismatch allows 0.02"):
+            with pytest.raises(
+                MismatchError,
+                match=r"does not serve the trainer's weights of version 1: .* vllm.max_mismatch allows 0.02",
+            ):
                 agreement.run(loop, sampler, wrong, 1)
-            with pytest.raises(MismatchError, match=r"after publishing weights of version 2 the sampler answers with version \[1\]"):
+            with pytest.raises(
+                MismatchError,
+                match=r"after publishing weights of version 2 the sampler answers with version \[1\]",
+            ):
                 agreement.run(loop, sampler, mine, 2)
             loop.call(sampler.close())
             versions.close()
 
     def test_another_tokenizer(self, server, client):
         probe = TokenizerProbe("hello", (1, 2, 3))
-        with pytest.raises(SamplerError, match="has another tokenizer than the trainer: of 'hello' it makes"):
+        with pytest.raises(
+            SamplerError, match="has another tokenizer than the trainer: of 'hello' it makes"
+        ):
             client(lambda sampler: sampler.connect(probe))

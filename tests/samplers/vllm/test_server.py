@@ -35,7 +35,17 @@ time.sleep(300)
 
 
 def plan(**options) -> ServerPlan:
-    return ServerPlan(**({"python": sys.executable, "model": Path("model"), "context_tokens": 1280, "max_requests": 8} | options))
+    return ServerPlan(
+        **(
+            {
+                "python": sys.executable,
+                "model": Path("model"),
+                "context_tokens": 1280,
+                "max_requests": 8,
+            }
+            | options
+        )
+    )
 
 
 def value(command: list[str], option: str) -> str:
@@ -44,7 +54,9 @@ def value(command: list[str], option: str) -> str:
 
 class TestCommand:
     def test_on_a_cpu(self):
-        command = plan(cache_bytes=1000, arguments=("--enforce-eager",)).command(8123, guarded=False)
+        command = plan(cache_bytes=1000, arguments=("--enforce-eager",)).command(
+            8123, guarded=False
+        )
         assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         expected = {
             "--model": str(Path("model").absolute()), "--host": "127.0.0.1", "--port": "8123", "--max-model-len": "1280",
@@ -59,7 +71,10 @@ class TestCommand:
 
     def test_on_gpus_by_hand_with_a_key(self):
         command = plan(gpus=(2, 3), gpu_memory=0.8, own_weights=True).command(8123, guarded=True)
-        assert value(command, "--tensor-parallel-size") == "2" and value(command, "--gpu-memory-utilization") == "0.8"
+        assert (
+            value(command, "--tensor-parallel-size") == "2"
+            and value(command, "--gpu-memory-utilization") == "0.8"
+        )
         assert value(command, "--load-format") == "auto"
         assert value(command, "--middleware") == "jaxgrpo.samplers.vllm.auth.RequireKey"
         assert "--no-enable-chunked-prefill" not in command
@@ -70,10 +85,21 @@ class TestCommand:
     def test_the_device_is_named_among_those_that_the_trainer_may_use(self):
         ours = {"PATH": "/bin", "PYTHONPATH": "/ours", "XLA_FLAGS": "x"}
         assert plan(gpus=(3,)).environment(ours, None)["CUDA_VISIBLE_DEVICES"] == "3"
-        assert plan(gpus=(1, 0)).environment({**ours, "CUDA_VISIBLE_DEVICES": "4,GPU-abc"}, None)["CUDA_VISIBLE_DEVICES"] == "GPU-abc,4"
+        assert (
+            plan(gpus=(1, 0)).environment({**ours, "CUDA_VISIBLE_DEVICES": "4,GPU-abc"}, None)[
+                "CUDA_VISIBLE_DEVICES"
+            ]
+            == "GPU-abc,4"
+        )
         on_cpu = plan().environment({**ours, "VLLM_API_KEY": "old"}, "new")
-        assert (on_cpu["CUDA_VISIBLE_DEVICES"], on_cpu["VLLM_SERVER_DEV_MODE"], on_cpu["PATH"]) == ("", "1", "/bin")
-        assert on_cpu["VLLM_API_KEY"] == "new" and "VLLM_API_KEY" not in plan().environment({"VLLM_API_KEY": "old"}, None)
+        assert (on_cpu["CUDA_VISIBLE_DEVICES"], on_cpu["VLLM_SERVER_DEV_MODE"], on_cpu["PATH"]) == (
+            "",
+            "1",
+            "/bin",
+        )
+        assert on_cpu["VLLM_API_KEY"] == "new" and "VLLM_API_KEY" not in plan().environment(
+            {"VLLM_API_KEY": "old"}, None
+        )
         assert not {"PYTHONPATH", "XLA_FLAGS"} & set(on_cpu)
 
 
@@ -120,13 +146,20 @@ class TestRefusals:
 
     def test_the_interpreter(self, tmp_path):
         assert "/no/python cannot be run (FileNotFoundError" in self.refused(python="/no/python")
-        assert "has no vLLM: vllm.python names the interpreter" in self.refused(python=self.interpreter(tmp_path, "[{}, []]"))
+        assert "has no vLLM: vllm.python names the interpreter" in self.refused(
+            python=self.interpreter(tmp_path, "[{}, []]")
+        )
         old = self.interpreter(tmp_path, '[{"vllm": "0.31.0"}, []]')
         assert self.refused(python=old) == f"{old} has vLLM 0.31.0; supported: 0.32.x"
         bare = self.interpreter(tmp_path, '[{"vllm": "0.32.1"}, []]')
-        assert f"lacks this package's plugin: {bare} -m pip install --no-deps" in self.refused(python=bare)
+        assert f"lacks this package's plugin: {bare} -m pip install --no-deps" in self.refused(
+            python=bare
+        )
         stale = self.interpreter(tmp_path, '[{"vllm": "0.32.1"}, [1, null, 2, 3]]')
-        assert f"has another version of this package's plugin than the trainer: {stale} -m pip install" in self.refused(python=stale)
+        assert (
+            f"has another version of this package's plugin than the trainer: {stale} -m pip install"
+            in self.refused(python=stale)
+        )
 
     def test_an_interpreter_whose_package_has_other_folders(self, tmp_path):
         """As that of an earlier version has: a real interpreter, with as little as it takes."""
@@ -176,7 +209,9 @@ class TestNothingOutlivesTheTrainer:
         quick = tmp_path / "watchdog.py"
         quick.write_text(source.replace("GRACE_SECONDS = 10.0", "GRACE_SECONDS = 1.0"))
         command[2] = str(quick)
-        heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # what runs in a shell's background is born deaf to it
+        heed = lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # what runs in a shell's background is born deaf to it
         trainer = subprocess.Popen([sys.executable, "-c", TRAINER, *command], preexec_fn=heed)
         wait_until(pids.exists)
         started = [int(pid) for pid in pids.read_text().split()]
@@ -292,19 +327,33 @@ class TestStart:
         return str(path)
 
     def test_the_last_lines_are_shown_when_it_ends(self, tmp_path):
-        server = VllmServer(plan(python=self.interpreter(tmp_path, "echo loading; echo no such model >&2; exit 3")), tmp_path / "vllm.log")
-        with pytest.raises(ServerError, match=r"(?s)vLLM ended with status 3; its last lines .*loading\nno such model"):
+        server = VllmServer(
+            plan(python=self.interpreter(tmp_path, "echo loading; echo no such model >&2; exit 3")),
+            tmp_path / "vllm.log",
+        )
+        with pytest.raises(
+            ServerError,
+            match=r"(?s)vLLM ended with status 3; its last lines .*loading\nno such model",
+        ):
             server.wait(60)
         server.close()
 
     def test_a_deadline_for_the_start_ends_it(self, tmp_path):
-        server = VllmServer(plan(python=self.interpreter(tmp_path, "echo loading; sleep 300")), tmp_path / "vllm.log")
-        with pytest.raises(ServerError, match=r"did not answer at http://127.0.0.1:\d+ within vllm.start_seconds \(1\); its last lines:\n"):
+        server = VllmServer(
+            plan(python=self.interpreter(tmp_path, "echo loading; sleep 300")),
+            tmp_path / "vllm.log",
+        )
+        with pytest.raises(
+            ServerError,
+            match=r"did not answer at http://127.0.0.1:\d+ within vllm.start_seconds \(1\); its last lines:\n",
+        ):
             server.wait(1)
         assert gone(server.pid)
 
     def test_closing_twice(self, tmp_path):
-        server = VllmServer(plan(python=self.interpreter(tmp_path, "sleep 300")), tmp_path / "vllm.log")
+        server = VllmServer(
+            plan(python=self.interpreter(tmp_path, "sleep 300")), tmp_path / "vllm.log"
+        )
         server.close()
         server.close()
         assert server.failure() is not None
@@ -330,7 +379,13 @@ class TestKey:
         return sent[0]["status"]
 
     def test_every_route_but_health_wants_the_key(self, monkeypatch):
-        for path in ("/update_weights", "/pause", "/collective_rpc", "/inference/v1/generate", "/v1/models"):
+        for path in (
+            "/update_weights",
+            "/pause",
+            "/collective_rpc",
+            "/inference/v1/generate",
+            "/v1/models",
+        ):
             assert self.status(monkeypatch, "secret", path, None) == 401
             assert self.status(monkeypatch, "secret", path, "Bearer wrong") == 401
             assert self.status(monkeypatch, "secret", path, "Bearer secret") == 200
