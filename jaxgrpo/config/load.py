@@ -15,6 +15,7 @@ from jaxgrpo.config.checks import contradictions
 from jaxgrpo.config.encoding import PLACE, decode, differences, encode, encode_fields
 from jaxgrpo.config.files import run_file, search, searched, told
 from jaxgrpo.config.overrides import is_record, nearest, overridden, shown, typed
+from jaxgrpo.config.renamed import current
 from jaxgrpo.config.settings import (
     Config,
     ConfigError,
@@ -143,7 +144,8 @@ def _made(kind: type, name: str, fields: dict[str, Any], problems: list[str]) ->
 
 
 def parsed(text: str) -> dict[str, Any]:
-    """The JSON of a config. Raises ValueError that says what it is instead."""
+    """Parse the JSON of a config, with names of earlier versions replaced by today's. Raise
+    ValueError that says what it holds instead."""
     try:
         tree = json.loads(text)
     except RecursionError as error:
@@ -155,7 +157,7 @@ def parsed(text: str) -> dict[str, Any]:
     lacking = [name for name in needed if name not in tree]
     if lacking:
         raise ValueError(f"it lacks {', '.join(lacking)}")
-    return tree
+    return current(tree)
 
 
 def _whole(config: Config, path: Path) -> Config:

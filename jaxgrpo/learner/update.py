@@ -1,7 +1,8 @@
 """TrainState, the optimizer, and the jitted, sharded train step.
 
-A batch is a list of micro-batches. On it `mu` optimizer steps are taken; each adds up the gradients of all micro-batches and applies them
-once. On the first step the ratio is one: its log-probabilities come from that very forward and are kept as the old policy's of the later ones.
+A batch is a list of micro-batches, on which `mu` optimizer steps are taken. Each step adds up the
+gradients of all micro-batches and applies them once. On the first step the ratio is one: the
+log-probabilities of its own forward pass are kept as the old policy's for the later steps.
 
 With LoRA the parameters are the adapters, and the model's own weights are frozen beside them; nothing else differs.
 """
