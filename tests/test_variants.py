@@ -189,6 +189,13 @@ SAID: dict[str, dict[str, str]] = {
         "an epoch": "100 tasks = 50 batches = 50 steps",
         "the run": "1 steps = 1 batches = 0.0 epochs",
     },
+    "qwen05_gpu": {
+        "devices": "4, compute in float32",
+        "rollouts a batch": "8 tasks x 8 samples = 64",
+        "micro-batches a step": "2 of 4 groups",
+        "an epoch": "52 tasks = 6 batches = 12 steps",
+        "the run": "200 steps = 100 batches = 16.7 epochs",
+    },
     "procedural": {
         "devices": "4, compute in float32",
         "rollouts a batch": "4 tasks x 4 samples = 16",

@@ -208,7 +208,7 @@ class TestStaleSamples:
 
     def policy_gradient(self, drawn: np.ndarray) -> np.ndarray:
         """sum over actions of drawn(a) R(a) grad log policy(a), in float64: with drawn = policy the gradient of the expected reward."""
-        return drawn * self.REWARDS - self.assets * (drawn @ self.REWARDS)
+        return drawn * self.REWARDS - self.policy * (drawn @ self.REWARDS)
 
     def gradient(self, tis_cap: float | None) -> np.ndarray:
         """Of minus the loss, at the first step on a batch: the old policy is the policy itself."""
@@ -236,20 +236,20 @@ class TestStaleSamples:
 
     def test_with_the_importance_weight_the_gradient_is_the_on_policy_one(self) -> None:
         np.testing.assert_allclose(
-            self.gradient(math.inf), self.policy_gradient(self.assets), rtol=1e-6
+            self.gradient(math.inf), self.policy_gradient(self.policy), rtol=1e-6
         )
 
     def test_without_it_it_is_another(self) -> None:
         np.testing.assert_allclose(self.gradient(None), self.policy_gradient(self.OLDER), rtol=1e-6)
-        on_policy, biased = self.policy_gradient(self.assets), self.gradient(None)
+        on_policy, biased = self.policy_gradient(self.policy), self.gradient(None)
         assert (
             on_policy[0] > 0.2 and biased[0] < -0.02
         )  # a good action that the older policy hardly took would become rarer
 
     def test_a_cap_bounds_the_weight_and_leaves_the_rest_as_it_is(self) -> None:
         """policy / older is about 4.4, 0.08, 6 and 0.7: a cap of 2 counts the first and the third action twice, where they lack more."""
-        drawn = np.minimum(self.assets, 2.0 * self.OLDER)
-        assert (drawn < self.assets).tolist() == [True, False, True, False]
+        drawn = np.minimum(self.policy, 2.0 * self.OLDER)
+        assert (drawn < self.policy).tolist() == [True, False, True, False]
         np.testing.assert_allclose(self.gradient(2.0), self.policy_gradient(drawn), rtol=1e-6)
 
 
