@@ -17,8 +17,8 @@ def _run(name: str) -> None:
     """Import takes seconds; Ctrl-C during it, too, ends the command with one line."""
     try:
         program = importlib.import_module(name)
-        background = importlib.import_module("jaxgrpo.background")
+        interruptions = importlib.import_module("jaxgrpo.interruptions")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    background.run_program(program.main)
+    interruptions.run_program(program.main)

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgrpo.losses import LossSettings, grpo_loss
+from jaxgrpo.config.settings import LossSettings
+from jaxgrpo.learner.losses import grpo_loss
 from tests.axis_checks import axes, axes_checked, contradictions
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxgrpo.evaluate import main
-from jaxgrpo.rewards import ENVIRONMENT
+from jaxgrpo.rewards.base import ENVIRONMENT
 from jaxgrpo.train import train
 from jaxgrpo.types import StopReason
 from tests.training import changed, make_model, metric_lines, write_config
@@ -17,7 +17,7 @@ OF_VLLM = {
     "check/mismatch_max",
     "time/publish_<stage>_seconds",
 }
-"""Keys that only a run with vLLM writes; tests/test_vllm_runs.py reads them."""
+"""Keys that only a run with vLLM writes; tests/samplers/vllm/test_runs.py reads them."""
 RENAMED = {"_share": "_fraction"}
 """Endings that the page has under their coming names."""
 
