@@ -21,8 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxgrpo.config.annotations import fields_of, is_record
 from jaxgrpo.config.files import find, label_of, place_of, same_label
-from jaxgrpo.config.overrides import fields_of, is_record, shown
+from jaxgrpo.config.overrides import shown
 from jaxgrpo.config.settings import ConfigError
 
 CLASS, IMPORT, PLACE, OPAQUE = "class", "import", "found in", "opaque"

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxgrpo.config.annotations import is_record
 from jaxgrpo.config.checks import contradictions
 from jaxgrpo.config.encoding import PLACE, decode, differences, encode, encode_fields
 from jaxgrpo.config.files import run_file, search, searched, told
-from jaxgrpo.config.overrides import is_record, nearest, overridden, shown, typed
-from jaxgrpo.config.renamed import current
+from jaxgrpo.config.overrides import nearest, overridden, shown, typed
+from jaxgrpo.config.renamed import current, current_key
 from jaxgrpo.config.settings import (
     Config,
     ConfigError,
@@ -26,7 +27,7 @@ from jaxgrpo.paths import absolute
 MAY_CHANGE = (
     "name", "training.steps", "training.devices", "training.gpus", "training.groups_per_device", "training.head_chunk",
     "training.attention", "training.remat", "training.compilation_cache", "evaluation.", "recording.", "native.", "vllm.",
-    "lora.export", "rollout.max_in_flight", "rollout.environment_threads", "rollout.environment_deadline",
+    "lora.export", "rollout.max_in_flight", "rollout.environment_threads", "rollout.step_deadline_seconds",
 )  # fmt: skip
 """What a resumed run may set otherwise than before: none of it changes what the next step is meant to compute."""
 
@@ -190,14 +191,17 @@ def _sections() -> dict[str, type]:
 
 
 def _unexpected_argument(error: BaseException) -> str:
-    """For a section that was given an argument it does not have: the nearest one that it has."""
+    """Return a hint for an argument that a section does not have: its new name, or a similar one."""
     found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    kinds = {kind.__name__: kind for kind in (Config, *_sections().values())}
+    kinds = {kind.__name__: (f"{name}.", kind) for name, kind in _sections().items()}
+    kinds["Config"] = ("", Config)
     if found is None or found[1] not in kinds:
         return ""
-    close = difflib.get_close_matches(
-        found[2], [field.name for field in dataclasses.fields(kinds[found[1]])], 1
-    )
+    prefix, kind = kinds[found[1]]
+    now = current_key(f"{prefix}{found[2]}")
+    if now != f"{prefix}{found[2]}":
+        return f". It is now called {now.removeprefix(prefix)!r}"
+    close = difflib.get_close_matches(found[2], [f.name for f in dataclasses.fields(kind)], 1)
     return f". Did you mean {close[0]!r}?" if close else ""
 
 

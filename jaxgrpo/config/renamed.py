@@ -3,14 +3,22 @@
 from typing import Any
 
 SECTIONS = {"packing": "batching"}
-SETTINGS: dict[str, str] = {}
-"""Old dotted key -> the new name of the field, in the same section."""
+SETTINGS = {"rollout.environment_deadline": "step_deadline_seconds"}
+"""Old names of fields, under the section's name of today -> the new name in the same section."""
 MODULES = {
     "jaxgrpo.rewards": "jaxgrpo.rewards.base",
     "jaxgrpo.judge": "jaxgrpo.rewards.judge",
     "jaxgrpo.penalties": "jaxgrpo.rewards.penalties",
 }
 """Modules that define what a config may name, such as a reward function."""
+
+
+def current_key(key: str) -> str:
+    """Return what a dotted key is called now."""
+    section, _, field = key.partition(".")
+    section = SECTIONS.get(section, section)
+    field = SETTINGS.get(f"{section}.{field}", field)
+    return f"{section}.{field}" if field else section
 
 
 def current(tree: dict[str, Any]) -> dict[str, Any]:
@@ -21,10 +29,15 @@ def current(tree: dict[str, Any]) -> dict[str, Any]:
         if section != name and section in tree:
             continue
         if isinstance(value, dict):
-            keys = {key: SETTINGS.get(f"{section}.{key}", key) for key in value}
-            value = {new: value[key] for key, new in keys.items()}
+            value = _with_new_names(section, value)
         renamed[section] = _moved(value)
     return renamed
+
+
+def _with_new_names(section: str, values: dict[str, Any]) -> dict[str, Any]:
+    old = {key: SETTINGS[f"{section}.{key}"] for key in values if f"{section}.{key}" in SETTINGS}
+    kept = {key: value for key, value in values.items() if key not in old}
+    return {new: values[key] for key, new in old.items()} | kept
 
 
 def _moved(value: Any) -> Any:

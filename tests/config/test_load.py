@@ -100,7 +100,7 @@ def test_overrides_of_one_section_are_checked_together(tmp_path):
         ("evaluation.splits=(1,)", "evaluation.splits must be of type str, got 1"),
         ("environment.bonus=x", "environment.bonus must be of type float"),
         ("rollout.group_size=1", "rollout.group_size must be at least 2, got 1"),
-        ("rollout.temperature=0", "rollout.temperature must be above 0"),
+        ("rollout.temperature=0", "rollout.temperature must be at least 0.01 (vLLM"),
         ("evaluation.top_p=1.5", "evaluation.top_p must be at most 1"),
         ("optimizer.b2=1", "optimizer.b2 must be in [0, 1)"),
         ("seed=-1", "seed must be at least 0"),
@@ -133,7 +133,7 @@ def test_overrides_of_one_section_are_checked_together(tmp_path):
         ("training.max_staleness=-1", "training.max_staleness must be at least 0"),
         (
             "training.max_staleness=1",
-            "loss.tis_cap None takes every sample for the policy's own: set it",
+            "needs importance sampling: set loss.tis_cap, e.g. to 2.0",
         ),
         ("seed=99999999999999999999999", "seed must be below 2^63 = 9223372036854775808, got 99"),
         ("seed=9223372036854775808", "seed must be below 2^63"),
@@ -153,11 +153,11 @@ def test_overrides_of_one_section_are_checked_together(tmp_path):
         ("optimizer.learning_rate=1e39", "size that float32 has, 1.18e-38 to 3.4e+38, got 1e+39"),
         ("optimizer.epsilon=1e-60", "optimizer.epsilon must be of a size that float32 has"),
         ("rollout.temperature=1e-300", "rollout.temperature must be of a size that float32 has"),
-        ("rollout.temperature=0.001", "rollout.temperature must be at least 0.01, which vLLM"),
-        ("evaluation.temperature=0.001", "evaluation.temperature must be at least 0.01"),
+        ("rollout.temperature=0.001", "rollout.temperature must be at least 0.01 (vLLM"),
+        ("evaluation.temperature=0.001", "evaluation.temperature must be 0, or at least 0.01"),
         ("optimizer.b2=0.99999999999", "optimizer.b2 must be in [0, 1) and in float32 below 1"),
         ("vllm.request_seconds=1e10", "vllm.request_seconds must be at most 1000000000"),
-        ("rollout.environment_deadline=1e12", "environment_deadline must be at most 1000000000"),
+        ("rollout.step_deadline_seconds=1e12", "step_deadline_seconds must be at most 1000000000"),
     ],
 )
 def test_each_refusal_names_the_key_and_what_is_allowed(tmp_path, monkeypatch, override, said):

@@ -63,7 +63,7 @@ def run(model, tmp_path, capsys):
     return run
 
 
-DEADLINE = ("--set", "rollout.environment_deadline=0.2")
+DEADLINE = ("--set", "rollout.step_deadline_seconds=0.2")
 
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
@@ -96,7 +96,7 @@ class TestHanging:
         )
         assert (
             err
-            == f"error: tasks('train') {waits}; 10 x rollout.environment_deadline is the limit for listing tasks\n"
+            == f"error: tasks('train') {waits}; 10 x rollout.step_deadline_seconds is the limit for listing tasks\n"
         )
 
 
