@@ -1,4 +1,4 @@
-"""Settings as frozen dataclasses within dataclasses: read by dotted key, changed by `a.b=value`, held to their annotated types. Pure."""
+"""Read nested dataclasses by dotted key, change them by `a.b=value`, and check their types."""
 
 import ast
 import dataclasses
@@ -16,8 +16,8 @@ S = TypeVar("S")
 
 
 def shown(value: Any, text: Callable[[Any], str] = repr) -> str:
-    """Its repr, without addresses, which differ from process to process; and where it has none, the
-    name of its class."""
+    """Return the repr without addresses, which differ between processes. If it has none, return the
+    name of the class."""
     try:
         return re.sub(r" at 0x[0-9a-f]+", "", text(value))
     except Exception:  # the edge to a user's class; and integers of thousands of digits have none
@@ -49,7 +49,7 @@ def annotated(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def _records(value: Any) -> dict[str, Any]:
-    """The records in a tuple by the names of their classes, or none where a name occurs twice."""
+    """Return the records in a tuple by the names of their classes, or none if a name repeats."""
     items = value if isinstance(value, tuple) else ()
     records = [item for item in items if is_record(item)]
     named = {type(record).__name__: record for record in records}
@@ -90,7 +90,8 @@ def _unknown(key: str, keys: Sequence[str]) -> str:
 
 
 def _replaced(section: Any, values: Mapping[str, Any], prefix: str) -> tuple[Any, list[str]]:
-    """The section with values by dotted key; what its own checks refuse is told, and left as it was."""
+    """Return the section with these values by dotted key, and the errors of its own checks. A
+    section with an error keeps its old values."""
     changes, problems = {}, []
     for field in fields_of(section):
         key, value = f"{prefix}{field.name}", getattr(section, field.name)
@@ -112,6 +113,7 @@ def _replaced(section: Any, values: Mapping[str, Any], prefix: str) -> tuple[Any
 
 
 def nearest(key: str, keys: Sequence[str]) -> str:
+    """Return a hint: the most similar key, or else all keys of the section."""
     last = {known: known.rpartition(".")[2] for known in keys}
     name = key.rpartition(".")[2]
     similar = difflib.get_close_matches(name, last.values(), 1)
@@ -128,7 +130,8 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
 
 
 def _read(text: str, kind: Any) -> Any:
-    """The text of an override: as it stands for a str, otherwise a Python literal; names separated by commas for a tuple of names."""
+    """Parse the text of an override: a Python literal, except that a str is taken as it is and a
+    tuple of strings may be names separated by commas."""
     kinds = _alternatives(kind)
     words = {"true": True, "false": False, "none": None, "null": None}
     try:
@@ -145,9 +148,10 @@ def _read(text: str, kind: Any) -> Any:
 
 
 def _fit(value: Any, kind: Any) -> Any:
-    """`value` as the annotated type: an int for a float, a list for a tuple, nothing else. Raises TypeError that goes on after the key.
+    """Convert a value to a type: an int to a float, a list to a tuple. Raise TypeError for any
+    other type, with a message that continues after the key.
 
-    Of types that are none of these (a user's environment may have any), only the class is compared.
+    For all other types, which a user's environment may have, only the class is compared.
     """
     for one in _alternatives(kind):
         origin, arguments = typing.get_origin(one), typing.get_args(one)
@@ -182,7 +186,8 @@ def _matches(value: Any, kind: Any) -> bool:
 
 
 def typed(config: S) -> tuple[S, list[str]]:
-    """The config with every field in its type, or as it was, and the fields that cannot be brought to theirs."""
+    """Return the config with every field converted to its type, and no problems. If any field has
+    the wrong type, return the config as it was, and lines that say so."""
     values, problems = {}, []
     for key, value, kind in leaves(config):
         try:

@@ -1,4 +1,4 @@
-"""Read the config.json of earlier versions: what its sections, settings and modules are called now."""
+"""Rename the sections, settings and modules of earlier versions to what they are called now."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ MODULES = {
     "jaxgrpo.judge": "jaxgrpo.rewards.judge",
     "jaxgrpo.penalties": "jaxgrpo.rewards.penalties",
 }
-"""Modules that define what a config may name, such as a reward function."""
+"""Modules with classes and functions that a config.json may name, such as a reward function."""
 
 
 def current_key(key: str) -> str:
@@ -22,7 +22,8 @@ def current_key(key: str) -> str:
 
 
 def current(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the tree of a config.json with today's names. A new name that is there already wins."""
+    """Return the tree of a config.json with today's names. If both names are there, the new one
+    counts."""
     renamed = {}
     for name, value in tree.items():
         section = SECTIONS.get(name, name)
@@ -53,7 +54,7 @@ def _moved(value: Any) -> Any:
 
 
 def _label(label: Any) -> Any:
-    """Return `module:name`, or as version 0.1.0 wrote it `module.name`, of where it is now."""
+    """Return the current place of `module:name`. Version 0.1.0 wrote `module.name`."""
     if not isinstance(label, str):
         return label
     for old, new in MODULES.items():

@@ -121,7 +121,7 @@ class NativeSamplerSettings:
 
 @dataclasses.dataclass(frozen=True)
 class VllmSettings:
-    """vLLM as the sampler (`sampler` = vllm). The trainer starts servers unless `urls` names some."""
+    """vLLM as the sampler (`sampler` = vllm). The trainer starts it unless `urls` names servers."""
 
     urls: tuple[str, ...] = ()
     """Servers that already run, e.g. http://host:8000. Empty: the trainer starts its own."""

@@ -95,7 +95,7 @@ def test_values_are_written_and_read_back_as_what_they_were(value, tree):
 )
 def test_what_cannot_be_made_again_is_the_same_in_every_process_and_said(value, tree):
     assert encode(value) == {"opaque": tree}
-    with pytest.raises(ConfigError, match=re.escape(f"{tree} cannot be made again from JSON")):
+    with pytest.raises(ConfigError, match=re.escape(f"{tree} cannot be read back from JSON")):
         decode(encode(value))
 
 
@@ -114,21 +114,24 @@ def test_a_value_without_a_repr():
             {"class": "no_such_module:Suite"},
             "no_such_module:Suite cannot be imported (ModuleNotFoundError",
         ),
-        ({"class": f"{HERE}:Suits"}, f"{HERE}:Suits is not there any more"),
+        ({"class": f"{HERE}:Suits"}, f"{HERE}:Suits no longer exists"),
         ({"class": f"{HERE}:Part", "waight": 1}, "unexpected keyword argument 'waight'"),
         (
             {"class": "<config>:Suite"},
-            "Suite stands in a config file, and nothing says in which: give that file",
+            "Suite is defined in a config file, but not said in which: pass that file",
         ),
         (
             {"class": "<config>:Suite", "found in": "/no/c.py"},
-            "Suite stands in the config file /no/c.py, which is not there",
+            "Suite is defined in the config file /no/c.py, which does not exist",
         ),
-        ({"class": f"{HERE}:f.<locals>.Suite"}, "made within a function, where no name leads"),
-        ({"class": "os:system", "command": "true"}, "os:system is no dataclass"),
-        ({"class": 3}, "3 cannot be made again"),
-        ({"set": [{"list": []}]}, "cannot be made again: TypeError: unhashable"),
-        ({"dict": 3}, "cannot be made again: TypeError"),
+        (
+            {"class": f"{HERE}:f.<locals>.Suite"},
+            "defined inside a function, so it cannot be found by name",
+        ),
+        ({"class": "os:system", "command": "true"}, "os:system is not a dataclass"),
+        ({"class": 3}, "3 cannot be read back"),
+        ({"set": [{"list": []}]}, "cannot be read back: TypeError: unhashable"),
+        ({"dict": 3}, "cannot be read back: TypeError"),
     ],
 )
 def test_what_was_written_by_hand_or_is_gone_is_told(tree, said):
@@ -236,7 +239,7 @@ def test_classes_in_the_config_file_or_beside_it_are_found_from_another_folder(t
         ),
         ({"environment": {"class": "gone:Mine"}}, "environment: gone:Mine cannot be imported"),
         ({"training": {"steps": 2.5}}, "training.steps must be of type int, got 2.5"),
-        ({"seed": {"opaque": "x"}}, "seed: x cannot be made again from JSON"),
+        ({"seed": {"opaque": "x"}}, "seed: x cannot be read back from JSON"),
     ],
 )
 def test_a_config_json_with_something_wrong(tmp_path, change, said):
@@ -273,7 +276,7 @@ def test_a_json_that_is_no_config(tmp_path, text, said):
 
 def test_a_run_folder_in_the_place_of_its_config(tmp_path):
     (tmp_path / "config.json").write_text(to_json(small_config("m")))
-    with pytest.raises(ConfigError, match=r"this is the folder of one: give the config.json in it"):
+    with pytest.raises(ConfigError, match=r"this is the folder of a run: pass the config.json in it"):
         load_config(tmp_path)
 
 
@@ -364,7 +367,7 @@ def test_a_field_that_the_class_did_not_have_or_has_no_more():
     ]
     tree["environment"] |= {"anything": None, "gone": 3}
     (line,) = incompatible_changes(json.dumps(tree), suite())
-    assert line == "environment.gone was 3, and there is no such setting any more"
+    assert line == "environment.gone was 3, but this setting no longer exists"
 
 
 def test_what_version_0_1_0_wrote_is_compared_by_its_meaning():
