@@ -42,7 +42,7 @@ class Text(str):
         (1e12, 1e12),
     ],
 )
-def test_numbers_become_floats(given, plain):
+def test_numbers_become_floats(given, plain) -> None:
     score = Score(given, np.bool_(True), {"reward": given})
     for number in (score.reward, score.parts["reward"]):
         assert (type(number), number) == (float, plain)
@@ -56,7 +56,7 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize("given", NUMBERS, ids=lambda given: type(given).__name__)
-def test_what_is_no_finite_number_of_a_useful_size_is_refused(given):
+def test_what_is_no_finite_number_of_a_useful_size_is_refused(given) -> None:
     for place, score in (
         ("a score's reward", lambda: Score(given, True)),
         (r"a score's parts\['reward'\]", lambda: Score(1.0, True, {"reward": given})),
@@ -140,7 +140,7 @@ def test_what_is_no_finite_number_of_a_useful_size_is_refused(given):
         (lambda: StepResult(stop_reason=StopReason.FINISHED, calls=(CALL,) * 10_001), "a step's calls must be at most 10000, got 10001"),
     ],
 )  # fmt: skip
-def test_what_is_of_the_wrong_type_or_content_is_refused(make, message):
+def test_what_is_of_the_wrong_type_or_content_is_refused(make, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message) as error:
         make()
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
@@ -150,7 +150,7 @@ class Role(enum.StrEnum):
     USER = "user"
 
 
-def test_lists_subclasses_and_numpy_become_plain():
+def test_lists_subclasses_and_numpy_become_plain() -> None:
     message = Message(Role.USER, Text("hi"))
     assert (type(message.role), type(message.content), message.content) == (str, str, "hi")
     call = ToolCall(Text("ls"), "{}", "x", np.bool_(True))
@@ -167,7 +167,7 @@ def test_lists_subclasses_and_numpy_become_plain():
     assert Task("org/name 7", ["Files"]).labels == ("Files",)
 
 
-def test_a_derived_class_that_leaves_out_the_checks_is_made_anew():
+def test_a_derived_class_that_leaves_out_the_checks_is_made_anew() -> None:
     class Careless(Message):
         def __post_init__(self):
             pass
@@ -177,7 +177,7 @@ def test_a_derived_class_that_leaves_out_the_checks_is_made_anew():
     assert type(Observation((Careless("user", "x"),)).messages[0]) is Message
 
 
-def test_long_texts_are_cut_with_a_mark_and_once():
+def test_long_texts_are_cut_with_a_mark_and_once() -> None:
     call = ToolCall("n" * 501, "a" * 200_000, "r" * 40_000_000, ok=False)
     assert [len(text) for text in (call.name, call.arguments, call.result)] == [
         500,

@@ -118,7 +118,7 @@ def test_a_variant_differs_from_the_article_only_in_what_it_says(name: str) -> N
     } == DIFFERENCES[name]
 
 
-def test_the_articles_recipe():
+def test_the_articles_recipe() -> None:
     recipe = settings("h200x4")
     assert recipe["rollout.tasks_per_step"] * recipe["rollout.group_size"] == 96
     expected = {
