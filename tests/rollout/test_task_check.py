@@ -147,7 +147,7 @@ class TestHanging:
         ),
         (
             "pass", "def tasks(self, split): return [Task(7)]",
-            "TypeError: a task's id must be a text, got 7 (mine.py, line 13, in tasks): tasks('train') failed: the environment gives no "
+            "TypeError: a task's id must be a str, got 7 (mine.py, line 13, in tasks): tasks('train') failed: the environment gives no "
             "tasks of the train split",
         ),
         (
