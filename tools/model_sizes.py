@@ -1,4 +1,4 @@
-"""The published sizes of the Qwen2.5 models, so that a run can be planned before its model is fetched."""
+"""The published sizes of the Qwen2.5 models, to plan a run before its model is downloaded."""
 
 from jaxgrpo.models.model_config import ModelConfig
 
@@ -39,10 +39,11 @@ QWEN2_5 = {
     "32B": _size(64, 5120, 40, 8, 27648, 152064),
     "72B": _size(80, 8192, 64, 8, 29568, 152064),
 }
-"""By size (Qwen2.5 technical report, arXiv:2412.15115, table 1). The base and the instruct model of a size have the same shapes."""
+"""Base and instruct models by size (Qwen2.5 technical report, arXiv:2412.15115, table 1)."""
 
 
 def known_size(name: str) -> ModelConfig | None:
-    """The sizes of a hub name such as "Qwen/Qwen2.5-7B-Instruct"; None when it is not one of these models."""
+    """Return the sizes for a name on the Hub, such as "Qwen/Qwen2.5-7B-Instruct", or None if it is
+    not one of these models."""
     base = name.removesuffix("-Instruct")
     return QWEN2_5.get(base.removeprefix(_PREFIX)) if base.startswith(_PREFIX) else None
