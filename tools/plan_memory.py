@@ -28,60 +28,49 @@ TABLE_GPUS = (4, 8, 64, 512)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    _add_run_flags(parser)
+    _add_cluster_flags(parser)
+    rows = ", ".join(map(str, TABLE_GPUS))
+    parser.add_argument("--table", action="store_true", help=f"also plan for {rows} GPUs")
+    parser.add_argument("--json", action="store_true", help="also print the plan as JSON")
+    args = parser.parse_args(arguments)
+    args.link = args.link or TARGETS[args.target].link / 1e9
+    args.network = args.network or TARGETS[args.target].network / 1e9
+    return args
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     of_config = "a Python file with get_config(), or the config.json of a run"
     parser.add_argument("--config", required=True, help=of_config)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting"
     )
-    parser.add_argument(
-        "--devices", type=positive_integer, help="training devices (default: the config's)"
-    )
+    for flag, of_flag in {
+        "--devices": "training devices (default: the config's)",
+        "--prompt": "prompt tokens per group (default: rollout.max_prompt_tokens)",
+        "--completion": "tokens per completion (default: rollout.max_completion_tokens)",
+    }.items():
+        parser.add_argument(flag, type=positive_integer, help=of_flag)
+
+
+def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", choices=sorted(TARGETS), default="h200")
-    parser.add_argument(
-        "--compiler",
-        choices=("auto", "gpu", "cpu"),
-        default="auto",
-        help="auto: gpu if jax's CUDA wheels are installed, else cpu",
-    )
-    parser.add_argument(
-        "--prompt",
-        type=positive_integer,
-        help="prompt tokens per group (default: rollout.max_prompt_tokens)",
-    )
-    parser.add_argument(
-        "--completion",
-        type=positive_integer,
-        help="tokens per completion (default: rollout.max_completion_tokens)",
-    )
-    parser.add_argument(
-        "--mfu",
-        type=positive_number,
-        default=0.4,
-        help="expected model FLOPs utilization (default: 0.4)",
-    )
+    of_compiler = "auto: gpu if jax's CUDA wheels are installed, else cpu"
+    compilers = ("auto", "gpu", "cpu")
+    parser.add_argument("--compiler", choices=compilers, default="auto", help=of_compiler)
+    of_mfu = "expected model FLOPs utilization (default: 0.4)"
+    parser.add_argument("--mfu", type=positive_number, default=0.4, help=of_mfu)
     parser.add_argument(
         "--rollout-tokens-per-second", type=positive_number, help="of all samplers together"
     )
-    parser.add_argument("--gpu-hour-price", type=positive_number)
-    parser.add_argument(
-        "--link",
-        type=positive_number,
-        metavar="GB/S",
-        help="NVLink per GPU, one direction (default: the target's)",
-    )
-    network = "InfiniBand per GPU, one direction (default: the target's)"
-    parser.add_argument("--network", type=positive_number, metavar="GB/S", help=network)
-    parser.add_argument(
-        "--table", action="store_true", help=f"also plan for {', '.join(map(str, TABLE_GPUS))} GPUs"
-    )
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args(arguments)
-    args.link = args.link or TARGETS[args.target].link / 1e9
-    args.network = args.network or TARGETS[args.target].network / 1e9
-    return args
+    parser.add_argument("--gpu-hour-price", type=positive_number, help="in any currency")
+    for flag, network in {"--link": "NVLink", "--network": "InfiniBand"}.items():
+        of_network = f"{network} per GPU, one direction (default: the target's)"
+        parser.add_argument(flag, type=positive_number, metavar="GB/S", help=of_network)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
