@@ -19,7 +19,7 @@ from jaxgrpo.config.settings import NO_LORA, TARGETS, Config, LoraSettings, page
 _FLOAT32 = np.finfo(np.float32)
 
 
-def contradictions(config: Config) -> list[str]:
+def find_problems(config: Config) -> list[str]:
     """Return lines that say what is wrong with a config whose fields are all of their types."""
     rest = (_check_bounds, _check_choices, _check_across)
     return _check_numbers(config) or [problem for check in rest for problem in check(config)]

@@ -45,7 +45,7 @@ def run_file(path: Path, hint: Hint = _no_hint) -> types.ModuleType:
     The source is compiled each time, because cached bytecode is checked by whole seconds only.
     Raise ConfigError with the line in which the file failed, and the hint.
     """
-    with told(path, hint):
+    with located_errors(path, hint):
         name = _module_name(path, search_beside(path.parent))
         loader = importlib.machinery.SourceFileLoader(name, str(path))
         spec = importlib.util.spec_from_file_location(name, path, loader=loader)
@@ -73,7 +73,7 @@ def _registered(name: str, module: types.ModuleType) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told(path: Path, hint: Hint = _no_hint) -> Iterator[None]:
+def located_errors(path: Path, hint: Hint = _no_hint) -> Iterator[None]:
     """Turn every error of a user's file into a ConfigError that says where it was raised."""
     try:
         yield
@@ -100,17 +100,17 @@ def search_beside(folder: Path) -> Path:
         root = root.parent
     first = list(dict.fromkeys((str(folder), str(root))))
     sys.path[:] = [*first, *(entry for entry in sys.path if entry not in first)]
-    _look_anew()
+    _refresh_imports()
     return root
 
 
-def search(folders: Iterable[str]) -> None:
+def add_import_folders(folders: Iterable[str]) -> None:
     """Let imports search these folders too, after all others."""
     sys.path.extend(one for one in folders if one not in sys.path and Path(one).is_dir())
-    _look_anew()
+    _refresh_imports()
 
 
-def searched() -> list[str]:
+def import_folders() -> list[str]:
     """Return the folders that imports search for the user's modules: those of configs, of
     PYTHONPATH, and the one in which the program was started."""
     standard = Path(sysconfig.get_path("stdlib"))
@@ -119,7 +119,7 @@ def searched() -> list[str]:
     return [str(one) for one in given if one not in own and one.name not in _INSTALLED]
 
 
-def _look_anew() -> None:
+def _refresh_imports() -> None:
     importlib.invalidate_caches()
     for package in filter(None, map(sys.modules.get, _OWN_PACKAGES)):
         package.__path__ = pkgutil.extend_path(package.__path__, package.__name__)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxgrpo.config.annotations import is_record
-from jaxgrpo.config.checks import contradictions
+from jaxgrpo.config.checks import find_problems
 from jaxgrpo.config.encoding import PLACE, decode, differences, encode, encode_fields
-from jaxgrpo.config.files import run_file, search, searched, told
-from jaxgrpo.config.overrides import nearest, overridden, shown, typed
-from jaxgrpo.config.renamed import current, current_key
+from jaxgrpo.config.files import add_import_folders, import_folders, located_errors, run_file
+from jaxgrpo.config.overrides import apply_overrides, convert_types, shown, suggestion
+from jaxgrpo.config.renamed import current_key, with_current_names
 from jaxgrpo.config.settings import Config, ConfigError, refuse
 from jaxgrpo.paths import absolute
 
@@ -49,7 +49,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     everything that is wrong.
     """
     start = Path.cwd()  # before a config file changes it
-    search([str(start)])  # `python -P` leaves it out
+    add_import_folders([str(start)])  # `python -P` leaves it out
     file = absolute(path, start)
     if not os.path.isfile(file):
         of_run = os.path.isfile(file / "config.json")
@@ -59,9 +59,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             f"{'; this is the folder of a run: pass the config.json in it' if of_run else ''}"
         )
     config = _read_json(file) if file.suffix == ".json" else _run_python(file)
-    config, problems = overridden(config, overrides)
-    config, mistyped = typed(config)
-    refuse(problems + (mistyped or contradictions(config)))
+    config, problems = apply_overrides(config, overrides)
+    config, mistyped = convert_types(config)
+    refuse(problems + (mistyped or find_problems(config)))
     return _anchored(config, start)
 
 
@@ -81,12 +81,12 @@ def _anchored(config: Config, start: Path) -> Config:
 
 def check(config: Config) -> None:
     """Raise ConfigError that lists everything that is wrong with a config."""
-    refuse(typed(config)[1] or contradictions(config))
+    refuse(convert_types(config)[1] or find_problems(config))
 
 
 def apply_override(config: Config, override: str) -> Config:
     """Return the config with one `a.b=value` applied. Raise ConfigError if it is not valid."""
-    config, problems = overridden(config, [override])
+    config, problems = apply_overrides(config, [override])
     refuse(problems)
     return config
 
@@ -97,34 +97,34 @@ def _run_python(path: Path) -> Config:
         raise ConfigError(
             f"{path} has no get_config(): it must return a jaxgrpo.config.settings.Config"
         )
-    with told(path, _unexpected_argument):
+    with located_errors(path, _unexpected_argument):
         config = module.get_config()
     if not isinstance(config, Config):
         raise ConfigError(
             f"get_config() of {path} returned {type(config).__name__}, "
             "not a jaxgrpo.config.settings.Config"
         )
-    return _whole(config, path)
+    return _checked(config, path)
 
 
 def _read_json(path: Path) -> Config:
     """Return the config that `to_json` wrote. Settings that did not exist then have their
     defaults."""
     try:
-        tree = parsed(path.read_text(encoding="utf-8"))
+        tree = parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not the config.json of a run: {error}") from error
     folders = tree.pop(PLACE, [])
     if isinstance(folders, list):
-        search(folder for folder in folders if isinstance(folder, str))
+        add_import_folders(folder for folder in folders if isinstance(folder, str))
     sections, values, problems = _sections(), {}, []
     known = {field.name: sections.get(field.name) for field in dataclasses.fields(Config)}
     for name, saved in tree.items():
         kind = known.get(name)
         if name not in known:
-            problems.append(f"unknown setting {name!r}. {nearest(name, list(known))}")
+            problems.append(f"unknown setting {name!r}. {suggestion(name, list(known))}")
         elif kind is None:
             values[name] = _decoded(name, saved, problems)
         elif not isinstance(saved, dict):
@@ -132,12 +132,14 @@ def _read_json(path: Path) -> Config:
         else:
             own = [field.name for field in dataclasses.fields(kind)]
             unknown = [key for key in saved if key not in own]
-            problems += [f"unknown setting '{name}.{key}'. {nearest(key, own)}" for key in unknown]
+            problems += [
+                f"unknown setting '{name}.{key}'. {suggestion(key, own)}" for key in unknown
+            ]
             given = {key: value for key, value in saved.items() if key in own}
             fields = {key: _decoded(f"{name}.{key}", given[key], problems) for key in given}
-            values[name] = _made(kind, name, fields, problems)
+            values[name] = _construct(kind, name, fields, problems)
     refuse(problems)
-    return _whole(Config(**values), path)
+    return _checked(Config(**values), path)
 
 
 def _decoded(key: str, saved: Any, problems: list[str]) -> Any:
@@ -147,14 +149,14 @@ def _decoded(key: str, saved: Any, problems: list[str]) -> Any:
         problems.append(f"{key}: {error}")
 
 
-def _made(kind: type, name: str, fields: dict[str, Any], problems: list[str]) -> Any:
+def _construct(kind: type, name: str, fields: dict[str, Any], problems: list[str]) -> Any:
     try:
         return kind(**fields)
     except (TypeError, ValueError) as error:
         problems.append(f"{name}: {error}")
 
 
-def parsed(text: str) -> dict[str, Any]:
+def parse(text: str) -> dict[str, Any]:
     """Parse the JSON of a config, and replace the names of earlier versions by today's. Raise
     ValueError if it is anything else."""
     try:
@@ -168,10 +170,10 @@ def parsed(text: str) -> dict[str, Any]:
     lacking = [name for name in needed if name not in tree]
     if lacking:
         raise ValueError(f"it lacks {', '.join(lacking)}")
-    return current(tree)
+    return with_current_names(tree)
 
 
-def _whole(config: Config, path: Path) -> Config:
+def _checked(config: Config, path: Path) -> Config:
     """Check that every section has its class and that the environment is a task suite."""
     refuse(
         [
@@ -226,7 +228,7 @@ def to_json(config: Config, places: bool = False) -> str:
         name: encode_fields(value, places) if name in sections else encode(value, places)
         for name, value in values.items()
     }
-    return json.dumps({**tree, PLACE: searched()} if places else tree, indent=2)
+    return json.dumps({**tree, PLACE: import_folders()} if places else tree, indent=2)
 
 
 def incompatible_changes(saved: str, config: Config) -> list[str]:
@@ -235,7 +237,7 @@ def incompatible_changes(saved: str, config: Config) -> list[str]:
 
     Raise ValueError if `saved` is not the JSON of a config.
     """
-    tree = parsed(saved)
+    tree = parse(saved)
     model = tree["model"]
     if isinstance(model, dict) and _same_folder(model.get("source"), config.model.source):
         model["source"] = config.model.source

@@ -56,7 +56,7 @@ def _records(value: Any) -> dict[str, Any]:
     return named if len(named) == len(records) else {}
 
 
-def overridden(config: S, overrides: Sequence[str]) -> tuple[S, list[str]]:
+def apply_overrides(config: S, overrides: Sequence[str]) -> tuple[S, list[str]]:
     """Return the config with all overrides applied together, and lines that say what was wrong with
     them. A section is made once, with all of its changes."""
     kinds = {key: kind for key, _, kind in leaves(config)}
@@ -86,7 +86,7 @@ def _unknown(key: str, keys: Sequence[str]) -> str:
     now = current_key(key)
     if now != key:
         return f"{key!r} is now called {now!r}"
-    return f"unknown setting {key!r}. {nearest(key, keys)}"
+    return f"unknown setting {key!r}. {suggestion(key, keys)}"
 
 
 def _replaced(section: Any, values: Mapping[str, Any], prefix: str) -> tuple[Any, list[str]]:
@@ -112,7 +112,7 @@ def _replaced(section: Any, values: Mapping[str, Any], prefix: str) -> tuple[Any
         return section, [*problems, f"{prefix.rstrip('.') or 'the config'}: {error}"]
 
 
-def nearest(key: str, keys: Sequence[str]) -> str:
+def suggestion(key: str, keys: Sequence[str]) -> str:
     """Return a hint: the most similar key, or else all keys of the section."""
     last = {known: known.rpartition(".")[2] for known in keys}
     name = key.rpartition(".")[2]
@@ -185,7 +185,7 @@ def _matches(value: Any, kind: Any) -> bool:
     return kind is Any or (isinstance(plain, type) and isinstance(value, plain))
 
 
-def typed(config: S) -> tuple[S, list[str]]:
+def convert_types(config: S) -> tuple[S, list[str]]:
     """Return the config with every field converted to its type, and no problems. If any field has
     the wrong type, return the config as it was, and lines that say so."""
     values, problems = {}, []

@@ -21,7 +21,7 @@ def current_key(key: str) -> str:
     return f"{section}.{field}" if field else section
 
 
-def current(tree: dict[str, Any]) -> dict[str, Any]:
+def with_current_names(tree: dict[str, Any]) -> dict[str, Any]:
     """Return the tree of a config.json with today's names. If both names are there, the new one
     counts."""
     renamed = {}

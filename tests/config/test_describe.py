@@ -10,7 +10,7 @@ import pytest
 from configs.procedural import get_config
 from jaxgrpo.config.annotations import bounds_of, choices_of, plain, type_name
 from jaxgrpo.config.bounds import AtLeast, AtMost
-from jaxgrpo.config.checks import contradictions
+from jaxgrpo.config.checks import find_problems
 from jaxgrpo.config.describe import field_docs, help_text, sections
 from jaxgrpo.config.overrides import leaves
 from jaxgrpo.config.settings import TARGETS, MaskedReason, Target
@@ -90,7 +90,7 @@ def test_annotations_are_read_through_unions_and_tuples() -> None:
 
 def test_bounds_and_choices_of_an_environment_are_checked_too() -> None:
     config = dataclasses.replace(get_config(), environment=_Rooms(rooms=0, colour="rde"))
-    assert contradictions(config) == [
+    assert find_problems(config) == [
         "environment.rooms must be at least 1, got 0",
         "environment.colour must be one of red, blue; got 'rde'. Did you mean 'red'?",
     ]

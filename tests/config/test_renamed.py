@@ -7,7 +7,7 @@ import pytest
 
 from configs.procedural import get_config
 from jaxgrpo.config.load import incompatible_changes, load_config, to_json
-from jaxgrpo.config.renamed import current
+from jaxgrpo.config.renamed import with_current_names
 from jaxgrpo.config.settings import ConfigError
 
 
@@ -26,7 +26,7 @@ def test_a_section_of_an_earlier_version_is_read(tmp_path: Path) -> None:
 
 
 def test_todays_name_wins() -> None:
-    assert current({"packing": {"a": 1}, "batching": {"a": 2}}) == {"batching": {"a": 2}}
+    assert with_current_names({"packing": {"a": 1}, "batching": {"a": 2}}) == {"batching": {"a": 2}}
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_todays_name_wins() -> None:
 def test_classes_and_functions_are_found_where_they_are_now(old: str, new: str) -> None:
     tree = {"rewards": {"functions": [{"class": old, "limit": 3}, {"import": old}]}}
     functions = [{"class": new, "limit": 3}, {"import": new}]
-    assert current(tree) == {"rewards": {"functions": functions}}
+    assert with_current_names(tree) == {"rewards": {"functions": functions}}
 
 
 def test_a_setting_of_an_earlier_version_is_read(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_setting_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     assert config.rollout.step_deadline_seconds == 7.5
     assert incompatible_changes(json.dumps(tree), get_config()) == []
     tree["rollout"]["step_deadline_seconds"] = 8.5
-    assert current(tree)["rollout"]["step_deadline_seconds"] == 8.5
+    assert with_current_names(tree)["rollout"]["step_deadline_seconds"] == 8.5
 
 
 @pytest.mark.parametrize(
