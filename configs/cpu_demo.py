@@ -1,12 +1,18 @@
-"""GRPO on real BFCL tasks within about ten minutes on two CPU cores: the tiny model, the real simulators, the official reward.
+"""GRPO on real BFCL tasks, with the tiny model, the real simulators and the official reward.
 
 Command    python -m jaxgrpo.train --config configs/cpu_demo.py
 Hardware   two CPU cores
-Tasks      the 38 tasks of BFCL v3's train split whose first query takes one call and that do not involve TravelAPI (its calls
-           take more arguments than the tiny model ever gets right); evaluated on them and on the whole test split
+Tasks      38 tasks of BFCL v3's train split: the first query takes one call and does not involve
+           TravelAPI, whose calls have more arguments than the tiny model ever gets right
+Evaluation the 38 tasks, and the whole test split
+Time       about ten minutes
 
-Departures from the article's recipe: short prompts (one line a tool) and episodes, for the tiny model's sake; a mean over rows rather than
-over tokens, and overlong episodes keep their loss: otherwise what a tiny model does badly, it does at length, unpunished (docs/log.md).
+Departures from the article's recipe, because the model is so small:
+
+- Prompts are short (one line per tool), and so are episodes.
+- The loss is a mean over rows rather than over tokens.
+- Overlong episodes have a loss. Otherwise the model learns to fail at length, unpunished
+  (docs/log.md).
 """
 
 from envs.bfcl import Bfcl

@@ -1,5 +1,7 @@
-"""The article's run in the later fashion: no KL term, DAPO's wider upper clip (arXiv:2503.14476), a mean over
-rows, and the mismatch between sampler and trainer corrected by truncated importance sampling.
+"""The article's run with more recent choices for the loss.
+
+There is no KL term. The upper clip is DAPO's wider one (arXiv:2503.14476), and the loss is a mean
+over rows. Truncated importance sampling corrects the mismatch between sampler and trainer.
 
 Command    python -m jaxgrpo.train --config configs/dapo_style.py
 Hardware   as h200x4.py

@@ -1,20 +1,26 @@
-"""The article's run: Qwen2.5-7B-Instruct on BFCL's multi-turn base tasks, first query only, GRPO without demonstrations.
+"""The article's run: Qwen2.5-7B-Instruct on BFCL's multi-turn base tasks, no demonstrations.
 
 Command    python -m jaxgrpo.train --config configs/h200x4.py
-Hardware   four H200: three train, the fourth serves the rollouts with vLLM (the README says how to install it)
-Batches    96 rollouts (12 tasks x 8) a batch in 4 micro-batches of 3 groups, two optimizer steps on each; 1,600 steps = 800 batches =
-           100 epochs of the 100 tasks
-Memory     60.0 GiB a training GPU at the limits (6,144 prompt and 2,048 completion tokens), 54.0 at 4,096 and 1,024, besides
-           cuDNN's workspace; compiled for three H200, not run (python -m tools.plan_memory --config configs/h200x4.py)
-Time       not measured; at an MFU of 0.4 a step takes 11.1 s at the limits, 5.7 s at 4,096 and 1,024, and the run 5.8 or 3.0 hours
-           besides the rollouts
+Hardware   four H200: three train, the fourth serves the rollouts with vLLM (README: installation)
+Tasks      BFCL v3's multi-turn base tasks, first query only: 100 to train, 100 to test. The
+           article trained on this release
+Batches    96 episodes (12 tasks x 8) in 4 micro-batches of 3 groups. Two optimizer steps per batch;
+           1,600 steps = 800 batches = 100.0 epochs of 96 tasks each
+Memory     60.0 GiB per training GPU at the limits (6,144 prompt and 2,048 completion tokens), and
+           54.0 GiB at 4,096 and 1,024, plus cuDNN's workspace. Compiled for three H200, not run
+           (python -m tools.plan_memory --config configs/h200x4.py)
+Time       not measured. Computed at an MFU of 0.4, without rollouts: 11.1 s per step at the limits,
+           5.8 hours in all; 5.7 s and 3.0 hours at 4,096 and 1,024 tokens
 Result     not measured here; the article reports 55 % -> 78 % on the held-out tasks
 
-Tasks      BFCL v3's multi-turn base tasks, the release that the article trained on: 100 to train, 100 to test
+Recipe:
 
-Recipe: clip 0.2, k3 KL of beta 0.001 against a reference that is replaced by the policy every 100 steps, AdamW (0.9, 0.99) at a constant
-1e-6 after 20 warm-up steps, gradient norm at most 0.2, group-normalised advantages, 2,048 completion tokens and 10 turns an episode,
-no loss on episodes that ran out of tokens. docs/fidelity.md compares every ingredient with the article's text and code.
+- Clip 0.2. KL term (k3) with beta 0.001; the policy becomes the reference every 100 steps.
+- AdamW (0.9, 0.99). Constant learning rate 1e-6 after 20 warm-up steps. Gradient norm at most 0.2.
+- Advantages are normalized per group. Episodes that ran out of tokens have no loss.
+- At most 2,048 completion tokens and 10 turns per episode.
+
+docs/fidelity.md compares every ingredient with the article's text and code.
 """
 
 from envs.bfcl import Bfcl

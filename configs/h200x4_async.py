@@ -1,14 +1,18 @@
-"""The article's run with the rollouts of the next batch played while this one trains, one weight version behind at most.
+"""The article's run with asynchronous rollouts: the next batch is sampled while this one trains.
 
 Command    python -m jaxgrpo.train --config configs/h200x4_async.py
 Hardware   as h200x4.py
-Time       not measured. A batch takes as long as the slower of its two halves, rollouts and update, rather than both one after the other:
-           at best half the time of h200x4.py, where the halves are equal (benchmarks/overlap.py measures that on a CPU)
+Time       not measured. A batch takes as long as the slower of rollouts and update, rather than the
+           sum: at best half the time of h200x4.py, if both take equally long
+           (benchmarks/overlap.py measures this on a CPU)
 Result     not measured
 
-Departures from the article: tokens may be a version (two optimizer steps) older than the weights they train. Truncated importance
-sampling, capped at 2, corrects each token's own probability for that; it does not correct which prefixes the older weights led to, nor the
-KL term. Runs do not repeat to the last bit: which version a token is of follows the clock.
+Departures from the article:
+
+- A token may be one weight version (two optimizer steps) older than the weights that it trains.
+- Truncated importance sampling, capped at 2, corrects the probability of each token for that. It
+  corrects neither the KL term nor which prefixes the older weights led to.
+- Runs are not repeatable bit for bit, because the version of a token depends on timing.
 """
 
 import dataclasses

@@ -1,13 +1,13 @@
-"""The article's run on one host of eight H200: six train, two serve the rollouts, each with a vLLM server of its own.
+"""The article's run on one host with eight H200: six train, and two serve the rollouts.
 
 Command    python -m jaxgrpo.train --config configs/h200x8.py
 Hardware   eight H200
-Batches    as h200x4.py: 96 rollouts (12 tasks x 8), two groups a training device
+Batches    as h200x4.py: 96 episodes (12 tasks x 8), two groups per training device
 Time       not measured
 Result     not measured
 
-Servers share the requests, the least loaded first. A policy that needs the memory of two GPUs is served by both as one, tensor-parallel,
-with vllm.servers=1.
+Each of the two has a vLLM server of its own. A request goes to the least loaded server. If a policy
+needs the memory of both GPUs, set vllm.servers=1: one tensor-parallel server then has both.
 """
 
 import dataclasses

@@ -1,12 +1,14 @@
-"""The article's run with LoRA, on two GPUs in place of four: only adapters of rank 32 are trained, the 7B model is frozen in bfloat16.
+"""The article's run with LoRA on two GPUs: adapters of rank 32 train, the 7B model is frozen.
 
 Command    python -m jaxgrpo.train --config configs/lora.py
-Hardware   two H200: one trains, the other serves the rollouts with vLLM. It has not been run yet; the memory below is arithmetic
-Memory     of the weights' state on the training GPU: 15.2 GB of frozen weights, 1.1 GB of adapters, moments and reference (all weights:
-           106.6 GB), and while weights are published the merged ones, 13.1 GB; activations as in h200x4.py
+Hardware   two H200: one trains, the other serves the rollouts with vLLM. Not run yet
+Memory     computed, for the state of the weights on the training GPU: 15.2 GB of frozen weights
+           (bfloat16) and 1.1 GB of adapters, moments and reference. Training all weights takes
+           106.6 GB. Publishing adds 13.1 GB of merged weights. Activations as in h200x4.py
 Result     not measured
 
-Departures from the article: a learning rate ten times higher, as low-rank adapters usually need; the result is exported as a PEFT adapter.
+Departures from the article: the learning rate is ten times higher, as low-rank adapters usually
+need, and the result is exported as a PEFT adapter.
 """
 
 import dataclasses

@@ -1,13 +1,16 @@
-"""The article's recipe on several hosts: two of eight H200 train, vLLM serves the rollouts from others.
+"""The article's recipe on several hosts: two hosts of eight H200 train, others serve with vLLM.
 
-Command    python -m jaxgrpo.train --config configs/multi_host.py --distributed --run-dir /shared/runs/multi_host
-           on every training host, by Slurm, Open MPI or Kubernetes; docs/scale-out.md has the scripts
-Hardware   two hosts of eight H200 and the servers' GPUs; a folder that all of them share
-Batches    128 rollouts (16 tasks x 8) a batch, one group a training device; more hosts need more tasks a batch
+Command    on every training host, by Slurm, Open MPI or Kubernetes (scripts: docs/scale-out.md):
+           python -m jaxgrpo.train --config configs/multi_host.py \\
+               --distributed --run-dir /shared/runs/multi_host
+Hardware   two hosts of eight H200, the servers' GPUs, and a folder that all of them share
+Batches    128 episodes (16 tasks x 8), one group per training device. More hosts need more tasks
+           per batch
 Time       not measured
 Result     not measured
 
-The variable JAXGRPO_VLLM_URLS names the servers, separated by commas, and VLLM_API_KEY their key.
+The environment variable JAXGRPO_VLLM_URLS names the servers, separated by commas. VLLM_API_KEY is
+their key.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The article's run in the model's own tool-call form, with shorter tool documents.
+"""The article's run with the model's own tool-call format, and shorter descriptions of the tools.
 
 Command    python -m jaxgrpo.train --config configs/native_tools.py
 Hardware   as h200x4.py

@@ -1,4 +1,6 @@
-"""The first minutes of an environment of one's own: generated errands, no download, the tiny model.
+"""A small example with an environment that is not BFCL: generated errands and the tiny model.
+
+Nothing is downloaded.
 
 Command    python -m jaxgrpo.train --config configs/procedural.py
 Hardware   two CPU cores

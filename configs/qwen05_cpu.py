@@ -1,9 +1,12 @@
-"""One real step on a CPU: a Qwen2.5 model of 0.5 billion parameters on two BFCL tasks, four samples each.
+"""One real step on a CPU: Qwen2.5 with 0.5 billion parameters, two BFCL tasks, four episodes each.
 
-Command    python -m jaxgrpo.train --config configs/qwen05_cpu.py [--set model.source=FOLDER --set model.revision=None] [--set sampler=vllm]
+Command    python -m jaxgrpo.train --config configs/qwen05_cpu.py
+           from a folder: --set model.source=FOLDER --set model.revision=None
+           with vLLM: --set sampler=vllm
 Hardware   two CPU cores, 24 GB
 
-The interpreter of vLLM's environment is `vllm.python`: .venv-vllm/bin/python, or what the variable JAXGRPO_VLLM_PYTHON names.
+`vllm.python` is .venv-vllm/bin/python, unless the environment variable JAXGRPO_VLLM_PYTHON names
+another interpreter with vLLM.
 """
 
 import os
@@ -42,7 +45,8 @@ def get_config() -> Config:
             python=os.environ.get("JAXGRPO_VLLM_PYTHON", ".venv-vllm/bin/python"),
             cache_bytes=2**29,
             max_requests=8,
-            float32_logits=False,  # with 152k words in the vocabulary vLLM's CPU build would be ten times slower
+            # in float32, logits for 152k tokens make vLLM's CPU build ten times slower
+            float32_logits=False,
             arguments=("--enforce-eager",),
         ),
         batching=BatchingSettings(prompt_multiple=256, completion_multiple=64),

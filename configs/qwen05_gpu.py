@@ -1,11 +1,17 @@
-"""Qwen2.5 of 0.5 billion parameters on BFCL's shortest tasks, on one GPU that trains and samples.
+"""Qwen2.5 with 0.5 billion parameters on BFCL's shortest tasks; one GPU trains and samples.
 
-Command    python -m jaxgrpo.train --config configs/qwen05_gpu.py [--set model.source=FOLDER --set model.revision=None]
+Command    python -m jaxgrpo.train --config configs/qwen05_gpu.py
+           from a folder: --set model.source=FOLDER --set model.revision=None
 Hardware   one H100 or H200
-Tasks      those of BFCL v3's train split whose first query takes one call; evaluated on them and on the test split
+Tasks      those of BFCL v3's train split whose first query takes one call, also for evaluation
+Result     not measured
 
-Departures from the article's recipe: a small model, one line a tool and one worked example, short episodes; the article's graded
-reward (`call_match`), which a small model gets a share of before it solves anything; a higher learning rate.
+Departures from the article's recipe:
+
+- The model is small, episodes are short, and the learning rate is higher.
+- Prompts have one line per tool, and one worked example.
+- The reward is the article's graded one (`call_match`): a small model gets some of it before it
+  solves anything.
 """
 
 from envs.bfcl import Bfcl
@@ -37,9 +43,8 @@ def get_config() -> Config:
             max_turns=4,
         ),
         native=NativeSamplerSettings(max_rows=64, decode_chunk=32),
-        batching=BatchingSettings(
-            prompt_multiple=1024, completion_multiple=512
-        ),  # one shape: a program takes long to compile
+        # one shape only, because a program takes long to compile
+        batching=BatchingSettings(prompt_multiple=1024, completion_multiple=512),
         optimizer=OptimizerSettings(learning_rate=1e-5, warmup_steps=4, max_grad_norm=1.0),
         training=TrainingSettings(steps=200, iterations=2, reference_every=None, remat="attention"),
         evaluation=EvaluationSettings(samples=2, splits=("train",)),

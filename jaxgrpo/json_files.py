@@ -1,4 +1,4 @@
-"""JSON objects out of files that may hold anything else: a damaged download, a pointer, a list."""
+"""Read JSON objects from files that may be damaged, a Git LFS pointer, or other JSON."""
 
 import json
 import reprlib
@@ -9,16 +9,16 @@ _LFS = b"version https://git-lfs"
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object of a file. Raises ValueError that names the file and what it is instead."""
+    """Return the JSON object in a file. Raise ValueError that says what the file is instead."""
     return parse_object(file.read_bytes(), str(file))
 
 
 def parse_object(data: bytes, where: str) -> dict[str, Any]:
-    """The JSON object of some bytes; `where` names them. Raises ValueError that says what they are
-    instead, also where an object has a key twice."""
+    """Return the JSON object in some bytes, which messages call `where`. Raise ValueError if they
+    are anything else, or if an object has a key twice."""
     if data.startswith(_LFS):
         raise ValueError(
-            f"{where} is a Git LFS pointer, not the file itself: fetch that (git lfs pull)"
+            f"{where} is a Git LFS pointer, not the file itself: fetch it with git lfs pull"
         )
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
@@ -33,7 +33,7 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
 
 
 def is_lfs_pointer(data: bytes) -> bool:
-    """Whether the first bytes of a file are those of a Git LFS pointer."""
+    """Return whether the first bytes of a file are those of a Git LFS pointer."""
     return data.startswith(_LFS)
 
 

@@ -1,5 +1,4 @@
-"""Where this project keeps what can be made again; paths as users give them; files that are there
-whole or not at all."""
+"""Resolve paths from users, write files atomically, and find the project's cache."""
 
 import hashlib
 import os
@@ -8,9 +7,11 @@ from pathlib import Path
 
 
 def absolute(path: str | Path, start: Path | None = None) -> Path:
-    """A path that a user gave, from `start` on (default: the current folder), as long as that is:
-    `~` is expanded, and there is no `..`, which orbax refuses. Links stay as they are, except those
-    before a `..`, which would else lead elsewhere."""
+    """Return a user's path as absolute, relative to `start` (default: the current folder).
+
+    `~` is expanded, and `..` is resolved, because orbax refuses it. Links are resolved only before
+    a `..`, which would otherwise lead to another folder.
+    """
     whole = (start or Path.cwd()) / os.path.expanduser(path)
     if ".." not in whole.parts:
         return whole
@@ -19,8 +20,8 @@ def absolute(path: str | Path, start: Path | None = None) -> Path:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, also when the machine goes down meanwhile.
-    Raises OSError."""
+    """Write a file atomically: even after a power failure, it has the old or the new text. Raise
+    OSError if it cannot be written."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -30,12 +31,13 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def cache_root() -> Path:
-    """The project's cache: `JAXGRPO_CACHE`, else `~/.cache/jaxgrpo`."""
+    """Return the project's cache folder: `JAXGRPO_CACHE`, or `~/.cache/jaxgrpo`."""
     return absolute(os.environ.get("JAXGRPO_CACHE") or "~/.cache/jaxgrpo")
 
 
 def machine() -> str:
-    """A name of the processor's kind. What XLA compiles for one may hold instructions that another, which shares the cache, lacks."""
+    """Return a name for the kind of processor. Programs that XLA compiles for one kind may have
+    instructions that another one, which shares the cache, lacks."""
     try:
         flags = next(
             line

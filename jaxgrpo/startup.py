@@ -1,6 +1,8 @@
-"""Ctrl-C while a program of this package is being imported, which takes seconds and leaves nothing
-to clean up: one line, and the status of an interruption. `run_program` (jaxgrpo.interruptions) takes
-over."""
+"""Handle Ctrl-C while a program of this package is imported, which takes seconds.
+
+There is nothing to clean up yet, so the process prints one line and exits with status 130. Later,
+`jaxgrpo.interruptions.run_program` takes over.
+"""
 
 import os
 import signal
@@ -13,4 +15,4 @@ def _end(*_: object) -> None:
 
 
 if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, _end)  # `python -m` is on its way to its program
+    signal.signal(signal.SIGINT, _end)  # `python -m` has not started its program yet

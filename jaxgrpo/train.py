@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 
+from jaxgrpo.config.describe import HelpConfig
 from jaxgrpo.config.load import MAY_CHANGE, incompatible_changes, load_config, to_json
 from jaxgrpo.config.settings import Config, ConfigError, refuse
 from jaxgrpo.evaluate import evaluate, split_tasks
@@ -413,6 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jaxgrpo.train")
     of_config = "a Python file with get_config(), or the config.json of a run"
     parser.add_argument("--config", required=True, help=of_config)
+    parser.add_argument("--help-config", action=HelpConfig, help="list all settings, and stop")
     parser.add_argument(
         "--set",
         action="append",

@@ -1,12 +1,14 @@
-"""The records that cross rooms, and the legend of axes.
+"""Define the records that modules exchange, and the names of axes.
 
-Axes, used as suffixes of arrays at a boundary: N groups (tasks) in a batch, G samples a group, P prompt tokens, C completion tokens,
-T any token axis, L layers, D width, H query heads, K key/value heads, h head size, F intermediate width, V vocabulary.
+Arrays at module boundaries carry their axes as a suffix: N groups (tasks) in a batch, G episodes
+per group, P prompt tokens, C completion tokens, T any token axis, L layers, D hidden size, H query
+heads, K key and value heads, h size of a head, F intermediate size of the MLP, V vocabulary. For
+example, `completion_ids_C` is one row of token ids, and `loss_weights_NGC` has one weight for each
+completion token of a batch.
 
-Example: `completion_ids_C` is one row of token ids, `loss_weights_NGC` is one weight for each completion token of a batch.
-
-Log-probabilities carry the name of who computed them: `train_` (the policy inside the update), `sampler_` (who generated the token),
-`reference_` (the KL anchor), `old_` (the policy at the first iteration on a batch).
+Log-probabilities carry the name of the policy that computed them: `train_` (the policy in the
+current optimizer step), `sampler_` (the sampler, when it sampled the token), `reference_` (the
+reference policy), `old_` (the policy before the first optimizer step on the batch).
 """
 
 import dataclasses
@@ -20,10 +22,10 @@ import numpy as np
 from jaxgrpo import checked
 
 if TYPE_CHECKING:
-    import jax  # environments and the viewer need these records, not jax
+    import jax  # only here, because environments and the viewer need these records without jax
 
-AnyArray = Union[np.ndarray, "jax.Array"]  # a plain | takes no name in quotes
-"""On the host or on devices."""
+AnyArray = Union[np.ndarray, "jax.Array"]  # `|` does not take a name in quotes
+"""An array on the host or on devices."""
 
 
 class StopReason(enum.StrEnum):
@@ -31,7 +33,7 @@ class StopReason(enum.StrEnum):
 
     FINISHED = "finished"  # the policy declared the task done
     GAVE_UP = "gave_up"  # the policy declared that it cannot do the task
-    FAILED = "failed"  # the environment ended the episode: it cannot succeed any more
+    FAILED = "failed"  # the environment ended the episode, because it can no longer succeed
     TOKEN_LIMIT = "token_limit"  # the episode's completion tokens ran out (overlong)
     CONTEXT_LIMIT = "context_limit"  # the model's context ran out (overlong)
     STEP_LIMIT = "step_limit"  # the policy's turns ran out
@@ -47,17 +49,18 @@ ROLES = ("system", "user", "assistant", "tool")
 """The roles that chat templates of the Qwen2.5 family know."""
 
 MAX_CALL_CHARS = 100_000
-"""Of a tool call's arguments, and of its result."""
+"""Most characters of a tool call's arguments, and of its result."""
 
 MAX_NOTE_CHARS = 20_000
-"""Of one note of a score."""
+"""Most characters of one note of a score."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Message:
     """One chat message, e.g. `Message("user", "Book the flight.")`. The role is one of `ROLES`.
 
-    Raises TypeError for what is no text, ValueError for another role."""
+    Raises TypeError if a field is not a str, and ValueError for another role.
+    """
 
     role: str
     content: str
@@ -79,8 +82,9 @@ class Message:
 class Task:
     """One task of a suite, e.g. `Task("lookup_7", labels=("Lookup",))`.
 
-    `labels` are the classes under which evaluation reports it (BFCL: the API classes). `payload` belongs to the suite that made it.
-    Raises TypeError or ValueError for an id or a label that is no name, and for labels that are not a tuple.
+    Evaluation reports tasks by their `labels` (BFCL: the API classes). `payload` is for the suite
+    that made the task. Raises TypeError or ValueError if `id` or a label is not a name, or if
+    `labels` is not a tuple.
     """
 
     id: str
@@ -96,10 +100,11 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class ToolCall:
-    """One tool call that an environment saw, e.g. `ToolCall("add", '{"a": 1, "b": 2}', "3", ok=True)`.
+    """One tool call, e.g. `ToolCall("add", '{"a": 1, "b": 2}', "3", ok=True)`.
 
-    `arguments` is the JSON text of the arguments, `result` the text that the policy was shown. Of each, `MAX_CALL_CHARS` are kept, and
-    of the name as many as a name has. Raises TypeError for what is no text, and for an `ok` that is neither True nor False.
+    `arguments` are JSON, and `result` is what the policy was shown. Both are cut to
+    `MAX_CALL_CHARS`, and the name to `checked.MAX_NAME`. Raises TypeError if one of them is not a
+    str, or if `ok` is not True or False.
     """
 
     name: str
@@ -120,10 +125,11 @@ class ToolCall:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The outcome of an episode: the reward, whether the task counts as passed, the reward's parts, and notes for a human reader.
+    """The outcome of an episode: reward, whether the task is passed, the reward's parts, and notes.
 
-    Of a note, `MAX_NOTE_CHARS` are kept. Raises TypeError or ValueError for a reward or a part that is not a finite number of at most
-    `checked.MAX_MAGNITUDE`, for a verdict that is neither True nor False, and for notes that are not texts by name.
+    Notes are for human readers, and cut to `MAX_NOTE_CHARS`. Raises TypeError or ValueError if the
+    reward or a part is not a finite number of at most `checked.MAX_MAGNITUDE`, if `passed` is not
+    True or False, or if notes are not strings by name.
     """
 
     reward: float
@@ -143,13 +149,14 @@ class Score:
 class Trajectory:
     """One episode, exactly as it was sampled.
 
-    `completion_ids_C` holds everything after the prompt: tokens that the policy sampled and tokens that the environment (or the chat
-    template between turns) put there. For a two-turn episode, with s a sampled token and e one of the environment's:
+    `completion_ids_C` holds everything after the prompt: tokens that the policy sampled, and tokens
+    of the environment and of the chat template. For example, in an episode of two turns with three
+    tokens of the environment in between:
 
-        completion_ids_C      [17, 4, 9, 80, 81, 82, 5, 2]
-        action_mask_C             [ s, s, s,  e,  e,  e, s, s] = [1, 1, 1, 0, 0, 0, 1, 1]
-        sampler_logprobs_C    [-.1, -2., -.3, 0, 0, 0, -.5, -.1]      zero where not sampled
-        weight_versions_C     [3, 3, 3, -1, -1, -1, 4, 4]             -1 where not sampled
+        completion_ids_C      [ 17,   4,   9, 80, 81, 82,   5,   2]
+        action_mask_C         [  1,   1,   1,  0,  0,  0,   1,   1]   1 if sampled
+        sampler_logprobs_C    [-.1, -2., -.3,  0,  0,  0, -.5, -.1]   0 if not sampled
+        weight_versions_C     [  3,   3,   3, -1, -1, -1,   4,   4]   -1 if not sampled
     """
 
     task_id: str
@@ -182,7 +189,8 @@ class Trajectory:
             raise ValueError(f"the prompt of task {self.task_id!r} is empty")
         if self.score is None and self.stop_reason is not StopReason.ENVIRONMENT_ERROR:
             raise ValueError(
-                f"only an environment error leaves an episode without a score, not {self.stop_reason}"
+                "only an environment error leaves an episode without a score, "
+                f"not {self.stop_reason}"
             )
 
     @property
@@ -191,15 +199,15 @@ class Trajectory:
 
     @property
     def policy_texts(self) -> tuple[str, ...]:
-        """What the policy said, turn by turn: the last `turns` messages of role assistant. Any
-        before them belong to the opening, as worked examples do."""
+        """The policy's text of each turn: the last `turns` messages of role assistant. Earlier ones
+        belong to the opening, such as worked examples."""
         said = [message.content for message in self.messages if message.role == "assistant"]
         return tuple(said[len(said) - self.turns :])
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The G episodes of one task, which share one prompt: `Group(task, trajectories)`; rewards are known for all of them."""
+    """The G episodes of one task. They share one prompt, and all of them have a score."""
 
     task: Task
     trajectories: tuple[Trajectory, ...]
@@ -229,11 +237,13 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class GroupBatch:
-    """One micro-batch as the update takes it: N groups, padded on the right to one P and one C.
+    """One micro-batch for the update: N groups, padded on the right to one P and one C.
 
-    `prompt_lengths_N` and `completion_lengths_NG` say what is real. Every real token is attended; `loss_weights_NGC` is zero where a
-    token carries no loss and otherwise one over the global denominator, so that a plain sum over all micro-batches is the loss.
-    One group, G = 2, P = 4 with three real tokens, C = 3, the second row overlong (no loss), four tokens with loss in the whole batch:
+    `prompt_lengths_N` and `completion_lengths_NG` count the real tokens, and all of these are
+    attended to. `loss_weights_NGC` is 0 for a token without loss, and otherwise 1 over the
+    denominator of the whole batch. The sum over all micro-batches is then the loss. For example,
+    with one group, G = 2, P = 4 with three real tokens, C = 3, an overlong second row without loss,
+    and four tokens with loss in the whole batch:
 
         prompt_NP              [[11, 12, 13, 0]]      prompt_lengths_N       [3]
         completions_NGC        [[[5, 6, 2], [7, 8, 0]]]  completion_lengths_NG [[3, 2]]

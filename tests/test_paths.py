@@ -1,4 +1,4 @@
-"""Paths as users give them, and files that are there whole or not at all."""
+"""Paths from users, and files that are written atomically."""
 
 import resource
 from pathlib import Path
@@ -9,7 +9,9 @@ from jaxgrpo.paths import absolute, write_whole
 from jaxgrpo.run.setup import run_folder
 
 
-def test_a_path_is_absolute_and_without_dots(tmp_path, monkeypatch):
+def test_a_path_is_absolute_and_without_dots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("HOME", "/home/somebody")
@@ -27,7 +29,7 @@ def test_a_path_is_absolute_and_without_dots(tmp_path, monkeypatch):
     assert absolute("x", Path("/start")) == Path("/start/x")
 
 
-def test_links_stay_unless_a_dot_dot_leads_out_of_them(tmp_path):
+def test_links_are_resolved_only_before_a_dot_dot(tmp_path: Path) -> None:
     (tmp_path / "far" / "away").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
     assert absolute(tmp_path / "link" / "x") == tmp_path / "link" / "x"
@@ -35,13 +37,15 @@ def test_links_stay_unless_a_dot_dot_leads_out_of_them(tmp_path):
     assert absolute(tmp_path / "x" / ".." / "link" / "y") == tmp_path / "link" / "y"
 
 
-def test_a_run_is_recorded_from_where_the_program_was_started(tmp_path, monkeypatch):
+def test_a_run_is_recorded_from_where_the_program_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir("/")
     assert run_folder(None, "demo", tmp_path) == tmp_path / "runs" / "demo"
     assert run_folder("../r/x", "demo", tmp_path / "here") == tmp_path / "r" / "x"
 
 
-def test_a_file_that_cannot_be_written_whole_stays_what_it_was(tmp_path):
+def test_a_file_that_cannot_be_written_keeps_its_old_text(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     write_whole(file, "before")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -85,8 +85,8 @@ def test_paths_from_the_current_folder_outlive_an_environment_that_goes_elsewher
     assert status == 0  # its file, which had the new name when the run went on last, is there
     (here / "renamed.py").unlink()
     status, _, err = call("--config", run / "config.json", "--dry-run")
-    assert status == 2 and "Wandering stands in the config file" in err
-    assert "which is not there: give that file, wherever it is now, as --config" in err
+    assert status == 2 and "Wandering is defined in the config file" in err
+    assert "which does not exist: pass that file, wherever it is now, as --config" in err
 
 
 @pytest.mark.parametrize(

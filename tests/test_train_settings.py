@@ -94,7 +94,7 @@ class TestOptions:
     def test_limits_and_patience_reach_the_rollout(self, model, tmp_path):
         options = {
             "max_prompt_tokens": 90, "max_completion_tokens": 7, "max_turns": 3, "max_in_flight": 5, "environment_threads": 2,
-            "environment_deadline": 1.5, "max_retries": 4,
+            "step_deadline_seconds": 1.5, "max_retries": 4,
         }  # fmt: skip
         config = changed(
             tmp_path, model, *(f"rollout.{key}={value}" for key, value in options.items())

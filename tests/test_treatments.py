@@ -1,4 +1,4 @@
-"""The article's treatments, three batches each, on the demo's model and tasks: every config runs, and changes what it says."""
+"""The article's treatments run for three batches on the demo's model and tasks."""
 
 import dataclasses
 from pathlib import Path
@@ -17,31 +17,48 @@ from tests.training import metric_lines
 
 BATCHES = 3
 ON_TWO_CORES = (
-    "model.source=assets/tiny-qwen2.5", "model.revision=None", "sampler=native", "training.devices=1", "training.gpus=None",
-    "vllm.gpus=()", "rollout.tasks_per_step=2", "rollout.max_prompt_tokens=1024", "rollout.max_completion_tokens=256",
-    "rollout.max_turns=3", "environment.docs=signatures", "environment.max_calls=1", "optimizer.learning_rate=1.5e-4",
-    "optimizer.warmup_steps=0", "batching.prompt_multiple=512", "batching.completion_multiple=256",
-    "evaluation.before=False", "evaluation.after=False",
-    "evaluation.every=None", "recording.export_hf=False", "recording.tensorboard=False", "recording.checkpoint_every=None",
-)  # fmt: skip
+    "model.source=assets/tiny-qwen2.5",
+    "model.revision=None",
+    "sampler=native",
+    "training.devices=1",
+    "training.gpus=None",
+    "vllm.gpus=()",
+    "rollout.tasks_per_step=2",
+    "rollout.max_prompt_tokens=1024",
+    "rollout.max_completion_tokens=256",
+    "rollout.max_turns=3",
+    "environment.docs=signatures",
+    "environment.max_calls=1",
+    "optimizer.learning_rate=1.5e-4",
+    "optimizer.warmup_steps=0",
+    "batching.prompt_multiple=512",
+    "batching.completion_multiple=256",
+    "evaluation.before=False",
+    "evaluation.after=False",
+    "evaluation.every=None",
+    "recording.export_hf=False",
+    "recording.tensorboard=False",
+    "recording.checkpoint_every=None",
+)
 
 
 def small(name: str, *overrides: str) -> Config:
-    """A treatment at the demo's size, on the tasks that the demo's model sometimes solves."""
+    """Return a treatment with the demo's sizes, on tasks that the demo's model sometimes solves."""
     config = load_config(f"configs/article/{name}.py", (*ON_TWO_CORES, *overrides))
-    environment = dataclasses.replace(config.environment, classes=demo().environment.classes)  # type: ignore[type-var, attr-defined]
+    classes = demo().environment.classes  # type: ignore[attr-defined]
+    environment = dataclasses.replace(config.environment, classes=classes)  # type: ignore[type-var]
     training = dataclasses.replace(config.training, steps=BATCHES * config.training.iterations)
     return dataclasses.replace(config, environment=environment, training=training)
 
 
 class Runs:
-    """Runs by their treatment and overrides, each made once."""
+    """Runs by treatment and overrides. Each is made once."""
 
     def __init__(self, folder: Path):
         self._folder, self._made = folder, {}
 
     def __call__(self, name: str, *overrides: str) -> tuple[list[dict], list[Trajectory]]:
-        """The metrics of the batches and the episodes, batch after batch."""
+        """Return the metrics of each batch, and all episodes in order."""
         if (name, overrides) not in self._made:
             folder = self._folder / "-".join((name, *overrides)).replace("/", "_")
             train(small(name, *overrides), folder)
@@ -59,7 +76,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 EVERY_BATCH = "training.reference_every=2"
-"""So that the reference is replaced within three batches."""
+"""Replaces the reference policy within three batches."""
 
 
 @pytest.mark.slow
@@ -69,9 +86,8 @@ class TestTreatments:
         assert [line["step"] for line in metrics] == [2, 4, 6]
         assert len(episodes) == 3 * 2 * 8
         assert max(line["train/grad_norm"] for line in metrics) > 0
-        assert [line["train/kl"] for line in metrics] == pytest.approx(
-            [0, 0, 0], abs=1e-6
-        )  # the reference is each batch's first policy
+        # the reference is the first policy of each batch
+        assert [line["train/kl"] for line in metrics] == pytest.approx([0, 0, 0], abs=1e-6)
 
     def test_fixed_reference(self, run: Runs) -> None:
         metrics, _ = run("fixed_reference")
@@ -88,26 +104,21 @@ class TestTreatments:
         (_, low, *_), _ = run("fixed_reference")
         (_, high, *_), _ = run("kl_0_04", fixed)
         assert high["train/kl"] > 1e-5
-        assert (
-            high["train/loss"] != low["train/loss"]
-        )  # after the first batch, where the KL is zero
+        # these are second batches: in the first one, the KL is zero
+        assert high["train/loss"] != low["train/loss"]
 
     def test_dr_grpo(self, run: Runs) -> None:
         (ours, *_), _ = run("dr_grpo", EVERY_BATCH)
         (theirs, *_), _ = run("final", EVERY_BATCH)
         assert ours["train/reward_mean"] == theirs["train/reward_mean"]  # the same episodes
-        assert (
-            0 < ours["train/grad_norm"] < 0.5 * theirs["train/grad_norm"]
-        )  # divided by 256 a row, not by its tokens
+        # divided by 256 per row, not by its tokens
+        assert 0 < ours["train/grad_norm"] < 0.5 * theirs["train/grad_norm"]
 
     def test_mu_1(self, run: Runs) -> None:
         metrics, _ = run("mu_1")
         assert [line["step"] for line in metrics] == [1, 2, 3]
-        assert [line["train/clip_fraction"] for line in metrics] == [
-            0,
-            0,
-            0,
-        ]  # every step is on-policy
+        # every step is on-policy
+        assert [line["train/clip_fraction"] for line in metrics] == [0, 0, 0]
 
     def test_own_rubric(self, run: Runs) -> None:
         _, episodes = run("own_rubric")

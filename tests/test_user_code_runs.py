@@ -194,7 +194,7 @@ def test_an_environment_that_hangs_in_too_many_threads_ends_the_program_with_adv
     Hanging.gate.clear()
     options = (
         "rollout.environment_threads=1",
-        "rollout.environment_deadline=0.1",
+        "rollout.step_deadline_seconds=0.1",
         "rollout.max_retries=9",
     )
     sets = [part for option in options for part in ("--set", option)]
@@ -209,6 +209,6 @@ def test_an_environment_that_hangs_in_too_many_threads_ends_the_program_with_adv
     ]
     assert "the oldest is step() of task '" in err[-1]
     assert (
-        "Too many to go on: give what it waits for a time limit of its own, or raise rollout.environment_deadline"
+        "Too many to go on: give what it waits for a time limit of its own, or raise rollout.step_deadline_seconds"
         in err[-1]
     )

@@ -1,4 +1,4 @@
-"""The configs that ship: each loads, passes the checks, dry-runs on its own tasks, and differs from its base as it says."""
+"""Every config loads, passes the checks, dry-runs on its own tasks, and differs as it says."""
 
 import contextlib
 import functools
@@ -96,7 +96,7 @@ DIFFERENCES: dict[str, dict] = {
         "rollout.task_order": "as_given",
     },
 }
-"""Of each variant to the article's config, besides its name."""
+"""Differences of each variant from the article's config, besides its name."""
 
 
 def settings(name: str) -> dict:
@@ -118,25 +118,41 @@ def test_a_variant_differs_from_the_article_only_in_what_it_says(name: str) -> N
     } == DIFFERENCES[name]
 
 
-def test_the_articles_recipe():
+def test_the_articles_recipe() -> None:
     recipe = settings("h200x4")
     assert recipe["rollout.tasks_per_step"] * recipe["rollout.group_size"] == 96
     expected = {
-        "training.iterations": 2, "training.reference_every": 100, "loss.clip_low": 0.2, "loss.clip_high": 0.2, "loss.kl_beta": 0.001,
-        "optimizer.learning_rate": 1e-6, "optimizer.warmup_steps": 20, "optimizer.b1": 0.9, "optimizer.b2": 0.99,
-        "optimizer.max_grad_norm": 0.2, "batching.advantage_normalization": "std",
+        "training.iterations": 2,
+        "training.reference_every": 100,
+        "loss.clip_low": 0.2,
+        "loss.clip_high": 0.2,
+        "loss.kl_beta": 0.001,
+        "optimizer.learning_rate": 1e-6,
+        "optimizer.warmup_steps": 20,
+        "optimizer.b1": 0.9,
+        "optimizer.b2": 0.99,
+        "optimizer.max_grad_norm": 0.2,
+        "batching.advantage_normalization": "std",
         "batching.masked_stop_reasons": ("token_limit", "context_limit"),
-        "rollout.max_completion_tokens": 2048, "rollout.max_turns": 10, "rollout.temperature": 1.0,
-        "environment.release": "v3", "environment.categories": ("base",), "environment.max_turns": 1, "environment.docs": "article",
-        "environment.run_last_step": False, "environment.reward": "official", "training.steps": 1600,
-    }  # fmt: skip
+        "rollout.max_completion_tokens": 2048,
+        "rollout.max_turns": 10,
+        "rollout.temperature": 1.0,
+        "environment.release": "v3",
+        "environment.categories": ("base",),
+        "environment.max_turns": 1,
+        "environment.docs": "article",
+        "environment.run_last_step": False,
+        "environment.reward": "official",
+        "training.steps": 1600,
+    }
     assert {key: recipe[key] for key in expected} == expected
 
 
 # Dry runs.
 
 ARTICLE = {
-    "parameters": "2,592,000 (3 layers of width 256)",  # 2048 x 256 + 3 x (2 x 256 x 257 + 256 x 257 + 3 x 256 x 640 + 512) + 256
+    # 2048 x 256 + 3 x (2 x 256 x 257 + 256 x 257 + 3 x 256 x 640 + 512) + 256
+    "parameters": "2,592,000 (3 layers of width 256)",
     "devices": "3, compute in float32",
     "rollouts a batch": "12 tasks x 8 samples = 96",
     "micro-batches a step": "4 of 3 groups",
@@ -167,7 +183,8 @@ SAID: dict[str, dict[str, str]] = {
         "micro-batches a step": "2 of 6 groups",
     },
     "lora": {
-        # rank 32 on q, k, v, o, gate, up, down of three layers: 3 x 32 x (512 + 384 + 384 + 512 + 3 x 896)
+        # rank 32 on q, k, v, o, gate, up, down of three layers:
+        # 3 x 32 x (512 + 384 + 384 + 512 + 3 x 896)
         "trained parameters": "430,080 (LoRA of rank 32 on q, k, v, o, gate, up, down)",
         "devices": "1, compute in float32",
         "micro-batches a step": "12 of 1 groups",
@@ -209,7 +226,7 @@ SAID: dict[str, dict[str, str]] = {
 
 @pytest.fixture(autouse=True)
 def _all_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A config that names its GPUs hides the others, for good. The judge's config wants a key."""
+    """Show all GPUs again after a config that names its own, and set the key of the judge."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     yield
     jax.config.update("jax_cuda_visible_devices", "all")
@@ -217,8 +234,11 @@ def _all_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @functools.cache
 def dry_run(name: str) -> tuple[dict, dict[str, str]]:
-    """The config that `--dry-run` prints, and its lines by their names. The model has the tiny one's tokenizer and sizes, a context that
-    has room for every prompt and no weights; its tokens are shorter than Qwen2.5's, so that prompts have more of them."""
+    """Return the config that `--dry-run` prints, and the lines after it by their names.
+
+    The model has the tokenizer and sizes of the tiny one, a context for every prompt, and no
+    weights. Its tokens are shorter than Qwen2.5's, so that prompts have more tokens.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for file in Path("assets/tiny-qwen2.5").iterdir():
             if file.suffix != ".safetensors":
@@ -254,7 +274,7 @@ def dry_run(name: str) -> tuple[dict, dict[str, str]]:
 
 
 def flat(tree: dict, prefix: str = "") -> dict:
-    """Nested dicts as one, with dotted keys; lists are tuples."""
+    """Return nested dicts as one with dotted keys, and lists as tuples."""
     found: dict = {}
     for key, value in tree.items():
         found |= (
@@ -288,7 +308,8 @@ def test_a_dry_run_prints_the_variants_own_settings(name: str) -> None:
 
 
 def test_the_longest_prompt_is_that_of_the_configs_own_tool_documents() -> None:
-    """Whole documents as in the article, without what tools return, and one line a tool. The curriculum's first turns are the article's."""
+    """Prompts get shorter from whole documents to documents without results to one line per tool.
+    The first turns of the curriculum are the article's."""
     longest = {}
     for name in (
         "h200x4",

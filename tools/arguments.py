@@ -1,5 +1,4 @@
-"""What the tools' command lines share: numbers as users give them, and how a tool ends that cannot
-do what it was asked."""
+"""Parse numbers and report failures on the tools' command lines."""
 
 import argparse
 import contextlib
@@ -10,7 +9,7 @@ _MOST = 2**31 - 1
 
 
 def positive_integer(text: str) -> int:
-    """For argparse: from 1 to 2^31 - 1."""
+    """Parse an integer from 1 to 2^31 - 1, for argparse."""
     with contextlib.suppress(ValueError):
         if 1 <= (number := int(text)) <= _MOST:
             return number
@@ -18,7 +17,7 @@ def positive_integer(text: str) -> int:
 
 
 def positive_number(text: str) -> float:
-    """For argparse: above 0, and finite."""
+    """Parse a finite number above 0, for argparse."""
     with contextlib.suppress(ValueError):
         if 0 < (number := float(text)) < math.inf:
             return number
@@ -26,8 +25,10 @@ def positive_number(text: str) -> float:
 
 
 def failed(error: OSError | ValueError) -> SystemExit:
-    """To be raised when a tool cannot go on, after one line that says why: with status 2 for what
-    it was given, and 1 for what went wrong on the way."""
+    """Print the error in one line, and return the exception that ends the tool.
+
+    The status is 2 for bad input, and 1 for a failure at run time.
+    """
     print(f"error: {error}", file=sys.stderr)
     given = (
         ValueError | FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError

@@ -1,8 +1,9 @@
-"""Convert an orbax folder (of tools.convert_hf_to_orbax) to a Hugging Face folder that transformers and vLLM load, bit for bit.
+"""Convert an orbax folder to a Hugging Face folder for transformers and vLLM, bit for bit.
 
     python -m tools.convert_orbax_to_hf /models/qwen-7b-orbax /models/qwen-7b-hf
 
-Weights above the shard size are sharded with their index. Tensors are streamed: memory holds about two of the largest.
+Weights above the shard size are sharded, with an index. Tensors are streamed, so that memory holds
+about two of the largest.
 """
 
 import argparse
@@ -15,13 +16,13 @@ from tools.arguments import failed, positive_number
 
 
 def main() -> None:
-    """Read the arguments, convert, say what was written. Exits with the reason when it cannot."""
+    """Convert as the command line says, and print what was written."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", type=absolute, help="an orbax folder")
     parser.add_argument(
-        "destination", type=absolute, help="the Hugging Face folder to make; it must not exist"
+        "destination", type=absolute, help="the new Hugging Face folder; it must not exist"
     )
     parser.add_argument(
         "--shard-gb",
@@ -34,7 +35,8 @@ def main() -> None:
     try:
         if not pretrained.is_orbax(args.source):
             raise ValueError(
-                f"{args.source} is no orbax folder: it has no {pretrained.ORBAX_SUBFOLDER}/_METADATA"
+                f"{args.source} is not an orbax folder: "
+                f"it has no {pretrained.ORBAX_SUBFOLDER}/_METADATA"
             )
         source = pretrained.open_weights(args.source)
         pretrained.write_hf(source, args.destination, max(round(args.shard_gb * 1e9), 1))
@@ -42,8 +44,9 @@ def main() -> None:
         raise failed(error) from error
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     count = hf_mapping.parameter_count(source.config)
+    seconds = time.monotonic() - started
     print(
-        f"{args.destination}: {count:,} parameters in {time.monotonic() - started:.1f} s, peak memory {peak:.2f} GiB"
+        f"{args.destination}: {count:,} parameters in {seconds:.1f} s, peak memory {peak:.2f} GiB"
     )
 
 

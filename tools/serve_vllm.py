@@ -1,4 +1,4 @@
-"""The vLLM server of a config, started by hand, on this or another host: it serves until it is told to end.
+"""Start the vLLM server of a config by hand, on any host. It runs until it is interrupted.
 
 python -m tools.serve_vllm --config FILE [--set key=value ...] [--log FILE]
 """
@@ -22,7 +22,7 @@ from jaxgrpo.samplers.vllm.server import ServerError, VllmServer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: run the config's server until it is told to end."""
+    """Run the config's server until it is interrupted."""
     parser = argparse.ArgumentParser(prog="python -m tools.serve_vllm", description=__doc__)
     parser.add_argument("--config", required=True, help="a Python file with get_config()")
     parser.add_argument(
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="KEY=VALUE",
         help="override a setting, e.g. vllm.port=8000",
     )
-    parser.add_argument("--log", help="where vLLM's output goes (default: a temporary file)")
+    parser.add_argument("--log", help="file for vLLM's output (default: a temporary file)")
     args = parser.parse_args(arguments)
     try:
         config = load_config(args.config, args.set)

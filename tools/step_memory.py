@@ -1,4 +1,4 @@
-"""A train step's memory on one device, from the programs that XLA compiled."""
+"""Measure the memory of a train step on one device, from the programs that XLA compiled."""
 
 import dataclasses
 from collections import Counter
@@ -13,8 +13,11 @@ from tools.planning import StateBytes
 
 @dataclasses.dataclass(frozen=True)
 class ProgramMemory:
-    """Bytes of one program on one device. `peak` is the compiler's own where it is for a GPU; on a CPU it is the sum of what the program
-    is given, makes and leaves, which is too much. `beside` is the state that lies there meanwhile without being an argument."""
+    """Bytes of one program on one device.
+
+    For a GPU, `peak` is the compiler's own. For a CPU, it is the sum of arguments, temporaries and
+    results, which is too high. `beside` is the state on the device that is not an argument.
+    """
 
     arguments: int
     temporaries: int
@@ -28,7 +31,8 @@ class ProgramMemory:
 
 @dataclasses.dataclass(frozen=True)
 class StepMemory:
-    """Bytes of a step on one device: the state, a micro-batch's arrays, and the programs (`score` is None without a reference)."""
+    """Bytes of a step on one device: the state, a micro-batch's arrays, and the programs. Without a
+    reference policy, `score` is None."""
 
     state: StateBytes
     batch: int
@@ -42,7 +46,7 @@ class StepMemory:
         return max(program.total for _, program in self.programs())
 
     def programs(self) -> Iterator[tuple[str, ProgramMemory]]:
-        """By name, in the order in which they run."""
+        """Yield the programs by name, in the order in which they run."""
         if self.score is not None:
             yield "reference", self.score
         yield "gradient", self.accumulate
@@ -50,7 +54,7 @@ class StepMemory:
 
 
 def measure(lowered: LoweredStep, state: StateBytes, *, gpu: bool) -> StepMemory:
-    """Compile the programs. The collectives are those of the gradient's."""
+    """Compile the programs of a step. `collectives` are those of the gradient's program."""
     compiled = lowered.accumulate.compile()
     accumulate = _memory(compiled, state.optimizer + state.reference, gpu)
     return StepMemory(
@@ -67,7 +71,7 @@ def measure(lowered: LoweredStep, state: StateBytes, *, gpu: bool) -> StepMemory
 
 def _memory(compiled: Compiled, beside: int, gpu: bool) -> ProgramMemory:
     m = compiled.memory_analysis()
-    assert m is not None  # of XLA's backends, all have one
+    assert m is not None  # every backend of XLA has one
     everything = (
         m.argument_size_in_bytes
         + m.output_size_in_bytes
@@ -83,7 +87,7 @@ def _memory(compiled: Compiled, beside: int, gpu: bool) -> ProgramMemory:
 
 
 def describe_collectives(found: tuple[Collective, ...]) -> list[str]:
-    """One line for each kind, type and place: how many arrays, how often, and their bytes in all."""
+    """Return a line per kind, dtype and place: how many arrays, how often, and all their bytes."""
     kinds = Counter((c.inside_loop, c.kind, c.dtype, c.times) for c in found)
     lines = []
     for key, count in sorted(kinds.items(), key=lambda item: str(item[0])):

@@ -1,7 +1,8 @@
-"""The GPUs that can be planned for, and compiled for without having one.
+"""Describe the GPUs that plans are made for, so that programs can be compiled without them.
 
-XLA compiles for a described GPU when jax's CUDA wheels are installed (`jax.experimental.topologies`); no GPU and no driver is needed. The
-figures are NVIDIA's own for the SXM boards: dense bfloat16, one direction of NVLink, one 400 Gb/s network adapter a GPU.
+If jax's CUDA wheels are installed, XLA compiles for a described GPU (`jax.experimental.topologies`)
+without a GPU or driver. The figures are NVIDIA's for the SXM boards: dense bfloat16, NVLink in one
+direction, one 400 Gb/s network adapter per GPU.
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A kind of GPU. `usable_bytes` is what is left for arrays beside CUDA's, NCCL's and cuDNN's own memory; rates are a second."""
+    """A kind of GPU. `usable_bytes` is the memory for arrays, without that of CUDA, NCCL and cuDNN.
+    Rates are in bytes or operations per second."""
 
     name: str
     memory_bytes: int
@@ -65,12 +67,13 @@ device_description_str: "{name}"
 
 
 def can_compile_for_gpus() -> bool:
-    """Whether jax's CUDA wheels are installed."""
+    """Return whether jax's CUDA wheels are installed."""
     return any(importlib.util.find_spec(name) is not None for name in _CUDA_PLUGINS)
 
 
 def described_gpus(target: Target, count: int, per_host: int) -> Sequence[Any]:
-    """`count` devices of that kind, in hosts of `per_host`, to compile for. Nothing can run on them. Needs jax's CUDA wheels."""
+    """Return `count` devices on hosts of `per_host`, to compile for. Nothing can run on them. Needs
+    jax's CUDA wheels."""
     hosts = -(-count // per_host)
     description = _HOPPER.format(
         bandwidth=target.memory_bandwidth, memory=target.memory_bytes, name=target.name
@@ -87,7 +90,7 @@ def described_gpus(target: Target, count: int, per_host: int) -> Sequence[Any]:
 
 
 def simulated_devices(count: int) -> Sequence[jax.Device]:
-    """`count` CPU devices. Raises ValueError when jax has been started with fewer (see `simulate`)."""
+    """Return `count` CPU devices. Raise ValueError if jax has fewer (see `simulate`)."""
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise ValueError(f"jax was started with {len(devices)} CPU devices, {count} are needed")
@@ -95,6 +98,7 @@ def simulated_devices(count: int) -> Sequence[jax.Device]:
 
 
 def simulate(count: int) -> None:
-    """Ask for so many CPU devices; before jax's first use. The GPUs of the machine, if it has any, are left alone."""
+    """Give jax this many CPU devices, and none of the machine's GPUs. Must come before jax's first
+    use."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)

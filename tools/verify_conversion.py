@@ -1,10 +1,11 @@
-"""Compare two model folders, of either kind, tensor by tensor and bit for bit.
+"""Compare two model folders, of either layout, tensor by tensor and bit for bit.
 
     python -m tools.verify_conversion /models/Qwen2.5-7B-Instruct /models/qwen-7b-orbax
     python -m tools.verify_conversion /models/Qwen2.5-0.5B-Instruct /models/qwen-0.5b-orbax --logits
 
-Exits 1 and names the tensors when any differ, and 2 when the folders cannot be compared. `--logits` also runs the second folder through
-this project's forward pass and the first through transformers (torch must be installed), both in float32 and whole in memory.
+If tensors differ, the exit status is 1, and they are named. If the folders cannot be compared, it
+is 2. `--logits` also compares this project's forward pass with the second folder to transformers
+with the first, both in float32. This needs torch, and memory for both models.
 """
 
 import argparse
@@ -23,10 +24,12 @@ _SHOWN = 20
 
 
 def differing_tensors(first: pretrained.WeightSource, second: pretrained.WeightSource) -> list[str]:
-    """The Hugging Face names of the tensors that are not the same bits in both. Raises ValueError when the models differ in size."""
+    """Return the Hugging Face names of the tensors whose bits differ. Raise ValueError if the two
+    models differ in size."""
     if hf_mapping.leaf_shapes(first.config) != hf_mapping.leaf_shapes(second.config):
         raise ValueError(
-            f"{first.folder} and {second.folder} are not models of one size: {first.config} and {second.config}"
+            f"{first.folder} and {second.folder} are not models of one size: "
+            f"{first.config} and {second.config}"
         )
     tensors = hf_mapping.hf_tensors(first.config)
     return [
@@ -37,7 +40,7 @@ def differing_tensors(first: pretrained.WeightSource, second: pretrained.WeightS
 
 
 def our_logits(folder: Path, ids_T: np.ndarray) -> np.ndarray:
-    """Float32 logits [T, V] of one sequence through `jaxgrpo.models.qwen2.forward`."""
+    """Return the float32 logits [T, V] of `jaxgrpo.models.qwen2.forward` for one sequence."""
     import jax
     import jax.numpy as jnp
 
@@ -51,7 +54,7 @@ def our_logits(folder: Path, ids_T: np.ndarray) -> np.ndarray:
 
 
 def their_logits(folder: Path, ids_T: np.ndarray) -> np.ndarray:
-    """Float32 logits [T, V] of one sequence through transformers."""
+    """Return the float32 logits [T, V] of transformers for one sequence."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -63,18 +66,18 @@ def their_logits(folder: Path, ids_T: np.ndarray) -> np.ndarray:
 
 
 def prompt_ids(folder: Path) -> np.ndarray:
-    """The ids [T] of the prompts, which are run as one sequence."""
+    """Return the ids [T] of the prompts as one sequence."""
     return np.array(pretrained.load_tokenizer(folder)("\n".join(_PROMPTS))["input_ids"], np.int32)
 
 
 def compare_logits(hf_folder: Path, folder: Path) -> float:
-    """Largest absolute difference of the logits at any position of the prompts."""
+    """Return the largest absolute difference of the logits at any position of the prompts."""
     ids_T = prompt_ids(hf_folder)
     return float(np.abs(our_logits(folder, ids_T) - their_logits(hf_folder, ids_T)).max())
 
 
 def main() -> None:
-    """Read the arguments, compare, report."""
+    """Compare as the command line says, and report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -94,7 +97,8 @@ def main() -> None:
         first, second = pretrained.open_weights(args.first), pretrained.open_weights(args.second)
         if args.logits and pretrained.is_orbax(args.first):
             raise ValueError(
-                f"--logits has transformers load the first folder, but {args.first} is an orbax folder: name it second"
+                "--logits loads the first folder with transformers, "
+                f"but {args.first} is an orbax folder: name it second"
             )
         if args.logits and importlib.util.find_spec("torch") is None:
             raise ValueError("--logits needs PyTorch, which is not installed")
@@ -107,9 +111,8 @@ def main() -> None:
         raise SystemExit(
             f"{len(differing)} of {count} tensors differ: {', '.join(differing[:_SHOWN])}{more}"
         )
-    print(
-        f"{count} tensors, {hf_mapping.parameter_count(first.config):,} parameters: every bit is the same"
-    )
+    parameters = hf_mapping.parameter_count(first.config)
+    print(f"{count} tensors, {parameters:,} parameters: every bit is the same")
     if args.logits:
         difference = compare_logits(args.first, args.second)
         print(

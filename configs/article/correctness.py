@@ -1,12 +1,11 @@
-"""The article's run rewarded for correctness alone, as its code has it: the states, and the calls of each
-user turn.
+"""The article's run with its code's correctness reward: the states, and the calls of each turn.
 
 Command    python -m jaxgrpo.train --config configs/article/correctness.py
 Hardware   as configs/h200x4.py
 Result     not measured here
 
-On first queries alone this gives the rewards of configs/article/own_rubric.py; over more user turns it
-matches calls turn by turn.
+With first queries only, this gives the rewards of configs/article/own_rubric.py. With more user
+turns, it matches calls turn by turn.
 """
 
 import dataclasses

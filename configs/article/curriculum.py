@@ -1,14 +1,16 @@
-"""The article's run on conversations of up to four user turns, few turns first.
+"""The article's run on conversations of one to four user turns, the shortest first.
 
 Command    python -m jaxgrpo.train --config configs/article/curriculum.py
 Hardware   as configs/h200x4.py
 Result     not measured here
 Tasks      every task once for each number of user turns from 1 to 4, in the order of the article's
-           code, epoch after epoch; evaluated on up to four turns of the test tasks
-Budget     2,048 completion tokens an episode, as everywhere in the article's code; ten steps a user turn
+           code, in every epoch
+Evaluation up to four turns of the test tasks
+Budget     2,048 completion tokens per episode, as everywhere in the article's code, and ten steps
+           per user turn
 
-The article's code sorts its tasks like this, but its trainer's sampler then shuffles them:
-`--set rollout.task_order=shuffled` does as that.
+The article's code sorts its tasks like this, but the sampler of its trainer then shuffles them. Use
+`--set rollout.task_order=shuffled` for the same.
 """
 
 import dataclasses

@@ -1,5 +1,7 @@
-"""The article's run with Dr. GRPO's loss (arXiv:2503.20783): advantages are not divided by the group's
-standard deviation, and the denominator is the constant rows x max_completion_tokens.
+"""The article's run with Dr. GRPO's loss (arXiv:2503.20783).
+
+Advantages are not divided by the group's standard deviation. The denominator of the loss is the
+constant rows x max_completion_tokens.
 
 Command    python -m jaxgrpo.train --config configs/article/dr_grpo.py
 Hardware   as configs/h200x4.py

@@ -1,11 +1,12 @@
-"""The article's run rewarded in three parts: 0.2 x execution + 0.2 x format + correctness, as its code has them.
+"""The article's run with three reward parts: 0.2 x execution + 0.2 x format + correctness.
 
 Command    python -m jaxgrpo.train --config configs/article/execution_format_correctness.py
 Hardware   as configs/h200x4.py
 Result     not measured here
 
-Execution is the share of calls that succeed. Format is 1 where every turn reasons and then calls tools
-or ends, and counts only where correctness is full (docs/rewards.md).
+The parts are those of the article's code. Execution is the fraction of calls that succeed. Format
+is 1 if every turn reasons and then calls tools or ends, and counts only with full correctness
+(docs/rewards.md).
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The article's final recipe: configs/h200x4.py, under the name of a treatment.
+"""The article's final recipe: configs/h200x4.py under the name of a treatment.
 
 Command    python -m jaxgrpo.train --config configs/article/final.py
 Hardware   as configs/h200x4.py

@@ -1,4 +1,4 @@
-"""The article's run with the initial policy as the reference throughout.
+"""The article's run with the initial policy as the reference policy throughout.
 
 Command    python -m jaxgrpo.train --config configs/article/fixed_reference.py
 Hardware   as configs/h200x4.py

@@ -1,4 +1,4 @@
-"""The article's run rewarded in two parts: 0.2 x format + correctness, as its code has them.
+"""The article's run with two of its code's reward parts: 0.2 x format + correctness.
 
 Command    python -m jaxgrpo.train --config configs/article/format_correctness.py
 Hardware   as configs/h200x4.py

@@ -1,13 +1,15 @@
-"""The article's run with a penalty for gibberish: the reward is -1 where a judge finds the policy's text to be
-gibberish or useless repetition.
+"""The article's run with a penalty: reward -1 if a judge finds the policy's text to be gibberish.
 
 Command    python -m jaxgrpo.train --config configs/article/gibberish_penalty.py
 Hardware   as configs/h200x4.py
 Result     not measured here
-Judge      gpt-4o-mini, as in the article, at an OpenAI-compatible endpoint; the variable OPENAI_API_KEY holds its key.
-           Another: --set rewards.GibberishJudge.url=http://127.0.0.1:8001/v1 --set rewards.GibberishJudge.model=NAME
+Judge      gpt-4o-mini, as in the article, at an OpenAI-compatible endpoint. The environment
+           variable OPENAI_API_KEY holds the key. To use another judge:
+           --set rewards.GibberishJudge.url=http://127.0.0.1:8001/v1
+           --set rewards.GibberishJudge.model=NAME
 
-jaxgrpo.rewards.penalties.LocalGibberish judges by statistics and needs no service (docs/rewards.md).
+Useless repetition counts as gibberish. jaxgrpo.rewards.penalties.LocalGibberish judges by
+statistics and needs no service (docs/rewards.md).
 """
 
 import dataclasses

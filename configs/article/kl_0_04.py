@@ -4,8 +4,8 @@ Command    python -m jaxgrpo.train --config configs/article/kl_0_04.py
 Hardware   as configs/h200x4.py
 Result     not measured here
 
-The article's code has beta 0.04 with a fixed reference as its trainer's default: that is this config
-with `--set training.reference_every=None`.
+The trainer in the article's code has beta 0.04 and a fixed reference by default. This config with
+`--set training.reference_every=None` is the same.
 """
 
 import dataclasses

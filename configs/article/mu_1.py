@@ -1,10 +1,10 @@
-"""The article's run with one optimizer step a batch (mu = 1): every step is on-policy.
+"""The article's run with one optimizer step per batch (mu = 1): every step is on-policy.
 
 Command    python -m jaxgrpo.train --config configs/article/mu_1.py
 Hardware   as configs/h200x4.py
 Result     not measured here
 
-1,600 steps are 1,600 batches then, twice the rollouts of the article's run.
+1,600 steps are then 1,600 batches, twice as many episodes as in the article's run.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The article's run without a KL term, and so without a reference policy.
+"""The article's run without a KL term, and therefore without a reference policy.
 
 Command    python -m jaxgrpo.train --config configs/article/no_kl.py
 Hardware   as configs/h200x4.py

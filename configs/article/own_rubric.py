@@ -1,5 +1,6 @@
-"""The article's run rewarded by the check of the article's code: the state at the end, and the calls
-themselves instead of their results.
+"""The article's run with its code's own check as the reward.
+
+It compares the state at the end, and the calls themselves instead of their results.
 
 Command    python -m jaxgrpo.train --config configs/article/own_rubric.py
 Hardware   as configs/h200x4.py

@@ -1,16 +1,16 @@
-"""Settings as JSON: readable, the same in every process, read back as what they were, and compared.
-Pure but for imports.
+"""Write settings as JSON, read them back, and compare them.
 
-Sections of the project's own are objects of their fields. Within them any value may stand:
+The JSON is the same in every process. A section is an object with its fields. Values are written
+like this:
 
-    a tuple; a dict whose keys are texts    a list; an object
-    a dataclass's instance                  {"class": "module:Name", fields ...}
-    a class, a function, an enum's member   {"import": "module:name"}
-    a list, a set, any other dict, a Path   {"list": [...]}, {"set": [...]}, {"dict": [[k, v]]}, ...
-    whatever else                           {"opaque": its repr}: compared, and not read back
+    tuple; dict with string keys       a list; an object
+    instance of a dataclass            {"class": "module:Name", fields ...}
+    class, function, member of an enum {"import": "module:name"}
+    list, set, other dict, Path        {"list": [...]}, {"set": [...]}, {"dict": [[k, v]]}, ...
+    anything else                      {"opaque": its repr}, which can be compared, not read back
 
-"found in" beside a class or an import names the config file that it stands in, and beside the
-sections the folders in which imports look. It means nothing else.
+"found in" beside a class or an import names the config file that defines it. Beside the sections,
+it lists the folders that imports search.
 """
 
 import dataclasses
@@ -21,8 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxgrpo.config.annotations import fields_of, is_record
 from jaxgrpo.config.files import find, label_of, place_of, same_label
-from jaxgrpo.config.overrides import fields_of, is_record, shown
+from jaxgrpo.config.overrides import shown
 from jaxgrpo.config.settings import ConfigError
 
 CLASS, IMPORT, PLACE, OPAQUE = "class", "import", "found in", "opaque"
@@ -31,12 +32,12 @@ _TAGS = {CLASS, IMPORT, PLACE, OPAQUE, "list", "set", "frozenset", "dict", "path
 
 
 def encode_fields(record: Any, places: bool) -> dict[str, Any]:
-    """A section: what its class is, follows from where it stands."""
+    """Encode a section, without its class, which follows from its name."""
     return {field.name: encode(getattr(record, field.name), places) for field in fields_of(record)}
 
 
 def encode(value: Any, places: bool = False) -> Any:
-    """A value as JSON; with `places`, it says where classes and functions are found."""
+    """Encode a value. With `places`, the result says where to find classes and functions."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, enum.Enum):
@@ -61,14 +62,13 @@ def encode(value: Any, places: bool = False) -> Any:
 
 
 def _encode_container(value: Any, places: bool) -> Any:
-    """One of exactly these types: of others, and of what is derived from these, nobody knows how to
-    make it again."""
+    """Encode a container of exactly these types. Others and derived classes cannot be read back."""
     kind = type(value)
     if kind is tuple:
         return [encode(item, places) for item in value]
     if kind is list:
         return {"list": [encode(item, places) for item in value]}
-    if kind in (set, frozenset):  # sorted: the order of hashes differs from process to process
+    if kind in (set, frozenset):  # hashes differ between processes
         return {kind.__name__: sorted((encode(item, places) for item in value), key=_text)}
     if kind is dict and all(type(key) is str for key in value) and not _TAGS & value.keys():
         return {key: encode(item, places) for key, item in value.items()}
@@ -80,7 +80,8 @@ def _encode_container(value: Any, places: bool) -> Any:
 
 
 def _import(module: str, qualname: str, value: Any, places: bool) -> dict[str, Any]:
-    """By its name; opaque where the name leads elsewhere, as that of a lambda does."""
+    """Encode a class, function or enum member by its name, or as opaque if the name does not lead
+    back to it, as for a lambda."""
     label = label_of(module, qualname)
     try:
         if find(label, place_of(module)) is value:
@@ -96,7 +97,7 @@ def _place(module: str, wanted: bool) -> dict[str, str]:
 
 
 def decode(tree: Any) -> Any:
-    """What `encode` was given. Raises ConfigError that says what cannot be made again."""
+    """Return what was encoded. Raise ConfigError that says what cannot be read back."""
     if isinstance(tree, list):
         return tuple(decode(item) for item in tree)
     if not isinstance(tree, dict):
@@ -111,17 +112,17 @@ def decode(tree: Any) -> Any:
             return _decode_tagged(tag, item)
     except ConfigError:
         raise
-    except Exception as error:  # the edge to a user's class, and to what somebody wrote by hand
+    except Exception as error:  # a user's class, or JSON written by hand
         what = tree.get(CLASS) or tree.get(IMPORT) or json.dumps(tree)
         why = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{what} cannot be made again: {why}") from error
+        raise ConfigError(f"{what} cannot be read back: {why}") from error
     return {key: decode(item) for key, item in tree.items()}
 
 
 def _decode_record(tree: dict[str, Any]) -> Any:
     kind = find(tree[CLASS], tree.get(PLACE))
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-        raise ConfigError(f"{tree[CLASS]} is no dataclass, and only theirs are made from JSON")
+        raise ConfigError(f"{tree[CLASS]} is not a dataclass, so it cannot be made from JSON")
     ignored = {CLASS, PLACE, *(field.name for field in dataclasses.fields(kind) if not field.init)}
     return kind(**{key: decode(item) for key, item in tree.items() if key not in ignored})
 
@@ -129,7 +130,7 @@ def _decode_record(tree: dict[str, Any]) -> Any:
 def _decode_tagged(tag: str, item: Any) -> Any:
     if tag == OPAQUE:
         raise ConfigError(
-            f"{item} cannot be made again from JSON: give the config file itself as --config"
+            f"{item} cannot be read back from JSON: pass the config file itself as --config"
         )
     if tag == "integer":
         return int(item, 16)
@@ -141,8 +142,10 @@ def _decode_tagged(tag: str, item: Any) -> Any:
 
 
 def differences(key: str, saved: Any, value: Any) -> Iterator[tuple[str, str]]:
-    """How a value differs from a saved one (`encode`, or that of version 0.1.0): the key of what
-    differs, and a line that says how."""
+    """Yield the key of each difference from a saved value, and a line that describes it.
+
+    `saved` was encoded by this version or by version 0.1.0.
+    """
     if is_record(value) and isinstance(saved, dict):
         yield from _record_differences(f"{key}." if key else "", saved, value)
     elif type(value) is dict and isinstance(saved, dict) and CLASS not in saved:
@@ -165,13 +168,11 @@ def _record_differences(
         key, value = f"{prefix}{field.name}", getattr(record, field.name)
         if field.name in saved:
             yield from differences(key, saved[field.name], value)
-        elif _text(encode(value)) != _text(
-            encode(_default(field))
-        ):  # a field that its class did not have then
+        elif _text(encode(value)) != _text(encode(_default(field))):  # the field is new
             yield key, f"{key} was not there and is now {encode(value)!r}"
     known = {field.name for field in dataclasses.fields(record)} | {CLASS, PLACE}
     for name in (name for name in saved if name not in known):
-        gone = f"was {saved[name]!r}, and there is no such setting any more"
+        gone = f"was {saved[name]!r}, but this setting no longer exists"
         yield f"{prefix}{name}", f"{prefix}{name} {gone}"
 
 
@@ -182,7 +183,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _dict_differences(key: str, saved: dict[str, Any], value: dict) -> Iterator[tuple[str, str]]:
-    """Its order counts too: tasks may be made in it."""
+    """Yield the differences of a dict. Its order counts too, because tasks may be made in it."""
     pairs: list[Any] = list(saved.items())
     tagged = saved.keys() == {"dict"} and isinstance(saved["dict"], list)
     if tagged:
@@ -212,16 +213,14 @@ def _items(saved: Any) -> list:
 
 def _equal(saved: Any, value: Any) -> bool:
     before, now = _meaning(saved), _meaning(encode(value))
-    if before == now or _text(before) == _text(now):  # as texts, NaN is itself
+    if before == now or _text(before) == _text(now):  # as text, NaN equals itself
         return True
-    return (
-        isinstance(saved, str) and not isinstance(value, str) and saved == shown(value, str)
-    )  # as version 0.1.0 wrote it
+    # version 0.1.0 wrote str(value)
+    return isinstance(saved, str) and not isinstance(value, str) and saved == shown(value, str)
 
 
 def _meaning(tree: Any) -> Any:
-    """Without what is only a matter of writing: places, and whether what holds items in order is a
-    list or a tuple."""
+    """Remove places, and the distinction between lists and tuples."""
     if isinstance(tree, list):
         return [_meaning(item) for item in tree]
     if not isinstance(tree, dict):

@@ -1,9 +1,8 @@
-"""Config files as modules: run with what lies beside them in reach, and what stands in them, or
-anywhere else, found again by its name.
+"""Run config files as modules, and find their classes and functions again by name.
 
-A config file is a module like any other: registered, so that dataclasses find the names in their
-annotations, and under the name by which an import finds it, so that other processes can unpickle
-what is of it.
+A config file can import what lies beside it. Its module is registered, so that dataclasses find the
+names in their annotations. It has the name by which an import finds it, so that other processes can
+unpickle its objects.
 """
 
 import contextlib
@@ -25,13 +24,13 @@ from typing import Any
 from jaxgrpo.config.settings import ConfigError
 
 CONFIG_FILE = "<config>"
-"""Stands for the name of a config file's module, so that the file can be renamed."""
-_OLD_PREFIX = "jaxgrpo_config_"  # how version 0.1.0 began it
+"""Replaces the module name of a config file, so that the file can be renamed."""
+_OLD_PREFIX = "jaxgrpo_config_"  # version 0.1.0 wrote such names
 _ROOT = Path(__file__).parents[2]
 _OWN_PACKAGES = ("envs", "tools")
 _INSTALLED = ("site-packages", "dist-packages")
 
-_files: dict[str, Path] = {}  # the config files that were run, by their modules' names
+_files: dict[str, Path] = {}  # the config files that were run, by module name
 
 Hint = Callable[[BaseException], str]
 
@@ -41,12 +40,12 @@ def _no_hint(_: BaseException) -> str:
 
 
 def run_file(path: Path, hint: Hint = _no_hint) -> types.ModuleType:
-    """The module that a Python file makes, whatever its name ends in. The source is read each time:
-    bytecode would go by whole seconds.
+    """Run a Python file and return its module. The name may have any suffix.
 
-    Raises ConfigError that says in which line the file failed, with a hint.
+    The source is compiled each time, because cached bytecode is checked by whole seconds only.
+    Raise ConfigError with the line in which the file failed, and the hint.
     """
-    with told(path, hint):
+    with located_errors(path, hint):
         name = _module_name(path, search_beside(path.parent))
         loader = importlib.machinery.SourceFileLoader(name, str(path))
         spec = importlib.util.spec_from_file_location(name, path, loader=loader)
@@ -61,7 +60,7 @@ def run_file(path: Path, hint: Hint = _no_hint) -> types.ModuleType:
 
 @contextlib.contextmanager
 def _registered(name: str, module: types.ModuleType) -> Iterator[None]:
-    """The module is the one of its name, and stays it unless the block raises."""
+    """Register a module under a name. If the block raises, restore the one from before."""
     before = sys.modules.get(name)
     sys.modules[name] = module
     try:
@@ -74,8 +73,8 @@ def _registered(name: str, module: types.ModuleType) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told(path: Path, hint: Hint = _no_hint) -> Iterator[None]:
-    """The edge to a user's file: whatever it raises becomes a ConfigError that says where."""
+def located_errors(path: Path, hint: Hint = _no_hint) -> Iterator[None]:
+    """Turn every error of a user's file into a ConfigError that says where it was raised."""
     try:
         yield
     except ConfigError:
@@ -94,43 +93,43 @@ def _place(path: Path, error: BaseException) -> str:
 
 
 def search_beside(folder: Path) -> Path:
-    """Have imports look in a folder first, as those of a script do, and, where it is of a package,
-    in the folder that the package is in, which is returned."""
+    """Let imports search a folder first, as for a script. If the folder belongs to a package, also
+    search the folder that holds the package. Return the last one."""
     root = folder
     while (root / "__init__.py").is_file():
         root = root.parent
     first = list(dict.fromkeys((str(folder), str(root))))
     sys.path[:] = [*first, *(entry for entry in sys.path if entry not in first)]
-    _look_anew()
+    _refresh_imports()
     return root
 
 
-def search(folders: Iterable[str]) -> None:
-    """Have imports look there, too, after all else."""
+def add_import_folders(folders: Iterable[str]) -> None:
+    """Let imports search these folders too, after all others."""
     sys.path.extend(one for one in folders if one not in sys.path and Path(one).is_dir())
-    _look_anew()
+    _refresh_imports()
 
 
-def searched() -> list[str]:
-    """The folders in which imports look for what is neither installed nor of this project: those of
-    configs, the one that the program was started in, those of PYTHONPATH."""
+def import_folders() -> list[str]:
+    """Return the folders that imports search for the user's modules: those of configs, of
+    PYTHONPATH, and the one in which the program was started."""
     standard = Path(sysconfig.get_path("stdlib"))
     given = [folder for folder in map(Path, sys.path) if folder.is_absolute() and folder.is_dir()]
     own = {folder for folder in given if folder == _ROOT or standard in (folder, *folder.parents)}
     return [str(one) for one in given if one not in own and one.name not in _INSTALLED]
 
 
-def _look_anew() -> None:
+def _refresh_imports() -> None:
     importlib.invalidate_caches()
     for package in filter(None, map(sys.modules.get, _OWN_PACKAGES)):
         package.__path__ = pkgutil.extend_path(package.__path__, package.__name__)
 
 
 def _module_name(path: Path, root: Path) -> str:
-    """The name by which an import finds the file, unless it is another's: then one of its own."""
+    """Return the name by which an import finds the file, or a new name if there is none."""
     parts = path.relative_to(root).with_suffix("").parts
     if path.suffix == ".py" and not any("." in part for part in parts):
-        with contextlib.suppress(ImportError, ValueError):  # a parent that is no package
+        with contextlib.suppress(ImportError, ValueError):  # a parent is not a package
             spec = importlib.util.find_spec(".".join(parts))
             if spec is not None and spec.has_location and os.path.samefile(str(spec.origin), path):
                 return spec.name
@@ -138,18 +137,18 @@ def _module_name(path: Path, root: Path) -> str:
 
 
 def label_of(module: str, qualname: str) -> str:
-    """What config.json calls a thing of a module: `envs.bfcl.suite:Bfcl`, or `<config>:Mine`."""
+    """Return a name for config.json, such as `envs.bfcl.suite:Bfcl` or `<config>:Mine`."""
     return f"{CONFIG_FILE if module in _files else module}:{qualname}"
 
 
 def place_of(module: str) -> str | None:
-    """The config file that a module is of, if it is of one."""
+    """Return the config file of a module, or None if it has none."""
     return str(_files[module]) if module in _files else None
 
 
 def same_label(one: str, other: str) -> bool:
-    """Whether two labels, of version 0.1.0 or later, name the same. What stands in a config file
-    has only its own name."""
+    """Return whether two labels name the same object. They may be of version 0.1.0. An object of a
+    config file is compared by its own name alone."""
     one, other = _dotted(one), _dotted(other)
     if one.startswith(f"{CONFIG_FILE}."):
         return f".{other}".endswith(one.removeprefix(CONFIG_FILE))
@@ -162,37 +161,38 @@ def _dotted(label: str) -> str:
 
 
 def find(label: str, place: str | None) -> Any:
-    """What `label_of` and `place_of` named. Raises ConfigError that says what is not there, and
-    what to do."""
+    """Return the object that `label_of` and `place_of` named. Raise ConfigError if it is gone."""
     module_name, _, qualname = label.partition(":")
     if not qualname:  # version 0.1.0 wrote module.Name
         module_name, _, qualname = label.rpartition(".")
     if "<" in qualname:
         raise ConfigError(
-            f"{label} was made within a function, where no name leads: give the config file itself "
-            "as --config"
+            f"{label} was defined inside a function, so it cannot be found by name: "
+            "pass the config file itself as --config"
         )
     if module_name == CONFIG_FILE or module_name.startswith(_OLD_PREFIX):
         found: Any = _config_module(qualname, place)
     else:
         try:
             found = importlib.import_module(module_name)
-        except Exception as error:  # the edge to a user's module
+        except Exception as error:  # anything that a user's module raises
             why = f"{type(error).__name__}: {error}"
             raise ConfigError(f"{label} cannot be imported ({why})") from error
     try:
         return operator.attrgetter(qualname)(found)
     except AttributeError as error:
-        raise ConfigError(f"{label} is not there any more: {error}") from error
+        raise ConfigError(f"{label} no longer exists: {error}") from error
 
 
 def _config_module(qualname: str, place: str | None) -> types.ModuleType:
-    give = "give that file, wherever it is now, as --config"
+    advice = "pass that file, wherever it is now, as --config"
     if place is None:
-        raise ConfigError(f"{qualname} stands in a config file, and nothing says in which: {give}")
+        raise ConfigError(
+            f"{qualname} is defined in a config file, but not said in which: {advice}"
+        )
     if not Path(place).is_file():
         raise ConfigError(
-            f"{qualname} stands in the config file {place}, which is not there: {give}"
+            f"{qualname} is defined in the config file {place}, which does not exist: {advice}"
         )
     names = [name for name, file in _files.items() if str(file) == place and name in sys.modules]
     return sys.modules[names[-1]] if names else run_file(Path(place))

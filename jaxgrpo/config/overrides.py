@@ -1,33 +1,23 @@
-"""Settings as frozen dataclasses within dataclasses: read by dotted key, changed by `a.b=value`, held to their annotated types. Pure."""
+"""Read nested dataclasses by dotted key, change them by `a.b=value`, and check their types."""
 
 import ast
-import contextlib
 import dataclasses
 import difflib
 import math
 import re
-import sys
-import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from jaxgrpo.config.annotations import fields_of, hints, is_record, is_union, plain, type_name
+from jaxgrpo.config.renamed import current_key
+
 S = TypeVar("S")
 
 
-def is_record(value: Any) -> bool:
-    """Whether it is an instance of a dataclass."""
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
-
-
-def fields_of(record: Any) -> list[dataclasses.Field]:
-    """The fields that its class is given: those that it fills in itself are no settings."""
-    return [field for field in dataclasses.fields(record) if field.init]
-
-
 def shown(value: Any, text: Callable[[Any], str] = repr) -> str:
-    """Its repr, without addresses, which differ from process to process; and where it has none, the
-    name of its class."""
+    """Return the repr without addresses, which differ between processes. If it has none, return the
+    name of the class."""
     try:
         return re.sub(r" at 0x[0-9a-f]+", "", text(value))
     except Exception:  # the edge to a user's class; and integers of thousands of digits have none
@@ -35,62 +25,50 @@ def shown(value: Any, text: Callable[[Any], str] = repr) -> str:
 
 
 def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, value, annotated type) of every field of a section and of its sections.
+    """Yield (dotted key, value, plain type) of every field of a section and of its sections."""
+    for key, value, annotation in annotated(section, prefix):
+        yield key, value, plain(annotation)
 
-    Records in a tuple are sections beside it, under the names of their classes:
-    `rewards.GibberishJudge.url` for a GibberishJudge among `rewards.functions`. Where a tuple holds
-    two of one class they are none: the name would not tell them apart.
+
+def annotated(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (dotted key, value, annotation) of every field of a section and of its sections.
+
+    A record in a tuple is reached by the name of its class: `rewards.GibberishJudge.url` for a
+    GibberishJudge in `rewards.functions`. If a class occurs twice there, none of the tuple's
+    records is reached.
     """
-    hints = _hints(type(section))
+    annotations = hints(type(section))
     for field in fields_of(section):
         value, key = getattr(section, field.name), f"{prefix}{field.name}"
         if is_record(value):
-            yield from leaves(value, f"{key}.")
+            yield from annotated(value, f"{key}.")
         else:
-            yield key, value, hints[field.name]
+            yield key, value, annotations[field.name]
             for name, record in _records(value).items():
-                yield from leaves(record, f"{prefix}{name}.")
+                yield from annotated(record, f"{prefix}{name}.")
 
 
 def _records(value: Any) -> dict[str, Any]:
-    """The records in a tuple by the names of their classes, or none where a name occurs twice."""
+    """Return the records in a tuple by the names of their classes, or none if a name repeats."""
     items = value if isinstance(value, tuple) else ()
     records = [item for item in items if is_record(item)]
     named = {type(record).__name__: record for record in records}
     return named if len(named) == len(records) else {}
 
 
-def _hints(kind: type) -> dict[str, Any]:
-    """The annotated types by field. One that cannot be read, such as a name that is imported for
-    type checkers alone, may be anything."""
-    try:
-        return typing.get_type_hints(kind)
-    except Exception:  # the edge to a user's class
-        return {field.name: _hint(kind, field) for field in fields_of(kind)}
-
-
-def _hint(kind: type, field: dataclasses.Field) -> Any:
-    alone = types.SimpleNamespace(__annotations__={field.name: field.type})
-    for base in kind.__mro__:  # the field may be of any, each with the names of its module
-        with contextlib.suppress(Exception):
-            return typing.get_type_hints(alone, vars(sys.modules[base.__module__]))[field.name]
-    return Any
-
-
-def overridden(config: S, overrides: Sequence[str]) -> tuple[S, list[str]]:
-    """The config with all overrides applied together (a section is checked once, as a whole), and what was wrong with them."""
+def apply_overrides(config: S, overrides: Sequence[str]) -> tuple[S, list[str]]:
+    """Return the config with all overrides applied together, and lines that say what was wrong with
+    them. A section is made once, with all of its changes."""
     kinds = {key: kind for key, _, kind in leaves(config)}
     values: dict[str, Any] = {}
     problems = []
     for override in overrides:
         key, separator, text = (part.strip() for part in override.partition("="))
-        inside = [known for known in kinds if known.startswith(f"{key}.")]
+        problem = "" if key in kinds else _unknown(key, list(kinds))
         if not separator or not key:
             problems.append(f"--set takes key=value, got {override!r}")
-        elif inside:
-            problems.append(f"{key!r} is a section: set one of its fields ({', '.join(inside)})")
-        elif key not in kinds:
-            problems.append(f"unknown setting {key!r}. {nearest(key, list(kinds))}")
+        elif problem:
+            problems.append(problem)
         else:
             try:
                 values[key] = _fit(_read(text, kinds[key]), kinds[key])
@@ -100,8 +78,20 @@ def overridden(config: S, overrides: Sequence[str]) -> tuple[S, list[str]]:
     return config, problems + refused
 
 
+def _unknown(key: str, keys: Sequence[str]) -> str:
+    """Return a line that says what to write in place of a key that is not a setting."""
+    inside = [known for known in keys if known.startswith(f"{key}.")]
+    if inside:
+        return f"{key!r} is a section: set one of its fields ({', '.join(inside)})"
+    now = current_key(key)
+    if now != key:
+        return f"{key!r} is now called {now!r}"
+    return f"unknown setting {key!r}. {suggestion(key, keys)}"
+
+
 def _replaced(section: Any, values: Mapping[str, Any], prefix: str) -> tuple[Any, list[str]]:
-    """The section with values by dotted key; what its own checks refuse is told, and left as it was."""
+    """Return the section with these values by dotted key, and the errors of its own checks. A
+    section with an error keeps its old values."""
     changes, problems = {}, []
     for field in fields_of(section):
         key, value = f"{prefix}{field.name}", getattr(section, field.name)
@@ -122,7 +112,8 @@ def _replaced(section: Any, values: Mapping[str, Any], prefix: str) -> tuple[Any
         return section, [*problems, f"{prefix.rstrip('.') or 'the config'}: {error}"]
 
 
-def nearest(key: str, keys: Sequence[str]) -> str:
+def suggestion(key: str, keys: Sequence[str]) -> str:
+    """Return a hint: the most similar key, or else all keys of the section."""
     last = {known: known.rpartition(".")[2] for known in keys}
     name = key.rpartition(".")[2]
     similar = difflib.get_close_matches(name, last.values(), 1)
@@ -135,15 +126,12 @@ def nearest(key: str, keys: Sequence[str]) -> str:
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
-    return (
-        typing.get_args(kind)
-        if typing.get_origin(kind) in (types.UnionType, typing.Union)
-        else (kind,)
-    )
+    return typing.get_args(kind) if is_union(kind) else (kind,)
 
 
 def _read(text: str, kind: Any) -> Any:
-    """The text of an override: as it stands for a str, otherwise a Python literal; names separated by commas for a tuple of names."""
+    """Parse the text of an override: a Python literal, except that a str is taken as it is and a
+    tuple of strings may be names separated by commas."""
     kinds = _alternatives(kind)
     words = {"true": True, "false": False, "none": None, "null": None}
     try:
@@ -160,9 +148,10 @@ def _read(text: str, kind: Any) -> Any:
 
 
 def _fit(value: Any, kind: Any) -> Any:
-    """`value` as the annotated type: an int for a float, a list for a tuple, nothing else. Raises TypeError that goes on after the key.
+    """Convert a value to a type: an int to a float, a list to a tuple. Raise TypeError for any
+    other type, with a message that continues after the key.
 
-    Of types that are none of these (a user's environment may have any), only the class is compared.
+    For all other types, which a user's environment may have, only the class is compared.
     """
     for one in _alternatives(kind):
         origin, arguments = typing.get_origin(one), typing.get_args(one)
@@ -174,11 +163,7 @@ def _fit(value: Any, kind: Any) -> Any:
             return value if fits else items
         if _matches(value, one):
             return value
-    names = " or ".join(
-        k.__name__ if isinstance(k, type) and not typing.get_args(k) else str(k)
-        for k in _alternatives(kind)
-    )
-    raise TypeError(f"must be of type {names.replace('NoneType', 'None')}, got {shown(value)}")
+    raise TypeError(f"must be of type {type_name(kind)}, got {shown(value)}")
 
 
 def _finite(value: float) -> float:
@@ -200,8 +185,9 @@ def _matches(value: Any, kind: Any) -> bool:
     return kind is Any or (isinstance(plain, type) and isinstance(value, plain))
 
 
-def typed(config: S) -> tuple[S, list[str]]:
-    """The config with every field in its type, or as it was, and the fields that cannot be brought to theirs."""
+def convert_types(config: S) -> tuple[S, list[str]]:
+    """Return the config with every field converted to its type, and no problems. If any field has
+    the wrong type, return the config as it was, and lines that say so."""
     values, problems = {}, []
     for key, value, kind in leaves(config):
         try:

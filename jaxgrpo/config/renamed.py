@@ -1,30 +1,44 @@
-"""Read the config.json of earlier versions: what its sections, settings and modules are called now."""
+"""Rename the sections, settings and modules of earlier versions to what they are called now."""
 
 from typing import Any
 
 SECTIONS = {"packing": "batching"}
-SETTINGS: dict[str, str] = {}
-"""Old dotted key -> the new name of the field, in the same section."""
+SETTINGS = {"rollout.environment_deadline": "step_deadline_seconds"}
+"""Old names of fields, under the section's name of today -> the new name in the same section."""
 MODULES = {
     "jaxgrpo.rewards": "jaxgrpo.rewards.base",
     "jaxgrpo.judge": "jaxgrpo.rewards.judge",
     "jaxgrpo.penalties": "jaxgrpo.rewards.penalties",
 }
-"""Modules that define what a config may name, such as a reward function."""
+"""Modules with classes and functions that a config.json may name, such as a reward function."""
 
 
-def current(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the tree of a config.json with today's names. A new name that is there already wins."""
+def current_key(key: str) -> str:
+    """Return what a dotted key is called now."""
+    section, _, field = key.partition(".")
+    section = SECTIONS.get(section, section)
+    field = SETTINGS.get(f"{section}.{field}", field)
+    return f"{section}.{field}" if field else section
+
+
+def with_current_names(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the tree of a config.json with today's names. If both names are there, the new one
+    counts."""
     renamed = {}
     for name, value in tree.items():
         section = SECTIONS.get(name, name)
         if section != name and section in tree:
             continue
         if isinstance(value, dict):
-            keys = {key: SETTINGS.get(f"{section}.{key}", key) for key in value}
-            value = {new: value[key] for key, new in keys.items()}
+            value = _with_new_names(section, value)
         renamed[section] = _moved(value)
     return renamed
+
+
+def _with_new_names(section: str, values: dict[str, Any]) -> dict[str, Any]:
+    old = {key: SETTINGS[f"{section}.{key}"] for key in values if f"{section}.{key}" in SETTINGS}
+    kept = {key: value for key, value in values.items() if key not in old}
+    return {new: values[key] for key, new in old.items()} | kept
 
 
 def _moved(value: Any) -> Any:
@@ -40,7 +54,7 @@ def _moved(value: Any) -> Any:
 
 
 def _label(label: Any) -> Any:
-    """Return `module:name`, or as version 0.1.0 wrote it `module.name`, of where it is now."""
+    """Return the current place of `module:name`. Version 0.1.0 wrote `module.name`."""
     if not isinstance(label, str):
         return label
     for old, new in MODULES.items():

@@ -1,15 +1,21 @@
-"""Every setting of a run, with what it may be: frozen dataclasses, one a section, and the choices of those that are names."""
+"""Define every setting of a run: frozen dataclasses, one per section.
+
+The type of a field holds its choices (Literal) and bounds (jaxgrpo.config.bounds). The text below a
+field is its documentation, from which `--help-config` and docs/settings.md are made.
+"""
 
 import dataclasses
+import typing
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
+from jaxgrpo.config.bounds import Above, AtLeast, AtMost, Int64, SamplingTemperature, ZeroToBelow
 from jaxgrpo.environment import TaskSuite
 from jaxgrpo.rewards.base import RewardSettings
-from jaxgrpo.types import StopReason
 
 
 class ConfigError(ValueError):
-    """What the user gave and cannot be: says what was given, what is allowed and what to do."""
+    """The user's input is not valid. Says what was given, what is allowed and what to do."""
 
 
 def refuse(problems: Sequence[str]) -> None:
@@ -20,18 +26,28 @@ def refuse(problems: Sequence[str]) -> None:
         )
 
 
-SAMPLERS = ("native", "vllm")
-COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
-ATTENTION = ("auto", "xla", "cudnn")
-REMAT = ("full", "attention", "none")
-SPLITS = ("train", "test")
-TASK_ORDERS = ("shuffled", "as_given")
-MASKABLE = tuple(
-    reason.value for reason in StopReason if reason is not StopReason.ENVIRONMENT_ERROR
-)
-NORMALIZATIONS = ("std", "none")
-AGGREGATIONS = ("token", "sequence", "constant")
-TARGETS = {
+SamplerName = Literal["native", "vllm"]
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
+Attention = Literal["auto", "xla", "cudnn"]
+Remat = Literal["full", "attention", "none"]
+Split = Literal["train", "test"]
+TaskOrder = Literal["shuffled", "as_given"]
+MaskedReason = Literal[
+    "finished", "gave_up", "failed", "token_limit", "context_limit", "step_limit"
+]
+"""Values of StopReason, except environment_error: such episodes are never trained on."""
+Normalization = Literal["std", "none"]
+Aggregation = Literal["token", "sequence", "constant"]
+Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
+Export = Literal["merged", "adapter"]
+Seconds = Annotated[float, Above(0), AtMost(10**9)]
+"""At most 10^9, because Python's threads cannot wait ten times as long."""
+
+REMAT: tuple[Remat, ...] = typing.get_args(Remat)
+SPLITS: tuple[Split, ...] = typing.get_args(Split)
+NORMALIZATIONS: tuple[Normalization, ...] = typing.get_args(Normalization)
+AGGREGATIONS: tuple[Aggregation, ...] = typing.get_args(Aggregation)
+TARGETS: dict[Target, tuple[str, str]] = {
     "q": ("attention", "q"),
     "k": ("attention", "k"),
     "v": ("attention", "v"),
@@ -40,143 +56,168 @@ TARGETS = {
     "up": ("mlp", "up"),
     "down": ("mlp", "down"),
 }
-"""The linear layers that can be adapted: where each is within a decoder layer."""
-EXPORTS = ("merged", "adapter")
+"""The linear layers that LoRA can adapt, and where each is within a decoder layer."""
+
 PAGE = 64
-"""Tokens of a page: the embedded sampler's cache consists of whole pages, and so do episodes in it."""
+"""Tokens per page of the embedded sampler's cache. An episode takes up whole pages."""
 
 
 def pages_for(tokens: int) -> int:
-    """How many pages hold so many tokens."""
+    """Return how many pages hold this many tokens."""
     return -(-tokens // PAGE)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-    """`source` is a folder (Hugging Face layout, or made by tools.convert_hf_to_orbax) or a hub name, at `revision`.
-    `compute_dtype` "auto" is bfloat16 on accelerators and float32 on CPUs."""
+    """The model that is trained."""
 
     source: str
+    """Model folder (Hugging Face or orbax layout), or a name on the Hugging Face Hub."""
     revision: str | None = None
-    compute_dtype: str = "auto"
+    """Branch, tag or commit on the Hub. None takes the newest."""
+    compute_dtype: ComputeDtype = "auto"
+    """Dtype of the model's computations. `auto` is bfloat16 on accelerators, float32 on CPUs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSettings:
-    """Episodes. A batch holds `tasks_per_step` tasks and `group_size` episodes of each, sampled at `temperature`. `task_order` "shuffled"
-    draws a fresh order of the tasks for each epoch, "as_given" keeps the environment's (for a curriculum). `max_completion_tokens`
-    counts everything after the prompt in an episode, tool results included; `max_turns` counts the policy's turns. `max_in_flight` episodes
-    are played at once; their environments run in `environment_threads` threads, and a call into one may take `environment_deadline`
-    seconds. An episode whose environment fails is played again in a fresh one up to `max_retries` times; then its whole group is
-    dropped."""
+    """Episodes: how many, how long, and how their environments run."""
 
-    group_size: int = 8
-    tasks_per_step: int = 12
-    task_order: str = "shuffled"
-    max_prompt_tokens: int = 8192
-    max_completion_tokens: int = 2048
-    max_turns: int = 10
-    temperature: float = 1.0
-    max_in_flight: int = 256
-    max_retries: int = 1
-    environment_threads: int = 16
-    environment_deadline: float = 60.0
+    group_size: Annotated[int, AtLeast(2)] = 8
+    """Episodes per task. Their rewards are compared with each other, so one is not enough."""
+    tasks_per_step: Annotated[int, AtLeast(1)] = 12
+    """Tasks per batch. The learner takes `training.iterations` optimizer steps on each batch."""
+    task_order: TaskOrder = "shuffled"
+    """`shuffled` draws a new order in each epoch. `as_given` keeps the environment's order."""
+    max_prompt_tokens: Annotated[int, AtLeast(1)] = 8192
+    """Longest prompt in tokens. Longer ones are refused. 8192 fits BFCL's prompts (up to 5,910)."""
+    max_completion_tokens: Annotated[int, AtLeast(1)] = 2048
+    """Most tokens per episode after the prompt, including what the environment answers."""
+    max_turns: Annotated[int, AtLeast(1)] = 10
+    """Most turns of the policy per episode."""
+    temperature: Annotated[float, SamplingTemperature()] = 1.0
+    """Sampling temperature. The update computes its log-probabilities at the same temperature."""
+    max_in_flight: Annotated[int, AtLeast(1)] = 256
+    """Maximum number of concurrent episodes."""
+    max_retries: Annotated[int, AtLeast(0)] = 1
+    """Retries of an episode whose environment fails. After that, its whole group is dropped."""
+    environment_threads: Annotated[int, AtLeast(1)] = 16
+    """Worker threads that run environments."""
+    step_deadline_seconds: Seconds = 60.0
+    """Time limit for one call of an environment, in seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
 class NativeSamplerSettings:
-    """The embedded sampler: rows decoded at once, tokens decoded between two looks at stop strings, and tokens that its cache holds."""
+    """The embedded sampler (`sampler` = native)."""
 
-    max_rows: int = 64
-    decode_chunk: int = 16
-    max_cache_tokens: int = 65536
+    max_rows: Annotated[int, AtLeast(1)] = 64
+    """Most sequences decoded at once. More rows need more memory."""
+    decode_chunk: Annotated[int, AtLeast(1)] = 16
+    """Tokens decoded per row before stop strings are checked."""
+    max_cache_tokens: Annotated[int, AtLeast(1)] = 65536
+    """Tokens that the key-value cache holds. It must hold at least one whole episode."""
 
 
 @dataclasses.dataclass(frozen=True)
 class VllmSettings:
-    """vLLM as the sampler. Without `urls` a server is started, and ended, by the trainer: with the interpreter `python` (None: the
-    trainer's own), on the GPUs of these indices (none: on the CPU), taking `gpu_memory` of each; or `cache_bytes` for its cache; one server
-    is tensor-parallel over its GPUs, and several `servers` share them out in equal parts; `arguments` are added to vLLM's own.
-    `float32_logits` has it compute logits as the trainer does, not rounded to bfloat16: that costs nothing on a GPU, but much on a CPU
-    where the vocabulary is large. It listens at `host` and `port` (0: any free one), for whoever has the key in the environment variable
-    VLLM_API_KEY, or a random one of this run's when there is none. `urls` name servers that someone else runs. Weights pass through a
-    folder that the servers read too: `weights_folder`, or shared memory, or the run folder. A server has `start_seconds` to come up, and
-    `publish_seconds` to take up new weights.
-
-    `max_requests` are in flight on one server, others wait. A turn may take `request_seconds` in all, and is asked for `retries` times
-    again when a server does not answer. After each publish, short generations are compared with the trainer's own forward: the run stops
-    when their log-probabilities differ by more than `max_mismatch` on average."""
+    """vLLM as the sampler (`sampler` = vllm). The trainer starts it unless `urls` names servers."""
 
     urls: tuple[str, ...] = ()
+    """Servers that already run, e.g. http://host:8000. Empty: the trainer starts its own."""
     python: str | None = None
+    """Interpreter of vLLM's environment. None is the trainer's own."""
     gpus: tuple[int, ...] = ()
-    servers: int = 1
-    gpu_memory: float = 0.9
-    cache_bytes: int | None = None
+    """Indices of vLLM's GPUs, shared equally among the servers. Empty: vLLM runs on the CPU."""
+    servers: Annotated[int, AtLeast(1)] = 1
+    """Servers to start. Each is tensor-parallel over its GPUs."""
+    gpu_memory: Annotated[float, Above(0), AtMost(1)] = 0.9
+    """Fraction of each GPU's memory that vLLM may take. The default is vLLM's own."""
+    cache_bytes: Annotated[int, AtLeast(1), Int64] | None = None
+    """Size of vLLM's key-value cache in bytes. None: what `gpu_memory` leaves."""
     arguments: tuple[str, ...] = ()
+    """Further arguments for the vLLM server's command line."""
     float32_logits: bool = True
+    """Compute logits in float32, as the trainer does. Free on a GPU, slow on a CPU."""
     host: str = "127.0.0.1"
-    port: int = 0
+    """Address that the started servers listen on. The key is in VLLM_API_KEY, or random."""
+    port: Annotated[int, AtLeast(0), AtMost(65535)] = 0
+    """Port of the first started server. 0 takes any free port."""
     weights_folder: str | None = None
-    max_requests: int = 256
-    start_seconds: float = 900.0
-    request_seconds: float = 1800.0
-    publish_seconds: float = 600.0
-    retries: int = 3
-    max_mismatch: float = 0.05
+    """Folder through which weights reach the servers. None: shared memory, or the run folder."""
+    max_requests: Annotated[int, AtLeast(1)] = 256
+    """Maximum number of concurrent requests per server. The others wait."""
+    start_seconds: Seconds = 900.0
+    """Time limit for a server to start, in seconds."""
+    request_seconds: Seconds = 1800.0
+    """Time limit for one turn, with its retries, in seconds."""
+    publish_seconds: Seconds = 600.0
+    """Time limit for a server to load new weights, in seconds."""
+    retries: Annotated[int, AtLeast(0)] = 3
+    """Retries of a turn if a server does not answer."""
+    max_mismatch: Annotated[float, Above(0)] = 0.05
+    """The run stops if log-probabilities of vLLM and trainer differ by more on average."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchingSettings:
-    """How groups become arrays.
+    """How groups become padded micro-batches, with an advantage and a loss weight per token.
 
-    `advantage_normalization` "std" divides a group's centred rewards by their standard deviation, "none" leaves them. Episodes that ended
-    for one of `masked_stop_reasons` (values of StopReason) carry no loss: by default those that ran out of tokens, which are overlong.
-    `aggregation` "token" divides by all tokens with loss in the batch (DAPO, arXiv:2503.14476), "sequence" by the row's tokens and the rows
-    with loss (GRPO, arXiv:2402.03300), "constant" by rows times `max_completion_tokens` (Dr. GRPO, arXiv:2503.20783).
-    Lengths are rounded up to a multiple of `prompt_multiple` or `completion_multiple`, doubled as lengths grow (1, 2, 3, 4, 6, 8, 12, 16,
-    ... multiples), so that few shapes are compiled.
+    Lengths are rounded up to multiples that double as lengths grow (1, 2, 3, 4, 6, 8, 12, 16, ...
+    multiples), so that few shapes are compiled.
     """
 
-    advantage_normalization: str = "std"
-    aggregation: str = "token"
-    masked_stop_reasons: tuple[str, ...] = (
-        StopReason.TOKEN_LIMIT.value,
-        StopReason.CONTEXT_LIMIT.value,
-    )
-    prompt_multiple: int = 256
-    completion_multiple: int = 64
+    advantage_normalization: Normalization = "std"
+    """`std` divides a group's centered rewards by their standard deviation, `none` does not."""
+    aggregation: Aggregation = "token"
+    """Denominator of the loss. `token`: all tokens with loss in the batch (DAPO, arXiv:2503.14476).
+    `sequence`: the tokens of the row, and the rows with loss (GRPO, arXiv:2402.03300). `constant`:
+    rows times `rollout.max_completion_tokens` (Dr. GRPO, arXiv:2503.20783)."""
+    masked_stop_reasons: tuple[MaskedReason, ...] = ("token_limit", "context_limit")
+    """Episodes that ended for one of these reasons have no loss. By default, the overlong ones."""
+    prompt_multiple: Annotated[int, AtLeast(1)] = 256
+    """Prompts are padded to a multiple of this many tokens."""
+    completion_multiple: Annotated[int, AtLeast(1)] = 64
+    """Completions are padded to a multiple of this many tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings:
-    """The loss. The ratio is clipped to [1 - `clip_low`, 1 + `clip_high`]. `kl_beta` 0 leaves the reference out altogether;
-    `tis_cap` None leaves the correction out."""
+    """The clipped policy-gradient loss."""
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl_beta: float = 0.001
-    tis_cap: float | None = None
+    clip_low: Annotated[float, AtLeast(0), AtMost(1)] = 0.2
+    """The importance ratio is clipped from below at 1 - `clip_low`."""
+    clip_high: Annotated[float, AtLeast(0)] = 0.2
+    """The importance ratio is clipped from above at 1 + `clip_high`."""
+    kl_beta: Annotated[float, AtLeast(0)] = 0.001
+    """Weight of the KL term. 0 saves the reference policy altogether."""
+    tis_cap: Annotated[float, AtLeast(1)] | None = None
+    """Cap of truncated importance sampling between sampler and trainer. None turns it off."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraSettings:
-    """`rank` 0 is no LoRA: all weights are trained. Otherwise only the adapters of the linear layers `targets` are, scaled by `alpha` /
-    `rank`. There is no dropout: it would make the policy that is trained another one than the policy that sampled. `export` "merged"
-    writes the trained policy as a whole model, "adapter" as a PEFT adapter of its base."""
+    """LoRA adapters (arXiv:2106.09685).
 
-    rank: int = 0
-    alpha: float = 32.0
-    targets: tuple[str, ...] = tuple(TARGETS)
-    export: str = "merged"
+    There is no dropout: the trained policy would differ from the one that sampled.
+    """
+
+    rank: Annotated[int, AtLeast(0)] = 0
+    """Rank of the adapters. 0 trains all weights instead."""
+    alpha: Annotated[float, Above(0)] = 32.0
+    """The adapters are scaled by `alpha` / `rank`."""
+    targets: tuple[Target, ...] = tuple(TARGETS)
+    """Linear layers that get an adapter."""
+    export: Export = "merged"
+    """`merged` exports a whole model, `adapter` a PEFT adapter of the base model."""
 
     @property
     def scale(self) -> float:
-        """alpha / r."""
+        """Return alpha / rank."""
         return self.alpha / self.rank
 
     def of(self, target: str) -> "LoraSettings | None":
-        """The settings of one linear layer's adapter, None when it has none."""
+        """Return the settings of one linear layer's adapter, or None if it has none."""
         return self if self.rank and target in self.targets else None
 
 
@@ -185,80 +226,105 @@ NO_LORA = LoraSettings()
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW (arXiv:1711.05101) with a constant learning rate after a linear warm-up, and clipping by the global norm."""
+    """AdamW (arXiv:1711.05101), with a constant learning rate after a linear warm-up."""
 
-    learning_rate: float = 1e-6
-    warmup_steps: int = 20
-    b1: float = 0.9
-    b2: float = 0.99
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float = 0.2
+    learning_rate: Annotated[float, AtLeast(0)] = 1e-6
+    """Learning rate after the warm-up. LoRA needs about ten times as much."""
+    warmup_steps: Annotated[int, AtLeast(0)] = 20
+    """Optimizer steps over which the learning rate grows from 0."""
+    b1: Annotated[float, ZeroToBelow(1)] = 0.9
+    """Decay of the mean of gradients."""
+    b2: Annotated[float, ZeroToBelow(1)] = 0.99
+    """Decay of the mean of squared gradients."""
+    epsilon: Annotated[float, Above(0)] = 1e-8
+    """Added to the denominator of the update."""
+    weight_decay: Annotated[float, AtLeast(0)] = 0.0
+    """Decoupled weight decay per step, times the learning rate."""
+    max_grad_norm: Annotated[float, Above(0)] = 0.2
+    """Gradients are clipped to this global norm."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSettings:
-    """`steps` counts optimizer steps; `iterations` (mu) of them are taken on each batch. `devices` None takes all; `gpus` limits what jax
-    sees to the GPUs of these indices. A micro-batch holds `groups_per_device` groups a device. The reference is replaced by the policy
-    every `reference_every` steps; None keeps it fixed. Batches are played ahead of the one in training as long as no token is more than
-    `max_staleness` weight versions older than the weights it trains; 0 plays a batch when the one before it is published.
+    """The training loop, and how a step uses devices and memory."""
 
-    `attention` "auto" is cuDNN's flash attention where it can be used and plain XLA elsewhere; either can be asked for by name. `remat`
-    says what the backward pass computes again: every layer ("full"), all but attention's output ("attention"), or nothing ("none").
-    `head_chunk` tokens pass through the output head at once: less takes less memory. `compilation_cache` keeps compiled programs from run
-    to run, in the project's cache folder."""
-
-    steps: int = 1600
-    iterations: int = 2
-    max_staleness: int = 0
-    devices: int | None = None
+    steps: Annotated[int, AtLeast(1)] = 1600
+    """Optimizer steps of the run."""
+    iterations: Annotated[int, AtLeast(1)] = 2
+    """Optimizer steps on each batch (mu). `steps` must be a multiple of it."""
+    max_staleness: Annotated[int, AtLeast(0)] = 0
+    """Most weight versions between sampling a token and training on it. 0 is synchronous."""
+    devices: Annotated[int, AtLeast(1)] | None = None
+    """Devices to use. None takes all."""
     gpus: tuple[int, ...] | None = None
-    groups_per_device: int = 1
-    reference_every: int | None = 100
-    head_chunk: int = 1024
-    attention: str = "auto"
-    remat: str = "full"
+    """Indices of the GPUs that jax may see. None is all."""
+    groups_per_device: Annotated[int, AtLeast(1)] = 1
+    """Groups per device in a micro-batch. More need more memory."""
+    reference_every: Annotated[int, AtLeast(1)] | None = 100
+    """Optimizer steps after which the policy becomes the reference policy. None keeps the first."""
+    head_chunk: Annotated[int, AtLeast(1)] = 1024
+    """Tokens that pass through the output head at once. Fewer need less memory."""
+    attention: Attention = "auto"
+    """Attention kernel. `auto` is cuDNN's flash attention where it works, else plain XLA."""
+    remat: Remat = "full"
+    """What the backward pass recomputes: whole layers, all but attention's output, or nothing."""
     compilation_cache: bool = True
+    """Keep compiled programs between runs, in the project's cache folder."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSettings:
-    """Evaluation on `splits` every `every` steps (None: never in between), and before the first or after the last step when so asked.
-    `samples` episodes of each task are played, at `temperature` and `top_p`; `tasks` limits each split to its first tasks."""
+    """Evaluation during training."""
 
-    every: int | None = None
+    every: Annotated[int, AtLeast(1)] | None = None
+    """Optimizer steps between evaluations. None evaluates only before and after training."""
     before: bool = True
+    """Evaluate before the first step."""
     after: bool = True
-    samples: int = 1
-    splits: tuple[str, ...] = ("test",)
-    tasks: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
+    """Evaluate after the last step."""
+    samples: Annotated[int, AtLeast(1)] = 1
+    """Episodes per task."""
+    splits: tuple[Split, ...] = ("test",)
+    """Splits to evaluate."""
+    tasks: Annotated[int, AtLeast(1)] | None = None
+    """Evaluate only this many first tasks of each split. None is all."""
+    temperature: Annotated[float, SamplingTemperature(greedy=True)] = 1.0
+    """Sampling temperature. 0 is greedy."""
+    top_p: Annotated[float, Above(0), AtMost(1)] = 1.0
+    """Nucleus sampling: the smallest set of tokens with this probability. 1 is all tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RecordingSettings:
-    """The run folder. `checkpoint_every` None saves only the last step; `keep` checkpoints stay. `trajectories` keeps every episode,
-    `export_hf` ends the run with a Hugging Face folder (or the adapter), `tensorboard` writes its events, `wandb_project` reports to
-    W&B."""
+    """What a run writes into its folder."""
 
-    checkpoint_every: int | None = 100
-    keep: int = 2
+    checkpoint_every: Annotated[int, AtLeast(1)] | None = 100
+    """Optimizer steps between checkpoints. None saves only the last step."""
+    keep: Annotated[int, AtLeast(1)] = 2
+    """Checkpoints to keep."""
     trajectories: bool = True
+    """Record every episode."""
     export_hf: bool = True
+    """Export a Hugging Face folder at the end (or the adapter, see `lora.export`)."""
     tensorboard: bool = True
+    """Write metrics for TensorBoard."""
     wandb_project: str | None = None
+    """Project in Weights & Biases to report to. None reports nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A run. `environment` is a TaskSuite: a frozen dataclass whose fields can be overridden like any other's."""
+    """A run. The defaults of training are the article's recipe (docs/fidelity.md)."""
 
     name: str
+    """Name of the run and of its folder, runs/NAME: letters, digits, `.`, `_` and `-`."""
     model: ModelSettings
     environment: TaskSuite
-    sampler: str = "native"
-    seed: int = 0
+    """Tasks and their environments: a frozen dataclass, whose fields `--set` reaches too."""
+    sampler: SamplerName = "native"
+    """Sampler of the rollouts: the embedded one, or vLLM."""
+    seed: Annotated[int, AtLeast(0), Int64] = 0
+    """Seed of everything that is random in the run."""
     rollout: RolloutSettings = RolloutSettings()
     rewards: RewardSettings = RewardSettings()
     native: NativeSamplerSettings = NativeSamplerSettings()

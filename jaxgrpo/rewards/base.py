@@ -78,24 +78,23 @@ class RewardFunction(abc.ABC):
 
     def problems(self, config: RunConfig) -> Sequence[str]:
         """What keeps it from working in this run, as lines to show before anything is loaded. E.g.
-        all functions together get `config.rollout.environment_deadline` seconds for an episode."""
+        all functions together get `config.rollout.step_deadline_seconds` seconds for an episode."""
         return ()
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardSettings:
-    """What an episode earns. `functions` are functions defined at the top level of a module and
-    instances of RewardFunctions; each gives parts of its own. `weights` has the weights that are
-    not 1, none below 0: a dict, or pairs of name and weight, which is how those that are not 1 are
-    kept, so that equal settings are equal. A function all of whose parts have weight 0 is only
-    watched: its parts are recorded, and it overrides nothing.
+    """The reward of an episode: a weighted sum of parts.
 
-    Without functions the reward is the environment's, to the last bit. `passed` always is the
-    environment's. Raises ValueError for what cannot be.
+    Without functions, the reward is exactly the environment's. `passed` always comes from the
+    environment. Weights are stored as pairs, without those that are 1, so that equal settings
+    compare equal. Raises ValueError for functions or weights that are not valid.
     """
 
     functions: tuple[Function, ...] = ()
+    """Reward functions: functions at the top level of a module, or instances of RewardFunction."""
     weights: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
+    """Weights by part, at least 0; others are 1. With weight 0, a part is only recorded."""
 
     def __post_init__(self) -> None:
         given: Any = self.weights

@@ -104,10 +104,10 @@ class GibberishJudge(RewardFunction):
         ]
         if not self.model:
             found.append("model is empty: name one that the service has")
-        if self.deadline_seconds >= config.rollout.environment_deadline:
+        if self.deadline_seconds >= config.rollout.step_deadline_seconds:
             found.append(
                 f"deadline_seconds ({self.deadline_seconds}) must be below "
-                f"rollout.environment_deadline ({config.rollout.environment_deadline})"
+                f"rollout.step_deadline_seconds ({config.rollout.step_deadline_seconds})"
             )
         return found
 

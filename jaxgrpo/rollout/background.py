@@ -128,7 +128,7 @@ class BlockingCalls:
             f"{self._deadline_seconds} seconds, and their threads cannot be ended; the oldest is {stuck[0]}"
         )
         advice = (
-            "give what it waits for a time limit of its own, or raise rollout.environment_deadline"
+            "give what it waits for a time limit of its own, or raise rollout.step_deadline_seconds"
         )
         if len(stuck) > self._most_stuck:
             raise StuckCallsError(f"{told}. Too many to go on: {advice}")

@@ -73,7 +73,7 @@ class TaskCheck:
                 asked, calls, lambda: f"the tasks of the {split} split are being listed"
             )
         except LateError as error:
-            limit = f"{LISTING_DEADLINES} x rollout.environment_deadline"
+            limit = f"{LISTING_DEADLINES} x rollout.step_deadline_seconds"
             raise ConfigError(f"{error}; {limit} is the limit for listing tasks") from None
         except FaultyEnvironmentError as error:
             raise ConfigError(

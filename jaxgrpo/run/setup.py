@@ -75,7 +75,7 @@ def open_tasks(config: Config, split: str) -> Sequence[Task]:
 
 def _task_check(config: Config) -> TaskCheck:
     r = config.rollout
-    return TaskCheck(config.environment, r.environment_threads, r.environment_deadline)
+    return TaskCheck(config.environment, r.environment_threads, r.step_deadline_seconds)
 
 
 def check_rewards(config: Config) -> None:
@@ -234,7 +234,7 @@ def build_rollout(
         r.max_completion_tokens, r.max_turns, r.max_prompt_tokens, assets.config.context_length
     )
     execution = Execution(
-        r.max_in_flight, r.environment_threads, r.environment_deadline, r.max_retries
+        r.max_in_flight, r.environment_threads, r.step_deadline_seconds, r.max_retries
     )
     return Rollout(
         sampler, config.environment, assets.chat, limits, sampling, execution, config.rewards

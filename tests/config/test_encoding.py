@@ -1,5 +1,4 @@
-"""Settings as JSON: read back as what they were, the same in every process, and what differs
-between two."""
+"""Settings as JSON: they are read back unchanged, are the same in every process, and compare."""
 
 import dataclasses
 import enum
@@ -11,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +20,6 @@ from jaxgrpo.config.settings import Config, ConfigError
 from tests.training import Letters, small_config, write_config
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 
 
 class Colour(enum.Enum):
@@ -40,7 +39,7 @@ class Suite(Letters):
     anything: object = None
     made: int = dataclasses.field(init=False, default=0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "made", 1)
 
 
@@ -77,7 +76,7 @@ VALUES = [
 
 
 @pytest.mark.parametrize(("value", "tree"), VALUES, ids=range(len(VALUES)))
-def test_values_are_written_and_read_back_as_what_they_were(value, tree):
+def test_values_are_written_and_read_back_as_what_they_were(value: object, tree: Any) -> None:
     assert encode(value) == tree
     back = decode(json.loads(json.dumps(encode(value))))
     assert back == value and type(back) is type(value)
@@ -93,13 +92,15 @@ def test_values_are_written_and_read_back_as_what_they_were(value, tree):
     ],
     ids=["lambda", "partial", "object", "complex"],
 )
-def test_what_cannot_be_made_again_is_the_same_in_every_process_and_said(value, tree):
+def test_opaque_values_are_the_same_in_every_process_and_cannot_be_read_back(
+    value: object, tree: Any
+) -> None:
     assert encode(value) == {"opaque": tree}
-    with pytest.raises(ConfigError, match=re.escape(f"{tree} cannot be made again from JSON")):
+    with pytest.raises(ConfigError, match=re.escape(f"{tree} cannot be read back from JSON")):
         decode(encode(value))
 
 
-def test_a_value_without_a_repr():
+def test_a_value_without_a_repr() -> None:
     class Broken:
         def __repr__(self):
             raise RuntimeError
@@ -114,30 +115,33 @@ def test_a_value_without_a_repr():
             {"class": "no_such_module:Suite"},
             "no_such_module:Suite cannot be imported (ModuleNotFoundError",
         ),
-        ({"class": f"{HERE}:Suits"}, f"{HERE}:Suits is not there any more"),
+        ({"class": f"{HERE}:Suits"}, f"{HERE}:Suits no longer exists"),
         ({"class": f"{HERE}:Part", "waight": 1}, "unexpected keyword argument 'waight'"),
         (
             {"class": "<config>:Suite"},
-            "Suite stands in a config file, and nothing says in which: give that file",
+            "Suite is defined in a config file, but not said in which: pass that file",
         ),
         (
             {"class": "<config>:Suite", "found in": "/no/c.py"},
-            "Suite stands in the config file /no/c.py, which is not there",
+            "Suite is defined in the config file /no/c.py, which does not exist",
         ),
-        ({"class": f"{HERE}:f.<locals>.Suite"}, "made within a function, where no name leads"),
-        ({"class": "os:system", "command": "true"}, "os:system is no dataclass"),
-        ({"class": 3}, "3 cannot be made again"),
-        ({"set": [{"list": []}]}, "cannot be made again: TypeError: unhashable"),
-        ({"dict": 3}, "cannot be made again: TypeError"),
+        (
+            {"class": f"{HERE}:f.<locals>.Suite"},
+            "defined inside a function, so it cannot be found by name",
+        ),
+        ({"class": "os:system", "command": "true"}, "os:system is not a dataclass"),
+        ({"class": 3}, "3 cannot be read back"),
+        ({"set": [{"list": []}]}, "cannot be read back: TypeError: unhashable"),
+        ({"dict": 3}, "cannot be read back: TypeError"),
     ],
 )
-def test_what_was_written_by_hand_or_is_gone_is_told(tree, said):
+def test_json_that_cannot_be_read_back_is_refused(tree: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         decode(tree)
 
 
-def test_sets_have_one_order_in_every_process():
-    """Of texts, whose hashes differ."""
+def test_sets_have_one_order_in_every_process() -> None:
+    """The hashes of strings differ between processes."""
     texts = [str(i) for i in range(50)]
     code = f"from jaxgrpo.config.encoding import encode; print(encode(frozenset({texts})))"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -153,138 +157,14 @@ def test_sets_have_one_order_in_every_process():
     assert said == {f"{{'frozenset': {sorted(str(i) for i in range(50))}}}\n"}
 
 
-# Whole configs.
+# Differences.
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_is_read_back_from_its_json(path, tmp_path):
-    config = load_config(path)
-    (tmp_path / "config.json").write_text(to_json(config, places=True))
-    assert load_config(tmp_path / "config.json") == config
-    assert load_config(tmp_path / "config.json", ["seed=7"]) == dataclasses.replace(config, seed=7)
-
-
-def test_a_config_json_of_version_0_1_0_is_read(tmp_path):
-    """It named classes with dots, and had fewer settings."""
-    old = {
-        "name": "small",
-        "model": {"source": "m"},
-        "environment": {"class": "tests.training.Letters", "broken": [1]},
-        "seed": 3,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(old))
-    config = load_config(tmp_path / "config.json")
-    assert (config.environment, config.seed, config.rollout.group_size) == (
-        Letters(broken=(1,)),
-        3,
-        8,
-    )
-
-
-MODULE = """import dataclasses
-from tests.training import Letters
-
-
-@dataclasses.dataclass(frozen=True)
-class Mine(Letters):
-    size: int = 3
-"""
-FILE = "import dataclasses\nfrom {module} import Mine\nfrom tests.training import small_config\n\n"
-MADE = """def get_config():
-    return dataclasses.replace(small_config("m"), environment=Mine(size=5))
-"""
-
-
-def test_classes_in_the_config_file_or_beside_it_are_found_from_another_folder(tmp_path):
-    """In a fresh process, which has imported none of them."""
-    (tmp_path / "its").mkdir()
-    (tmp_path / "its" / "json_helper.py").write_text(MODULE)
-    (tmp_path / "its" / "beside.py").write_text(FILE.format(module="json_helper") + MADE)
-    (tmp_path / "its" / "within.py").write_text(
-        MODULE + "from tests.training import small_config\n" + MADE
-    )
-    show = (
-        "import sys; from jaxgrpo.config.load import *; print(load_config(sys.argv[1]).environment)"
-    )
-    for name, label in (("beside", "json_helper:Mine"), ("within", "<config>:Mine")):
-        text = to_json(load_config(tmp_path / "its" / f"{name}.py"), places=True)
-        assert json.loads(text)["environment"]["class"] == label
-        (tmp_path / "config.json").write_text(text)
-        command = [sys.executable, "-c", show, str(tmp_path / "config.json")]
-        done = subprocess.run(
-            command,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            cwd="/",
-            capture_output=True,
-            text=True,
-        )
-        assert done.stdout.startswith("Mine(good=") and ", size=5)" in done.stdout, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"rollout": 3}, "rollout must hold the settings of its section, got 3"),
-        (
-            {"rollout": {"group_sice": 3}},
-            "unknown setting 'rollout.group_sice'. Did you mean 'group_size'?",
-        ),
-        ({"rolout": {}}, "unknown setting 'rolout'. Did you mean 'rollout'?"),
-        (
-            {"environment": None},
-            "must be an instance of a dataclass with tasks() and create(), got None",
-        ),
-        ({"environment": {"class": "gone:Mine"}}, "environment: gone:Mine cannot be imported"),
-        ({"training": {"steps": 2.5}}, "training.steps must be of type int, got 2.5"),
-        ({"seed": {"opaque": "x"}}, "seed: x cannot be made again from JSON"),
-    ],
-)
-def test_a_config_json_with_something_wrong(tmp_path, change, said):
-    (tmp_path / "config.json").write_text(
-        json.dumps(json.loads(to_json(small_config("m"))) | change)
-    )
-    with pytest.raises(ConfigError, match=re.escape(said)):
-        load_config(tmp_path / "config.json")
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("[1]", "it holds list, not settings by name"),
-        ("null", "it holds null"),
-        ("3", "it holds int"),
-        ('"name"', "it holds str"),
-        ("{}", "it lacks name, model, environment"),
-        ('{"name": "small", "mod', "Unterminated string"),
-        ("", "Expecting value"),
-        ("\ufeff{}", "Unexpected UTF-8 BOM"),
-        ("[" * 100_000, "it is nested too deeply"),
-        ('{"model_type": "qwen2"}', "it lacks name, model, environment"),
-    ],
-    ids=lambda value: value[:12],
-)
-def test_a_json_that_is_no_config(tmp_path, text, said):
-    (tmp_path / "x.json").write_text(text)
-    with pytest.raises(
-        ConfigError, match=re.escape(f"x.json is not the config.json of a run: {said}")
-    ):
-        load_config(tmp_path / "x.json")
-
-
-def test_a_run_folder_in_the_place_of_its_config(tmp_path):
-    (tmp_path / "config.json").write_text(to_json(small_config("m")))
-    with pytest.raises(ConfigError, match=r"this is the folder of one: give the config.json in it"):
-        load_config(tmp_path)
-
-
-# What differs.
-
-
-def suite(**fields) -> Config:
+def suite(**fields: Any) -> Config:
     return dataclasses.replace(small_config("m"), environment=Suite(**fields))
 
 
-def changes(before: dict, now: dict) -> list[str]:
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return incompatible_changes(to_json(suite(**before)), suite(**now))
 
 
@@ -322,14 +202,16 @@ def changes(before: dict, now: dict) -> list[str]:
         (1, "1", "environment.anything was 1 and is now '1'"),
     ],
 )
-def test_a_change_of_any_value_is_seen_and_no_change_is_not(before, now, said):
+def test_a_change_of_any_value_is_seen_and_no_change_is_not(
+    before: Any, now: Any, said: str
+) -> None:
     found = changes({"anything": before}, {"anything": now})
     assert any(line.startswith(said) for line in found), found
     assert changes({"anything": before}, {"anything": before}) == []
     assert changes({"anything": now}, {"anything": now}) == []
 
 
-def test_an_optional_section_and_what_stands_in_a_tuple():
+def test_changes_of_an_optional_section_and_of_items_of_a_tuple() -> None:
     was, now = "environment.shape was ", " and is now "
     (line,) = changes({"shape": None}, {"shape": Part()})
     assert line.startswith(f"{was}None{now}{{'class': '{HERE}:Part'")
@@ -350,12 +232,12 @@ def test_an_optional_section_and_what_stands_in_a_tuple():
     )
 
 
-def test_nan_is_itself_and_a_list_in_the_place_of_a_tuple_is_no_change():
+def test_nan_equals_itself_and_a_list_equals_a_tuple() -> None:
     assert changes({"anything": (math.nan,)}, {"anything": (math.nan,)}) == []
     assert changes({"anything": (1, 2)}, {"anything": [1, 2]}) == []
 
 
-def test_a_field_that_the_class_did_not_have_or_has_no_more():
+def test_fields_that_are_new_or_no_longer_exist() -> None:
     tree = json.loads(to_json(suite()))
     del tree["environment"]["anything"]
     assert incompatible_changes(json.dumps(tree), suite()) == []
@@ -364,17 +246,17 @@ def test_a_field_that_the_class_did_not_have_or_has_no_more():
     ]
     tree["environment"] |= {"anything": None, "gone": 3}
     (line,) = incompatible_changes(json.dumps(tree), suite())
-    assert line == "environment.gone was 3, and there is no such setting any more"
+    assert line == "environment.gone was 3, but this setting no longer exists"
 
 
-def test_what_version_0_1_0_wrote_is_compared_by_its_meaning():
-    """It wrote nested classes without their names, and what JSON does not have by its text."""
+def test_what_version_0_1_0_wrote_is_compared_by_its_meaning() -> None:
+    """It left out the names of nested classes, and wrote the str of values that JSON lacks."""
     tree = json.loads(to_json(suite(parts=(Part(),), anything=Path("/a"))))
     tree["environment"] |= {
         "class": f"{HERE}.Suite",
         "parts": [{"weight": 1.0, "how": "<built-in function len>"}],
         "anything": "/a",
-        "made": 1,  # which the class fills in itself
+        "made": 1,  # the class fills it in itself
     }
     assert incompatible_changes(json.dumps(tree), suite(parts=(Part(),), anything=Path("/a"))) == []
     assert incompatible_changes(json.dumps(tree), suite(parts=(Part(),), anything=Path("/b"))) == [
@@ -382,7 +264,9 @@ def test_what_version_0_1_0_wrote_is_compared_by_its_meaning():
     ]
 
 
-def test_a_folder_of_a_model_is_known_by_other_names(tmp_path, monkeypatch):
+def test_a_model_folder_is_recognized_by_its_other_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "link").symlink_to("model")
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,5 @@
-"""Config files as modules: annotations, pickling, what lies beside them, and folders of users that
-have this project's names."""
+"""Config files as modules: annotations, pickling, imports from beside them, and users' folders with
+the names of this project's."""
 
 import multiprocessing
 import os
@@ -49,7 +49,7 @@ def config_in(folder: Path, text: str = CONFIG, name: str = "mine_to_test.py") -
     return folder / name
 
 
-def test_annotations_that_are_texts_are_read(tmp_path):
+def test_annotations_in_quotes_are_read(tmp_path: Path) -> None:
     path = config_in(tmp_path)
     environment = load_config(path, ["environment.size=5", "environment.good=xyz"]).environment
     assert (environment.size, environment.good, environment.twice()) == (5, "xyz", 10)
@@ -57,21 +57,21 @@ def test_annotations_that_are_texts_are_read(tmp_path):
         load_config(path, ["environment.size=many"])
 
 
-def test_each_of_two_files_of_one_name_keeps_its_own_names(tmp_path):
+def test_each_of_two_files_of_one_name_keeps_its_own_names(tmp_path: Path) -> None:
     first = load_config(config_in(tmp_path / "a"))
     second = load_config(config_in(tmp_path / "b", CONFIG.replace("Size = int", "Size = float")))
     kinds = [{key: kind for key, _, kind in leaves(c)} for c in (first, second)]
     assert [kind["environment.size"] for kind in kinds] == [int, float]
 
 
-def test_what_is_of_a_config_file_can_be_pickled_also_for_another_process(tmp_path):
+def test_objects_of_a_config_file_can_be_unpickled_in_another_process(tmp_path: Path) -> None:
     config = load_config(config_in(tmp_path, name="spawned-to-test.py"))
     assert pickle.loads(pickle.dumps(config)) == config
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(config.environment.twice) == 6
 
 
-def test_modules_beside_the_file_and_in_its_package_are_found_from_anywhere(tmp_path):
+def test_modules_beside_the_file_and_in_its_package_are_found_from_anywhere(tmp_path: Path) -> None:
     config_in(tmp_path / "plain", "SIZE = 7\n", "helper_to_test.py")
     text = CONFIG.replace("Size = int", "Size = int\nfrom helper_to_test import SIZE")
     path = config_in(tmp_path / "plain", text.replace("= 3", "= SIZE"), "beside_to_test.py")
@@ -84,8 +84,8 @@ def test_modules_beside_the_file_and_in_its_package_are_found_from_anywhere(tmp_
     assert load_config(config_in(package, text.replace("= 3", "= SIZE"))).environment.size == 8
 
 
-def test_a_file_knows_its_place_and_is_read_anew_within_a_second(tmp_path):
-    """Bytecode on disk is taken for a source of the same size and second."""
+def test_a_file_knows_its_place_and_is_read_anew_within_a_second(tmp_path: Path) -> None:
+    """Cached bytecode would count as current if size and second of the source are the same."""
     path = config_in(tmp_path, CONFIG.replace('name="here"', 'name=__file__[-4:-3] + "1"'), "a.py")
     os.utime(path, (1e9, 1e9))
     assert load_config(path).name == "a1"
@@ -94,7 +94,7 @@ def test_a_file_knows_its_place_and_is_read_anew_within_a_second(tmp_path):
     assert load_config(path).name == "a2"
 
 
-def test_a_file_that_fails_leaves_nothing_behind(tmp_path):
+def test_a_file_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     path = config_in(tmp_path, "x = 1\n1 / 0\n", "failing_to_test.py")
     with pytest.raises(ConfigError, match=r"failing_to_test.py, line 2: ZeroDivisionError"):
         load_config(path)
@@ -104,13 +104,15 @@ def test_a_file_that_fails_leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["json", "envs", "random"])
-def test_a_file_with_the_name_of_another_module_takes_nothing_away(tmp_path, name):
+def test_a_file_with_the_name_of_another_module_does_not_replace_it(
+    tmp_path: Path, name: str
+) -> None:
     before = sys.modules[name]
     assert load_config(config_in(tmp_path, name=f"{name}.py")).environment.twice() == 6
     assert sys.modules[name] is before
 
 
-def test_names_of_classes_do_not_hold_the_name_of_the_config_file():
+def test_names_of_classes_do_not_hold_the_name_of_the_config_file() -> None:
     assert same_label("<config>:Mine", "<config>:Mine")
     assert same_label("jaxgrpo_config_small.Mine", "<config>:Mine")  # of version 0.1.0
     assert same_label("envs.bfcl.suite.Bfcl", "envs.bfcl.suite:Bfcl")
@@ -120,10 +122,10 @@ def test_names_of_classes_do_not_hold_the_name_of_the_config_file():
     assert not same_label("<config>:Game", "<config>:Other")
 
 
-# Folders of users, in the folder that the program is started in.
+# Users' folders, in the folder in which the program is started.
 
-# as from a wheel: setuptools' finder of editable installs looks in this project's packages even
-# where another's have their names
+# As installed from a wheel. In an editable install, setuptools' finder would search this project's
+# packages even if the user's have the same names.
 AS_INSTALLED = """
 import runpy, sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder)]
@@ -144,8 +146,10 @@ def get_config():
 
 @pytest.mark.parametrize("regular", [True, False])
 @pytest.mark.parametrize("command", ["jaxgrpo.train", "jaxgrpo.evaluate"])
-def test_a_users_own_envs_and_tools_are_in_nobodys_way(tmp_path, command, regular):
-    """The config is read to its end: what is missing then is the model."""
+def test_a_users_own_envs_and_tools_are_found_beside_this_projects(
+    tmp_path: Path, command: str, regular: bool
+) -> None:
+    """The config loads, so that the error is about the missing model."""
     for name in ("envs", "tools"):
         config_in(tmp_path / name, CONFIG, "of_user.py")
         if regular:

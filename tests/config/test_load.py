@@ -1,4 +1,4 @@
-"""Configs: loading, overrides, refusals, and that every setting is read somewhere."""
+"""Configs: loading, overrides, errors, and that every setting is read somewhere."""
 
 import ast
 import dataclasses
@@ -28,7 +28,7 @@ def refused(*overrides: str, folder: Path) -> str:
     return str(error.value)
 
 
-def test_override_of_each_kind_of_value():
+def test_override_of_each_kind_of_value() -> None:
     config = dataclasses.replace(SMALL, environment=Bfcl())
     for override, expected in {
         "rollout.group_size=16": 16,
@@ -56,22 +56,27 @@ def test_override_of_each_kind_of_value():
         assert value == expected and type(value) is type(expected), override
 
 
-def test_an_int_in_the_file_is_stored_as_the_float_that_the_field_is(tmp_path):
+def test_an_int_in_the_file_is_stored_as_the_float_that_the_field_is(tmp_path: Path) -> None:
     path = tmp_path / "c.py"
     path.write_text(
-        "import dataclasses\nfrom tests.training import small_config\nfrom jaxgrpo.config.settings import EvaluationSettings\n"
+        "import dataclasses\nfrom tests.training import small_config\n"
+        "from jaxgrpo.config.settings import EvaluationSettings\n"
         "def get_config():\n"
-        "    return dataclasses.replace(small_config('m'), evaluation=EvaluationSettings(temperature=1, splits=['train']))\n"
+        "    evaluation = EvaluationSettings(temperature=1, splits=['train'])\n"
+        "    return dataclasses.replace(small_config('m'), evaluation=evaluation)\n"
     )
     evaluation = load_config(path).evaluation
     assert type(evaluation.temperature) is float and evaluation.splits == ("train",)
 
 
-def test_overrides_of_one_section_are_checked_together(tmp_path):
+def test_overrides_of_one_section_are_checked_together(tmp_path: Path) -> None:
     path = tmp_path / "c.py"
     path.write_text(
-        "import dataclasses\nfrom envs.procedural import Warehouse\nfrom tests.training import small_config\n"
-        "def get_config():\n    return dataclasses.replace(small_config('m'), environment=Warehouse(train_size=500, test_size=70))\n"
+        "import dataclasses\nfrom envs.procedural import Warehouse\n"
+        "from tests.training import small_config\n"
+        "def get_config():\n"
+        "    warehouse = Warehouse(train_size=500, test_size=70)\n"
+        "    return dataclasses.replace(small_config('m'), environment=warehouse)\n"
     )
     assert load_config(
         path, ["environment.test_size=300", "environment.train_size=200"]
@@ -100,7 +105,7 @@ def test_overrides_of_one_section_are_checked_together(tmp_path):
         ("evaluation.splits=(1,)", "evaluation.splits must be of type str, got 1"),
         ("environment.bonus=x", "environment.bonus must be of type float"),
         ("rollout.group_size=1", "rollout.group_size must be at least 2, got 1"),
-        ("rollout.temperature=0", "rollout.temperature must be above 0"),
+        ("rollout.temperature=0", "rollout.temperature must be at least 0.01 (vLLM"),
         ("evaluation.top_p=1.5", "evaluation.top_p must be at most 1"),
         ("optimizer.b2=1", "optimizer.b2 must be in [0, 1)"),
         ("seed=-1", "seed must be at least 0"),
@@ -133,7 +138,7 @@ def test_overrides_of_one_section_are_checked_together(tmp_path):
         ("training.max_staleness=-1", "training.max_staleness must be at least 0"),
         (
             "training.max_staleness=1",
-            "loss.tis_cap None takes every sample for the policy's own: set it",
+            "needs importance sampling: set loss.tis_cap, e.g. to 2.0",
         ),
         ("seed=99999999999999999999999", "seed must be below 2^63 = 9223372036854775808, got 99"),
         ("seed=9223372036854775808", "seed must be below 2^63"),
@@ -153,14 +158,16 @@ def test_overrides_of_one_section_are_checked_together(tmp_path):
         ("optimizer.learning_rate=1e39", "size that float32 has, 1.18e-38 to 3.4e+38, got 1e+39"),
         ("optimizer.epsilon=1e-60", "optimizer.epsilon must be of a size that float32 has"),
         ("rollout.temperature=1e-300", "rollout.temperature must be of a size that float32 has"),
-        ("rollout.temperature=0.001", "rollout.temperature must be at least 0.01, which vLLM"),
-        ("evaluation.temperature=0.001", "evaluation.temperature must be at least 0.01"),
+        ("rollout.temperature=0.001", "rollout.temperature must be at least 0.01 (vLLM"),
+        ("evaluation.temperature=0.001", "evaluation.temperature must be 0, or at least 0.01"),
         ("optimizer.b2=0.99999999999", "optimizer.b2 must be in [0, 1) and in float32 below 1"),
         ("vllm.request_seconds=1e10", "vllm.request_seconds must be at most 1000000000"),
-        ("rollout.environment_deadline=1e12", "environment_deadline must be at most 1000000000"),
+        ("rollout.step_deadline_seconds=1e12", "step_deadline_seconds must be at most 1000000000"),
     ],
 )
-def test_each_refusal_names_the_key_and_what_is_allowed(tmp_path, monkeypatch, override, said):
+def test_each_error_names_the_key_and_what_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, said: str
+) -> None:
     monkeypatch.setattr("jaxgrpo.config.checks.importlib.util.find_spec", lambda name: None)
     assert said in refused(override, folder=tmp_path)
 
@@ -179,11 +186,13 @@ def test_each_refusal_names_the_key_and_what_is_allowed(tmp_path, monkeypatch, o
         (("vllm.urls=a:8000",), "vllm.urls must be like http://host:8000, got 'a:8000'"),
     ],
 )
-def test_what_vllm_and_the_trainer_cannot_both_have(tmp_path, overrides, said):
+def test_conflicts_between_vllm_and_the_trainer(
+    tmp_path: Path, overrides: tuple[str, ...], said: str
+) -> None:
     assert said in refused("sampler=vllm", *overrides, folder=tmp_path)
 
 
-def test_the_largest_that_is_allowed_is_enough_for_what_takes_it(tmp_path):
+def test_the_largest_allowed_numbers_work(tmp_path: Path) -> None:
     path = write_config(tmp_path, Path("model"))
     largest = ["seed=9223372036854775807", "vllm.cache_bytes=9223372036854775807"]
     largest += ["optimizer.warmup_steps=2147483647", "optimizer.b2=0.9999999"]
@@ -195,7 +204,7 @@ def test_the_largest_that_is_allowed_is_enough_for_what_takes_it(tmp_path):
     assert np.isfinite(np.asarray(updates["w"])).all()
 
 
-def test_an_environments_own_numbers_are_its_own_affair(tmp_path):
+def test_numbers_of_an_environment_are_not_checked(tmp_path: Path) -> None:
     path = tmp_path / "c.py"
     path.write_text(
         "import dataclasses\nfrom tests.training import Letters, small_config\n"
@@ -206,7 +215,7 @@ def test_an_environments_own_numbers_are_its_own_affair(tmp_path):
     assert load_config(path).environment.train_size == 10**30
 
 
-def test_fields_that_a_class_fills_in_itself_are_no_settings(tmp_path):
+def test_fields_that_a_class_fills_in_itself_are_not_settings(tmp_path: Path) -> None:
     path = tmp_path / "c.py"
     path.write_text(
         "import dataclasses\nfrom tests.training import Letters, small_config\n"
@@ -225,8 +234,10 @@ def test_fields_that_a_class_fills_in_itself_are_no_settings(tmp_path):
         load_config(path, ["environment.made=4"])
 
 
-def test_paths_are_absolute_and_from_the_current_folder(tmp_path, monkeypatch):
-    """Also where the config file itself goes elsewhere."""
+def test_paths_are_absolute_and_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current folder is the one before the config file runs, which may change it."""
     (tmp_path / "here" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
     path = write_config(tmp_path, Path("../here/model"))
@@ -240,7 +251,7 @@ def test_paths_are_absolute_and_from_the_current_folder(tmp_path, monkeypatch):
     assert (kept.model.source, kept.vllm.python) == ("Qwen/Qwen2.5-0.5B", "python3")
 
 
-def test_all_contradictions_are_listed_at_once(tmp_path):
+def test_all_contradictions_are_listed_at_once(tmp_path: Path) -> None:
     said = refused(
         "foo=1",
         "training.steps=5",
@@ -277,7 +288,7 @@ def test_all_contradictions_are_listed_at_once(tmp_path):
         ),
     ],
 )
-def test_a_broken_file_is_told_with_its_place(tmp_path, text, said):
+def test_an_error_in_a_file_names_its_line(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "c.py"
     path.write_text(text)
     with pytest.raises(ConfigError) as error:
@@ -285,7 +296,7 @@ def test_a_broken_file_is_told_with_its_place(tmp_path, text, said):
     assert said in str(error.value)
 
 
-def test_a_missing_file_and_an_environment_that_is_none(tmp_path):
+def test_a_missing_file_and_an_environment_of_the_wrong_type(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no config file"):
         load_config(tmp_path / "none.py")
     with pytest.raises(ConfigError, match="no config file"):
@@ -293,8 +304,10 @@ def test_a_missing_file_and_an_environment_that_is_none(tmp_path):
     assert load_config(write_config(tmp_path, Path("long" * 1000))).model.source == "long" * 1000
     path = tmp_path / "c.py"
     path.write_text(
-        "import dataclasses\nfrom tests.training import small_config\nfrom envs.procedural import Warehouse\n"
-        "def get_config():\n    return dataclasses.replace(small_config('m'), environment=Warehouse)\n"
+        "import dataclasses\nfrom tests.training import small_config\n"
+        "from envs.procedural import Warehouse\n"
+        "def get_config():\n"
+        "    return dataclasses.replace(small_config('m'), environment=Warehouse)\n"
     )
     with pytest.raises(ConfigError, match="must be an instance of a dataclass"):
         load_config(path)
@@ -315,10 +328,11 @@ def test_a_missing_file_and_an_environment_that_is_none(tmp_path):
         ),
     ],
 )
-def test_a_section_of_another_kind(tmp_path, change, said):
+def test_a_section_of_the_wrong_type(tmp_path: Path, change: str, said: str) -> None:
     path = tmp_path / "c.py"
     path.write_text(
-        "import dataclasses\nfrom jaxgrpo.config.settings import RolloutSettings, TrainingSettings\n"
+        "import dataclasses\n"
+        "from jaxgrpo.config.settings import RolloutSettings, TrainingSettings\n"
         "from tests.training import small_config\n"
         f"def get_config():\n    return dataclasses.replace(small_config('m'), {change})\n"
     )
@@ -326,7 +340,7 @@ def test_a_section_of_another_kind(tmp_path, change, said):
         load_config(path, ["rollout.group_size=4"])
 
 
-def test_json_names_the_environment_and_tells_what_changed():
+def test_json_names_the_environment_and_tells_what_changed() -> None:
     saved = to_json(SMALL)
     assert json.loads(saved)["environment"]["class"] == "tests.training:Letters"
     check(SMALL)
@@ -345,8 +359,8 @@ def test_json_names_the_environment_and_tells_what_changed():
     )
 
 
-def test_every_setting_is_read_outside_its_definition():
-    """A field that nothing reads is a setting without effect."""
+def test_every_setting_is_read_outside_its_definition() -> None:
+    """A setting that nothing reads has no effect."""
     read = set()
     for path in Path("jaxgrpo").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

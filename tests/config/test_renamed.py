@@ -7,7 +7,8 @@ import pytest
 
 from configs.procedural import get_config
 from jaxgrpo.config.load import incompatible_changes, load_config, to_json
-from jaxgrpo.config.renamed import current
+from jaxgrpo.config.renamed import with_current_names
+from jaxgrpo.config.settings import ConfigError
 
 
 def test_a_section_of_an_earlier_version_is_read(tmp_path: Path) -> None:
@@ -25,7 +26,7 @@ def test_a_section_of_an_earlier_version_is_read(tmp_path: Path) -> None:
 
 
 def test_todays_name_wins() -> None:
-    assert current({"packing": {"a": 1}, "batching": {"a": 2}}) == {"batching": {"a": 2}}
+    assert with_current_names({"packing": {"a": 1}, "batching": {"a": 2}}) == {"batching": {"a": 2}}
 
 
 @pytest.mark.parametrize(
@@ -40,4 +41,40 @@ def test_todays_name_wins() -> None:
 def test_classes_and_functions_are_found_where_they_are_now(old: str, new: str) -> None:
     tree = {"rewards": {"functions": [{"class": old, "limit": 3}, {"import": old}]}}
     functions = [{"class": new, "limit": 3}, {"import": new}]
-    assert current(tree) == {"rewards": {"functions": functions}}
+    assert with_current_names(tree) == {"rewards": {"functions": functions}}
+
+
+def test_a_setting_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    tree = json.loads(to_json(get_config(), places=True))
+    del tree["rollout"]["step_deadline_seconds"]
+    tree["rollout"]["environment_deadline"] = 7.5
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tree))
+    config = load_config(path)
+    assert config.rollout.step_deadline_seconds == 7.5
+    assert incompatible_changes(json.dumps(tree), get_config()) == []
+    tree["rollout"]["step_deadline_seconds"] = 8.5
+    assert with_current_names(tree)["rollout"]["step_deadline_seconds"] == 8.5
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("rollout.environment_deadline", "rollout.step_deadline_seconds"),
+        ("packing.prompt_multiple", "batching.prompt_multiple"),
+    ],
+)
+def test_an_override_of_an_old_name_is_told_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{old}' is now called '{new}'"):
+        load_config("configs/procedural.py", [f"{old}=64"])
+
+
+def test_an_old_name_in_a_config_file_is_told_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "old.py"
+    for call, new in (
+        ("RolloutSettings(environment_deadline=3.0)", "step_deadline_seconds"),
+        ("Config(packing=None)", "batching"),
+    ):
+        path.write_text(f"from jaxgrpo.config.settings import *\n{call}\n")
+        with pytest.raises(ConfigError, match=f"line 2: .* It is now called '{new}'"):
+            load_config(path)

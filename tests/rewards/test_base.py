@@ -175,7 +175,7 @@ FAULTY = {
     gives_a_part_too_many: "must give a number for each of its parts (gives_a_part_too_many), it",
     gives_no_part: "must give a number for each of its parts (gives_no_part), it gave {}",
     overrides_with_nan: "override must be a finite number from -1e+12 to 1e+12, got nan",
-    notes_a_number: "notes_a_number: notes['a'] must be a text, got 1",
+    notes_a_number: "notes_a_number: notes['a'] must be a str, got 1",
     state: "the environment's score has a part 'state' too",
 }
 

@@ -284,7 +284,7 @@ def problems(**settings) -> list[str]:
         ({"model": ""}, "model is empty: name one that the service has"),
         (
             {"deadline_seconds": 60.0},
-            "deadline_seconds (60.0) must be below rollout.environment_deadline (60.0)",
+            "deadline_seconds (60.0) must be below rollout.step_deadline_seconds (60.0)",
         ),
         ({"key_variable": "NO_SUCH_KEY"}, "the environment variable NO_SUCH_KEY is not set"),
     ],

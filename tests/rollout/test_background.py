@@ -64,7 +64,7 @@ def test_calls_that_hang_are_told_of_and_are_not_let_pile_up():
         assert re.fullmatch(
             r"5 call\(s\) into the environment have not come back within the deadline of 0\.1 seconds, and their threads cannot be ended; "
             r"the oldest is the first \(\d s\)\. Too many to go on: give what it waits for a time limit of its own, or raise "
-            r"rollout\.environment_deadline",
+            r"rollout\.step_deadline_seconds",
             str(error.value),
         )
         gate.set()
@@ -77,7 +77,7 @@ def test_calls_that_hang_are_told_of_and_are_not_let_pile_up():
     asyncio.run(run())
     assert [line.partition(" ")[0] for line in said] == ["2", "4"]
     assert said[0].endswith(
-        "or raise rollout.environment_deadline; more than 4 such calls end the run"
+        "or raise rollout.step_deadline_seconds; more than 4 such calls end the run"
     )
 
 

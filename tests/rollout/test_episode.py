@@ -381,22 +381,22 @@ FINITE = "must be a finite number"
         (
             "step",
             lambda: StepResult(Observation((Message("tool", None),))),
-            "TypeError: a message's content must be a text, got None",
+            "TypeError: a message's content must be a str, got None",
         ),
         (
             "step",
             lambda: StepResult(Observation(("ab",))),
-            "TypeError: a message must be of Message, got 'ab'",
+            "TypeError: a message must be of type Message, got 'ab'",
         ),
         (
             "step",
             lambda: StepResult(Message("tool", "ab")),
-            "TypeError: a step's observation must be of Observation, got Message(",
+            "TypeError: a step's observation must be of type Observation, got Message(",
         ),
         (
             "step",
             lambda: StepResult(stop_reason="finished"),
-            "TypeError: a step's stop_reason must be of StopReason, got 'finished'",
+            "TypeError: a step's stop_reason must be of type StopReason, got 'finished'",
         ),
         (
             "step",

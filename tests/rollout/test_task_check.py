@@ -63,7 +63,7 @@ def run(model, tmp_path, capsys):
     return run
 
 
-DEADLINE = ("--set", "rollout.environment_deadline=0.2")
+DEADLINE = ("--set", "rollout.step_deadline_seconds=0.2")
 
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
@@ -96,7 +96,7 @@ class TestHanging:
         )
         assert (
             err
-            == f"error: tasks('train') {waits}; 10 x rollout.environment_deadline is the limit for listing tasks\n"
+            == f"error: tasks('train') {waits}; 10 x rollout.step_deadline_seconds is the limit for listing tasks\n"
         )
 
 
@@ -147,7 +147,7 @@ class TestHanging:
         ),
         (
             "pass", "def tasks(self, split): return [Task(7)]",
-            "TypeError: a task's id must be a text, got 7 (mine.py, line 13, in tasks): tasks('train') failed: the environment gives no "
+            "TypeError: a task's id must be a str, got 7 (mine.py, line 13, in tasks): tasks('train') failed: the environment gives no "
             "tasks of the train split",
         ),
         (

@@ -151,7 +151,7 @@ class Lying:
         (Careless(1.0, True, None), "TypeError: a score's parts must be a dict, got None"),
         (
             Careless(1.0, True, {}, {"why": np.nan}),
-            "TypeError: a score's notes['why'] must be a text, got nan",
+            "TypeError: a score's notes['why'] must be a str, got nan",
         ),
     ],
 )

@@ -289,10 +289,10 @@ class TestRefusals:
 
     def test_an_orbax_folder_is_not_converted_again(self, orbax_folder, tmp_path, refused):
         said = refused(convert_hf_to_orbax, orbax_folder, tmp_path / "out")
-        assert said.endswith("orbax folder already: tools.convert_orbax_to_hf turns it back\n")
+        assert said.endswith("is already an orbax folder: tools.convert_orbax_to_hf converts it back\n")
 
     def test_a_hf_folder_is_not_exported(self, hf_folder, tmp_path, refused):
-        assert "is no orbax folder" in refused(convert_orbax_to_hf, hf_folder, tmp_path / "out")
+        assert "is not an orbax folder" in refused(convert_orbax_to_hf, hf_folder, tmp_path / "out")
 
     def test_a_destination_that_is_there(self, hf_folder, refused):
         said = refused(convert_hf_to_orbax, hf_folder, hf_folder)
@@ -422,5 +422,5 @@ class TestVerify:
         self, hf_folder, orbax_folder, refused
     ):
         said = refused(verify_conversion, orbax_folder, hf_folder, "--logits")
-        assert said.startswith("error: --logits has transformers load the first folder, but")
+        assert said.startswith("error: --logits loads the first folder with transformers, but")
         assert said.endswith(f"{orbax_folder} is an orbax folder: name it second\n")

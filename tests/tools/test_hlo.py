@@ -1,4 +1,4 @@
-"""The collectives of the real train step, read from its compiled program; and the reader itself on programs written out."""
+"""Collectives read from written HLO, and from the compiled program of the train step."""
 
 import functools
 
@@ -23,7 +23,8 @@ HloModule jit_step, entry_computation_layout={(f32[4]{0})->f32[12]{0}}
 }
 
 %body (t: (s32[], f32[4])) -> (s32[], f32[4]) {
-  %all-gather-start.1 = (bf16[4]{0}, bf16[12]{0}) all-gather-start(%shard), channel_id=1, dimensions={0}
+  %all-gather-start.1 = (bf16[4]{0}, bf16[12]{0}) all-gather-start(%shard), channel_id=1, \
+dimensions={0}
   %all-gather-done.1 = bf16[12]{0} all-gather-done(%all-gather-start.1)
   %reduce-scatter-start = ((f32[12]{0}), f32[4]{0}) async-start(%gradient), calls=%wrapped
   %reduce-scatter-done = f32[4]{0} async-done(%reduce-scatter-start)
@@ -34,11 +35,15 @@ HloModule jit_step, entry_computation_layout={(f32[4]{0})->f32[12]{0}}
 }
 
 ENTRY %main (x: f32[4]) -> f32[12] {
-  %while.1 = (s32[], f32[4]{0}) while(%tuple), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"28"}}
-  %all-reduce-start = (f32[], /*index=1*/f32[3,5]{1,0}) all-reduce-start(%norm, %w), channel_id=3, to_apply=%add
+  %while.1 = (s32[], f32[4]{0}) while(%tuple), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"28"}}
+  %all-reduce-start = (f32[], /*index=1*/f32[3,5]{1,0}) all-reduce-start(%norm, %w), \
+channel_id=3, to_apply=%add
   %all-reduce-done = (f32[], f32[3,5]{1,0}) all-reduce-done(%all-reduce-start)
-  %pair.1 = (f32[4]{0}, s8[2]{0}, f32[12]{0}, s8[6]{0}) all-gather-start(%x, %y), channel_id=4, dimensions={0}
-  %two = ((f32[9]{0}, f32[6]{0}), (f32[3]{0}, f32[2]{0})) reduce-scatter-start(%x, %y), channel_id=5, dimensions={0}, to_apply=%add
+  %pair.1 = (f32[4]{0}, s8[2]{0}, f32[12]{0}, s8[6]{0}) all-gather-start(%x, %y), channel_id=4, \
+dimensions={0}
+  %two = ((f32[9]{0}, f32[6]{0}), (f32[3]{0}, f32[2]{0})) reduce-scatter-start(%x, %y), \
+channel_id=5, dimensions={0}, to_apply=%add
 }
 """
 
@@ -58,13 +63,14 @@ def test_asynchronous_collectives_in_and_out_of_a_loop_written_out() -> None:
 
 
 def test_loops_in_loops_multiply_and_a_loop_of_unknown_length_says_so() -> None:
-    inner = '  w = s32[] while(t), condition=c, body=inner, backend_config={"known_trip_count":{"n":"5"}}'
+    trips = ', backend_config={"known_trip_count":{"n":"%d"}}'
+    inner = "  w = s32[] while(t), condition=c, body=inner" + trips % 5
     outer = "  w = s32[] while(t), condition=c, body=outer"
     body = ["inner {", "  x = f32[2]{0} all-reduce(y), to_apply=add", "}", "outer {", inner, "}"]
     lines = [*body, "c {", "  d = pred[] constant(true)", "}"]
     text = "\n".join([*lines, "ENTRY main {", outer, "}"])
     assert collectives(text) == [Collective("all-reduce", "f32", (2,), True, None)]
-    known = text.replace(outer, outer + ', backend_config={"known_trip_count":{"n":"3"}}')
+    known = text.replace(outer, outer + trips % 3)
     assert collectives(known) == [Collective("all-reduce", "f32", (2,), True, 15)]
 
 
@@ -78,7 +84,8 @@ def test_another_text_is_refused() -> None:
 
 @functools.cache
 def step_collectives(devices: int) -> tuple[list[Collective], list[Collective], list[Collective]]:
-    """Of the gradients' program before and after XLA's passes, and of the optimizer's program after them: bfloat16, two layers."""
+    """Return the collectives of the gradient's program before and after XLA's passes, and of the
+    optimizer's program after them, in bfloat16 with two layers."""
     batch = packed(GROUPS, 12)[0]
     shape = (
         *batch.completions_NGC.shape[:2],
@@ -100,7 +107,8 @@ def padded(elements: int, devices: int) -> int:
 
 
 def weight_sizes(devices: int) -> tuple[list[int], list[int]]:
-    """Elements of each weight of one layer and of each other weight, written out for the test model, padded to divide over the devices."""
+    """Return the elements of each weight of one layer, and of each other weight, of the test model,
+    padded to divide by the devices."""
     d, q, kv, f, v = 33, 32, 16, 45, 97
     layer = [d, d * q, q, d * kv, kv, d * kv, kv, q * d, d, d * f, d * f, f * d]
     return [padded(n, devices) for n in layer], [padded(n, devices) for n in (v * d, d, v * d)]
@@ -115,7 +123,7 @@ def test_each_layer_is_gathered_in_bfloat16_within_the_loops(devices: int) -> No
     layer, other = weight_sizes(devices)
     gathers = [c for c in before if c.kind == "all-gather"]
     assert {c.dtype for c in gathers} == {"bf16"}
-    # forward, and again in backward, where the layer is computed anew
+    # in the forward pass, and again in the backward pass, which recomputes the layer
     assert sorted(c.elements for c in after if c.kind == "all-gather" and c.inside_loop) == sorted(
         layer * 2
     )

@@ -1,4 +1,4 @@
-"""The arithmetic of an update: against literals worked out by hand, the traced program's products, and XLA's own count."""
+"""The cost of an update, compared with literals, the traced program's products and XLA's count."""
 
 import dataclasses
 import math
@@ -82,7 +82,8 @@ def test_a_published_model_is_known_by_its_hub_name() -> None:
 
 
 def test_a_group_is_counted_by_hand() -> None:
-    # A context of two tokens, the prompt's third begins each row. Row of 2: 3 + 4 keys; row of 1: 3 keys; the context: 1 + 2.
+    # A context of two tokens; the prompt's third begins each row.
+    # Row of 2: 3 + 4 keys. Row of 1: 3 keys. Context: 1 + 2.
     shape = GroupShape(3, (2, 1))
     assert (shape.forwarded_tokens, shape.trained_tokens, shape.pairs) == (5, 3, 13)
 
@@ -140,7 +141,7 @@ def loss(
     chunk: int,
     remat: str = "full",
 ) -> jax.Array:
-    """The sum of the log-probabilities: what the update differentiates, without GRPO's elementwise part."""
+    """Return the sum of the log-probabilities: the update's loss without its elementwise part."""
     load = cast_to(jnp.float32)
     embed = lambda tree, ids: default_embed(tree, ids, load)
     lengths_N = jnp.full(prompt_NP.shape[0], prompt_NP.shape[1])
@@ -191,7 +192,8 @@ def products(jaxpr: Any) -> int:
 
 
 def dense_forward_flops(model: ModelConfig, shape: GroupShape) -> Flops:
-    """One forward pass as it runs without knowledge of masks and lengths: all pairs, the whole prompt, rows as long as the longest."""
+    """Return the operations of a forward pass that ignores masks and lengths: all pairs, the whole
+    prompt, and rows as long as the longest."""
     p, rows, c = shape.prompt, len(shape.completions), max(shape.completions)
     layers, tokens, pairs = model.layers, p + rows * c, p * p + rows * c * (p + c)
     return Flops(
@@ -226,7 +228,7 @@ def test_the_count_is_xlas_for_a_program_without_loops() -> None:
     step = jax.jit(jax.grad(lambda *args: loss(TINY, *args, chunk=shape.trained_tokens)))
     forward = dense_forward_flops(TINY, shape)
     counted = step.lower(*given).cost_analysis()["flops"]
-    # XLA counts elementwise operations too: 1.4 % at this width, and relatively less the wider the model.
+    # XLA counts elementwise operations too: 1.4 % at this width, and less in wider models.
     assert 1.0 < counted / (forward.times(3) + recomputed(TINY, forward, "full")).total < 1.02
 
 
@@ -249,7 +251,8 @@ def test_the_state_is_counted_by_hand() -> None:
     assert state_bytes(SEVEN_B, 1, reference=True) == StateBytes(4 * n, 8 * n, 4 * n, 2 * n)
     assert state_bytes(SEVEN_B, 1, reference=True).saved == 14 * n  # all but the gradients
     assert state_bytes(SEVEN_B, 1, reference=False).reference == 0
-    # On three, one or two elements pad each of a layer's norms, biases, matrices of attention and of the MLP, and one the last norm.
+    # On three devices, one or two elements pad each norm, bias and matrix of a layer, and one the
+    # last norm.
     assert state_bytes(SEVEN_B, 3, reference=True).parameters * 3 == 4 * (
         n + 28 * (2 * 1 + 3 * 1 + 4 * 2 + 3 * 2) + 1
     )
