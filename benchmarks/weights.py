@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from benchmarks.publishing import Held, timed
+from jaxgrpo.config.settings import VllmSettings
 from jaxgrpo.learner.sharding import make_layout, make_mesh, store
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params
@@ -100,15 +101,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as logs:
         server = None
         if args.python:
+            settings = VllmSettings(
+                python=args.python,
+                max_requests=4,
+                cache_bytes=2**26,
+                arguments=("--enforce-eager",),
+            )
             server = VllmServer(
-                ServerPlan(
-                    args.python,
-                    args.model,
-                    512,
-                    4,
-                    cache_bytes=2**26,
-                    arguments=("--enforce-eager",),
-                ),
+                ServerPlan(settings, args.model, context_tokens=512),
                 Path(logs) / "vllm.log",
             )
         try:

@@ -58,14 +58,11 @@ def _native(
             " seconds each; later runs find them in the cache"
         )
     return NativeSampler(
-        assets.config,
+        dataclasses.replace(assets.config, eos_token_ids=assets.chat.eos_ids),
         weights.logical(),
         assets.tokenizer,
-        eos_token_ids=assets.chat.eos_ids,
+        config.native,
         version=version,
-        max_rows=config.native.max_rows,
-        decode_chunk=config.native.decode_chunk,
-        max_cache_tokens=config.native.max_cache_tokens,
         compute_dtype=compute_dtype(config),
     )
 

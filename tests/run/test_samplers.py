@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgrpo.config.settings import ConfigError, VllmSettings
+from jaxgrpo.config.settings import ConfigError, NativeSamplerSettings, VllmSettings
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.run import setup
 from jaxgrpo.run.agreement import AgreementCheck, MismatchError
@@ -86,10 +86,8 @@ class TestAgreement:
             policy.config,
             params,
             policy.tokenizer,
+            NativeSamplerSettings(max_rows=8, decode_chunk=4, max_cache_tokens=2048),
             version=2,
-            max_rows=8,
-            decode_chunk=4,
-            max_cache_tokens=2048,
             compute_dtype=jnp.float32,
         )
 

@@ -44,7 +44,7 @@ def refused(monkeypatch, capsys):
 class TestRoundTrip:
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
     @pytest.mark.parametrize(("tied", "shards"), [(False, 1), (True, 1), (False, 3)])
-    def test_every_bit(self, monkeypatch, capsys, tmp_path, dtype, tied, shards):
+    def test_every_bit(self, monkeypatch, capsys, tmp_path, dtype, tied, shards) -> None:
         source = make_folder(tmp_path / "hf", random_tensors(tied, dtype), tied=tied, shards=shards)
         command(monkeypatch, convert_hf_to_orbax, source, tmp_path / "orbax")
         command(monkeypatch, verify_conversion, source, tmp_path / "orbax")
@@ -53,7 +53,9 @@ class TestRoundTrip:
         assert f"{38 if tied else 39} tensors" in capsys.readouterr().out
         assert read_safetensors(tmp_path / "back") == read_safetensors(source)
 
-    def test_folders_named_by_way_of_the_folder_above(self, hf_folder, monkeypatch, tmp_path):
+    def test_folders_named_by_way_of_the_folder_above(
+        self, hf_folder, monkeypatch, tmp_path
+    ) -> None:
         """Orbax itself takes no path with `..`."""
         (tmp_path / "here").mkdir()
         monkeypatch.chdir(tmp_path / "here")
@@ -62,7 +64,9 @@ class TestRoundTrip:
         command(monkeypatch, convert_orbax_to_hf, "../orbax", "../back")
         assert read_safetensors(tmp_path / "back") == read_safetensors(hf_folder)
 
-    def test_the_export_needs_only_the_orbax_folder(self, hf_folder, orbax_folder, tmp_path):
+    def test_the_export_needs_only_the_orbax_folder(
+        self, hf_folder, orbax_folder, tmp_path
+    ) -> None:
         expected, files = read_safetensors(hf_folder), {p.name for p in hf_folder.iterdir()}
         originals = {
             p.name: p.read_bytes() for p in hf_folder.iterdir() if p.suffix != ".safetensors"
@@ -81,7 +85,7 @@ class TestRoundTrip:
         } <= files
         assert read_safetensors(tmp_path / "back") == expected
 
-    def test_shards_and_their_index(self, hf_folder, orbax_folder, tmp_path):
+    def test_shards_and_their_index(self, hf_folder, orbax_folder, tmp_path) -> None:
         pretrained.write_hf(
             pretrained.open_weights(orbax_folder), tmp_path / "back", shard_bytes=4300
         )
@@ -104,7 +108,7 @@ class TestRoundTrip:
         assert read_safetensors(tmp_path / "back") == expected
 
     @pytest.mark.torch
-    def test_transformers_loads_a_sharded_export(self, orbax_folder, hf_folder, tmp_path):
+    def test_transformers_loads_a_sharded_export(self, orbax_folder, hf_folder, tmp_path) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -120,7 +124,7 @@ class TestRoundTrip:
 
 
 class TestOrbax:
-    def test_orbax_restores_it_unaided(self, hf_folder, orbax_folder):
+    def test_orbax_restores_it_unaided(self, hf_folder, orbax_folder) -> None:
         restored = ocp.StandardCheckpointer().restore((orbax_folder / "params").absolute())
         flat = hf_mapping.flatten(restored)
         config = ModelConfig.from_folder(hf_folder)
@@ -131,7 +135,7 @@ class TestOrbax:
             assert values.dtype == ml_dtypes.bfloat16
             assert np.ascontiguousarray(values).tobytes() == stored[tensor.name][2]
 
-    def test_orbax_restores_it_sharded(self, orbax_folder):
+    def test_orbax_restores_it_sharded(self, orbax_folder) -> None:
         mesh = jax.make_mesh(
             (jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
         )
@@ -160,19 +164,19 @@ class TestOrbax:
             for path, leaf in hf_mapping.flatten(restored).items()
         )
 
-    def test_a_layer_is_a_chunk(self, orbax_folder):
+    def test_a_layer_is_a_chunk(self, orbax_folder) -> None:
         meta = json.loads((orbax_folder / "params/layers.mlp.up.kernel/zarr.json").read_text())
         assert meta["shape"] == [3, 8, 12]
         assert meta["chunk_grid"]["configuration"]["chunk_shape"] == [1, 8, 12]
 
-    def test_chunks_are_cut_to_size(self):
+    def test_chunks_are_cut_to_size(self) -> None:
         leaf = pretrained.orbax_io.StreamedLeaf
         bf16 = np.dtype("bfloat16")
         assert leaf((80, 8192, 29568), bf16, np.zeros).chunk == (1, 1024, 29568)
         assert leaf((152064, 8192), bf16, np.zeros).chunk == (3456, 8192)
         assert leaf((80, 8192), bf16, np.zeros).chunk == (80, 8192)
 
-    def test_pieces_cover_a_leaf(self, monkeypatch):
+    def test_pieces_cover_a_leaf(self, monkeypatch) -> None:
         monkeypatch.setattr(pretrained.orbax_io, "CHUNK_BYTES", 4 * 3 * 5)
         for shape in [(2, 6, 5), (12, 5), (2, 7, 5)]:
             values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
@@ -188,12 +192,12 @@ class TestOrbax:
             assert np.array_equal(out, values)
             assert len(pieces) == {(2, 6, 5): 4, (12, 5): 4, (2, 7, 5): 14}[shape]
 
-    def test_a_lost_chunk_is_an_error(self, orbax_folder):
+    def test_a_lost_chunk_is_an_error(self, orbax_folder) -> None:
         (orbax_folder / "params/layers.mlp.up.kernel/c/1/0/0").unlink()
         with pytest.raises(ValueError, match=r"layers\.mlp\.up\.kernel"):
             pretrained.load_params(orbax_folder)
 
-    def test_a_lost_leaf_is_named(self, orbax_folder):
+    def test_a_lost_leaf_is_named(self, orbax_folder) -> None:
         (orbax_folder / "params/norm.scale/zarr.json").unlink()
         with pytest.raises(ValueError, match="missing: norm/scale"):
             pretrained.load_params(orbax_folder)
@@ -207,7 +211,7 @@ class TestRefusals:
             pretrained.write_orbax(pretrained.open_weights(folder), tmp_path / "out")
         assert not list(tmp_path.glob("out*"))
 
-    def test_missing_tensor(self, tmp_path):
+    def test_missing_tensor(self, tmp_path) -> None:
         tensors = random_tensors(False, "bfloat16")
         del tensors["model.layers.1.mlp.up_proj.weight"]
         self.refused(
@@ -216,14 +220,14 @@ class TestRefusals:
             r"missing: model\.layers\.1\.mlp\.up_proj\.weight",
         )
 
-    def test_extra_tensor(self, tmp_path):
+    def test_extra_tensor(self, tmp_path) -> None:
         tensors = {
             **random_tensors(False, "bfloat16"),
             "model.layers.0.self_attn.q_norm.weight": np.zeros(4, "bfloat16"),
         }
         self.refused(make_folder(tmp_path / "hf", tensors), tmp_path, r"q_norm")
 
-    def test_misshapen_tensor(self, tmp_path):
+    def test_misshapen_tensor(self, tmp_path) -> None:
         tensors = {
             **random_tensors(False, "bfloat16"),
             "model.norm.weight": np.zeros(9, "bfloat16"),
@@ -232,11 +236,11 @@ class TestRefusals:
             make_folder(tmp_path / "hf", tensors), tmp_path, r"model\.norm\.weight has shape \(9,\)"
         )
 
-    def test_unsupported_type(self, tmp_path):
+    def test_unsupported_type(self, tmp_path) -> None:
         tensors = {**random_tensors(False, "bfloat16"), "model.norm.weight": np.zeros(8, "int8")}
         self.refused(make_folder(tmp_path / "hf", tensors), tmp_path, "I8")
 
-    def test_layers_of_two_types(self, tmp_path):
+    def test_layers_of_two_types(self, tmp_path) -> None:
         tensors = random_tensors(False, "bfloat16")
         tensors["model.layers.2.input_layernorm.weight"] = np.ones(8, np.float32)
         self.refused(
@@ -245,14 +249,14 @@ class TestRefusals:
             r"model\.layers\.2\.input_layernorm\.weight .*float32",
         )
 
-    def test_a_type_for_each_leaf_is_kept(self, tmp_path):
+    def test_a_type_for_each_leaf_is_kept(self, tmp_path) -> None:
         tensors = {**random_tensors(False, "bfloat16"), "model.norm.weight": np.ones(8, np.float32)}
         source = make_folder(tmp_path / "hf", tensors)
         pretrained.write_orbax(pretrained.open_weights(source), tmp_path / "orbax")
         pretrained.write_hf(pretrained.open_weights(tmp_path / "orbax"), tmp_path / "back")
         assert read_safetensors(tmp_path / "back") == read_safetensors(source)
 
-    def test_no_weights(self, tmp_path):
+    def test_no_weights(self, tmp_path) -> None:
         folder = make_folder(tmp_path / "hf", {})
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
         self.refused(
@@ -262,12 +266,12 @@ class TestRefusals:
             FileNotFoundError,
         )
 
-    def test_missing_shard(self, tmp_path):
+    def test_missing_shard(self, tmp_path) -> None:
         folder = make_folder(tmp_path / "hf", random_tensors(False, "bfloat16"), shards=3)
         (folder / "model-00002-of-00003.safetensors").unlink()
         self.refused(folder, tmp_path, "model-00002-of-00003", FileNotFoundError)
 
-    def test_an_index_that_lies(self, tmp_path):
+    def test_an_index_that_lies(self, tmp_path) -> None:
         folder = make_folder(tmp_path / "hf", random_tensors(False, "bfloat16"), shards=3)
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         index["weight_map"]["model.norm.weight"] = "model-00001-of-00003.safetensors"
@@ -276,35 +280,35 @@ class TestRefusals:
         self.refused(folder, tmp_path, r"model\.norm\.weight|lm_head\.weight")
 
     @pytest.mark.parametrize("kept", [0, 5, 100, -1])
-    def test_truncated_file(self, hf_folder, tmp_path, kept):
+    def test_truncated_file(self, hf_folder, tmp_path, kept) -> None:
         file = hf_folder / "model.safetensors"
         file.write_bytes(file.read_bytes()[:kept])
         self.refused(hf_folder, tmp_path, "fetch it again")
 
-    def test_a_file_that_is_a_pointer(self, hf_folder, tmp_path):
+    def test_a_file_that_is_a_pointer(self, hf_folder, tmp_path) -> None:
         (hf_folder / "model.safetensors").write_text(
             "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         )
         self.refused(hf_folder, tmp_path, "is a Git LFS pointer")
 
-    def test_an_orbax_folder_is_not_converted_again(self, orbax_folder, tmp_path, refused):
+    def test_an_orbax_folder_is_not_converted_again(self, orbax_folder, tmp_path, refused) -> None:
         said = refused(convert_hf_to_orbax, orbax_folder, tmp_path / "out")
         assert said.endswith("orbax folder already: tools.convert_orbax_to_hf turns it back\n")
 
-    def test_a_hf_folder_is_not_exported(self, hf_folder, tmp_path, refused):
+    def test_a_hf_folder_is_not_exported(self, hf_folder, tmp_path, refused) -> None:
         assert "is no orbax folder" in refused(convert_orbax_to_hf, hf_folder, tmp_path / "out")
 
-    def test_a_destination_that_is_there(self, hf_folder, refused):
+    def test_a_destination_that_is_there(self, hf_folder, refused) -> None:
         said = refused(convert_hf_to_orbax, hf_folder, hf_folder)
         assert f"{hf_folder} exists: remove it" in said
 
     @pytest.mark.parametrize("size", ["0", "-1", "nan", "inf", "much"])
-    def test_a_shard_size_that_is_none(self, orbax_folder, tmp_path, refused, size):
+    def test_a_shard_size_that_is_none(self, orbax_folder, tmp_path, refused, size) -> None:
         out = tmp_path / "out"
         said = refused(convert_orbax_to_hf, orbax_folder, out, f"--shard-gb={size}")
         assert f"argument --shard-gb: must be a number above 0, got {size!r}" in said
 
-    def test_a_disk_that_takes_no_more_ends_with_one(self, orbax_folder, tmp_path, refused):
+    def test_a_disk_that_takes_no_more_ends_with_one(self, orbax_folder, tmp_path, refused) -> None:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
         try:
@@ -315,7 +319,7 @@ class TestRefusals:
 
 
 class TestTiedHead:
-    def test_the_same_bits_are_accepted_and_dropped(self, tmp_path):
+    def test_the_same_bits_are_accepted_and_dropped(self, tmp_path) -> None:
         tensors = random_tensors(True, "bfloat16")
         folder = make_folder(
             tmp_path / "hf",
@@ -326,7 +330,7 @@ class TestTiedHead:
         pretrained.write_hf(pretrained.open_weights(tmp_path / "orbax"), tmp_path / "back")
         assert read_safetensors(tmp_path / "back").keys() == tensors.keys()
 
-    def test_one_different_bit_is_refused(self, tmp_path):
+    def test_one_different_bit_is_refused(self, tmp_path) -> None:
         tensors = random_tensors(True, "bfloat16")
         head = tensors["model.embed_tokens.weight"].copy()
         head.view(np.uint16)[200, 7] ^= 1
@@ -335,7 +339,7 @@ class TestTiedHead:
             pretrained.open_weights(folder)
 
 
-def test_rotary_buffers_are_ignored(tmp_path):
+def test_rotary_buffers_are_ignored(tmp_path) -> None:
     tensors = random_tensors(False, "bfloat16")
     buffers = {
         f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32) for i in range(3)
@@ -359,7 +363,9 @@ class TestVerify:
             "model.embed_tokens.weight",
         ],
     )
-    def test_one_bit_is_found_and_named(self, hf_folder, orbax_folder, tmp_path, monkeypatch, name):
+    def test_one_bit_is_found_and_named(
+        self, hf_folder, orbax_folder, tmp_path, monkeypatch, name
+    ) -> None:
         tensors = random_tensors(False, "bfloat16")
         tensors[name].view(np.uint16).flat[-1] ^= 1
         write_safetensors(hf_folder / "model.safetensors", tensors)
@@ -369,11 +375,11 @@ class TestVerify:
             command(monkeypatch, verify_conversion, hf_folder, orbax_folder)
         assert isinstance(error.value.code, str)  # a message: the process exits with 1
 
-    def test_another_size_is_refused(self, hf_folder, tmp_path, refused):
+    def test_another_size_is_refused(self, hf_folder, tmp_path, refused) -> None:
         other = make_folder(tmp_path / "other", random_tensors(True, "bfloat16"), tied=True)
         assert "not models of one size" in refused(verify_conversion, hf_folder, other)
 
-    def test_another_type_is_different(self, hf_folder, tmp_path):
+    def test_another_type_is_different(self, hf_folder, tmp_path) -> None:
         other = make_folder(tmp_path / "other", random_tensors(False, "float32"))
         assert (
             len(
@@ -399,13 +405,13 @@ class TestVerify:
             assert np.abs(wrong - exact).max() > at_least * error
         return hf_folder, tmp_path / "finite", exact, error
 
-    def test_our_logits(self, finite):
+    def test_our_logits(self, finite) -> None:
         _, folder, exact, error = finite
         ids_T = verify_conversion.prompt_ids(folder)
         assert np.abs(verify_conversion.our_logits(folder, ids_T) - exact).max() < error
 
     @pytest.mark.torch
-    def test_logits(self, finite, monkeypatch, capsys):
+    def test_logits(self, finite, monkeypatch, capsys) -> None:
         folder, converted, exact, error = finite
         ids_T = verify_conversion.prompt_ids(folder)
         assert np.abs(verify_conversion.their_logits(folder, ids_T) - exact).max() < error
@@ -413,14 +419,14 @@ class TestVerify:
         command(monkeypatch, verify_conversion, folder, converted, *bound)
         assert "largest absolute difference" in capsys.readouterr().out
 
-    def test_logits_without_pytorch(self, hf_folder, orbax_folder, monkeypatch, refused):
+    def test_logits_without_pytorch(self, hf_folder, orbax_folder, monkeypatch, refused) -> None:
         monkeypatch.setitem(sys.modules, "torch", None)  # as where it is not installed
         said = refused(verify_conversion, hf_folder, orbax_folder, "--logits")
         assert said.startswith("error: --logits needs PyTorch, which is not installed")
 
     def test_logits_of_an_orbax_folder_are_not_asked_of_transformers(
         self, hf_folder, orbax_folder, refused
-    ):
+    ) -> None:
         said = refused(verify_conversion, orbax_folder, hf_folder, "--logits")
         assert said.startswith("error: --logits has transformers load the first folder, but")
         assert said.endswith(f"{orbax_folder} is an orbax folder: name it second\n")

@@ -53,7 +53,7 @@ def value(command: list[str], option: str) -> str:
 
 
 class TestCommand:
-    def test_on_a_cpu(self):
+    def test_on_a_cpu(self) -> None:
         command = plan(cache_bytes=1000, arguments=("--enforce-eager",)).command(
             8123, guarded=False
         )
@@ -69,7 +69,7 @@ class TestCommand:
         assert command[-1] == "--enforce-eager"
         assert "--middleware" not in command and "--gpu-memory-utilization" not in command
 
-    def test_on_gpus_by_hand_with_a_key(self):
+    def test_on_gpus_by_hand_with_a_key(self) -> None:
         command = plan(gpus=(2, 3), gpu_memory=0.8, own_weights=True).command(8123, guarded=True)
         assert (
             value(command, "--tensor-parallel-size") == "2"
@@ -79,10 +79,10 @@ class TestCommand:
         assert value(command, "--middleware") == "jaxgrpo.samplers.vllm.auth.RequireKey"
         assert "--no-enable-chunked-prefill" not in command
 
-    def test_logits_in_bfloat16_as_vllm_has_them_by_itself(self):
+    def test_logits_in_bfloat16_as_vllm_has_them_by_itself(self) -> None:
         assert "--hf-overrides" not in plan(float32_logits=False).command(8123, guarded=False)
 
-    def test_the_device_is_named_among_those_that_the_trainer_may_use(self):
+    def test_the_device_is_named_among_those_that_the_trainer_may_use(self) -> None:
         ours = {"PATH": "/bin", "PYTHONPATH": "/ours", "XLA_FLAGS": "x"}
         assert plan(gpus=(3,)).environment(ours, None)["CUDA_VISIBLE_DEVICES"] == "3"
         assert (
@@ -119,7 +119,7 @@ class TestRefusals:
         path.chmod(0o755)
         return str(path)
 
-    def test_a_port_in_use(self):
+    def test_a_port_in_use(self) -> None:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
@@ -128,11 +128,11 @@ class TestRefusals:
                 f"port {port} of 127.0.0.1 cannot be used (Address already in use): set vllm.port to another, or to 0"
             )
 
-    def test_no_gpu_where_one_is_asked_for(self, monkeypatch):
+    def test_no_gpu_where_one_is_asked_for(self, monkeypatch) -> None:
         monkeypatch.setenv("PATH", "/nowhere")
         assert "vllm.gpus asks for GPU 3, but no GPU is visible" in self.refused(gpus=(3,))
 
-    def test_fewer_gpus_than_asked_for(self, tmp_path, monkeypatch):
+    def test_fewer_gpus_than_asked_for(self, tmp_path, monkeypatch) -> None:
         (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 0; echo 1\n")
         (tmp_path / "nvidia-smi").chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
@@ -141,10 +141,10 @@ class TestRefusals:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
         assert "vllm.gpus asks for GPU 1, but 1 GPU(s) are visible" in self.refused(gpus=(1,))
 
-    def test_a_host_that_others_reach_without_a_key(self):
+    def test_a_host_that_others_reach_without_a_key(self) -> None:
         assert "set the environment variable VLLM_API_KEY" in self.refused(host="0.0.0.0")
 
-    def test_the_interpreter(self, tmp_path):
+    def test_the_interpreter(self, tmp_path) -> None:
         assert "/no/python cannot be run (FileNotFoundError" in self.refused(python="/no/python")
         assert "has no vLLM: vllm.python names the interpreter" in self.refused(
             python=self.interpreter(tmp_path, "[{}, []]")
@@ -161,7 +161,7 @@ class TestRefusals:
             in self.refused(python=stale)
         )
 
-    def test_an_interpreter_whose_package_has_other_folders(self, tmp_path):
+    def test_an_interpreter_whose_package_has_other_folders(self, tmp_path) -> None:
         """As that of an earlier version has: a real interpreter, with as little as it takes."""
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True)
         (packages,) = tmp_path.glob("lib/python3.*/site-packages")
@@ -222,7 +222,7 @@ class TestNothingOutlivesTheTrainer:
         trainer.wait()
 
     @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-    def test_however_it_ends(self, family, how):
+    def test_however_it_ends(self, family, how) -> None:
         trainer, started = family
         assert len(started) == 3 and not any(gone(pid) for pid in started)
         trainer.send_signal(how)
@@ -270,7 +270,7 @@ class TestSharedMemoryIsGivenBack:
     def notes(self, watchdog) -> Path:
         return Path(f"/dev/shm/jaxgrpo-vllm-{os.getuid()}-{watchdog.pid}")
 
-    def test_by_the_watchdog_when_the_others_were_killed(self, start):
+    def test_by_the_watchdog_when_the_others_were_killed(self, start) -> None:
         watchdog, block, (process, tracker) = start()
         wait_until(lambda: block.name in self.notes(watchdog).read_text())
         for pid in (tracker, process):
@@ -278,7 +278,9 @@ class TestSharedMemoryIsGivenBack:
         watchdog.wait(60)
         assert not block.exists() and not self.notes(watchdog).exists()
 
-    def test_by_the_next_watchdog_when_all_were_killed_and_nothing_else_is_touched(self, start):
+    def test_by_the_next_watchdog_when_all_were_killed_and_nothing_else_is_touched(
+        self, start
+    ) -> None:
         watchdog, block, (process, tracker) = start()
         wait_until(lambda: block.name in self.notes(watchdog).read_text())
         other = SharedMemory(create=True, size=4096)
@@ -300,7 +302,7 @@ class TestSharedMemoryIsGivenBack:
         other.close()
         other.unlink()
 
-    def test_notes_of_others_and_links_are_left_alone(self, start, tmp_path):
+    def test_notes_of_others_and_links_are_left_alone(self, start, tmp_path) -> None:
         _, block, _ = start()
         kept = tmp_path / "kept"
         kept.write_text(json.dumps({block.name: block.stat().st_ino}))
@@ -326,7 +328,7 @@ class TestStart:
         path.chmod(0o755)
         return str(path)
 
-    def test_the_last_lines_are_shown_when_it_ends(self, tmp_path):
+    def test_the_last_lines_are_shown_when_it_ends(self, tmp_path) -> None:
         server = VllmServer(
             plan(python=self.interpreter(tmp_path, "echo loading; echo no such model >&2; exit 3")),
             tmp_path / "vllm.log",
@@ -338,7 +340,7 @@ class TestStart:
             server.wait(60)
         server.close()
 
-    def test_a_deadline_for_the_start_ends_it(self, tmp_path):
+    def test_a_deadline_for_the_start_ends_it(self, tmp_path) -> None:
         server = VllmServer(
             plan(python=self.interpreter(tmp_path, "echo loading; sleep 300")),
             tmp_path / "vllm.log",
@@ -350,7 +352,7 @@ class TestStart:
             server.wait(1)
         assert gone(server.pid)
 
-    def test_closing_twice(self, tmp_path):
+    def test_closing_twice(self, tmp_path) -> None:
         server = VllmServer(
             plan(python=self.interpreter(tmp_path, "sleep 300")), tmp_path / "vllm.log"
         )
@@ -378,7 +380,7 @@ class TestKey:
         asyncio.run(RequireKey(app)({"type": "http", "path": path, "headers": headers}, None, send))
         return sent[0]["status"]
 
-    def test_every_route_but_health_wants_the_key(self, monkeypatch):
+    def test_every_route_but_health_wants_the_key(self, monkeypatch) -> None:
         for path in (
             "/update_weights",
             "/pause",
