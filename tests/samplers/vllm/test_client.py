@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxgrpo.config.settings import VllmSettings
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError
-from jaxgrpo.samplers.vllm.client import VllmLimits, VllmSampler
+from jaxgrpo.samplers.vllm.client import VllmSampler
 from tests.fake_vllm import FakeVllm, choice
 from tests.vllm_clients import EOS, GENERATE, PROBE, Folder, Written, request, run, served
 
@@ -89,8 +90,8 @@ def test_every_token_has_the_version_that_made_it() -> None:
             "left 1 of 2 tokens without a weight version",
         ),
         ({"weight_versions": None}, "left 2 of 2 tokens"),
-        ({"logprobs": None}, "log-probabilities are not those of its 2 tokens"),
-        ({"token_ids": [7, 9]}, "log-probabilities are not those"),
+        ({"logprobs": None}, "log-probabilities do not match its 2 tokens"),
+        ({"token_ids": [7, 9]}, "log-probabilities do not match its"),
         ({"finish_reason": "error"}, "ended a turn with 'error'"),
     ],
 )
@@ -246,9 +247,11 @@ def test_the_key_is_shown() -> None:
 
 def test_nobody_listens() -> None:
     async def main() -> None:
-        limits = VllmLimits(4, 64, 5.0, 5.0, 0)
         sampler = VllmSampler(
-            ["http://127.0.0.1:9"], limits, eos_token_ids=(EOS,), versions=Folder(Path("/weights"))
+            VllmSettings(urls=("http://127.0.0.1:9",), request_seconds=5.0, retries=0),
+            64,
+            eos_token_ids=(EOS,),
+            versions=Folder(Path("/weights")),
         )
         with pytest.raises(SamplerError, match="version cannot be reached"):
             await sampler.connect(PROBE)
@@ -260,8 +263,8 @@ def test_nobody_listens() -> None:
 def test_a_server_that_died_is_told_at_once() -> None:
     async def main() -> None:
         sampler = VllmSampler(
-            ["http://127.0.0.1:9"],
-            VllmLimits(4, 64, 60.0, 5.0, 50),
+            VllmSettings(urls=("http://127.0.0.1:9",), request_seconds=60.0, retries=50),
+            64,
             eos_token_ids=(EOS,),
             versions=Folder(Path("/weights")),
             failure=lambda: "vLLM ended with status 1",

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgrpo.config.settings import VllmSettings
 from jaxgrpo.learner.sharding import make_layout, make_mesh, store
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.numerics import einsum_float32
@@ -56,14 +57,10 @@ class Serving:
         self.folder = folder
         self.config = ModelConfig.from_folder(model) if model else self._make_model(tied)
         ours = ("--worker-extension-cls", "tests.vllm_faults.Faults", "--enforce-eager")
-        plan = ServerPlan(
-            PYTHON,
-            model or folder / "model",
-            256,
-            4,
-            cache_bytes=2**26,
-            arguments=(*ours, *arguments),
+        settings = VllmSettings(
+            python=PYTHON, max_requests=4, cache_bytes=2**26, arguments=(*ours, *arguments)
         )
+        plan = ServerPlan(settings, model or folder / "model", context_tokens=256)
         self.server = VllmServer(plan, folder / "vllm.log")
         self.published = 0
         self.prompts = PROMPTS

@@ -141,7 +141,7 @@ class TestBadInput:
         monkeypatch.setenv("VLLM_API_KEY", "another")
         with pytest.raises(
             ConfigError,
-            match="/version answered 401: this server wants the key that it was started with",
+            match="/version answered 401: send the key that this server was started with",
         ):
             train(config(urls=(server.url,)), tmp_path / "run")
 

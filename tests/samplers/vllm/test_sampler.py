@@ -18,7 +18,7 @@ import pytest
 
 from configs.vllm_cpu import get_config as vllm_cpu
 from envs.procedural import Warehouse
-from jaxgrpo.config.settings import Config
+from jaxgrpo.config.settings import Config, VllmSettings
 from jaxgrpo.models.qwen2 import Params, cast_to, forward, head_table
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.rollout.episode import SamplingParams
@@ -28,7 +28,7 @@ from jaxgrpo.run.agreement import AgreementCheck, MismatchError
 from jaxgrpo.run.weights import WholeWeights
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError, SamplingRequest
 from jaxgrpo.samplers.native.stops import StopFinder
-from jaxgrpo.samplers.vllm.client import TokenizerProbe, VllmLimits, VllmSampler
+from jaxgrpo.samplers.vllm.client import TokenizerProbe, VllmSampler
 from jaxgrpo.samplers.vllm.server import VllmServer
 from jaxgrpo.storage.publish import WeightFolder
 from tests.vllm_serving import BOUND, CONTEXT, KEY, NEEDS_VLLM, POLICY, config, started_server
@@ -58,6 +58,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     yield from started_server(tmp_path_factory.mktemp("vllm"))
 
 
+def settings_for(server: VllmServer) -> VllmSettings:
+    return VllmSettings(
+        urls=(server.url,), max_requests=64, request_seconds=300.0, publish_seconds=120.0, retries=1
+    )
+
+
 @dataclasses.dataclass
 class Client:
     """Runs coroutines on a sampler of the server; every client begins with the untouched policy as version 1."""
@@ -70,15 +76,13 @@ class Client:
     def __call__(self, body: Callable[[VllmSampler], Awaitable[Any]]) -> Any:
         async def run() -> Any:
             versions = WeightFolder(self.folder, 2**23)
-            limits = VllmLimits(64, CONTEXT, 300.0, 120.0, 1)
-            urls, failure = [self.server.url], self.server.failure
             sampler = VllmSampler(
-                urls,
-                limits,
+                settings_for(self.server),
+                CONTEXT,
                 eos_token_ids=self.eos,
                 versions=versions,
                 api_key=KEY,
-                failure=failure,
+                failure=self.server.failure,
             )
             try:
                 await sampler.publish(1, WholeWeights(self.params, POLICY.config))
@@ -338,10 +342,9 @@ class TestAgreement:
         mine, wrong = (update.init(tree).params for tree in (params, other))
         with EventLoopThread() as loop:
             versions = WeightFolder(tmp_path, 2**23)
-            limits = VllmLimits(64, CONTEXT, 300.0, 120.0, 1)
             sampler = VllmSampler(
-                [server.url],
-                limits,
+                settings_for(server),
+                CONTEXT,
                 eos_token_ids=POLICY.chat.eos_ids,
                 versions=versions,
                 api_key=KEY,

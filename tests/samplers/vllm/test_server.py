@@ -10,9 +10,11 @@ import sys
 import time
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from jaxgrpo.config.settings import VllmSettings
 from jaxgrpo.samplers.vllm import server as vllm_server
 from jaxgrpo.samplers.vllm.auth import RequireKey
 from jaxgrpo.samplers.vllm.server import ServerError, ServerPlan, VllmServer, check_plan
@@ -34,18 +36,9 @@ time.sleep(300)
 """
 
 
-def plan(**options) -> ServerPlan:
-    return ServerPlan(
-        **(
-            {
-                "python": sys.executable,
-                "model": Path("model"),
-                "context_tokens": 1280,
-                "max_requests": 8,
-            }
-            | options
-        )
-    )
+def plan(own_weights: bool = False, **settings: Any) -> ServerPlan:
+    given = VllmSettings(**({"python": sys.executable, "max_requests": 8} | settings))
+    return ServerPlan(given, Path("model"), context_tokens=1280, own_weights=own_weights)
 
 
 def value(command: list[str], option: str) -> str:
@@ -106,9 +99,9 @@ class TestCommand:
 class TestRefusals:
     """One clear line each."""
 
-    def refused(self, **options) -> str:
+    def refused(self, **settings: Any) -> str:
         with pytest.raises(ServerError) as error:
-            check_plan(plan(**options), None)
+            check_plan(plan(**settings), None)
         assert "\n" not in str(error.value)
         return str(error.value)
 
