@@ -22,7 +22,7 @@ import pytest
 from jaxgrpo.learner.sharding import Layout, LeafLayout, make_layout, make_mesh, store, store_leaf
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params, init_params
-from jaxgrpo.storage import hf_mapping
+from jaxgrpo.storage import hf_mapping, weight_folder
 from jaxgrpo.storage import publish as weights
 from jaxgrpo.storage.pretrained import save_hf
 from jaxgrpo.storage.published_manifest import (
@@ -148,7 +148,7 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
     config = ModelConfig.from_hf(CONFIG_JSON)
     params = jax.tree.map(np.asarray, init_params(config, jax.random.key(0)))
     save_hf(params, skeleton, tmp_path / "model")
-    weights.retire_version(
+    weight_folder.retire_version(
         tmp_path / "two", int(publish_by_processes(2, tmp_path / "model", 6, tmp_path / "two").name)
     )
     (tmp_path / "two" / "spare" / "params" / BIAS / "c" / "0" / "0").write_bytes(b"another size")
@@ -256,9 +256,9 @@ def test_the_readers_modules_import_no_jax() -> None:
     )
 
 
-def weight_folder(tmp_path: Path, version_bytes: int = 1) -> weights.WeightFolder:
+def weight_folder(tmp_path: Path, version_bytes: int = 1) -> weight_folder.WeightFolder:
     (tmp_path / "memory").mkdir(exist_ok=True)
-    return weights.WeightFolder(tmp_path / "run", version_bytes, tmp_path / "memory")
+    return weight_folder.WeightFolder(tmp_path / "run", version_bytes, tmp_path / "memory")
 
 
 READING_THREAD = """
@@ -314,7 +314,7 @@ def test_old_versions_and_unfinished_ones_are_removed(tmp_path: Path) -> None:
     folder.keep_only({2})
     assert [path.name for path in sorted(folder.root.glob("0*"))] == ["000002"]
     assert_same_bits(read(folder.root / "000002", 2), expected_tensors(random_params(seed=1)))
-    weights.remove_version(folder.root, 2)
+    weight_folder.remove_version(folder.root, 2)
     assert not (folder.root / "000002").exists()
     folder.close()
 
@@ -344,7 +344,7 @@ def test_a_version_is_written_over_the_files_of_the_one_retired_before_it(
 
 
 def test_files_that_other_hosts_may_have_open_are_not_written_over(tmp_path: Path) -> None:
-    folder = weights.WeightFolder(tmp_path / "run", 1, tmp_path, elsewhere=True)
+    folder = weight_folder.WeightFolder(tmp_path / "run", 1, tmp_path, elsewhere=True)
     publish(folder.root, random_params(), version=1)
     folder.keep_only({2})
     assert list(folder.root.glob("[!.]*")) == []
@@ -369,15 +369,15 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
     (tmp_path / "memory").mkdir()
     code = f"""
 import os, pathlib
-from jaxgrpo.storage import publish as weights
-root = weights.WeightFolder(pathlib.Path({str(tmp_path / "run")!r}), 1, pathlib.Path({str(tmp_path / "memory")!r})).root
+from jaxgrpo.storage import weight_folder
+root = weight_folder.WeightFolder(pathlib.Path({str(tmp_path / "run")!r}), 1, pathlib.Path({str(tmp_path / "memory")!r})).root
 (root / "000004" / "params").mkdir(parents=True)
 os.kill(os.getpid(), 9)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     (left,) = (tmp_path / "memory").iterdir()
     assert (left / "000004").exists()
-    other = weights.WeightFolder(tmp_path / "other run", 1, tmp_path / "memory")
+    other = weight_folder.WeightFolder(tmp_path / "other run", 1, tmp_path / "memory")
     assert list((tmp_path / "memory").iterdir()) == [other.root]
     other.close()
 
@@ -424,7 +424,7 @@ def test_a_folder_that_others_can_change_is_refused_and_left_alone(
     with pytest.raises(PermissionError, match=said):
         weight_folder(tmp_path)
     assert (folder.root / "000003" / "kept").is_file()
-    weights.WeightFolder(
+    weight_folder.WeightFolder(
         tmp_path / "other run", 1, tmp_path / "memory"
     ).close()  # clears what was left behind
     assert (folder.root / "000003" / "kept").is_file()
