@@ -75,16 +75,12 @@ class Batches(Training):
     """Training, one batch at a time."""
 
     def open_sampler(self, stack: ExitStack) -> Sampler:
-        native = self.config.native
         sampler = FixedLengthSampler(
-            self.assets.config,
+            dataclasses.replace(self.assets.config, eos_token_ids=()),
             self.weights.logical(),
             self.assets.tokenizer,
-            eos_token_ids=(),
+            self.config.native,
             version=self.version,
-            max_rows=native.max_rows,
-            decode_chunk=native.decode_chunk,
-            max_cache_tokens=native.max_cache_tokens,
             compute_dtype=compute_dtype(self.config),
         )
         stack.callback(lambda: self.loop.call(sampler.close()))

@@ -11,6 +11,7 @@ Exits 1 when a token differs or the logits differ by more than --bound. Needs to
 
 import argparse
 import asyncio
+import dataclasses
 import functools
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from jaxgrpo.config.settings import NativeSamplerSettings
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import (
     Params,
@@ -94,11 +96,10 @@ async def sampled(
 ) -> list[Generation]:
     """Greedy generations of the embedded sampler (prefill and decode over its caches), all prompts in one batch."""
     sampler = NativeSampler(
-        config,
+        dataclasses.replace(config, eos_token_ids=()),
         params,
         tokenizer,
-        eos_token_ids=(),
-        max_cache_tokens=4096,
+        NativeSamplerSettings(max_cache_tokens=4096),
         compute_dtype=jnp.float32,
     )
     requests = [

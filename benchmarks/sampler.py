@@ -26,6 +26,7 @@ import numpy as np
 
 from benchmarks.turns import Turn, play, release
 from envs.bfcl import Bfcl
+from jaxgrpo.config.settings import NativeSamplerSettings, VllmSettings
 from jaxgrpo.learner.sharding import make_layout
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params
@@ -34,10 +35,11 @@ from jaxgrpo.rollout.chat import Chat
 from jaxgrpo.run.weights import WholeWeights
 from jaxgrpo.samplers.base import Sampler
 from jaxgrpo.samplers.native.sampler import NativeSampler
-from jaxgrpo.samplers.vllm.client import VllmLimits, VllmSampler
+from jaxgrpo.samplers.vllm.client import VllmSampler
 from jaxgrpo.samplers.vllm.server import ServerPlan, VllmServer
 from jaxgrpo.storage.pretrained import load_params, load_tokenizer
-from jaxgrpo.storage.publish import WeightFolder, published_bytes
+from jaxgrpo.storage.publish import published_bytes
+from jaxgrpo.storage.weight_folder import WeightFolder
 from jaxgrpo.types import Message
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny-qwen2.5"
@@ -106,14 +108,23 @@ def serve_vllm(
         tempfile.TemporaryDirectory() as folder,
         contextlib.closing(_weight_folder(Path(folder), config)) as versions,
     ):
-        server = VllmServer(
-            ServerPlan(python, model, context, rows, cache_bytes=2**30), Path(folder) / "vllm.log"
+        settings = VllmSettings(
+            python=python,
+            cache_bytes=2**30,
+            max_requests=rows,
+            request_seconds=900,
+            publish_seconds=900,
+            retries=0,
         )
+        server = VllmServer(ServerPlan(settings, model, context), Path(folder) / "vllm.log")
         try:
             server.wait(900)
-            limits = VllmLimits(rows, context, request_seconds=900, publish_seconds=900, retries=0)
             sampler = VllmSampler(
-                (server.url,), limits, eos_token_ids=(), versions=versions, failure=server.failure
+                dataclasses.replace(settings, urls=(server.url,)),
+                context,
+                eos_token_ids=(),
+                versions=versions,
+                failure=server.failure,
             )
             yield sampler
         finally:
@@ -135,14 +146,21 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     context = len(prompts[0].shared) + args.tokens
     params = load_params(args.model, config, np.float32)
     rates: dict[tuple, list[float]] = defaultdict(list)
+    longest = max(map(len, prompts[0].short))
+    settings = NativeSamplerSettings(
+        rows, args.chunk, rows * (longest + args.tokens + 256) + 2 * context
+    )
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(EventLoopThread())
         sides: dict[str, Sampler] = {}
         for dtype in args.dtype:
             sampler = NativeSampler(
-                config, params, tokenizer, eos_token_ids=(), max_rows=rows, decode_chunk=args.chunk, compute_dtype=jnp.dtype(dtype),
-                max_cache_tokens=rows * (max(map(len, prompts[0].short)) + args.tokens + 256) + 2 * context,
-            )  # fmt: skip
+                dataclasses.replace(config, eos_token_ids=()),
+                params,
+                tokenizer,
+                settings,
+                compute_dtype=jnp.dtype(dtype),
+            )
             sides[f"embedded {dtype}"] = sampler
             stack.callback(lambda closing=sampler: loop.call(closing.close()))
         if args.python:

@@ -18,12 +18,13 @@ import jax
 import numpy as np
 
 from benchmarks.publishing import Held, timed
+from jaxgrpo.config.settings import VllmSettings
 from jaxgrpo.learner.sharding import make_layout, make_mesh, store
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.samplers.vllm.http import Connection
 from jaxgrpo.samplers.vllm.server import ServerPlan, VllmServer
-from jaxgrpo.storage import publish
+from jaxgrpo.storage import weight_folder
 from jaxgrpo.storage.pretrained import load_params
 
 QUIET_SECONDS = 3.0
@@ -66,7 +67,7 @@ async def load(url: str, folder: Path, version: int) -> float:
 
 def serve(bench: Bench, server: VllmServer, root: Path, version: int) -> dict[str, float]:
     """The server's own figures for one version."""
-    stopped = asyncio.run(load(server.url, publish.version_folder(root, version), version))
+    stopped = asyncio.run(load(server.url, weight_folder.version_folder(root, version), version))
     stages = re.findall(
         r"read and checked in ([\d.]+) s, applied in ([\d.]+) s", server.log.read_text()
     )[-1]
@@ -100,21 +101,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as logs:
         server = None
         if args.python:
+            settings = VllmSettings(
+                python=args.python,
+                max_requests=4,
+                cache_bytes=2**26,
+                arguments=("--enforce-eager",),
+            )
             server = VllmServer(
-                ServerPlan(
-                    args.python,
-                    args.model,
-                    512,
-                    4,
-                    cache_bytes=2**26,
-                    arguments=("--enforce-eager",),
-                ),
+                ServerPlan(settings, args.model, context_tokens=512),
                 Path(logs) / "vllm.log",
             )
         try:
             if server is not None:
                 server.wait(900)
-            for parent in args.root or [publish.SHARED_MEMORY, Path(tempfile.gettempdir())]:
+            for parent in args.root or [weight_folder.SHARED_MEMORY, Path(tempfile.gettempdir())]:
                 with tempfile.TemporaryDirectory(dir=parent) as root:
                     report(
                         parent,
@@ -136,7 +136,7 @@ def one_round(
     if server is not None:
         found |= serve(bench, server, root, version)
     if version > 1:
-        publish.retire_version(root, version - 1)
+        weight_folder.retire_version(root, version - 1)
     return found
 
 

@@ -1,6 +1,8 @@
-"""A small embedded sampler, requests to it, and the plain forward that its answers are held against, for several tests."""
+"""Shared by several tests: a small embedded sampler, requests, and the plain forward pass that the
+answers are compared with."""
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -8,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgrpo.config.settings import NativeSamplerSettings
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import cast_to, forward, head_table, init_params
 from jaxgrpo.samplers.base import Generation, SamplingRequest
@@ -18,7 +21,8 @@ T = TypeVar("T")
 
 
 CONFIG = ModelConfig(261, 32, 2, 4, 2, 8, 48, 512, 1e4, 1e-6, True)
-# Weights large enough that a token depends on the whole context and the distribution is neither flat nor a spike.
+# The weights are large, so that a token depends on the whole context and the distribution is
+# neither flat nor a spike.
 PARAMS = jax.tree.map(
     lambda leaf: leaf * 5 if leaf.ndim > 1 else leaf, init_params(CONFIG, jax.random.key(1))
 )
@@ -29,20 +33,26 @@ RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 261, n).astype(np.int32) for n in (40, 90, 20)]
 
 
-def make(**options: Any) -> NativeSampler:
-    sizes = {"max_rows": 8, "decode_chunk": 4, "max_cache_tokens": 2048}
+SETTINGS = NativeSamplerSettings(max_rows=8, decode_chunk=4, max_cache_tokens=2048)
+
+
+def make(
+    eos_token_ids: tuple[int, ...] = (), compute_dtype: Any = jnp.float32, **settings: int
+) -> NativeSampler:
+    """A sampler with `SETTINGS`, some of them changed."""
     return NativeSampler(
-        CONFIG,
+        dataclasses.replace(CONFIG, eos_token_ids=eos_token_ids),
         PARAMS,
         TOKENIZER,
-        **(sizes | {"compute_dtype": jnp.float32, "eos_token_ids": ()} | options),
+        dataclasses.replace(SETTINGS, **settings),
+        compute_dtype=compute_dtype,
     )
 
 
 def request(
     group: int = 0, episode: int = 0, *, tail: Any = (), max_tokens: int = 10, **options: Any
 ) -> SamplingRequest:
-    """A turn of episode `episode` of group `group`, whose context is the group's prompt and `tail`."""
+    """A turn of an episode whose context is the prompt of its group, followed by `tail`."""
     prompt = PROMPTS[group]
     context = np.concatenate([prompt, np.asarray(tail, np.int32)])
     options = {"seed": 100 * group + episode} | options
@@ -52,7 +62,7 @@ def request(
 
 
 def run(body: Callable[[NativeSampler], Awaitable[T]], **options: Any) -> T:
-    """Run `body` on a sampler and close it."""
+    """Run `body` on a new sampler, and close the sampler."""
 
     async def main() -> T:
         sampler = make(**options)
@@ -65,7 +75,7 @@ def run(body: Callable[[NativeSampler], Awaitable[T]], **options: Any) -> T:
 
 
 def generate(*requests: SamplingRequest, **options: Any) -> list[Generation]:
-    """All requests at once on a fresh sampler."""
+    """Send all requests at once to a new sampler."""
 
     async def body(sampler: NativeSampler) -> list[Generation]:
         return await asyncio.gather(*[sampler.generate(r) for r in requests])
@@ -76,7 +86,10 @@ def generate(*requests: SamplingRequest, **options: Any) -> list[Generation]:
 def plain_logits(
     r: SamplingRequest, generation: Generation, params: Any = PARAMS, length: int = 128
 ) -> np.ndarray:
-    """Logits [T, V] that the plain forward, fed with the produced ids padded to `length`, has for each produced token."""
+    """Logits [T, V] of the plain forward pass for each generated token.
+
+    The ids are padded to `length`.
+    """
     ids = np.concatenate([r.context_ids, generation.token_ids_T])
     padded = np.zeros((1, length), np.int32)
     padded[0, : len(ids)] = ids

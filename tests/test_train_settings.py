@@ -14,7 +14,7 @@ import jax
 import pytest
 
 from jaxgrpo import train as train_module
-from jaxgrpo.config.settings import ConfigError, LoraSettings
+from jaxgrpo.config.settings import ConfigError, LoraSettings, NativeSamplerSettings
 from jaxgrpo.models.attention import XLA
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.rollout.episode import Limits, SamplingParams
@@ -113,7 +113,9 @@ class TestOptions:
     def test_sizes_reach_the_sampler_and_the_update(self, model, tmp_path, monkeypatch):
         given = {}
         monkeypatch.setattr(
-            samplers, "NativeSampler", lambda *args, **options: given.update(sampler=options)
+            samplers,
+            "NativeSampler",
+            lambda *args, **options: given.update(sampler={"settings": args[3], **options}),
         )
         monkeypatch.setattr(
             setup,
@@ -139,9 +141,7 @@ class TestOptions:
         setup.build_update(config, policy.config)
         sampler = {
             "version": 3,
-            "max_rows": 3,
-            "decode_chunk": 5,
-            "max_cache_tokens": 4096,
+            "settings": NativeSamplerSettings(3, 5, 4096),
             "compute_dtype": "bfloat16",
         }
         assert {key: given["sampler"][key] for key in sampler} == sampler

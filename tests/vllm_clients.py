@@ -1,4 +1,4 @@
-"""The vLLM sampler's client with small servers that have vLLM's routes, and requests to it, for several tests."""
+"""Shared by several tests: the vLLM sampler, requests, and small servers with vLLM's routes."""
 
 import asyncio
 import dataclasses
@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxgrpo.config.settings import VllmSettings
 from jaxgrpo.samplers.base import SamplingRequest
-from jaxgrpo.samplers.vllm.client import TokenizerProbe, VllmLimits, VllmSampler
+from jaxgrpo.samplers.vllm.client import TokenizerProbe, VllmSampler
 from tests.fake_vllm import FakeVllm, choice
 
 EOS = 2
@@ -19,7 +20,7 @@ GENERATE = "/inference/v1/generate"
 
 @dataclasses.dataclass
 class Folder:
-    """Versions on disk: the one protocol that the client needs."""
+    """A VersionFolder that records what it is told to keep."""
 
     root: Path
     kept: list[list[int]] = dataclasses.field(default_factory=list)
@@ -48,25 +49,20 @@ def run(
     *servers: FakeVllm,
     published: bool = True,
     api_key: str | None = None,
-    **limits: Any,
+    context_tokens: int = 64,
+    **settings: Any,
 ) -> Any:
-    """Run `body` on a client of the servers, which have taken weights of version 1 if `published`."""
+    """Run `body` on a client of the servers, after publishing version 1 if `published`."""
 
     async def main() -> Any:
         for server in servers:
             await server.__aenter__()
-        sizes = {
-            "max_requests": 4,
-            "context_tokens": 64,
-            "request_seconds": 5.0,
-            "publish_seconds": 5.0,
-            "retries": 2,
-        }
+        defaults = {"max_requests": 4, "request_seconds": 5.0, "publish_seconds": 5.0, "retries": 2}
         folder = Folder(Path("/weights"))
-        urls = [server.url for server in servers]
+        urls = tuple(server.url for server in servers)
         sampler = VllmSampler(
-            urls,
-            VllmLimits(**(sizes | limits)),
+            VllmSettings(urls=urls, **(defaults | settings)),
+            context_tokens,
             eos_token_ids=(EOS,),
             versions=folder,
             api_key=api_key,

@@ -51,7 +51,7 @@ def other_shape(manifest: dict) -> None:
 
 
 DAMAGES = {
-    "no folder": (shutil.rmtree, "is no folder"),
+    "no folder": (shutil.rmtree, "is not a folder"),
     "no manifest": (
         lambda f: (f / "manifest.json").unlink(),
         "has no manifest.json: its weights are not published",
@@ -62,11 +62,11 @@ DAMAGES = {
     ),
     "another format": (
         lambda f: edit(f, lambda m: m.update(format=2)),
-        "it is of format 2, this program reads format 1",
+        "it has format 2, this program reads format 1",
     ),
     "another version": (
         lambda f: edit(f, lambda m: m.update(version=6)),
-        "holds version 6, version 7 was asked for",
+        "holds version 6, expected version 7",
     ),
     "a tensor of another name": (
         lambda f: edit(f, rename_tensor),

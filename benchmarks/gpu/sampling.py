@@ -20,7 +20,7 @@ from benchmarks.gpu.models import named, random_logical
 from benchmarks.gpu.rollouts import token_ids
 from benchmarks.gpu.rows import Context, Row, in_time
 from benchmarks.turns import Turn, play, release
-from jaxgrpo.config.settings import PAGE
+from jaxgrpo.config.settings import PAGE, NativeSamplerSettings
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.samplers.base import SamplerError
@@ -90,9 +90,12 @@ class _Bench:
     @contextlib.contextmanager
     def sampler(self, rows: int) -> Iterator[NativeSampler]:
         sampler = NativeSampler(
-            self.model, self.params, NoText(), eos_token_ids=(), max_rows=rows,
-            max_cache_tokens=self.sizes.cache_tokens(rows), compute_dtype=jnp.bfloat16,
-        )  # fmt: skip
+            dataclasses.replace(self.model, eos_token_ids=()),
+            self.params,
+            NoText(),
+            NativeSamplerSettings(max_rows=rows, max_cache_tokens=self.sizes.cache_tokens(rows)),
+            compute_dtype=jnp.bfloat16,
+        )
         try:
             yield sampler
         finally:

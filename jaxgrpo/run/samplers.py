@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import secrets
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,9 +16,10 @@ from jaxgrpo.run.setup import ModelAssets, compute_dtype
 from jaxgrpo.samplers.base import PolicyWeights, Sampler, SamplerError
 from jaxgrpo.samplers.native.sampler import NativeSampler
 from jaxgrpo.samplers.vllm.auth import KEY_VARIABLE
-from jaxgrpo.samplers.vllm.client import TokenizerProbe, VllmLimits, VllmSampler
+from jaxgrpo.samplers.vllm.client import TokenizerProbe, VllmSampler
 from jaxgrpo.samplers.vllm.server import ServerPlan, VllmServer
-from jaxgrpo.storage.publish import WeightFolder, published_bytes
+from jaxgrpo.storage.publish import published_bytes
+from jaxgrpo.storage.weight_folder import WeightFolder
 
 _PROBE_TEXT = (
     'Call the tool: {"name": "añadir", "arguments": {"x": -12.5}}\n\n<tool_call> done 你好'
@@ -58,14 +58,11 @@ def _native(
             " seconds each; later runs find them in the cache"
         )
     return NativeSampler(
-        assets.config,
+        dataclasses.replace(assets.config, eos_token_ids=assets.chat.eos_ids),
         weights.logical(),
         assets.tokenizer,
-        eos_token_ids=assets.chat.eos_ids,
+        config.native,
         version=version,
-        max_rows=config.native.max_rows,
-        decode_chunk=config.native.decode_chunk,
-        max_cache_tokens=config.native.max_cache_tokens,
         compute_dtype=compute_dtype(config),
     )
 
@@ -96,10 +93,8 @@ def _vllm(
         for server in servers:
             server.wait(v.start_seconds)
     sampler = VllmSampler(
-        v.urls or tuple(server.url for server in servers),
-        VllmLimits(
-            v.max_requests, _context_tokens(config), v.request_seconds, v.publish_seconds, v.retries
-        ),
+        v if v.urls else dataclasses.replace(v, urls=tuple(server.url for server in servers)),
+        _context_tokens(config),
         eos_token_ids=assets.chat.eos_ids,
         versions=versions,
         api_key=key,
@@ -130,31 +125,18 @@ def server_plans(config: Config, assets: ModelAssets) -> list[ServerPlan]:
     """The servers that a config describes: the GPUs in equal parts, from the given port on."""
     v = config.vllm
     one, share = server_plan(config, assets), len(v.gpus) // v.servers
-    return [
+    parts = [
         dataclasses.replace(
-            one, gpus=v.gpus[i * share : (i + 1) * share], port=one.port + i if one.port else 0
+            v, gpus=v.gpus[i * share : (i + 1) * share], port=v.port + i if v.port else 0
         )
         for i in range(v.servers)
     ]
+    return [dataclasses.replace(one, settings=part) for part in parts]
 
 
 def server_plan(config: Config, assets: ModelAssets, own_weights: bool = False) -> ServerPlan:
-    """One server with all that the config gives to servers."""
-    v = config.vllm
-    return ServerPlan(
-        python=str(Path(v.python).expanduser()) if v.python else sys.executable,
-        model=assets.folder,
-        context_tokens=_context_tokens(config),
-        max_requests=v.max_requests,
-        host=v.host,
-        port=v.port,
-        gpus=v.gpus,
-        gpu_memory=v.gpu_memory,
-        cache_bytes=v.cache_bytes,
-        arguments=v.arguments,
-        float32_logits=v.float32_logits,
-        own_weights=own_weights,
-    )
+    """One server with everything that the config gives to servers."""
+    return ServerPlan(config.vllm, assets.folder, _context_tokens(config), own_weights)
 
 
 def _context_tokens(config: Config) -> int:

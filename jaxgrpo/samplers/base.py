@@ -10,7 +10,7 @@ import numpy as np
 
 
 class SamplerError(RuntimeError):
-    """The sampler cannot go on; the message says why, the cause is chained where there is one."""
+    """The sampler cannot continue. The message says why; the cause is chained if there is one."""
 
 
 class FinishReason(enum.StrEnum):
@@ -25,9 +25,13 @@ class FinishReason(enum.StrEnum):
 class SamplingRequest:
     """One turn to generate.
 
-    `context_ids` is the whole episode so far; its first `prompt_length` tokens are the group's prompt, shared by all requests of
-    `group_id`. `episode_id` names the episode across its turns, so that a sampler may keep its cache. Generation is a function of
-    (weights, context_ids, seed, temperature, top_p) and of nothing else that runs beside it. `temperature` 0 is greedy.
+    - `context_ids`: the whole episode so far. Its first `prompt_length` tokens are the group's
+      prompt, which all requests of `group_id` share.
+    - `episode_id`: names the episode across its turns, so that a sampler can keep its cache.
+    - `temperature`: 0 is greedy.
+
+    The generation depends only on the weights, `context_ids`, `seed`, `temperature` and `top_p`,
+    not on other requests.
     """
 
     group_id: str
@@ -43,21 +47,24 @@ class SamplingRequest:
     def __post_init__(self) -> None:
         if not 0 < self.prompt_length <= len(self.context_ids):
             raise ValueError(
-                f"prompt_length {self.prompt_length} is outside the context of {len(self.context_ids)} tokens"
+                f"prompt_length {self.prompt_length} is outside the context of"
+                f" {len(self.context_ids)} tokens"
             )
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
-                f"temperature must be >= 0 and top_p in (0, 1], got {self.temperature} and {self.top_p}"
+                "temperature must be >= 0 and top_p in (0, 1], got"
+                f" {self.temperature} and {self.top_p}"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What a request led to; the arrays have one entry a generated token (T).
+    """One generated turn. The arrays have one entry per generated token (T).
 
-    `logprobs_T` are those of the tempered distribution before top-p: log softmax(logits / temperature); at temperature 0, of temperature 1.
+    `logprobs_T` are of the tempered distribution before top-p: log softmax(logits / temperature).
+    At temperature 0 they are of temperature 1.
     """
 
     token_ids_T: np.ndarray
@@ -68,31 +75,37 @@ class Generation:
     def __post_init__(self) -> None:
         if not len(self.token_ids_T) == len(self.logprobs_T) == len(self.weight_versions_T):
             raise ValueError(
-                "token ids, log-probabilities and weight versions must be of one length"
+                "token ids, log-probabilities and weight versions must have the same length"
             )
 
 
 class PolicyWeights(Protocol):
-    """The policy's weights, however they lie: each sampler takes them in the form that it serves."""
+    """The policy's weights. Each sampler takes them in the form that it serves."""
 
     def logical(self) -> Any:
-        """The logical parameter tree of jaxgrpo.models.qwen2, whole: for computing in this process."""
+        """The whole logical parameter tree (jaxgrpo.models.qwen2), for use in this process."""
 
     def write(self, version: int, root: Path) -> Path:
-        """A new folder of shards under `root`, whole when this returns: for another process to read."""
+        """Write a new folder of shards under `root`, for other processes; return when complete."""
 
 
 class Sampler(Protocol):
-    """Serves the policy's turns. All methods are safe to call from one event loop; many `generate` calls run at once."""
+    """Serves the policy's turns.
+
+    All methods must be called from one event loop. Many `generate` calls may run at once.
+    """
 
     async def generate(self, request: SamplingRequest) -> Generation:
         """Generate one turn."""
 
     async def release(self, episode_id: str) -> None:
-        """The episode is over: whatever is cached for it may go."""
+        """Say that the episode is over, so that its cache may be dropped."""
 
     async def publish(self, version: int, weights: PolicyWeights) -> Mapping[str, float]:
-        """Serve these weights from now on; returns, when generations use them, the seconds that its stages took, by name."""
+        """Serve these weights; return when generations use them.
+
+        Returns the seconds of each stage by name.
+        """
 
     async def close(self) -> None:
-        """End what the sampler owns."""
+        """Release all resources of the sampler."""

@@ -1,4 +1,4 @@
-"""How busy a sampler is."""
+"""Measures how busy a sampler is."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -7,7 +7,10 @@ from jaxgrpo.samplers.base import Generation, PolicyWeights, Sampler, SamplingRe
 
 
 class MeteredSampler:
-    """A sampler that also measures for how long it had nothing to do: no request in flight. All of it runs on the sampler's event loop."""
+    """A sampler that also measures how long it has no request in flight.
+
+    All methods run on the sampler's event loop.
+    """
 
     def __init__(self, sampler: Sampler, clock: Callable[[], float] = time.perf_counter):
         self._sampler = sampler
@@ -36,10 +39,9 @@ class MeteredSampler:
         await self._sampler.close()
 
     async def take_idle_fraction(self) -> float:
-        """The share of the time without a request in flight, since this was asked last."""
+        """The fraction of time without a request in flight since the last call."""
         now = self._clock()
-        share = (self._idle + (now - self._since if self._running == 0 else 0.0)) / (
-            now - self._asked
-        )
+        idle = self._idle + (now - self._since if self._running == 0 else 0.0)
+        fraction = idle / (now - self._asked)
         self._idle, self._asked, self._since = 0.0, now, now
-        return share
+        return fraction

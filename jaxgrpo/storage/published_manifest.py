@@ -1,12 +1,14 @@
-"""The manifest of published weights: what a version holds, where, and its checksums. Light: neither JAX nor vLLM is imported here.
+"""The manifest of published weights: what a version holds, where it is, and its checksums.
 
-    ROOT/000007/params/           an orbax checkpoint: each leaf in its stored, flat shape [L, n] or [n], in bfloat16, its files bare values
+    ROOT/000007/params/           an orbax checkpoint of flat leaves [L, n] or [n], in bfloat16
     ROOT/000007/pieces-0.json     the checksums of what process 0 wrote
-    ROOT/000007/manifest.json     written last: without it nothing counts as published
+    ROOT/000007/manifest.json     written last; without it the version is not published
 
-A leaf is cut into the blocks that were written at once, none of more than one device's part; each cut of each layer has a CRC-32. A Hugging
-Face tensor is the first `size` elements of one row of a leaf, in the leaf's own shape, transposed or not. A reader needs the manifest and
-the arrays, and no knowledge of the model.
+A leaf is cut into the blocks that were written at once, each part of one device's shard. Each block
+of each layer has a CRC-32. A Hugging Face tensor is the first `size` elements of a row of a leaf,
+possibly transposed. A reader needs only the manifest and the arrays, and no knowledge of the model.
+
+This module imports neither JAX nor vLLM.
 """
 
 import dataclasses
@@ -21,17 +23,20 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 PARAMS = "params"
 BARE = [{"name": "bytes", "configuration": {"endian": "little"}}]
-"""How zarr says that an array's files hold its values and nothing else."""
+"""Zarr's codecs for files that hold only values."""
 
 
 class WeightError(ValueError):
-    """Published weights that must not be served: says which, and what is wrong with them."""
+    """Published weights that must not be served. The message says which, and why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
-    """One leaf on disk: `StoredArray((24, 9), "bfloat16", cuts=(0, 3, 6, 9), checksums=((crc, crc, crc), ...))`, one row of checksums a
-    row of the array (a single one when it has one axis), one checksum between two cuts."""
+    """One leaf on disk: `StoredArray((24, 9), "bfloat16", (0, 3, 6, 9), ((crc, crc, crc), ...))`.
+
+    `checksums` has one row per row of the array (one for an array with one axis), with one checksum
+    between each pair of neighboring cuts.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -51,13 +56,17 @@ class StoredArray:
             len(row) != len(self.cuts) - 1 for row in self.checksums
         ):
             raise ValueError(
-                f"an array of shape {self.shape}, cut at {self.cuts}, needs a checksum for every cut of every row"
+                f"an array of shape {self.shape}, cut at {self.cuts}, needs a checksum for every"
+                " cut of every row"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A Hugging Face tensor of `shape` in an array: a row of it (None: the array has one axis), stored transposed or not."""
+    """A Hugging Face tensor of `shape` in a row of an array.
+
+    `row` is None if the array has one axis. `transposed` says whether it is stored transposed.
+    """
 
     array: str
     row: int | None
@@ -75,7 +84,8 @@ class StoredTensor:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """`tensors` by their Hugging Face name, in the order of the forward pass; `arrays` by their name in the orbax checkpoint."""
+    """One version. `tensors` by Hugging Face name, in the order of the forward pass; `arrays` by
+    their name in the orbax checkpoint."""
 
     version: int
     arrays: Mapping[str, StoredArray]
@@ -95,32 +105,36 @@ class Manifest:
                 )
             if tensor.size > array.shape[-1]:
                 raise ValueError(
-                    f"{name} has shape {tensor.shape}, more than a row of {tensor.array} holds ({array.shape[-1]})"
+                    f"{name} has shape {tensor.shape}, more than a row of {tensor.array} holds"
+                    f" ({array.shape[-1]})"
                 )
 
     def dtype(self, name: str) -> str:
-        """The type of a tensor."""
+        """The type of one tensor."""
         return self.arrays[self.tensors[name].array].dtype
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file atomically."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value), encoding="utf-8")
     os.replace(partial, path)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """The last thing that is written of a version."""
+    """Write the manifest, after everything else of the version."""
     write_json(folder / MANIFEST, {"format": FORMAT, **dataclasses.asdict(manifest)})
 
 
 def read_manifest(folder: Path, version: int | None = None) -> Manifest:
-    """The manifest of a version's folder. Raises WeightError when there is none, when it is damaged, or when it is of another version."""
+    """Read the manifest of a version's folder.
+
+    Raise WeightError if it is missing, damaged, or of another version than `version`.
+    """
     if not folder.is_dir():
-        raise WeightError(f"{folder} is no folder")
+        raise WeightError(f"{folder} is not a folder")
     if not (folder / MANIFEST).is_file():
-        raise WeightError(f"{folder} has no {MANIFEST}: its weights are not published, or not yet")
+        raise WeightError(f"{folder} has no {MANIFEST}: its weights are not published (yet)")
     try:
         manifest = _parse(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -128,15 +142,13 @@ def read_manifest(folder: Path, version: int | None = None) -> Manifest:
             f"{folder / MANIFEST} is damaged: {type(error).__name__}: {error}"
         ) from error
     if version is not None and manifest.version != version:
-        raise WeightError(
-            f"{folder} holds version {manifest.version}, version {version} was asked for"
-        )
+        raise WeightError(f"{folder} holds version {manifest.version}, expected version {version}")
     return manifest
 
 
 def _parse(read: Any) -> Manifest:
     if read["format"] != FORMAT:
-        raise ValueError(f"it is of format {read['format']}, this program reads format {FORMAT}")
+        raise ValueError(f"it has format {read['format']}, this program reads format {FORMAT}")
     arrays = {
         name: StoredArray(
             tuple(a["shape"]),

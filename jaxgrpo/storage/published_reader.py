@@ -1,10 +1,11 @@
-"""Published weights -> checked tensors. Light: nothing but NumPy, since this runs inside vLLM.
+"""Reads published weights and verifies their checksums. Runs inside vLLM and needs only NumPy.
 
-Everything is checked before anything is given back: a reader that raises has changed nothing. What
-jaxgrpo.storage.publish writes are bare values
-(a zarr array without a compressor), so the files are mapped rather than read: a tensor that lies in one file is never copied, and in shared
-memory it is in memory already. A version's files are not changed before every reader is through with them; removing them leaves the
-mappings whole.
+Everything is verified before anything is returned, so a reader that raises has changed nothing.
+
+jaxgrpo.storage.publish writes bare values (zarr arrays without a compressor). The files are
+therefore mapped rather than read: a tensor in one file is never copied, and in shared memory it is
+in memory already. A version's files do not change before all readers are done with them. Removing
+the files leaves the mappings intact.
 """
 
 import dataclasses
@@ -29,11 +30,14 @@ from jaxgrpo.storage.published_manifest import (
     WeightError,
 )
 
-_SHOWN = 3
+_SHOWN = 3  # names in an error message
 
 
 def check_fit(manifest: Manifest, expected: Mapping[str, tuple[int, ...]], dtype: str) -> None:
-    """Raises WeightError unless the manifest lists exactly the `expected` tensors (Hugging Face name -> shape), all of `dtype`."""
+    """Raise WeightError unless the manifest lists exactly the `expected` tensors, all of `dtype`.
+
+    `expected` maps Hugging Face names to shapes.
+    """
     found = manifest.tensors
     shapes = [
         f"{n} {found[n].shape} for {s}"
@@ -60,11 +64,11 @@ def check_fit(manifest: Manifest, expected: Mapping[str, tuple[int, ...]], dtype
 
 
 def read_tensors(folder: Path, manifest: Manifest) -> dict[str, tuple[np.ndarray, bool]]:
-    """Hugging Face name -> (the tensor as it is stored, whether it must be transposed), all checksums right.
+    """Read a version's tensors: Hugging Face name -> (stored tensor, whether to transpose it).
 
-    The tensors are private mappings of the files, or copies where a tensor is cut over several files; bfloat16, which NumPy lacks, is given
-    as its bits in int16. Raises WeightError that names the first array that is missing, misshapen, unreadable, or of other content than was
-    written.
+    The tensors are private mappings of the files, or copies if a tensor is cut over several files.
+    bfloat16, which NumPy lacks, is given as its bits in int16. Raise WeightError that names the
+    first array that is missing, misshapen, unreadable or damaged.
     """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), initializer=_leave_bound_core) as pool:
         arrays = {
@@ -79,30 +83,34 @@ def read_tensors(folder: Path, manifest: Manifest) -> dict[str, tuple[np.ndarray
 
 
 def _leave_bound_core() -> None:
-    """vLLM's CPU build binds its worker, and so every thread that it starts, to fewer cores than its server may use, the worker's parent;
-    the worker stands still meanwhile."""
+    """Let this thread run on all cores of the server.
+
+    vLLM's CPU build binds its worker, and all threads that the worker starts, to fewer cores than
+    the worker's parent may use. The worker itself waits meanwhile.
+    """
     os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
 
 
 @dataclasses.dataclass(frozen=True)
 class _MappedArray:
-    """An array's files: `files[i][j]` is [rows, elements], the first of them row `i * rows`, element `j * elements` of a row."""
+    """An array's files. `files[i][j]` is [rows, elements] and begins at row `i * rows`, element
+    `j * elements`."""
 
     files: list[list[np.ndarray]]
 
     def row(self, index: int) -> list[np.ndarray]:
-        """A row's parts, side by side."""
+        """The parts of a row, in order."""
         i, within = divmod(index, len(self.files[0][0]))
         return [file_RE[within] for file_RE in self.files[i]]
 
     def tensor(self, tensor: StoredTensor) -> np.ndarray:
-        """Without a copy when its row is in one file."""
+        """A tensor, without a copy if its row is in one file."""
         parts = self.row(tensor.row or 0)
         row = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return row[: tensor.size].reshape(tensor.stored_shape)
 
     def checksum(self, row: int, start: int, stop: int) -> int:
-        """CRC-32 of elements of a row, over as many files as they are in."""
+        """CRC-32 of elements of a row, over all files that hold them."""
         crc, first = 0, 0
         for part in self.row(row):
             here = part[max(start - first, 0) : max(stop - first, 0)]
@@ -113,7 +121,7 @@ class _MappedArray:
 def _check(
     arrays: Mapping[str, _MappedArray], manifest: Manifest, folder: Path, pool: Executor
 ) -> None:
-    """Every checksum, on all threads."""
+    """Verify every checksum, on all threads of the pool."""
     checks = []
     for name, array in manifest.arrays.items():
         for row, checksums in enumerate(array.checksums):
@@ -132,12 +140,13 @@ def _check(
     for name, start, stop, expected, found in checks:
         if found.result() != expected:
             raise WeightError(
-                f"{name} in {folder} is damaged: the checksum of elements {start}:{stop} of a row is not the manifest's"
+                f"{name} in {folder} is damaged: the checksum of elements {start}:{stop} of a row"
+                " is not the manifest's"
             )
 
 
 def _map(folder: Path, name: str, wanted: StoredArray) -> _MappedArray:
-    """The files of an array whose own metadata say what the manifest says."""
+    """Map the files of an array, after comparing its metadata with the manifest."""
     rows, elements = _chunk_shape(f"{name} in {folder}", folder / name / "zarr.json", wanted)
     files = folder / name / "c"
     try:
@@ -162,7 +171,7 @@ def _map(folder: Path, name: str, wanted: StoredArray) -> _MappedArray:
 
 
 def _chunk_shape(name: str, file: Path, wanted: StoredArray) -> tuple[int, int]:
-    """Rows and elements of a row in one file."""
+    """Rows, and elements of a row, in one file."""
     try:
         metadata = json.loads(file.read_text(encoding="utf-8"))
         shape, dtype, codecs = tuple(metadata["shape"]), metadata["data_type"], metadata["codecs"]
@@ -179,13 +188,14 @@ def _chunk_shape(name: str, file: Path, wanted: StoredArray) -> tuple[int, int]:
         or any(part < 1 or whole % part for whole, part in zip(shape, chunk))
     ):
         raise WeightError(
-            f"{name} is in chunks of {chunk}, coded by {codecs}: jaxgrpo.storage.publish writes bare values in equal chunks"
+            f"{name} is in chunks of {chunk}, coded by {codecs}: jaxgrpo.storage.publish writes"
+            " bare values in equal chunks"
         )
     return (1, *chunk) if len(chunk) == 1 else chunk
 
 
 def _map_file(path: Path, shape: tuple[int, int], dtype: str) -> np.ndarray:
-    """Of this process alone, since torch wants memory that could be written to; nobody writes, so nothing is copied."""
+    """Map a file privately and writable, as torch wants it. Nobody writes, so nothing is copied."""
     bits = np.dtype("int16" if dtype == "bfloat16" else dtype)
     expected = math.prod(shape) * bits.itemsize
     with path.open("rb") as file:

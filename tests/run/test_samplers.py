@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgrpo.config.settings import ConfigError, VllmSettings
+from jaxgrpo.config.settings import ConfigError, NativeSamplerSettings, VllmSettings
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.run import setup
 from jaxgrpo.run.agreement import AgreementCheck, MismatchError
@@ -16,6 +16,7 @@ from jaxgrpo.run.samplers import server_plan, server_plans
 from jaxgrpo.run.weights import StoredWeights, WholeWeights
 from jaxgrpo.samplers.base import Generation, SamplerError, SamplingRequest
 from jaxgrpo.samplers.native.sampler import NativeSampler
+from jaxgrpo.samplers.vllm.server import ServerPlan
 from jaxgrpo.storage.published_manifest import read_manifest
 from jaxgrpo.storage.published_reader import read_tensors
 from jaxgrpo.types import Task
@@ -86,10 +87,8 @@ class TestAgreement:
             policy.config,
             params,
             policy.tokenizer,
+            NativeSamplerSettings(max_rows=8, decode_chunk=4, max_cache_tokens=2048),
             version=2,
-            max_rows=8,
-            decode_chunk=4,
-            max_cache_tokens=2048,
             compute_dtype=jnp.float32,
         )
 
@@ -182,11 +181,23 @@ def test_settings_reach_the_server(model, policy, tmp_path):
         "vllm.float32_logits=False",
     )  # fmt: skip
     plan = server_plan(config, policy)
-    assert dataclasses.asdict(plan) == {
-        "python": "/opt/python", "model": policy.folder, "context_tokens": 96 + 8, "max_requests": 5, "host": "::1", "port": 77,
-        "gpus": (1,), "gpu_memory": 0.5, "cache_bytes": 1000, "arguments": ("--enforce-eager",), "float32_logits": False,
-        "own_weights": False,
-    }  # fmt: skip
+    assert plan == ServerPlan(
+        VllmSettings(
+            python="/opt/python",
+            max_requests=5,
+            host="::1",
+            port=77,
+            gpus=(1,),
+            gpu_memory=0.5,
+            cache_bytes=1000,
+            arguments=("--enforce-eager",),
+            float32_logits=False,
+        ),
+        policy.folder,
+        context_tokens=96 + 8,
+        own_weights=False,
+    )
+    assert plan.python == "/opt/python"
     assert VllmSettings().host == "127.0.0.1"
 
 
@@ -195,7 +206,7 @@ def test_gpus_are_one_tensor_parallel_server_or_shared_out_to_several(model, pol
 
     def plans(*more: str) -> list[tuple[tuple[int, ...], int]]:
         return [
-            (plan.gpus, plan.port)
+            (plan.settings.gpus, plan.settings.port)
             for plan in server_plans(changed(tmp_path, model, *overrides, *more), policy)
         ]
 

@@ -4,18 +4,15 @@ import json
 import re
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
-import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import safetensors
 
-from jaxgrpo.models.model_config import ModelConfig
-from jaxgrpo.storage import hf_mapping, pretrained
+from jaxgrpo.storage import pretrained
 from tests.model_folders import (
     command,
     config_of,
@@ -27,12 +24,14 @@ from tests.model_folders import (
 from tests.reference_model import float32_error, qwen2_logits
 from tools import convert_hf_to_orbax, convert_orbax_to_hf, verify_conversion
 
+Refused = Callable[..., str]
+
 
 @pytest.fixture
-def refused(monkeypatch, capsys):
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
     """What a tool says on stderr, ending with that status."""
 
-    def refused(module, *arguments, status: int = 2) -> str:
+    def refused(module: ModuleType, *arguments: object, status: int = 2) -> str:
         with pytest.raises(SystemExit) as end:
             command(monkeypatch, module, *arguments)
         assert end.value.code == status
@@ -44,7 +43,15 @@ def refused(monkeypatch, capsys):
 class TestRoundTrip:
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
     @pytest.mark.parametrize(("tied", "shards"), [(False, 1), (True, 1), (False, 3)])
-    def test_every_bit(self, monkeypatch, capsys, tmp_path, dtype, tied, shards):
+    def test_every_bit(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        tmp_path: Path,
+        dtype: str,
+        tied: bool,
+        shards: int,
+    ) -> None:
         source = make_folder(tmp_path / "hf", random_tensors(tied, dtype), tied=tied, shards=shards)
         command(monkeypatch, convert_hf_to_orbax, source, tmp_path / "orbax")
         command(monkeypatch, verify_conversion, source, tmp_path / "orbax")
@@ -53,7 +60,9 @@ class TestRoundTrip:
         assert f"{38 if tied else 39} tensors" in capsys.readouterr().out
         assert read_safetensors(tmp_path / "back") == read_safetensors(source)
 
-    def test_folders_named_by_way_of_the_folder_above(self, hf_folder, monkeypatch, tmp_path):
+    def test_folders_named_by_way_of_the_folder_above(
+        self, hf_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
         """Orbax itself takes no path with `..`."""
         (tmp_path / "here").mkdir()
         monkeypatch.chdir(tmp_path / "here")
@@ -62,7 +71,9 @@ class TestRoundTrip:
         command(monkeypatch, convert_orbax_to_hf, "../orbax", "../back")
         assert read_safetensors(tmp_path / "back") == read_safetensors(hf_folder)
 
-    def test_the_export_needs_only_the_orbax_folder(self, hf_folder, orbax_folder, tmp_path):
+    def test_the_export_needs_only_the_orbax_folder(
+        self, hf_folder: Path, orbax_folder: Path, tmp_path: Path
+    ) -> None:
         expected, files = read_safetensors(hf_folder), {p.name for p in hf_folder.iterdir()}
         originals = {
             p.name: p.read_bytes() for p in hf_folder.iterdir() if p.suffix != ".safetensors"
@@ -81,7 +92,9 @@ class TestRoundTrip:
         } <= files
         assert read_safetensors(tmp_path / "back") == expected
 
-    def test_shards_and_their_index(self, hf_folder, orbax_folder, tmp_path):
+    def test_shards_and_their_index(
+        self, hf_folder: Path, orbax_folder: Path, tmp_path: Path
+    ) -> None:
         pretrained.write_hf(
             pretrained.open_weights(orbax_folder), tmp_path / "back", shard_bytes=4300
         )
@@ -104,7 +117,9 @@ class TestRoundTrip:
         assert read_safetensors(tmp_path / "back") == expected
 
     @pytest.mark.torch
-    def test_transformers_loads_a_sharded_export(self, orbax_folder, hf_folder, tmp_path):
+    def test_transformers_loads_a_sharded_export(
+        self, orbax_folder: Path, hf_folder: Path, tmp_path: Path
+    ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -119,86 +134,6 @@ class TestRoundTrip:
             assert state[name].contiguous().view(torch.int16).numpy().tobytes() == data
 
 
-class TestOrbax:
-    def test_orbax_restores_it_unaided(self, hf_folder, orbax_folder):
-        restored = ocp.StandardCheckpointer().restore((orbax_folder / "params").absolute())
-        flat = hf_mapping.flatten(restored)
-        config = ModelConfig.from_folder(hf_folder)
-        assert {path: leaf.shape for path, leaf in flat.items()} == hf_mapping.leaf_shapes(config)
-        stored = read_safetensors(hf_folder)
-        for tensor in hf_mapping.hf_tensors(config):
-            values = hf_mapping.hf_tensor_of(flat, tensor)
-            assert values.dtype == ml_dtypes.bfloat16
-            assert np.ascontiguousarray(values).tobytes() == stored[tensor.name][2]
-
-    def test_orbax_restores_it_sharded(self, orbax_folder):
-        mesh = jax.make_mesh(
-            (jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
-        )
-        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None))
-        config = ModelConfig.from_folder(orbax_folder)
-        shapes = hf_mapping.leaf_shapes(config)
-        abstract = hf_mapping.unflatten(
-            {
-                path: jax.ShapeDtypeStruct(
-                    s,
-                    jnp.bfloat16,
-                    sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
-                )
-                for path, s in shapes.items()
-            }
-        )
-        abstract["embed"]["embedding"] = jax.ShapeDtypeStruct(
-            shapes["embed", "embedding"], jnp.bfloat16, sharding=sharding
-        )
-        restored = ocp.StandardCheckpointer().restore(
-            (orbax_folder / "params").absolute(), abstract
-        )
-        ours = hf_mapping.flatten(pretrained.load_params(orbax_folder))
-        assert all(
-            hf_mapping.same_bits(np.asarray(leaf), ours[path])
-            for path, leaf in hf_mapping.flatten(restored).items()
-        )
-
-    def test_a_layer_is_a_chunk(self, orbax_folder):
-        meta = json.loads((orbax_folder / "params/layers.mlp.up.kernel/zarr.json").read_text())
-        assert meta["shape"] == [3, 8, 12]
-        assert meta["chunk_grid"]["configuration"]["chunk_shape"] == [1, 8, 12]
-
-    def test_chunks_are_cut_to_size(self):
-        leaf = pretrained.orbax_io.StreamedLeaf
-        bf16 = np.dtype("bfloat16")
-        assert leaf((80, 8192, 29568), bf16, np.zeros).chunk == (1, 1024, 29568)
-        assert leaf((152064, 8192), bf16, np.zeros).chunk == (3456, 8192)
-        assert leaf((80, 8192), bf16, np.zeros).chunk == (80, 8192)
-
-    def test_pieces_cover_a_leaf(self, monkeypatch):
-        monkeypatch.setattr(pretrained.orbax_io, "CHUNK_BYTES", 4 * 3 * 5)
-        for shape in [(2, 6, 5), (12, 5), (2, 7, 5)]:
-            values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-            pieces = list(
-                pretrained.orbax_io.StreamedLeaf(
-                    shape, values.dtype, lambda a, b, v=values: v[a:b]
-                ).pieces()
-            )
-            out = np.full(shape, -1, np.float32)
-            for where, piece in pieces:
-                assert (out[where] == -1).all()
-                out[where] = piece
-            assert np.array_equal(out, values)
-            assert len(pieces) == {(2, 6, 5): 4, (12, 5): 4, (2, 7, 5): 14}[shape]
-
-    def test_a_lost_chunk_is_an_error(self, orbax_folder):
-        (orbax_folder / "params/layers.mlp.up.kernel/c/1/0/0").unlink()
-        with pytest.raises(ValueError, match=r"layers\.mlp\.up\.kernel"):
-            pretrained.load_params(orbax_folder)
-
-    def test_a_lost_leaf_is_named(self, orbax_folder):
-        (orbax_folder / "params/norm.scale/zarr.json").unlink()
-        with pytest.raises(ValueError, match="missing: norm/scale"):
-            pretrained.load_params(orbax_folder)
-
-
 class TestRefusals:
     def refused(
         self, folder: Path, tmp_path: Path, match: str, error: type[Exception] = ValueError
@@ -207,7 +142,7 @@ class TestRefusals:
             pretrained.write_orbax(pretrained.open_weights(folder), tmp_path / "out")
         assert not list(tmp_path.glob("out*"))
 
-    def test_missing_tensor(self, tmp_path):
+    def test_missing_tensor(self, tmp_path: Path) -> None:
         tensors = random_tensors(False, "bfloat16")
         del tensors["model.layers.1.mlp.up_proj.weight"]
         self.refused(
@@ -216,14 +151,14 @@ class TestRefusals:
             r"missing: model\.layers\.1\.mlp\.up_proj\.weight",
         )
 
-    def test_extra_tensor(self, tmp_path):
+    def test_extra_tensor(self, tmp_path: Path) -> None:
         tensors = {
             **random_tensors(False, "bfloat16"),
             "model.layers.0.self_attn.q_norm.weight": np.zeros(4, "bfloat16"),
         }
         self.refused(make_folder(tmp_path / "hf", tensors), tmp_path, r"q_norm")
 
-    def test_misshapen_tensor(self, tmp_path):
+    def test_misshapen_tensor(self, tmp_path: Path) -> None:
         tensors = {
             **random_tensors(False, "bfloat16"),
             "model.norm.weight": np.zeros(9, "bfloat16"),
@@ -232,11 +167,11 @@ class TestRefusals:
             make_folder(tmp_path / "hf", tensors), tmp_path, r"model\.norm\.weight has shape \(9,\)"
         )
 
-    def test_unsupported_type(self, tmp_path):
+    def test_unsupported_type(self, tmp_path: Path) -> None:
         tensors = {**random_tensors(False, "bfloat16"), "model.norm.weight": np.zeros(8, "int8")}
         self.refused(make_folder(tmp_path / "hf", tensors), tmp_path, "I8")
 
-    def test_layers_of_two_types(self, tmp_path):
+    def test_layers_of_two_types(self, tmp_path: Path) -> None:
         tensors = random_tensors(False, "bfloat16")
         tensors["model.layers.2.input_layernorm.weight"] = np.ones(8, np.float32)
         self.refused(
@@ -245,14 +180,14 @@ class TestRefusals:
             r"model\.layers\.2\.input_layernorm\.weight .*float32",
         )
 
-    def test_a_type_for_each_leaf_is_kept(self, tmp_path):
+    def test_a_type_for_each_leaf_is_kept(self, tmp_path: Path) -> None:
         tensors = {**random_tensors(False, "bfloat16"), "model.norm.weight": np.ones(8, np.float32)}
         source = make_folder(tmp_path / "hf", tensors)
         pretrained.write_orbax(pretrained.open_weights(source), tmp_path / "orbax")
         pretrained.write_hf(pretrained.open_weights(tmp_path / "orbax"), tmp_path / "back")
         assert read_safetensors(tmp_path / "back") == read_safetensors(source)
 
-    def test_no_weights(self, tmp_path):
+    def test_no_weights(self, tmp_path: Path) -> None:
         folder = make_folder(tmp_path / "hf", {})
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
         self.refused(
@@ -262,12 +197,12 @@ class TestRefusals:
             FileNotFoundError,
         )
 
-    def test_missing_shard(self, tmp_path):
+    def test_missing_shard(self, tmp_path: Path) -> None:
         folder = make_folder(tmp_path / "hf", random_tensors(False, "bfloat16"), shards=3)
         (folder / "model-00002-of-00003.safetensors").unlink()
         self.refused(folder, tmp_path, "model-00002-of-00003", FileNotFoundError)
 
-    def test_an_index_that_lies(self, tmp_path):
+    def test_an_index_that_lies(self, tmp_path: Path) -> None:
         folder = make_folder(tmp_path / "hf", random_tensors(False, "bfloat16"), shards=3)
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         index["weight_map"]["model.norm.weight"] = "model-00001-of-00003.safetensors"
@@ -276,35 +211,43 @@ class TestRefusals:
         self.refused(folder, tmp_path, r"model\.norm\.weight|lm_head\.weight")
 
     @pytest.mark.parametrize("kept", [0, 5, 100, -1])
-    def test_truncated_file(self, hf_folder, tmp_path, kept):
+    def test_truncated_file(self, hf_folder: Path, tmp_path: Path, kept: int) -> None:
         file = hf_folder / "model.safetensors"
         file.write_bytes(file.read_bytes()[:kept])
         self.refused(hf_folder, tmp_path, "fetch it again")
 
-    def test_a_file_that_is_a_pointer(self, hf_folder, tmp_path):
+    def test_a_file_that_is_a_pointer(self, hf_folder: Path, tmp_path: Path) -> None:
         (hf_folder / "model.safetensors").write_text(
             "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         )
         self.refused(hf_folder, tmp_path, "is a Git LFS pointer")
 
-    def test_an_orbax_folder_is_not_converted_again(self, orbax_folder, tmp_path, refused):
+    def test_an_orbax_folder_is_not_converted_again(
+        self, orbax_folder: Path, tmp_path: Path, refused: Refused
+    ) -> None:
         said = refused(convert_hf_to_orbax, orbax_folder, tmp_path / "out")
         assert said.endswith("is already an orbax folder: tools.convert_orbax_to_hf converts it back\n")
 
-    def test_a_hf_folder_is_not_exported(self, hf_folder, tmp_path, refused):
+    def test_a_hf_folder_is_not_exported(
+        self, hf_folder: Path, tmp_path: Path, refused: Refused
+    ) -> None:
         assert "is not an orbax folder" in refused(convert_orbax_to_hf, hf_folder, tmp_path / "out")
 
-    def test_a_destination_that_is_there(self, hf_folder, refused):
+    def test_a_destination_that_is_there(self, hf_folder: Path, refused: Refused) -> None:
         said = refused(convert_hf_to_orbax, hf_folder, hf_folder)
         assert f"{hf_folder} exists: remove it" in said
 
     @pytest.mark.parametrize("size", ["0", "-1", "nan", "inf", "much"])
-    def test_a_shard_size_that_is_none(self, orbax_folder, tmp_path, refused, size):
+    def test_a_shard_size_that_is_none(
+        self, orbax_folder: Path, tmp_path: Path, refused: Refused, size: str
+    ) -> None:
         out = tmp_path / "out"
         said = refused(convert_orbax_to_hf, orbax_folder, out, f"--shard-gb={size}")
         assert f"argument --shard-gb: must be a number above 0, got {size!r}" in said
 
-    def test_a_disk_that_takes_no_more_ends_with_one(self, orbax_folder, tmp_path, refused):
+    def test_a_disk_that_takes_no_more_ends_with_one(
+        self, orbax_folder: Path, tmp_path: Path, refused: Refused
+    ) -> None:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
         try:
@@ -315,7 +258,7 @@ class TestRefusals:
 
 
 class TestTiedHead:
-    def test_the_same_bits_are_accepted_and_dropped(self, tmp_path):
+    def test_the_same_bits_are_accepted_and_dropped(self, tmp_path: Path) -> None:
         tensors = random_tensors(True, "bfloat16")
         folder = make_folder(
             tmp_path / "hf",
@@ -326,7 +269,7 @@ class TestTiedHead:
         pretrained.write_hf(pretrained.open_weights(tmp_path / "orbax"), tmp_path / "back")
         assert read_safetensors(tmp_path / "back").keys() == tensors.keys()
 
-    def test_one_different_bit_is_refused(self, tmp_path):
+    def test_one_different_bit_is_refused(self, tmp_path: Path) -> None:
         tensors = random_tensors(True, "bfloat16")
         head = tensors["model.embed_tokens.weight"].copy()
         head.view(np.uint16)[200, 7] ^= 1
@@ -335,7 +278,7 @@ class TestTiedHead:
             pretrained.open_weights(folder)
 
 
-def test_rotary_buffers_are_ignored(tmp_path):
+def test_rotary_buffers_are_ignored(tmp_path: Path) -> None:
     tensors = random_tensors(False, "bfloat16")
     buffers = {
         f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32) for i in range(3)
@@ -359,7 +302,14 @@ class TestVerify:
             "model.embed_tokens.weight",
         ],
     )
-    def test_one_bit_is_found_and_named(self, hf_folder, orbax_folder, tmp_path, monkeypatch, name):
+    def test_one_bit_is_found_and_named(
+        self,
+        hf_folder: Path,
+        orbax_folder: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        name: str,
+    ) -> None:
         tensors = random_tensors(False, "bfloat16")
         tensors[name].view(np.uint16).flat[-1] ^= 1
         write_safetensors(hf_folder / "model.safetensors", tensors)
@@ -369,11 +319,13 @@ class TestVerify:
             command(monkeypatch, verify_conversion, hf_folder, orbax_folder)
         assert isinstance(error.value.code, str)  # a message: the process exits with 1
 
-    def test_another_size_is_refused(self, hf_folder, tmp_path, refused):
+    def test_another_size_is_refused(
+        self, hf_folder: Path, tmp_path: Path, refused: Refused
+    ) -> None:
         other = make_folder(tmp_path / "other", random_tensors(True, "bfloat16"), tied=True)
         assert "not models of one size" in refused(verify_conversion, hf_folder, other)
 
-    def test_another_type_is_different(self, hf_folder, tmp_path):
+    def test_another_type_is_different(self, hf_folder: Path, tmp_path: Path) -> None:
         other = make_folder(tmp_path / "other", random_tensors(False, "float32"))
         assert (
             len(
@@ -385,7 +337,7 @@ class TestVerify:
         )
 
     @pytest.fixture
-    def finite(self, hf_folder, tmp_path) -> tuple[Path, Path, np.ndarray, float]:
+    def finite(self, hf_folder: Path, tmp_path: Path) -> tuple[Path, Path, np.ndarray, float]:
         """One model without NaNs as a folder of either kind; its logits in float64, and how far
         float32 may be off."""
         found = random_tensors(False, "bfloat16").items()
@@ -399,13 +351,18 @@ class TestVerify:
             assert np.abs(wrong - exact).max() > at_least * error
         return hf_folder, tmp_path / "finite", exact, error
 
-    def test_our_logits(self, finite):
+    def test_our_logits(self, finite: tuple[Path, Path, np.ndarray, float]) -> None:
         _, folder, exact, error = finite
         ids_T = verify_conversion.prompt_ids(folder)
         assert np.abs(verify_conversion.our_logits(folder, ids_T) - exact).max() < error
 
     @pytest.mark.torch
-    def test_logits(self, finite, monkeypatch, capsys):
+    def test_logits(
+        self,
+        finite: tuple[Path, Path, np.ndarray, float],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
         folder, converted, exact, error = finite
         ids_T = verify_conversion.prompt_ids(folder)
         assert np.abs(verify_conversion.their_logits(folder, ids_T) - exact).max() < error
@@ -413,14 +370,16 @@ class TestVerify:
         command(monkeypatch, verify_conversion, folder, converted, *bound)
         assert "largest absolute difference" in capsys.readouterr().out
 
-    def test_logits_without_pytorch(self, hf_folder, orbax_folder, monkeypatch, refused):
+    def test_logits_without_pytorch(
+        self, hf_folder: Path, orbax_folder: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
+    ) -> None:
         monkeypatch.setitem(sys.modules, "torch", None)  # as where it is not installed
         said = refused(verify_conversion, hf_folder, orbax_folder, "--logits")
         assert said.startswith("error: --logits needs PyTorch, which is not installed")
 
     def test_logits_of_an_orbax_folder_are_not_asked_of_transformers(
-        self, hf_folder, orbax_folder, refused
-    ):
+        self, hf_folder: Path, orbax_folder: Path, refused: Refused
+    ) -> None:
         said = refused(verify_conversion, orbax_folder, hf_folder, "--logits")
         assert said.startswith("error: --logits loads the first folder with transformers, but")
         assert said.endswith(f"{orbax_folder} is an orbax folder: name it second\n")

@@ -58,14 +58,14 @@ def tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     }
 
 
-def test_names_and_shapes():
+def test_names_and_shapes() -> None:
     assert {t.name: t.shape for t in hf_mapping.hf_tensors(CONFIG)} == SHAPES
     assert {
         "/".join(path): shape for path, shape in hf_mapping.leaf_shapes(CONFIG).items()
     } == OUR_SHAPES
 
 
-def test_tied_models_have_no_head():
+def test_tied_models_have_no_head() -> None:
     assert [t.name for t in hf_mapping.hf_tensors(TIED)] == [
         name for name in SHAPES if name != "lm_head.weight"
     ]
@@ -73,7 +73,7 @@ def test_tied_models_have_no_head():
     assert hf_mapping.parameter_count(CONFIG) - hf_mapping.parameter_count(TIED) == 20
 
 
-def test_each_tensor_lands_in_its_place():
+def test_each_tensor_lands_in_its_place() -> None:
     given = tensors(SHAPES)
     params = hf_mapping.params_from_hf(CONFIG, given)
     attention, mlp = params["layers"]["attention"], params["layers"]["mlp"]
@@ -103,7 +103,7 @@ def test_each_tensor_lands_in_its_place():
             )
 
 
-def test_a_kernel_is_transposed():
+def test_a_kernel_is_transposed() -> None:
     given = tensors(SHAPES)
     given["model.layers.1.self_attn.k_proj.weight"] = np.array(
         [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]], np.float32
@@ -113,7 +113,7 @@ def test_a_kernel_is_transposed():
 
 
 @pytest.mark.parametrize("config", [CONFIG, TIED])
-def test_there_and_back(config):
+def test_there_and_back(config: ModelConfig) -> None:
     given = tensors({t.name: t.shape for t in hf_mapping.hf_tensors(config)})
     back = hf_mapping.params_to_hf(config, hf_mapping.params_from_hf(config, given))
     assert back.keys() == given.keys()
@@ -123,7 +123,7 @@ def test_there_and_back(config):
 
 
 class TestRefusals:
-    def test_missing(self):
+    def test_missing(self) -> None:
         shapes = {
             name: shape
             for name, shape in SHAPES.items()
@@ -135,7 +135,7 @@ class TestRefusals:
         ):
             hf_mapping.check_shapes(CONFIG, shapes, "here")
 
-    def test_extra(self):
+    def test_extra(self) -> None:
         with pytest.raises(
             ValueError,
             match=r"not a tensor of this architecture: model\.layers\.0\.self_attn\.o_proj\.bias",
@@ -144,22 +144,23 @@ class TestRefusals:
                 CONFIG, {**SHAPES, "model.layers.0.self_attn.o_proj.bias": (4,)}, "here"
             )
 
-    def test_one_layer_too_many(self):
+    def test_one_layer_too_many(self) -> None:
         with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
             hf_mapping.check_shapes(
                 CONFIG, {**SHAPES, "model.layers.2.mlp.up_proj.weight": (6, 4)}, "here"
             )
 
-    def test_misshapen(self):
+    def test_misshapen(self) -> None:
         with pytest.raises(
             ValueError,
-            match=r"model\.layers\.0\.mlp\.up_proj\.weight has shape \(4, 6\), config\.json says \(6, 4\)",
+            match=r"model\.layers\.0\.mlp\.up_proj\.weight has shape \(4, 6\),"
+            r" config\.json says \(6, 4\)",
         ):
             hf_mapping.check_shapes(
                 CONFIG, {**SHAPES, "model.layers.0.mlp.up_proj.weight": (4, 6)}, "here"
             )
 
-    def test_everything_at_once(self):
+    def test_everything_at_once(self) -> None:
         shapes = {**SHAPES, "stray": (1,), "model.norm.weight": (5,)}
         del shapes["lm_head.weight"]
         with pytest.raises(
@@ -168,15 +169,15 @@ class TestRefusals:
         ):
             hf_mapping.check_shapes(CONFIG, shapes, "here")
 
-    def test_many_names_are_cut(self):
+    def test_many_names_are_cut(self) -> None:
         with pytest.raises(ValueError, match="and 19 more"):
             hf_mapping.check_shapes(CONFIG, {}, "here")
 
-    def test_a_misshapen_head_of_a_tied_model(self):
+    def test_a_misshapen_head_of_a_tied_model(self) -> None:
         with pytest.raises(ValueError, match=r"lm_head\.weight has shape \(4, 4\)"):
             hf_mapping.check_shapes(TIED, {**SHAPES, "lm_head.weight": (4, 4)}, "here")
 
-    def test_a_tied_model_with_only_the_head(self):
+    def test_a_tied_model_with_only_the_head(self) -> None:
         shapes = {**SHAPES}
         del shapes["model.embed_tokens.weight"]
         said = r"missing: model\.embed_tokens\.weight; found: lm_head\.weight, .* save the tensor"
@@ -185,14 +186,15 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"missing: model\.embed_tokens\.weight$"):
             hf_mapping.check_shapes(CONFIG, shapes, "here")
 
-    def test_leaves(self):
+    def test_leaves(self) -> None:
         shapes = hf_mapping.leaf_shapes(CONFIG)
         del shapes["norm", "scale"]
         shapes["embed", "embedding"] = (6, 4)
         shapes["layers", "attention", "o", "bias"] = (2, 4)
         with pytest.raises(
             ValueError,
-            match=r"missing: norm/scale; .*layers/attention/o/bias; embed/embedding has shape \(6, 4\)",
+            match=r"missing: norm/scale; .*layers/attention/o/bias;"
+            r" embed/embedding has shape \(6, 4\)",
         ):
             hf_mapping.check_leaves(CONFIG, shapes, "here")
 
@@ -200,7 +202,7 @@ class TestRefusals:
 @pytest.mark.parametrize(
     "name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"]
 )
-def test_rotary_buffers_are_ignored(name):
+def test_rotary_buffers_are_ignored(name: str) -> None:
     hf_mapping.check_shapes(CONFIG, {**SHAPES, name: (2,)}, "here")
     given = {**tensors(SHAPES), name: np.ones(2, np.float32)}
     assert ("norm", "scale") in hf_mapping.flatten(hf_mapping.params_from_hf(CONFIG, given))
@@ -214,11 +216,11 @@ def test_rotary_buffers_are_ignored(name):
         "model.layers.x.self_attn.rotary_emb.inv_freq",
     ],
 )
-def test_only_rotary_buffers_are_ignored(name):
+def test_only_rotary_buffers_are_ignored(name: str) -> None:
     assert not hf_mapping.is_ignored(name)
 
 
-def test_a_head_beside_tied_embeddings():
+def test_a_head_beside_tied_embeddings() -> None:
     given = tensors(SHAPES)
     given["lm_head.weight"] = given["model.embed_tokens.weight"].copy()
     assert "lm_head" not in hf_mapping.params_from_hf(TIED, given)
@@ -227,7 +229,7 @@ def test_a_head_beside_tied_embeddings():
         hf_mapping.params_from_hf(TIED, given)
 
 
-def test_same_bits():
+def test_same_bits() -> None:
     zeros, nans = np.zeros(2, np.float32), np.full(2, np.nan, np.float32)
     assert hf_mapping.same_bits(nans, nans.copy())
     assert not hf_mapping.same_bits(zeros, -zeros)
@@ -235,7 +237,7 @@ def test_same_bits():
     assert not hf_mapping.same_bits(zeros, zeros[:1])
 
 
-def test_flatten_and_back():
+def test_flatten_and_back() -> None:
     nested = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
     assert hf_mapping.flatten(nested) == {("a", "b"): 1, ("a", "c", "d"): 2, ("e",): 3}
     assert hf_mapping.unflatten(hf_mapping.flatten(nested)) == nested

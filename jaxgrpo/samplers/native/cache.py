@@ -1,4 +1,7 @@
-"""Which pages of the pool hold which tokens: the host's side of the sampler's cache. No arrays of the device here."""
+"""The host's side of the cache: which pages of the pool hold which tokens.
+
+It holds no device arrays.
+"""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -10,7 +13,10 @@ from jaxgrpo.config.settings import PAGE, pages_for
 
 @dataclasses.dataclass(eq=False)
 class CachedSequence:
-    """Tokens of which the pool holds keys and values: token i is in page `pages[i // PAGE]`, at offset `i % PAGE`."""
+    """Tokens whose keys and values are in the pool.
+
+    Token i is in page `pages[i // PAGE]`, at offset `i % PAGE`.
+    """
 
     ids: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     pages: list[int] = dataclasses.field(default_factory=list)
@@ -21,7 +27,7 @@ class CachedSequence:
         return len(self.ids)
 
     def keep_prefix_of(self, ids: np.ndarray) -> None:
-        """Forget the cached tokens from the first that differs from `ids` on."""
+        """Drop the cached tokens from the first one that differs from `ids`."""
         common = min(len(self.ids), len(ids))
         differs = np.flatnonzero(self.ids[:common] != ids[:common])
         self.ids = self.ids[: differs[0] if len(differs) else common]
@@ -29,7 +35,7 @@ class CachedSequence:
 
 @dataclasses.dataclass(eq=False)
 class CachedGroup:
-    """One group: its prompt, the cache of the prompt less its last token, and the caches of its episodes."""
+    """A group's prompt, its cache (without the last token), and its episodes' caches."""
 
     prompt_ids: np.ndarray
     shared: CachedSequence = dataclasses.field(default_factory=CachedSequence)
@@ -37,7 +43,7 @@ class CachedGroup:
 
 
 class PageAllocator:
-    """Hands the pool's pages to sequences; when none is free, takes them from those that the caller says may lose them."""
+    """Hands out the pool's pages, if necessary from caches that the caller offers."""
 
     def __init__(self, page_count: int):
         self.page_count = page_count
@@ -51,7 +57,11 @@ class PageAllocator:
     def reserve(
         self, wanted: Sequence[tuple[CachedSequence, int]], victims: Iterable[CachedSequence]
     ) -> bool:
-        """Give each wanted sequence room for so many tokens, all or none; `victims` lose their caches in order, as far as needed."""
+        """Give each wanted sequence room for that many tokens; return False if they do not fit.
+
+        `victims` lose their caches in order, as far as needed. On failure no sequence gets pages,
+        and all victims have lost theirs.
+        """
         self._clock += 1
         missing = sum(
             max(0, pages_for(tokens) - len(sequence.pages)) for sequence, tokens in wanted
@@ -69,14 +79,14 @@ class PageAllocator:
         return True
 
     def drop(self, sequence: CachedSequence) -> None:
-        """Take a sequence's pages back; it will be computed again if it is used again."""
+        """Take back a sequence's pages. Its next use computes it again."""
         self._free.extend(reversed(sequence.pages))
         sequence.pages = []
         sequence.ids = sequence.ids[:0]
 
 
 def page_matrix(sequences: Sequence[CachedSequence], rows: int, pages: int) -> np.ndarray:
-    """The first pages of each sequence as [rows, pages]; page 0, of which nothing is read, where there is none."""
+    """The first pages of each sequence as [rows, pages], padded with page 0, which is not read."""
     matrix = np.zeros((rows, pages), np.int32)
     for row, sequence in enumerate(sequences):
         taken = sequence.pages[:pages]
@@ -87,7 +97,10 @@ def page_matrix(sequences: Sequence[CachedSequence], rows: int, pages: int) -> n
 def token_places(
     sequences: Sequence[CachedSequence], rows: int, tokens: int, page_count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Page and offset [rows, tokens] of the tokens that follow each sequence's cached ones; page `page_count` where it has no room."""
+    """Page and offset, both [rows, tokens], of the tokens after each sequence's cached ones.
+
+    The page is `page_count` where the sequence has no room.
+    """
     pages = np.full((rows, tokens), page_count, np.int32)
     offsets = np.zeros((rows, tokens), np.int32)
     for row, sequence in enumerate(sequences):

@@ -1,11 +1,19 @@
-"""Incremental forward passes over caches: extend (many new tokens a row) and decode (one token a step, the loop on the device).
+"""Incremental forward passes over cached keys and values.
 
-A row's keys and values are in two places: those of its group's prompt, less the prompt's last token, stored once for the group; and its
-own, which start with the prompt's last token (as in `qwen2.forward_shared_prompt`). Both live in a pool of pages of `PAGE` tokens, and a
-computation gathers the pages that it needs. Axes beside those of jaxgrpo.types: B rows of a computation, S cached tokens, J pages of one
-sequence. Keys are stored with their tokens last, values with their head size last: so neither is transposed in a step.
+`extend` computes many new tokens per row. `run_steps` decodes one token per row and step, in a loop
+on the device.
 
-Layers are unrolled, and weights and caches are one array a layer: a scan over stacked layers would copy each layer's weights at every step.
+The keys and values of a row are in two places. Those of its group's prompt, without the prompt's
+last token, are stored once per group. Its own start with the prompt's last token, as in
+`qwen2.forward_shared_prompt`. Both are in a pool of pages of `PAGE` tokens. A computation gathers
+the pages that it needs.
+
+Axes in addition to those of jaxgrpo.types: B rows of a computation, S cached tokens, J pages of one
+sequence, R gathered sequences, M queries that share a key head, E end tokens. Keys are stored with
+tokens last and values with the head size last, so that no step transposes them.
+
+Layers are unrolled, and weights and caches are one array per layer: a scan over stacked layers
+would copy the weights of each layer at every step.
 """
 
 import functools
@@ -22,24 +30,29 @@ from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.numerics import einsum_float32
 from jaxgrpo.models.qwen2 import Params, head_table, merge_layer, rms_norm
 
-_MASKED = -1e30  # finite: a part with nothing to attend weighs exactly nothing once it is merged with one that has something
+_MASKED = -1e30  # finite, so that a part with all keys masked merges with weight 0, without NaN
 
 
 class KeysValues(NamedTuple):
-    """One layer's keys [*, K, h, S] and values [*, K, S, h]; in the pool the leading axis is the page and S is `PAGE`."""
+    """Keys [*, K, h, S] and values [*, K, S, h] of one layer.
+
+    In the pool, the first axis is the page and S is `PAGE`.
+    """
 
     keys: Array
     values: Array
 
 
-Caches = tuple[KeysValues, ...]  # one entry a layer
-Given = Array | np.ndarray  # the host builds it, a compiled function takes it
+Caches = tuple[KeysValues, ...]  # one entry per layer
+Given = Array | np.ndarray  # built on the host, passed to a compiled function
 
 
 class Layout(NamedTuple):
-    """Which rows share which prompt: row `rows_NG[n, g]` attends to prompt n, and row b sits in slot `slots_B[b]` of the flattened grid.
+    """Which rows share which prompt.
 
-    Three rows, the last two of one group: rows_NG [[0, 0], [1, 2]] (an unused slot names any row), slots_B [0, 2, 3].
+    Row `rows_NG[n, g]` attends to prompt n. Row b is in slot `slots_B[b]` of the flattened grid.
+    Three rows, the last two of one group: rows_NG [[0, 0], [1, 2]], slots_B [0, 2, 3]. An unused
+    slot may name any row.
     """
 
     rows_NG: Given
@@ -47,7 +60,7 @@ class Layout(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What B rows attend to beside their new tokens."""
+    """The cached keys and values that B rows attend to in addition to their new tokens."""
 
     layout: Layout
     shared: Caches
@@ -57,7 +70,11 @@ class Context(NamedTuple):
 
 
 class DecodeRows(NamedTuple):
-    """The rows of a decode chunk: the last token (not in the cache yet), its position, and how to sample. `limits_B` 0 is an empty row."""
+    """The rows of a decode chunk, and how to sample their tokens.
+
+    `tokens_B` are the last tokens, which are not cached yet, at `positions_B`. A row of `limits_B`
+    0 is empty. A token of `eos_E` ends a row. One call of `run_steps` takes up to `steps` steps.
+    """
 
     tokens_B: Given
     positions_B: Given
@@ -65,10 +82,12 @@ class DecodeRows(NamedTuple):
     seeds_B2: Given
     temperatures_B: Given
     top_ps_B: Given
+    eos_E: Given
+    steps: Given
 
 
 class Chunk(NamedTuple):
-    """What a decode chunk made: the first `counts_B[b]` entries of row b's tokens are real."""
+    """The tokens of a decode chunk. The first `counts_B[b]` entries of row b are valid."""
 
     tokens_BC: Array
     logprobs_BC: Array
@@ -76,7 +95,7 @@ class Chunk(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """A chunk after `step` steps: each row's last token, whether it goes on, and all that was made so far."""
+    """A chunk after `step` steps: last tokens, rows that are still running, and all tokens."""
 
     step: Array
     tokens_B: Array
@@ -86,10 +105,11 @@ class Progress(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("dtype",))
 def serving_params(params: Params, dtype: Any) -> Params:
-    """The tree that this module computes with: cast to the compute dtype, `layers` a tuple of one tree a layer, `head` [D, V].
+    """Convert the logical tree to the one that this module computes with.
 
-    The head's table is turned round once, here: as it is stored, XLA's CPU backend takes 1.4 times as long for its product at every step.
-    Tied embeddings are looked up in the same array.
+    It is cast to `dtype`, `layers` is a tuple of one tree per layer, and `head` is [D, V]. The head
+    is transposed once here, because XLA's CPU backend needs 1.4 times as long per step for the
+    product with the stored layout. Tied embeddings are looked up in the same array.
     """
     cast = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     count = jax.tree.leaves(cast["layers"])[0].shape[0]
@@ -118,7 +138,7 @@ def empty_pool(config: ModelConfig, pages: int, dtype: Any) -> Caches:
 
 @jax.jit
 def gather_pages(pool: Caches, pages_RJ: Given) -> Caches:
-    """The sequences whose pages are listed, each as one stretch: keys [R, K, h, J * PAGE], values [R, K, J * PAGE, h]."""
+    """Gather each sequence's pages: keys [R, K, h, J * PAGE], values [R, K, J * PAGE, h]."""
     chex.assert_rank(pages_RJ, 2)
     r, j = pages_RJ.shape
 
@@ -133,7 +153,10 @@ def gather_pages(pool: Caches, pages_RJ: Given) -> Caches:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def write_pages(pool: Caches, new: Caches, pages_BT: Given, offsets_BT: Given) -> Caches:
-    """Store new keys [B, K, h, T] and values [B, K, T, h] at (page, offset) of each token; a page past the pool drops its token."""
+    """Store new keys [B, K, h, T] and values [B, K, T, h] at the (page, offset) of each token.
+
+    Tokens whose page is past the end of the pool are dropped.
+    """
 
     def one(layer: KeysValues, fresh: KeysValues) -> KeysValues:
         keys = layer.keys.at[pages_BT, :, :, offsets_BT].set(
@@ -148,7 +171,11 @@ def write_pages(pool: Caches, new: Caches, pages_BT: Given, offsets_BT: Given) -
 
 
 class _Part(NamedTuple):
-    """Attention over one part of the keys: unnormalised output [R, K, M, h], and maximum and sum of the scores' exponentials [R, K, M]."""
+    """Attention over one part of the keys.
+
+    `out` [R, K, M, h] is not normalized. `maximum` and `total` [R, K, M] are the maximum of the
+    scores and the sum of their exponentials.
+    """
 
     out: Array
     maximum: Array
@@ -156,7 +183,7 @@ class _Part(NamedTuple):
 
 
 def _attend_part(q_RKMh: Array, cache: KeysValues, mask: Array) -> _Part:
-    """Scores in float32; mask broadcastable to [R, K, M, S]."""
+    """Attend with float32 scores. The mask is broadcastable to [R, K, M, S]."""
     scores = einsum_float32("rkmh,rkhs->rkms", q_RKMh, cache.keys)
     scores = jnp.where(mask, scores, _MASKED)
     maximum = scores.max(-1)
@@ -182,9 +209,10 @@ def _merge(parts: list[_Part]) -> Array:
 
 
 def attend_cached(q: Array, context: Context, layer: int, new: KeysValues, mask_TC: Array) -> Array:
-    """Queries [B, T, H, h] over the group's prompt, the row's cache and its new tokens (masked by mask_TC): [B, T, H, h].
+    """Attend from queries [B, T, H, h] to the group's prompt, the row's cache and its new tokens.
 
-    The prompt's keys meet the queries of all rows of the group in one product: they are never copied for a row.
+    Returns [B, T, H, h]. `mask_TC` masks the new tokens. One product serves the queries of all rows
+    of a group, so the prompt's keys are never copied.
     """
     b, t, heads, h = q.shape
     kv = new.keys.shape[1]
@@ -207,7 +235,7 @@ def attend_cached(q: Array, context: Context, layer: int, new: KeysValues, mask_
 
 
 def _attend_shared(q_BKMh: Array, context: Context, layer: int) -> _Part:
-    """The rows' queries laid out as [N, K, G * M, h] over the prompts, and the result back in rows."""
+    """Attend to the prompts with queries arranged as [N, K, G * M, h]; return results per row."""
     cache, (rows_NG, slots_B) = context.shared[layer], context.layout
     n, g = rows_NG.shape
     _, k, m, h = q_BKMh.shape
@@ -223,7 +251,7 @@ def _attend_shared(q_BKMh: Array, context: Context, layer: int) -> _Part:
 
 
 def _to_cache(k: Array, v: Array) -> KeysValues:
-    """Projected keys and values [B, T, K, h] in the cache's layout."""
+    """Convert projected keys and values [B, T, K, h] to the cache's layout."""
     return KeysValues(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
 
 
@@ -231,7 +259,10 @@ def _to_cache(k: Array, v: Array) -> KeysValues:
 def extend(
     config: ModelConfig, params: Params, context: Context, ids_BT: Given, positions_B: Given
 ) -> Caches:
-    """Keys and values of new tokens, the first at `positions_B`; padding on the right makes keys that nobody may read."""
+    """Compute keys and values of new tokens, of which the first are at `positions_B`.
+
+    Padding tokens on the right give entries that must not be read.
+    """
     t = ids_BT.shape[1]
     positions_BT = jnp.asarray(positions_B)[:, None] + jnp.arange(t)
     mask = jnp.tril(jnp.ones((t, t), bool))
@@ -249,14 +280,17 @@ def _decode_step(
     config: ModelConfig,
     params: Params,
     context: Context,
+    rows: DecodeRows,
+    progress: Progress,
     buffers: Caches,
-    tokens_B: Array,
-    positions_B: Array,
-    step: Array,
 ) -> tuple[Array, Caches]:
-    """Float32 logits [B, V] after one token a row, whose keys and values go to entry `step` of the buffers."""
+    """Compute the float32 logits [B, V] that follow each row's last token.
+
+    The keys and values of these tokens go to entry `progress.step` of the buffers.
+    """
+    step, positions_B = progress.step, jnp.asarray(rows.positions_B) + progress.step
     mask = (jnp.arange(buffers[0].keys.shape[-1]) <= step)[None]
-    x = _embed(params, tokens_B[:, None])
+    x = _embed(params, progress.tokens_B[:, None])
     made = []
     for layer, weights in enumerate(params["layers"]):
         block = merge_layer(config, weights)
@@ -269,16 +303,18 @@ def _decode_step(
         made.append(KeysValues(keys, values))
         x = block.finish(x, attend_cached(q, context, layer, made[-1], mask))
     hidden = rms_norm(x[:, 0], params["norm"]["scale"], config.norm_epsilon)
-    return jnp.einsum(
-        "bd,dv->bv", hidden, params["head"], preferred_element_type=jnp.float32
-    ), tuple(made)
+    logits_BV = jnp.einsum("bd,dv->bv", hidden, params["head"], preferred_element_type=jnp.float32)
+    return logits_BV, tuple(made)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps", "dtype"))
 def begin_chunk(
     config: ModelConfig, rows: DecodeRows, *, steps: int, dtype: Any
 ) -> tuple[Progress, Caches]:
-    """A chunk of up to `steps` tokens a row before its first step, and the buffers for its keys [B, K, h, steps] and values."""
+    """Make an empty chunk of up to `steps` tokens per row, and buffers for its keys and values.
+
+    The buffers hold keys [B, K, h, steps] and values [B, K, steps, h].
+    """
     b = len(rows.tokens_B)
     shape = (b, config.kv_heads, config.head_dim, steps)
     buffers = tuple(
@@ -295,33 +331,31 @@ def begin_chunk(
     ), buffers
 
 
-@functools.partial(jax.jit, static_argnames=("config", "steps"), donate_argnames="buffers")
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames="buffers")
 def run_steps(
     config: ModelConfig,
     params: Params,
     context: Context,
     rows: DecodeRows,
-    eos_E: Array,
     progress: Progress,
     buffers: Caches,
-    *,
-    steps: int,
 ) -> tuple[Progress, Caches]:
-    """Up to `steps` further tokens a row, within the chunk; a row stops at its limit or after a token of eos_E, the loop when all have.
+    """Decode up to `rows.steps` further tokens per row, within the chunk.
 
-    The buffers then hold the keys and values of `tokens_B` and of the tokens made, less the last.
+    A row stops at its limit or after an end token, and the loop stops when all rows have. The
+    buffers then hold the keys and values of the chunk's inputs `rows.tokens_B` and of all its
+    tokens but the last.
     """
-    end = jnp.minimum(progress.step + steps, progress.chunk.tokens_BC.shape[1])
+    end = jnp.minimum(progress.step + rows.steps, progress.chunk.tokens_BC.shape[1])
 
     def live(state: tuple[Progress, Caches]) -> Array:
         return (state[0].step < end) & state[0].running_B.any()
 
     def body(state: tuple[Progress, Caches]) -> tuple[Progress, Caches]:
-        (step, last_B, running_B, chunk), buffers = state
+        progress, buffers = state
+        logits_BV, buffers = _decode_step(config, params, context, rows, progress, buffers)
+        step, _, running_B, chunk = progress
         positions_B = jnp.asarray(rows.positions_B) + step
-        logits_BV, buffers = _decode_step(
-            config, params, context, buffers, last_B, positions_B, step
-        )
         tokens_B, logprobs_B = sample(
             logits_BV, rows.seeds_B2, positions_B + 1, rows.temperatures_B, rows.top_ps_B
         )
@@ -332,7 +366,7 @@ def run_steps(
             ),
             chunk.counts_B + running_B,
         )
-        running_B &= (chunk.counts_B < rows.limits_B) & ~jnp.isin(tokens_B, eos_E)
+        running_B &= (chunk.counts_B < rows.limits_B) & ~jnp.isin(tokens_B, rows.eos_E)
         return Progress(step + 1, tokens_B, running_B, chunk), buffers
 
     return jax.lax.while_loop(live, body, (progress, buffers))
@@ -341,9 +375,10 @@ def run_steps(
 def sample(
     logits_BV: Array, seeds_B2: Given, positions_B: Given, temperatures_B: Given, top_ps_B: Given
 ) -> tuple[Array, Array]:
-    """Tokens [B] and their log-probabilities [B] before top-p: argmax of log p + Gumbel noise, or of the logits at temperature 0.
+    """Sample tokens [B] and return their log-probabilities [B] before top-p.
 
-    The noise of a row is a function of its seed (two 32-bit words) and of the token's position, so a row does not depend on its batch.
+    A token is the argmax of log p + Gumbel noise, or of the logits at temperature 0. The noise of a
+    row depends only on its seed (two 32-bit words) and the token's position, not on its batch.
     """
     chex.assert_rank([logits_BV, seeds_B2, positions_B, temperatures_B, top_ps_B], [2, 2, 1, 1, 1])
     v = logits_BV.shape[1]
@@ -370,17 +405,21 @@ def sample(
 
 
 def _argmax(scores_BV: Array) -> Array:
-    """The first index of each row's maximum. Two plain reductions: on CPUs, jnp.argmax is not vectorised and takes five times as long."""
+    """The first index of each row's maximum.
+
+    Uses two plain reductions, because jnp.argmax takes five times as long on CPUs.
+    """
     v = scores_BV.shape[1]
     best_BV = scores_BV == scores_BV.max(-1, keepdims=True)
     return jnp.where(best_BV, jnp.arange(v), v).min(-1).astype(jnp.int32)
 
 
 def nucleus(logprobs_BV: Array, top_ps_B: Given) -> Array:
-    """Top-p (arXiv:1904.09751): true for the most probable tokens whose mass reaches top_p, all tokens where it is 1.
+    """Top-p (arXiv:1904.09751): true for the most probable tokens whose mass reaches `top_ps_B`.
 
-    The least kept probability is found by bisection over the bits of non-negative floats, whose order is that of the floats: no sort.
-    Tokens as probable as the least one kept are kept too.
+    True for all tokens where top_p is 1. The smallest kept probability is found without a sort, by
+    bisection over the bits of non-negative floats, which have the same order as the floats. Tokens
+    as probable as the least probable kept one are kept as well.
     """
     probs_BV = jnp.exp(logprobs_BV)
 

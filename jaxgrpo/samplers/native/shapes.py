@@ -1,28 +1,31 @@
-"""Bucketed shapes: few compilations, and work that follows the live rows.
+"""Bucketed shapes, so that few programs are compiled and the work follows the live rows.
 
-`ShapeBook` is for CPUs, where work costs more than programs; `SparingShapeBook` for accelerators,
-where it is the other way round.
+`ShapeBook` is for CPUs, where extra work costs more than compiling. `SparingShapeBook` is for
+accelerators, where compiling costs more.
 """
 
 import collections
 import dataclasses
 from collections.abc import Iterable
 
-from jaxgrpo.config.settings import PAGE
+from jaxgrpo.config.settings import PAGE, NativeSamplerSettings
+from jaxgrpo.models.model_config import ModelConfig
 
-_SLACK = 1.5  # a compiled shape serves for good when it costs at most this many times what the best fitting one would
-_PATIENCE = 8  # and otherwise until the better one was wanted this often: most shapes of a batch's tail come once and are gone
-_LEAST_ROWS = (
-    4  # fewer rows are padded: a step is bound by reading weights and caches, which such rows share
-)
-_LEAST_TOKENS = 64  # and so is an extension of few tokens; one of more pays for each row
-_LEAST_CACHED = 1024  # on an accelerator: a step's launches take longer than reading so many
-EXTEND_BUDGET = 2048  # tokens of one extension over all rows
+_SLACK = 1.5  # a compiled shape may cost this many times as much as the best-fitting one
+_PATIENCE = 8  # beyond that, it is replaced when the better one was wanted this often
+_LEAST_ROWS = 4  # decode steps read weights and caches, and that takes as long for fewer rows
+_LEAST_TOKENS = 64  # the same holds for extensions of fewer tokens
+_LEAST_CACHED = 1024  # on an accelerator, launching a step takes longer than reading so many
+EXTEND_BUDGET = 2048  # tokens of one extension, over all rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One computation: `rows` of `tokens` each, in a grid of groups x group_rows, over so many cached tokens of prompts and of rows."""
+    """The sizes of one computation.
+
+    It has `rows` of `tokens` each, in a grid of groups x group_rows. `shared` and `own` are the
+    cached tokens of a prompt and of a row.
+    """
 
     rows: int
     tokens: int
@@ -42,11 +45,12 @@ class Shape:
 
     @property
     def gathered(self) -> int:
-        """Cached tokens that are copied together for it."""
+        """Cached tokens that are gathered for it."""
         return self.groups * self.shared + self.rows * self.own
 
     def cost(self, row_cost: float) -> float:
-        """Work in units of one query meeting one key; `row_cost` is that of a token outside attention."""
+        """Work, in units of one query meeting one key. `row_cost` is a token's work outside
+        attention."""
         attended = self.groups * self.group_rows * self.shared + self.rows * (
             self.own + self.tokens
         )
@@ -54,19 +58,19 @@ class Shape:
 
 
 def power_of_two(size: int) -> int:
-    """The least power of two that is at least `size`."""
+    """The smallest power of two that is at least `size`."""
     return 1 << max(0, size - 1).bit_length()
 
 
 def token_bucket(tokens: int) -> int:
-    """Cached tokens rounded up to 1 or 1.5 times a power of two, whole pages, at least one."""
+    """Round cached tokens up to 1 or 1.5 times a power of two, in whole pages, at least one."""
     power = max(PAGE, power_of_two(tokens))
     smaller = power * 3 // 4
     return smaller if smaller >= tokens and smaller % PAGE == 0 else power
 
 
 def _bucket(kind: str, exact: Shape) -> Shape:
-    """The sizes rounded up."""
+    """Round all sizes up."""
     least = _LEAST_ROWS if kind == "decode" else min(_LEAST_ROWS, -(-_LEAST_TOKENS // exact.tokens))
     return Shape(
         rows=max(least, power_of_two(exact.rows)),
@@ -79,7 +83,7 @@ def _bucket(kind: str, exact: Shape) -> Shape:
 
 
 class ShapeBook:
-    """Chooses the shape of each computation and remembers which are compiled."""
+    """Chooses the shape of each computation, and remembers which shapes are compiled."""
 
     def __init__(self, row_cost: float):
         self._row_cost = row_cost
@@ -91,7 +95,7 @@ class ShapeBook:
         return sum(len(shapes) for shapes in self._known.values())
 
     def choose(self, kind: str, exact: Shape) -> Shape:
-        """The cheapest known shape that covers `exact`, or its bucket where every known one keeps wasting too much."""
+        """The cheapest known shape that covers `exact`, or a new bucket if all waste too much."""
         bucket = _bucket(kind, exact)
         known = self._known.setdefault(kind, set())
         best = self._cheapest(kind, exact)
@@ -104,7 +108,7 @@ class ShapeBook:
         return bucket
 
     def _cheapest(self, kind: str, exact: Shape) -> Shape | None:
-        """Of the known shapes that cover it."""
+        """The cheapest known shape that covers `exact`, if any."""
         covering = (s for s in self._known.get(kind, ()) if s.covers(exact))
         return min(covering, key=self._cost, default=None)
 
@@ -114,9 +118,9 @@ class ShapeBook:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What an accelerator does in a second, roughly: FLOPs outside attention and in it, at the
-    sizes of a sampler; and how long a program takes to trace and compile for each layer. The
-    seconds are those of an NVIDIA H200 with jax 0.11 (docs/log.md), the rates guesses."""
+    """Rough speeds of an accelerator: FLOP/s outside attention and in it, at a sampler's sizes, and
+    seconds to trace and compile a program, per layer. The seconds were measured on an NVIDIA H200
+    with jax 0.11 (docs/log.md); the FLOP/s are guesses."""
 
     flops: float = 2e14
     attention_flops: float = 2e13
@@ -127,11 +131,11 @@ _H200 = Rates()
 
 
 class SparingShapeBook(ShapeBook):
-    """Rents or buys: padding is paid until it has cost, in all, the seconds that compiling a
-    tighter program takes.
+    """Pads until padding has cost as many seconds as compiling a tighter program takes.
 
-    So padding and compiling for one kind of work cost at most twice what they would to one who knew
-    how often it returns. What no known program covers is compiled at once, with room to grow.
+    This is the rent-or-buy rule: for each kind of work, padding and compiling cost at most twice as
+    much as they would if it were known how often that work returns. If no known program covers a
+    shape, one is compiled at once, with room to grow.
     """
 
     def __init__(
@@ -143,8 +147,8 @@ class SparingShapeBook(ShapeBook):
         most_cached: int,
         rates: Rates = _H200,
     ):
-        """`pair_flops` are those of one query meeting one key over all heads and layers,
-        `most_rows` decode at once, and padding may gather up to `most_cached` tokens."""
+        """`pair_flops`: FLOPs of one query meeting one key, over all heads and layers. `most_rows`:
+        rows decoded at once. `most_cached`: tokens that a padded shape may gather."""
         super().__init__(row_cost * rates.attention_flops / rates.flops)
         self._seconds = pair_flops / rates.attention_flops
         self._compile_seconds = rates.compile_seconds * layers
@@ -152,7 +156,7 @@ class SparingShapeBook(ShapeBook):
         self._lost: dict[tuple[str, Shape], float] = collections.defaultdict(float)
 
     def choose(self, kind: str, exact: Shape) -> Shape:
-        """The cheapest known shape that covers `exact`, until a tighter one pays."""
+        """The cheapest known shape that covers `exact`, until a tighter one pays off."""
         most = power_of_two(self._most_rows if kind == "decode" else EXTEND_BUDGET // exact.tokens)
         bucket, best = _coarse(exact, most), self._cheapest(kind, exact)
         if bucket.gathered > self._most_cached:
@@ -168,8 +172,8 @@ class SparingShapeBook(ShapeBook):
         return chosen
 
     def _with_room(self, kind: str, bucket: Shape, rows: int) -> Shape:
-        """For `rows` rows, with a place in the grid for each, and as many tokens as any shape so
-        far, if that is not too much to gather."""
+        """Enlarge a bucket to `rows` rows and the most tokens of any shape so far, unless that
+        gathers too much."""
         known = [s for s in self._known.get(kind, ()) if s.tokens == bucket.tokens]
         alike = [s for s in known if (s.shared > PAGE) == (bucket.shared > PAGE)]
         rows = max(rows, bucket.rows)
@@ -186,8 +190,8 @@ class SparingShapeBook(ShapeBook):
 
 
 def _coarse(exact: Shape, most_rows: int) -> Shape:
-    """The sizes rounded up: rows to powers of four, up to `most_rows`; cached tokens to powers of
-    two from `_LEAST_CACHED` on, unless there is no prompt."""
+    """Round sizes up: rows to powers of four, up to `most_rows`; cached tokens to powers of two,
+    from `_LEAST_CACHED` on, unless there is no prompt."""
     rows = power_of_two(exact.rows)
     rows = max(rows, min(1 << rows.bit_length() // 2 * 2, most_rows))
     return Shape(
@@ -200,6 +204,30 @@ def _coarse(exact: Shape, most_rows: int) -> Shape:
     )
 
 
+def shape_book(config: ModelConfig, settings: NativeSamplerSettings, sparing: bool) -> ShapeBook:
+    """The shape book of a model; `sparing` where compiling costs more than padding."""
+    if not sparing:
+        return ShapeBook(row_cost(config))
+    pair_flops = 4 * config.layers * config.heads * config.head_dim
+    most_cached = 4 * settings.max_cache_tokens  # rows of uneven lengths may need as much
+    return SparingShapeBook(
+        row_cost(config), config.layers, pair_flops, settings.max_rows, most_cached
+    )
+
+
+def row_cost(config: ModelConfig) -> float:
+    """A token's work outside attention, in units of one query meeting one key over all heads and
+    layers."""
+    c = config
+    linear = (
+        c.hidden_size * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
+        + 3 * c.hidden_size * c.intermediate_size
+    )
+    return (c.layers * linear + c.hidden_size * c.vocab_size) / (
+        2 * c.layers * c.heads * c.head_dim
+    )
+
+
 def widest(values: Iterable[int]) -> int:
-    """The largest value, 0 of none."""
+    """The largest value, or 0 if there are none."""
     return max(values, default=0)

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-_INCOMPLETE = "\ufffd"  # what a decoder shows for bytes that are no whole character (yet)
+_INCOMPLETE = "\ufffd"  # what a decoder shows for bytes that are not (yet) a whole character
 
 
 class Decoder(Protocol):
-    """A tokenizer, as far as the sampler needs one."""
+    """The part of a tokenizer that the sampler needs."""
 
     def decode(
         self,
@@ -19,24 +19,24 @@ class Decoder(Protocol):
 
 
 class StopFinder:
-    """Reads one turn's tokens as they come and says which one completes a stop string.
+    """Finds the token of a turn that completes a stop string.
 
-    Keeps a window of tokens that begins at a whole character and holds every character that a stop string not yet complete could begin at.
+    Keeps a window of tokens. The window begins at a whole character and holds every character at
+    which an incomplete stop string may begin.
     """
 
     def __init__(self, tokenizer: Decoder, stop_strings: tuple[str, ...]):
         self._tokenizer = tokenizer
         self._stops = stop_strings
         self._reach = max((len(s) for s in stop_strings), default=1) - 1
-        self._tail = ""  # settled text of the turn, its last `_reach` characters
-        self._before: list[
-            int
-        ] = []  # the tokens of the last settled step: context for decoders that drop a leading space
+        self._tail = ""  # the last `_reach` characters of settled text
+        # Tokens of the last settled step: context for decoders that drop a leading space.
+        self._before: list[int] = []
         self._before_text = ""
-        self._pending: list[int] = []  # tokens whose text is not settled
+        self._pending: list[int] = []  # tokens whose text may still change
 
     def push(self, token_ids: Sequence[int]) -> int | None:
-        """Take further tokens; how many of them make the first stop string complete, or None."""
+        """Append tokens; return how many of them complete the first stop string, or None."""
         if not self._stops:
             return None
         already = len(self._pending)
@@ -46,10 +46,9 @@ class StopFinder:
             return next(
                 n for n in range(1, len(token_ids) + 1) if self._found(self._text(already + n))
             )
-        if not text.endswith(
-            _INCOMPLETE
-        ):  # else a character may be split over this token and the next: these are looked at again
+        if not text.endswith(_INCOMPLETE):  # otherwise the last character may need the next token
             self._settle(text)
+        return None
         return None
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -66,7 +65,7 @@ class StopFinder:
         return any(stop in text for stop in self._stops)
 
     def _settle(self, text: str) -> None:
-        """Nothing pending: `text` was all of it."""
+        """Move all pending tokens, whose text is `text`, to the settled text."""
         self._tail = (self._tail + text)[-self._reach :] if self._reach else ""
         self._before, self._pending = self._pending, []
         self._before_text = self._decode(self._before)

@@ -1,9 +1,11 @@
-"""Guards every route of a vLLM server by its key. Runs inside vLLM (`--middleware`); no dependency but Python's own library.
+"""Requires the API key on every route of a vLLM server but `/health`.
 
-vLLM's own check of a key leaves out the routes that pause the server and change its weights, which are the ones that matter most.
+Runs inside vLLM (`--middleware`) and needs only Python's standard library. vLLM's own check of the
+key leaves open the routes that pause the server and change its weights.
 """
 
 import hmac
+import json
 import os
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -15,7 +17,11 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class RequireKey:
-    """ASGI middleware: a request must carry `Authorization: Bearer <the variable VLLM_API_KEY>`. Without the variable nothing passes."""
+    """ASGI middleware that requires `Authorization: Bearer KEY`.
+
+    The key is in the environment variable VLLM_API_KEY. Without the variable, every request is
+    refused.
+    """
 
     def __init__(self, app: Callable[..., Awaitable[None]]):
         self._app = app
@@ -33,7 +39,9 @@ class RequireKey:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
-        body = b'{"error": "this server wants the key that it was started with (the variable VLLM_API_KEY)"}'
+        body = json.dumps(
+            {"error": "send the key that this server was started with (variable VLLM_API_KEY)"}
+        ).encode()
         await send(
             {
                 "type": "http.response.start",

@@ -1,4 +1,4 @@
-"""vLLM as the sampler: token ids in; token ids, log-probabilities and weight versions out, from one server or several."""
+"""Samples from one or more vLLM servers."""
 
 import asyncio
 import dataclasses
@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from jaxgrpo.config.settings import VllmSettings
 from jaxgrpo.samplers.base import (
     FinishReason,
     Generation,
@@ -21,32 +22,26 @@ from jaxgrpo.samplers.vllm.http import SUPPORTED_VLLM, Connection, UnreachableEr
 from jaxgrpo.storage.published_manifest import WeightError
 
 T = TypeVar("T")
-_FIRST_WAIT = 0.5
-
-
-@dataclasses.dataclass(frozen=True)
-class VllmLimits:
-    """Requests in flight on one server, tokens of context that an episode needs, seconds for one turn and for one publish, and how often
-    a turn is asked for again when a server does not answer."""
-
-    max_requests: int
-    context_tokens: int
-    request_seconds: float
-    publish_seconds: float
-    retries: int
+_FIRST_WAIT = 0.5  # seconds before the first retry; each further wait is twice as long
+_SPARE_CONNECTIONS = 8  # per server, for the calls of a publish
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerProbe:
-    """A text and the ids that the trainer's tokenizer gives it: a server's tokenizer must agree, for it finds the stop strings."""
+    """A text, and its ids in the trainer's tokenizer.
+
+    A server must give the same ids, because its tokenizer finds the stop strings.
+    """
 
     text: str
     token_ids: tuple[int, ...]
 
 
 class VersionFolder(Protocol):
-    """Where versions are written for the servers to read, and removed when they are not needed any more
-    (jaxgrpo.storage.publish.WeightFolder)."""
+    """Where weight versions are written for the servers, and removed when no longer needed.
+
+    jaxgrpo.storage.weight_folder.WeightFolder implements it.
+    """
 
     root: Path
 
@@ -60,52 +55,67 @@ class _Server:
 
 
 class VllmSampler:
-    """Implements `samplers.base.Sampler` on vLLM servers, which may be started and ended by somebody else.
+    """Implements `samplers.base.Sampler` with vLLM servers, which the caller starts and ends.
 
-    A turn goes to the server with the fewest requests, among equals to the one that has the episode's earlier turns in its cache; beyond
-    `max_requests` a server it waits here. Generation has no side effects, so a turn whose server does not answer is asked for again, on
-    another server where there is one. Publishing freezes all servers, loads the weights into each, and lets them go on: requests in
-    flight continue under the new weights with their caches computed anew, and each token carries the version that made it.
+    - **Placement.** A turn goes to the server with the fewest requests; on a tie, to the one that
+      served the episode's earlier turns and may still cache them. If every server has
+      `settings.max_requests`, the turn waits here.
+    - **Retries.** A generation has no side effects, so a turn whose server does not answer is
+      retried, on another server if there is one.
+    - **Publishing** pauses all servers, loads the weights into each, and resumes them. Requests in
+      flight continue under the new weights with recomputed caches. Each token carries the version
+      that sampled it.
 
-    Departure from the protocol: with top_p below 1 the log-probabilities are those of the truncated distribution.
+    One departure from the protocol: with top_p below 1, the log-probabilities are those of the
+    truncated distribution.
     """
 
     def __init__(
         self,
-        urls: Sequence[str],
-        limits: VllmLimits,
+        settings: VllmSettings,
+        context_tokens: int,
         *,
         eos_token_ids: Sequence[int],
         versions: VersionFolder,
         api_key: str | None = None,
         failure: Callable[[], str | None] = lambda: None,
     ):
-        """`versions` is a folder that the servers read too; `failure` says why the servers are gone, or None."""
-        self._servers = [_Server(Connection(url, api_key, limits.max_requests + 8)) for url in urls]
-        self._limits = limits
+        """Connect to the servers at `settings.urls`.
+
+        `context_tokens` is the longest context that an episode needs. `versions` is a folder that
+        the servers can read. `failure` returns why the servers have ended, or None.
+        """
+        connections = settings.max_requests + _SPARE_CONNECTIONS
+        self._servers = [_Server(Connection(url, api_key, connections)) for url in settings.urls]
+        self._settings = settings
+        self._context_tokens = context_tokens
         self._eos = tuple(eos_token_ids)
         self._versions = versions
         self._failure = failure
-        self._room = asyncio.Semaphore(limits.max_requests * len(self._servers))
+        self._room = asyncio.Semaphore(settings.max_requests * len(self._servers))
         self._homes: dict[str, _Server] = {}
         self._publishing = asyncio.Lock()
         self._published: list[int] = []
 
     async def connect(self, probe: TokenizerProbe) -> None:
-        """Refuse servers that cannot serve this policy. Raises SamplerError."""
+        """Check that the servers can serve this policy. Raise SamplerError if one cannot."""
         await self._on_all(lambda server: self._check_server(server.connection, probe))
 
     async def generate(self, request: SamplingRequest) -> Generation:
-        """Generate one turn. Raises ValueError for one that does not fit the context, SamplerError when no server gives it."""
+        """Generate one turn.
+
+        Raise ValueError if it does not fit the context, SamplerError if every attempt fails.
+        """
         needed = len(request.context_ids) + request.max_tokens
-        if needed > self._limits.context_tokens:
+        if needed > self._context_tokens:
             raise ValueError(
-                f"{needed} tokens of context and completion exceed the {self._limits.context_tokens} that the servers hold"
+                f"{needed} tokens of context and completion exceed the {self._context_tokens} that"
+                " the servers hold"
             )
-        deadline = time.monotonic() + self._limits.request_seconds
+        deadline = time.monotonic() + self._settings.request_seconds
         avoided: list[_Server] = []
         problem = ""
-        for attempt in range(1 + self._limits.retries):
+        for attempt in range(1 + self._settings.retries):
             left = deadline - time.monotonic()
             if left <= 0:
                 break
@@ -113,9 +123,8 @@ class VllmSampler:
                 await asyncio.sleep(min(_FIRST_WAIT * 2 ** (attempt - 1), left))
             queued = time.monotonic()
             async with self._place(request.episode_id, avoided) as server:
-                deadline += (
-                    time.monotonic() - queued
-                )  # waiting for a place is not the server's time
+                # Waiting for a place does not count toward the deadline.
+                deadline += time.monotonic() - queued
                 left = deadline - time.monotonic()
                 try:
                     choice = await server.connection.generate(
@@ -130,19 +139,24 @@ class VllmSampler:
                 return self._generation(request, choice)
             problem = f"{server.connection.url} aborted the request"
         raise SamplerError(
-            f"a turn of {request.episode_id} failed on every try (vllm.retries is {self._limits.retries}): {problem}"
+            f"a turn of {request.episode_id} failed on every try (vllm.retries is"
+            f" {self._settings.retries}): {problem}"
         )
 
     async def release(self, episode_id: str) -> None:
-        """The servers' caches give way by themselves."""
+        """Forget the episode's server. vLLM evicts its caches itself."""
         self._homes.pop(episode_id, None)
 
     async def publish(self, version: int, weights: PolicyWeights) -> Mapping[str, float]:
-        """Write the weights and load them into every server. Raises SamplerError; the servers then go on with what they had. A cancelled
-        publish is over when nobody writes any more and no server is frozen."""
+        """Write the weights and load them into every server.
+
+        Raise SamplerError if this fails; the servers then continue with the old weights. A
+        cancelled publish returns only when nothing is being written and no server is paused.
+        """
         if self._published and version <= self._published[-1]:
             raise ValueError(
-                f"weight version {version} is not above {self._published[-1]}, the last one published"
+                f"weight version {version} is not above {self._published[-1]}, the last one"
+                " published"
             )
         async with self._publishing:
             start = time.perf_counter()
@@ -150,9 +164,8 @@ class VllmSampler:
             written = time.perf_counter()
             self._published.append(version)
             paused, loaded = await self._load(folder, version)
-            await asyncio.to_thread(
-                self._versions.keep_only, [version]
-            )  # a server that must go back reads the last one again
+            # The last version stays: a server that must roll back reads it again.
+            await asyncio.to_thread(self._versions.keep_only, [version])
         return {
             "write": written - start,
             "pause": paused - written,
@@ -161,22 +174,25 @@ class VllmSampler:
         }
 
     async def close(self) -> None:
-        """A publish that was cancelled ends first: its folder may then go, and its servers have been woken up."""
+        """Close the connections, after a cancelled publish has ended and resumed the servers."""
         async with self._publishing:
             for server in self._servers:
                 await server.connection.close()
 
     async def _write(self, version: int, weights: PolicyWeights) -> Path:
         try:
-            return await _to_its_end(asyncio.to_thread(weights.write, version, self._versions.root))
+            return await _uninterrupted(
+                asyncio.to_thread(weights.write, version, self._versions.root)
+            )
         except (WeightError, OSError) as error:
             raise SamplerError(
                 f"weights of version {version} cannot be published: {error}"
             ) from error
 
     async def _load(self, folder: Path, version: int) -> tuple[float, float]:
-        """Freeze, load, go on, on every server; when they were frozen, and when they had the weights."""
-        seconds = self._limits.publish_seconds
+        """Pause, load and resume every server; return the times at which they were paused and had
+        the weights."""
+        seconds = self._settings.publish_seconds
         try:
             await self._on_all(lambda server: server.connection.pause(seconds))
             paused = time.perf_counter()
@@ -186,7 +202,7 @@ class VllmSampler:
         except UnreachableError:
             self._check_alive()
             raise
-        finally:  # nothing may stay frozen: a failed update leaves the old weights whole
+        finally:  # a server whose update failed still has its old weights
             await asyncio.gather(
                 *[server.connection.resume() for server in self._servers], return_exceptions=True
             )
@@ -196,12 +212,15 @@ class VllmSampler:
         ]
         if still:
             raise SamplerError(
-                f"{', '.join(still)} stayed frozen after weights of version {version} were loaded"
+                f"{', '.join(still)} stayed paused after loading weights of version {version}"
             )
         return paused, loaded
 
     async def _on_all(self, action: Callable[[_Server], Awaitable[None]]) -> None:
-        """On every server at once; all have ended, one way or the other, when the first failure is raised."""
+        """Run the action on every server at once.
+
+        Raise the first failure only when all actions have ended.
+        """
         outcomes = await asyncio.gather(
             *[action(server) for server in self._servers], return_exceptions=True
         )
@@ -213,22 +232,23 @@ class VllmSampler:
         version = await connection.vllm_version()
         if not version.startswith(SUPPORTED_VLLM):
             raise SamplerError(
-                f"{connection.url} runs vLLM {version}; supported: {', '.join(f'{v}x' for v in SUPPORTED_VLLM)}"
+                f"{connection.url} runs vLLM {version}; supported:"
+                f" {', '.join(f'{v}x' for v in SUPPORTED_VLLM)}"
             )
         token_ids, context = await connection.tokenize(probe.text)
         if tuple(token_ids) != probe.token_ids:
             raise SamplerError(
-                f"{connection.url} has another tokenizer than the trainer: of {probe.text!r} it makes {token_ids}, the trainer "
-                f"{list(probe.token_ids)}. Start it with the model folder that the trainer has"
+                f"{connection.url} has another tokenizer than the trainer: it encodes"
+                f" {probe.text!r} as {token_ids}, the trainer as {list(probe.token_ids)}. Start it"
+                " with the trainer's model folder"
             )
-        if context < self._limits.context_tokens:
+        if context < self._context_tokens:
             raise SamplerError(
-                f"{connection.url} holds {context} tokens of context, episodes may need {self._limits.context_tokens} "
-                "(rollout.max_prompt_tokens + rollout.max_completion_tokens): start it with a larger --max-model-len"
+                f"{connection.url} holds {context} tokens of context, episodes may need"
+                f" {self._context_tokens} (rollout.max_prompt_tokens +"
+                " rollout.max_completion_tokens): start it with a larger --max-model-len"
             )
-        if (
-            await connection.is_paused()
-        ):  # a client that ended in the middle of a publish left it so
+        if await connection.is_paused():  # an earlier client ended during a publish
             await connection.resume()
 
     def _check_alive(self) -> None:
@@ -238,7 +258,7 @@ class VllmSampler:
 
     @asynccontextmanager
     async def _place(self, episode_id: str, avoided: Sequence[_Server]) -> AsyncIterator[_Server]:
-        """A place on the least loaded server, of those that are not avoided if there are any."""
+        """A place on the least loaded server, preferably one that is not in `avoided`."""
         async with self._room:
             candidates = [
                 server for server in self._servers if server not in avoided
@@ -258,12 +278,12 @@ class VllmSampler:
             "top_p": request.top_p,
             "max_tokens": request.max_tokens,
             "seed": request.seed,
-            "logprobs": 0,  # of the sampled token alone
+            "logprobs": 0,  # only of the sampled token
             "stop": list(request.stop_strings),
             "include_stop_str_in_output": True,
             "stop_token_ids": list(self._eos),
-            "ignore_eos": True,  # the trainer's own list decides, not the server's generation config
-            "skip_special_tokens": False,  # as the embedded sampler reads a turn for stop strings
+            "ignore_eos": True,  # the trainer's list decides, not the server's generation config
+            "skip_special_tokens": False,  # stop strings match as in the embedded sampler
         }
 
     def _generation(self, request: SamplingRequest, choice: Mapping[str, Any]) -> Generation:
@@ -274,24 +294,26 @@ class VllmSampler:
             token["token_id"] != i for token, i in zip(content, choice["token_ids"])
         ):
             raise SamplerError(
-                f"the server's log-probabilities are not those of its {len(token_ids_T)} tokens ({request.episode_id})"
+                f"the server's log-probabilities do not match its {len(token_ids_T)} tokens"
+                f" ({request.episode_id})"
             )
         versions_T = self._versions_of(choice.get("weight_versions") or [], len(token_ids_T))
         return Generation(token_ids_T, logprobs_T, versions_T, self._finish_reason(choice))
 
     def _versions_of(self, spans: Sequence[Mapping[str, Any]], count: int) -> np.ndarray:
-        """The version of each token, which must be one that this run has published."""
+        """The version of each token. Raise SamplerError unless this run published it."""
         versions_T = np.full(count, -1, np.int32)
         for span in spans:
             if span["version"] not in map(str, self._published):
                 raise SamplerError(
-                    f"the server generated with weights of version {span['version']!r}, which this run has not published: "
-                    "another trainer is using it"
+                    f"the server generated with weights of version {span['version']!r}, which this"
+                    " run has not published: another trainer is using it"
                 )
             versions_T[span["start"] : span["end"]] = int(span["version"])
         if (versions_T < 0).any():
             raise SamplerError(
-                f"the server left {int((versions_T < 0).sum())} of {count} tokens without a weight version"
+                f"the server left {int((versions_T < 0).sum())} of {count} tokens without a weight"
+                " version"
             )
         return versions_T
 
@@ -300,7 +322,8 @@ class VllmSampler:
             return FinishReason.LENGTH
         if choice["finish_reason"] != "stop":
             raise SamplerError(
-                f"the server ended a turn with {choice['finish_reason']!r}, which is none of stop, length and abort"
+                f"the server ended a turn with {choice['finish_reason']!r}; expected stop, length"
+                " or abort"
             )
         return (
             FinishReason.EOS
@@ -309,8 +332,8 @@ class VllmSampler:
         )
 
 
-async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
-    """Await what runs in a thread, which no cancellation stops: that is passed on when the thread is done."""
+async def _uninterrupted(work: Coroutine[Any, Any, T]) -> T:
+    """Await work in a thread, which cannot be cancelled; pass a cancellation on when it ends."""
     running = asyncio.create_task(work)
     try:
         return await asyncio.shield(running)

@@ -1,4 +1,7 @@
-"""One vLLM server over HTTP: its routes as methods, its failures as exceptions that say whether asking again can help."""
+"""The HTTP routes of one vLLM server as methods.
+
+The exceptions say whether a retry can help.
+"""
 
 import asyncio
 import contextlib
@@ -11,36 +14,39 @@ import httpx2
 from jaxgrpo.samplers.base import SamplerError
 
 SUPPORTED_VLLM = ("0.32.",)
-"""Beginnings of the versions whose routes and weight-transfer interface this package was written against."""
+"""Prefixes of the vLLM versions whose routes and weight-transfer interface this package uses."""
 
 _BUSY = (429, 500, 502, 503, 504)
 _SHORT = 60.0
 _NOT_TWICE = ("/update_weights", "/inference/v1/generate")
-"""The sampler counts how often a turn is asked for; weights may have been changed although nobody said so."""
+"""Routes that are not retried here: the sampler counts its own retries of a turn, and an update may
+have changed weights although no answer came."""
 
 
 class UnreachableError(SamplerError):
-    """No answer, or one that says that the server cannot answer now."""
+    """The server does not answer, or says that it cannot answer now."""
 
 
 class RefusedError(SamplerError):
-    """The server answered that it will not do this."""
+    """The server refuses the request."""
 
 
 class Connection:
-    """A pool of connections to one server, so many of which are kept. Every method raises UnreachableError or RefusedError."""
+    """A pool of connections to one server, of which `connections` stay open.
+
+    Every method raises UnreachableError or RefusedError.
+    """
 
     def __init__(self, url: str, api_key: str | None, connections: int):
         self.url = url.rstrip("/")
         self._client = httpx2.AsyncClient(
             base_url=self.url,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            # as many as are asked for: frozen turns must not keep the calls of a publish waiting; the sampler bounds the turns
+            # No maximum: paused turns must not delay the calls of a publish. The sampler limits
+            # the number of turns.
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=connections),
-            timeout=httpx2.Timeout(
-                None, connect=10.0
-            ),  # how long an answer may take is each call's own affair
-            trust_env=False,  # a proxy meant for the internet must not see loopback traffic
+            timeout=httpx2.Timeout(None, connect=10.0),  # each call sets its own deadline
+            trust_env=False,  # keep a proxy for the internet out of local traffic
         )
 
     async def close(self) -> None:
@@ -49,7 +55,7 @@ class Connection:
     async def generate(
         self, token_ids: Sequence[int], sampling: Mapping[str, Any], seconds: float
     ) -> dict[str, Any]:
-        """The one choice of vLLM's own token-in, token-out route."""
+        """Generate from token ids to token ids; return the one choice of the answer."""
         body = {"token_ids": token_ids, "sampling_params": sampling}
         answer = await self._call("POST", "/inference/v1/generate", body, seconds=seconds)
         choices = answer.get("choices") or []
@@ -61,21 +67,21 @@ class Connection:
         return str((await self._call("GET", "/version"))["version"])
 
     async def tokenize(self, text: str) -> tuple[list[int], int]:
-        """The server's own token ids of a text, and the tokens that its context holds."""
+        """The server's token ids of a text, and its context length in tokens."""
         answer = await self._call(
             "POST", "/tokenize", {"prompt": text, "add_special_tokens": False}
         )
         return answer["tokens"], answer["max_model_len"]
 
     async def weight_version(self) -> str:
-        """The label of the weights being served."""
+        """The label of the served weights."""
         return str((await self._call("GET", "/weight_info"))["weight_version"])
 
     async def is_paused(self) -> bool:
         return bool((await self._call("GET", "/is_paused"))["is_paused"])
 
     async def pause(self, seconds: float) -> None:
-        """Freeze requests in flight and drop all caches: on `resume` they go on, recomputed."""
+        """Pause requests in flight and drop all caches; `resume` continues and recomputes them."""
         await self._call(
             "POST", "/pause", params={"mode": "keep", "clear_cache": "true"}, seconds=seconds
         )
@@ -84,7 +90,10 @@ class Connection:
         await self._call("POST", "/resume")
 
     async def update_weights(self, path: str, version: int, seconds: float) -> None:
-        """Load published weights, all or nothing, and label them. Raises RefusedError when the server keeps its old ones."""
+        """Load published weights and label them with their version.
+
+        Raise RefusedError if the server keeps its old weights.
+        """
         await self._start_update()
         try:
             await self._call(
@@ -93,9 +102,9 @@ class Connection:
                 {"update_info": {"path": path, "version": version}},
                 seconds=seconds,
             )
-        except (
-            SamplerError
-        ):  # of a parallel server's workers only the last one, which raised, has ended its session
+        except SamplerError:
+            # Only the last worker of a parallel server raises, and its session has ended. End the
+            # sessions of the others.
             with contextlib.suppress(SamplerError):
                 await self._call("POST", "/finish_weight_update")
             raise
@@ -103,11 +112,12 @@ class Connection:
         served = await self.weight_version()
         if served != str(version):
             raise RefusedError(
-                f"{self.url} was given weights of version {version} and says that it serves {served}"
+                f"{self.url} was given weights of version {version} and says that it serves"
+                f" {served}"
             )
 
     async def _start_update(self) -> None:
-        """Begin an update; one that a client left behind half-way is ended first, under the label that was served."""
+        """Begin an update. First end one that an earlier client left open, under the old label."""
         try:
             await self._call("POST", "/start_weight_update")
         except SamplerError:
@@ -144,7 +154,10 @@ class Connection:
     async def _request(
         self, method: str, route: str, body: Any, params: Mapping[str, str] | None
     ) -> httpx2.Response:
-        """vLLM closes a connection after it answered with an error of its own; who takes it from the pool too early asks once more."""
+        """Send a request, once more if the pool gave a connection that vLLM had just closed.
+
+        vLLM closes connections after some of its error answers.
+        """
         try:
             return await self._client.request(method, route, json=body, params=params)
         except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError):
@@ -154,7 +167,7 @@ class Connection:
 
 
 class _Answer(dict[str, Any]):
-    """The JSON object of an answer; asking for what it does not have says whose it is."""
+    """The JSON object of an answer. A missing key raises RefusedError with the route."""
 
     def __init__(self, content: dict[str, Any], source: str):
         super().__init__(content)
@@ -165,7 +178,7 @@ class _Answer(dict[str, Any]):
 
 
 def _object(text: str) -> dict[str, Any]:
-    """Some routes answer with nothing, and a server that is no vLLM with anything."""
+    """Parse an answer; empty and other answers that are not a JSON object give {}."""
     try:
         read = json.loads(text) if text else {}
     except ValueError:
@@ -174,7 +187,7 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _message(text: str) -> str:
-    """What an error says, out of the several forms that vLLM's routes give it."""
+    """The text of an error answer, in any of the forms that vLLM's routes use."""
     try:
         read = json.loads(text)
     except ValueError:

@@ -1,16 +1,26 @@
-"""What runs inside vLLM: a weight-transfer backend named `orbax`, registered through the entry point `vllm.general_plugins`.
+"""Runs inside vLLM: the weight-transfer backend `orbax`, registered as a `vllm.general_plugins`.
 
     vllm ... --weight-transfer-config '{"backend": "orbax"}'
-    POST /start_weight_update, /update_weights {"update_info": {"path": "/dev/shm/.../000007", "version": 7}}, /finish_weight_update
+    POST /start_weight_update
+    POST /update_weights {"update_info": {"path": "/dev/shm/.../000007", "version": 7}}
+    POST /finish_weight_update
 
-All or nothing. Everything happens in `update_weights`, in three stages: the manifest against the served model, every array mapped and held
-against its checksums, and only then the model's parameters, through vLLM's own layerwise reload. A failure in the first two changes
-nothing. One in the third puts the previous version back, read again from its folder, or, when that cannot be done, ends the worker: a
-mixture never serves. The workers of a tensor-parallel server vote after each stage, so that they go on, or back, together; each of them
-reads all arrays, and vLLM's loaders take its part.
+`update_weights` does all the work, in three stages:
 
-No JAX here. vLLM's rules that shape this file: `start_weight_update` must leave the model servable, for a client may never come back; a
-raise in `finish_weight_update` would leave the session open for ever; a raise in `update_weights` ends it.
+1. compare the manifest with the served model,
+2. map every array and verify its checksums,
+3. load the model's parameters through vLLM's layerwise reload.
+
+A failure in stage 1 or 2 changes nothing. After a failure in stage 3, the worker reads the previous
+version again from its folder, or exits if it cannot, so a mixture is never served. The workers of a
+tensor-parallel server share the outcome of each stage, and therefore continue or roll back
+together. Each of them reads all arrays, and vLLM's loaders take its part.
+
+This module does not import JAX. Three rules of vLLM shape it:
+
+- `start_weight_update` must leave the model servable, because the client may never come back.
+- An exception in `finish_weight_update` would leave the session open for ever.
+- An exception in `update_weights` ends the session.
 """
 
 import logging
@@ -37,7 +47,7 @@ from jaxgrpo.storage.published_reader import check_fit, read_tensors
 BACKEND = "orbax"
 SUPPORTED_VLLM = "0.32."
 EXIT_STATUS = 17
-"""Of a worker that ends itself rather than serve a mixture."""
+"""Exit status of a worker that ends itself rather than serve a mixture of weights."""
 
 _log = logging.getLogger("vllm.jaxgrpo")
 
@@ -46,7 +56,7 @@ Weights = dict[str, tuple[torch.Tensor, bool]]
 
 
 def register() -> None:
-    """Called by vLLM in each of its processes, perhaps more than once."""
+    """Register the backend. vLLM calls this in each of its processes, perhaps more than once."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if BACKEND not in WeightTransferEngineFactory._registry:
@@ -55,19 +65,22 @@ def register() -> None:
 
 @dataclass
 class OrbaxInitInfo(WeightTransferInitInfo):
-    """Nothing is agreed beforehand."""
+    """Empty: the backend needs no set-up."""
 
 
 @dataclass
 class OrbaxUpdateInfo(WeightTransferUpdateInfo):
-    """The folder of a version that jaxgrpo.storage.publish published, and the number that it must have."""
+    """The folder of a version that jaxgrpo.storage.publish wrote, and its expected number."""
 
     path: str
     version: int
 
 
 class OrbaxWeightTransfer(WeightTransferEngine[OrbaxInitInfo, OrbaxUpdateInfo]):
-    """One worker's side of an update. `served` is what its parameters hold; None stands for what vLLM itself loaded."""
+    """One worker's side of an update.
+
+    `served` is the version in the model's parameters, None for what vLLM itself loaded.
+    """
 
     init_info_cls = OrbaxInitInfo
     update_info_cls = OrbaxUpdateInfo
@@ -76,14 +89,15 @@ class OrbaxWeightTransfer(WeightTransferEngine[OrbaxInitInfo, OrbaxUpdateInfo]):
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module):
         if not vllm.__version__.startswith(SUPPORTED_VLLM):
             raise RuntimeError(
-                f"the weight-transfer backend {BACKEND!r} is for vLLM {SUPPORTED_VLLM}*, this is {vllm.__version__}"
+                f"the weight-transfer backend {BACKEND!r} is for vLLM {SUPPORTED_VLLM}*, this is"
+                f" {vllm.__version__}"
             )
         super().__init__(config, vllm_config, device, model)
         self.served: OrbaxUpdateInfo | None = None
         self._expected = _hf_shapes(self.model_config.hf_config)
 
     def init_transfer_engine(self, init_info: OrbaxInitInfo) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def start_weight_update(self) -> None:
         """Nothing to do, on purpose."""
@@ -92,19 +106,22 @@ class OrbaxWeightTransfer(WeightTransferEngine[OrbaxInitInfo, OrbaxUpdateInfo]):
         """Nothing to do, on purpose."""
 
     def shutdown(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no resources are held."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """As the base class has it, less a synchronisation that CPUs have no function for."""
+        """Update as the base class does, but without `synchronize` on a CPU, which has none."""
         info, failure = _attempt(lambda: self.parse_update_info(update_info))
-        if failure is not None:  # in all workers alike
+        if failure is not None:  # the same in all workers
             return _refuse(f"the update is not understood: {failure}", failure)
         self.receive_weights(info)
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: OrbaxUpdateInfo) -> None:
-        """Serve the version in the given folder. Raises WeightError, in the last worker, when the old one still serves."""
+        """Serve the version in the given folder.
+
+        Raise WeightError, in the last worker, if the old version is still served.
+        """
         began = time.perf_counter()
         weights, failure = _attempt(lambda: self._stage(update_info))
         if (reason := _failure_of_any(failure)) is not None:
@@ -114,12 +131,19 @@ class OrbaxWeightTransfer(WeightTransferEngine[OrbaxInitInfo, OrbaxUpdateInfo]):
         if (reason := _failure_of_any(failure)) is not None:
             self._roll_back(failure)
             return _refuse(
-                f"version {update_info.version} could not be applied, the one before it was put back: {reason}",
+                f"version {update_info.version} could not be applied, the one before it was put"
+                f" back: {reason}",
                 failure,
             )
         self.served = update_info
-        seconds = f"read and checked in {staged - began:.2f} s, applied in {time.perf_counter() - staged:.2f} s"
-        _log.info("version %d from %s: %s", update_info.version, update_info.path, seconds)
+        applied = time.perf_counter()
+        _log.info(
+            "version %d from %s: read and checked in %.2f s, applied in %.2f s",
+            update_info.version,
+            update_info.path,
+            staged - began,
+            applied - staged,
+        )
 
     def _stage(self, info: OrbaxUpdateInfo) -> Weights:
         folder = Path(info.path)
@@ -132,7 +156,11 @@ class OrbaxWeightTransfer(WeightTransferEngine[OrbaxInitInfo, OrbaxUpdateInfo]):
 
     @torch.no_grad()
     def _apply(self, weights: Weights) -> None:
-        """On CPUs linear weights are packed, so loading them takes vLLM's layerwise reload: unpacked, filled, packed again, in place."""
+        """Load the weights into the model.
+
+        vLLM packs linear weights on CPUs. Its layerwise reload unpacks, fills and packs them again
+        in place.
+        """
         from vllm.model_executor.model_loader.reload import (
             finalize_layerwise_reload,
             initialize_layerwise_reload,
@@ -147,20 +175,20 @@ class OrbaxWeightTransfer(WeightTransferEngine[OrbaxInitInfo, OrbaxUpdateInfo]):
             raise WeightError(f"vLLM's loader left out {', '.join(sorted(names - loaded)[:3])}")
 
     def _outgoing(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
-        """On the device before the transposition: an accelerator turns a matrix much faster than the host."""
+        """The weights on the device, transposed there: an accelerator does that much faster."""
         for name, (tensor, transposed) in weights.items():
             on_device = tensor.to(self.device)
             yield name, on_device.t() if transposed else on_device
 
     def _roll_back(self, failure: Exception | None) -> None:
-        """Put the last good version back on this worker, or end it."""
+        """Load the last good version again on this worker, or end the worker."""
         _log.error(
-            "the weights could not be applied, going back to %s", self.served, exc_info=failure
+            "the weights could not be applied, rolling back to %s", self.served, exc_info=failure
         )
         _, still = _attempt(self._reapply_served)
         if _failure_of_any(still) is not None:
             _log.critical(
-                "going back failed too: this worker ends, rather than serve a mixture of weights",
+                "the rollback failed too: this worker ends rather than serve a mixture of weights",
                 exc_info=still,
             )
             logging.shutdown()
@@ -175,7 +203,7 @@ class OrbaxWeightTransfer(WeightTransferEngine[OrbaxInitInfo, OrbaxUpdateInfo]):
 
 
 def _attempt(function: Any) -> tuple[Any, Exception | None]:
-    """The result, or what was raised: whatever it is, the other workers must hear of it before it goes on its way."""
+    """The result, or the exception, which the other workers must learn of before it is raised."""
     try:
         return function(), None
     except Exception as error:
@@ -183,15 +211,8 @@ def _attempt(function: Any) -> tuple[Any, Exception | None]:
 
 
 def _failure_of_any(failure: Exception | None) -> str | None:
-    """What went wrong in this worker, or in another one of this server; None when all is well everywhere."""
-    known = isinstance(failure, WeightError)
-    text = (
-        None
-        if failure is None
-        else str(failure)
-        if known
-        else f"{type(failure).__name__}: {failure}"
-    )
+    """The failure of this worker or of another one of this server, or None if all succeeded."""
+    text = None if failure is None else _describe(failure)
     group = get_world_group()
     if group.world_size == 1:
         return text
@@ -202,9 +223,18 @@ def _failure_of_any(failure: Exception | None) -> str | None:
     )
 
 
+def _describe(failure: Exception) -> str:
+    known = isinstance(failure, WeightError)
+    return str(failure) if known else f"{type(failure).__name__}: {failure}"
+
+
 def _refuse(message: str, cause: Exception | None) -> None:
-    """Raise, in the last worker only. vLLM 0.32 reads the workers' answers in order and stops at the first failure: those behind it would
-    be taken for the answers to its next call. The others leave their session open: the client ends it with `finish_weight_update`."""
+    """Raise in the last worker, and only log in the others.
+
+    vLLM 0.32 reads the workers' answers in order and stops at the first failure. It would take the
+    answers after it for those to its next call. The other workers leave their session open; the
+    client ends it with `finish_weight_update`.
+    """
     group = get_world_group()
     if group.rank_in_group == group.world_size - 1:
         raise WeightError(message) from cause
@@ -212,7 +242,7 @@ def _refuse(message: str, cause: Exception | None) -> None:
 
 
 def _hf_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of a checkpoint of the served model, from its config alone; a tied head is none of them."""
+    """Names and shapes of the served model's checkpoint, from its config; without a tied head."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -221,14 +251,18 @@ def _hf_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _to_torch(array: np.ndarray) -> torch.Tensor:
-    """Without a copy. The reader gives the bits of bfloat16 as int16."""
+    """Convert without a copy. The reader gives the bits of bfloat16 as int16."""
     tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if array.dtype == np.int16 else tensor
 
 
 def _repack_shared(model: torch.nn.Module) -> None:
-    """Pack the weights of tied modules again. A tied head is a module that shares the embedding's parameter: the layerwise reload sees no
-    weight of its own for it, and on CPUs leaves it with its packed copy of the old one, from which it silently goes on to answer."""
+    """Pack the weights of tied modules again.
+
+    A tied head is a module that shares the embedding's parameter. The layerwise reload sees no
+    weight of its own there. On CPUs it would leave the head with its packed copy of the old weight,
+    which the head would silently continue to use.
+    """
     seen: set[int] = set()
     for module in model.modules():
         weight = getattr(module, "weight", None)
@@ -241,7 +275,10 @@ def _repack_shared(model: torch.nn.Module) -> None:
 
 
 def _abandon_reload(model: torch.nn.Module) -> None:
-    """End a layerwise reload that failed half-way, so that the next one can begin: every layer gets its own tensors back, old or new."""
+    """End a layerwise reload that failed, so that the next one can begin.
+
+    Every layer gets its own tensors back, with old or new values.
+    """
     from vllm.model_executor.model_loader.reload import layerwise
 
     for layer in model.modules():

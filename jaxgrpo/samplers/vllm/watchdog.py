@@ -1,15 +1,22 @@
-"""Runs a command in a process group of its own and ends the whole group, however whoever started this ends.
+"""Runs a command in its own process group, and ends the group when the starter ends in any way.
 
-    python -I watchdog.py COMMAND...        standard input is a pipe whose other end only the starter holds
+    python -I watchdog.py COMMAND...
 
-The pipe closes when the starter ends, killed or not: that is the sign. Should the starter have been copied (forked) with the pipe open, its
-being gone shows in this process's parent. Should this process itself be killed, the kernel tells the command (PR_SET_PDEATHSIG). What
-the command's processes leave behind is handed to this one (PR_SET_CHILD_SUBREAPER) and ended too. Linux; Python's own library only.
+Standard input is a pipe whose other end only the starter holds. The sign that the starter has
+ended is
 
-vLLM's processes speak through blocks of shared memory, hundreds of megabytes, which stay when all
-of them are killed at once. Their names are random, so this process notes down which ones the
-command's processes have open, in /dev/shm/jaxgrpo-vllm-UID-PID, under a lock. What is left of them
-it removes at its own end; if it is killed too, the next one does."""
+- the pipe closes, which also happens if the starter is killed, or
+- this process has another parent, if a forked copy of the starter still holds the pipe.
+
+If this process is killed, the kernel signals the command (PR_SET_PDEATHSIG). Orphans of the command
+become children of this process (PR_SET_CHILD_SUBREAPER), which ends them too. Linux only; uses only
+Python's standard library.
+
+vLLM's processes communicate through blocks of shared memory, hundreds of megabytes, which stay if
+all of them are killed at once. The names of the blocks are random. This process therefore notes the
+blocks that the command's processes have open in /dev/shm/jaxgrpo-vllm-UID-PID, under a lock. When
+it ends, it removes the blocks that are left. If it is killed too, the next watchdog removes them.
+"""
 
 import contextlib
 import ctypes
@@ -25,7 +32,7 @@ from pathlib import Path
 
 GRACE_SECONDS = 10.0
 SHARED_MEMORY = Path("/dev/shm")
-_LOOK_SECONDS, _NOTE_SECONDS = 0.5, 2.0
+_LOOK_SECONDS, _NOTE_SECONDS = 0.5, 2.0  # between two looks at the pipe, and at the open blocks
 _NOTES = f"jaxgrpo-vllm-{os.getuid()}-"
 _BLOCKS = "psm_"  # as Python names its blocks of shared memory
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
@@ -33,10 +40,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main(command: list[str]) -> int:
-    """Run until the command or the starter ends; the command's exit status."""
-    told: list[int] = []
+    """Run until the command or the starter ends; return the command's exit status."""
+    received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda signum, _: told.append(signum))
+        signal.signal(number, lambda signum, _: received.append(signum))
     _libc.prctl(_SET_CHILD_SUBREAPER, 1)
     starter = os.getppid()
     remove_left()
@@ -46,7 +53,7 @@ def main(command: list[str]) -> int:
     )
     while (
         process.poll() is None
-        and not told
+        and not received
         and os.getppid() == starter
         and not _closed(sys.stdin.fileno())
     ):
@@ -59,19 +66,19 @@ def main(command: list[str]) -> int:
 
 
 class _Notes:
-    """The blocks of shared memory that the processes of one session had open: name -> inode."""
+    """Notes the blocks of shared memory that a session has opened: name -> inode."""
 
     def __init__(self) -> None:
         self._file: int | None = None
         self._path = SHARED_MEMORY / f"{_NOTES}{os.getpid()}"
         self._blocks: dict[str, int] = {}
         self._next = 0.0
-        with contextlib.suppress(OSError):  # without a note there is a little less to remove
+        with contextlib.suppress(OSError):  # without the file, a killed watchdog leaves its blocks
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             fcntl.flock(self._file, fcntl.LOCK_EX)
 
     def take(self, session: int, now: bool = False) -> None:
-        """Add those that are open, when it is time."""
+        """Add the blocks that are open now, every _NOTE_SECONDS."""
         if not now and time.monotonic() < self._next:
             return
         self._next = time.monotonic() + _NOTE_SECONDS
@@ -81,7 +88,7 @@ class _Notes:
         self._blocks = found
 
     def remove(self) -> None:
-        """Remove those that are left, and the notes."""
+        """Remove the blocks that are left, and the file of notes."""
         _remove_unused(self._blocks)
         if self._file is not None:
             self._path.unlink()
@@ -89,8 +96,7 @@ class _Notes:
 
 
 def remove_left() -> None:
-    """Remove what is left of the blocks that a process like this one noted down before it was
-    killed."""
+    """Remove blocks that earlier, killed watchdogs have noted."""
     for path in SHARED_MEMORY.glob(f"{_NOTES}*"):
         with contextlib.suppress(OSError, ValueError):
             file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -105,8 +111,7 @@ def remove_left() -> None:
 
 
 def _remove_unused(blocks: dict[str, int]) -> set[str]:
-    """Remove blocks that are still what was noted down, but for those that a process has open,
-    which are returned."""
+    """Remove noted blocks, unless their inode changed; return those that a process has open."""
     there = {name for name, inode in blocks.items() if _inode(name) == inode}
     used = there & _open_blocks().keys() if there else set()
     for name in there - used:
@@ -123,11 +128,13 @@ def _inode(name: str) -> int | None:
 
 
 def _open_blocks(session: int | None = None) -> dict[str, int]:
-    """Blocks that the processes of a session (None: all that can be looked into) have open: name ->
-    inode."""
+    """Blocks that the processes of a session have open: name -> inode.
+
+    None stands for all processes that this one may inspect.
+    """
     blocks: dict[str, int] = {}
     for folder in Path("/proc").glob("[0-9]*/fd"):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
+        with contextlib.suppress(OSError):  # the process ended, or belongs to another user
             if session is None or os.getsid(int(folder.parent.name)) == session:
                 names = [
                     target.name
@@ -145,7 +152,7 @@ def _open_blocks(session: int | None = None) -> dict[str, int]:
 def _target(link: Path) -> Path:
     try:
         return Path(os.readlink(link))
-    except OSError:  # closed meanwhile
+    except OSError:  # closed in the meantime
         return Path()
 
 
@@ -154,13 +161,13 @@ def _die_with_parent() -> None:
 
 
 def _closed(pipe: int) -> bool:
-    """Wait a moment; True when the other end of the pipe is closed."""
+    """Wait a moment; return True if the other end of the pipe is closed."""
     readable, _, _ = select.select([pipe], [], [], _LOOK_SECONDS)
     return bool(readable) and os.read(pipe, 1) == b""
 
 
 def _end_group(process: subprocess.Popen) -> None:
-    """Ask the group to end, then make it: the group may outlive the process that leads it."""
+    """Terminate the group, then kill it: it may outlive its leader."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -169,7 +176,7 @@ def _end_group(process: subprocess.Popen) -> None:
 
 
 def _end_descendants() -> None:
-    """Kill processes that left the group; children of theirs fall to this process when they end."""
+    """Kill processes that left the group; when they end, their children become this process's."""
     deadline = time.monotonic() + GRACE_SECONDS
     while (children := _children()) and time.monotonic() < deadline:
         for pid in children:

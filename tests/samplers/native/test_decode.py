@@ -18,7 +18,7 @@ PARAMS = jax.tree.map(
 
 
 def plain_logits(ids: np.ndarray) -> np.ndarray:
-    """[T, V] of one sequence, by the plain forward."""
+    """Logits [T, V] of one sequence, by the plain forward pass."""
     hidden = forward(CONFIG, PARAMS, jnp.asarray(ids[None]), load=cast_to(jnp.float32))
     return np.asarray(hidden[0] @ head_table(PARAMS).T)
 
@@ -43,6 +43,8 @@ def rows_of(
         np.stack([np.zeros(b), np.arange(b)], axis=1).astype(np.uint32),
         np.full(b, temperature, np.float32),
         np.ones(b, np.float32),
+        np.array([-1], np.int32),
+        np.int32(6),
     )
 
 
@@ -54,16 +56,15 @@ def decode_chunk(
     steps: int,
     at_once: int = 6,
 ) -> decode.Chunk:
-    """A whole chunk, `at_once` steps a call."""
+    """Decode a whole chunk, `at_once` steps per call."""
     progress, buffers = decode.begin_chunk(CONFIG, rows, steps=steps, dtype=jnp.float32)
+    rows = rows._replace(eos_E=np.array([eos], np.int32), steps=np.int32(at_once))
     for _ in range(0, steps, at_once):
-        progress, buffers = decode.run_steps(
-            CONFIG, params, context, rows, jnp.array([eos]), progress, buffers, steps=at_once
-        )
+        progress, buffers = decode.run_steps(CONFIG, params, context, rows, progress, buffers)
     return progress.chunk
 
 
-def test_extend_then_decode_over_a_shared_prompt_equals_the_plain_forward():
+def test_extend_then_decode_over_a_shared_prompt_equals_the_plain_forward() -> None:
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 97, n).astype(np.int32) for n in (70, 9)]
     tails = [
@@ -116,7 +117,7 @@ def test_extend_then_decode_over_a_shared_prompt_equals_the_plain_forward():
         np.testing.assert_allclose(chunk.logprobs_BC[b, : len(tokens)], expected, atol=5e-6)
 
 
-def test_a_chunk_stops_each_row_at_its_end_token():
+def test_a_chunk_stops_each_row_at_its_end_token() -> None:
     params = decode.serving_params(PARAMS, jnp.float32)
     free = decode_chunk(params, empty_context(2), rows_of([3, 5], [0, 0], [6, 6], 1.0), -1, 6)
     end = int(free.tokens_BC[0, 2])
@@ -128,7 +129,7 @@ def test_a_chunk_stops_each_row_at_its_end_token():
     np.testing.assert_array_equal(ended.tokens_BC[0, :3], free.tokens_BC[0, :3])
 
 
-def test_a_chunk_in_pieces_is_the_same_chunk():
+def test_a_chunk_in_pieces_is_the_same_chunk() -> None:
     params = decode.serving_params(PARAMS, jnp.float32)
     whole, *pieces = (
         decode_chunk(params, empty_context(2), rows_of([3, 5], [0, 0], [7, 4], 1.0), -1, 7, at_once)
@@ -141,7 +142,7 @@ def test_a_chunk_in_pieces_is_the_same_chunk():
         np.testing.assert_array_equal(piece.logprobs_BC, whole.logprobs_BC)
 
 
-def test_an_untied_head_has_its_own_table():
+def test_an_untied_head_has_its_own_table() -> None:
     config = dataclasses.replace(CONFIG, tied_embeddings=False)
     untied = PARAMS | {"lm_head": init_params(config, jax.random.key(2))["lm_head"]}
     tied, own = (
@@ -161,7 +162,7 @@ def test_an_untied_head_has_its_own_table():
         np.testing.assert_allclose(chunk.logprobs_BC[0, 0], expected.max(), atol=5e-6)
 
 
-def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
+def test_nucleus_keeps_the_smallest_set_that_reaches_top_p() -> None:
     probs = np.array([[0.5, 0.25, 0.125, 0.0625, 0.0625]] * 5, np.float32)
     kept = np.asarray(decode.nucleus(jnp.log(probs), jnp.array([0.1, 0.5, 0.6, 0.875, 1.0])))
     assert kept.tolist() == [
@@ -173,7 +174,7 @@ def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
     ]
 
 
-def test_nucleus_equals_the_sorted_definition():
+def test_nucleus_equals_the_sorted_definition() -> None:
     rng = np.random.default_rng(2)
     logits = rng.normal(size=(16, 200)) * 3
     logprobs = np.asarray(jax.nn.log_softmax(logits.astype(np.float32)))
@@ -186,7 +187,7 @@ def test_nucleus_equals_the_sorted_definition():
         assert set(np.flatnonzero(kept[row])) == set(expected)
 
 
-def test_at_top_p_1_everything_is_kept_beside_rows_that_are_cut():
+def test_at_top_p_1_everything_is_kept_beside_rows_that_are_cut() -> None:
     """Even where the first token's probability is 1 in float32."""
     kept = np.asarray(
         decode.nucleus(jnp.array([[0.0, -25.0], [0.0, -25.0]]), jnp.array([1.0, 0.5]))
@@ -203,7 +204,9 @@ FIXED = np.zeros(len(DRAWS), int)
     [((FIXED, DRAWS), FIXED + 7), ((DRAWS, FIXED), FIXED + 7), ((FIXED, FIXED), DRAWS)],
     ids=["low word", "high word", "position"],
 )
-def test_sampling_follows_the_tempered_distribution(words, positions):
+def test_sampling_follows_the_tempered_distribution(
+    words: tuple[np.ndarray, np.ndarray], positions: np.ndarray
+) -> None:
     """Whichever of a seed's two words and the position tells the draws apart."""
     logits = np.log(np.array([0.6, 0.3, 0.1], np.float32))
     seeds = np.stack(words, axis=1).astype(np.uint32)
@@ -214,7 +217,7 @@ def test_sampling_follows_the_tempered_distribution(words, positions):
         np.full(len(DRAWS), 0.5, np.float32),
     )
     tokens, logprobs = decode.sample(*arguments, np.ones(len(DRAWS), np.float32))
-    expected = np.array([0.36, 0.09, 0.01]) / 0.46  # squares, normalised
+    expected = np.array([0.36, 0.09, 0.01]) / 0.46  # squares, normalized
     np.testing.assert_allclose(np.bincount(tokens, minlength=3) / len(DRAWS), expected, atol=0.012)
     np.testing.assert_allclose(logprobs, np.log(expected)[np.asarray(tokens)], atol=1e-6)
     tokens, logprobs = decode.sample(
@@ -225,7 +228,7 @@ def test_sampling_follows_the_tempered_distribution(words, positions):
     np.testing.assert_allclose(np.mean(np.asarray(tokens) == 0), 0.8, atol=0.012)
 
 
-def test_a_row_samples_the_same_whatever_its_batch():
+def test_a_row_samples_the_same_whatever_its_batch() -> None:
     logits = np.random.default_rng(3).normal(size=(4, 50)).astype(np.float32)
     seeds = np.array([[0, 1], [0, 1], [5, 2], [0, 9]], np.uint32)
     positions, ones = np.array([4, 5, 4, 4]), np.ones(4, np.float32)
@@ -237,7 +240,7 @@ def test_a_row_samples_the_same_whatever_its_batch():
         assert int(alone[0]) == int(tokens[b])
 
 
-def test_sampling_greedily_beside_a_sampled_row():
+def test_sampling_greedily_beside_a_sampled_row() -> None:
     logits = np.random.default_rng(4).normal(size=(2, 50)).astype(np.float32)
     seeds, positions = np.zeros((2, 2), np.uint32), np.zeros(2, np.int32)
     tokens, logprobs = decode.sample(

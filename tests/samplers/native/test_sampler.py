@@ -1,19 +1,23 @@
-"""What the embedded sampler generates, against the plain forward: alone and in company, over turns, to the end of a turn."""
+"""The embedded sampler's tokens and log-probabilities, against the plain forward pass."""
 
 import asyncio
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgrpo.config.settings import NativeSamplerSettings
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplingRequest
 from jaxgrpo.samplers.native import decode
 from jaxgrpo.samplers.native import engine as engine_module
-from jaxgrpo.samplers.native.engine import Engine, EngineLimits, Job
+from jaxgrpo.samplers.native.active import ActiveSequence
+from jaxgrpo.samplers.native.engine import Engine
 from jaxgrpo.samplers.native.sampler import NativeSampler
-from jaxgrpo.samplers.native.shapes import SparingShapeBook
+from jaxgrpo.samplers.native.shapes import Shape, SparingShapeBook
 from tests.native_samplers import (
     CONFIG,
     PARAMS,
@@ -28,7 +32,7 @@ from tests.native_samplers import (
 from tests.samplers.native.test_stops import TOKENIZER
 
 
-def test_logprobs_equal_the_plain_forward_and_greedy_its_argmax():
+def test_logprobs_equal_the_plain_forward_and_greedy_its_argmax() -> None:
     requests = [
         request(g, e, temperature=t, max_tokens=9 + e)
         for g in range(3)
@@ -47,13 +51,13 @@ def test_logprobs_equal_the_plain_forward_and_greedy_its_argmax():
             np.testing.assert_array_equal(generation.token_ids_T, logits.argmax(-1))
 
 
-def test_bfloat16_stays_near_float32():
+def test_bfloat16_stays_near_float32() -> None:
     [generation] = generate(request(1), compute_dtype=jnp.bfloat16)
     expected = logprobs_of(plain_logits(request(1), generation), generation.token_ids_T)
     assert np.abs(generation.logprobs_T - expected).max() < 0.1
 
 
-def test_the_same_request_alone_in_a_batch_and_admitted_late():
+def test_the_same_request_alone_in_a_batch_and_admitted_late() -> None:
     wanted = request(1, 3, max_tokens=11)
     [alone] = generate(wanted)
     others = [request(g, e, max_tokens=14) for g in range(3) for e in range(3) if (g, e) != (1, 3)]
@@ -71,7 +75,7 @@ def test_the_same_request_alone_in_a_batch_and_admitted_late():
     same(alone, run(late, max_rows=16))
 
 
-def test_a_seed_decides_the_tokens_to_its_last_bit():
+def test_a_seed_decides_the_tokens_to_its_last_bit() -> None:
     seeds = (5, 5, *(5 ^ 1 << bit for bit in (0, 8, 30, 31, 32, 63)))
     first, again, *others = (
         generate(request(0, seed=seed))[0].token_ids_T.tolist() for seed in seeds
@@ -80,7 +84,7 @@ def test_a_seed_decides_the_tokens_to_its_last_bit():
     assert len({tuple(tokens) for tokens in (first, *others)}) == 7
 
 
-def test_a_next_turn_extends_its_cache_and_equals_a_fresh_request():
+def test_a_next_turn_extends_its_cache_and_equals_a_fresh_request() -> None:
     async def turns(sampler: NativeSampler) -> tuple[SamplingRequest, Generation, int]:
         first = await asyncio.gather(*[sampler.generate(request(0, e)) for e in range(3)])
         before = sampler.metrics.extend_tokens
@@ -97,7 +101,7 @@ def test_a_next_turn_extends_its_cache_and_equals_a_fresh_request():
     same(generation, generate(second)[0])
 
 
-def test_a_context_that_departs_from_the_cache_is_recomputed_from_there():
+def test_a_context_that_departs_from_the_cache_is_recomputed_from_there() -> None:
     async def turns(sampler: NativeSampler) -> tuple[SamplingRequest, Generation, int]:
         first = await sampler.generate(request(0))
         before = sampler.metrics.extend_tokens
@@ -110,7 +114,7 @@ def test_a_context_that_departs_from_the_cache_is_recomputed_from_there():
     same(generation, generate(second)[0])
 
 
-def test_a_prompt_is_computed_once_for_its_group():
+def test_a_prompt_is_computed_once_for_its_group() -> None:
     async def body(sampler: NativeSampler) -> int:
         await asyncio.gather(*[sampler.generate(request(1, e)) for e in range(4)])
         await asyncio.gather(*[sampler.generate(request(1, e)) for e in range(4, 6)])
@@ -121,11 +125,15 @@ def test_a_prompt_is_computed_once_for_its_group():
 
 def extensions(
     monkeypatch: pytest.MonkeyPatch, *requests: SamplingRequest
-) -> tuple[list[tuple[int, int]], Engine, list[Job]]:
-    """One step of an engine with a context of 2,048 tokens: rows and width of each extension, the engine, and the jobs."""
-    made, extend_once = [], Engine._extend_once
+) -> tuple[list[tuple[int, int]], Engine, list[ActiveSequence]]:
+    """Run one step of an engine with a context of 2,048 tokens.
 
-    def noted(self, batch, width):
+    Returns rows and width of each extension, the engine, and the sequences.
+    """
+    made: list[tuple[int, int]] = []
+    extend_once = Engine._extend_once
+
+    def noted(self: Engine, batch: Sequence[Any], width: int) -> None:
         made.append((len(batch), width))
         extend_once(self, batch, width)
 
@@ -134,21 +142,20 @@ def extensions(
         dataclasses.replace(CONFIG, context_length=2048),
         PARAMS,
         0,
-        (),
-        EngineLimits(8, 8192, 16),
+        NativeSamplerSettings(max_rows=8, decode_chunk=16, max_cache_tokens=8192),
         jnp.float32,
     )
-    jobs = [Job(r, TOKENIZER) for r in requests]
+    sequences = [ActiveSequence(r, TOKENIZER) for r in requests]
     for r in requests:
         engine.add(r)
-    engine.step(jobs)
-    return made, engine, jobs
+    engine.step(sequences)
+    return made, engine, sequences
 
 
-def test_a_long_context_takes_several_extensions(monkeypatch):
-    """1,100 tokens after the prompt's last one, in pieces of up to 512, give the log-probabilities of the plain forward."""
+def test_a_long_context_takes_several_extensions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,100 tokens after the prompt's last one are computed in pieces of up to 512."""
     long = request(0, tail=np.arange(1100) % 261, max_tokens=6)
-    made, engine, [job] = extensions(monkeypatch, long)
+    made, engine, [sequence] = extensions(monkeypatch, long)
     assert made == [
         (1, 64),
         (1, 512),
@@ -156,21 +163,25 @@ def test_a_long_context_takes_several_extensions(monkeypatch):
         (1, 128),
     ]  # the prompt, less its last token, and the rest in three
     assert (engine.metrics.prefill_tokens, engine.metrics.extend_tokens) == (39, 1100)
-    logits = plain_logits(long, job.generation(), length=1280)
-    np.testing.assert_allclose(job.logprobs, logprobs_of(logits, job.token_ids), atol=1e-5)
+    logits = plain_logits(long, sequence.generation(), length=1280)
+    np.testing.assert_allclose(
+        sequence.logprobs, logprobs_of(logits, sequence.token_ids), atol=1e-5
+    )
 
 
-def test_many_long_rows_are_extended_a_few_at_a_time(monkeypatch):
+def test_many_long_rows_are_extended_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each extension computes 2,048 tokens at most: four rows of 512."""
     requests = [request(0, e, tail=(np.arange(400) + e) % 261, max_tokens=4) for e in range(5)]
-    made, _, jobs = extensions(monkeypatch, *requests)
+    made, _, sequences = extensions(monkeypatch, *requests)
     assert made == [(1, 64), (4, 512), (1, 512)]
-    for r, job in zip(requests, jobs, strict=True):
-        logits = plain_logits(r, job.generation(), length=512)
-        np.testing.assert_allclose(job.logprobs, logprobs_of(logits, job.token_ids), atol=1e-5)
+    for r, sequence in zip(requests, sequences, strict=True):
+        logits = plain_logits(r, sequence.generation(), length=512)
+        np.testing.assert_allclose(
+            sequence.logprobs, logprobs_of(logits, sequence.token_ids), atol=1e-5
+        )
 
 
-def test_a_context_is_the_same_as_the_prompt_of_its_group_and_as_an_episodes_own_tokens():
+def test_a_context_is_the_same_as_the_prompt_of_its_group_and_as_an_episodes_own_tokens() -> None:
     long = request(0, tail=np.arange(300) % 261, max_tokens=6)
     whole = SamplingRequest(
         "whole", "w", long.context_ids, len(long.context_ids), 6, seed=long.seed
@@ -179,7 +190,7 @@ def test_a_context_is_the_same_as_the_prompt_of_its_group_and_as_an_episodes_own
     same(a, b)
 
 
-def test_steady_state_compiles_nothing_new():
+def test_steady_state_compiles_nothing_new() -> None:
     async def body(sampler: NativeSampler) -> tuple[int, int]:
         async def episodes(names: range) -> None:
             for turn in range(2):
@@ -198,7 +209,7 @@ def test_steady_state_compiles_nothing_new():
     assert later == warm <= 4
 
 
-def test_eos_ends_a_turn_and_is_its_last_token():
+def test_eos_ends_a_turn_and_is_its_last_token() -> None:
     [free] = generate(request(0, max_tokens=16))
     eos = int(free.token_ids_T[6])
     first = free.token_ids_T.tolist().index(eos)
@@ -212,7 +223,9 @@ def completing(ids: np.ndarray, stop: str) -> int:
     return next(n for n in range(1, len(ids) + 1) if stop in TOKENIZER.decode(ids[:n]))
 
 
-def test_a_stop_string_ends_a_turn_at_the_token_that_completes_it_and_the_next_turn_is_right():
+def test_a_stop_string_ends_a_turn_at_the_token_that_completes_it_and_the_next_turn_is_right() -> (
+    None
+):
     async def body(sampler: NativeSampler) -> None:
         free = await sampler.generate(request(0, max_tokens=40))
         text = TOKENIZER.decode(free.token_ids_T)
@@ -234,24 +247,32 @@ def test_a_stop_string_ends_a_turn_at_the_token_that_completes_it_and_the_next_t
     run(body)
 
 
-def engine_of(*requests: SamplingRequest) -> tuple[Engine, list[Job]]:
-    """An engine with chunks of 16 steps, and the requests' jobs."""
-    engine = Engine(CONFIG, PARAMS, 0, (), EngineLimits(8, 2048, 16), jnp.float32)
+def engine_of(*requests: SamplingRequest) -> tuple[Engine, list[ActiveSequence]]:
+    """An engine with chunks of 16 steps, and the requests' sequences."""
+    engine = Engine(
+        CONFIG,
+        PARAMS,
+        0,
+        NativeSamplerSettings(max_rows=8, decode_chunk=16, max_cache_tokens=2048),
+        jnp.float32,
+    )
     for r in requests:
         engine.add(r)
-    return engine, [Job(r, TOKENIZER) for r in requests]
+    return engine, [ActiveSequence(r, TOKENIZER) for r in requests]
 
 
-def test_one_program_serves_all_steps_of_a_chunk():
+def test_one_program_serves_all_steps_of_a_chunk() -> None:
     before = decode.run_steps._cache_size()
-    engine, jobs = engine_of(request(0, max_tokens=16), request(1, max_tokens=16))
+    engine, sequences = engine_of(request(0, max_tokens=16), request(1, max_tokens=16))
     engine._eos_E = jnp.asarray([-1] * 7, jnp.int32)  # a shape that no other test has
-    engine.step(jobs)
-    assert len(jobs[0].token_ids) == 16  # four calls
+    engine.step(sequences)
+    assert len(sequences[0].token_ids) == 16  # four calls
     assert decode.run_steps._cache_size() == before + 1
 
 
-def test_an_engine_that_spares_programs_makes_the_same_tokens(monkeypatch: pytest.MonkeyPatch):
+def test_an_engine_that_spares_programs_makes_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As on an accelerator: other shapes, and extensions whose rows do not share their prompts."""
 
     async def episodes(sampler: NativeSampler) -> list[Generation]:
@@ -265,9 +286,10 @@ def test_an_engine_that_spares_programs_makes_the_same_tokens(monkeypatch: pytes
 
     plain = run(episodes, max_rows=16)
     monkeypatch.setattr(engine_module, "_spares_programs", lambda platform: True)
-    shapes, choose = [], SparingShapeBook.choose
+    shapes: list[tuple[str, int]] = []
+    choose = SparingShapeBook.choose
 
-    def noted(self, kind, exact):
+    def noted(self: SparingShapeBook, kind: str, exact: Shape) -> Shape:
         shapes.append((kind, exact.group_rows))
         return choose(self, kind, exact)
 
@@ -279,27 +301,27 @@ def test_an_engine_that_spares_programs_makes_the_same_tokens(monkeypatch: pytes
     assert max(group_rows for kind, group_rows in shapes if kind == "decode") == 3
 
 
-def test_finished_turns_are_told_while_the_others_go_on():
-    engine, jobs = engine_of(request(0, 0, max_tokens=2), request(0, 1, max_tokens=16))
+def test_finished_turns_are_told_while_the_others_go_on() -> None:
+    engine, sequences = engine_of(request(0, 0, max_tokens=2), request(0, 1, max_tokens=16))
     told = []
-    engine.step(jobs, lambda: told.append([len(job.token_ids) for job in jobs]))
+    engine.step(sequences, lambda: told.append([len(sequence.token_ids) for sequence in sequences]))
     assert told == [[2, 4], [2, 16]]
 
 
-def test_a_chunk_ends_soon_after_its_last_row_found_a_stop_string():
+def test_a_chunk_ends_soon_after_its_last_row_found_a_stop_string() -> None:
     [free] = generate(request(0, max_tokens=16))
     stop = next(c for c in TOKENIZER.decode(free.token_ids_T) if c.isascii())
     end = completing(free.token_ids_T, stop)
-    engine, [job] = engine_of(request(0, max_tokens=40, stop_strings=(stop,)))
-    engine.step([job])
-    assert job.finish_reason is FinishReason.STOP
-    np.testing.assert_array_equal(job.token_ids, free.token_ids_T[:end])
+    engine, [sequence] = engine_of(request(0, max_tokens=40, stop_strings=(stop,)))
+    engine.step([sequence])
+    assert sequence.finish_reason is FinishReason.STOP
+    np.testing.assert_array_equal(sequence.token_ids, free.token_ids_T[:end])
     assert end <= 4  # found at the first look, after four steps, while the next four ran
     assert engine.metrics.decode_row_steps == 4 * 8
     assert engine.metrics.discarded_tokens == 8 - end
 
 
-def test_a_stop_string_of_an_earlier_turn_does_not_count():
+def test_a_stop_string_of_an_earlier_turn_does_not_count() -> None:
     [free] = generate(request(0, max_tokens=8))
     tail = [*TOKENIZER.encode("</call>"), 2, 3]
     [generation] = generate(request(0, tail=tail, max_tokens=8, stop_strings=("</call>",)))
@@ -307,7 +329,7 @@ def test_a_stop_string_of_an_earlier_turn_does_not_count():
     assert len(free.token_ids_T) == 8
 
 
-def test_top_p_keeps_to_the_nucleus_and_reports_the_whole_distribution():
+def test_top_p_keeps_to_the_nucleus_and_reports_the_whole_distribution() -> None:
     r = request(0, max_tokens=12, top_p=0.4)
     [generation] = generate(r)
     logits = plain_logits(r, generation)

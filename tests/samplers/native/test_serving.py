@@ -1,4 +1,4 @@
-"""The embedded sampler at work: publishes, more requests than room, cancellations, failures, refusals."""
+"""The embedded sampler serves: publishing, waiting, cancellation, failures, refusals."""
 
 import asyncio
 import time
@@ -9,15 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgrpo.config.settings import NativeSamplerSettings
 from jaxgrpo.run.weights import WholeWeights
 from jaxgrpo.samplers.base import Generation, SamplerError, SamplingRequest
-from jaxgrpo.samplers.native.engine import Engine, EngineLimits, Job
+from jaxgrpo.samplers.native.active import ActiveSequence
+from jaxgrpo.samplers.native.engine import Engine
 from jaxgrpo.samplers.native.sampler import NativeSampler
 from tests.native_samplers import (
     CONFIG,
     OTHER,
     PARAMS,
     PROMPTS,
+    SETTINGS,
     generate,
     logprobs_of,
     make,
@@ -29,7 +32,7 @@ from tests.native_samplers import (
 from tests.samplers.native.test_stops import TOKENIZER
 
 
-def test_publish_changes_outputs_and_versions_and_going_back_restores_them_bit_for_bit():
+def test_publish_changes_outputs_and_versions_and_going_back_restores_them_bit_for_bit() -> None:
     async def body(sampler: NativeSampler) -> list[Generation]:
         generations = [await sampler.generate(request(0))]
         for version, params in ((3, OTHER), (4, PARAMS)):
@@ -51,7 +54,7 @@ def test_publish_changes_outputs_and_versions_and_going_back_restores_them_bit_f
     np.testing.assert_array_equal(first.logprobs_T, back.logprobs_T)
 
 
-def test_a_publish_between_chunks_is_recorded_token_by_token():
+def test_a_publish_between_chunks_is_recorded_token_by_token() -> None:
     async def body(sampler: NativeSampler) -> Generation:
         running = asyncio.create_task(sampler.generate(request(0, max_tokens=120)))
         while sampler.metrics.decode_chunks < 1:
@@ -79,7 +82,7 @@ def test_a_publish_between_chunks_is_recorded_token_by_token():
         np.testing.assert_allclose(shown.logprobs_T[mine], expected[mine], atol=1e-5)
 
 
-def test_more_requests_than_room_wait_and_finish_and_idle_caches_give_way():
+def test_more_requests_than_room_wait_and_finish_and_idle_caches_give_way() -> None:
     async def body(sampler: NativeSampler) -> tuple[list[Generation], int]:
         async def episode(g: int, e: int) -> Generation:
             first = await sampler.generate(request(g, e))
@@ -96,8 +99,8 @@ def test_more_requests_than_room_wait_and_finish_and_idle_caches_give_way():
         same(a, b)
 
 
-def test_running_jobs_give_way_to_earlier_ones_and_finish():
-    """Three rows of 120 tokens over one prompt begin in a pool of four pages, one page each, and outgrow it."""
+def test_running_jobs_give_way_to_earlier_ones_and_finish() -> None:
+    """Three rows of 120 tokens over one prompt start with one page each and outgrow four pages."""
     requests = [request(2, e, max_tokens=100) for e in range(3)]
 
     async def body(sampler: NativeSampler) -> tuple[list[Generation], int]:
@@ -113,19 +116,23 @@ def test_running_jobs_give_way_to_earlier_ones_and_finish():
 
 
 def engine(max_rows: int, pages: int, params: Any = PARAMS) -> Engine:
-    return Engine(CONFIG, params, 0, (), EngineLimits(max_rows, 64 * pages, 4), jnp.float32)
+    settings = NativeSamplerSettings(max_rows, decode_chunk=4, max_cache_tokens=64 * pages)
+    return Engine(CONFIG, params, 0, settings, jnp.float32)
 
 
-def jobs_of(serving: Engine, *requests: SamplingRequest) -> list[Job]:
+def sequences_of(serving: Engine, *requests: SamplingRequest) -> list[ActiveSequence]:
     for r in requests:
         serving.add(r)
-    return [Job(r, TOKENIZER) for r in requests]
+    return [ActiveSequence(r, TOKENIZER) for r in requests]
 
 
-def test_the_cache_of_an_idle_episode_gives_way_before_that_of_one_that_waits():
-    """Four pages: one for the prompt, one each for an episode between its turns and one in its turn. A new one needs two."""
+def test_the_cache_of_an_idle_episode_gives_way_before_that_of_one_that_waits() -> None:
+    """Of four pages the prompt, an idle episode and a running one have one each.
+
+    A new episode needs two.
+    """
     serving = engine(max_rows=8, pages=4)
-    idle, running, new = jobs_of(
+    idle, running, new = sequences_of(
         serving, request(0, 0, max_tokens=4), request(0, 1), request(0, 2, tail=range(100))
     )
     serving.step([idle, running])
@@ -136,29 +143,31 @@ def test_the_cache_of_an_idle_episode_gives_way_before_that_of_one_that_waits():
         serving.metrics.extend_tokens - extended == 100
     )  # of the one in its turn nothing is computed again
     serving.step(
-        [idle_again := jobs_of(serving, request(0, 0, tail=[*idle.token_ids, 9]))[0], running]
+        [idle_again := sequences_of(serving, request(0, 0, tail=[*idle.token_ids, 9]))[0], running]
     )
     assert idle_again.token_ids and serving.metrics.extend_tokens - extended > 104
 
 
-def test_no_more_rows_are_decoded_at_once_than_allowed():
+def test_no_more_rows_are_decoded_at_once_than_allowed() -> None:
     serving = engine(max_rows=2, pages=32)
-    jobs = jobs_of(serving, *[request(0, e) for e in range(3)])
-    serving.step(jobs)
-    assert [len(job.token_ids) for job in jobs] == [4, 4, 0]
+    sequences = sequences_of(serving, *[request(0, e) for e in range(3)])
+    serving.step(sequences)
+    assert [len(sequence.token_ids) for sequence in sequences] == [4, 4, 0]
 
 
-def test_weights_that_give_no_numbers_are_an_error():
+def test_weights_that_give_no_numbers_are_an_error() -> None:
     broken = jax.tree.map(lambda leaf: leaf * np.nan, PARAMS)
     serving = engine(max_rows=2, pages=32, params=broken)
     with pytest.raises(
         FloatingPointError, match="weight version 0 gives log-probabilities that are not finite"
     ):
-        serving.step(jobs_of(serving, request(0)))
+        serving.step(sequences_of(serving, request(0)))
 
 
-def test_nobody_waits_for_the_next_turn_of_an_episode_that_is_over():
+def test_nobody_waits_for_the_next_turn_of_an_episode_that_is_over() -> None:
     async def body(sampler: NativeSampler) -> float:
+        sampler.gather_seconds = 60
+
         async def episode(e: int, tokens: int) -> None:
             await sampler.generate(request(0, e, max_tokens=tokens))
             await sampler.release(f"g0e{e}")
@@ -167,10 +176,10 @@ def test_nobody_waits_for_the_next_turn_of_an_episode_that_is_over():
         await asyncio.gather(episode(0, 3), episode(1, 12))
         return time.monotonic() - start
 
-    assert run(body, gather_seconds=60) < 60
+    assert run(body) < 60
 
 
-def test_a_cancelled_request_leaves_and_the_rest_go_on():
+def test_a_cancelled_request_leaves_and_the_rest_go_on() -> None:
     async def body(sampler: NativeSampler) -> Generation:
         doomed = asyncio.create_task(sampler.generate(request(0, 0, max_tokens=300)))
         other = asyncio.create_task(sampler.generate(request(0, 1)))
@@ -188,7 +197,7 @@ def test_a_cancelled_request_leaves_and_the_rest_go_on():
     same(run(body), generate(request(0, 1))[0])
 
 
-def test_a_failure_of_the_engine_reaches_everyone():
+def test_a_failure_of_the_engine_reaches_everyone() -> None:
     class Broken:
         def decode(self, ids: Any, **_: Any) -> str:
             raise KeyError("no such token")
@@ -198,9 +207,7 @@ def test_a_failure_of_the_engine_reaches_everyone():
             CONFIG,
             PARAMS,
             Broken(),
-            decode_chunk=4,
-            max_rows=8,
-            max_cache_tokens=2048,
+            SETTINGS,
             compute_dtype=jnp.float32,
         )
         calls = [sampler.generate(request(0, e, stop_strings=("x",))) for e in range(3)]
@@ -218,7 +225,7 @@ def test_a_failure_of_the_engine_reaches_everyone():
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
-def test_a_request_that_contradicts_its_group_is_refused_and_the_others_are_served():
+def test_a_request_that_contradicts_its_group_is_refused_and_the_others_are_served() -> None:
     async def body(sampler: NativeSampler) -> None:
         good = asyncio.create_task(sampler.generate(request(0, 0)))
         await sampler.generate(request(0, 5))
@@ -239,7 +246,7 @@ def test_a_request_that_contradicts_its_group_is_refused_and_the_others_are_serv
     run(body)
 
 
-def test_requests_that_never_fit_are_refused():
+def test_requests_that_never_fit_are_refused() -> None:
     async def body(sampler: NativeSampler) -> None:
         with pytest.raises(ValueError, match="exceed the model's context of 512"):
             await sampler.generate(request(0, max_tokens=473))
@@ -262,7 +269,7 @@ def test_requests_that_never_fit_are_refused():
     run(body, max_cache_tokens=192)
 
 
-def test_closing_tells_those_who_wait():
+def test_closing_tells_those_who_wait() -> None:
     async def main() -> None:
         sampler = make()
         waiting = asyncio.create_task(sampler.generate(request(0, max_tokens=300)))

@@ -4,12 +4,11 @@ import collections
 
 import numpy as np
 
-from jaxgrpo.samplers.native.engine import _row_cost
-from jaxgrpo.samplers.native.shapes import Rates, Shape, ShapeBook, SparingShapeBook
+from jaxgrpo.samplers.native.shapes import Rates, Shape, ShapeBook, SparingShapeBook, row_cost
 from tests.native_samplers import CONFIG
 
 
-def test_shapes_are_few_and_follow_lasting_work():
+def test_shapes_are_few_and_follow_lasting_work() -> None:
     book = ShapeBook(row_cost=100.0)
     full = Shape(rows=60, tokens=16, groups=8, group_rows=8, shared=1000, own=100)
     assert book.choose("decode", full) == Shape(64, 16, 8, 8, 1024, 128)
@@ -28,12 +27,13 @@ def test_shapes_are_few_and_follow_lasting_work():
     assert book.choose("extend", few) == Shape(4, 16, 1, 4, 64, 64)
 
 
-def test_a_rows_cost_by_hand():
-    # two layers of 32 x 8 x (8 + 4) + 3 x 32 x 48 and a head of 32 x 261, over a query and a key of 4 x 8 in two layers
-    assert _row_cost(CONFIG) == (2 * 7680 + 8352) / 128 == 185.25
+def test_a_rows_cost_by_hand() -> None:
+    # Two layers of 32 x 8 x (8 + 4) + 3 x 32 x 48, and a head of 32 x 261, over one query and one
+    # key of 4 x 8 in two layers.
+    assert row_cost(CONFIG) == (2 * 7680 + 8352) / 128 == 185.25
 
 
-def test_an_extension_of_many_tokens_is_not_padded_with_rows():
+def test_an_extension_of_many_tokens_is_not_padded_with_rows() -> None:
     book = ShapeBook(row_cost=100.0)
     assert [
         book.choose("extend", Shape(1, tokens, 1, 1, 0, 0)).rows for tokens in (16, 64, 512)
@@ -42,7 +42,10 @@ def test_an_extension_of_many_tokens_is_not_padded_with_rows():
 
 
 def play_batch(book: ShapeBook, rng: np.random.Generator) -> None:
-    """The shapes that 64 episodes of one to three turns ask for, 8 a group: prompts of 350 to 760 tokens, turns of 26 on average."""
+    """The shapes that 64 episodes of one to three turns ask for, in groups of 8.
+
+    Prompts have 350 to 760 tokens, turns 26 on average.
+    """
     prompts = rng.integers(350, 760, 8).tolist()
     own = [0] * 64
     turns = [
@@ -85,7 +88,7 @@ def play_batch(book: ShapeBook, rng: np.random.Generator) -> None:
             own[b] += turns[b][turn_of[b]][1]
 
 
-def test_a_run_of_batches_that_thin_out_compiles_few_shapes_and_soon_hardly_any():
+def test_a_run_of_batches_that_thin_out_compiles_few_shapes_and_soon_hardly_any() -> None:
     book, rng, counts = ShapeBook(row_cost=1700.0), np.random.default_rng(0), []
     for _ in range(100):
         play_batch(book, rng)
@@ -103,23 +106,23 @@ def sparing_book(compile_seconds: float = 2.0, most_cached: int = 10**6) -> Spar
 
 
 class TestSparing:
-    def test_padding_is_paid_until_it_has_cost_a_program(self):
+    def test_padding_is_paid_until_it_has_cost_a_program(self) -> None:
         book = sparing_book()
         full, tight = Shape(64, 16, 8, 8, 1024, 1024), Shape(4, 16, 1, 4, 1024, 1024)
         assert book.choose("decode", Shape(40, 16, 8, 8, shared=1000, own=100)) == full
         few = Shape(rows=3, tokens=16, groups=1, group_rows=3, shared=900, own=70)
-        # 16 x 64 x (10 + 1024 + 1040) pairs in place of 16 x 4 x (10 + 1024 + 1040) are 1.99 s more,
-        # the second time 3.98 s in all, above the program's 2 s
+        # 16 x 64 x (10 + 1024 + 1040) pairs in place of 16 x 4 x (10 + 1024 + 1040) take 1.99 s
+        # more. The second time that is 3.98 s in all, more than the program's 2 s.
         assert [book.choose("decode", few) for _ in range(3)] == [full, tight, tight]
 
-    def test_a_few_rows_that_come_first_make_room_for_all(self):
+    def test_a_few_rows_that_come_first_make_room_for_all(self) -> None:
         book = sparing_book()
         alone = Shape(rows=1, tokens=16, groups=1, group_rows=1, shared=900, own=70)
         assert book.choose("decode", alone) == Shape(64, 16, 1, 64, 1024, 1024)
         assert book.choose("decode", Shape(60, 16, 1, 60, 900, 70)).group_rows == 64
         assert book.compilations == 1
 
-    def test_what_grows_gets_the_room_that_others_had(self):
+    def test_what_grows_gets_the_room_that_others_had(self) -> None:
         book = sparing_book(100.0)
         choose = lambda *sizes: book.choose("decode", Shape(*sizes))
         assert choose(64, 16, 32, 2, 1500, 0) == Shape(64, 16, 32, 2, 2048, 1024)
@@ -127,7 +130,7 @@ class TestSparing:
         assert choose(9, 16, 3, 3, 700, 10) == Shape(64, 16, 8, 8, 2048, 2048)
         assert book.compilations == 2
 
-    def test_room_is_not_made_where_it_would_gather_too_much(self):
+    def test_room_is_not_made_where_it_would_gather_too_much(self) -> None:
         few = Shape(rows=5, tokens=16, groups=1, group_rows=5, shared=1024, own=300)
         found = [sparing_book(most_cached=n).choose("decode", few) for n in (66_560, 17_408, 9_000)]
         assert [(s.rows, s.own) for s in found] == [(64, 1024), (16, 1024), (8, 384)]
@@ -137,14 +140,16 @@ class TestSparing:
             (1, 8, 1024),
         ]
 
-    def test_an_extension_takes_all_rows_of_its_budget(self):
+    def test_an_extension_takes_all_rows_of_its_budget(self) -> None:
         book = sparing_book()
         # nothing is shared: one page
         assert book.choose("extend", Shape(3, 256, 3, 1, 0, 600)) == Shape(8, 256, 8, 1, 64, 1024)
         over_a_prompt = book.choose("extend", Shape(1, 256, 1, 1, 700, 60))
         assert over_a_prompt == Shape(8, 256, 8, 1, 1024, 1024)
 
-    def test_a_run_of_batches_that_thin_out_compiles_a_handful_at_once_and_then_nothing(self):
+    def test_a_run_of_batches_that_thin_out_compiles_a_handful_at_once_and_then_nothing(
+        self,
+    ) -> None:
         # of the 0.5B: 1700 as above; 24 layers of 14 heads of 64, four operations a pair
         book = SparingShapeBook(1700.0, 24, 4 * 24 * 14 * 64, most_rows=64, most_cached=262_144)
         rng, counts = np.random.default_rng(0), []

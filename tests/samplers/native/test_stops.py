@@ -67,7 +67,7 @@ BYTE_OF = _bytes_of_alphabet()
 )
 def test_stop_strings_over_tokens_and_split_characters(
     ids: list[int], stop: str, end: int | None, width: int
-):
+) -> None:
     finder, taken = StopFinder(TOKENIZER, ("unused", stop)), 0
     for start in range(0, len(ids), width):
         found = finder.push(ids[start : start + width])

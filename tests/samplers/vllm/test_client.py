@@ -1,23 +1,25 @@
-"""The vLLM sampler's client against a small server with vLLM's routes: what it sends, how it maps answers, what it does about failures."""
+"""The vLLM sampler against a small server with vLLM's routes: requests, answers and failures."""
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from jaxgrpo.config.settings import VllmSettings
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError
-from jaxgrpo.samplers.vllm.client import VllmLimits, VllmSampler
+from jaxgrpo.samplers.vllm.client import VllmSampler
 from tests.fake_vllm import FakeVllm, choice
 from tests.vllm_clients import EOS, GENERATE, PROBE, Folder, Written, request, run, served
 
 
 @pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch):
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jaxgrpo.samplers.vllm.client._FIRST_WAIT", 0.01)
 
 
-def test_what_is_asked_for():
+def test_what_is_asked_for() -> None:
     server = FakeVllm(served([7, 8], stop="</t>"))
     run(
         lambda sampler: sampler.generate(
@@ -52,7 +54,9 @@ def test_what_is_asked_for():
         (choice([7, 8, 9, 10], "1", "length"), FinishReason.LENGTH),
     ],
 )
-def test_ids_log_probabilities_and_the_reason_of_the_end(answer, reason):
+def test_ids_log_probabilities_and_the_reason_of_the_end(
+    answer: dict[str, Any], reason: FinishReason
+) -> None:
     generation: Generation = run(
         lambda sampler: sampler.generate(request()), FakeVllm(lambda body: answer)
     )
@@ -63,7 +67,7 @@ def test_ids_log_probabilities_and_the_reason_of_the_end(answer, reason):
     assert (generation.token_ids_T.dtype, generation.logprobs_T.dtype) == (np.int32, np.float32)
 
 
-def test_every_token_has_the_version_that_made_it():
+def test_every_token_has_the_version_that_made_it() -> None:
     answer = choice([7, 8, 9, 10], "1")
     answer["weight_versions"] = [
         {"version": "1", "start": 0, "end": 3},
@@ -89,25 +93,25 @@ def test_every_token_has_the_version_that_made_it():
             "left 1 of 2 tokens without a weight version",
         ),
         ({"weight_versions": None}, "left 2 of 2 tokens"),
-        ({"logprobs": None}, "log-probabilities are not those of its 2 tokens"),
-        ({"token_ids": [7, 9]}, "log-probabilities are not those"),
+        ({"logprobs": None}, "log-probabilities do not match its 2 tokens"),
+        ({"token_ids": [7, 9]}, "log-probabilities do not match its"),
         ({"finish_reason": "error"}, "ended a turn with 'error'"),
     ],
 )
-def test_an_answer_that_would_poison_a_batch_is_refused(change, said):
+def test_an_answer_that_would_poison_a_batch_is_refused(change: dict[str, Any], said: str) -> None:
     server = FakeVllm(lambda body: choice([7, 8], "1") | change)
     with pytest.raises(SamplerError, match=said):
         run(lambda sampler: sampler.generate(request()), server)
 
 
 @pytest.mark.parametrize("failure", [503, 500, "drop"])
-def test_a_turn_without_an_answer_is_asked_for_again(failure):
+def test_a_turn_without_an_answer_is_asked_for_again(failure: int | str) -> None:
     server = FakeVllm(served([7]), failures={GENERATE: [failure, failure]})
     assert run(lambda sampler: sampler.generate(request()), server).token_ids_T.tolist() == [7]
     assert server.counts[GENERATE] == 3
 
 
-def test_the_retries_are_bounded_and_the_last_problem_is_told():
+def test_the_retries_are_bounded_and_the_last_problem_is_told() -> None:
     server = FakeVllm(failures={GENERATE: [503] * 9})
     with pytest.raises(
         SamplerError,
@@ -117,7 +121,7 @@ def test_the_retries_are_bounded_and_the_last_problem_is_told():
     assert server.counts[GENERATE] == 3
 
 
-def test_an_aborted_turn_is_asked_for_again_and_a_refused_one_is_not():
+def test_an_aborted_turn_is_asked_for_again_and_a_refused_one_is_not() -> None:
     answers = [choice([7], "1", "abort"), choice([8], "1")]
     server = FakeVllm(lambda body: answers.pop(0))
     assert run(lambda sampler: sampler.generate(request()), server).token_ids_T.tolist() == [8]
@@ -127,14 +131,14 @@ def test_an_aborted_turn_is_asked_for_again_and_a_refused_one_is_not():
     assert refusing.counts[GENERATE] == 1
 
 
-def test_a_turn_has_a_deadline_over_all_its_tries():
+def test_a_turn_has_a_deadline_over_all_its_tries() -> None:
     server = FakeVllm(delay=10)
     with pytest.raises(SamplerError, match="gave no answer within 0 seconds"):
         run(lambda sampler: sampler.generate(request()), server, request_seconds=0.3)
     assert server.counts[GENERATE] == 1
 
 
-def test_another_server_is_asked_when_one_does_not_answer():
+def test_another_server_is_asked_when_one_does_not_answer() -> None:
     broken, whole = FakeVllm(failures={GENERATE: ["drop"] * 9}), FakeVllm(served([7]))
     assert run(lambda sampler: sampler.generate(request()), broken, whole).token_ids_T.tolist() == [
         7
@@ -142,7 +146,7 @@ def test_another_server_is_asked_when_one_does_not_answer():
     assert (broken.counts[GENERATE], whole.counts[GENERATE]) == (1, 1)
 
 
-def test_a_publish_needs_no_place_among_turns_that_another_server_did_not_take():
+def test_a_publish_needs_no_place_among_turns_that_another_server_did_not_take() -> None:
     broken, whole = FakeVllm(failures={GENERATE: [503] * 99}), FakeVllm(served([7]), delay=0.5)
 
     async def body(sampler: VllmSampler) -> None:
@@ -158,7 +162,7 @@ def test_a_publish_needs_no_place_among_turns_that_another_server_did_not_take()
     run(body, broken, whole, max_requests=20)
 
 
-def test_waiting_for_a_place_takes_nothing_of_a_turns_deadline():
+def test_waiting_for_a_place_takes_nothing_of_a_turns_deadline() -> None:
     server = FakeVllm(served([7]), delay=1.0)
 
     async def body(sampler: VllmSampler) -> Generation:
@@ -173,7 +177,7 @@ def test_waiting_for_a_place_takes_nothing_of_a_turns_deadline():
     assert server.counts[GENERATE] == 3
 
 
-def test_the_least_loaded_server_is_taken_and_an_episode_returns_to_its_own():
+def test_the_least_loaded_server_is_taken_and_an_episode_returns_to_its_own() -> None:
     first, second = FakeVllm(served([7]), delay=0.2), FakeVllm(served([7]), delay=0.2)
 
     async def body(sampler: VllmSampler) -> tuple[int, int]:
@@ -189,7 +193,7 @@ def test_the_least_loaded_server_is_taken_and_an_episode_returns_to_its_own():
     assert (first.counts[GENERATE], second.counts[GENERATE]) == (2, 4)
 
 
-def test_hundreds_of_requests_wait_for_a_place():
+def test_hundreds_of_requests_wait_for_a_place() -> None:
     server = FakeVllm(served([7]), delay=0.002)
 
     async def body(sampler: VllmSampler) -> list[Generation]:
@@ -199,7 +203,7 @@ def test_hundreds_of_requests_wait_for_a_place():
     assert server.most_running == 16
 
 
-def test_a_cancelled_request_gives_its_place_back():
+def test_a_cancelled_request_gives_its_place_back() -> None:
     server = FakeVllm(served([7]), delay=0.3)
 
     async def body(sampler: VllmSampler) -> Generation:
@@ -213,7 +217,7 @@ def test_a_cancelled_request_gives_its_place_back():
     assert run(body, server, max_requests=1).token_ids_T.tolist() == [7]
 
 
-def test_a_turn_beyond_the_context_is_refused_before_it_is_sent():
+def test_a_turn_beyond_the_context_is_refused_before_it_is_sent() -> None:
     server = FakeVllm()
     with pytest.raises(ValueError, match="65 tokens of context and completion exceed the 64"):
         run(lambda sampler: sampler.generate(request(max_tokens=61)), server)
@@ -230,12 +234,12 @@ def test_a_turn_beyond_the_context_is_refused_before_it_is_sent():
         (FakeVllm(failures={"/version": [404]}), "answered 404"),
     ],
 )
-def test_a_server_that_cannot_serve_the_policy_is_refused(server, said):
+def test_a_server_that_cannot_serve_the_policy_is_refused(server: FakeVllm, said: str) -> None:
     with pytest.raises(SamplerError, match=said):
         run(lambda sampler: sampler.connect(PROBE), server, published=False)
 
 
-def test_the_key_is_shown():
+def test_the_key_is_shown() -> None:
     """On every route; the server answers 401 without it."""
     server = FakeVllm(served([7]), key="secret")
     run(lambda sampler: sampler.connect(PROBE), server, published=False, api_key="secret")
@@ -244,11 +248,13 @@ def test_the_key_is_shown():
     assert server.counts[GENERATE] == 1
 
 
-def test_nobody_listens():
+def test_nobody_listens() -> None:
     async def main() -> None:
-        limits = VllmLimits(4, 64, 5.0, 5.0, 0)
         sampler = VllmSampler(
-            ["http://127.0.0.1:9"], limits, eos_token_ids=(EOS,), versions=Folder(Path("/weights"))
+            VllmSettings(urls=("http://127.0.0.1:9",), request_seconds=5.0, retries=0),
+            64,
+            eos_token_ids=(EOS,),
+            versions=Folder(Path("/weights")),
         )
         with pytest.raises(SamplerError, match="version cannot be reached"):
             await sampler.connect(PROBE)
@@ -257,11 +263,11 @@ def test_nobody_listens():
     asyncio.run(main())
 
 
-def test_a_server_that_died_is_told_at_once():
+def test_a_server_that_died_is_told_at_once() -> None:
     async def main() -> None:
         sampler = VllmSampler(
-            ["http://127.0.0.1:9"],
-            VllmLimits(4, 64, 60.0, 5.0, 50),
+            VllmSettings(urls=("http://127.0.0.1:9",), request_seconds=60.0, retries=50),
+            64,
             eos_token_ids=(EOS,),
             versions=Folder(Path("/weights")),
             failure=lambda: "vLLM ended with status 1",

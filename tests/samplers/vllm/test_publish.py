@@ -1,4 +1,4 @@
-"""The vLLM sampler's client publishes: what it asks of the servers, and what it leaves behind when a publish fails or is cut off."""
+"""Publishing through the vLLM sampler: calls to the servers, and failed or cancelled publishes."""
 
 import asyncio
 import time
@@ -13,13 +13,18 @@ from tests.fake_vllm import FakeVllm
 from tests.vllm_clients import PROBE, Written, run
 
 
-def test_a_publish_freezes_loads_and_goes_on():
+def test_a_publish_freezes_loads_and_goes_on() -> None:
     server = FakeVllm()
     stages = run(lambda sampler: sampler.publish(2, Written()), server)
     assert server.routes() == [
-        "/pause?mode=keep&clear_cache=true", "/start_weight_update", "/update_weights", "/finish_weight_update", "/weight_info", "/resume",
+        "/pause?mode=keep&clear_cache=true",
+        "/start_weight_update",
+        "/update_weights",
+        "/finish_weight_update",
+        "/weight_info",
+        "/resume",
         "/is_paused",
-    ]  # fmt: skip
+    ]
     assert server.seen[2][1] == {"update_info": {"path": "/weights/000002", "version": 2}}
     assert (server.weights, server.paused) == ("2", False)
     assert set(stages) == {"write", "pause", "load", "resume"} and all(
@@ -27,12 +32,12 @@ def test_a_publish_freezes_loads_and_goes_on():
     )
 
 
-def test_versions_only_grow():
+def test_versions_only_grow() -> None:
     with pytest.raises(ValueError, match="weight version 1 is not above 1"):
         run(lambda sampler: sampler.publish(1, Written()), FakeVllm())
 
 
-def test_a_refused_publish_leaves_no_server_frozen_and_no_update_open():
+def test_a_refused_publish_leaves_no_server_frozen_and_no_update_open() -> None:
     good, bad = FakeVllm(), FakeVllm()
 
     async def body(sampler: VllmSampler) -> None:
@@ -47,7 +52,7 @@ def test_a_refused_publish_leaves_no_server_frozen_and_no_update_open():
     )  # a parallel server's workers do not all end it by themselves
 
 
-def test_a_server_that_closes_a_connection_after_an_error_does_not_stay_frozen():
+def test_a_server_that_closes_a_connection_after_an_error_does_not_stay_frozen() -> None:
     server = FakeVllm()
 
     async def body(sampler: VllmSampler) -> None:
@@ -59,7 +64,7 @@ def test_a_server_that_closes_a_connection_after_an_error_does_not_stay_frozen()
     assert not server.paused
 
 
-def test_a_sampler_that_is_closed_amid_a_publish_leaves_no_server_frozen():
+def test_a_sampler_that_is_closed_amid_a_publish_leaves_no_server_frozen() -> None:
     server = FakeVllm(update_seconds=0.2)
 
     async def body(sampler: VllmSampler) -> None:
@@ -73,7 +78,7 @@ def test_a_sampler_that_is_closed_amid_a_publish_leaves_no_server_frozen():
     run(body, server)
 
 
-def test_a_sampler_that_is_closed_amid_a_publish_waits_for_the_writing():
+def test_a_sampler_that_is_closed_amid_a_publish_waits_for_the_writing() -> None:
     """It cannot be stopped, and the folder that it writes to is removed next."""
 
     class Slow(Written):
@@ -101,7 +106,7 @@ def test_a_sampler_that_is_closed_amid_a_publish_waits_for_the_writing():
     "error",
     [WeightError("norm holds values that are not finite"), OSError(28, "No space left on device")],
 )
-def test_weights_that_cannot_be_written_are_the_samplers_failure(error):
+def test_weights_that_cannot_be_written_are_the_samplers_failure(error: Exception) -> None:
     class Broken(Written):
         def write(self, version: int, root: Path) -> Path:
             raise error
@@ -115,7 +120,7 @@ def test_weights_that_cannot_be_written_are_the_samplers_failure(error):
     assert server.seen == []
 
 
-def test_an_update_that_a_client_left_open_is_ended_under_its_own_label():
+def test_an_update_that_a_client_left_open_is_ended_under_its_own_label() -> None:
     server = FakeVllm(session=True, weights="5")
     run(lambda sampler: sampler.publish(6, Written()), server, published=False)
     finished = [
@@ -124,7 +129,7 @@ def test_an_update_that_a_client_left_open_is_ended_under_its_own_label():
     assert finished == ["5", "6"]
 
 
-def test_a_server_that_was_left_frozen_is_woken_up():
+def test_a_server_that_was_left_frozen_is_woken_up() -> None:
     server = FakeVllm(paused=True)
     run(lambda sampler: sampler.connect(PROBE), server, published=False)
     assert not server.paused

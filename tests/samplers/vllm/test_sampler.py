@@ -1,6 +1,6 @@
-"""A real vLLM server behind the sampler: ids, ends of turns, publishes, the check of what is served.
+"""The sampler with a real vLLM server: ids, ends of turns, publishes, the agreement check.
 
-Log-probabilities are compared with a float32 forward of the same bfloat16 weights.
+Log-probabilities are compared with a float32 forward pass of the same bfloat16 weights.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ import pytest
 
 from configs.vllm_cpu import get_config as vllm_cpu
 from envs.procedural import Warehouse
-from jaxgrpo.config.settings import Config
+from jaxgrpo.config.settings import Config, VllmSettings
 from jaxgrpo.models.qwen2 import Params, cast_to, forward, head_table
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.rollout.episode import SamplingParams
@@ -28,9 +28,9 @@ from jaxgrpo.run.agreement import AgreementCheck, MismatchError
 from jaxgrpo.run.weights import WholeWeights
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError, SamplingRequest
 from jaxgrpo.samplers.native.stops import StopFinder
-from jaxgrpo.samplers.vllm.client import TokenizerProbe, VllmLimits, VllmSampler
+from jaxgrpo.samplers.vllm.client import TokenizerProbe, VllmSampler
 from jaxgrpo.samplers.vllm.server import VllmServer
-from jaxgrpo.storage.publish import WeightFolder
+from jaxgrpo.storage.weight_folder import WeightFolder
 from tests.vllm_serving import BOUND, CONTEXT, KEY, NEEDS_VLLM, POLICY, config, started_server
 
 pytestmark = NEEDS_VLLM
@@ -58,9 +58,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     yield from started_server(tmp_path_factory.mktemp("vllm"))
 
 
+def settings_for(server: VllmServer) -> VllmSettings:
+    return VllmSettings(
+        urls=(server.url,), max_requests=64, request_seconds=300.0, publish_seconds=120.0, retries=1
+    )
+
+
 @dataclasses.dataclass
 class Client:
-    """Runs coroutines on a sampler of the server; every client begins with the untouched policy as version 1."""
+    """Runs coroutines on a sampler of the server, always starting with version 1 of the policy."""
 
     server: VllmServer
     folder: Path
@@ -70,15 +76,13 @@ class Client:
     def __call__(self, body: Callable[[VllmSampler], Awaitable[Any]]) -> Any:
         async def run() -> Any:
             versions = WeightFolder(self.folder, 2**23)
-            limits = VllmLimits(64, CONTEXT, 300.0, 120.0, 1)
-            urls, failure = [self.server.url], self.server.failure
             sampler = VllmSampler(
-                urls,
-                limits,
+                settings_for(self.server),
+                CONTEXT,
                 eos_token_ids=self.eos,
                 versions=versions,
                 api_key=KEY,
-                failure=failure,
+                failure=self.server.failure,
             )
             try:
                 await sampler.publish(1, WholeWeights(self.params, POLICY.config))
@@ -132,7 +136,7 @@ def logprobs(params: Params, r: SamplingRequest, generation: Generation) -> np.n
 
 
 class TestEndsOfTurns:
-    def test_a_turn_ends_at_its_end_token_which_is_kept(self, client):
+    def test_a_turn_ends_at_its_end_token_which_is_kept(self, client: Client) -> None:
         [generation] = client(
             lambda sampler: asyncio.gather(
                 sampler.generate(request(temperature=0.0, max_tokens=200))
@@ -142,13 +146,13 @@ class TestEndsOfTurns:
         assert generation.token_ids_T[-1] in POLICY.chat.eos_ids
         assert not set(generation.token_ids_T[:-1].tolist()) & set(POLICY.chat.eos_ids)
 
-    def test_a_turn_is_cut_at_its_length(self, client):
+    def test_a_turn_is_cut_at_its_length(self, client: Client) -> None:
         generation = client(
             lambda sampler: sampler.generate(request(temperature=0.0, max_tokens=5))
         )
         assert (generation.finish_reason, len(generation.token_ids_T)) == (FinishReason.LENGTH, 5)
 
-    def test_a_stop_string_ends_a_turn_at_the_token_that_completes_it(self, client):
+    def test_a_stop_string_ends_a_turn_at_the_token_that_completes_it(self, client: Client) -> None:
         free = client(lambda sampler: sampler.generate(request(temperature=0.0, max_tokens=60)))
         text = POLICY.chat.text(free.token_ids_T)
         stops = sorted({text[i : i + 3] for i in range(3, len(text) - 3)}, key=text.index)[:12:3]
@@ -166,7 +170,9 @@ class TestEndsOfTurns:
             assert stopped.finish_reason is FinishReason.STOP
             assert stopped.token_ids_T.tolist() == free.token_ids_T[:end].tolist()
 
-    def test_the_same_seed_gives_the_same_turn_and_another_one_another(self, client):
+    def test_the_same_seed_gives_the_same_turn_and_another_one_another(
+        self, client: Client
+    ) -> None:
         seeds = (1, 1, 2)
 
         async def body(sampler: VllmSampler) -> list[Generation]:
@@ -176,7 +182,9 @@ class TestEndsOfTurns:
         assert first == again != another
 
     @pytest.mark.parametrize("temperature", [1.0, 0.6])
-    def test_log_probabilities_are_of_the_tempered_distribution(self, client, params, temperature):
+    def test_log_probabilities_are_of_the_tempered_distribution(
+        self, client: Client, params: Params, temperature: float
+    ) -> None:
         r = request(temperature=temperature)
         generation = client(lambda sampler: sampler.generate(r))
         assert np.abs(logprobs(params, r, generation) - generation.logprobs_T).mean() < BOUND
@@ -185,7 +193,7 @@ class TestEndsOfTurns:
 class Recording:
     """Passes turns on and keeps them."""
 
-    def __init__(self, sampler: VllmSampler):
+    def __init__(self, sampler: VllmSampler) -> None:
         self._sampler = sampler
         self.turns: dict[str, list[tuple[SamplingRequest, Generation]]] = {}
 
@@ -207,7 +215,9 @@ def with_room_for(run: Config, tokens: int) -> Config:
 @pytest.mark.parametrize(
     "run", [with_room_for(config(), 96), with_room_for(vllm_cpu(), 128)], ids=["warehouse", "bfcl"]
 )
-def test_tokens_in_are_tokens_out_at_every_turn_of_real_episodes(client, run):
+def test_tokens_in_are_tokens_out_at_every_turn_of_real_episodes(
+    client: Client, run: Config
+) -> None:
     async def body(sampler: VllmSampler) -> tuple[RolloutResult, Recording]:
         recording = Recording(sampler)
         rollout = setup.build_rollout(run, POLICY, recording, SamplingParams(1.0))
@@ -240,8 +250,8 @@ def test_tokens_in_are_tokens_out_at_every_turn_of_real_episodes(client, run):
 
 class TestPublishing:
     def test_what_is_published_is_served_and_going_back_is_bit_identical(
-        self, client, params, other
-    ):
+        self, client: Client, params: Params, other: Params
+    ) -> None:
         r = request(temperature=0.0, max_tokens=24)
 
         async def body(sampler: VllmSampler) -> list[Generation]:
@@ -264,9 +274,12 @@ class TestPublishing:
         np.testing.assert_array_equal(first.token_ids_T, back.token_ids_T)
         np.testing.assert_array_equal(first.logprobs_T, back.logprobs_T)
 
-    def test_turns_in_flight_go_on_under_the_new_weights(self, client, params, other):
+    def test_turns_in_flight_go_on_under_the_new_weights(
+        self, client: Client, params: Params, other: Params
+    ) -> None:
         client.eos = ()
-        # Of different lengths: all that run at once would end at once, and the publish could fall between two turns.
+        # The lengths differ, so that the turns do not all end at once, which could let the publish
+        # fall between two turns.
         requests = [request(max_tokens=400 - 5 * seed, seed=seed) for seed in range(32)]
         before = generated_tokens(client.server)
 
@@ -304,7 +317,9 @@ class TestPublishing:
                 differences_T = np.abs(logprobs(tree, r, generation) - generation.logprobs_T)
                 assert differences_T[versions_T == version].mean() < 2 * BOUND
 
-    def test_weights_of_another_model_are_refused_and_the_old_ones_serve(self, client, params):
+    def test_weights_of_another_model_are_refused_and_the_old_ones_serve(
+        self, client: Client, params: Params
+    ) -> None:
         short = dataclasses.replace(POLICY.config, layers=2)
         cut = {**params, "layers": jax.tree.map(lambda leaf: leaf[:2], params["layers"])}
         r = request(temperature=0.0)
@@ -328,16 +343,20 @@ class TestAgreement:
         return AgreementCheck(update, prompt(), 1.0, BOUND), update
 
     def test_it_passes_the_served_weights_and_stops_on_others(
-        self, server, tmp_path, params, other, check
-    ):
+        self,
+        server: VllmServer,
+        tmp_path: Path,
+        params: Params,
+        other: Params,
+        check: tuple[AgreementCheck, Any],
+    ) -> None:
         agreement, update = check
         mine, wrong = (update.init(tree).params for tree in (params, other))
         with EventLoopThread() as loop:
             versions = WeightFolder(tmp_path, 2**23)
-            limits = VllmLimits(64, CONTEXT, 300.0, 120.0, 1)
             sampler = VllmSampler(
-                [server.url],
-                limits,
+                settings_for(server),
+                CONTEXT,
                 eos_token_ids=POLICY.chat.eos_ids,
                 versions=versions,
                 api_key=KEY,
@@ -347,18 +366,20 @@ class TestAgreement:
             assert 0 < figures["check/mismatch_mean"] < BOUND
             with pytest.raises(
                 MismatchError,
-                match=r"does not serve the trainer's weights of version 1: .* vllm.max_mismatch allows 0.02",
+                match=r"does not serve the trainer's weights of version 1: .*"
+                r" vllm.max_mismatch allows 0.02",
             ):
                 agreement.run(loop, sampler, wrong, 1)
             with pytest.raises(
                 MismatchError,
-                match=r"after publishing weights of version 2 the sampler answers with version \[1\]",
+                match=r"after publishing weights of version 2 the sampler answers with version"
+                r" \[1\]",
             ):
                 agreement.run(loop, sampler, mine, 2)
             loop.call(sampler.close())
             versions.close()
 
-    def test_another_tokenizer(self, server, client):
+    def test_another_tokenizer(self, server: VllmServer, client: Client) -> None:
         probe = TokenizerProbe("hello", (1, 2, 3))
         with pytest.raises(
             SamplerError, match="has another tokenizer than the trainer: of 'hello' it makes"
