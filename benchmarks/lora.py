@@ -15,8 +15,10 @@ import jax.numpy as jnp
 
 from benchmarks.workload import SMALL, SMALL_MODEL, Stepping, interleaved, random_groups
 from jaxgrpo.config.settings import NO_LORA, LoraSettings, LossSettings, OptimizerSettings
+from jaxgrpo.learner.device_step import StepInputs
 from jaxgrpo.learner.sharding import make_mesh
-from jaxgrpo.learner.update import TrainState, Update
+from jaxgrpo.learner.train_state import TrainState
+from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.qwen2 import init_params
 
 
@@ -30,8 +32,8 @@ class Side(Stepping):
             mesh,
             LossSettings(kl_beta=kl_beta),
             OptimizerSettings(),
-            compute_dtype=jnp.float32,
-            lora=lora,
+            ComputeOptions(jnp.float32),
+            lora,
         )
         params = jax.device_get(init_params(SMALL_MODEL, jax.random.key(0)))
         super().__init__(update, update.init(params), random_groups(SMALL_MODEL.vocab_size, SMALL))
@@ -43,20 +45,15 @@ class Side(Stepping):
 
     def flops(self) -> float:
         placed = self.update._put(self.batch)
-        given, none = (
-            placed.sampler_logprobs_NGC,
-            None if self.state.reference is None else placed.sampler_logprobs_NGC,
-        )
-        arguments = (
+        logprobs = placed.sampler_logprobs_NGC  # stand in for all others: only shapes matter
+        reference = None if self.state.reference is None else logprobs
+        lowered = self.update._accumulate.lower(
             self.state.params,
             self.update._zeros(self.state.params),
-            placed,
-            given,
-            none,
-            True,
+            StepInputs(placed, logprobs, reference, on_policy=True),
             self.state.frozen,
         )
-        return float(self.update._accumulate.lower(*arguments).compile().cost_analysis()["flops"])
+        return float(lowered.compile().cost_analysis()["flops"])
 
 
 def state_bytes(state: TrainState) -> dict[str, int]:

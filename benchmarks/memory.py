@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from benchmarks.workload import SMALL_MODEL, Sizes, Stepping, random_groups
 from jaxgrpo.config.settings import LossSettings, OptimizerSettings
 from jaxgrpo.learner.sharding import make_mesh
-from jaxgrpo.learner.update import Update
+from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.qwen2 import init_params
 
 SIZES = Sizes(P=64, C=256, G=4)
@@ -43,8 +43,7 @@ def run(chunk: int | None, answer: multiprocessing.connection.Connection) -> Non
         make_mesh(jax.devices()[:1]),
         LossSettings(kl_beta=0.0),
         OptimizerSettings(warmup_steps=0),
-        compute_dtype=jnp.float32,
-        head_chunk=chunk or 1,
+        ComputeOptions(jnp.float32, head_chunk=chunk or 1),
     )
     stepping = Stepping(
         update,

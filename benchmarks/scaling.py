@@ -24,7 +24,7 @@ from benchmarks.workload import (
 )
 from jaxgrpo.config.settings import LossSettings, OptimizerSettings
 from jaxgrpo.learner.sharding import make_mesh
-from jaxgrpo.learner.update import Update
+from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.qwen2 import init_params
 
 CONFIG = dataclasses.replace(
@@ -51,8 +51,7 @@ def measure(sizes: Sizes, repeats: int) -> dict[str, float]:
         make_mesh(jax.devices()[:1]),
         LossSettings(kl_beta=0.0),
         OptimizerSettings(),
-        compute_dtype=jnp.float32,
-        remat="attention",
+        ComputeOptions(jnp.float32, remat="attention"),
     )
     sides = {
         "shared": Stepping(update, update.init(params), batch),

@@ -42,7 +42,7 @@ from benchmarks.workload import (
 )
 from jaxgrpo.config.settings import REMAT, LossSettings, OptimizerSettings
 from jaxgrpo.learner.sharding import logical_on_host, make_mesh
-from jaxgrpo.learner.update import Update
+from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.qwen2 import Params, init_params
 from jaxgrpo.types import GroupBatch
 
@@ -59,8 +59,7 @@ class OurUpdate:
             make_mesh(jax.devices()[:1]),
             LOSS,
             OPTIMIZER,
-            compute_dtype=jnp.float32,
-            remat=remat,
+            ComputeOptions(jnp.float32, remat=remat),
         )
         self._stepping = Stepping(update, update.init(params), batch)
         self.score = self._stepping.score

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.processor import PRODUCT, product_gflops
-from jaxgrpo.learner.update import StepReport, TrainState, Update
+from jaxgrpo.learner.train_state import StepReport, TrainState
+from jaxgrpo.learner.update import Update
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.types import GroupBatch
 

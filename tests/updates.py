@@ -16,8 +16,10 @@ import pytest
 
 from jaxgrpo.config.settings import BatchingSettings, LossSettings, OptimizerSettings
 from jaxgrpo.learner.batching import pack
+from jaxgrpo.learner.device_step import StepInputs
 from jaxgrpo.learner.sharding import logical_on_host, make_mesh
-from jaxgrpo.learner.update import StepReport, TrainState, Update
+from jaxgrpo.learner.train_state import StepReport, TrainState
+from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.types import Group, GroupBatch
@@ -77,16 +79,8 @@ def update_of(
 ) -> Update:
     """One Update for all tests that need it: compiling takes longer than anything else here."""
     mesh = make_mesh(jax.devices()[:devices])
-    return Update(
-        config,
-        mesh,
-        loss,
-        ADAM,
-        compute_dtype=dtype,
-        served_dtype=served_dtype,
-        temperature=TEMPERATURE,
-        head_chunk=16,
-    )
+    compute = ComputeOptions(dtype, served_dtype, temperature=TEMPERATURE, head_chunk=16)
+    return Update(config, mesh, loss, ADAM, compute)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +154,5 @@ def accumulate_text(update: Update, batch: GroupBatch) -> str:
     """The program of a micro-batch's forward and backward."""
     state, placed = update.init(params_of(TINY)), update._put(batch)
     given = placed.sampler_logprobs_NGC
-    return update._accumulate.lower(
-        state.params, state.params, placed, given, given, True, None
-    ).as_text()
+    inputs = StepInputs(placed, given, given, on_policy=True)
+    return update._accumulate.lower(state.params, state.params, inputs, None).as_text()

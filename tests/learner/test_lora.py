@@ -18,8 +18,10 @@ import pytest
 
 from jaxgrpo.config.settings import TARGETS, LoraSettings
 from jaxgrpo.learner.adapters import fingerprint
+from jaxgrpo.learner.device_step import StepInputs
 from jaxgrpo.learner.sharding import logical_on_host, make_layout, make_mesh, store
-from jaxgrpo.learner.update import TrainState, Update
+from jaxgrpo.learner.train_state import TrainState
+from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.lora import combine, only_adapters
 from jaxgrpo.models.qwen2 import Params, init_adapters, param_shapes, trained_shapes
 from jaxgrpo.run.weights import StoredWeights
@@ -53,16 +55,8 @@ BATCHES = packed(GROUPS, 12)
 def lora_update(devices: int, lora: LoraSettings = LORA, dtype: str = "float32") -> Update:
     """One Update for all tests that need it: compiling takes longer than anything else here."""
     mesh = make_mesh(jax.devices()[:devices])
-    return Update(
-        TINY,
-        mesh,
-        LOSS,
-        ADAM,
-        compute_dtype=dtype,
-        temperature=TEMPERATURE,
-        head_chunk=16,
-        lora=lora,
-    )
+    compute = ComputeOptions(dtype, temperature=TEMPERATURE, head_chunk=16)
+    return Update(TINY, mesh, LOSS, ADAM, compute, lora)
 
 
 def adapters_of(lora: LoraSettings = LORA, seed: int = 3) -> Params:
@@ -261,9 +255,8 @@ def test_an_untied_model_without_a_reference() -> None:
     lora, norms = LoraSettings(rank=2, alpha=3.0, targets=("q", "up")), []
     for devices in (1, 2):
         mesh = make_mesh(jax.devices()[:devices])
-        update = Update(
-            UNTIED, mesh, NO_KL, ADAM, compute_dtype=jnp.float32, head_chunk=16, lora=lora
-        )
+        compute = ComputeOptions(jnp.float32, head_chunk=16)
+        update = Update(UNTIED, mesh, NO_KL, ADAM, compute, lora)
         state = update.init(params_of(UNTIED))
         head = np.array(state.frozen["lm_head"]["embedding"])
         assert state.reference is None and update.reference_logprobs(state, BATCHES) == [None]
@@ -290,9 +283,9 @@ def test_targets_are_what_is_trained() -> None:
 def compiled(update: Update) -> jax.stages.Compiled:
     state, batch = update.init(params_of(TINY)), update._put(BATCHES[0])
     given = batch.sampler_logprobs_NGC
-    return update._accumulate.lower(
-        state.params, update._zeros(state.params), batch, given, given, True, state.frozen
-    ).compile()
+    inputs = StepInputs(batch, given, given, on_policy=True)
+    zeros = update._zeros(state.params)
+    return update._accumulate.lower(state.params, zeros, inputs, state.frozen).compile()
 
 
 def shapes_of(operation: str, program: jax.stages.Compiled) -> list[tuple[int, ...]]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxgrpo.config.settings import OptimizerSettings
-from jaxgrpo.learner.update import make_optimizer
+from jaxgrpo.learner.optimizer import make_optimizer
 
 
 def stepped(settings: OptimizerSettings, gradients: Sequence[float]) -> list[float]:

@@ -9,8 +9,8 @@ import pytest
 from jaxgrpo.config.settings import REMAT, BatchingSettings
 from jaxgrpo.learner.batching import pack
 from jaxgrpo.learner.sharding import make_mesh
-from jaxgrpo.learner.update import Update
-from jaxgrpo.models.qwen2 import rematerialised
+from jaxgrpo.learner.update import ComputeOptions, Update
+from jaxgrpo.models.qwen2 import rematerialized
 from tests.updates import (
     ADAM,
     GROUPS,
@@ -38,15 +38,8 @@ def test_less_is_computed_again_by_each_way_of_rematerialising_and_the_gradients
     batch = packed(GROUPS, 4)[0]
     products, gradients = [], []
     for remat in REMAT:
-        update = Update(
-            TINY,
-            make_mesh(jax.devices()[:1]),
-            NO_KL,
-            ADAM,
-            compute_dtype=jnp.float32,
-            head_chunk=16,
-            remat=remat,
-        )
+        compute = ComputeOptions(jnp.float32, head_chunk=16, remat=remat)
+        update = Update(TINY, make_mesh(jax.devices()[:1]), NO_KL, ADAM, compute)
         products.append(accumulate_text(update, batch).count("dot_general"))
         state, _, _ = update.optimizer_step(update.init(params_of(TINY)), [batch], None, [None])
         gradients.append(clipped_gradient(update, state))
@@ -58,7 +51,7 @@ def test_less_is_computed_again_by_each_way_of_rematerialising_and_the_gradients
 
 def test_an_unknown_way_of_rematerialising_is_refused() -> None:
     with pytest.raises(ValueError, match="remat must be one of"):
-        rematerialised(lambda x, _: (x, None), "some")
+        rematerialized(lambda x, _: (x, None), "some")
 
 
 # Where things lie, and what is compiled.

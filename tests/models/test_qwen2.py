@@ -12,7 +12,14 @@ import pytest
 
 from jaxgrpo.models import attention, qwen2
 from jaxgrpo.models.model_config import ModelConfig
-from jaxgrpo.models.qwen2 import cast_to, default_embed, forward, forward_shared_prompt, head_table
+from jaxgrpo.models.qwen2 import (
+    GroupTokens,
+    ParamLoader,
+    cast_to,
+    forward,
+    forward_shared_prompt,
+    head_table,
+)
 from jaxgrpo.storage import hf_mapping
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -72,17 +79,9 @@ def logits_of(config: ModelConfig, params: qwen2.Params, ids_BT: np.ndarray) -> 
 def row_logits_of(
     config: ModelConfig, params: qwen2.Params, arrays: dict[str, np.ndarray]
 ) -> np.ndarray:
-    load = cast_to(jnp.float32)
+    tokens = GroupTokens(*(jnp.asarray(arrays[name]) for name in GroupTokens._fields))
     with jax.default_matmul_precision("highest"):
-        hidden = forward_shared_prompt(
-            config,
-            params,
-            jnp.asarray(arrays["prompt_NP"]),
-            jnp.asarray(arrays["prompt_lengths_N"]),
-            jnp.asarray(arrays["completions_NGC"]),
-            load=load,
-            embed=functools.partial(default_embed, load=load),
-        )
+        hidden = forward_shared_prompt(config, params, tokens, ParamLoader.whole(jnp.float32))
         return np.asarray(hidden @ head_table(params).T)
 
 
@@ -198,16 +197,14 @@ class TestSizes:
 
     def test_forward_has_the_width(self, name):
         config = qwen25(name)
-        load = cast_to(jnp.bfloat16)
+        loader = ParamLoader.whole(jnp.bfloat16)
         ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
         plain = jax.eval_shape(
-            lambda p, x: forward(config, p, x, load=load), qwen2.param_shapes(config), ids
+            lambda p, x: forward(config, p, x, load=loader.load), qwen2.param_shapes(config), ids
         )
         assert plain.shape == (2, 16, config.hidden_size)
         rows = jax.eval_shape(
-            lambda p, *xs: forward_shared_prompt(
-                config, p, *xs, load=load, embed=functools.partial(default_embed, load=load)
-            ),
+            lambda p, *xs: forward_shared_prompt(config, p, GroupTokens(*xs), loader),
             qwen2.param_shapes(config),
             ids,
             jax.ShapeDtypeStruct((2,), jnp.int32),

@@ -13,7 +13,8 @@ import pytest
 
 from jaxgrpo.config.settings import LossSettings, OptimizerSettings
 from jaxgrpo.learner.sharding import logical_on_host, make_mesh
-from jaxgrpo.learner.update import TrainState, Update
+from jaxgrpo.learner.train_state import TrainState
+from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import init_params
 from jaxgrpo.storage import checksums
@@ -44,8 +45,7 @@ def update_on(
         mesh,
         LossSettings(kl_beta=kl_beta),
         optimizer,
-        compute_dtype=compute_dtype,
-        head_chunk=8,
+        ComputeOptions(compute_dtype, head_chunk=8),
     )
 
 

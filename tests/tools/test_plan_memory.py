@@ -15,7 +15,7 @@ import pytest
 
 from jaxgrpo.config.settings import ConfigError, LoraSettings, LossSettings
 from jaxgrpo.learner.sharding import make_mesh
-from jaxgrpo.learner.update import Update
+from jaxgrpo.learner.update import ComputeOptions, Update
 from tests.training import CONFIG_JSON, Letters, write_config
 from tests.updates import ADAM, GROUPS, NO_KL, UNTIED, packed, params_of, update_of
 from tools.hlo import Collective, collectives
@@ -88,9 +88,8 @@ def test_the_compiled_step_of_adapters_is_given_what_a_real_one_is() -> None:
         make_mesh(jax.devices()[:3]),
         LossSettings(),
         ADAM,
-        compute_dtype=jnp.bfloat16,
-        head_chunk=16,
-        lora=lora,
+        ComputeOptions(jnp.bfloat16, head_chunk=16),
+        lora,
     )
     state, counted = (
         update.init(params_of(UNTIED)),
@@ -120,9 +119,7 @@ def test_layers_that_are_not_rematerialised_are_gathered_once() -> None:
         make_mesh(jax.devices()[:3]),
         NO_KL,
         ADAM,
-        compute_dtype=jnp.float32,
-        head_chunk=16,
-        remat="none",
+        ComputeOptions(jnp.float32, head_chunk=16, remat="none"),
     )
     gathered = gathered_elements(
         collectives(update.lower(3, 3, 8, 8).accumulate.compile().as_text())
