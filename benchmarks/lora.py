@@ -1,10 +1,12 @@
-"""What LoRA saves: an optimizer step on one group with all weights trained, and with adapters only; time, arithmetic and state.
+"""What LoRA saves: time, arithmetic and state of an optimizer step on one group.
 
     python -m benchmarks.lora [--rank 16] [--kl]
 
-P = 1024 prompt tokens, C = 128 completion tokens, G = 8 rows, vocabulary 8192, 4 layers of width 256, float32, random weights and tokens:
-the sizes of benchmarks/update.py. Every side is the package's own update (forward, backward, clipping, AdamW); they run in turn in
-one process. Prints a table and one line of JSON. Arithmetic is that of the compiled gradient as XLA counts it, a loop's body once.
+Compares training all weights with training adapters only. Sizes are those of benchmarks/update.py:
+P = 1024 prompt tokens, C = 128 completion tokens, G = 8 rows, vocabulary 8192, 4 layers of width
+256, float32, random weights and tokens. Each side is the package's own update (forward, backward,
+clipping, AdamW); they take turns in one process. Prints a table and one line of JSON. Arithmetic is
+that of the compiled gradient as XLA counts it: the body of a loop counts once.
 """
 
 import argparse
@@ -91,7 +93,8 @@ def main() -> None:
         for name, side in sides.items()
     }
     print(
-        f"{'':20} {'min s':>8} {'median s':>9} {'GFLOP':>7} {'trained MB':>11} {'optimizer MB':>13} {'frozen MB':>10}"
+        f"{'':20} {'min s':>8} {'median s':>9} {'GFLOP':>7} {'trained MB':>11} "
+        f"{'optimizer MB':>13} {'frozen MB':>10}"
     )
     for name, f in figures.items():
         sizes = f"{f['trained'] / 1e6:11.2f} {f['optimizer'] / 1e6:13.2f} {f['frozen'] / 1e6:10.2f}"

@@ -1,6 +1,7 @@
-"""A small model, its update and its batches, and how two updates are compared, for the tests of the update and of what stands on it.
+"""A small model, its update and its batches, and comparisons of updates, for tests.
 
-Epsilon is large here, so that what is compared is the gradient, not the signs that Adam makes of its last digits.
+Adam's epsilon is large here. With a small one, the last digits of tiny gradients would decide the
+sign of a change.
 """
 
 import dataclasses
@@ -85,7 +86,7 @@ def update_of(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Two optimizer steps on one batch: the weights' changes, the first gradient (clipped), and what was reported."""
+    """Two optimizer steps on one batch: first clipped gradient, changes of weights, reports."""
 
     gradient: Params
     first_change: Params
@@ -124,7 +125,7 @@ def run_of(devices: int, micro_batch_groups: int = 12) -> Run:
 
 
 def worst_error(got: Params, expected: Params) -> float:
-    """The largest difference in a tensor over the largest entry of that tensor, over all tensors."""
+    """The maximum over all tensors of: largest difference / largest entry of that tensor."""
     errors = jax.tree.map(
         lambda a, b: float(np.max(np.abs(np.asarray(a, np.float64) - b)) / np.max(np.abs(b))),
         got,
@@ -134,7 +135,10 @@ def worst_error(got: Params, expected: Params) -> float:
 
 
 def change_error(got: Params, expected: Params) -> float:
-    """The largest difference of the weights' changes over the largest change. (A change is as exact as the weight's own last digit.)"""
+    """The largest difference between the changes of weights / the largest change.
+
+    A change is only as exact as the last digit of its weight.
+    """
     pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True))
     return max(float(np.max(np.abs(a - b))) for a, b in pairs) / max(
         float(np.max(np.abs(b))) for _, b in pairs

@@ -232,12 +232,8 @@ def _forward(q: Array, k: Array, v: Array, lengths: Array | None) -> Attended:
             top = jnp.max(scores, axis=-1, keepdims=True)
             weights = jnp.exp(scores - top)
             total = jnp.sum(weights, axis=-1, keepdims=True)
-            output = (
-                einsum_float32(
-                    "bkms,bksh->bkmh", weights.astype(v.dtype), values[:, :, : segment.keys]
-                )
-                / total
-            )
+            seen = values[:, :, : segment.keys]
+            output = einsum_float32("bkms,bksh->bkmh", weights.astype(v.dtype), seen) / total
             return output.astype(q.dtype), (top + jnp.log(total))[..., 0]
 
         output, logsumexp = lax.map(one, (_blocks(rows, segment, heads), _firsts(segment)))
@@ -260,12 +256,7 @@ def _unblocked(x: Array) -> Array:
 
 
 def _backward(
-    q: Array,
-    k: Array,
-    v: Array,
-    lengths: Array | None,
-    whole: Attended,
-    d_output: Array,
+    q: Array, k: Array, v: Array, lengths: Array | None, whole: Attended, d_output: Array
 ) -> tuple[Array, Array, Array]:
     """dv = p' do and dscores = p (do v' - sum(do output)), with p = exp(scores - logsumexp).
 

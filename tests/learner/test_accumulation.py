@@ -1,4 +1,4 @@
-"""The stack whose gradient is added to an accumulator: the same gradients as under autodiff's own rule, and no second copy of them."""
+"""accumulating_scan gives the gradients of autodiff, and makes no second copy of them."""
 
 from collections.abc import Callable
 

@@ -1,12 +1,15 @@
-"""LoRA: trained in the same update as all weights are, the base untouched; merged, saved, resumed, exported.
+"""LoRA: only adapters are trained; they are merged, saved, resumed and exported.
 
-What is compared with is NumPy, and the update of all weights at the merged weights, whose gradient dW gives that of an adapter by the chain
-rule: y = x (W + s A B), so dA = s dW B^T and dB = s A^T dW.
+Expected values are computed in NumPy, or by the update of all weights at the merged weights. Its
+gradient dW gives that of an adapter by the chain rule: y = x (W + s A B), so dA = s dW B^T and
+dB = s A^T dW.
 """
 
 import dataclasses
 import functools
 import re
+from pathlib import Path
+from typing import Any
 
 import chex
 import jax
@@ -20,7 +23,7 @@ from jaxgrpo.config.settings import TARGETS, LoraSettings
 from jaxgrpo.learner.adapters import fingerprint
 from jaxgrpo.learner.device_step import StepInputs
 from jaxgrpo.learner.sharding import logical_on_host, make_layout, make_mesh, store
-from jaxgrpo.learner.train_state import TrainState
+from jaxgrpo.learner.train_state import StepReport, TrainState
 from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.lora import combine, only_adapters
 from jaxgrpo.models.qwen2 import Params, init_adapters, param_shapes, trained_shapes
@@ -85,7 +88,7 @@ def with_adapters(update: Update, adapters: Params) -> TrainState:
     return update.init(params_of(TINY))._replace(params=store(adapters, update.layout, update.mesh))
 
 
-def step(update: Update, state: TrainState):
+def step(update: Update, state: TrainState) -> tuple[TrainState, list[jax.Array], StepReport]:
     return update.optimizer_step(state, BATCHES, None, update.reference_logprobs(state, BATCHES))
 
 
@@ -164,7 +167,7 @@ def test_bfloat16_weights_are_merged_in_float32_and_rounded_once(devices: int) -
     assert update.merged(state)["embed"]["embedding"] is state.frozen["embed"]["embedding"]
 
 
-def test_what_is_published_for_another_process_is_merged_too(tmp_path) -> None:
+def test_what_is_published_for_another_process_is_merged_too(tmp_path: Path) -> None:
     update, adapters = lora_update(1), adapters_of()
     folder = StoredWeights(with_adapters(update, adapters), update).write(1, tmp_path)
     merged = params_to_hf(
@@ -251,7 +254,7 @@ def test_the_reference_is_the_base_until_it_is_replaced_by_the_adapters() -> Non
 
 @pytest.mark.slow
 def test_an_untied_model_without_a_reference() -> None:
-    """Its head is frozen too: on one device and on two, the same step changes adapters of q and up, and nothing else."""
+    """Its head is frozen too. On one and on two devices, a step changes adapters of q and up only."""
     lora, norms = LoraSettings(rank=2, alpha=3.0, targets=("q", "up")), []
     for devices in (1, 2):
         mesh = make_mesh(jax.devices()[:devices])
@@ -294,7 +297,7 @@ def shapes_of(operation: str, program: jax.stages.Compiled) -> list[tuple[int, .
 
 
 def test_the_compiled_update_computes_no_gradient_of_a_frozen_weight() -> None:
-    """In the update of all weights a product has the shape of each kernel, and one that of the table."""
+    """The update of all weights has a product of the shape of each kernel, and of the table."""
     ours, of_all = compiled(lora_update(1)), compiled(update_of(1))
     dense = [shape for shape in shapes_of("dot", of_all) if shape in KERNELS | {(97, 33)}]
     assert len(dense) == 7 + 1
@@ -310,9 +313,12 @@ def test_the_compiled_update_reduces_gradients_of_adapters_only() -> None:
 
 
 def test_bytes_of_the_state_by_kind() -> None:
-    """The model has 18,740 weights and its adapters 2,772. Three devices pad the biases of q, k and v, by 5 numbers a layer."""
+    """The model has 18,740 weights and its adapters 2,772.
 
-    def total(tree) -> int:
+    Three devices pad the biases of q, k and v by 5 numbers per layer.
+    """
+
+    def total(tree: Any) -> int:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.ndim)
 
     state = lora_update(3, LORA, "bfloat16").init(params_of(TINY))
@@ -335,9 +341,12 @@ def test_bytes_of_the_state_by_kind() -> None:
 # Saved and resumed.
 
 
+Saved = tuple[Path, Params, list[np.ndarray], TrainState]
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A state after one step on one device, saved, and the next one."""
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """The folder of a state after one step, its merged and its trained weights, the next state."""
     folder, update = tmp_path_factory.mktemp("saved"), lora_update(1)
     state, _, _ = step(update, with_adapters(update, adapters_of()))
     checkpoints = Checkpoints(folder, 2)
@@ -350,7 +359,7 @@ def saved(tmp_path_factory):
     return folder, merged, trained, step(update, state)[0]
 
 
-def restored(folder, update: Update, base: Params) -> TrainState:
+def restored(folder: Path, update: Update, base: Params) -> TrainState:
     checkpoints = Checkpoints(folder, 2)
     try:
         return checkpoints.restore(update, frozen=update.freeze(base))[0]
@@ -358,7 +367,7 @@ def restored(folder, update: Update, base: Params) -> TrainState:
         checkpoints.close()
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(saved) -> None:
+def test_a_resumed_run_goes_on_bit_for_bit(saved: Saved) -> None:
     folder, _, trained, following = saved
     update = lora_update(1)
     state = restored(folder, update, params_of(TINY))
@@ -370,7 +379,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(saved) -> None:
 
 
 @pytest.mark.slow
-def test_on_another_number_of_devices(saved) -> None:
+def test_on_another_number_of_devices(saved: Saved) -> None:
     folder, merged, _, _ = saved
     update = lora_update(4)
     state = restored(folder, update, params_of(TINY))
@@ -379,7 +388,7 @@ def test_on_another_number_of_devices(saved) -> None:
     )
 
 
-def test_a_checkpoint_holds_adapters_and_no_base(saved) -> None:
+def test_a_checkpoint_holds_adapters_and_no_base(saved: Saved) -> None:
     folder, merged, _, _ = saved
     assert (
         sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -390,7 +399,9 @@ def test_a_checkpoint_holds_adapters_and_no_base(saved) -> None:
     chex.assert_trees_all_equal(params, merged)
 
 
-def test_another_base_other_settings_or_a_run_without_lora_are_refused(saved, tmp_path) -> None:
+def test_another_base_other_settings_or_a_run_without_lora_are_refused(
+    saved: Saved, tmp_path: Path
+) -> None:
     folder = saved[0]
     other = params_of(TINY)
     other["layers"]["mlp"]["up"]["kernel"] = other["layers"]["mlp"]["up"]["kernel"] * np.float32(

@@ -1,4 +1,4 @@
-"""The clipped objective, KL and the GRPO loss: values and gradients, against literals and float64 NumPy."""
+"""The clipped objective, KL and the GRPO loss, against literals and float64 NumPy."""
 
 import dataclasses
 import math
@@ -142,7 +142,8 @@ def test_the_numpy_gradient_equals_finite_differences() -> None:
 
 @with_and_without_jit
 def test_the_golden_case_by_hand(transform: Transform) -> None:
-    # objectives: min(1.5, 1.2), min(.5, .8), min(-1.5, -1.2), min(-.5, -.8) = 1.2, .5, -1.5, -.8; their sum -.6; loss .6 / 4
+    # objectives: min(1.5, 1.2), min(.5, .8), min(-1.5, -1.2), min(-.5, -.8) = 1.2, .5, -1.5, -.8;
+    # their sum is -.6, the loss .6 / 4
     value, gradient, _ = value_and_gradient(golden(), PLAIN, transform)
     chex.assert_trees_all_close(value, jnp.float32(0.15), rtol=1e-6)
     # -w A r where the bound does not hold the token back
@@ -206,8 +207,11 @@ def test_the_clipped_objective_by_hand() -> None:
 
 
 class TestStaleSamples:
-    """A bandit whose policy is softmax(logits), its actions drawn by an older policy. Every action is one row, weighted with its
-    probability under the older policy, so that the loss is an expectation, not an estimate."""
+    """A bandit whose policy is softmax(logits), with actions drawn by an older policy.
+
+    Each action is one row, weighted by its probability under the older policy, so that the loss is
+    an expectation rather than an estimate.
+    """
 
     LOGITS = np.array([0.5, -1.0, 1.5, 0.0])
     OLDER = np.array([0.05, 0.65, 0.1, 0.2])
@@ -218,7 +222,10 @@ class TestStaleSamples:
         return np.exp(self.LOGITS) / np.exp(self.LOGITS).sum()
 
     def policy_gradient(self, drawn: np.ndarray) -> np.ndarray:
-        """sum over actions of drawn(a) R(a) grad log policy(a), in float64: with drawn = policy the gradient of the expected reward."""
+        """sum over actions of drawn(a) R(a) grad log policy(a), in float64.
+
+        With drawn = policy, it is the gradient of the expected reward.
+        """
         return drawn * self.REWARDS - self.policy * (drawn @ self.REWARDS)
 
     def gradient(self, tis_cap: float | None) -> np.ndarray:
@@ -254,7 +261,7 @@ class TestStaleSamples:
         )  # a good action that the older policy hardly took would become rarer
 
     def test_a_cap_bounds_the_weight_and_leaves_the_rest_as_it_is(self) -> None:
-        """policy / older is about 4.4, 0.08, 6 and 0.7: a cap of 2 counts the first and the third action twice, where they lack more."""
+        """policy / older is about 4.4, 0.08, 6 and 0.7, so a cap of 2 holds for two actions."""
         drawn = np.minimum(self.policy, 2.0 * self.OLDER)
         assert (drawn < self.policy).tolist() == [True, False, True, False]
         np.testing.assert_allclose(self.gradient(2.0), self.policy_gradient(drawn), rtol=1e-6)
@@ -319,8 +326,11 @@ def test_on_policy_the_gradient_is_minus_weight_times_advantage() -> None:
 
 
 def test_the_sums_by_hand() -> None:
-    """One row of five sampled tokens, the last two without loss, and one of the environment's. Policy over sampler is 1, 2, 1/4, 1.12 and
-    .88 there; the ratio, policy over old policy, is 1, 3/2 and 1/2, and the reference is the policy times 1, 2 and 1."""
+    """One row of five sampled tokens, the last two without loss, and one of the environment.
+
+    On the sampled tokens, policy over sampler is 1, 2, 1/4, 1.12 and .88. On those with loss, the
+    ratio (policy over old policy) is 1, 3/2 and 1/2, and reference over policy 1, 2 and 1.
+    """
     row = lambda *values: np.array([[values]], np.float32)
     train = np.full((1, 1, 6), -1.0, np.float32)
     inputs = LossInputs(
@@ -371,7 +381,7 @@ def test_sums_add_up_and_the_largest_mismatch_stays_the_largest() -> None:
     [field.name for field in dataclasses.fields(LossInputs) if field.name != "train_logprobs_NGC"],
 )
 def test_the_loss_refuses_arrays_of_different_shapes(name: str) -> None:
-    """Of one group where there are two, any would be broadcast, or (advantages) already was."""
+    """Each array of one group instead of two would be broadcast without an error."""
     twice = jax.tree.map(lambda x: np.concatenate([x, x]), golden_with_reference())
     value_and_gradient(twice, PLAIN)
     wrong = dataclasses.replace(twice, **{name: getattr(twice, name)[:1]})

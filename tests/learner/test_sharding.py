@@ -1,4 +1,4 @@
-"""Flat ZeRO-3 shards: the layout on 1 to 4 devices, the gather and the embedding with their gradients."""
+"""Flat ZeRO-3 shards: layouts on 1 to 4 devices, gather and embedding with their gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -183,7 +183,7 @@ def test_gradients_of_a_bfloat16_gather_are_summed_in_float32() -> None:
 
 
 def embed_gradient(devices: int, ids: np.ndarray, cotangents: np.ndarray, dtype: Any) -> np.ndarray:
-    """The gradient of the table [13, 7] from every device's ids and cotangents, both split on their first axis."""
+    """The gradient of the table [13, 7] from ids and cotangents, which are split on axis 0."""
     shape = (13, 7)
     leaf, mesh = LeafLayout(shape, False, 1, devices), mesh_of(devices)
 

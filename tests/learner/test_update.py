@@ -1,7 +1,7 @@
-"""The sharded train step: the same update on any number of devices and for any split, and equal to a plain one.
+"""The sharded train step: the same on any number of devices and any split, equal to a plain one.
 
-The plain one repeats the prompt for every row, builds its rows from the trajectories themselves, takes a dense log-softmax, and steps with
-AdamW in float64 NumPy.
+The plain one repeats the prompt for every row, builds its rows from the trajectories themselves,
+takes a dense log-softmax, and steps with AdamW in float64 NumPy.
 """
 
 import dataclasses
@@ -97,7 +97,10 @@ def test_what_padding_holds_does_not_matter() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Every trajectory as one row of prompt + completion; `targets` are positions of the row, -1 where a row has no such token."""
+    """Each trajectory as one row of prompt + completion.
+
+    `targets` are positions in the row, or -1 where a row has no such token.
+    """
 
     ids_RT: np.ndarray
     targets_RC: np.ndarray
@@ -170,7 +173,7 @@ def plain_gradient(
 def plain_start(
     config: ModelConfig, loss: LossSettings, groups: Sequence[Group]
 ) -> tuple[dict[str, Any], jax.Array, jax.Array]:
-    """The groups' rows, and their log-probabilities under the first policy and under the reference."""
+    """The groups' rows, and their log-probabilities under the first policy and the reference."""
     rows, params = dataclasses.asdict(plain_rows(groups)), params_of(config)
     score = functools.partial(
         plain_logprobs, config, ids_RT=rows["ids_RT"], targets_RC=rows["targets_RC"]
@@ -187,7 +190,7 @@ def plain_start(
 def plain_run(
     config: ModelConfig, loss: LossSettings
 ) -> tuple[list[float], list[float], list[Params], Params]:
-    """Two plain steps: losses, gradient norms, the weights' changes, and the first gradient, not clipped."""
+    """Two plain steps: losses, gradient norms, changes of weights, the first unclipped gradient."""
     (rows, old, anchor), params = plain_start(config, loss, GROUPS), params_of(config)
     flat, tree = jax.tree.flatten(params)
     moments: list[tuple[Any, Any]] = [(0.0, 0.0)] * len(flat)
@@ -217,8 +220,11 @@ def test_the_gradient_of_shared_prompts_equals_that_of_repeated_prompts() -> Non
 
 
 def test_the_gradient_is_that_of_the_right_groups_when_packing_reorders() -> None:
-    """Groups of several padded shapes are not packed in the order in which they were played. Every token has a sampler's log-probability
-    of its own, so that what is another group's or row's shows in the gradient or in the mismatch."""
+    """Groups of several padded shapes are packed in another order than they were sampled in.
+
+    Each token has a log-probability of its own under the sampler, so that a mix-up of groups or rows
+    shows in the gradient or in the mismatch.
+    """
     rng = np.random.default_rng(6)
     groups = [
         dataclasses.replace(
@@ -319,7 +325,7 @@ def _is_row(batch: GroupBatch, i: int, group: Group) -> bool:
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_the_policy_in_training_is_the_one_whose_weights_are_served(devices: int) -> None:
-    """Rounded as they are, whatever it computes in; the gradient goes to the master weights, which are not."""
+    """The forward pass rounds its weights; the gradient goes to the exact master weights."""
     params, batches = params_of(TINY), packed(GROUPS, 12)
     served = jax.tree.map(lambda leaf: np.asarray(leaf.astype(jnp.bfloat16), np.float32), params)
     rounding, plain = update_of(devices, served_dtype=jnp.bfloat16), update_of(devices)

@@ -1,5 +1,4 @@
-"""Rotary positions and attention, against direct float64 implementations and the gradient of a dense softmax; blocks of queries, a shared
-context in two parts."""
+"""Rotary positions and attention, against float64 NumPy and the gradient of a dense softmax."""
 
 import math
 import re
@@ -34,7 +33,7 @@ def own(t: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def context(p: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Keys and values [N, P, K, h], and lengths [N] that leave the second group a shorter context."""
+    """Keys and values [N, P, K, h], and lengths [N]: the second group has a shorter context."""
     return heads(3, N, p, K), heads(4, N, p, K), np.array([p, p - 2])
 
 
@@ -83,7 +82,7 @@ def test_rope_equals_a_turn_of_complex_numbers() -> None:
 
 
 def test_rope_by_hand() -> None:
-    # one pair, a quarter turn a position: (1, 0) at position 1 with theta such that the angle is 1 radian
+    # One pair: (1, 0) at position 1, where the angle is 1 radian.
     turned = apply_rope(jnp.array([[[1.0, 0.0]]]), jnp.array([1]), 10000.0)
     chex.assert_trees_all_close(
         turned, jnp.array([[[0.5403023, 0.8414710]]]), rtol=1e-6

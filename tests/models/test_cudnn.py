@@ -1,6 +1,11 @@
-"""cuDNN's attention as a kernel: when it is chosen, and what it becomes for a GPU. Its numbers are compared by benchmarks/gpu."""
+"""cuDNN's attention: when it is chosen, and its program for a GPU.
+
+benchmarks/gpu compares its numbers.
+"""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +14,18 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxgrpo.models import cudnn
-from jaxgrpo.models.attention import XLA, Context, attend
+from jaxgrpo.models.attention import XLA, Context, Kernel, attend
 from jaxgrpo.models.cudnn import CUDNN, choose_kernel
 
 N, G, P, C, H, K, SIZE = 2, 3, 128, 48, 4, 2, 64
 
 
-def lowered(kernel, c: int = C, dtype=jnp.bfloat16, wrap=lambda function: function) -> str:
+def lowered(
+    kernel: Kernel,
+    c: int = C,
+    dtype: Any = jnp.bfloat16,
+    wrap: Callable = lambda function: function,
+) -> str:
     """The program of forward and backward for an NVIDIA GPU."""
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
     own = [shape((N, G, c, heads, SIZE)) for heads in (H, K, K)]
