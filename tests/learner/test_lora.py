@@ -1,12 +1,10 @@
-"""LoRA: only adapters are trained; they are merged, saved, resumed and exported.
+"""LoRA: only adapters are trained, and they are merged into the weights that are served.
 
 Expected values are computed in NumPy, or by the update of all weights at the merged weights. Its
 gradient dW gives that of an adapter by the chain rule: y = x (W + s A B), so dA = s dW B^T and
 dB = s A^T dW.
 """
 
-import dataclasses
-import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -20,76 +18,38 @@ import optax
 import pytest
 
 from jaxgrpo.config.settings import TARGETS, LoraSettings
-from jaxgrpo.learner.adapters import fingerprint
 from jaxgrpo.learner.device_step import StepInputs
-from jaxgrpo.learner.sharding import logical_on_host, make_layout, make_mesh, store
-from jaxgrpo.learner.train_state import StepReport, TrainState
+from jaxgrpo.learner.sharding import logical_on_host, make_mesh, store
 from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.lora import combine, only_adapters
 from jaxgrpo.models.qwen2 import Params, init_adapters, param_shapes, trained_shapes
 from jaxgrpo.run.weights import StoredWeights
-from jaxgrpo.storage.checkpoint import Checkpoints, Progress, read_policy
 from jaxgrpo.storage.hf_mapping import flatten, params_to_hf
 from jaxgrpo.storage.published_manifest import read_manifest
 from jaxgrpo.storage.published_reader import read_tensors
+from tests.lora_updates import (
+    BATCHES,
+    LORA,
+    SCALE,
+    adapters_of,
+    lora_update,
+    merged_by_hand,
+    step,
+    with_adapters,
+)
 from tests.updates import (
     ADAM,
-    GROUPS,
-    LOSS,
     NO_KL,
-    TEMPERATURE,
     TINY,
     UNTIED,
     change_error,
     changed,
-    packed,
     params_of,
     update_of,
     worst_error,
 )
 
-LORA = LoraSettings(rank=3, alpha=4.5)
-SCALE = 1.5
 KERNELS = {(33, 32), (33, 16), (32, 33), (33, 45), (45, 33)}
-BATCHES = packed(GROUPS, 12)
-
-
-@functools.cache
-def lora_update(devices: int, lora: LoraSettings = LORA, dtype: str = "float32") -> Update:
-    """One Update for all tests that need it: compiling takes longer than anything else here."""
-    mesh = make_mesh(jax.devices()[:devices])
-    compute = ComputeOptions(dtype, temperature=TEMPERATURE, head_chunk=16)
-    return Update(TINY, mesh, LOSS, ADAM, compute, lora)
-
-
-def adapters_of(lora: LoraSettings = LORA, seed: int = 3) -> Params:
-    """Adapters in which b is not zero any more."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda s: rng.normal(0.0, 0.2, s.shape).astype(np.float32), trained_shapes(TINY, lora)
-    )
-
-
-def merged_by_hand(base: Params, adapters: Params, scale: float = SCALE) -> Params:
-    """Float64, every target by its name."""
-    merged = jax.tree.map(np.copy, base)
-    for block, name in TARGETS.values():
-        if name in adapters["layers"].get(block, {}):
-            pair = adapters["layers"][block][name]["adapter"]
-            linear = merged["layers"][block][name]
-            linear["kernel"] = linear["kernel"] + scale * np.einsum(
-                "lri,lro->lio", pair["a"].astype(np.float64), pair["b"]
-            )
-    return jax.tree.map(lambda x: x.astype(np.float32), merged)
-
-
-def with_adapters(update: Update, adapters: Params) -> TrainState:
-    """The state of step 0, but of these adapters; the reference is the base."""
-    return update.init(params_of(TINY))._replace(params=store(adapters, update.layout, update.mesh))
-
-
-def step(update: Update, state: TrainState) -> tuple[TrainState, list[jax.Array], StepReport]:
-    return update.optimizer_step(state, BATCHES, None, update.reference_logprobs(state, BATCHES))
 
 
 # The policy.
@@ -336,104 +296,3 @@ def test_bytes_of_the_state_by_kind() -> None:
     assert {kind: total(getattr(whole, kind)) for kind in ("params", "opt_state", "frozen")} == {
         "params": 4 * 18750, "opt_state": 8 * 18750, "frozen": 0,
     }  # fmt: skip
-
-
-# Saved and resumed.
-
-
-Saved = tuple[Path, Params, list[np.ndarray], TrainState]
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """The folder of a state after one step, its merged and its trained weights, the next state."""
-    folder, update = tmp_path_factory.mktemp("saved"), lora_update(1)
-    state, _, _ = step(update, with_adapters(update, adapters_of()))
-    checkpoints = Checkpoints(folder, 2)
-    checkpoints.save(state, Progress(5, 1), update)
-    checkpoints.close()
-    merged = logical_on_host(update.merged(state), update.model_layout)
-    trained = [
-        np.array(leaf) for leaf in jax.tree.leaves((state.params, state.opt_state, state.reference))
-    ]
-    return folder, merged, trained, step(update, state)[0]
-
-
-def restored(folder: Path, update: Update, base: Params) -> TrainState:
-    checkpoints = Checkpoints(folder, 2)
-    try:
-        return checkpoints.restore(update, frozen=update.freeze(base))[0]
-    finally:
-        checkpoints.close()
-
-
-def test_a_resumed_run_goes_on_bit_for_bit(saved: Saved) -> None:
-    folder, _, trained, following = saved
-    update = lora_update(1)
-    state = restored(folder, update, params_of(TINY))
-    for ours, theirs in zip(
-        jax.tree.leaves((state.params, state.opt_state, state.reference)), trained, strict=True
-    ):
-        np.testing.assert_array_equal(np.asarray(ours), theirs)
-    chex.assert_trees_all_equal(step(update, state)[0].params, following.params)
-
-
-@pytest.mark.slow
-def test_on_another_number_of_devices(saved: Saved) -> None:
-    folder, merged, _, _ = saved
-    update = lora_update(4)
-    state = restored(folder, update, params_of(TINY))
-    chex.assert_trees_all_close(
-        logical_on_host(update.merged(state), update.model_layout), merged, rtol=1e-6, atol=1e-7
-    )
-
-
-def test_a_checkpoint_holds_adapters_and_no_base(saved: Saved) -> None:
-    folder, merged, _, _ = saved
-    assert (
-        sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        < 18740 * 4 + 40_000
-    )
-    params, at_step = read_policy(folder, TINY, base=lambda: params_of(TINY))
-    assert at_step == 1
-    chex.assert_trees_all_equal(params, merged)
-
-
-def test_another_base_other_settings_or_a_run_without_lora_are_refused(
-    saved: Saved, tmp_path: Path
-) -> None:
-    folder = saved[0]
-    other = params_of(TINY)
-    other["layers"]["mlp"]["up"]["kernel"] = other["layers"]["mlp"]["up"]["kernel"] * np.float32(
-        1.02
-    )
-    for read in (
-        lambda: restored(folder, lora_update(1), other),
-        lambda: read_policy(folder, TINY, base=lambda: other),
-    ):
-        with pytest.raises(ValueError, match="trained on another base model"):
-            read()
-    with pytest.raises(
-        ValueError, match=r"of other settings: saved .*'alpha': 4.5.* now .*'alpha': 9"
-    ):
-        restored(folder, lora_update(1, dataclasses.replace(LORA, alpha=9.0)), params_of(TINY))
-    with pytest.raises(ValueError, match="holds adapters only"):
-        read_policy(folder, TINY)
-    full = Checkpoints(tmp_path, 1)
-    full.save(update_of(1).init(params_of(TINY)), Progress(0), update_of(1))
-    full.close()
-    with pytest.raises(ValueError, match="trained without LoRA"):
-        restored(tmp_path, lora_update(1), params_of(TINY))
-
-
-def test_the_fingerprint_is_that_of_the_numbers_on_any_number_of_devices_in_any_type() -> None:
-    def of(params: Params, devices: int, dtype: str) -> str:
-        mesh, layout = make_mesh(jax.devices()[:devices]), make_layout(TINY, devices)
-        return fingerprint(store(params, layout, mesh, jnp.dtype(dtype)), layout, mesh)
-
-    params = params_of(TINY)
-    first = of(params, 1, "float32")
-    assert re.fullmatch("[0-9a-f]{8}", first)
-    assert first == of(params, 4, "float32") == of(params, 4, "bfloat16")
-    params["norm"]["scale"] = params["norm"]["scale"][::-1]
-    assert of(params, 1, "float32") != first
