@@ -1,10 +1,12 @@
-"""What LoRA saves: an optimizer step on one group with all weights trained, and with adapters only; time, arithmetic and state.
+"""What LoRA saves: time, arithmetic and state of an optimizer step on one group.
 
     python -m benchmarks.lora [--rank 16] [--kl]
 
-P = 1024 prompt tokens, C = 128 completion tokens, G = 8 rows, vocabulary 8192, 4 layers of width 256, float32, random weights and tokens:
-the sizes of benchmarks/update.py. Every side is the package's own update (forward, backward, clipping, AdamW); they run in turn in
-one process. Prints a table and one line of JSON. Arithmetic is that of the compiled gradient as XLA counts it, a loop's body once.
+Compares training all weights with training adapters only. Sizes are those of benchmarks/update.py:
+P = 1024 prompt tokens, C = 128 completion tokens, G = 8 rows, vocabulary 8192, 4 layers of width
+256, float32, random weights and tokens. Each side is the package's own update (forward, backward,
+clipping, AdamW); they take turns in one process. Prints a table and one line of JSON. Arithmetic is
+that of the compiled gradient as XLA counts it: the body of a loop counts once.
 """
 
 import argparse
@@ -15,8 +17,10 @@ import jax.numpy as jnp
 
 from benchmarks.workload import SMALL, SMALL_MODEL, Stepping, interleaved, random_groups
 from jaxgrpo.config.settings import NO_LORA, LoraSettings, LossSettings, OptimizerSettings
+from jaxgrpo.learner.device_step import StepInputs
 from jaxgrpo.learner.sharding import make_mesh
-from jaxgrpo.learner.update import TrainState, Update
+from jaxgrpo.learner.train_state import TrainState
+from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.qwen2 import init_params
 
 
@@ -30,8 +34,8 @@ class Side(Stepping):
             mesh,
             LossSettings(kl_beta=kl_beta),
             OptimizerSettings(),
-            compute_dtype=jnp.float32,
-            lora=lora,
+            ComputeOptions(jnp.float32),
+            lora,
         )
         params = jax.device_get(init_params(SMALL_MODEL, jax.random.key(0)))
         super().__init__(update, update.init(params), random_groups(SMALL_MODEL.vocab_size, SMALL))
@@ -43,20 +47,15 @@ class Side(Stepping):
 
     def flops(self) -> float:
         placed = self.update._put(self.batch)
-        given, none = (
-            placed.sampler_logprobs_NGC,
-            None if self.state.reference is None else placed.sampler_logprobs_NGC,
-        )
-        arguments = (
+        logprobs = placed.sampler_logprobs_NGC  # stand in for all others: only shapes matter
+        reference = None if self.state.reference is None else logprobs
+        lowered = self.update._accumulate.lower(
             self.state.params,
             self.update._zeros(self.state.params),
-            placed,
-            given,
-            none,
-            True,
+            StepInputs(placed, logprobs, reference, on_policy=True),
             self.state.frozen,
         )
-        return float(self.update._accumulate.lower(*arguments).compile().cost_analysis()["flops"])
+        return float(lowered.compile().cost_analysis()["flops"])
 
 
 def state_bytes(state: TrainState) -> dict[str, int]:
@@ -94,7 +93,8 @@ def main() -> None:
         for name, side in sides.items()
     }
     print(
-        f"{'':20} {'min s':>8} {'median s':>9} {'GFLOP':>7} {'trained MB':>11} {'optimizer MB':>13} {'frozen MB':>10}"
+        f"{'':20} {'min s':>8} {'median s':>9} {'GFLOP':>7} {'trained MB':>11} "
+        f"{'optimizer MB':>13} {'frozen MB':>10}"
     )
     for name, f in figures.items():
         sizes = f"{f['trained'] / 1e6:11.2f} {f['optimizer'] / 1e6:13.2f} {f['frozen'] / 1e6:10.2f}"

@@ -1,9 +1,10 @@
-"""Peak memory of a process that takes log-probabilities and their gradients over a large vocabulary, with the head in chunks and without.
+"""Peak memory of an update with a large vocabulary, with the output head in chunks and without.
 
     python -m benchmarks.memory [--json] [--chunks 64 256 1024]
 
-Two updates (forward, backward, AdamW) of a group of 4 rows of 256 completion tokens at vocabulary 151,936 and width 64, two layers,
-float32, for each size of a chunk in tokens; 1,024 is the whole. Each runs in a process of its own, whose peak resident memory
+Two updates (forward, backward, AdamW) of a group of 4 rows of 256 completion tokens at vocabulary
+151,936 and width 64, two layers, float32, for each chunk size in tokens; 1,024 means no chunks. Each
+runs in a process of its own, whose peak resident memory
 (ru_maxrss) is reported, beside that of a process that only holds the same weights and optimizer.
 """
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from benchmarks.workload import SMALL_MODEL, Sizes, Stepping, random_groups
 from jaxgrpo.config.settings import LossSettings, OptimizerSettings
 from jaxgrpo.learner.sharding import make_mesh
-from jaxgrpo.learner.update import Update
+from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.qwen2 import init_params
 
 SIZES = Sizes(P=64, C=256, G=4)
@@ -37,14 +38,16 @@ CONFIG = dataclasses.replace(
 
 
 def run(chunk: int | None, answer: multiprocessing.connection.Connection) -> None:
-    """Two optimizer steps with the head in chunks of `chunk` tokens (None: no step); sends the peak in bytes and the gradient's norm."""
+    """Take two optimizer steps with the head in chunks of `chunk` tokens, or none if it is None.
+
+    Sends the peak in bytes and the gradient's norm.
+    """
     update = Update(
         CONFIG,
         make_mesh(jax.devices()[:1]),
         LossSettings(kl_beta=0.0),
         OptimizerSettings(warmup_steps=0),
-        compute_dtype=jnp.float32,
-        head_chunk=chunk or 1,
+        ComputeOptions(jnp.float32, head_chunk=chunk or 1),
     )
     stepping = Stepping(
         update,

@@ -11,8 +11,6 @@ Exits 1 when a token differs or the logits differ by more than --bound. Needs to
 
 import argparse
 import asyncio
-import dataclasses
-import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -26,9 +24,10 @@ from transformers import AutoModelForCausalLM
 from jaxgrpo.config.settings import NativeSamplerSettings
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import (
+    GroupTokens,
+    ParamLoader,
     Params,
     cast_to,
-    default_embed,
     forward,
     forward_shared_prompt,
     head_table,
@@ -83,12 +82,9 @@ def shared_logits(
     """N prompts of any lengths and their completions -> [N, G, C, V] through `forward_shared_prompt`."""
     lengths_N = np.array([len(p) for p in prompts])
     prompt_NP = np.stack([np.pad(p, (0, lengths_N.max() - len(p))) for p in prompts])
-    embed = functools.partial(default_embed, load=LOAD)
-    arrays = map(jnp.asarray, (prompt_NP, lengths_N, completions_NGC))
-    return np.asarray(
-        forward_shared_prompt(config, params, *arrays, load=LOAD, embed=embed)
-        @ head_table(params).T
-    )
+    tokens = GroupTokens(*map(jnp.asarray, (prompt_NP, lengths_N, completions_NGC)))
+    loader = ParamLoader.whole(jnp.float32)
+    return np.asarray(forward_shared_prompt(config, params, tokens, loader) @ head_table(params).T)
 
 
 async def sampled(

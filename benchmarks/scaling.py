@@ -1,10 +1,12 @@
-"""How the cost of an update grows with the rows of a group, its prompt and its completions; ours against the prompt repeated in every row.
+"""How the cost of an update grows with the rows, the prompt and the completions of a group.
 
     python -m benchmarks.scaling [--json] [--repeats 5]
 
-One group, vocabulary 2,048, 4 layers of width 256 (4 heads, 2 key/value heads, F = 1024), float32, one optimizer step: the shared prompt,
-and the same rows as groups of one. Counting tokens alone, repeating costs G (P + C) / (P + G C) times as much: `limit`. That leaves
-attention out, so the measured ratio can exceed it: a prompt's own attention is computed once instead of G times, which grows with P^2.
+Compares one optimizer step on a group that shares its prompt with one on the same rows as groups of
+one, which repeat it. Vocabulary 2,048, 4 layers of width 256 (4 heads, 2 key/value heads, F = 1024),
+float32. By tokens alone, repeating costs G (P + C) / (P + G C) times as much: `limit`. The measured
+ratio can exceed it, because the prompt's own attention, which grows with P^2, is computed once
+instead of G times.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from benchmarks.workload import (
 )
 from jaxgrpo.config.settings import LossSettings, OptimizerSettings
 from jaxgrpo.learner.sharding import make_mesh
-from jaxgrpo.learner.update import Update
+from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.qwen2 import init_params
 
 CONFIG = dataclasses.replace(
@@ -51,8 +53,7 @@ def measure(sizes: Sizes, repeats: int) -> dict[str, float]:
         make_mesh(jax.devices()[:1]),
         LossSettings(kl_beta=0.0),
         OptimizerSettings(),
-        compute_dtype=jnp.float32,
-        remat="attention",
+        ComputeOptions(jnp.float32, remat="attention"),
     )
     sides = {
         "shared": Stepping(update, update.init(params), batch),
@@ -81,7 +82,8 @@ def main() -> None:
     for sizes in GRID:
         row = rows[sizes.label] = measure(sizes, args.repeats)
         print(
-            f"{sizes.label:20} {row['shared']:9.3f} {row['repeated']:11.3f} {row['ratio']:6.2f} {row['limit']:6.2f}",
+            f"{sizes.label:20} {row['shared']:9.3f} {row['repeated']:11.3f} "
+            f"{row['ratio']:6.2f} {row['limit']:6.2f}",
             flush=True,
         )
     if args.json:

@@ -1,5 +1,8 @@
-"""The update of the plain PyTorch path, as TRL's GRPOTrainer makes it, for benchmarks.update: the prompt in every row, logits only for the
-completions (`logits_to_keep`), selective log-softmax, clipped objective with k3 KL, gradient clipping, fused AdamW; attention by sdpa."""
+"""The update in plain PyTorch, as TRL's GRPOTrainer computes it, for benchmarks.update.
+
+The prompt is in every row; logits only for completions (`logits_to_keep`); selective log-softmax;
+clipped objective with k3 KL; gradient clipping; fused AdamW; attention by sdpa.
+"""
 
 import numpy as np
 import torch
@@ -46,7 +49,10 @@ def product_rate() -> float:
 
 
 class TorchUpdate:
-    """One group's update and its passes without gradients. `checkpointing` is transformers' gradient checkpointing, TRL's default."""
+    """The update of one group, and its passes without gradients.
+
+    `checkpointing` is transformers' gradient checkpointing, which is TRL's default.
+    """
 
     def __init__(
         self,

@@ -1,19 +1,21 @@
-"""How long the update of one group takes: ours, the same on repeated prompts, and the plain PyTorch path as TRL makes it.
+"""Time of the update of one group: ours, ours with repeated prompts, and plain PyTorch as in TRL.
 
     python -m benchmarks.update [--json] [--repeats 7]
 
-P = 1024 prompt tokens, G = 8 rows of C = 128 completion tokens, vocabulary 8,192, 4 layers of width 256 (4 heads, 2 key/value heads,
-F = 1024, untied: 8.1 million parameters), float32, two threads on both sides. An update is forward, backward, clipping and AdamW, with KL
-to a reference whose log-probabilities are given. All sides have the same weights and tokens, take turns in one process, and must agree in
-loss, gradient norm and clipped gradients before anything is timed.
+P = 1024 prompt tokens, G = 8 rows of C = 128 completion tokens, vocabulary 8,192, 4 layers of width
+256 (4 heads, 2 key/value heads, F = 1024, untied: 8.1 million parameters), float32, two threads on
+all sides. An update is forward, backward, clipping and AdamW, with KL to a reference whose
+log-probabilities are given. All sides have the same weights and tokens and take turns in one
+process. Before anything is timed, they must agree in loss, gradient norm and clipped gradients.
 
-- ours: `jaxgrpo.learner.update.Update`, for each way of rematerialising (`training.remat`).
-- repeated: the same on eight groups of one row, so that nothing is shared; attention's output is saved.
-- torch: transformers' Qwen2 with sdpa and fused AdamW (benchmarks/torch_update.py), without gradient checkpointing and with it (TRL's
-  default). Unlike ours and TRL it takes no entropies.
+- ours: `jaxgrpo.learner.update.Update`, for each value of `training.remat`.
+- repeated: ours on eight groups of one row, so that nothing is shared; attention's output is saved.
+- torch: transformers' Qwen2 with sdpa and fused AdamW (benchmarks/torch_update.py), without gradient
+  checkpointing and with it (TRL's default). Unlike ours and TRL, it computes no entropies.
 
-`ratio_torch` and `ratio_repeated` compare the fastest of each kind, by minimum. The passes without gradients, for the reference's and the
-the old policy's log-probabilities, are timed too; ours needs no pass for the old policy, since the first step keeps its own. Needs torch.
+`ratio_torch` and `ratio_repeated` compare the fastest of each kind, by minimum. The pass without
+gradients, for the log-probabilities of the reference and of the old policy, is timed too; ours needs
+none for the old policy, because the first step keeps its own. Needs torch.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +45,7 @@ from benchmarks.workload import (
 )
 from jaxgrpo.config.settings import REMAT, LossSettings, OptimizerSettings
 from jaxgrpo.learner.sharding import logical_on_host, make_mesh
-from jaxgrpo.learner.update import Update
+from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.qwen2 import Params, init_params
 from jaxgrpo.types import GroupBatch
 
@@ -59,8 +62,7 @@ class OurUpdate:
             make_mesh(jax.devices()[:1]),
             LOSS,
             OPTIMIZER,
-            compute_dtype=jnp.float32,
-            remat=remat,
+            ComputeOptions(jnp.float32, remat=remat),
         )
         self._stepping = Stepping(update, update.init(params), batch)
         self.score = self._stepping.score
@@ -72,7 +74,7 @@ class OurUpdate:
         return report.sums.loss, report.grad_norm
 
     def gradients(self) -> Params:
-        """The clipped gradients of the first step: Adam's first moment after it is (1 - b1) of them."""
+        """The clipped gradients of the first step: Adam's first moment is (1 - b1) times them."""
         moments = optax.tree_utils.tree_get(self._stepping.state.opt_state, "mu")
         return jax.tree.map(
             lambda m: m / (1 - OPTIMIZER.b1), logical_on_host(moments, self._stepping.update.layout)
@@ -80,7 +82,7 @@ class OurUpdate:
 
 
 def worst_difference(got: Params, expected: Params) -> float:
-    """The largest difference in a tensor over the largest entry of that tensor, over all tensors."""
+    """The maximum over all tensors of: largest difference / largest entry of that tensor."""
     return max(
         jax.tree.leaves(
             jax.tree.map(
@@ -93,8 +95,12 @@ def worst_difference(got: Params, expected: Params) -> float:
 def check_agreement(
     sides: Mapping[str, OurUpdate | TorchUpdate], reference_GC: np.ndarray
 ) -> dict[str, float]:
-    """Every side takes its first step. The largest difference from torch: of the loss (absolute, since it sums advantages of unit size that
-    all but cancel), the norm and the clipped gradients (both relative). Raises SystemExit where they are not those of float32."""
+    """Let every side take its first step, and return each side's largest difference from torch.
+
+    Differences of the norm and of the clipped gradients are relative. That of the loss is absolute,
+    because it sums advantages of unit size that nearly cancel. Raises SystemExit if a difference is
+    too large for float32.
+    """
     steps = {name: side.step(reference_of(side, reference_GC)) for name, side in sides.items()}
     expected, expected_gradients = steps["torch"], sides["torch"].gradients()
     differences = {}
@@ -108,7 +114,8 @@ def check_agreement(
         differences[name] = max(apart)
         if max(apart) > 1e-4:
             raise SystemExit(
-                f"{name} is not the same update as torch: loss, norm and gradients differ by {apart}"
+                f"{name} is not the same update as torch: loss, norm and gradients differ by "
+                f"{apart}, at most 1e-4 is allowed"
             )
     return differences
 
@@ -130,7 +137,7 @@ def ratios(seconds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, fl
     }
 
 
-def measure(repeats: int) -> dict[str, object]:
+def measure(repeats: int) -> dict[str, Any]:
     batch, params = (
         random_groups(SMALL_MODEL.vocab_size, SMALL),
         jax.tree.map(np.asarray, init_params(SMALL_MODEL, jax.random.key(0))),
@@ -177,52 +184,54 @@ def main() -> None:
     )
     args = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))[:2]
-    os.sched_setaffinity(0, cores)  # XLA makes as many threads, at its first use
+    os.sched_setaffinity(0, cores)  # XLA starts as many threads at its first use
     torch.set_num_threads(len(cores))
     products = {"xla": product_rate(), "torch": torch_update.product_rate()}
-    print(f"{described(processor())}; products in GFLOP/s a core: {products}")
+    print(f"{described(processor())}; products in GFLOP/s per core: {products}")
     measured = measure(args.repeats)
+    report(measured)
+    if args.json:
+        rest = {"repeats": args.repeats, "threads": len(cores), "product_gflops": products}
+        print(json.dumps(record(measured) | rest))
+
+
+def report(measured: Mapping[str, Any]) -> None:
+    """Print the table and the ratios."""
     print(f"{'update':24} {'min s':>8} {'median s':>9} {'cpu s':>8} {'difference':>11}")
     for name, figures in measured["update"].items():
-        difference = measured["differences"][name]
-        print(
-            f"{name:24} {figures['min']:8.3f} {figures['median']:9.3f} {figures['cpu']:8.3f} {difference:11.1g}"
-        )
+        print(f"{row(name, figures)} {measured['differences'][name]:11.1g}")
     print(f"{'pass without gradients':24}")
     for name, figures in measured["score"].items():
-        print(f"{name:24} {figures['min']:8.3f} {figures['median']:9.3f} {figures['cpu']:8.3f}")
+        print(row(name, figures))
     update_ratios, score_ratios = ratios(measured["update"]), ratios(measured["score"])
     for kind in ("torch", "repeated"):
         u, s = update_ratios[kind], score_ratios[kind]
         print(
-            f"{kind} / ours: update {u['min']:.2f} (median {u['median']:.2f}), pass {s['min']:.2f} (median {s['median']:.2f})"
+            f"{kind} / ours: update {u['min']:.2f} (median {u['median']:.2f}), "
+            f"pass {s['min']:.2f} (median {s['median']:.2f})"
         )
-    if args.json:
-        sizes = dataclasses.asdict(SMALL) | dataclasses.asdict(SMALL_MODEL)
-        record = {f"ratio_{kind}": round(r["min"], 3) for kind, r in update_ratios.items()}
-        record |= {
-            "ratios": update_ratios,
-            "ratios_score": score_ratios,
-            "seconds": measured["update"],
-            "seconds_score": measured["score"],
-        }
-        record |= {
-            "differences": measured["differences"],
-            "repeats": args.repeats,
-            "threads": len(cores),
-            "sizes": sizes,
-        }
-        record |= {"processor": processor(), "product_gflops": products}
-        print(
-            json.dumps(
-                record
-                | {
-                    "device": jax.devices()[0].device_kind,
-                    "jax": jax.__version__,
-                    "torch": torch.__version__,
-                }
-            )
-        )
+
+
+def row(name: str, figures: Mapping[str, float]) -> str:
+    return f"{name:24} {figures['min']:8.3f} {figures['median']:9.3f} {figures['cpu']:8.3f}"
+
+
+def record(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What is measured, for the line of JSON."""
+    update_ratios = ratios(measured["update"])
+    return {
+        **{f"ratio_{kind}": round(r["min"], 3) for kind, r in update_ratios.items()},
+        "ratios": update_ratios,
+        "ratios_score": ratios(measured["score"]),
+        "seconds": measured["update"],
+        "seconds_score": measured["score"],
+        "differences": measured["differences"],
+        "sizes": dataclasses.asdict(SMALL) | dataclasses.asdict(SMALL_MODEL),
+        "processor": processor(),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "torch": torch.__version__,
+    }
 
 
 if __name__ == "__main__":

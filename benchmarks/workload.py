@@ -1,4 +1,4 @@
-"""What the benchmarks of the update share: groups of random tokens, the update on one of them, and taking turns."""
+"""Shared by the benchmarks of the update: random groups, steps on one of them, taking turns."""
 
 import dataclasses
 import statistics
@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.processor import PRODUCT, product_gflops
-from jaxgrpo.learner.update import StepReport, TrainState, Update
+from jaxgrpo.learner.train_state import StepReport, TrainState
+from jaxgrpo.learner.update import Update
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.types import GroupBatch
 
-SETTLE = 0.3  # seconds between two runs, so that the threads of one library no longer spin when the other is timed
+SETTLE = 0.3  # seconds between two runs, in which the threads of one library stop spinning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ SMALL_MODEL = ModelConfig(
 
 
 def random_groups(vocab: int, sizes: Sizes, seed: int = 0) -> GroupBatch:
-    """One micro-batch of random tokens; all lengths are full and every completion token has loss."""
+    """One micro-batch of random tokens, of full length, each completion token with loss."""
     rng = np.random.default_rng(seed)
     n, shape = sizes.N, (sizes.N, sizes.G, sizes.C)
     ids = lambda *axes: rng.integers(0, vocab, axes).astype(np.int32)
@@ -70,7 +71,7 @@ def random_groups(vocab: int, sizes: Sizes, seed: int = 0) -> GroupBatch:
 
 
 def one_row_each(batch: GroupBatch) -> GroupBatch:
-    """The rows as groups of their own, each with its copy of the prompt: nothing is shared."""
+    """Make each row a group of its own with a copy of the prompt, so that nothing is shared."""
     n, g = batch.advantages_NG.shape
     arrays = dataclasses.asdict(batch)
     split = {
@@ -86,7 +87,7 @@ def one_row_each(batch: GroupBatch) -> GroupBatch:
 
 
 class Stepping:
-    """An update and its state, which moves on with every step on the one batch."""
+    """An update and its state, which advances with every step on one batch."""
 
     def __init__(self, update: Update, state: TrainState, batch: GroupBatch):
         self.update, self.state, self.batch = update, state, batch
@@ -96,7 +97,7 @@ class Stepping:
         return np.asarray(self.update.logprobs(self.state.params, self.batch))
 
     def step(self, reference_NGC: Any = None) -> StepReport:
-        """An on-policy optimizer step, waited for."""
+        """Take an on-policy optimizer step, and wait for it."""
         self.state, _, report = self.update.optimizer_step(
             self.state, [self.batch], None, [reference_NGC]
         )
@@ -107,7 +108,7 @@ class Stepping:
 def interleaved(
     runs: Mapping[str, Callable[[], object]], repeats: int
 ) -> dict[str, dict[str, float]]:
-    """Minimum and median seconds of each, and the least processor seconds, all taking turns."""
+    """Let all take turns; minimum and median seconds, and minimum processor seconds, of each."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     cpu: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
@@ -124,7 +125,7 @@ def interleaved(
 
 
 def product_rate() -> float:
-    """float32 GFLOP/s of a core, by XLA on the product that all libraries are asked for."""
+    """float32 GFLOP/s per core of XLA, on the product that is used for all libraries."""
     rows, inner, columns = PRODUCT
     multiply = jax.jit(jnp.matmul)
     left, right = jnp.ones((rows, inner)), jnp.ones((inner, columns))

@@ -20,7 +20,7 @@ from jaxgrpo.config.settings import Config, ConfigError, refuse
 from jaxgrpo.evaluate import evaluate, split_tasks
 from jaxgrpo.interruptions import interruptible, run_program
 from jaxgrpo.learner.batching import pack
-from jaxgrpo.learner.update import DivergedError, StepReport, TrainState
+from jaxgrpo.learner.train_state import DivergedError, StepReport, TrainState
 from jaxgrpo.paths import write_whole
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.rollout.episode import SamplingParams

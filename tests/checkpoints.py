@@ -8,7 +8,8 @@ import numpy as np
 
 from jaxgrpo.config.settings import LossSettings, OptimizerSettings
 from jaxgrpo.learner.sharding import make_mesh
-from jaxgrpo.learner.update import StepReport, TrainState, Update
+from jaxgrpo.learner.train_state import StepReport, TrainState
+from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import init_params
 from jaxgrpo.storage.checkpoint import Checkpoints, Progress
@@ -36,8 +37,7 @@ def update_on(
         mesh,
         LossSettings(kl_beta=kl_beta),
         optimizer,
-        compute_dtype=compute_dtype,
-        head_chunk=8,
+        ComputeOptions(compute_dtype, head_chunk=8),
     )
 
 

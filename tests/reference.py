@@ -1,4 +1,4 @@
-"""Independent float64 versions of what the tests compare with: NumPy, token by token, nothing imported from the package."""
+"""Independent float64 NumPy versions for comparison, with nothing imported from the package."""
 
 import math
 
@@ -55,7 +55,10 @@ def token_logprobs(
     cotangents: np.ndarray,
     temperature: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Log-probabilities [T], entropies [T], and the gradients of sum(cotangents * logprobs) for hidden [T, D] and table [V, D]."""
+    """Log-probabilities [T], entropies [T], and the gradients of sum(cotangents * logprobs).
+
+    The gradients are those of hidden [T, D] and table [V, D].
+    """
     hidden, table = hidden.astype(np.float64), table.astype(np.float64)
     logits = hidden @ table.T / temperature
     logits = logits - logits.max(axis=1, keepdims=True)
@@ -74,7 +77,10 @@ def token_logprobs(
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """One row: q [T, H, h], k and v [S, K, h], mask [T, S] -> [T, H, h]; query head i uses key/value head i // (H / K)."""
+    """One row: q [T, H, h], k and v [S, K, h], mask [T, S] -> [T, H, h].
+
+    Query head i uses key/value head i // (H / K).
+    """
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
     for head in range(q.shape[1]):
@@ -86,7 +92,10 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> 
 
 
 def rope(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
-    """x [T, heads, h]: dimension i and i + h/2 are one complex number, turned by position * theta ** (-2i / h)."""
+    """Rotate x [T, heads, h] by position * theta ** (-2i / h).
+
+    Dimensions i and i + h/2 form one complex number.
+    """
     half = x.shape[-1] // 2
     turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(
         1j
@@ -109,7 +118,10 @@ def adamw(
     weight_decay: float,
     max_grad_norm: float,
 ) -> tuple[list[np.ndarray], list[tuple[np.ndarray, np.ndarray]], float]:
-    """Step number `step` (from 1) of AdamW after clipping by the global norm: new weights, new moments, the norm before clipping."""
+    """Step number `step` (from 1) of AdamW, after clipping by the global norm.
+
+    Returns new weights, new moments, and the norm before clipping.
+    """
     norm = math.sqrt(sum(float(np.sum(np.square(g, dtype=np.float64))) for g in gradients))
     scale = min(1.0, max_grad_norm / norm)
     new_params, new_moments = [], []

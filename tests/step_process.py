@@ -6,7 +6,8 @@ from pathlib import Path
 
 import jax
 
-from jaxgrpo.learner.update import StepReport, TrainState, Update
+from jaxgrpo.learner.train_state import StepReport, TrainState
+from jaxgrpo.learner.update import Update
 from jaxgrpo.run.processes import ClusterFlags, add_flags, join
 from jaxgrpo.storage.checkpoint import Checkpoints, Progress
 from tests.updates import GROUPS, packed, update_of

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgrpo.config.settings import LossSettings
-from jaxgrpo.learner.losses import grpo_loss
+from jaxgrpo.learner import update
+from jaxgrpo.learner.losses import LossInputs
 from tests.axis_checks import axes, axes_checked, contradictions
 
 
@@ -32,19 +32,35 @@ def test_contradictions_among_variables() -> None:
     assert contradictions({"g_N2": np.zeros((2, 3))}) == ["g_N2: 2 is 3, and 2 in its name"]
 
 
-@pytest.mark.parametrize("transform", [jax.jit, lambda f: f], ids=["jit", "no jit"])
-def test_a_wrong_shape_in_the_loss_is_found(transform) -> None:
-    """Advantages of one group would be broadcast over all: nothing else would notice."""
+plain_and_under_jit = pytest.mark.parametrize(
+    "transform", [jax.jit, lambda f: f], ids=["jit", "no jit"]
+)
+
+
+@plain_and_under_jit
+def test_a_wrong_shape_in_a_record_is_found(transform) -> None:
+    """Advantages of one group would be broadcast over all."""
     tokens, mask = np.zeros((2, 3, 4), np.float32), np.ones((2, 3, 4), bool)
-    loss = transform(
-        lambda advantages: grpo_loss(
-            tokens, tokens, None, tokens, tokens, advantages, tokens, mask, LossSettings(kl_beta=0)
-        )[0]
+    make = transform(
+        lambda advantages: LossInputs(
+            tokens, tokens, None, tokens, tokens, advantages, tokens, mask
+        )
     )
     with axes_checked():
-        loss(np.zeros((2, 3), np.float32))
+        make(np.zeros((2, 3), np.float32))
     wrong = pytest.raises(
         AssertionError, match="advantages_NG: N is 1, and 2 in train_logprobs_NGC"
     )
     with wrong, axes_checked():
-        loss(np.zeros((1, 3), np.float32))
+        make(np.zeros((1, 3), np.float32))
+
+
+@plain_and_under_jit
+def test_a_wrong_shape_in_a_function_is_found(transform) -> None:
+    """Lengths of one group would be broadcast over all: nothing else would notice."""
+    finite = transform(lambda lengths: update._finite({}, np.zeros((2, 3, 4)), lengths))
+    with axes_checked():
+        assert finite(np.zeros((2, 3), int))
+    wrong = pytest.raises(AssertionError, match="lengths_NG: N is 1, and 2 in logprobs_NGC")
+    with wrong, axes_checked():
+        finite(np.zeros((1, 3), int))

@@ -15,6 +15,7 @@ import pytest
 
 from jaxgrpo import train as train_module
 from jaxgrpo.config.settings import ConfigError, LoraSettings, NativeSamplerSettings
+from jaxgrpo.learner.update import ComputeOptions
 from jaxgrpo.models.attention import XLA
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.rollout.episode import Limits, SamplingParams
@@ -120,7 +121,9 @@ class TestOptions:
         monkeypatch.setattr(
             setup,
             "Update",
-            lambda *args, **options: given.update(update=options, devices=args[1].size),
+            lambda *args, **options: given.update(
+                update=options, compute=args[4], devices=args[1].size
+            ),
         )
         native = ("native.max_rows=3", "native.decode_chunk=5", "native.max_cache_tokens=4096")
         update = (
@@ -153,8 +156,8 @@ class TestOptions:
             "kernel": XLA,
             "served_dtype": None,
         }
-        assert given["update"] == {**update, "lora": LoraSettings(2)}
-        assert given["devices"] == 2
+        assert given["update"] == {"lora": LoraSettings(2)}
+        assert (given["compute"], given["devices"]) == (ComputeOptions(**update), 2)
 
     def test_the_reference_follows_the_policy_every_so_many_steps(self, model, tmp_path):
         kls = {}

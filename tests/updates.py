@@ -1,6 +1,7 @@
-"""A small model, its update and its batches, and how two updates are compared, for the tests of the update and of what stands on it.
+"""A small model, its update and its batches, and comparisons of updates, for tests.
 
-Epsilon is large here, so that what is compared is the gradient, not the signs that Adam makes of its last digits.
+Adam's epsilon is large here. With a small one, the last digits of tiny gradients would decide the
+sign of a change.
 """
 
 import dataclasses
@@ -16,8 +17,10 @@ import pytest
 
 from jaxgrpo.config.settings import BatchingSettings, LossSettings, OptimizerSettings
 from jaxgrpo.learner.batching import pack
+from jaxgrpo.learner.device_step import StepInputs
 from jaxgrpo.learner.sharding import logical_on_host, make_mesh
-from jaxgrpo.learner.update import StepReport, TrainState, Update
+from jaxgrpo.learner.train_state import StepReport, TrainState
+from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.types import Group, GroupBatch
@@ -77,21 +80,13 @@ def update_of(
 ) -> Update:
     """One Update for all tests that need it: compiling takes longer than anything else here."""
     mesh = make_mesh(jax.devices()[:devices])
-    return Update(
-        config,
-        mesh,
-        loss,
-        ADAM,
-        compute_dtype=dtype,
-        served_dtype=served_dtype,
-        temperature=TEMPERATURE,
-        head_chunk=16,
-    )
+    compute = ComputeOptions(dtype, served_dtype, temperature=TEMPERATURE, head_chunk=16)
+    return Update(config, mesh, loss, ADAM, compute)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Two optimizer steps on one batch: the weights' changes, the first gradient (clipped), and what was reported."""
+    """Two optimizer steps on one batch: first clipped gradient, changes of weights, reports."""
 
     gradient: Params
     first_change: Params
@@ -130,7 +125,7 @@ def run_of(devices: int, micro_batch_groups: int = 12) -> Run:
 
 
 def worst_error(got: Params, expected: Params) -> float:
-    """The largest difference in a tensor over the largest entry of that tensor, over all tensors."""
+    """The maximum over all tensors of: largest difference / largest entry of that tensor."""
     errors = jax.tree.map(
         lambda a, b: float(np.max(np.abs(np.asarray(a, np.float64) - b)) / np.max(np.abs(b))),
         got,
@@ -140,7 +135,10 @@ def worst_error(got: Params, expected: Params) -> float:
 
 
 def change_error(got: Params, expected: Params) -> float:
-    """The largest difference of the weights' changes over the largest change. (A change is as exact as the weight's own last digit.)"""
+    """The largest difference between the changes of weights / the largest change.
+
+    A change is only as exact as the last digit of its weight.
+    """
     pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True))
     return max(float(np.max(np.abs(a - b))) for a, b in pairs) / max(
         float(np.max(np.abs(b))) for _, b in pairs
@@ -160,6 +158,5 @@ def accumulate_text(update: Update, batch: GroupBatch) -> str:
     """The program of a micro-batch's forward and backward."""
     state, placed = update.init(params_of(TINY)), update._put(batch)
     given = placed.sampler_logprobs_NGC
-    return update._accumulate.lower(
-        state.params, state.params, placed, given, given, True, None
-    ).as_text()
+    inputs = StepInputs(placed, given, given, on_policy=True)
+    return update._accumulate.lower(state.params, state.params, inputs, None).as_text()

@@ -32,7 +32,14 @@ from jaxgrpo.learner.batching import bucket
 from jaxgrpo.learner.losses import Head, token_logprobs
 from jaxgrpo.learner.sharding import Replicated, embed
 from jaxgrpo.models.model_config import ModelConfig
-from jaxgrpo.models.qwen2 import Params, cast_to, forward_shared_prompt, head_table, init_params
+from jaxgrpo.models.qwen2 import (
+    GroupTokens,
+    ParamLoader,
+    Params,
+    forward_shared_prompt,
+    head_table,
+    init_params,
+)
 from jaxgrpo.paths import absolute
 from jaxgrpo.rollout.chat import Chat
 from jaxgrpo.storage.pretrained import load_tokenizer, save_hf
@@ -211,16 +218,14 @@ def train_step(
     """
     whole = Replicated(jnp.dtype(jnp.float32))
     head = Head((config.vocab_size, config.hidden_size), whole, 2048, 1.0)
+    loader = dataclasses.replace(
+        ParamLoader.whole(jnp.float32),
+        embed=lambda tree, ids: embed(tree["embed"]["embedding"], ids, head.shape, whole),
+    )
 
     def loss(p: Params) -> tuple[Array, Array]:
         hidden = forward_shared_prompt(
-            config,
-            p,
-            prompt_NP,
-            prompt_lengths_N,
-            rows_NGC,
-            load=cast_to(jnp.float32),
-            embed=lambda tree, ids: embed(tree["embed"]["embedding"], ids, head.shape, whole),
+            config, p, GroupTokens(prompt_NP, prompt_lengths_N, rows_NGC), loader
         )
         logprobs, _ = token_logprobs(
             hidden.reshape(-1, config.hidden_size), head_table(p), rows_NGC.reshape(-1), head

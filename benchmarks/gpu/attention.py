@@ -20,13 +20,21 @@ from jax import Array
 from benchmarks.gpu.measuring import attempted, timed, untuned
 from benchmarks.gpu.rows import Context, Row, in_time
 from jaxgrpo.models.attention import XLA, Kernel, attend
+from jaxgrpo.models.attention import Context as SharedContext
 from jaxgrpo.models.cudnn import CUDNN, unusable
 
 KERNELS: dict[str, Kernel] = {
     "cudnn": CUDNN,
     "xla": XLA,
 }
-_ATTEND = {name: functools.partial(attend, kernel) for name, kernel in KERNELS.items()}
+
+
+def _attend(kernel: Kernel, q: Array, k: Array, v: Array, *context: Array) -> Array:
+    """`attend` with the arrays of the context apart, as `dense` takes them."""
+    return attend(kernel, q, k, v, SharedContext(*context) if context else None)
+
+
+_ATTEND = {name: functools.partial(_attend, kernel) for name, kernel in KERNELS.items()}
 MOST_DIFFERENCE = 0.01
 """Between a kernel in bfloat16 and float32: an element is rounded by up to 0.4 %, and a gradient is
 made of several roundings."""

@@ -27,7 +27,8 @@ from benchmarks.gpu.rollouts import TINY, Lengths, Packed, packed
 from benchmarks.gpu.rows import Context, Row, in_time
 from jaxgrpo.config.settings import LossSettings, OptimizerSettings
 from jaxgrpo.learner.sharding import make_mesh
-from jaxgrpo.learner.update import TrainState, Update
+from jaxgrpo.learner.train_state import TrainState
+from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.attention import XLA, Kernel
 from jaxgrpo.models.cudnn import CUDNN, unusable
 from jaxgrpo.models.model_config import ModelConfig
@@ -52,16 +53,8 @@ class Plan:
 
     def update(self, device: jax.Device) -> Update:
         loss, optimizer = LossSettings(kl_beta=0.0), OptimizerSettings()
-        kernel = KERNELS[self.kernel]
-        return Update(
-            self.model,
-            make_mesh([device]),
-            loss,
-            optimizer,
-            compute_dtype=jnp.bfloat16,
-            kernel=kernel,
-            remat=self.remat,
-        )
+        compute = ComputeOptions(jnp.bfloat16, kernel=KERNELS[self.kernel], remat=self.remat)
+        return Update(self.model, make_mesh([device]), loss, optimizer, compute)
 
     @property
     def row(self) -> Row:

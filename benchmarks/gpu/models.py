@@ -35,8 +35,7 @@ def fitted(model: ModelConfig, memory: int) -> ModelConfig:
 
 
 def random_logical(model: ModelConfig, dtype: Any) -> Params:
-    """The logical tree in `dtype`, as jaxgrpo.models.qwen2.init_params has it but made leaf by leaf: that
-    takes less memory."""
+    """Like jaxgrpo.models.qwen2.init_params, in `dtype`, but made leaf by leaf to save memory."""
     return _random(param_shapes(model), lambda leaf: _Place(leaf.shape, dtype))
 
 

@@ -17,7 +17,8 @@ from benchmarks.gpu.rollouts import TINY, Lengths, Packed, packed
 from benchmarks.gpu.rows import Context, Row
 from jaxgrpo.config.settings import LossSettings, OptimizerSettings
 from jaxgrpo.learner.sharding import make_mesh
-from jaxgrpo.learner.update import TrainState, Update
+from jaxgrpo.learner.train_state import TrainState
+from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.attention import Kernel
 from jaxgrpo.models.cudnn import unusable
 from jaxgrpo.models.model_config import ModelConfig
@@ -68,8 +69,7 @@ def first_step(model: ModelConfig, kernel: Kernel, dtype: Any, work: Packed) -> 
         make_mesh(jax.devices()[:1]),
         LossSettings(kl_beta=0.0),
         optimizer,
-        compute_dtype=dtype,
-        kernel=kernel,
+        ComputeOptions(dtype, kernel=kernel),
     )
     params = random_stored(update.layout, update.mesh)
     state = TrainState(params, update._init_optimizer(params), None, 0)

@@ -1,8 +1,9 @@
-"""A stack of layers whose gradient is added to an accumulator in place.
+"""A scan over layers whose gradient is added to an accumulator in place.
 
-Under autodiff's own rule the backward loop writes the gradient of the whole stack as a new array, which is then added to the accumulator
-of the micro-batches before: a second copy of all gradients, the largest temporary of the update. Here the backward loop carries the
-accumulator and adds each layer's gradient to its row.
+With autodiff, the backward loop writes the gradient of the whole stack to a new array, which is
+then added to the accumulator. This second copy of all gradients would be the largest temporary of
+the update. Here the backward loop carries the accumulator and adds each layer's gradient to its
+row.
 """
 
 import functools
@@ -22,13 +23,14 @@ Carry = Any
 def accumulating_scan(
     layer: Layer, carry: Carry, stack: Params, accumulator: Params, frozen: Params | None = None
 ) -> Carry:
-    """`carry` through `layer(carry, leaves)` for each row of the stack (leaves [L, ...]), the rows of the `frozen` stack put beside its own
-    (`jaxgrpo.models.lora.combine`). The gradient with regard to `stack` is `accumulator` (same shapes) plus the stack's
-    own; `frozen` has none.
+    """Pass `carry` through `layer(carry, leaves)` for each row of the stack (leaves [L, ...]).
 
-    What a layer keeps for its backward pass is the layer's own matter (`jaxgrpo.models.qwen2.rematerialised`), except
-    that neither stack is kept
-    twice. `layer` may close over arrays with regard to which nothing is differentiated.
+    `leaves` are a row of `stack`, merged with the row of `frozen` (`jaxgrpo.models.lora.combine`).
+    The gradient with respect to `stack` is `accumulator` (same shapes) plus the stack's own. There
+    is none for `frozen`, nor for arrays that `layer` closes over.
+
+    The layer decides what to save for its backward pass (`jaxgrpo.models.qwen2.rematerialized`),
+    but neither stack is ever saved a second time.
     """
     return jax.lax.scan(lambda c, rows: (layer(c, combine(*rows)), None), carry, (stack, frozen))[0]
 
@@ -45,6 +47,8 @@ def _forward(
         nonlocal rebuild
         out, pull = jax.vjp(lambda c, leaves: layer(c, combine(leaves, rows[1])), carry, rows[0])
         kept, tree = jax.tree.flatten(pull)
+        # Residuals that are rows of the stacks are recognized by identity (they are the same
+        # tracers) and left out. The scan would otherwise save a second copy of both stacks.
         own = [id(leaf) for leaf in jax.tree.leaves(rows)]
         place = [own.index(id(x)) if id(x) in own else None for x in kept]
         rebuild = Partial(functools.partial(_pull_back, tree, place))
@@ -56,7 +60,7 @@ def _forward(
 
 
 def _pull_back(tree: Any, place: list[int | None], kept: list[jax.Array], rows: _Stacks) -> Any:
-    """A layer's backward pass, out of what it kept and of its rows of the stacks."""
+    """The backward pass of a layer, from its residuals and its rows of the stacks."""
     others, own = iter(kept), jax.tree.leaves(rows)
     return jax.tree.unflatten(tree, [next(others) if at is None else own[at] for at in place])
 

@@ -1,4 +1,4 @@
-"""Trained adapters and the weights that they adapt, as they lie on the devices: merging, and knowing the base again."""
+"""Stored adapters and base weights: merge them, and recognize the base model."""
 
 import functools
 import zlib
@@ -25,20 +25,18 @@ def merge_stored(
     mesh: Mesh,
     scale: float,
 ) -> Params:
-    """Stored weights with W + scale A B in place of every adapted kernel W, in `base`'s layout and types; the leaves that no adapter
-    belongs to are `base`'s own.
+    """Replace every adapted kernel W by W + scale A B, in the layout and dtypes of `base`.
 
-    Each device adds up its own slice of W, in float32, a layer at a time, and rounds once; only A and B are gathered. Memory beyond the
-    result: of one layer, A, B, and a slice in float32.
+    Leaves without an adapter are those of `base`. Each device adds to its own slice of W in
+    float32, one layer at a time, and rounds once. Only A and B are gathered. Memory beyond the
+    result: A, B and a float32 slice of one layer.
     """
     if ADAPTER in adapters:
         shapes = (base_layout["kernel"], adapter_layout[ADAPTER]["a"], adapter_layout[ADAPTER]["b"])
         merge = _merge_kernel(*shapes, mesh, scale)
         merged = merge(base["kernel"], adapters[ADAPTER]["a"], adapters[ADAPTER]["b"])
-        return {
-            **base,
-            "kernel": jax.block_until_ready(merged),
-        }  # one by one: several processes must meet in the same order
+        # One at a time, so that all processes run the collectives in the same order.
+        return {**base, "kernel": jax.block_until_ready(merged)}
     return {
         key: merge_stored(value, adapters[key], base_layout[key], adapter_layout[key], mesh, scale)
         if key in adapters
@@ -51,27 +49,24 @@ def merge_stored(
 def _merge_kernel(
     kernel: LeafLayout, a: LeafLayout, b: LeafLayout, mesh: Mesh, scale: float
 ) -> Any:
-    """Stored W [L, *], A (transposed) and B -> stored W + scale A B, jitted."""
-    storage, piece, (inputs, outputs) = (
-        Sharded(mesh.size, jnp.float32),
-        kernel.padded // mesh.size,
-        kernel.shape,
-    )
-    rows = min(inputs, -(-piece // outputs) + 1)  # of W, that a device's slice can lie in
+    """Jit a function of stored W [L, *], A (transposed) and B that returns stored W + scale A B."""
+    storage, (inputs, outputs) = Sharded(mesh.size, jnp.float32), kernel.shape
+    piece = kernel.padded // mesh.size
+    rows = min(inputs, -(-piece // outputs) + 1)  # most rows of W that one device's slice touches
 
     def local(kernel_shard: Array, a_shard: Array, b_shard: Array) -> Array:
         start = lax.axis_index(AXIS) * piece
         first = jnp.minimum(start // outputs, inputs - rows)
 
         def layer(_: None, shards: tuple[Array, Array, Array]) -> tuple[None, Array]:
-            left = lax.dynamic_slice_in_dim(storage.load(shards[1], a.shape), first, rows, axis=1)
-            change = jnp.matmul(
-                left.T, storage.load(shards[2], b.shape), precision=lax.Precision.HIGHEST
-            ).reshape(-1)
-            change = jnp.pad(
-                change, (0, kernel.padded - kernel.size)
-            )  # the last slices end in padding
-            mine = lax.dynamic_slice_in_dim(change, start - first * outputs, piece)
+            whole_a, whole_b = (
+                storage.gather(shards[1], a.shape),
+                storage.gather(shards[2], b.shape),
+            )
+            left = lax.dynamic_slice_in_dim(whole_a, first, rows, axis=1)
+            change = jnp.matmul(left.T, whole_b, precision=lax.Precision.HIGHEST).reshape(-1)
+            padded = jnp.pad(change, (0, kernel.padded - kernel.size))  # the last slices are padded
+            mine = lax.dynamic_slice_in_dim(padded, start - first * outputs, piece)
             return None, (shards[0].astype(jnp.float32) + scale * mine).astype(kernel_shard.dtype)
 
         return lax.scan(layer, None, (kernel_shard, a_shard, b_shard))[1]
@@ -84,8 +79,11 @@ def _merge_kernel(
 
 
 def fingerprint(stored: Params, layout: Layout, mesh: Mesh) -> str:
-    """Eight hexadecimal digits that tell a model from another one, its fine-tuned sisters included, on any number of devices: a CRC-32 of
-    about a thousand numbers of every tensor, evenly spaced, as bfloat16, so that the stored type does not matter."""
+    """Eight hexadecimal digits that identify a model, on any number of devices.
+
+    A CRC-32 of about a thousand evenly spaced numbers of every tensor, as bfloat16, so that the
+    stored dtype does not matter. A fine-tuned model has another fingerprint than its base.
+    """
     checksum = 0
     for value, leaf in zip(jax.tree.leaves(stored), jax.tree.leaves(layout), strict=True):
         checksum = zlib.crc32(np.asarray(_sample(leaf, mesh)(value)).view(np.uint16).data, checksum)

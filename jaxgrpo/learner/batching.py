@@ -1,4 +1,4 @@
-"""Scored groups -> GroupBatches: bucketed shapes, loss masks, loss weights. Pure NumPy."""
+"""Micro-batches from scored groups: bucketed shapes, loss masks, loss weights. Pure NumPy."""
 
 from collections.abc import Collection, Sequence
 
@@ -10,7 +10,10 @@ from jaxgrpo.types import Group, GroupBatch
 
 
 def bucket(length: int, multiple: int) -> int:
-    """The smallest of multiple x (1, 2, 3, 4, 6, 8, 12, 16, 24, ...) that is at least `length`: at most a third is padding beyond it."""
+    """The smallest of multiple x (1, 2, 3, 4, 6, 8, 12, 16, 24, ...) that is at least `length`.
+
+    Beyond `multiple`, at most a third of the size is padding.
+    """
     size = multiple
     while size < length:
         for step in (1, 1.5, 2):
@@ -22,7 +25,10 @@ def bucket(length: int, multiple: int) -> int:
 
 
 def loss_masks(groups: Sequence[Group], masked_stop_reasons: Collection[str]) -> list[np.ndarray]:
-    """For each row of each group: true where a token carries loss. The policy's own do, unless the episode ended for a masked reason."""
+    """For each row of each group, a mask [C] that is true where a token carries loss.
+
+    Sampled tokens do, unless the episode ended for a masked reason.
+    """
     return [
         t.action_mask_C & (t.stop_reason not in masked_stop_reasons)
         for group in groups
@@ -33,9 +39,12 @@ def loss_masks(groups: Sequence[Group], masked_stop_reasons: Collection[str]) ->
 def loss_weights(
     masks: Sequence[np.ndarray], aggregation: str, max_completion_tokens: int
 ) -> list[np.ndarray]:
-    """Each row's mask [C] -> float32 weights [C], so that the sum of weight x token loss over the whole batch is the aggregated loss.
+    """Map the loss masks [C] of all rows of a batch to float32 weights [C].
 
-    A batch without any token of loss has all-zero weights. Raises ValueError for an unknown aggregation.
+    The sum of weight x token loss over the whole batch is the aggregated loss: a mean over tokens
+    ("token"), a mean over rows with loss of the mean over a row's tokens ("sequence"), or a sum
+    divided by rows x `max_completion_tokens`. All weights are zero if no token carries loss. Raises
+    ValueError for an unknown aggregation.
     """
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation must be one of {AGGREGATIONS}, got {aggregation!r}")
@@ -59,9 +68,10 @@ def pack(
     max_completion_tokens: int,
     settings: BatchingSettings,
 ) -> list[GroupBatch]:
-    """Scored groups of one size G -> micro-batches of `micro_batch_groups` groups each, groups of like size together.
+    """Pack scored groups of one size G into micro-batches of `micro_batch_groups` groups each.
 
-    The last micro-batch is filled up with empty groups of zero weight. Raises ValueError when there is no group or sizes differ.
+    Groups of similar length are packed together. The last micro-batch is filled with empty groups
+    of zero weight. Raises ValueError if there is no group, or if sizes differ.
     """
     sizes = {len(group.trajectories) for group in groups}
     if len(sizes) != 1:
@@ -89,8 +99,7 @@ def pack(
 
 
 def first_rows(batch: GroupBatch, groups: int, settings: BatchingSettings) -> GroupBatch:
-    """A row of each of the first `groups` groups, cut to the smallest shape that is packed: [N, 1,
-    C]."""
+    """One row of each of the first `groups` groups, cut to the smallest packed shape: [N, 1, C]."""
     n, p, c = groups, settings.prompt_multiple, settings.completion_multiple
     return GroupBatch(
         prompt_NP=batch.prompt_NP[:n, :p],

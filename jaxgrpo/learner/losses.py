@@ -1,8 +1,11 @@
-"""Token log-probabilities, the clipped policy objective, KL, and what is measured along the way. Pure functions.
+"""Token log-probabilities, the clipped policy objective, KL, and their statistics. Pure functions.
 
-Departures from the textbook: the head never makes a [tokens, V] array for a whole sequence; the loss is a plain sum over weights that
-already hold the global denominator (`jaxgrpo.learner.batching.loss_weights`), so that micro-batches and devices add up
-to one batch exactly.
+Departures from the textbook:
+
+- The head computes in chunks and never makes a [tokens, V] array for a whole sequence.
+- The loss is a plain sum over weights that contain the denominator of the whole batch
+  (`jaxgrpo.learner.batching.loss_weights`). Micro-batches and devices therefore add
+  up exactly.
 """
 
 import dataclasses
@@ -22,8 +25,13 @@ from jaxgrpo.types import AnyArray
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """How log-probabilities are computed: the table's shape [V, D], its storage, the tokens a chunk, and the sampling temperature. A table
-    that is not `trained` gets no gradient, and none is computed."""
+    """How log-probabilities are computed.
+
+    - `shape` is the shape [V, D] of the output table, and `storage` how its leaf is stored.
+    - `chunk` is the number of tokens that are computed at a time.
+    - `temperature` is the sampling temperature.
+    - A table that is not `trained` gets no gradient, and none is computed.
+    """
 
     shape: tuple[int, int]
     storage: Storage
@@ -34,10 +42,10 @@ class Head:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def token_logprobs(hidden: Array, table: Array, targets: Array, head: Head) -> tuple[Array, Array]:
-    """log softmax(hidden @ table.T / temperature) at the targets, and the entropy of each distribution, in float32, chunk by chunk.
+    """log softmax(hidden @ table.T / temperature) at the targets, and the entropy, in float32.
 
-    hidden [T, D], table a stored leaf of [V, D], targets [T] -> (logprobs [T], entropies [T]). No gradient flows through the entropies.
-    The gradient of the table is accumulated in float32 over all chunks.
+    hidden [T, D], table a stored leaf of [V, D], targets [T] -> (logprobs [T], entropies [T]). No
+    gradient flows through the entropies. The table's gradient is accumulated in float32.
     """
     return _logprobs_forward(hidden, table, targets, head)[0]
 
@@ -56,14 +64,15 @@ def _chunked(x: Array, chunk: int) -> Array:
 def _logprobs_forward(
     hidden: Array, table: Array, targets: Array, head: Head
 ) -> tuple[tuple[Array, Array], tuple]:
-    weight = head.storage.load(table, head.shape)
+    chex.assert_rank([hidden, targets], [2, 1])
+    weight = head.storage.gather(table, head.shape)
     tokens = hidden.shape[0]
     chunk = min(head.chunk, tokens)
 
     def one(_: None, args: tuple[Array, Array]) -> tuple[None, tuple[Array, Array, Array]]:
         logits = _logits(args[0], weight, head.temperature)
         top = jnp.max(logits, axis=-1, keepdims=True)
-        weights = jnp.exp(logits - top)  # once, for the normalizer and for the entropy
+        weights = jnp.exp(logits - top)  # used by the normalizer and by the entropy
         total = jnp.sum(weights, axis=-1)
         log_normalizer = top[:, 0] + jnp.log(total)
         chosen = jnp.take_along_axis(logits, args[1][:, None], axis=-1)[:, 0]
@@ -79,7 +88,7 @@ def _logprobs_backward(
     head: Head, residuals: tuple, cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array | None, None]:
     hidden, table, targets, log_normalizers = residuals
-    weight = head.storage.load(table, head.shape)
+    weight = head.storage.gather(table, head.shape)
     tokens = hidden.shape[0]
     chunk = min(head.chunk, tokens)
 
@@ -98,7 +107,7 @@ def _logprobs_backward(
     gradient, dhidden = jax.lax.scan(
         one, head.storage.zeros(head.shape) if head.trained else None, chunks
     )
-    dtable = None if gradient is None else head.storage.reduce(gradient, head.shape)
+    dtable = None if gradient is None else head.storage.reduce_scatter(gradient, head.shape)
     return dhidden.reshape(-1, hidden.shape[1])[:tokens], dtable, None
 
 
@@ -106,29 +115,40 @@ token_logprobs.defvjp(_logprobs_forward, _logprobs_backward)
 
 
 def clipped_objective(ratio: Array, advantages: Array, clip_low: float, clip_high: float) -> Array:
-    """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), to be maximised (PPO, arXiv:1707.06347, eq. 7; two bounds as in DAPO,
-    arXiv:2503.14476, eq. 10). Arrays of one shape, or broadcastable."""
+    """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), to be maximized.
+
+    PPO (arXiv:1707.06347, eq. 7), with two bounds as in DAPO (arXiv:2503.14476, eq. 10). The arrays
+    have the same shape or broadcast.
+    """
     return jnp.minimum(
         ratio * advantages, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
     )
 
 
 def k3_kl(train_logprobs: Array, reference_logprobs: Array) -> Array:
-    """The k3 estimate of KL(train || reference) a token: exp(d) - d - 1 with d = reference - train (GRPO, arXiv:2402.03300, eq. 4)."""
+    """The k3 estimate of KL(train || reference) per token: exp(d) - d - 1, d = reference - train.
+
+    GRPO (arXiv:2402.03300, eq. 4). Arrays of the same shape.
+    """
     delta = reference_logprobs - train_logprobs
     return jnp.exp(delta) - delta - 1
 
 
 def truncated_importance_weight(old_logprobs: Array, sampler_logprobs: Array, cap: float) -> Array:
-    """min(pi_old / pi_sampler, cap): corrects for a sampler whose numerics differ from the trainer's (truncated importance
-    sampling; Ionides 2008). A weight, not a path for gradients."""
+    """min(pi_old / pi_sampler, cap), without gradients.
+
+    Truncated importance sampling (Ionides 2008). It corrects for a sampler whose probabilities
+    differ from the trainer's.
+    """
     return jax.lax.stop_gradient(jnp.minimum(jnp.exp(old_logprobs - sampler_logprobs), cap))
 
 
 class LossSums(NamedTuple):
-    """Sums over the tokens of a micro-batch; `summary` divides them once all micro-batches have been added up.
+    """Sums over the tokens of a micro-batch. `add` adds micro-batches, and `summary` divides.
 
-    `loss` is already over the global denominator. `loss_tokens` counts the tokens with loss, `sampled_tokens` all that the sampler made.
+    `loss` already contains the denominator of the whole batch. `loss_tokens` counts the tokens with
+    loss, `sampled_tokens` all tokens from the sampler. `mismatch` compares the policy in training
+    with the sampler.
     """
 
     loss: Array | float
@@ -147,7 +167,7 @@ class LossSums(NamedTuple):
         return LossSums._make([*added[:-1], max(self.mismatch_max, other.mismatch_max)])
 
     def summary(self) -> dict[str, float]:
-        """Flat metrics: means over tokens with loss (KL, clip share, entropy) or over sampled tokens (mismatch)."""
+        """Flat metrics: means over tokens with loss, or (mismatch) over sampled tokens."""
         loss_tokens = max(float(self.loss_tokens), 1.0)
         sampled = max(float(self.sampled_tokens), 1.0)
         return {
@@ -163,62 +183,88 @@ class LossSums(NamedTuple):
         }
 
 
-def grpo_loss(
-    train_logprobs_NGC: AnyArray,
-    old_logprobs_NGC: AnyArray,
-    reference_logprobs_NGC: AnyArray | None,
-    sampler_logprobs_NGC: AnyArray,
-    entropies_NGC: AnyArray,
-    advantages_NG: AnyArray,
-    loss_weights_NGC: AnyArray,
-    action_mask_NGC: AnyArray,
-    settings: LossSettings,
-) -> tuple[Array, LossSums]:
-    """sum of w (beta KL - min(r A, clip(r) A)) with r = exp(train - old) (GRPO, arXiv:2402.03300, eq. 3).
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossInputs:
+    """What the loss of one micro-batch is computed from: float32, except the mask, which is bool.
 
-    All arrays float32; `reference_logprobs_NGC` is None exactly when `kl_beta` is 0. Tokens of zero weight contribute nothing, whatever
-    they hold. Returns the loss of this micro-batch and its sums.
+    - Log-probabilities of the tokens under the policy in training, the old policy, the reference
+      policy (None if `kl_beta` is 0) and the sampler.
+    - The entropies of the policy in training, which are only measured.
+    - The advantage of each completion, and the loss weight of each token (0 without loss).
+    - `action_mask_NGC` is true where the sampler chose the token.
     """
-    chex.assert_equal_shape(
-        [
-            train_logprobs_NGC,
-            old_logprobs_NGC,
-            sampler_logprobs_NGC,
-            loss_weights_NGC,
-            action_mask_NGC,
-        ]
-    )
-    chex.assert_rank([train_logprobs_NGC, advantages_NG], [3, 2])
-    has_loss = loss_weights_NGC > 0
-    sampled = action_mask_NGC.astype(jnp.float32)
-    train = jnp.where(has_loss, train_logprobs_NGC, 0.0)
-    old = jnp.where(has_loss, old_logprobs_NGC, 0.0)
-    sampler = jnp.where(has_loss, sampler_logprobs_NGC, 0.0)
-    advantages = jnp.where(has_loss, advantages_NG[:, :, None], 0.0)
+
+    train_logprobs_NGC: AnyArray
+    old_logprobs_NGC: AnyArray
+    reference_logprobs_NGC: AnyArray | None
+    sampler_logprobs_NGC: AnyArray
+    entropies_NGC: AnyArray
+    advantages_NG: AnyArray
+    loss_weights_NGC: AnyArray
+    action_mask_NGC: AnyArray
+
+
+def grpo_loss(inputs: LossInputs, settings: LossSettings) -> tuple[Array, LossSums]:
+    """sum of w (beta KL - min(r A, clip(r) A)), r = exp(train - old) (arXiv:2402.03300, eq. 3).
+
+    Tokens of zero weight contribute nothing, whatever they hold. Returns the loss of the
+    micro-batch and its sums.
+    """
+    _check_shapes(inputs)
+    weights = inputs.loss_weights_NGC
+    has_loss = weights > 0
+    sampled = inputs.action_mask_NGC.astype(jnp.float32)
+    train = jnp.where(has_loss, inputs.train_logprobs_NGC, 0.0)
+    old = jnp.where(has_loss, inputs.old_logprobs_NGC, 0.0)
+    sampler = jnp.where(has_loss, inputs.sampler_logprobs_NGC, 0.0)
+    advantages = jnp.where(has_loss, inputs.advantages_NG[:, :, None], 0.0)
     ratio = jnp.exp(train - old)
     objective = clipped_objective(ratio, advantages, settings.clip_low, settings.clip_high)
     if settings.tis_cap is not None:
         objective = objective * truncated_importance_weight(old, sampler, settings.tis_cap)
     kl = jnp.zeros_like(train)
-    if reference_logprobs_NGC is not None:
-        kl = k3_kl(train, jnp.where(has_loss, reference_logprobs_NGC, 0.0))
-    loss = jnp.sum(loss_weights_NGC * (settings.kl_beta * kl - objective))
+    if inputs.reference_logprobs_NGC is not None:
+        kl = k3_kl(train, jnp.where(has_loss, inputs.reference_logprobs_NGC, 0.0))
+    loss = jnp.sum(weights * (settings.kl_beta * kl - objective))
     clipped = ((ratio < 1 - settings.clip_low) & (advantages < 0)) | (
         (ratio > 1 + settings.clip_high) & (advantages > 0)
     )
-    delta = jnp.where(
-        action_mask_NGC, jax.lax.stop_gradient(train_logprobs_NGC) - sampler_logprobs_NGC, 0.0
-    )
+    change = jax.lax.stop_gradient(inputs.train_logprobs_NGC) - inputs.sampler_logprobs_NGC
+    delta = jnp.where(inputs.action_mask_NGC, change, 0.0)
     sums = LossSums(
         loss=loss,
         loss_tokens=jnp.sum(has_loss),
         sampled_tokens=jnp.sum(sampled),
         kl=jnp.sum(kl),
         clipped=jnp.sum(clipped & has_loss),
-        entropy=jnp.sum(jnp.where(has_loss, entropies_NGC, 0.0)),
-        mismatch=jnp.sum(jnp.abs(delta)),
-        mismatch_kl=jnp.sum(jnp.exp(delta) - delta - 1),
-        mismatch_outside=jnp.sum((jnp.abs(jnp.exp(delta) - 1) > 0.1) & (sampled > 0)),
-        mismatch_max=jnp.max(jnp.abs(delta)),
+        entropy=jnp.sum(jnp.where(has_loss, inputs.entropies_NGC, 0.0)),
+        **_mismatch(delta, sampled),
     )
     return loss, jax.tree.map(lambda x: jax.lax.stop_gradient(x.astype(jnp.float32)), sums)
+
+
+def _check_shapes(inputs: LossInputs) -> None:
+    per_token = [
+        inputs.train_logprobs_NGC,
+        inputs.old_logprobs_NGC,
+        inputs.sampler_logprobs_NGC,
+        inputs.entropies_NGC,
+        inputs.loss_weights_NGC,
+        inputs.action_mask_NGC,
+    ]
+    if inputs.reference_logprobs_NGC is not None:
+        per_token.append(inputs.reference_logprobs_NGC)
+    chex.assert_rank(inputs.train_logprobs_NGC, 3)
+    chex.assert_equal_shape(per_token)
+    chex.assert_shape(inputs.advantages_NG, inputs.train_logprobs_NGC.shape[:2])
+
+
+def _mismatch(delta: Array, sampled: AnyArray) -> dict[str, Array]:
+    """The mismatch sums of LossSums. `delta` is train - sampler, and 0 where not sampled."""
+    return {
+        "mismatch": jnp.sum(jnp.abs(delta)),
+        "mismatch_kl": jnp.sum(jnp.exp(delta) - delta - 1),
+        "mismatch_outside": jnp.sum((jnp.abs(jnp.exp(delta) - 1) > 0.1) & (sampled > 0)),
+        "mismatch_max": jnp.max(jnp.abs(delta)),
+    }

@@ -1,9 +1,10 @@
-"""Flat ZeRO-3 shards: one storage layout and one code path for any number of devices, one included.
+"""Flat ZeRO-3 shards: one storage layout and one code path for any number of devices D.
 
-A layer-stacked tensor [L, *shape] is stored as [L, ceil(n/D)*D] and any other tensor as [ceil(n/D)*D], n the number of its elements (a
-layer), zero-padded at the end and split over the mesh's one axis. Nothing needs to divide by D. Inside `jax.shard_map`, `Sharded.load`
-gathers one weight in the compute dtype; its backward pass scatters the float32 gradient back (ZeRO-3, arXiv:1910.02054, with the gather
-inside the layer loop).
+A layer-stacked tensor [L, *shape] is stored as [L, ceil(n/D)*D], and any other tensor as
+[ceil(n/D)*D], where n is the number of elements (per layer). It is zero-padded at the end and split
+over the mesh's only axis, so no size has to divide by D. Inside `jax.shard_map`, `Sharded.gather`
+gathers one weight in the compute dtype, and its backward pass reduce-scatters the float32 gradient
+(ZeRO-3, arXiv:1910.02054, with the gather inside the loop over layers).
 """
 
 import dataclasses
@@ -26,13 +27,16 @@ A = TypeVar("A", Array, np.ndarray)
 
 
 def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
-    """One axis over the devices: groups are data-parallel over it, weights are sharded over it."""
+    """Make a mesh of one axis, over which groups are data-parallel and weights are sharded."""
     return Mesh(np.array(devices), (AXIS,))
 
 
 @dataclasses.dataclass(frozen=True)
 class LeafLayout:
-    """How one tensor is stored: `shape` is its logical shape (of one layer when `stacked`), `layers` the length of the stack."""
+    """How one tensor is stored on a number of devices.
+
+    `shape` is the logical shape, of one layer if `stacked`. `layers` is the length of the stack.
+    """
 
     shape: tuple[int, ...]
     stacked: bool
@@ -60,16 +64,16 @@ class LeafLayout:
         return PartitionSpec(None, AXIS) if self.stacked else PartitionSpec(AXIS)
 
 
-Layout = Any  # the parameter tree with a LeafLayout for each tensor
+Layout = Any  # the parameter tree with a LeafLayout in place of each tensor
 
 
 def make_layout(config: ModelConfig, devices: int) -> Layout:
-    """The layout of a model's whole parameter tree."""
+    """The layout of a model's parameter tree."""
     return layout_of(param_shapes(config), devices)
 
 
 def layout_of(shapes: Params, devices: int) -> Layout:
-    """The layout of a logical tree, or of a part of it, of which the shapes are given."""
+    """The layout of a logical tree, or of a part of one, given its shapes."""
 
     def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> LeafLayout:
         if path[0].key == "layers":
@@ -85,7 +89,10 @@ def specs(layout: Layout) -> Any:
 
 
 def store_leaf(value: Any, leaf: LeafLayout, mesh: Mesh, dtype: Any = jnp.float32) -> Array:
-    """One logical array (NumPy or jax, whole) as stored shards. Each device is handed its slice only."""
+    """Store one whole logical array (NumPy or jax) as shards. Each device gets only its slice.
+
+    Raises ValueError if the shape is not that of the layout.
+    """
     value = np.asarray(value)
     if value.shape != leaf.logical_shape:
         raise ValueError(
@@ -98,8 +105,10 @@ def store_leaf(value: Any, leaf: LeafLayout, mesh: Mesh, dtype: Any = jnp.float3
 def store_rows(
     read: Callable[[int, int], np.ndarray], leaf: LeafLayout, mesh: Mesh, dtype: Any
 ) -> Array:
-    """Stored shards of what `read(start, stop)` gives: elements of each layer's flat values, [layers, stop - start]. Asked for what the
-    devices of this process hold, and no more."""
+    """Store as shards what `read(start, stop)` returns: flat elements [layers, stop - start].
+
+    Reads only what the devices of this process hold.
+    """
 
     def shard(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
@@ -114,22 +123,25 @@ def store_rows(
 
 
 def store(params: Params, layout: Layout, mesh: Mesh, dtype: Any = jnp.float32) -> Params:
-    """The logical tree as stored shards."""
+    """Store a logical tree as shards."""
     return jax.tree.map(lambda leaf, value: store_leaf(value, leaf, mesh, dtype), layout, params)
 
 
 def logical_leaf(stored: A, leaf: LeafLayout) -> A:
-    """One stored array (whole, not a shard) back in its logical shape."""
+    """Return one whole stored array in its logical shape."""
     return stored[..., : leaf.size].reshape(leaf.logical_shape)
 
 
 def logical_on_host(stored: Params, layout: Layout) -> Params:
-    """The logical tree as NumPy arrays."""
+    """Return a stored tree as a logical tree of NumPy arrays."""
     return jax.tree.map(lambda leaf, value: logical_leaf(np.asarray(value), leaf), layout, stored)
 
 
 def logical_on_devices(stored: Params, layout: Layout, mesh: Mesh, dtype: Any) -> Params:
-    """The logical tree in `dtype`, whole on every device of the mesh: what an embedded sampler computes with."""
+    """Return a stored tree as a logical tree in `dtype`, replicated on all devices of the mesh.
+
+    The embedded sampler computes with this tree.
+    """
     return _logical_on_devices(tuple(jax.tree.leaves(layout)), mesh, jnp.dtype(dtype))(stored)
 
 
@@ -137,25 +149,22 @@ def logical_on_devices(stored: Params, layout: Layout, mesh: Mesh, dtype: Any) -
 def _logical_on_devices(leaves: tuple[LeafLayout, ...], mesh: Mesh, dtype: Any) -> Any:
     def convert(stored: Params) -> Params:
         flat, tree = jax.tree.flatten(stored)
-        return jax.tree.unflatten(
-            tree,
-            [
-                logical_leaf(value.astype(dtype), leaf)
-                for value, leaf in zip(flat, leaves, strict=True)
-            ],
-        )
+        logical = [
+            logical_leaf(x.astype(dtype), leaf) for x, leaf in zip(flat, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(tree, logical)
 
     return jax.jit(convert, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 class Storage(Protocol):
-    """How a leaf of the parameter tree becomes a weight, and a weight's float32 gradient a leaf's."""
+    """How leaves of the parameter tree become weights, and gradients of weights those of leaves."""
 
-    def load(self, leaf: Any, shape: tuple[int, ...]) -> Array:
+    def gather(self, leaf: Any, shape: tuple[int, ...]) -> Array:
         """The weight of `shape` in the compute dtype, differentiable."""
 
-    def reduce(self, gradient: Array, shape: tuple[int, ...]) -> Array:
-        """The float32 gradient of a whole weight as the gradient of the leaf."""
+    def reduce_scatter(self, gradient: Array, shape: tuple[int, ...]) -> Array:
+        """The gradient of the leaf, from this device's float32 gradient of the weight."""
 
     def zeros(self, shape: tuple[int, ...]) -> Array:
         """A float32 accumulator for this device."""
@@ -163,14 +172,14 @@ class Storage(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Replicated:
-    """Leaves are whole weights."""
+    """Leaves are whole weights: there is nothing to gather, and nothing to reduce."""
 
     dtype: Any
 
-    def load(self, leaf: Array, shape: tuple[int, ...]) -> Array:
+    def gather(self, leaf: Array, shape: tuple[int, ...]) -> Array:
         return leaf.astype(self.dtype)
 
-    def reduce(self, gradient: Array, shape: tuple[int, ...]) -> Array:
+    def reduce_scatter(self, gradient: Array, shape: tuple[int, ...]) -> Array:
         return gradient
 
     def zeros(self, shape: tuple[int, ...]) -> Array:
@@ -179,19 +188,20 @@ class Replicated:
 
 @dataclasses.dataclass(frozen=True)
 class Sharded:
-    """Leaves are this device's flat shards; to be used inside `jax.shard_map` over AXIS.
+    """Leaves are this device's flat shards. Use it inside `jax.shard_map` over AXIS.
 
-    Weights are rounded to what `rounded_to` can hold, when that is given, and then computed with in `dtype`; gradients know nothing of it,
-    as they know nothing of the cast."""
+    With `rounded_to`, weights are first rounded to the precision of that dtype, then used in
+    `dtype`. Gradients ignore the rounding, as they ignore the cast.
+    """
 
     devices: int
     dtype: Any
     rounded_to: Any = None
 
-    def load(self, leaf: Array, shape: tuple[int, ...]) -> Array:
+    def gather(self, leaf: Array, shape: tuple[int, ...]) -> Array:
         return _gather(leaf, shape, self)
 
-    def reduce(self, gradient: Array, shape: tuple[int, ...]) -> Array:
+    def reduce_scatter(self, gradient: Array, shape: tuple[int, ...]) -> Array:
         flat = gradient.reshape(-1).astype(jnp.float32)
         flat = jnp.pad(flat, (0, -flat.size % self.devices))
         return lax.psum_scatter(flat, AXIS, scatter_dimension=0, tiled=True)
@@ -202,8 +212,11 @@ class Sharded:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(shard: Array, shape: tuple[int, ...], storage: Sharded) -> Array:
-    """All-gather in the compute dtype; plain autodiff would also reduce-scatter in it, hence the custom rule."""
-    if storage.rounded_to is not None:  # two casts in a row would be taken out by XLA
+    """All-gather in the compute dtype.
+
+    The custom gradient reduce-scatters in float32; autodiff would do so in the compute dtype.
+    """
+    if storage.rounded_to is not None:  # XLA would remove a cast there and back
         bits = jnp.finfo(storage.rounded_to)
         shard = lax.reduce_precision(shard, bits.nexp, bits.nmant)
     whole = lax.all_gather(shard.astype(storage.dtype), AXIS, tiled=True)
@@ -217,7 +230,7 @@ def _gather_forward(shard: Array, shape: tuple[int, ...], storage: Sharded) -> t
 def _gather_backward(
     shape: tuple[int, ...], storage: Sharded, _: None, cotangent: Array
 ) -> tuple[Array]:
-    return (storage.reduce(cotangent, shape),)
+    return (storage.reduce_scatter(cotangent, shape),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
@@ -225,8 +238,8 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def embed(leaf: Array, ids: Array, shape: tuple[int, int], storage: Storage) -> Array:
-    """Look ids [...] up in the table [V, D] -> [..., D]. The table's gradient is accumulated in float32."""
-    return storage.load(leaf, shape)[ids]
+    """Look up ids [...] in the table [V, D] -> [..., D]. Its gradient is accumulated in float32."""
+    return storage.gather(leaf, shape)[ids]
 
 
 def _embed_forward(
@@ -239,7 +252,7 @@ def _embed_backward(
     shape: tuple[int, int], storage: Storage, ids: Array, cotangent: Array
 ) -> tuple[Array, None]:
     gradient = storage.zeros(shape).at[ids].add(cotangent.astype(jnp.float32))
-    return storage.reduce(gradient, shape), None
+    return storage.reduce_scatter(gradient, shape), None
 
 
 embed.defvjp(_embed_forward, _embed_backward)

@@ -1,16 +1,20 @@
-"""Rotary positions and grouped-query attention of a row over its own tokens and the context that its group shares.
+"""Rotary positions, and attention of rows over their own tokens and the context of their group.
 
-The softmax over a row's own keys and the shared context's is computed in two parts, each by a kernel that knows nothing of the other, and
-merged by their log-sum-exps. The gradient is written by hand: each part's backward pass runs with the merged output and log-sum-exp
-(FlashAttention-2, arXiv:2307.08691, section 3.1; the parts of ring attention, arXiv:2310.01889), which a kernel cannot tell from its own.
-Scores exist for a block of queries at a time and are computed again in the backward pass.
+The softmax over a row's own keys and the context's is computed in two parts. Each part is computed
+by a kernel that knows nothing of the other part, and the parts are merged by their log-sum-exps.
+The gradient is written by hand: the backward pass of each part takes the merged output and
+log-sum-exp (FlashAttention-2, arXiv:2307.08691, section 3.1; ring attention merges its parts in the
+same way, arXiv:2310.01889). Scores exist for one block of queries at a time and are computed again
+in the backward pass.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -18,18 +22,20 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxgrpo.models.numerics import einsum_float32
 
-MASKED = -1e30  # finite, so that a part with nothing to attend weighs nothing, and is not NaN
-_QUERY_BLOCK = 256  # queries a block: their scores fit a CPU's cache
-_CAUSAL_SEGMENTS = (
-    8  # a causal row is cut into so many runs of queries at most; each leaves out the keys after it
-)
+MASKED = -1e30  # finite: a part without any key gets weight 0 rather than NaN
+_QUERY_BLOCK = 256  # queries per block, so that their scores fit a CPU's cache
+_CAUSAL_SEGMENTS = 8  # maximum number of segments of a causal row; each skips the keys after it
 
 OUTPUT_NAMES = ("attention_output", "attention_logsumexp")
-"""What a rematerialisation policy may save, so that the backward pass does not compute attention's forward pass again."""
+"""Arrays that a rematerialization policy may save to avoid repeating attention's forward pass."""
 
 
 def apply_rope(x: Array, positions: Array, theta: float) -> Array:
-    """Rotate x [..., T, heads, h] by its positions [..., T] (arXiv:2104.09864, the half-split form of Qwen); angles in float32."""
+    """Rotate x [..., T, heads, h] by its positions [..., T], with angles in float32.
+
+    RoPE (arXiv:2104.09864) in the half-split form of Qwen: dimensions i and i + h/2 form a
+    pair.
+    """
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
@@ -38,50 +44,55 @@ def apply_rope(x: Array, positions: Array, theta: float) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+class Attended(NamedTuple):
+    """The output [B, T, H, h] of attention, and the log-sum-exp [B, T, H] of its scores, float32.
+
+    Without any key, the log-sum-exp is about -1e30.
+    """
+
+    output: Array
+    logsumexp: Array
+
+
+class Context(NamedTuple):
+    """The keys and values [N, P, K, h] that each group shares; the first `lengths` [N] are real."""
+
+    k: Array
+    v: Array
+    lengths: Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """How one part of attention is computed: q [B, T, H, h] over k and v [B, S, K, h].
+    """Computes one part of attention: q [B, T, H, h] over k and v [B, S, K, h].
 
-    With `lengths` [B] every query attends to the first of so many keys; without (None), T equals S and attention is causal.
-    `forward(q, k, v, lengths)` returns the output [B, T, H, h] and the log-sum-exp of the scores [B, T, H] in float32, which is about
-    -1e30 where there is no key. `backward(q, k, v, lengths, output, logsumexp, d_output)` returns the gradients of q, k and v, given the
-    output and log-sum-exp of the whole softmax, of which this part may be only some.
+    With `lengths` [B], every query attends to the first `lengths` keys. With None, T equals S and
+    attention is causal.
+
+    - `forward(q, k, v, lengths)` returns the part's own output and log-sum-exp.
+    - `backward(q, k, v, lengths, whole, d_output)` returns the gradients of q, k and v. `whole` is
+      the output and log-sum-exp of the whole softmax, of which this part may hold only some keys.
     """
 
     name: str
-    forward: Callable[[Array, Array, Array, Array | None], tuple[Array, Array]]
+    forward: Callable[[Array, Array, Array, Array | None], Attended]
     backward: Callable[
-        [Array, Array, Array, Array | None, Array, Array, Array], tuple[Array, Array, Array]
+        [Array, Array, Array, Array | None, Attended, Array], tuple[Array, Array, Array]
     ]
 
 
-def attend(
-    kernel: Kernel,
-    q: Array,
-    k: Array,
-    v: Array,
-    context_k: Array | None = None,
-    context_v: Array | None = None,
-    context_lengths: Array | None = None,
-) -> Array:
-    """Causal softmax attention of rows over themselves and, where given, over the context that their group shares.
-
-    q [N, G, T, H, h], k and v [N, G, T, K, h]; context_k and context_v [N, P, K, h], of which the first context_lengths [N] are real,
-    or none. Returns [N, G, T, H, h]. Softmax in float32. The context is never copied for the rows of a group.
-    """
-    return _attend(kernel, q, k, v, context_k, context_v, context_lengths)
-
-
-_Inputs = tuple[Array, Array, Array, Array | None, Array | None, Array | None]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(kernel: Kernel, *inputs: *_Inputs) -> Array:
-    return _attend_forward(kernel, *inputs)[0]
+def attend(kernel: Kernel, q: Array, k: Array, v: Array, context: Context | None = None) -> Array:
+    """Causal attention of each row to itself and, if there is one, to the context of its group.
+
+    q [N, G, T, H, h], k and v [N, G, T, K, h] -> [N, G, T, H, h]: softmax(q k' / sqrt(h)) v, with
+    the softmax in float32. The context is never copied for the rows of a group.
+    """
+    return _attend_forward(kernel, q, k, v, context)[0]
 
 
 def _each_row(x: Array) -> Array:
-    """[N, G, T, ...] -> [N * G, T, ...]: a row's queries meet its own keys."""
+    """[N, G, T, ...] -> [N * G, T, ...]: the queries of a row meet its own keys."""
     return x.reshape(-1, *x.shape[2:])
 
 
@@ -90,15 +101,14 @@ def _whole_group(x: Array) -> Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _attend_forward(kernel: Kernel, *inputs: *_Inputs) -> tuple[Array, tuple]:
-    q, k, v, context_k, context_v, context_lengths = inputs
+def _attend_forward(
+    kernel: Kernel, q: Array, k: Array, v: Array, context: Context | None
+) -> tuple[Array, tuple]:
+    chex.assert_rank([q, k, v], 5)
     output, logsumexp = kernel.forward(_each_row(q), _each_row(k), _each_row(v), None)
     output, logsumexp = output.reshape(q.shape), logsumexp.reshape(q.shape[:-1])
-    if context_k is not None:
-        assert context_v is not None and context_lengths is not None
-        theirs, their_logsumexp = kernel.forward(
-            _whole_group(q), context_k, context_v, context_lengths
-        )
+    if context is not None:
+        theirs, their_logsumexp = kernel.forward(_whole_group(q), *context)
         theirs, their_logsumexp = theirs.reshape(q.shape), their_logsumexp.reshape(logsumexp.shape)
         merged = jnp.logaddexp(logsumexp, their_logsumexp)
         share, their_share = jnp.exp(logsumexp - merged), jnp.exp(their_logsumexp - merged)
@@ -107,30 +117,32 @@ def _attend_forward(kernel: Kernel, *inputs: *_Inputs) -> tuple[Array, tuple]:
     output, logsumexp = (
         checkpoint_name(x, name) for x, name in zip((output, logsumexp), OUTPUT_NAMES, strict=True)
     )
-    return output, (inputs, output, logsumexp)
+    return output, (q, k, v, context, output, logsumexp)
 
 
-def _attend_backward(kernel: Kernel, residuals: tuple, d_output: Array) -> tuple[Array | None, ...]:
-    (q, k, v, context_k, context_v, context_lengths), output, logsumexp = residuals
-    whole = (output, logsumexp, d_output)
-    dq, dk, dv = kernel.backward(
-        _each_row(q), _each_row(k), _each_row(v), None, *map(_each_row, whole)
-    )
+def _attend_backward(kernel: Kernel, residuals: tuple, d_output: Array) -> tuple:
+    q, k, v, context, output, logsumexp = residuals
+    own = (_each_row(q), _each_row(k), _each_row(v))
+    whole = Attended(_each_row(output), _each_row(logsumexp))
+    dq, dk, dv = kernel.backward(*own, None, whole, _each_row(d_output))
     dq, dk, dv = dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
-    if context_k is None:
-        return dq, dk, dv, None, None, None
-    more, *d_context = kernel.backward(
-        _whole_group(q), context_k, context_v, context_lengths, *map(_whole_group, whole)
+    if context is None:
+        return dq, dk, dv, None
+    queries = _whole_group(q)
+    whole = Attended(_whole_group(output), _whole_group(logsumexp))
+    more, d_context_k, d_context_v = kernel.backward(
+        queries, context.k, context.v, context.lengths, whole, _whole_group(d_output)
     )
-    return dq + more.reshape(q.shape), dk, dv, *d_context, None
+    return dq + more.reshape(q.shape), dk, dv, Context._make((d_context_k, d_context_v, None))
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+attend.defvjp(_attend_forward, _attend_backward)
 
 
-# The kernel in plain XLA. Inside: B batch, K key/value heads, M = queries of the query heads of one of them, in the order (query, head),
-# S keys. Scores are [B, K, M, S] throughout, as they leave their product, and no product below has to transpose them on its way in.
-# (XLA's CPU backend does that in a plain loop; measured in docs/log.md.)
+# The kernel in plain XLA. Axes: B batch, K key/value heads, M the queries of all query heads that
+# share a key/value head (in the order query, head), S keys. Scores are always [B, K, M, S], as
+# their product returns them, because XLA's CPU backend transposes operands in a slow plain loop
+# (docs/log.md).
 
 
 def _split_heads(x: Array, kv_heads: int) -> Array:
@@ -151,7 +163,7 @@ def _join_heads(x: Array, shape: tuple[int, ...]) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Segment:
-    """A run of queries, cut into blocks, and the number of keys that any of them may attend."""
+    """Consecutive queries, cut into blocks, and the number of keys that they may attend to."""
 
     start: int
     blocks: int
@@ -160,7 +172,7 @@ class _Segment:
 
 
 def _segments(queries: int, keys: int, causal: bool) -> list[_Segment]:
-    """Runs of whole blocks that together cover the queries, padded at the end."""
+    """Cut the queries into segments of whole blocks; the last block may need padding."""
     block = min(queries, _QUERY_BLOCK)
     blocks = math.ceil(queries / block)
     each = math.ceil(blocks / _CAUSAL_SEGMENTS) if causal else blocks
@@ -177,13 +189,13 @@ def _segments(queries: int, keys: int, causal: bool) -> list[_Segment]:
 
 
 def _blocks(x: Array, segment: _Segment, heads: int) -> Array:
-    """x [B, K, M, ...] padded at its end -> the segment's blocks [blocks, B, K, block * heads, ...]."""
+    """x [B, K, M, ...], padded at the end -> blocks [blocks, B, K, block * heads, ...]."""
     part = x[:, :, segment.start * heads :][:, :, : segment.blocks * segment.block * heads]
     return jnp.moveaxis(part.reshape(*part.shape[:2], segment.blocks, -1, *part.shape[3:]), 2, 0)
 
 
 def _padded(x: Array, segments: list[_Segment], queries: int, heads: int) -> Array:
-    """x [B, K, M, ...] with zeros for the queries that fill up the last block."""
+    """Pad x [B, K, M, ...] with zeros to fill the last block of queries."""
     missing = segments[-1].start + segments[-1].blocks * segments[-1].block - queries
     return (
         x
@@ -193,7 +205,10 @@ def _padded(x: Array, segments: list[_Segment], queries: int, heads: int) -> Arr
 
 
 def _scores(q: Array, k: Array, first: Array, heads: int, lengths: Array | None) -> Array:
-    """Scaled scores [B, K, M, S] of a block whose first query is `first`, `MASKED` where a query may not attend."""
+    """Scaled scores [B, K, M, S] of the block that begins at query `first`.
+
+    They are `MASKED` where a query may not attend.
+    """
     keys = jnp.arange(k.shape[2])
     scores = einsum_float32("bkmh,bksh->bkms", q, k) * q.shape[-1] ** -0.5
     if lengths is None:
@@ -203,7 +218,7 @@ def _scores(q: Array, k: Array, first: Array, heads: int, lengths: Array | None)
     return jnp.where(allowed, scores, MASKED)
 
 
-def _forward(q: Array, k: Array, v: Array, lengths: Array | None) -> tuple[Array, Array]:
+def _forward(q: Array, k: Array, v: Array, lengths: Array | None) -> Attended:
     queries, heads, kv_heads = q.shape[1], q.shape[2] // k.shape[2], k.shape[2]
     segments = _segments(queries, k.shape[1], lengths is None)
     rows = _padded(_split_heads(q, kv_heads), segments, queries, heads)
@@ -217,12 +232,8 @@ def _forward(q: Array, k: Array, v: Array, lengths: Array | None) -> tuple[Array
             top = jnp.max(scores, axis=-1, keepdims=True)
             weights = jnp.exp(scores - top)
             total = jnp.sum(weights, axis=-1, keepdims=True)
-            output = (
-                einsum_float32(
-                    "bkms,bksh->bkmh", weights.astype(v.dtype), values[:, :, : segment.keys]
-                )
-                / total
-            )
+            seen = values[:, :, : segment.keys]
+            output = einsum_float32("bkms,bksh->bkmh", weights.astype(v.dtype), seen) / total
             return output.astype(q.dtype), (top + jnp.log(total))[..., 0]
 
         output, logsumexp = lax.map(one, (_blocks(rows, segment, heads), _firsts(segment)))
@@ -231,7 +242,7 @@ def _forward(q: Array, k: Array, v: Array, lengths: Array | None) -> tuple[Array
     join = lambda parts, shape: _join_heads(
         jnp.concatenate(parts, axis=2)[:, :, : queries * heads], shape
     )
-    return join(outputs, q.shape), join(logsumexps, q.shape[:-1])
+    return Attended(join(outputs, q.shape), join(logsumexps, q.shape[:-1]))
 
 
 def _firsts(segment: _Segment) -> Array:
@@ -245,26 +256,24 @@ def _unblocked(x: Array) -> Array:
 
 
 def _backward(
-    q: Array,
-    k: Array,
-    v: Array,
-    lengths: Array | None,
-    output: Array,
-    logsumexp: Array,
-    d_output: Array,
+    q: Array, k: Array, v: Array, lengths: Array | None, whole: Attended, d_output: Array
 ) -> tuple[Array, Array, Array]:
-    """With p = exp(scores - logsumexp): dv = p' do, dscores = p (do v' - sum(do output)); sums over queries in float32."""
+    """dv = p' do and dscores = p (do v' - sum(do output)), with p = exp(scores - logsumexp).
+
+    FlashAttention-2 (arXiv:2307.08691, algorithm 2). Sums over queries are float32.
+    """
     queries, heads, kv_heads = q.shape[1], q.shape[2] // k.shape[2], k.shape[2]
     segments = _segments(queries, k.shape[1], lengths is None)
-    centre = jnp.sum(d_output.astype(jnp.float32) * output.astype(jnp.float32), axis=-1)
+    centre = jnp.sum(d_output.astype(jnp.float32) * whole.output.astype(jnp.float32), axis=-1)
     rows = tuple(
         _padded(_split_heads(x, kv_heads), segments, queries, heads)
-        for x in (q, d_output, logsumexp, centre)
+        for x in (q, d_output, whole.logsumexp, centre)
     )
     keys, values = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
     scale = q.shape[-1] ** -0.5
     dqs = []
-    # [B, K, h, S] each. Zeros made of k and v vary over the mesh as they do, which the carry of a scan has to.
+    # [B, K, h, S] each. Zeros made from k and v vary over the mesh as k and v do; a scan requires
+    # that of its carry.
     total = tuple(jnp.where(False, x.mT.astype(jnp.float32), 0.0) for x in (keys, values))
     for segment in segments:
         seen_keys, seen_values = keys[:, :, : segment.keys], values[:, :, : segment.keys]
@@ -291,7 +300,8 @@ def _backward(
         total = tuple(x.at[..., : segment.keys].set(s) for x, s in zip(total, sums, strict=True))
         dqs.append(_unblocked(dq))
     dq = _join_heads(jnp.concatenate(dqs, axis=2)[:, :, : queries * heads], q.shape)
-    # Without the barrier XLA turns the last product and this transposition into one product with transposed scores.
+    # Without the barrier, XLA merges the last product and this transposition into a product with
+    # transposed scores.
     dk, dv = (jnp.moveaxis(x, (2, 3), (3, 1)) for x in lax.optimization_barrier(total))
     return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 

@@ -1,4 +1,4 @@
-"""Products of low-precision operands with float32 sums, on every backend."""
+"""Matrix products of low-precision operands that are fast and accurate on every backend."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,11 @@ from jax import Array
 
 
 def einsum_float32(axes: str, a: Array, b: Array) -> Array:
-    """`jnp.einsum(axes, a, b)` summed and returned in float32, whatever the operands' type.
+    """`jnp.einsum(axes, a, b)`, summed and returned in float32.
 
-    XLA's CPU backend (jax 0.12) has no kernel for some products of bfloat16 with a float32 result; there the operands are cast first,
-    which is exact. The choice is made for the platform that the program is lowered to.
+    XLA's CPU backend (jax 0.12) has no kernel for some products of bfloat16 with a float32 result.
+    There the operands are cast first, which is exact. The choice is made for the platform that the
+    program is lowered to.
     """
     if a.dtype == b.dtype == jnp.float32:
         return jnp.einsum(axes, a, b)
@@ -22,10 +23,11 @@ def einsum_float32(axes: str, a: Array, b: Array) -> Array:
 
 
 def matmul(x: Array, kernel: Array) -> Array:
-    """x [..., in] @ kernel [in, out], in the operands' type.
+    """x [..., in] @ kernel [in, out], in the operands' dtype.
 
-    XLA's CPU backend has a fast kernel for products of bfloat16 only when the result is float32: there it is rounded afterwards, which the
-    plain product does as well, at a tenth of the speed.
+    XLA's CPU backend has a fast kernel for products of bfloat16 only if the result is float32.
+    There the result is rounded afterwards. The plain product rounds as well, at a tenth of the
+    speed.
     """
     if x.dtype == kernel.dtype == jnp.float32:
         return x @ kernel

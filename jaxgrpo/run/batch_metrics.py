@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxgrpo.learner.update import StepReport
+from jaxgrpo.learner.train_state import StepReport
 from jaxgrpo.rollout.rollout import RolloutResult
 from jaxgrpo.types import GroupBatch, StopReason
 
@@ -59,7 +59,7 @@ def update_metrics(
     seconds: Mapping[str, float],
 ) -> dict[str, float | int | str]:
     """What the optimizer steps on a batch came to; those that were not taken
-    (jaxgrpo.learner.update.StepReport) are counted.
+    (jaxgrpo.learner.train_state.StepReport) are counted.
 
     Loss, KL, entropy and the sampler's mismatch are those of the first, on-policy step; the clip share is the last step's (the first one's
     is zero by construction); the gradient norm is the mean over the steps. Of what passed through the layers, padding included, the

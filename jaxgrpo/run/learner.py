@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxgrpo.config.settings import Config, ConfigError
 from jaxgrpo.learner.batching import first_rows
-from jaxgrpo.learner.update import DivergedError, StepReport, TrainState
+from jaxgrpo.learner.train_state import DivergedError, StepReport, TrainState
 from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.run.metrics import Stopwatch
 from jaxgrpo.run.processes import Command, Processes, Work

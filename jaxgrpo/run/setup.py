@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxgrpo.config.settings import NO_LORA, Config, ConfigError, LoraSettings, refuse
 from jaxgrpo.learner.sharding import make_mesh
-from jaxgrpo.learner.update import Update
+from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.attention import Kernel
 from jaxgrpo.models.cudnn import choose_kernel
 from jaxgrpo.models.model_config import ModelConfig
@@ -207,12 +207,14 @@ def update_on(mesh: Mesh, config: Config, model: ModelConfig, dtype: Any) -> Upd
         mesh,
         config.loss,
         config.optimizer,
-        compute_dtype=dtype,
-        served_dtype=served_dtype(config),
-        temperature=config.rollout.temperature,
-        head_chunk=config.training.head_chunk,
-        kernel=attention_kernel(config, model, mesh, dtype)[0],
-        remat=config.training.remat,
+        ComputeOptions(
+            compute_dtype=dtype,
+            served_dtype=served_dtype(config),
+            temperature=config.rollout.temperature,
+            head_chunk=config.training.head_chunk,
+            kernel=attention_kernel(config, model, mesh, dtype)[0],
+            remat=config.training.remat,
+        ),
         lora=config.lora,
     )
 

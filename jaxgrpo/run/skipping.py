@@ -18,7 +18,7 @@ import numpy as np
 from jaxgrpo.config.load import incompatible_changes, to_json
 from jaxgrpo.config.settings import Config
 from jaxgrpo.json_files import read_object
-from jaxgrpo.learner.update import StepReport
+from jaxgrpo.learner.train_state import StepReport
 from jaxgrpo.paths import write_whole
 from jaxgrpo.rollout.rollout import RolloutResult
 from jaxgrpo.run import records

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxgrpo.learner.sharding import logical_on_devices, make_layout, make_mesh, store
-from jaxgrpo.learner.update import TrainState, Update
+from jaxgrpo.learner.train_state import TrainState
+from jaxgrpo.learner.update import Update
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.run.processes import Command, Work, no_op

@@ -33,7 +33,8 @@ from jaxgrpo.learner.sharding import (
     make_mesh,
     store,
 )
-from jaxgrpo.learner.update import TrainState, Update
+from jaxgrpo.learner.train_state import TrainState
+from jaxgrpo.learner.update import Update
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params, trained_shapes
 from jaxgrpo.storage import hf_mapping

@@ -16,7 +16,7 @@ from envs.bfcl import Bfcl
 from envs.procedural import Warehouse
 from jaxgrpo.config.load import apply_override, check, incompatible_changes, load_config, to_json
 from jaxgrpo.config.settings import Config, ConfigError
-from jaxgrpo.learner.update import make_optimizer
+from jaxgrpo.learner.optimizer import make_optimizer
 from tests.training import Letters, small_config, write_config
 
 SMALL = small_config("model")

@@ -1,4 +1,4 @@
-"""The stack whose gradient is added to an accumulator: the same gradients as under autodiff's own rule, and no second copy of them."""
+"""accumulating_scan gives the gradients of autodiff, and makes no second copy of them."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from jax import Array
 
 from jaxgrpo.config.settings import REMAT
 from jaxgrpo.learner.accumulation import accumulating_scan
-from jaxgrpo.models.qwen2 import Params, rematerialised, scan_stack
+from jaxgrpo.models.qwen2 import Params, rematerialized, scan_stack
 
 LAYERS, WIDTH, ROWS = 48, 32, 4
 Gradients = tuple[Params, Array]
@@ -35,7 +35,7 @@ def arrays() -> tuple[Params, Params, Array]:
 def accumulated(stack: Params, accumulator: Params, x: Array, remat: str = "full") -> Gradients:
     def loss(stack: Params, x: Array) -> Array:
         return jnp.sum(
-            accumulating_scan(rematerialised(layer, remat), (x, 2 * x), stack, accumulator)[1] ** 2
+            accumulating_scan(rematerialized(layer, remat), (x, 2 * x), stack, accumulator)[1] ** 2
         )
 
     return jax.grad(loss, (0, 1))(stack, x)
@@ -43,7 +43,7 @@ def accumulated(stack: Params, accumulator: Params, x: Array, remat: str = "full
 
 def added(stack: Params, accumulator: Params, x: Array) -> Gradients:
     def loss(stack: Params, x: Array) -> Array:
-        return jnp.sum(scan_stack(rematerialised(layer, "full"), (x, 2 * x), stack)[1] ** 2)
+        return jnp.sum(scan_stack(rematerialized(layer, "full"), (x, 2 * x), stack)[1] ** 2)
 
     gradient, dx = jax.grad(loss, (0, 1))(stack, x)
     return jax.tree.map(jnp.add, accumulator, gradient), dx

@@ -8,7 +8,8 @@ from jaxgrpo.learner.advantages import group_advantages
 
 
 def test_std_divides_by_the_sample_deviation_plus_epsilon() -> None:
-    # mean 2.5; deviations -1.5, -.5, .5, 1.5; sample variance 5 / 3, its root 1.2909944; divided by 1.2910944
+    # mean 2.5; deviations -1.5, -.5, .5, 1.5; sample variance 5 / 3, its root 1.2909944;
+    # divided by 1.2910944
     expected = [[-1.16180503, -0.38726834, 0.38726834, 1.16180503]]
     chex.assert_trees_all_close(
         group_advantages(np.array([[1.0, 2.0, 3.0, 4.0]])),

@@ -30,7 +30,10 @@ def masks(*rows: str) -> list[np.ndarray]:
 
 
 def by_task(batches: list[GroupBatch], groups: list) -> list[tuple]:
-    """What each group got, in the order of `groups`, cut to its real tokens: found by its prompt and completions."""
+    """What each group got, in the order of `groups`, cut to its real tokens.
+
+    A group is found by its prompt and completions.
+    """
     found = []
     for wanted in groups:
         for batch in batches:
@@ -235,8 +238,10 @@ def test_groups_of_like_size_share_a_micro_batch() -> None:
 
 
 def uneven_groups() -> list[Group]:
-    """Five groups of three rows, the largest first. Each prompt begins with its group's number; every reward, mask and log-probability
-    differs from all others; the second row of the third group is overlong."""
+    """Five groups of three rows, the largest first; the second row of the third is overlong.
+
+    Each prompt begins with its group's number. No two rewards, masks or log-probabilities are equal.
+    """
     rng = np.random.default_rng(5)
     groups = []
     for n, (prompt, longest) in enumerate([(11, 7), (2, 12), (6, 3), (2, 2), (7, 9)]):

@@ -1,12 +1,13 @@
-"""LoRA: trained in the same update as all weights are, the base untouched; merged, saved, resumed, exported.
+"""LoRA: only adapters are trained, and they are merged into the weights that are served.
 
-What is compared with is NumPy, and the update of all weights at the merged weights, whose gradient dW gives that of an adapter by the chain
-rule: y = x (W + s A B), so dA = s dW B^T and dB = s A^T dW.
+Expected values are computed in NumPy, or by the update of all weights at the merged weights. Its
+gradient dW gives that of an adapter by the chain rule: y = x (W + s A B), so dA = s dW B^T and
+dB = s A^T dW.
 """
 
-import dataclasses
-import functools
 import re
+from pathlib import Path
+from typing import Any
 
 import chex
 import jax
@@ -17,82 +18,38 @@ import optax
 import pytest
 
 from jaxgrpo.config.settings import TARGETS, LoraSettings
-from jaxgrpo.learner.adapters import fingerprint
-from jaxgrpo.learner.sharding import logical_on_host, make_layout, make_mesh, store
-from jaxgrpo.learner.update import TrainState, Update
+from jaxgrpo.learner.device_step import StepInputs
+from jaxgrpo.learner.sharding import logical_on_host, make_mesh, store
+from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.lora import combine, only_adapters
 from jaxgrpo.models.qwen2 import Params, init_adapters, param_shapes, trained_shapes
 from jaxgrpo.run.weights import StoredWeights
-from jaxgrpo.storage.checkpoint import Checkpoints, Progress, read_policy
 from jaxgrpo.storage.hf_mapping import flatten, params_to_hf
 from jaxgrpo.storage.published_manifest import read_manifest
 from jaxgrpo.storage.published_reader import read_tensors
+from tests.lora_updates import (
+    BATCHES,
+    LORA,
+    SCALE,
+    adapters_of,
+    lora_update,
+    merged_by_hand,
+    step,
+    with_adapters,
+)
 from tests.updates import (
     ADAM,
-    GROUPS,
-    LOSS,
     NO_KL,
-    TEMPERATURE,
     TINY,
     UNTIED,
     change_error,
     changed,
-    packed,
     params_of,
     update_of,
     worst_error,
 )
 
-LORA = LoraSettings(rank=3, alpha=4.5)
-SCALE = 1.5
 KERNELS = {(33, 32), (33, 16), (32, 33), (33, 45), (45, 33)}
-BATCHES = packed(GROUPS, 12)
-
-
-@functools.cache
-def lora_update(devices: int, lora: LoraSettings = LORA, dtype: str = "float32") -> Update:
-    """One Update for all tests that need it: compiling takes longer than anything else here."""
-    mesh = make_mesh(jax.devices()[:devices])
-    return Update(
-        TINY,
-        mesh,
-        LOSS,
-        ADAM,
-        compute_dtype=dtype,
-        temperature=TEMPERATURE,
-        head_chunk=16,
-        lora=lora,
-    )
-
-
-def adapters_of(lora: LoraSettings = LORA, seed: int = 3) -> Params:
-    """Adapters in which b is not zero any more."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda s: rng.normal(0.0, 0.2, s.shape).astype(np.float32), trained_shapes(TINY, lora)
-    )
-
-
-def merged_by_hand(base: Params, adapters: Params, scale: float = SCALE) -> Params:
-    """Float64, every target by its name."""
-    merged = jax.tree.map(np.copy, base)
-    for block, name in TARGETS.values():
-        if name in adapters["layers"].get(block, {}):
-            pair = adapters["layers"][block][name]["adapter"]
-            linear = merged["layers"][block][name]
-            linear["kernel"] = linear["kernel"] + scale * np.einsum(
-                "lri,lro->lio", pair["a"].astype(np.float64), pair["b"]
-            )
-    return jax.tree.map(lambda x: x.astype(np.float32), merged)
-
-
-def with_adapters(update: Update, adapters: Params) -> TrainState:
-    """The state of step 0, but of these adapters; the reference is the base."""
-    return update.init(params_of(TINY))._replace(params=store(adapters, update.layout, update.mesh))
-
-
-def step(update: Update, state: TrainState):
-    return update.optimizer_step(state, BATCHES, None, update.reference_logprobs(state, BATCHES))
 
 
 # The policy.
@@ -170,7 +127,7 @@ def test_bfloat16_weights_are_merged_in_float32_and_rounded_once(devices: int) -
     assert update.merged(state)["embed"]["embedding"] is state.frozen["embed"]["embedding"]
 
 
-def test_what_is_published_for_another_process_is_merged_too(tmp_path) -> None:
+def test_what_is_published_for_another_process_is_merged_too(tmp_path: Path) -> None:
     update, adapters = lora_update(1), adapters_of()
     folder = StoredWeights(with_adapters(update, adapters), update).write(1, tmp_path)
     merged = params_to_hf(
@@ -257,13 +214,12 @@ def test_the_reference_is_the_base_until_it_is_replaced_by_the_adapters() -> Non
 
 @pytest.mark.slow
 def test_an_untied_model_without_a_reference() -> None:
-    """Its head is frozen too: on one device and on two, the same step changes adapters of q and up, and nothing else."""
+    """Its head is frozen too. On one and on two devices, a step changes adapters of q and up only."""
     lora, norms = LoraSettings(rank=2, alpha=3.0, targets=("q", "up")), []
     for devices in (1, 2):
         mesh = make_mesh(jax.devices()[:devices])
-        update = Update(
-            UNTIED, mesh, NO_KL, ADAM, compute_dtype=jnp.float32, head_chunk=16, lora=lora
-        )
+        compute = ComputeOptions(jnp.float32, head_chunk=16)
+        update = Update(UNTIED, mesh, NO_KL, ADAM, compute, lora)
         state = update.init(params_of(UNTIED))
         head = np.array(state.frozen["lm_head"]["embedding"])
         assert state.reference is None and update.reference_logprobs(state, BATCHES) == [None]
@@ -290,9 +246,9 @@ def test_targets_are_what_is_trained() -> None:
 def compiled(update: Update) -> jax.stages.Compiled:
     state, batch = update.init(params_of(TINY)), update._put(BATCHES[0])
     given = batch.sampler_logprobs_NGC
-    return update._accumulate.lower(
-        state.params, update._zeros(state.params), batch, given, given, True, state.frozen
-    ).compile()
+    inputs = StepInputs(batch, given, given, on_policy=True)
+    zeros = update._zeros(state.params)
+    return update._accumulate.lower(state.params, zeros, inputs, state.frozen).compile()
 
 
 def shapes_of(operation: str, program: jax.stages.Compiled) -> list[tuple[int, ...]]:
@@ -301,7 +257,7 @@ def shapes_of(operation: str, program: jax.stages.Compiled) -> list[tuple[int, .
 
 
 def test_the_compiled_update_computes_no_gradient_of_a_frozen_weight() -> None:
-    """In the update of all weights a product has the shape of each kernel, and one that of the table."""
+    """The update of all weights has a product of the shape of each kernel, and of the table."""
     ours, of_all = compiled(lora_update(1)), compiled(update_of(1))
     dense = [shape for shape in shapes_of("dot", of_all) if shape in KERNELS | {(97, 33)}]
     assert len(dense) == 7 + 1
@@ -317,9 +273,12 @@ def test_the_compiled_update_reduces_gradients_of_adapters_only() -> None:
 
 
 def test_bytes_of_the_state_by_kind() -> None:
-    """The model has 18,740 weights and its adapters 2,772. Three devices pad the biases of q, k and v, by 5 numbers a layer."""
+    """The model has 18,740 weights and its adapters 2,772.
 
-    def total(tree) -> int:
+    Three devices pad the biases of q, k and v by 5 numbers per layer.
+    """
+
+    def total(tree: Any) -> int:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.ndim)
 
     state = lora_update(3, LORA, "bfloat16").init(params_of(TINY))
@@ -337,99 +296,3 @@ def test_bytes_of_the_state_by_kind() -> None:
     assert {kind: total(getattr(whole, kind)) for kind in ("params", "opt_state", "frozen")} == {
         "params": 4 * 18750, "opt_state": 8 * 18750, "frozen": 0,
     }  # fmt: skip
-
-
-# Saved and resumed.
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A state after one step on one device, saved, and the next one."""
-    folder, update = tmp_path_factory.mktemp("saved"), lora_update(1)
-    state, _, _ = step(update, with_adapters(update, adapters_of()))
-    checkpoints = Checkpoints(folder, 2)
-    checkpoints.save(state, Progress(5, 1), update)
-    checkpoints.close()
-    merged = logical_on_host(update.merged(state), update.model_layout)
-    trained = [
-        np.array(leaf) for leaf in jax.tree.leaves((state.params, state.opt_state, state.reference))
-    ]
-    return folder, merged, trained, step(update, state)[0]
-
-
-def restored(folder, update: Update, base: Params) -> TrainState:
-    checkpoints = Checkpoints(folder, 2)
-    try:
-        return checkpoints.restore(update, frozen=update.freeze(base))[0]
-    finally:
-        checkpoints.close()
-
-
-def test_a_resumed_run_goes_on_bit_for_bit(saved) -> None:
-    folder, _, trained, following = saved
-    update = lora_update(1)
-    state = restored(folder, update, params_of(TINY))
-    for ours, theirs in zip(
-        jax.tree.leaves((state.params, state.opt_state, state.reference)), trained, strict=True
-    ):
-        np.testing.assert_array_equal(np.asarray(ours), theirs)
-    chex.assert_trees_all_equal(step(update, state)[0].params, following.params)
-
-
-@pytest.mark.slow
-def test_on_another_number_of_devices(saved) -> None:
-    folder, merged, _, _ = saved
-    update = lora_update(4)
-    state = restored(folder, update, params_of(TINY))
-    chex.assert_trees_all_close(
-        logical_on_host(update.merged(state), update.model_layout), merged, rtol=1e-6, atol=1e-7
-    )
-
-
-def test_a_checkpoint_holds_adapters_and_no_base(saved) -> None:
-    folder, merged, _, _ = saved
-    assert (
-        sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        < 18740 * 4 + 40_000
-    )
-    params, at_step = read_policy(folder, TINY, base=lambda: params_of(TINY))
-    assert at_step == 1
-    chex.assert_trees_all_equal(params, merged)
-
-
-def test_another_base_other_settings_or_a_run_without_lora_are_refused(saved, tmp_path) -> None:
-    folder = saved[0]
-    other = params_of(TINY)
-    other["layers"]["mlp"]["up"]["kernel"] = other["layers"]["mlp"]["up"]["kernel"] * np.float32(
-        1.02
-    )
-    for read in (
-        lambda: restored(folder, lora_update(1), other),
-        lambda: read_policy(folder, TINY, base=lambda: other),
-    ):
-        with pytest.raises(ValueError, match="trained on another base model"):
-            read()
-    with pytest.raises(
-        ValueError, match=r"have other settings: saved .*'alpha': 4.5.* now .*'alpha': 9"
-    ):
-        restored(folder, lora_update(1, dataclasses.replace(LORA, alpha=9.0)), params_of(TINY))
-    with pytest.raises(ValueError, match="holds adapters only"):
-        read_policy(folder, TINY)
-    full = Checkpoints(tmp_path, 1)
-    full.save(update_of(1).init(params_of(TINY)), Progress(0), update_of(1))
-    full.close()
-    with pytest.raises(ValueError, match="trained without LoRA"):
-        restored(tmp_path, lora_update(1), params_of(TINY))
-
-
-def test_the_fingerprint_is_that_of_the_numbers_on_any_number_of_devices_in_any_type() -> None:
-    def of(params: Params, devices: int, dtype: str) -> str:
-        mesh, layout = make_mesh(jax.devices()[:devices]), make_layout(TINY, devices)
-        return fingerprint(store(params, layout, mesh, jnp.dtype(dtype)), layout, mesh)
-
-    params = params_of(TINY)
-    first = of(params, 1, "float32")
-    assert re.fullmatch("[0-9a-f]{8}", first)
-    assert first == of(params, 4, "float32") == of(params, 4, "bfloat16")
-    params["norm"]["scale"] = params["norm"]["scale"][::-1]
-    assert of(params, 1, "float32") != first

@@ -1,4 +1,4 @@
-"""The clipped objective, KL and the GRPO loss: values and gradients, against literals and float64 NumPy."""
+"""The clipped objective, KL and the GRPO loss, against literals and float64 NumPy."""
 
 import dataclasses
 import math
@@ -13,6 +13,7 @@ import pytest
 
 from jaxgrpo.config.settings import LossSettings
 from jaxgrpo.learner.losses import (
+    LossInputs,
     LossSums,
     clipped_objective,
     grpo_loss,
@@ -29,50 +30,59 @@ with_and_without_jit = pytest.mark.parametrize(
 Transform = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """The arguments of the loss."""
+def value_and_gradient(
+    inputs: LossInputs, settings: LossSettings, transform: Transform = jax.jit
+) -> tuple[jax.Array, jax.Array, LossSums]:
+    """Loss, its gradient with respect to the train log-probabilities, and the sums."""
 
-    train: np.ndarray
-    old: np.ndarray
-    reference: np.ndarray | None
-    sampler: np.ndarray
-    advantages: np.ndarray
-    weights: np.ndarray
+    def loss(train: jax.Array) -> tuple[jax.Array, LossSums]:
+        return grpo_loss(dataclasses.replace(inputs, train_logprobs_NGC=train), settings)
 
-    def run(
-        self, settings: LossSettings, transform: Transform = jax.jit
-    ) -> tuple[jax.Array, jax.Array, LossSums]:
-        """Loss, its gradient with respect to the train log-probabilities, and the sums."""
-        rest = (
-            self.old,
-            self.reference,
-            self.sampler,
-            np.zeros_like(self.train),
-            self.advantages,
-            self.weights,
-            self.weights > 0,
-        )
-
-        def loss(train: jax.Array) -> tuple[jax.Array, LossSums]:
-            return grpo_loss(train, *rest, settings)
-
-        (value, sums), gradient = transform(jax.value_and_grad(loss, has_aux=True))(self.train)
-        return value, gradient, sums
+    run = transform(jax.value_and_grad(loss, has_aux=True))
+    (value, sums), gradient = run(inputs.train_logprobs_NGC)
+    return value, gradient, sums
 
 
-def golden() -> Case:
-    """Two rows of two tokens with ratios 3/2 and 1/2, advantages 1 and -1, one fourth each; the reference at train + log 2."""
-    ratios = np.array([[[1.5, 0.5], [1.5, 0.5]]], np.float32)
-    train = np.full((1, 2, 2), -1.0, np.float32)
-    old = train - np.log(ratios)
-    advantages = np.array([[1.0, -1.0]], np.float32)
-    return Case(
-        train, old, None, old - np.float32(LOG3), advantages, np.full((1, 2, 2), 0.25, np.float32)
+def numpy_loss(inputs: LossInputs, settings: LossSettings) -> tuple[float, np.ndarray]:
+    """Loss and gradient in float64 NumPy."""
+    return reference.grpo_loss(
+        inputs.train_logprobs_NGC,
+        inputs.old_logprobs_NGC,
+        inputs.reference_logprobs_NGC,
+        inputs.sampler_logprobs_NGC,
+        inputs.advantages_NG,
+        inputs.loss_weights_NGC,
+        **dataclasses.asdict(settings),
     )
 
 
-def random_case(seed: int, kl: bool = True) -> Case:
+def golden() -> LossInputs:
+    """Two rows of two tokens, one fourth each, with ratios 3/2 and 1/2 and advantages 1 and -1.
+
+    The old policy over the sampler is 3 at every token.
+    """
+    ratios = np.array([[[1.5, 0.5], [1.5, 0.5]]], np.float32)
+    train = np.full((1, 2, 2), -1.0, np.float32)
+    old = train - np.log(ratios)
+    return LossInputs(
+        train_logprobs_NGC=train,
+        old_logprobs_NGC=old,
+        reference_logprobs_NGC=None,
+        sampler_logprobs_NGC=old - np.float32(LOG3),
+        entropies_NGC=np.zeros_like(train),
+        advantages_NG=np.array([[1.0, -1.0]], np.float32),
+        loss_weights_NGC=np.full((1, 2, 2), 0.25, np.float32),
+        action_mask_NGC=np.full((1, 2, 2), True),
+    )
+
+
+def golden_with_reference() -> LossInputs:
+    """The same, with the reference at train + log 2."""
+    reference_NGC = golden().train_logprobs_NGC + np.float32(LOG2)
+    return dataclasses.replace(golden(), reference_logprobs_NGC=reference_NGC)
+
+
+def random_inputs(seed: int, kl: bool = True) -> LossInputs:
     rng = np.random.default_rng(seed)
     shape = (3, 4, 7)
     near = lambda x: (x + rng.normal(0, 0.4, shape)).astype(np.float32)
@@ -81,7 +91,16 @@ def random_case(seed: int, kl: bool = True) -> Case:
     weights[1] = 0  # a group masked whole
     advantages = rng.normal(size=shape[:2]).astype(np.float32)
     advantages[2] = 0  # equal rewards
-    return Case(train, near(train), near(train) if kl else None, near(train), advantages, weights)
+    return LossInputs(
+        train_logprobs_NGC=train,
+        old_logprobs_NGC=near(train),
+        reference_logprobs_NGC=near(train) if kl else None,
+        sampler_logprobs_NGC=near(train),
+        entropies_NGC=np.zeros_like(train),
+        advantages_NG=advantages,
+        loss_weights_NGC=weights,
+        action_mask_NGC=weights > 0,
+    )
 
 
 SETTINGS = {
@@ -96,11 +115,9 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_value_and_gradient_equal_float64_numpy(name: str, transform: Transform) -> None:
     settings = SETTINGS[name]
-    case = random_case(0, kl=settings.kl_beta > 0)
-    value, gradient, _ = case.run(settings, transform)
-    expected, expected_gradient = reference.grpo_loss(
-        **dataclasses.asdict(case), **dataclasses.asdict(settings)
-    )
+    inputs = random_inputs(0, kl=settings.kl_beta > 0)
+    value, gradient, _ = value_and_gradient(inputs, settings, transform)
+    expected, expected_gradient = numpy_loss(inputs, settings)
     chex.assert_trees_all_close(float(value), expected, rtol=3e-6)
     chex.assert_trees_all_close(
         np.asarray(gradient), expected_gradient.astype(np.float32), rtol=2e-6, atol=1e-8
@@ -108,17 +125,13 @@ def test_value_and_gradient_equal_float64_numpy(name: str, transform: Transform)
 
 
 def test_the_numpy_gradient_equals_finite_differences() -> None:
-    case, settings = random_case(1), SETTINGS["kl and truncated importance"]
-    train = case.train.astype(np.float64)
+    inputs, settings = random_inputs(1), SETTINGS["kl and truncated importance"]
+    train = inputs.train_logprobs_NGC.astype(np.float64)
 
     def value(at: np.ndarray) -> float:
-        return reference.grpo_loss(
-            **(dataclasses.asdict(case) | {"train": at}), **dataclasses.asdict(settings)
-        )[0]
+        return numpy_loss(dataclasses.replace(inputs, train_logprobs_NGC=at), settings)[0]
 
-    _, gradient = reference.grpo_loss(
-        **(dataclasses.asdict(case) | {"train": train}), **dataclasses.asdict(settings)
-    )
+    _, gradient = numpy_loss(dataclasses.replace(inputs, train_logprobs_NGC=train), settings)
     for index in [(0, 0, 0), (0, 1, 3), (0, 2, 6), (1, 0, 0), (2, 1, 1), (2, 3, 5)]:
         step = np.zeros_like(train)
         step[index] = 1e-6
@@ -129,30 +142,31 @@ def test_the_numpy_gradient_equals_finite_differences() -> None:
 
 @with_and_without_jit
 def test_the_golden_case_by_hand(transform: Transform) -> None:
-    # objectives: min(1.5, 1.2), min(.5, .8), min(-1.5, -1.2), min(-.5, -.8) = 1.2, .5, -1.5, -.8; their sum -.6; loss .6 / 4
-    value, gradient, _ = golden().run(PLAIN, transform)
+    # objectives: min(1.5, 1.2), min(.5, .8), min(-1.5, -1.2), min(-.5, -.8) = 1.2, .5, -1.5, -.8;
+    # their sum is -.6, the loss .6 / 4
+    value, gradient, _ = value_and_gradient(golden(), PLAIN, transform)
     chex.assert_trees_all_close(value, jnp.float32(0.15), rtol=1e-6)
     # -w A r where the bound does not hold the token back
     chex.assert_trees_all_close(gradient, jnp.array([[[0.0, -0.125], [0.375, 0.0]]]), rtol=1e-6)
 
 
 def test_clip_high_frees_a_good_token_that_became_likelier() -> None:
-    value, gradient, sums = golden().run(dataclasses.replace(PLAIN, clip_high=0.6))
+    value, gradient, sums = value_and_gradient(golden(), dataclasses.replace(PLAIN, clip_high=0.6))
     chex.assert_trees_all_close(value, jnp.float32(0.075), rtol=1e-6)  # 1.5 + .5 - 1.5 - .8 = -.3
     chex.assert_trees_all_close(gradient, jnp.array([[[-0.375, -0.125], [0.375, 0.0]]]), rtol=1e-6)
     assert float(sums.clipped) == 1
 
 
 def test_clip_low_frees_a_bad_token_that_became_unlikelier() -> None:
-    value, gradient, sums = golden().run(dataclasses.replace(PLAIN, clip_low=0.6))
+    value, gradient, sums = value_and_gradient(golden(), dataclasses.replace(PLAIN, clip_low=0.6))
     chex.assert_trees_all_close(value, jnp.float32(0.075), rtol=1e-6)  # 1.2 + .5 - 1.5 - .5 = -.3
     chex.assert_trees_all_close(gradient, jnp.array([[[0.0, -0.125], [0.375, 0.125]]]), rtol=1e-6)
     assert float(sums.clipped) == 1
 
 
 def test_kl_beta_adds_its_share_of_k3() -> None:
-    case = dataclasses.replace(golden(), reference=golden().train + np.float32(LOG2))
-    value, gradient, sums = case.run(dataclasses.replace(PLAIN, kl_beta=0.1))
+    settings = dataclasses.replace(PLAIN, kl_beta=0.1)
+    value, gradient, sums = value_and_gradient(golden_with_reference(), settings)
     chex.assert_trees_all_close(value, jnp.float32(0.15 + 0.1 * (2 - LOG2 - 1)), rtol=1e-6)
     chex.assert_trees_all_close(
         gradient, jnp.array([[[-0.025, -0.15], [0.35, -0.025]]]), rtol=1e-5
@@ -162,21 +176,19 @@ def test_kl_beta_adds_its_share_of_k3() -> None:
 
 @pytest.mark.parametrize(("cap", "factor"), [(2.0, 2.0), (5.0, 3.0)])
 def test_truncated_importance_scales_the_objective_up_to_its_cap(cap: float, factor: float) -> None:
-    plain_value, plain_gradient, _ = golden().run(PLAIN)
-    value, gradient, _ = golden().run(
-        dataclasses.replace(PLAIN, tis_cap=cap)
-    )  # old over sampler is 3 at every token
+    plain_value, plain_gradient, _ = value_and_gradient(golden(), PLAIN)
+    settings = dataclasses.replace(PLAIN, tis_cap=cap)
+    value, gradient, _ = value_and_gradient(golden(), settings)
     chex.assert_trees_all_close(value, factor * plain_value, rtol=1e-6)
     chex.assert_trees_all_close(gradient, factor * plain_gradient, rtol=1e-6)
 
 
 def test_truncated_importance_leaves_the_kl_alone() -> None:
-    case = dataclasses.replace(
-        golden(),
-        reference=golden().train + np.float32(LOG2),
-        advantages=np.zeros((1, 2), np.float32),
+    inputs = dataclasses.replace(
+        golden_with_reference(), advantages_NG=np.zeros((1, 2), np.float32)
     )
-    value, _, _ = case.run(dataclasses.replace(PLAIN, kl_beta=0.1, tis_cap=2.0))
+    settings = dataclasses.replace(PLAIN, kl_beta=0.1, tis_cap=2.0)
+    value, _, _ = value_and_gradient(inputs, settings)
     chex.assert_trees_all_close(value, jnp.float32(0.1 * (1 - LOG2)), rtol=1e-6)
 
 
@@ -195,8 +207,11 @@ def test_the_clipped_objective_by_hand() -> None:
 
 
 class TestStaleSamples:
-    """A bandit whose policy is softmax(logits), its actions drawn by an older policy. Every action is one row, weighted with its
-    probability under the older policy, so that the loss is an expectation, not an estimate."""
+    """A bandit whose policy is softmax(logits), with actions drawn by an older policy.
+
+    Each action is one row, weighted by its probability under the older policy, so that the loss is
+    an expectation rather than an estimate.
+    """
 
     LOGITS = np.array([0.5, -1.0, 1.5, 0.0])
     OLDER = np.array([0.05, 0.65, 0.1, 0.2])
@@ -207,7 +222,10 @@ class TestStaleSamples:
         return np.exp(self.LOGITS) / np.exp(self.LOGITS).sum()
 
     def policy_gradient(self, drawn: np.ndarray) -> np.ndarray:
-        """sum over actions of drawn(a) R(a) grad log policy(a), in float64: with drawn = policy the gradient of the expected reward."""
+        """sum over actions of drawn(a) R(a) grad log policy(a), in float64.
+
+        With drawn = policy, it is the gradient of the expected reward.
+        """
         return drawn * self.REWARDS - self.policy * (drawn @ self.REWARDS)
 
     def gradient(self, tis_cap: float | None) -> np.ndarray:
@@ -216,21 +234,17 @@ class TestStaleSamples:
 
         def loss(logits: jax.Array) -> jax.Array:
             train = jax.nn.log_softmax(logits).reshape(1, 4, 1)
-            fixed = (
-                jax.lax.stop_gradient(train),
-                None,
-                rows(np.log(self.OLDER)),
-                jnp.zeros_like(train),
+            inputs = LossInputs(
+                train_logprobs_NGC=train,
+                old_logprobs_NGC=jax.lax.stop_gradient(train),
+                reference_logprobs_NGC=None,
+                sampler_logprobs_NGC=rows(np.log(self.OLDER)),
+                entropies_NGC=jnp.zeros_like(train),
+                advantages_NG=rows(self.REWARDS)[..., 0],
+                loss_weights_NGC=rows(self.OLDER),
+                action_mask_NGC=rows(np.ones(4)) > 0,
             )
-            settings = dataclasses.replace(PLAIN, tis_cap=tis_cap)
-            return -grpo_loss(
-                train,
-                *fixed,
-                rows(self.REWARDS)[..., 0],
-                rows(self.OLDER),
-                rows(np.ones(4)) > 0,
-                settings,
-            )[0]
+            return -grpo_loss(inputs, dataclasses.replace(PLAIN, tis_cap=tis_cap))[0]
 
         return np.asarray(jax.grad(loss)(jnp.asarray(self.LOGITS, jnp.float32)))
 
@@ -247,7 +261,7 @@ class TestStaleSamples:
         )  # a good action that the older policy hardly took would become rarer
 
     def test_a_cap_bounds_the_weight_and_leaves_the_rest_as_it_is(self) -> None:
-        """policy / older is about 4.4, 0.08, 6 and 0.7: a cap of 2 counts the first and the third action twice, where they lack more."""
+        """policy / older is about 4.4, 0.08, 6 and 0.7, so a cap of 2 holds for two actions."""
         drawn = np.minimum(self.policy, 2.0 * self.OLDER)
         assert (drawn < self.policy).tolist() == [True, False, True, False]
         np.testing.assert_allclose(self.gradient(2.0), self.policy_gradient(drawn), rtol=1e-6)
@@ -265,68 +279,71 @@ def test_no_gradient_flows_through_the_importance_weight() -> None:
 def test_tokens_of_zero_weight_contribute_nothing_whatever_they_hold(
     garbage: float, transform: Transform
 ) -> None:
-    case, settings = random_case(2), SETTINGS["kl and truncated importance"]
-    spoil = lambda x: np.where(case.weights > 0, x, np.float32(garbage))
-    advantages = case.advantages.copy()
+    inputs, settings = random_inputs(2), SETTINGS["kl and truncated importance"]
+    advantages = inputs.advantages_NG.copy()
     advantages[1] = garbage  # the group that is masked whole
     names = ("train", "old", "reference", "sampler")
+    arrays = {f"{name}_logprobs_NGC": getattr(inputs, f"{name}_logprobs_NGC") for name in names}
+    has_loss = inputs.loss_weights_NGC > 0
     spoiled = dataclasses.replace(
-        case, advantages=advantages, **{name: spoil(getattr(case, name)) for name in names}
+        inputs,
+        advantages_NG=advantages,
+        **{name: np.where(has_loss, x, np.float32(garbage)) for name, x in arrays.items()},
     )
-    clean_value, clean_gradient, clean_sums = case.run(settings, transform)
-    value, gradient, sums = spoiled.run(settings, transform)
+    clean_value, clean_gradient, clean_sums = value_and_gradient(inputs, settings, transform)
+    value, gradient, sums = value_and_gradient(spoiled, settings, transform)
     chex.assert_trees_all_equal((value, gradient, sums), (clean_value, clean_gradient, clean_sums))
 
 
 @with_and_without_jit
 def test_a_batch_without_any_loss_token_has_zero_loss_and_gradient(transform: Transform) -> None:
-    case = dataclasses.replace(random_case(3), weights=np.zeros((3, 4, 7), np.float32))
-    value, gradient, sums = case.run(SETTINGS["kl"], transform)
+    inputs = dataclasses.replace(
+        random_inputs(3),
+        loss_weights_NGC=np.zeros((3, 4, 7), np.float32),
+        action_mask_NGC=np.zeros((3, 4, 7), bool),
+    )
+    value, gradient, sums = value_and_gradient(inputs, SETTINGS["kl"], transform)
     chex.assert_trees_all_equal((value, gradient), (jnp.float32(0), jnp.zeros((3, 4, 7))))
     assert all(np.isfinite(x) for x in sums.summary().values())
 
 
 def test_a_group_masked_whole_gets_no_gradient() -> None:
-    _, gradient, _ = random_case(4).run(SETTINGS["kl"])
+    _, gradient, _ = value_and_gradient(random_inputs(4), SETTINGS["kl"])
     chex.assert_trees_all_equal(gradient[1], jnp.zeros((4, 7)))
 
 
 def test_equal_rewards_without_kl_give_exactly_zero_gradient() -> None:
-    _, gradient, _ = random_case(5, kl=False).run(PLAIN)
+    _, gradient, _ = value_and_gradient(random_inputs(5, kl=False), PLAIN)
     chex.assert_trees_all_equal(gradient[2], jnp.zeros((4, 7)))
 
 
 def test_on_policy_the_gradient_is_minus_weight_times_advantage() -> None:
-    case = random_case(6, kl=False)
-    _, gradient, _ = dataclasses.replace(case, old=case.train).run(PLAIN)
-    chex.assert_trees_all_close(
-        gradient, jnp.asarray(-case.weights * case.advantages[:, :, None]), rtol=1e-6
-    )
+    inputs = random_inputs(6, kl=False)
+    inputs = dataclasses.replace(inputs, old_logprobs_NGC=inputs.train_logprobs_NGC)
+    _, gradient, _ = value_and_gradient(inputs, PLAIN)
+    expected = -inputs.loss_weights_NGC * inputs.advantages_NG[:, :, None]
+    chex.assert_trees_all_close(gradient, jnp.asarray(expected), rtol=1e-6)
 
 
 def test_the_sums_by_hand() -> None:
-    """One row of five sampled tokens, the last two without loss, and one of the environment's. Policy over sampler is 1, 2, 1/4, 1.12 and
-    .88 there; the ratio, policy over old policy, is 1, 3/2 and 1/2, and the reference is the policy times 1, 2 and 1."""
+    """One row of five sampled tokens, the last two without loss, and one of the environment.
+
+    On the sampled tokens, policy over sampler is 1, 2, 1/4, 1.12 and .88. On those with loss, the
+    ratio (policy over old policy) is 1, 3/2 and 1/2, and reference over policy 1, 2 and 1.
+    """
     row = lambda *values: np.array([[values]], np.float32)
     train = np.full((1, 1, 6), -1.0, np.float32)
-    sampler = train - np.log(row(1, 2, 0.25, 1.12, 0.88, 7))
-    old, reference_ = (
-        train - np.log(row(1, 1.5, 0.5, 9, 9, 9)),
-        train + np.log(row(1, 2, 1, 9, 9, 9)),
+    inputs = LossInputs(
+        train_logprobs_NGC=train,
+        old_logprobs_NGC=train - np.log(row(1, 1.5, 0.5, 9, 9, 9)),
+        reference_logprobs_NGC=train + np.log(row(1, 2, 1, 9, 9, 9)),
+        sampler_logprobs_NGC=train - np.log(row(1, 2, 0.25, 1.12, 0.88, 7)),
+        entropies_NGC=row(1, 2, 6, 64, 128, 256),
+        advantages_NG=np.ones((1, 1), np.float32),
+        loss_weights_NGC=row(0.5, 0.5, 0.5, 0, 0, 0),
+        action_mask_NGC=row(1, 1, 1, 1, 1, 0) > 0,
     )
-    entropies, weights = row(1, 2, 6, 64, 128, 256), row(0.5, 0.5, 0.5, 0, 0, 0)
-    settings = dataclasses.replace(PLAIN, kl_beta=0.1)
-    given = (
-        train,
-        old,
-        reference_,
-        sampler,
-        entropies,
-        np.ones((1, 1), np.float32),
-        weights,
-        row(1, 1, 1, 1, 1, 0) > 0,
-    )
-    _, sums = grpo_loss(*given, settings)
+    _, sums = grpo_loss(inputs, dataclasses.replace(PLAIN, kl_beta=0.1))
     expected = {
         "loss": 0.5 * (-1 - 1.2 - 0.5 + 0.1 * (1 - LOG2)),
         "kl": (2 - LOG2 - 1) / 3,
@@ -347,17 +364,9 @@ def test_a_ratio_within_a_tenth_of_the_samplers_is_not_outside() -> None:
     """1.09 and .91 are not, 1.11 and .89 are."""
     sampler = -np.log(np.array([[[1.09, 0.91, 1.11, 0.89]]], np.float32))
     zeros = np.zeros((1, 1, 4), np.float32)
-    _, sums = grpo_loss(
-        zeros,
-        zeros,
-        None,
-        sampler,
-        zeros,
-        np.ones((1, 1), np.float32),
-        zeros + 1,
-        zeros == 0,
-        PLAIN,
-    )
+    one = np.ones((1, 1), np.float32)
+    inputs = LossInputs(zeros, zeros, None, sampler, zeros, one, zeros + 1, zeros == 0)
+    _, sums = grpo_loss(inputs, PLAIN)
     assert float(sums.mismatch_outside) == 2
 
 
@@ -367,6 +376,14 @@ def test_sums_add_up_and_the_largest_mismatch_stays_the_largest() -> None:
     assert second.add(first).mismatch_max == 19.0
 
 
-def test_the_loss_refuses_arrays_of_different_shapes() -> None:
-    with pytest.raises(AssertionError):
-        dataclasses.replace(golden(), old=np.zeros((1, 2, 3), np.float32)).run(PLAIN)
+@pytest.mark.parametrize(
+    "name",
+    [field.name for field in dataclasses.fields(LossInputs) if field.name != "train_logprobs_NGC"],
+)
+def test_the_loss_refuses_arrays_of_different_shapes(name: str) -> None:
+    """Each array of one group instead of two would be broadcast without an error."""
+    twice = jax.tree.map(lambda x: np.concatenate([x, x]), golden_with_reference())
+    value_and_gradient(twice, PLAIN)
+    wrong = dataclasses.replace(twice, **{name: getattr(twice, name)[:1]})
+    with pytest.raises(AssertionError, match="shape"):
+        value_and_gradient(wrong, PLAIN)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxgrpo.config.settings import OptimizerSettings
-from jaxgrpo.learner.update import make_optimizer
+from jaxgrpo.learner.optimizer import make_optimizer
 
 
 def stepped(settings: OptimizerSettings, gradients: Sequence[float]) -> list[float]:
@@ -47,7 +47,8 @@ def test_a_warm_up_of_two_steps() -> None:
 
 
 def test_clipping_scales_the_gradient_down_to_the_norm() -> None:
-    # epsilon 1 makes the size of the gradient visible: 3, 4 has norm 5; clipped to 1 it is .6, .8, and g / (g + 1) = .375, .44444
+    # Epsilon 1 makes the size of the gradient visible. The norm of 3, 4 is 5; clipped to 1, the
+    # gradient is .6, .8, and g / (g + 1) = .375, .44444.
     optimizer = make_optimizer(
         OptimizerSettings(learning_rate=1.0, warmup_steps=1, epsilon=1.0, max_grad_norm=1.0)
     )

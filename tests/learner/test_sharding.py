@@ -1,4 +1,4 @@
-"""Flat ZeRO-3 shards: the layout on 1 to 4 devices, the gather and the embedding with their gradients."""
+"""Flat ZeRO-3 shards: layouts on 1 to 4 devices, gather and embedding with their gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -134,7 +134,7 @@ def test_the_gather_gives_every_device_the_whole_weight(
     stored = store_leaf(numbered(shape), leaf, mesh)
     gathered = on_shards(
         mesh,
-        lambda s: Sharded(devices, jnp.float32).load(s, shape)[None],
+        lambda s: Sharded(devices, jnp.float32).gather(s, shape)[None],
         leaf,
         0,
         PartitionSpec(AXIS),
@@ -152,7 +152,11 @@ def test_the_gathers_gradient_is_the_sum_over_the_devices(
     inputs = np.random.default_rng(0).normal(size=(devices, *shape)).astype(np.float32)
     storage = Sharded(devices, jnp.float32)
     gradient = on_shards(
-        mesh, jax.grad(lambda s, x: jnp.sum(storage.load(s, shape) ** 2 * x[0])), leaf, 1, leaf.spec
+        mesh,
+        jax.grad(lambda s, x: jnp.sum(storage.gather(s, shape) ** 2 * x[0])),
+        leaf,
+        1,
+        leaf.spec,
     )
     stored = gradient(store_leaf(numbered(shape), leaf, mesh), inputs)
     chex.assert_trees_all_close(
@@ -166,7 +170,7 @@ def test_gradients_of_a_bfloat16_gather_are_summed_in_float32() -> None:
     storage = Sharded(2, jnp.bfloat16)
     gradient = on_shards(
         mesh,
-        jax.grad(lambda s, x: jnp.sum(storage.load(s, (1,)) * x[0]).astype(jnp.float32)),
+        jax.grad(lambda s, x: jnp.sum(storage.gather(s, (1,)) * x[0]).astype(jnp.float32)),
         leaf,
         1,
         leaf.spec,
@@ -179,7 +183,7 @@ def test_gradients_of_a_bfloat16_gather_are_summed_in_float32() -> None:
 
 
 def embed_gradient(devices: int, ids: np.ndarray, cotangents: np.ndarray, dtype: Any) -> np.ndarray:
-    """The gradient of the table [13, 7] from every device's ids and cotangents, both split on their first axis."""
+    """The gradient of the table [13, 7] from ids and cotangents, which are split on axis 0."""
     shape = (13, 7)
     leaf, mesh = LeafLayout(shape, False, 1, devices), mesh_of(devices)
 
@@ -220,7 +224,7 @@ def test_the_embeddings_gradient_is_accumulated_in_float32() -> None:
 def test_whole_weights_are_only_cast(dtype: Any) -> None:
     storage, table = Replicated(dtype), jnp.asarray(numbered((13, 7)) / 3)
     for got, expected in (
-        (storage.load(table, (13, 7)), table.astype(dtype)),
+        (storage.gather(table, (13, 7)), table.astype(dtype)),
         (embed(table, jnp.array([2, 0]), (13, 7), storage), table[jnp.array([2, 0])].astype(dtype)),
     ):
         assert got.dtype == dtype
@@ -237,7 +241,7 @@ def test_the_gather_rounds_to_what_servers_hold_and_the_gradient_knows_nothing_o
     storage = Sharded(devices, jnp.float32, jnp.bfloat16)
     stored = store_leaf(value, leaf, mesh)
     gathered = on_shards(
-        mesh, lambda s: storage.load(s, shape)[None], leaf, 0, PartitionSpec(AXIS)
+        mesh, lambda s: storage.gather(s, shape)[None], leaf, 0, PartitionSpec(AXIS)
     )(stored)
     assert gathered.dtype == jnp.float32
     chex.assert_trees_all_equal(
@@ -245,7 +249,7 @@ def test_the_gather_rounds_to_what_servers_hold_and_the_gradient_knows_nothing_o
     )
     slopes = np.arange(5 * devices, dtype=np.float32).reshape(devices, 5) / 7
     gradient = on_shards(
-        mesh, jax.grad(lambda s, x: jnp.sum(storage.load(s, shape) * x[0])), leaf, 1, leaf.spec
+        mesh, jax.grad(lambda s, x: jnp.sum(storage.gather(s, shape) * x[0])), leaf, 1, leaf.spec
     )(stored, slopes)
     chex.assert_trees_all_close(
         np.asarray(logical_leaf(gradient, leaf)), slopes.sum(axis=0), rtol=1e-6

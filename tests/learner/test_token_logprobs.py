@@ -1,4 +1,4 @@
-"""Token log-probabilities and entropies by the chunked head: values and gradients, against literals and float64 NumPy."""
+"""Token log-probabilities and entropies of the chunked head, against literals and NumPy."""
 
 import dataclasses
 import math
@@ -93,7 +93,8 @@ def test_chunked_equals_unchunked_log_softmax_and_its_gradient(chunk: int) -> No
 
 
 def test_temperature_changes_the_logprobs() -> None:
-    # logits 2 and 0: at temperature 1, log(e^2 / (e^2 + 1)) = -.126928; at temperature 2, log(e / (e + 1)) = -.313262
+    # logits 2 and 0: at temperature 1, log(e^2 / (e^2 + 1)) = -.126928;
+    # at temperature 2, log(e / (e + 1)) = -.313262
     args = (jnp.array([[2.0]]), jnp.array([[1.0], [0.0]]), jnp.array([0]))
     values = [float(token_logprobs(*args, head(4, t, shape=(2, 1)))[0][0]) for t in (1.0, 2.0)]
     assert values == pytest.approx([-0.126928, -0.313262], abs=1e-6)
@@ -158,7 +159,7 @@ def test_the_tables_gradient_of_bfloat16_inputs_is_accumulated_in_float32() -> N
 
 
 def products_in_bfloat16(jaxpr: Any) -> list[tuple[int, ...]]:
-    """The shapes of a traced program's matrix products whose results are in bfloat16, loops and branches included."""
+    """Shapes of the bfloat16 matrix products of a traced program, loops and branches included."""
     found = []
     for equation in jaxpr.eqns:
         if (
@@ -180,7 +181,10 @@ def products_in_bfloat16(jaxpr: Any) -> list[tuple[int, ...]]:
 
 
 def test_of_bfloat16_inputs_only_the_hidden_states_gradient_is_a_product_in_bfloat16() -> None:
-    """Logits and the table's gradient are summed in float32. Values cannot show it on a CPU, where XLA keeps float32 in between."""
+    """Logits and the table's gradient are summed in float32.
+
+    Values cannot show it on a CPU, where XLA keeps float32 in between.
+    """
     hidden, table, targets, cotangents = logprob_case()
     run = lambda h, w: logprobs_and_gradients(
         h, w, targets, cotangents, head(4, dtype=jnp.bfloat16)

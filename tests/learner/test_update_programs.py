@@ -1,4 +1,4 @@
-"""The programs of the train step: what the backward pass computes again, where arrays lie, and how often a shape is compiled."""
+"""The programs of the train step: rematerialization, placement of arrays, and compilations."""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,8 @@ import pytest
 from jaxgrpo.config.settings import REMAT, BatchingSettings
 from jaxgrpo.learner.batching import pack
 from jaxgrpo.learner.sharding import make_mesh
-from jaxgrpo.learner.update import Update
-from jaxgrpo.models.qwen2 import rematerialised
+from jaxgrpo.learner.update import ComputeOptions, Update
+from jaxgrpo.models.qwen2 import rematerialized
 from tests.updates import (
     ADAM,
     GROUPS,
@@ -38,19 +38,13 @@ def test_less_is_computed_again_by_each_way_of_rematerialising_and_the_gradients
     batch = packed(GROUPS, 4)[0]
     products, gradients = [], []
     for remat in REMAT:
-        update = Update(
-            TINY,
-            make_mesh(jax.devices()[:1]),
-            NO_KL,
-            ADAM,
-            compute_dtype=jnp.float32,
-            head_chunk=16,
-            remat=remat,
-        )
+        compute = ComputeOptions(jnp.float32, head_chunk=16, remat=remat)
+        update = Update(TINY, make_mesh(jax.devices()[:1]), NO_KL, ADAM, compute)
         products.append(accumulate_text(update, batch).count("dot_general"))
         state, _, _ = update.optimizer_step(update.init(params_of(TINY)), [batch], None, [None])
         gradients.append(clipped_gradient(update, state))
-    # First attention's six (its three parts' scores and outputs) are spared, then q, k, v, o, gate and up.
+    # "attention" saves six products (scores and output of its three parts), "none" another six
+    # (q, k, v, o, gate and up).
     assert (products[0] - products[1], products[1] - products[2]) == (6, 6)
     for other in gradients[1:]:
         assert worst_error(other, gradients[0]) < 1e-6
@@ -58,14 +52,14 @@ def test_less_is_computed_again_by_each_way_of_rematerialising_and_the_gradients
 
 def test_an_unknown_way_of_rematerialising_is_refused() -> None:
     with pytest.raises(ValueError, match="remat must be one of"):
-        rematerialised(lambda x, _: (x, None), "some")
+        rematerialized(lambda x, _: (x, None), "some")
 
 
 # Where things lie, and what is compiled.
 
 
 def test_every_pass_computes_the_prompt_of_a_group_once() -> None:
-    """The scoring pass, which is the reference's, and the training pass, which is also the old policy's."""
+    """The scoring pass, for the reference, and the training pass, which also serves the old policy."""
     update, batch = update_of(1), packed(GROUPS, 4)[0]
     (n, g, c), p = batch.completions_NGC.shape, batch.prompt_NP.shape[1]
     stored = update.init(params_of(TINY)).params
@@ -100,7 +94,10 @@ def test_no_device_holds_more_than_its_slice_of_weights_moments_reference_and_gr
 
 
 def test_one_shape_is_compiled_once() -> None:
-    """Micro-batches, and a state that was stored, stepped once or stepped twice, are all one shape. (This Update sees no other.)"""
+    """All micro-batches, and a state that was stored, stepped once or twice, have one shape.
+
+    (This Update sees no other.)
+    """
     update, batches = update_of(3, UNTIED, NO_KL), packed(GROUPS, 6)
     state, old, _ = update.optimizer_step(update.init(params_of(UNTIED)), batches, None, [None] * 2)
     state, _, _ = update.optimizer_step(state, batches, old, [None] * 2)

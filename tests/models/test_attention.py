@@ -1,10 +1,9 @@
-"""Rotary positions and attention, against direct float64 implementations and the gradient of a dense softmax; blocks of queries, a shared
-context in two parts."""
+"""Rotary positions and attention, against float64 NumPy and the gradient of a dense softmax."""
 
-import functools
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxgrpo.models import attention
-from jaxgrpo.models.attention import XLA, apply_rope, attend
+from jaxgrpo.models.attention import XLA, Context, apply_rope, attend
 from tests import reference
 
 N, G, H, K, SIZE = 2, 3, 4, 2, 8
@@ -23,13 +22,18 @@ def heads(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(*shape, SIZE)).astype(np.float32)
 
 
+def attend_xla(q: Any, k: Any, v: Any, *context: Any) -> jax.Array:
+    """With the arrays of the context, if any, apart, as `dense` takes them."""
+    return attend(XLA, q, k, v, Context(*context) if context else None)
+
+
 def own(t: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Queries [N, G, T, H, h], keys and values [N, G, T, K, h]."""
     return heads(0, N, G, t, H), heads(1, N, G, t, K), heads(2, N, G, t, K)
 
 
 def context(p: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Keys and values [N, P, K, h], and lengths [N] that leave the second group a shorter context."""
+    """Keys and values [N, P, K, h], and lengths [N]: the second group has a shorter context."""
     return heads(3, N, p, K), heads(4, N, p, K), np.array([p, p - 2])
 
 
@@ -78,7 +82,7 @@ def test_rope_equals_a_turn_of_complex_numbers() -> None:
 
 
 def test_rope_by_hand() -> None:
-    # one pair, a quarter turn a position: (1, 0) at position 1 with theta such that the angle is 1 radian
+    # One pair: (1, 0) at position 1, where the angle is 1 radian.
     turned = apply_rope(jnp.array([[[1.0, 0.0]]]), jnp.array([1]), 10000.0)
     chex.assert_trees_all_close(
         turned, jnp.array([[[0.5403023, 0.8414710]]]), rtol=1e-6
@@ -91,7 +95,7 @@ def test_rope_keeps_the_dtype() -> None:
 
 def test_attention_equals_float64_numpy() -> None:
     q, k, v = own(6)
-    out = attend(XLA, q, k, v)
+    out = attend_xla(q, k, v)
     expected = np.stack(
         [
             [
@@ -106,7 +110,7 @@ def test_attention_equals_float64_numpy() -> None:
 
 def test_a_context_equals_its_keys_put_before_the_rows_own() -> None:
     (q, k, v), (context_k, context_v, lengths) = own(6), context(5)
-    out = attend(XLA, q, k, v, context_k, context_v, lengths)
+    out = attend_xla(q, k, v, context_k, context_v, lengths)
     expected = np.zeros(q.shape)
     for n in range(N):
         for g in range(G):
@@ -125,7 +129,7 @@ def test_a_long_row_equals_float64_numpy() -> None:
     t = 530
     assert t > 2 * attention._QUERY_BLOCK and t % attention._QUERY_BLOCK != 0
     q, k, v = (x[:1, :1] for x in own(t))
-    out = attend(XLA, q, k, v)
+    out = attend_xla(q, k, v)
     expected = reference.attention(q[0, 0], k[0, 0], v[0, 0], np.tri(t, dtype=bool))
     chex.assert_trees_all_close(np.asarray(out)[0, 0], expected.astype(np.float32), atol=2e-6)
 
@@ -139,7 +143,7 @@ def test_value_and_gradients_equal_those_of_a_dense_softmax(
     monkeypatch.setattr(attention, "_QUERY_BLOCK", block)
     arrays = own(10)
     chex.assert_trees_all_close(
-        value_and_gradients(functools.partial(attend, XLA), arrays),
+        value_and_gradients(attend_xla, arrays),
         value_and_gradients(dense, arrays),
         atol=2e-6,
     )
@@ -152,7 +156,7 @@ def test_the_gradient_of_two_merged_parts_is_that_of_one_softmax(
     monkeypatch.setattr(attention, "_QUERY_BLOCK", block)
     context_k, context_v, lengths = context(5)
     arrays = (*own(10), context_k, context_v)
-    ours = value_and_gradients(functools.partial(attend, XLA), arrays, lengths)
+    ours = value_and_gradients(attend_xla, arrays, lengths)
     chex.assert_trees_all_close(ours, value_and_gradients(dense, arrays, lengths), atol=2e-6)
 
 
@@ -160,7 +164,7 @@ def test_in_bfloat16_the_gradients_are_near_the_dense_ones() -> None:
     context_k, context_v, lengths = context(5)
     arrays = (*own(10), context_k, context_v)
     rounded = tuple(jnp.asarray(x, jnp.bfloat16) for x in arrays)
-    ours = value_and_gradients(functools.partial(attend, XLA), rounded, lengths)
+    ours = value_and_gradients(attend_xla, rounded, lengths)
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(ours))
     exact = value_and_gradients(dense, tuple(x.astype(jnp.float32) for x in rounded), lengths)
     for got, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(exact), strict=True):
@@ -171,20 +175,18 @@ def test_in_bfloat16_the_gradients_are_near_the_dense_ones() -> None:
 
 def test_what_lies_behind_a_context_does_not_matter() -> None:
     (q, k, v), (context_k, context_v, lengths) = own(6), context(5)
-    out = attend(XLA, q, k, v, context_k, context_v, lengths)
+    out = attend_xla(q, k, v, context_k, context_v, lengths)
     context_k[1, 3:], context_v[1, 3:] = 50.0, -50.0
-    chex.assert_trees_all_equal(attend(XLA, q, k, v, context_k, context_v, lengths), out)
+    chex.assert_trees_all_equal(attend_xla(q, k, v, context_k, context_v, lengths), out)
 
 
 def test_an_empty_context_changes_nothing() -> None:
     (q, k, v), (context_k, context_v, _) = own(6), context(5)
     empty = np.zeros(N, int)
     chex.assert_trees_all_close(
-        attend(XLA, q, k, v, context_k, context_v, empty), attend(XLA, q, k, v), atol=1e-7
+        attend_xla(q, k, v, context_k, context_v, empty), attend_xla(q, k, v), atol=1e-7
     )
-    gradients, _ = value_and_gradients(
-        functools.partial(attend, XLA), (q, k, v, context_k, context_v), empty
-    )
+    gradients, _ = value_and_gradients(attend_xla, (q, k, v, context_k, context_v), empty)
     chex.assert_trees_all_equal(gradients[3:], (np.zeros_like(context_k), np.zeros_like(context_v)))
 
 
@@ -192,7 +194,7 @@ def test_the_context_is_never_copied_for_the_rows() -> None:
     """No array of the program, gradient included, is as large as the context's keys once a row."""
     (q, k, v), (context_k, context_v, lengths) = own(6), context(5)
     text = (
-        jax.jit(jax.grad(lambda *a: attend(XLA, *a, lengths).sum(), argnums=(0, 3, 4)))
+        jax.jit(jax.grad(lambda *a: attend_xla(*a, lengths).sum(), argnums=(0, 3, 4)))
         .lower(q, k, v, context_k, context_v)
         .as_text()
     )

@@ -1,6 +1,11 @@
-"""cuDNN's attention as a kernel: when it is chosen, and what it becomes for a GPU. Its numbers are compared by benchmarks/gpu."""
+"""cuDNN's attention: when it is chosen, and its program for a GPU.
+
+benchmarks/gpu compares its numbers.
+"""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +14,18 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxgrpo.models import cudnn
-from jaxgrpo.models.attention import XLA, attend
+from jaxgrpo.models.attention import XLA, Context, Kernel, attend
 from jaxgrpo.models.cudnn import CUDNN, choose_kernel
 
 N, G, P, C, H, K, SIZE = 2, 3, 128, 48, 4, 2, 64
 
 
-def lowered(kernel, c: int = C, dtype=jnp.bfloat16, wrap=lambda function: function) -> str:
+def lowered(
+    kernel: Kernel,
+    c: int = C,
+    dtype: Any = jnp.bfloat16,
+    wrap: Callable = lambda function: function,
+) -> str:
     """The program of forward and backward for an NVIDIA GPU."""
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
     own = [shape((N, G, c, heads, SIZE)) for heads in (H, K, K)]
@@ -25,7 +35,10 @@ def lowered(kernel, c: int = C, dtype=jnp.bfloat16, wrap=lambda function: functi
         jax.ShapeDtypeStruct((N,), jnp.int32),
     ]
     gradient = jax.grad(
-        lambda *a: jnp.sum(attend(kernel, *a).astype(jnp.float32)), argnums=(0, 1, 2, 3, 4)
+        lambda q, k, v, *context: jnp.sum(
+            attend(kernel, q, k, v, Context(*context)).astype(jnp.float32)
+        ),
+        argnums=(0, 1, 2, 3, 4),
     )
     program = jax.jit(wrap(gradient))
     return program.trace(*own, *context).lower(lowering_platforms=("cuda",)).as_text()
@@ -66,7 +79,12 @@ def test_auto_is_cudnn_where_it_can_be_and_says_why_where_not() -> None:
     for dtype, size, platform, why in (
         (jnp.bfloat16, 64, "cpu", "it needs an NVIDIA GPU, and jax computes on cpu"),
         (jnp.float32, 64, "gpu", "it computes in bfloat16, not in float32"),
-        (jnp.bfloat16, 20, "gpu", "its heads are of a multiple of 8 and at most 128, not 20"),
+        (
+            jnp.bfloat16,
+            20,
+            "gpu",
+            "it needs a head_dim of at most 128 that is a multiple of 8, not 20",
+        ),
     ):
         assert choose_kernel("auto", dtype, size, platform) == (
             XLA,
@@ -89,4 +107,4 @@ def test_a_jax_of_unknown_internals_is_not_trusted(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cudnn.jax, "__version__", "0.13.1")
     kernel, why = choose_kernel("auto", jnp.bfloat16, 64, "gpu")
     assert kernel is XLA
-    assert "jax 0.13.1 is not one of those whose internals are known here (0.10, 0.11, 0.12)" in why
+    assert "it is only known to work with jax 0.10, 0.11, 0.12, not 0.13.1" in why

@@ -1,9 +1,11 @@
-"""config.json: every spelling is read as by transformers itself, or refused by name."""
+"""config.json: every spelling is read as transformers reads it, or refused by name."""
 
 import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
@@ -24,17 +26,17 @@ NONE = object()
 
 
 def theirs(config: dict) -> dict | None:
-    """What transformers makes of a config.json, as far as a model of plain RoPE depends on it, or
-    None where it makes no such model."""
+    """What transformers reads from a config.json that a model of plain RoPE depends on.
+
+    None if transformers refuses it, or would make another kind of model.
+    """
     try:
         read = Qwen2Config(**json.loads(json.dumps(config)))
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError):
         return None
     rope, theta = read.rope_parameters, read.rope_parameters.get("rope_theta")
-    plain = rope.get("rope_type") == "default" and rope.get("partial_rotary_factor") in (
-        None,
-        1,
-    )  # nested, it has no rope_type
+    # Nested settings have no rope_type at the top.
+    plain = rope.get("rope_type") == "default" and rope.get("partial_rotary_factor") in (None, 1)
     number = type(theta) in (int, float) and theta > 0
     if not (
         plain
@@ -69,10 +71,13 @@ def ours(config: dict) -> dict | None:
     return {name: value for name, value in dataclasses.asdict(read).items() if name in names}
 
 
-def test_every_spelling_of_rope():
-    """`rope_scaling` and `rope_parameters`, each absent, null, empty, or with the type under either
-    key or both, and with the base inside."""
-    types = [
+def spellings_of_rope() -> Iterator[dict]:
+    """Settings that may stand in a config: `rope_scaling` and `rope_parameters`, and others beside.
+
+    Each section is absent, null, empty, or has the type under either key or both, and perhaps the
+    base inside.
+    """
+    types: list[dict] = [
         {},
         *({key: kind} for key in ("type", "rope_type") for kind in ("default", "yarn", None)),
     ]
@@ -104,21 +109,19 @@ def test_every_spelling_of_rope():
         {"type": "yarn", "factor": 4.0},
         {"rope_type": "default", "rope_theta": 9e5},
     ]
+    pairs = [*itertools.product(some, sections), *itertools.product(sections, some)]
+    for (scaling, parameters), rest in itertools.product(pairs, beside):
+        given = {"rope_scaling": scaling, "rope_parameters": parameters}
+        yield rest | {key: value for key, value in given.items() if value is not NONE}
+
+
+def test_every_spelling_of_rope() -> None:
     read = 0
-    for scaling, parameters in [
-        *itertools.product(some, sections),
-        *itertools.product(sections, some),
-    ]:
-        for rest in beside:
-            given = {"rope_scaling": scaling, "rope_parameters": parameters}
-            config = {
-                **SMALL,
-                **rest,
-                **{key: value for key, value in given.items() if value is not NONE},
-            }
-            expected = theirs(config)
-            assert ours(config) == expected, config
-            read += expected is not None
+    for settings in spellings_of_rope():
+        config = {**SMALL, **settings}
+        expected = theirs(config)
+        assert ours(config) == expected, config
+        read += expected is not None
     assert read > 500
 
 
@@ -225,7 +228,7 @@ def test_every_spelling_of_rope():
         ({"configuration_files": ["config.5.0.json"]}, "configuration_files is set"),
     ],
 )
-def test_refused_by_name(change, named):
+def test_refused_by_name(change: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         ModelConfig.from_hf({**SMALL, **change})
 
@@ -253,13 +256,13 @@ def test_refused_by_name(change, named):
         },
     ],
 )
-def test_read_as_transformers_reads_it(change):
+def test_read_as_transformers_reads_it(change: dict) -> None:
     config = {**SMALL, **change}
     assert ours(config) == theirs(config) is not None
 
 
-def test_heads_where_nothing_is_said_of_them():
-    """transformers then has 32 of keys and values, whatever the queries have."""
+def test_heads_where_nothing_is_said_of_them() -> None:
+    """transformers then takes 32 key/value heads, whatever the number of query heads."""
     config = {**SMALL, "hidden_size": 128, "num_attention_heads": 64}
     del config["num_key_value_heads"]
     assert ours(config) == theirs(config)
@@ -278,7 +281,7 @@ def test_heads_where_nothing_is_said_of_them():
         (json.dumps({**SMALL, "hidden_act": "gelu"}), "hidden_act is 'gelu'"),
     ],
 )
-def test_a_file_that_is_refused_is_named(tmp_path, text, said):
+def test_a_file_that_is_refused_is_named(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=said) as error:
         ModelConfig.from_folder(tmp_path)

@@ -12,7 +12,7 @@ def assert_rounded_once(product: jax.Array, exact: np.ndarray) -> None:
     assert (off <= np.abs(exact) * 2**-8 + 1e-4).all()  # half a unit in the last of 8 bits
 
 
-def test_a_product_of_bfloat16_is_summed_in_float32_and_rounded_once():
+def test_a_product_of_bfloat16_is_summed_in_float32_and_rounded_once() -> None:
     rng = np.random.default_rng(0)
     x, kernel = (
         jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((2, 3, 500), (500, 7))
@@ -23,7 +23,7 @@ def test_a_product_of_bfloat16_is_summed_in_float32_and_rounded_once():
     assert_rounded_once(product, exact)
 
 
-def test_its_gradient_is_that_of_the_product():
+def test_its_gradient_is_that_of_the_product() -> None:
     rng = np.random.default_rng(1)
     x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((4, 32), (32, 6)))
     weights = rng.normal(size=(4, 6)).astype(np.float32)
@@ -36,7 +36,7 @@ def test_its_gradient_is_that_of_the_product():
     assert_rounded_once(d_kernel, np.asarray(x, np.float64).T @ rounded)
 
 
-def test_float32_is_left_alone():
+def test_float32_is_left_alone() -> None:
     x, kernel = jnp.ones((2, 3)), jnp.ones((3, 4))
     assert str(jax.make_jaxpr(matmul)(x, kernel)) == str(
         jax.make_jaxpr(lambda a, b: a @ b)(x, kernel)

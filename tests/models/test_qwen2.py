@@ -1,4 +1,4 @@
-"""Logits of the port against transformers (golden values, and directly where torch is installed), sizes, and refusals."""
+"""Logits against transformers (golden values, and directly if torch is installed); sizes; refusals."""
 
 import dataclasses
 import functools
@@ -12,15 +12,23 @@ import pytest
 
 from jaxgrpo.models import attention, qwen2
 from jaxgrpo.models.model_config import ModelConfig
-from jaxgrpo.models.qwen2 import cast_to, default_embed, forward, forward_shared_prompt, head_table
+from jaxgrpo.models.qwen2 import (
+    GroupTokens,
+    ParamLoader,
+    cast_to,
+    forward,
+    forward_shared_prompt,
+    head_table,
+)
 from jaxgrpo.storage import hf_mapping
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-# Of logits whose standard deviation is 1.6, in float32. On such models transformers is itself up to 1.5e-5 from its own float64, the port
-# up to 2.0e-5, and the two differ by up to 2.5e-5.
+# For float32 logits with a standard deviation of 1.6. On such models, transformers differs by up to
+# 1.5e-5 from its own float64, the port by up to 2.0e-5, and the two from each other by up to 2.5e-5.
 BOUND = 5e-5
 
-# The sizes that Qwen2.5 publishes: vocabulary, width, layers, heads, key/value heads, MLP width, tied; and the number of weights
+# Published sizes of Qwen2.5: vocab_size, hidden_size, layers, heads, kv_heads, intermediate_size,
+# tied_embeddings; and the number of weights
 QWEN25 = {
     "0.5B": (151936, 896, 24, 14, 2, 4864, True, 494_032_768),
     "1.5B": (151936, 1536, 28, 12, 2, 8960, True, 1_543_714_304),
@@ -72,27 +80,19 @@ def logits_of(config: ModelConfig, params: qwen2.Params, ids_BT: np.ndarray) -> 
 def row_logits_of(
     config: ModelConfig, params: qwen2.Params, arrays: dict[str, np.ndarray]
 ) -> np.ndarray:
-    load = cast_to(jnp.float32)
+    tokens = GroupTokens(*(jnp.asarray(arrays[name]) for name in GroupTokens._fields))
     with jax.default_matmul_precision("highest"):
-        hidden = forward_shared_prompt(
-            config,
-            params,
-            jnp.asarray(arrays["prompt_NP"]),
-            jnp.asarray(arrays["prompt_lengths_N"]),
-            jnp.asarray(arrays["completions_NGC"]),
-            load=load,
-            embed=functools.partial(default_embed, load=load),
-        )
+        hidden = forward_shared_prompt(config, params, tokens, ParamLoader.whole(jnp.float32))
         return np.asarray(hidden @ head_table(params).T)
 
 
 @pytest.mark.parametrize("name", ["qwen2_untied", "qwen2_tied"])
 class TestGoldenLogits:
-    def test_forward(self, name):
+    def test_forward(self, name: str) -> None:
         logits = logits_of(*golden_model(name), golden(name)["ids_BT"])
         assert np.abs(logits - golden(name)["logits_BTV"]).max() < BOUND
 
-    def test_a_sequence_longer_than_a_block_of_queries(self, name):
+    def test_a_sequence_longer_than_a_block_of_queries(self, name: str) -> None:
         arrays = golden(name)
         assert len(arrays["long_ids_T"]) > 2 * attention._QUERY_BLOCK
         logits = logits_of(*golden_model(name), arrays["long_ids_T"][None])[
@@ -100,12 +100,12 @@ class TestGoldenLogits:
         ]
         assert np.abs(logits - arrays["long_logits_KV"]).max() < BOUND
 
-    def test_right_padding_changes_nothing_before_it(self, name):
+    def test_right_padding_changes_nothing_before_it(self, name: str) -> None:
         ids_BT = np.pad(golden(name)["ids_BT"], ((0, 0), (0, 5)), constant_values=9)
         logits = logits_of(*golden_model(name), ids_BT)[:, :12]
         assert np.abs(logits - golden(name)["logits_BTV"]).max() < BOUND
 
-    def test_shared_prompt_with_padded_prompts_and_completions(self, name):
+    def test_shared_prompt_with_padded_prompts_and_completions(self, name: str) -> None:
         arrays = golden(name)
         logits = row_logits_of(*golden_model(name), arrays)
         real_NGC = np.arange(6) < arrays["completion_lengths_NG"][..., None]
@@ -113,7 +113,7 @@ class TestGoldenLogits:
         assert np.array_equal(real_NGC, ~np.isnan(arrays["row_logits_NGCV"]).any(axis=-1))
         assert np.abs(logits - arrays["row_logits_NGCV"])[real_NGC].max() < BOUND
 
-    def test_shared_prompt_does_not_read_padding(self, name):
+    def test_shared_prompt_does_not_read_padding(self, name: str) -> None:
         arrays = golden(name)
         padded = dict(arrays)
         prompt_padding = np.arange(7) >= arrays["prompt_lengths_N"][:, None]
@@ -130,7 +130,7 @@ class TestGoldenLogits:
         )
         assert np.array_equal(before[~completion_padding], after[~completion_padding])
 
-    def test_a_prompt_of_one_token(self, name):
+    def test_a_prompt_of_one_token(self, name: str) -> None:
         arrays = golden(name)
         one = {
             "prompt_NP": arrays["prompt_NP"][:1, :1],
@@ -143,7 +143,7 @@ class TestGoldenLogits:
 
 
 @pytest.mark.parametrize("name", ["qwen2_untied", "qwen2_tied"])
-def test_each_weight_matters(name):
+def test_each_weight_matters(name: str) -> None:
     """Zeroing any one leaf moves the logits: no weight is read and then unused."""
     config, params = golden_model(name)
     expected = golden(name)["logits_BTV"]
@@ -163,7 +163,7 @@ def test_each_weight_matters(name):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("seed", [0, 1])
-def test_transformers_directly(seed):
+def test_transformers_directly(seed: int) -> None:
     from transformers import Qwen2Config
 
     from tests.golden import make_golden
@@ -184,30 +184,28 @@ def test_transformers_directly(seed):
 
 @pytest.mark.parametrize("name", QWEN25)
 class TestSizes:
-    def test_parameter_count(self, name):
+    def test_parameter_count(self, name: str) -> None:
         shapes = qwen2.param_shapes(qwen25(name))
         assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == QWEN25[name][-1]
         assert hf_mapping.parameter_count(qwen25(name)) == QWEN25[name][-1]
 
-    def test_the_mapping_has_the_models_leaves(self, name):
+    def test_the_mapping_has_the_models_leaves(self, name: str) -> None:
         shapes = {
             path: leaf.shape
             for path, leaf in hf_mapping.flatten(qwen2.param_shapes(qwen25(name))).items()
         }
         assert shapes == hf_mapping.leaf_shapes(qwen25(name))
 
-    def test_forward_has_the_width(self, name):
+    def test_forward_has_the_width(self, name: str) -> None:
         config = qwen25(name)
-        load = cast_to(jnp.bfloat16)
+        loader = ParamLoader.whole(jnp.bfloat16)
         ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
         plain = jax.eval_shape(
-            lambda p, x: forward(config, p, x, load=load), qwen2.param_shapes(config), ids
+            lambda p, x: forward(config, p, x, load=loader.load), qwen2.param_shapes(config), ids
         )
         assert plain.shape == (2, 16, config.hidden_size)
         rows = jax.eval_shape(
-            lambda p, *xs: forward_shared_prompt(
-                config, p, *xs, load=load, embed=functools.partial(default_embed, load=load)
-            ),
+            lambda p, *xs: forward_shared_prompt(config, p, GroupTokens(*xs), loader),
             qwen2.param_shapes(config),
             ids,
             jax.ShapeDtypeStruct((2,), jnp.int32),
@@ -246,16 +244,16 @@ PUBLISHED_7B = {
 
 
 class TestConfig:
-    def test_published_config(self):
+    def test_published_config(self) -> None:
         expected = dataclasses.replace(qwen25("7B"), eos_token_ids=(151645,))
         assert ModelConfig.from_hf(PUBLISHED_7B) == expected
 
-    def test_rope_theta_of_transformers_5(self):
+    def test_rope_theta_of_transformers_5(self) -> None:
         config = {**PUBLISHED_7B, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
         del config["rope_theta"]
         assert ModelConfig.from_hf(config).rope_theta == 5e5
 
-    def test_several_end_tokens(self):
+    def test_several_end_tokens(self) -> None:
         assert ModelConfig.from_hf({**PUBLISHED_7B, "eos_token_id": [1, 2]}).eos_token_ids == (1, 2)
 
     @pytest.mark.parametrize(
@@ -298,7 +296,7 @@ class TestConfig:
             ),
         ],
     )
-    def test_refusals_by_name(self, change, named):
+    def test_refusals_by_name(self, change: dict, named: str) -> None:
         with pytest.raises(ValueError, match=named):
             ModelConfig.from_hf({**PUBLISHED_7B, **change})
 
@@ -312,20 +310,20 @@ class TestConfig:
             "vocab_size",
         ],
     )
-    def test_a_missing_size_is_named(self, key):
+    def test_a_missing_size_is_named(self, key: str) -> None:
         config = {**PUBLISHED_7B}
         del config[key]
         with pytest.raises(ValueError, match=key):
             ModelConfig.from_hf(config)
 
     @pytest.mark.parametrize(("heads", "kv_heads"), [(28, 3), (28, 0)])
-    def test_heads_that_do_not_divide(self, heads, kv_heads):
+    def test_heads_that_do_not_divide(self, heads: int, kv_heads: int) -> None:
         with pytest.raises(ValueError, match="num_key_value_heads"):
             ModelConfig.from_hf(
                 {**PUBLISHED_7B, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
             )
 
-    def test_a_folder_without_config(self, tmp_path):
+    def test_a_folder_without_config(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"config\.json"):
             ModelConfig.from_folder(tmp_path)
 
@@ -333,7 +331,7 @@ class TestConfig:
         ("text", "said"),
         [("{", "is not JSON"), ("\xff", "is not JSON"), ("[1]", r"holds a list \(\[1\]\)")],
     )
-    def test_a_config_that_is_none(self, tmp_path, text, said):
+    def test_a_config_that_is_none(self, tmp_path: Path, text: str, said: str) -> None:
         (tmp_path / "config.json").write_text(text, encoding="latin-1")
         with pytest.raises(ValueError, match=said):
             ModelConfig.from_folder(tmp_path)

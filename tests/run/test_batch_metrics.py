@@ -8,7 +8,7 @@ import pytest
 from jaxgrpo.config.settings import BatchingSettings
 from jaxgrpo.learner.batching import pack
 from jaxgrpo.learner.losses import LossSums
-from jaxgrpo.learner.update import StepReport
+from jaxgrpo.learner.train_state import StepReport
 from jaxgrpo.rollout.rollout import DroppedGroup, RolloutResult
 from jaxgrpo.run.batch_metrics import rollout_metrics, schedule_metrics, update_metrics
 from jaxgrpo.types import Group, Score, StopReason, Task, ToolCall, Trajectory

@@ -9,7 +9,7 @@ import pytest
 
 from jaxgrpo.config.settings import BatchingSettings
 from jaxgrpo.learner.batching import pack
-from jaxgrpo.learner.update import StepReport
+from jaxgrpo.learner.train_state import StepReport
 from jaxgrpo.run.learner import Learner
 from jaxgrpo.run.processes import Processes
 from jaxgrpo.run.setup import initial_params, open_model_assets

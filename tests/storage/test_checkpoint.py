@@ -11,7 +11,8 @@ import optax
 import pytest
 
 from jaxgrpo.learner.sharding import logical_on_host
-from jaxgrpo.learner.update import StepReport, TrainState, Update
+from jaxgrpo.learner.train_state import StepReport, TrainState
+from jaxgrpo.learner.update import Update
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.storage.checkpoint import Checkpoints, Progress, newest_step, read_policy

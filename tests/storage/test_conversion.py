@@ -226,7 +226,9 @@ class TestRefusals:
         self, orbax_folder: Path, tmp_path: Path, refused: Refused
     ) -> None:
         said = refused(convert_hf_to_orbax, orbax_folder, tmp_path / "out")
-        assert said.endswith("is already an orbax folder: tools.convert_orbax_to_hf converts it back\n")
+        assert said.endswith(
+            "is already an orbax folder: tools.convert_orbax_to_hf converts it back\n"
+        )
 
     def test_a_hf_folder_is_not_exported(
         self, hf_folder: Path, tmp_path: Path, refused: Refused

@@ -13,9 +13,10 @@ from jaxgrpo.learner.losses import Head, token_logprobs
 from jaxgrpo.learner.sharding import Replicated
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import (
+    ForwardOptions,
+    GroupTokens,
+    ParamLoader,
     Params,
-    cast_to,
-    default_embed,
     forward_shared_prompt,
     head_table,
     param_shapes,
@@ -142,12 +143,10 @@ def loss(
     remat: str = "full",
 ) -> jax.Array:
     """Return the sum of the log-probabilities: the update's loss without its elementwise part."""
-    load = cast_to(jnp.float32)
-    embed = lambda tree, ids: default_embed(tree, ids, load)
     lengths_N = jnp.full(prompt_NP.shape[0], prompt_NP.shape[1])
-    hidden = forward_shared_prompt(
-        model, params, prompt_NP, lengths_N, completions_NGC, load=load, embed=embed, remat=remat
-    )
+    tokens = GroupTokens(prompt_NP, lengths_N, completions_NGC)
+    options = ForwardOptions(remat=remat)
+    hidden = forward_shared_prompt(model, params, tokens, ParamLoader.whole(jnp.float32), options)
     head = Head((model.vocab_size, model.hidden_size), Replicated(jnp.float32), chunk, 1.0)
     return jnp.sum(
         token_logprobs(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxgrpo.config.settings import LoraSettings, LossSettings
 from jaxgrpo.learner.sharding import make_mesh
-from jaxgrpo.learner.update import Update
+from jaxgrpo.learner.update import ComputeOptions, Update
 from tests.updates import ADAM, GROUPS, NO_KL, UNTIED, packed, params_of, update_of
 from tools.hlo import Collective, collectives
 from tools.planning import gradient_traffic, state_bytes
@@ -58,9 +58,8 @@ def test_the_compiled_step_of_adapters_takes_the_arrays_of_a_real_one() -> None:
         make_mesh(jax.devices()[:3]),
         LossSettings(),
         ADAM,
-        compute_dtype=jnp.bfloat16,
-        head_chunk=16,
-        lora=lora,
+        ComputeOptions(jnp.bfloat16, head_chunk=16),
+        lora,
     )
     state, counted = (
         update.init(params_of(UNTIED)),
@@ -90,9 +89,7 @@ def test_layers_that_are_not_rematerialised_are_gathered_once() -> None:
         make_mesh(jax.devices()[:3]),
         NO_KL,
         ADAM,
-        compute_dtype=jnp.float32,
-        head_chunk=16,
-        remat="none",
+        ComputeOptions(jnp.float32, head_chunk=16, remat="none"),
     )
     gathered = gathered_elements(
         collectives(update.lower(3, 3, 8, 8).accumulate.compile().as_text())
