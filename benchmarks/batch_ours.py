@@ -78,10 +78,10 @@ class Batches(Training):
         native = self.config.native
         sampler = FixedLengthSampler(
             self.assets.config,
-            self.weights.logical(),
+            self.learner.gather(),
             self.assets.tokenizer,
             eos_token_ids=(),
-            version=self.version,
+            version=self.learner.version,
             max_rows=native.max_rows,
             decode_chunk=native.decode_chunk,
             max_cache_tokens=native.max_cache_tokens,
@@ -98,11 +98,11 @@ class Batches(Training):
     def next_batch(self, checked: bool) -> dict[str, Any]:
         """Play and train the next batch, as `Training.run` does. With `checked` the reply also says
         what was trained on, and with which gradients."""
-        result = self.play()
-        self.batch += 1
+        result = self.sample()
+        self.learner.batch += 1
         prepared = self.prepare(result)
         batches = prepared.batches
-        reports = self.learn(batches)
+        reports = self.learner.learn(batches)
         self.publish()
         self.record(prepared, reports)
         rows = [trajectory for group in result.groups for trajectory in group.trajectories]
@@ -111,7 +111,7 @@ class Batches(Training):
             "passes": self.seconds["reference"],
             "prompt_tokens": sum(len(row.prompt_ids_P) for row in rows),
             "trained_tokens": sum(int((batch.loss_weights_NGC > 0).sum()) for batch in batches),
-            "compilations": self.update.compilations + self._native.compilations,
+            "compilations": self.learner.update.compilations + self._native.compilations,
         }
         if checked:
             groups = sorted(result.groups, key=lambda group: int(group.task.id))
@@ -174,7 +174,7 @@ def main() -> None:
     enable_compilation_cache(config)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         training = Batches(config, Path(folder), False, Processes(), stack)
-        training.view.begin(0)
+        training.log.view.begin(0)
         sections = ("native", "packing", "training")
         line.send(
             {

@@ -210,9 +210,9 @@ def test_dry_run_says_how_much_is_trained(model, tmp_path, capsys):
     ]
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert "parameters              27,040 (2 layers of width 32)" in out
+    assert "parameters                27,040 (2 layers of width 32)" in out
     assert (
-        "trained parameters      448 (LoRA of rank 2 on q, v)" in out
+        "trained parameters        448 (LoRA of rank 2 on q, v)" in out
     )  # 2 layers x 2 x ((32 + 32) + (32 + 16))
 
 

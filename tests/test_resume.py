@@ -10,7 +10,8 @@ import pytest
 
 from jaxgrpo.config.load import to_json
 from jaxgrpo.config.settings import ConfigError
-from jaxgrpo.train import check_resumable, main
+from jaxgrpo.run.folder import check_resumable
+from jaxgrpo.train import main
 from tests.training import make_model, metric_lines, small_config
 
 WANDERING = """from __future__ import annotations

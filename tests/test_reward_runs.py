@@ -8,12 +8,12 @@ import time
 import numpy as np
 import pytest
 
+from jaxgrpo.config.settings import RolloutSettings
 from jaxgrpo.environment import Observation
 from jaxgrpo.evaluate import main as evaluate_main
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.episode import Limits
-from jaxgrpo.rollout.rollout import Execution, Rollout, RolloutResult
+from jaxgrpo.rollout.rollout import Rollout, RolloutResult
 from jaxgrpo.run import records
 from jaxgrpo.train import main as train_main
 from jaxgrpo.types import Message, Score, StopReason, Task
@@ -49,12 +49,12 @@ def writes_into_the_prompt(trajectory, score):
     return 1.0
 
 
-def rollout(*functions, suite=None, **execution) -> RolloutResult:
+def rollout(*functions, suite=None, **options) -> RolloutResult:
     sampler = ScriptedSampler([Say("x"), Say("done")])
     rewards = RewardSettings(functions)
-    parts = (Chat(byte_tokenizer()), Limits(1000, 10, 100, 2000))
+    settings = RolloutSettings(max_prompt_tokens=100, max_completion_tokens=1000, **options)
     playing = Rollout(
-        sampler, suite or Suite(), *parts, execution=Execution(**execution), rewards=rewards
+        sampler, suite or Suite(), Chat(byte_tokenizer()), 2000, settings, rewards=rewards
     )
     return asyncio.run(playing.groups(TASKS, 2, 0, "step-1"))
 
@@ -85,7 +85,7 @@ def test_a_function_that_fails_costs_the_group_and_nothing_is_rewarded():
     ],
 )
 def test_what_a_function_must_not_do(function, said):
-    result = rollout(function, step_deadline_seconds=0.1, max_retries=0)
+    result = rollout(function, environment_deadline=0.1, max_retries=0)
     assert result.groups == ()
     assert all(said in dropped.error for dropped in result.dropped)
 

@@ -258,7 +258,7 @@ class TestResume:
         whole = train(changed(tmp_path, model, *options), tmp_path / "whole")
 
         def stop(self):
-            if self.state.step == 4:
+            if self.learner.state.step == 4:
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(
@@ -350,9 +350,9 @@ class TestOverlap:
                 )
                 tasks = task_batch(training.tasks, 2, 0, batch)
                 result = training.loop.call(rollout.groups(tasks, 4, 0, f"batch-{batch}"))
-                training.learn(training.pack(result))
+                training.learner.learn(training.pack(result))
                 training.publish()
-        for ours, theirs in zip(weights(training.state), weights(straight[1]), strict=True):
+        for ours, theirs in zip(weights(training.learner.state), weights(straight[1]), strict=True):
             np.testing.assert_array_equal(ours, theirs)
         assert all(
             line["train/staleness_max"] == 0
@@ -403,7 +403,7 @@ class TestOverlap:
         """Whatever was in flight when it ended, each batch is trained once, in its order."""
 
         def stop(self):
-            if self.state.step == 4:
+            if self.learner.state.step == 4:
                 raise KeyboardInterrupt
 
         options = (*self.AHEAD, "recording.checkpoint_every=2")

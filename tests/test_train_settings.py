@@ -17,11 +17,10 @@ from jaxgrpo import train as train_module
 from jaxgrpo.config.settings import ConfigError, LoraSettings
 from jaxgrpo.models.attention import XLA
 from jaxgrpo.rollout.background import EventLoopThread
-from jaxgrpo.rollout.episode import Limits, SamplingParams
+from jaxgrpo.rollout.episode import SamplingParams
 from jaxgrpo.rollout.prefetch import task_batch
-from jaxgrpo.rollout.rollout import Execution
 from jaxgrpo.run import records, samplers, setup
-from jaxgrpo.run.learner import crossed_interval
+from jaxgrpo.run.learner import Learner, crossed_interval
 from jaxgrpo.run.weights import WholeWeights
 from jaxgrpo.train import main, train
 from jaxgrpo.types import Task
@@ -102,12 +101,8 @@ class TestOptions:
         rollout = setup.build_rollout(
             config, setup.open_model_assets(config), None, SamplingParams(0.5, 0.9)
         )
-        assert rollout.limits == Limits(
-            max_completion_tokens=7, max_turns=3, max_prompt_tokens=90, context_length=1024
-        )
-        assert rollout.execution == Execution(
-            episodes_in_flight=5, environment_threads=2, step_deadline_seconds=1.5, max_retries=4
-        )
+        assert {key: getattr(rollout.settings, key) for key in options} == options
+        assert rollout.context_length == 1024
         assert (rollout.sampling, rollout.suite) == (SamplingParams(0.5, 0.9), config.environment)
 
     def test_sizes_reach_the_sampler_and_the_update(self, model, tmp_path, monkeypatch):
@@ -134,7 +129,7 @@ class TestOptions:
         policy = setup.open_model_assets(config)
         with EventLoopThread() as loop:
             samplers.open_sampler(
-                config, policy, WholeWeights({}, policy.config), 3, loop, tmp_path, ExitStack()
+                config, policy, WholeWeights({}, policy.config, 3), loop, tmp_path, ExitStack()
             )
         setup.build_update(config, policy.config)
         sampler = {
@@ -238,11 +233,11 @@ class TestCommandLine:
         assert not (tmp_path / "run").exists()
         for line in (
             '"group_size": 4',
-            "rollouts a batch        2 tasks x 4 samples = 8",
-            "micro-batches a step    2 of 1 groups",
-            "an epoch                6 tasks = 3 batches = 6 steps",
-            "the run                 6 steps = 3 batches = 1.0 epochs",
-            "parameters              27,040 (2 layers of width 32)",
+            "rollouts per batch        2 tasks x 4 samples = 8",
+            "micro-batches per step    2 of 1 groups",
+            "an epoch                  6 tasks = 3 batches = 6 steps",
+            "the run                   6 steps = 3 batches = 1.0 epochs",
+            "parameters                27,040 (2 layers of width 32)",
         ):
             assert line in out
         status, _, err = self.call(
@@ -259,8 +254,8 @@ class TestCommandLine:
         ):
             arguments += ["--set", setting]
         status, out, _ = self.call(capsys, *arguments, "--dry-run")
-        assert status == 0 and "devices                 64: this machine has 4 of kind cpu" in out
-        assert "micro-batches a step    1 of 64 groups" in out
+        assert status == 0 and "devices                   64: this machine has 4 of kind cpu" in out
+        assert "micro-batches per step    1 of 64 groups" in out
         status, _, err = self.call(capsys, *arguments)
         assert status == 2 and "training.devices is 64, but jax sees 4 device(s)" in err
 
@@ -449,7 +444,7 @@ class TestCommandLine:
         )
 
         def fill(self, *arguments):
-            if self.state.step == at:
+            if self.learner.state.step == at:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
             return method(self, *arguments)
 
@@ -479,7 +474,7 @@ class TestCommandLine:
                 "RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.\nBufferAssignment: ..."
             )
 
-        monkeypatch.setattr(train_module.Training, "learn", grow)
+        monkeypatch.setattr(Learner, "learn", grow)
         status, _, err = self.call(
             capsys, "--config", write_config(tmp_path, model), "--run-dir", tmp_path / "run"
         )
@@ -492,7 +487,7 @@ class TestCommandLine:
 
     def test_sigterm_ends_the_run_and_says_how_to_go_on(self, model, tmp_path, capsys, monkeypatch):
         def stop(self):
-            if self.state.step == 4:
+            if self.learner.state.step == 4:
                 signal.raise_signal(signal.SIGTERM)
 
         monkeypatch.setattr(train_module.Training, "evaluate_if_due", stop)
@@ -541,6 +536,6 @@ def test_cudnn_on_a_cpu_is_refused_and_a_dry_run_says_what_computes_attention(
     )
     assert main([*arguments, "training.attention=auto"]) == 0
     assert (
-        "attention               plain XLA and not cuDNN: it needs an NVIDIA GPU"
+        "attention                 plain XLA and not cuDNN: it needs an NVIDIA GPU"
         in capsys.readouterr().out
     )

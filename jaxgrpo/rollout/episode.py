@@ -17,6 +17,7 @@ from typing import TypeVar
 import numpy as np
 
 from jaxgrpo import checked
+from jaxgrpo.config.settings import RolloutSettings
 from jaxgrpo.environment import Environment, Observation, StepResult, TaskSuite
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.background import BlockingCalls
@@ -34,39 +35,31 @@ MAX_EPISODE_CALL_CHARS = 4_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """When an episode must end.
+    """The limits that end an episode: those of the settings, and the `context_length` that the
+    sampler serves, prompt included."""
 
-    `max_completion_tokens` counts everything after the prompt, tool results included; `max_turns` counts the policy's turns;
-    `context_length` is what the sampler serves, prompt included.
-    """
-
-    max_completion_tokens: int = 2048
-    max_turns: int = 10
-    max_prompt_tokens: int = 6144
-    context_length: int = 8192
+    settings: RolloutSettings
+    context_length: int
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(
-                    f"{field.name} must be at least 1, got {getattr(self, field.name)}"
-                )
-        if self.max_prompt_tokens >= self.context_length:
+        if self.settings.max_prompt_tokens >= self.context_length:
             raise ValueError(
-                f"max_prompt_tokens ({self.max_prompt_tokens}) must be below context_length ({self.context_length}): "
-                "a prompt that fills the context leaves nothing to sample"
+                f"max_prompt_tokens ({self.settings.max_prompt_tokens}) must be below "
+                f"context_length ({self.context_length}): a prompt that fills the context leaves "
+                "nothing to sample"
             )
 
     def room(self, prompt_tokens: int, completion_tokens: int) -> tuple[int, StopReason]:
-        """How many tokens the episode may still get, and the reason to give when they run out.
+        """Return how many tokens the episode may still get, and the stop reason when they run out.
 
-        E.g. `Limits(8, 10, 5, 12).room(5, 4)` is `(3, CONTEXT_LIMIT)`: the budget would leave 4, the context leaves 3.
+        With max_completion_tokens 8 and context_length 12, `room(5, 4)` is `(3, CONTEXT_LIMIT)`:
+        the settings would leave 4 tokens, the context leaves 3.
         """
-        in_budget = self.max_completion_tokens - completion_tokens
+        in_budget = self.settings.max_completion_tokens - completion_tokens
         in_context = self.context_length - prompt_tokens - completion_tokens
-        return min(
-            in_budget, in_context
-        ), StopReason.CONTEXT_LIMIT if in_context < in_budget else StopReason.TOKEN_LIMIT
+        if in_context < in_budget:
+            return in_context, StopReason.CONTEXT_LIMIT
+        return in_budget, StopReason.TOKEN_LIMIT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +120,10 @@ class EpisodePlayer:
     @functools.cached_property
     def openings(self) -> Openings:
         return Openings(
-            self.suite, self.chat, self.limits.max_prompt_tokens, self.environment_calls
+            self.suite,
+            self.chat,
+            self.limits.settings.max_prompt_tokens,
+            self.environment_calls,
         )
 
     async def open(self, task: Task) -> Opening:
@@ -181,7 +177,7 @@ class EpisodePlayer:
                 )
             if result.stop_reason is not None:
                 return result.stop_reason
-            if tape.turns == self.limits.max_turns:
+            if tape.turns == self.limits.settings.max_turns:
                 return StopReason.STEP_LIMIT
             assert result.observation is not None
             observation = result.observation

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from jaxgrpo.config.settings import RolloutSettings
 from jaxgrpo.environment import TaskSuite
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.background import BlockingCalls, all_or_none
@@ -24,29 +25,6 @@ from jaxgrpo.samplers.base import Sampler
 from jaxgrpo.types import Group, StopReason, Task, Trajectory
 
 Progress = Callable[[int, int], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Execution:
-    """How many things happen at once, and how much patience a misbehaving environment gets."""
-
-    episodes_in_flight: int = 256
-    environment_threads: int = 16
-    step_deadline_seconds: float = 60.0
-    max_retries: int = 1
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("episodes_in_flight", 1),
-            ("environment_threads", 1),
-            ("max_retries", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.step_deadline_seconds <= 0:
-            raise ValueError(
-                f"step_deadline_seconds must be above 0, got {self.step_deadline_seconds}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,21 +71,19 @@ class Rollout:
     sampler: Sampler
     suite: TaskSuite
     chat: Chat
-    limits: Limits = Limits()
+    context_length: int
+    settings: RolloutSettings = RolloutSettings()
     sampling: SamplingParams = SamplingParams()
-    execution: Execution = Execution()
     rewards: RewardSettings = RewardSettings()
 
     @functools.cached_property
     def _places(self) -> asyncio.Semaphore:
         """First come, first served: while batches overlap, a later one's episodes take the places that an earlier one leaves."""
-        return asyncio.Semaphore(self.execution.episodes_in_flight)
+        return asyncio.Semaphore(self.settings.max_in_flight)
 
     @functools.cached_property
     def _calls(self) -> BlockingCalls:
-        return BlockingCalls(
-            self.execution.environment_threads, self.execution.step_deadline_seconds
-        )
+        return BlockingCalls(self.settings.environment_threads, self.settings.environment_deadline)
 
     async def groups(
         self,
@@ -130,13 +106,20 @@ class Rollout:
                 f"a task occurs twice in batch {batch!r}: its episodes would be the same; give it two batches"
             )
         start = time.perf_counter()
-        played_with = (self.limits, self.sampling, self._calls, self.rewards)
-        player = EpisodePlayer(self.sampler, self.suite, self.chat, *played_with)
+        player = EpisodePlayer(
+            self.sampler,
+            self.suite,
+            self.chat,
+            Limits(self.settings, self.context_length),
+            self.sampling,
+            self._calls,
+            self.rewards,
+        )
         counter = _Counter(progress, len(tasks) * group_size)
         runner = _BatchRunner(
             player,
             self._places,
-            self.execution.max_retries,
+            self.settings.max_retries,
             EpisodeKey(seed, batch, "", 0),
             counter,
         )

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jaxgrpo import checked
-from jaxgrpo.config.settings import ConfigError
+from jaxgrpo.config.settings import ConfigError, RolloutSettings
 from jaxgrpo.environment import TaskSuite
 from jaxgrpo.rollout.background import (
     BlockingCalls,
@@ -60,13 +60,14 @@ class TaskCheck:
     """
 
     suite: TaskSuite
-    threads: int
-    deadline: float
+    settings: RolloutSettings
     say: Callable[[str], None] = say_aside
 
     def listed(self, split: str) -> list[Task]:
         """The suite's tasks of a split."""
-        calls = BlockingCalls(1, LISTING_DEADLINES * self.deadline, _in_silence)
+        calls = BlockingCalls(
+            1, LISTING_DEADLINES * self.settings.environment_deadline, _in_silence
+        )
         asked = ask(calls, f"tasks({split!r})", _tasks, self.suite.tasks, split)
         try:
             return self._run(
@@ -80,10 +81,12 @@ class TaskCheck:
                 f"{error}: the environment gives no tasks of the {split} split"
             ) from None
 
-    def opened(self, chat: Chat, max_prompt_tokens: int, tasks: Sequence[Task]) -> Opened:
+    def opened(self, chat: Chat, tasks: Sequence[Task]) -> Opened:
         """Open each task once, and one of them twice more: its episodes share a prompt."""
-        calls = BlockingCalls(self.threads, self.deadline, _in_silence)
-        openings = Openings(self.suite, chat, max_prompt_tokens, calls)
+        calls = BlockingCalls(
+            self.settings.environment_threads, self.settings.environment_deadline, _in_silence
+        )
+        openings = Openings(self.suite, chat, self.settings.max_prompt_tokens, calls)
         found: dict[str, int | FaultyEnvironmentError] = {}
         order = {task.id: i for i, task in enumerate(tasks)}
         prompts: dict[int, np.ndarray] = {}  # the earliest one's so far

@@ -72,18 +72,13 @@ class Generation:
             )
 
 
-class PolicyWeights(Protocol):
-    """The policy's weights, however they lie: each sampler takes them in the form that it serves."""
-
-    def logical(self) -> Any:
-        """The logical parameter tree of jaxgrpo.models.qwen2, whole: for computing in this process."""
-
-    def write(self, version: int, root: Path) -> Path:
-        """A new folder of shards under `root`, whole when this returns: for another process to read."""
-
-
 class Sampler(Protocol):
     """Serves the policy's turns. All methods are safe to call from one event loop; many `generate` calls run at once."""
+
+    @property
+    def weights_folder(self) -> Path | None:
+        """The folder into which new versions are written for this sampler. None if it takes the
+        weights themselves."""
 
     async def generate(self, request: SamplingRequest) -> Generation:
         """Generate one turn."""
@@ -91,8 +86,10 @@ class Sampler(Protocol):
     async def release(self, episode_id: str) -> None:
         """The episode is over: whatever is cached for it may go."""
 
-    async def publish(self, version: int, weights: PolicyWeights) -> Mapping[str, float]:
-        """Serve these weights from now on; returns, when generations use them, the seconds that its stages took, by name."""
+    async def publish(self, version: int, weights: Any) -> Mapping[str, float]:
+        """Serve these weights from now on: the folder of a version in `weights_folder`, or without
+        one the logical tree of jaxgrpo.models.qwen2. Return the seconds of each stage by name, when
+        generations use the weights."""
 
     async def close(self) -> None:
         """End what the sampler owns."""

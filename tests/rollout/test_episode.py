@@ -15,6 +15,7 @@ from jaxgrpo.rollout.openings import PromptError
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall, Trajectory
 from tests.byte_chat import AB, END, START, byte_tokenizer
+from tests.one_episode import limits as limits_of
 from tests.rollout_fakes import (
     OPENING,
     EchoEnvironment,
@@ -26,7 +27,7 @@ from tests.rollout_fakes import (
 )
 
 TASK = Task("echo_1")
-ROOMY, PLAIN = Limits(), SamplingParams()
+ROOMY, PLAIN = limits_of(2048, 10, 6144, 8192), SamplingParams()
 KEY = EpisodeKey(7, "step-1", "echo_1", 2)
 PROMPT = [START, *b"system\nHelp.", END, 10, START, *b"user\nq", END, 10, START, *b"assistant\n"]
 AFTER_EOS = [10, START, *b"user\n<r>", AB, *b"</r>", END, 10, START, *b"assistant\n"]  # 28 tokens
@@ -138,7 +139,7 @@ def test_golden_trajectory():
 
 def test_requests_hold_the_whole_episode_and_what_is_left_of_its_budget():
     sampler = ScriptedSampler([Say("ab"), Say("done")])
-    play(None, limits=Limits(100, 10, 50, 1000), sampler=sampler)
+    play(None, limits=limits_of(100, 10, 50, 1000), sampler=sampler)
     first, second = sampler.requests
     assert first.context_ids.tolist() == PROMPT
     assert second.context_ids.tolist() == [*PROMPT, 97, 98, END, *AFTER_EOS]
@@ -213,7 +214,7 @@ def test_reward_functions_judge_what_was_played():
 
 @pytest.mark.parametrize(("allowed", "fits"), [(35, True), (34, False)])
 def test_a_prompt_may_be_as_long_as_the_limit(allowed, fits):
-    limits = Limits(100, 10, allowed, 1000)
+    limits = limits_of(100, 10, allowed, 1000)
     player = EpisodePlayer(
         ScriptedSampler([]),
         Suite(),
@@ -249,7 +250,7 @@ def test_the_environment_ends_the_episode(word, reason, passed):
 
 
 def test_an_unfinished_turn_is_kept_but_not_executed():
-    trajectory = play([Say("done, almost")], limits=Limits(4, 10, 50, 1000))
+    trajectory = play([Say("done, almost")], limits=limits_of(4, 10, 50, 1000))
     assert trajectory.stop_reason is StopReason.TOKEN_LIMIT
     assert trajectory.completion_ids_C.tolist() == [*b"done"]
     assert trajectory.messages[-1] == Message("assistant", "done")
@@ -258,7 +259,7 @@ def test_an_unfinished_turn_is_kept_but_not_executed():
 
 
 def test_the_context_binds_before_the_budget():
-    trajectory = play([Say("done, almost")], limits=Limits(100, 10, 35, 39))
+    trajectory = play([Say("done, almost")], limits=limits_of(100, 10, 35, 39))
     assert trajectory.stop_reason is StopReason.CONTEXT_LIMIT
     assert trajectory.completion_ids_C.tolist() == [*b"done"]
 
@@ -286,7 +287,7 @@ def test_a_sampler_whose_own_context_is_shorter_ends_the_episode_by_context():
     ],
 )
 def test_an_observation_needs_room_for_one_sampled_token(budget, context, reason, tokens):
-    trajectory = play([Say("ab"), Say("done")], limits=Limits(budget, 10, 35, context))
+    trajectory = play([Say("ab"), Say("done")], limits=limits_of(budget, 10, 35, context))
     assert trajectory.stop_reason is reason
     assert len(trajectory.completion_ids_C) == tokens
     assert trajectory.action_mask_C[-1]
@@ -294,12 +295,12 @@ def test_an_observation_needs_room_for_one_sampled_token(budget, context, reason
 
 
 def test_the_budget_may_end_exactly_with_the_last_turn():
-    trajectory = play([Say("done")], limits=Limits(5, 10, 50, 1000))
+    trajectory = play([Say("done")], limits=limits_of(5, 10, 50, 1000))
     assert trajectory.stop_reason is StopReason.FINISHED
 
 
 def test_the_last_turns_call_is_made_before_the_step_limit_is_declared():
-    trajectory = play([Say("a"), Say("b"), Say("c")], limits=Limits(1000, 2, 50, 2000))
+    trajectory = play([Say("a"), Say("b"), Say("c")], limits=limits_of(1000, 2, 50, 2000))
     assert trajectory.stop_reason is StopReason.STEP_LIMIT
     assert [call.arguments for call in trajectory.calls] == ['"a"', '"b"']
     assert trajectory.turns == 2
@@ -309,7 +310,7 @@ def test_the_last_turns_call_is_made_before_the_step_limit_is_declared():
 
 def test_finishing_in_the_last_turn_is_finished():
     assert (
-        play([Say("a"), Say("done")], limits=Limits(1000, 2, 50, 2000)).stop_reason
+        play([Say("a"), Say("done")], limits=limits_of(1000, 2, 50, 2000)).stop_reason
         is StopReason.FINISHED
     )
 
@@ -447,7 +448,7 @@ def test_generations_that_would_poison_a_batch_are_refused(ids, logprobs, messag
 
     sampler = Bad([])
     with pytest.raises(SamplerError, match=message):
-        play(None, limits=Limits(4, 10, 50, 1000), sampler=sampler)
+        play(None, limits=limits_of(4, 10, 50, 1000), sampler=sampler)
     assert sampler.released == ["step-1/echo_1/2/0"]
 
 
@@ -469,25 +470,16 @@ def test_seeds_differ_in_everything_that_names_a_turn_and_are_fixed():
 
 
 def test_room_names_the_limit_that_binds():
-    limits = Limits(max_completion_tokens=8, max_turns=10, max_prompt_tokens=5, context_length=12)
+    limits = limits_of(8, 10, 5, 12)
     assert limits.room(5, 4) == (3, StopReason.CONTEXT_LIMIT)
     assert limits.room(4, 4) == (4, StopReason.TOKEN_LIMIT)
     assert limits.room(2, 0) == (8, StopReason.TOKEN_LIMIT)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"max_turns": 0}, "max_turns must be at least 1, got 0"),
-        (
-            {"max_prompt_tokens": 8192},
-            r"max_prompt_tokens \(8192\) must be below context_length \(8192\)",
-        ),
-    ],
-)
-def test_limits_refuse_nonsense(change, message):
+def test_limits_refuse_a_prompt_that_fills_the_context() -> None:
+    message = r"max_prompt_tokens \(8192\) must be below context_length \(8192\)"
     with pytest.raises(ValueError, match=message):
-        Limits(**change)
+        limits_of(2048, 10, 8192, 8192)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(-1.0, 1.0), (1.0, 0.0), (1.0, 1.1)])

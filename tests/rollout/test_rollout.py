@@ -1,17 +1,19 @@
 """Many episodes at once: groups, retries, dropped groups, cancellation, bounds, and independence of scheduling."""
 
 import asyncio
+import re
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from envs.procedural import Warehouse
+from jaxgrpo.config.settings import ConfigError, RolloutSettings
 from jaxgrpo.environment import Observation
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.episode import Limits
-from jaxgrpo.rollout.rollout import Execution, Rollout, RolloutResult
+from jaxgrpo.rollout.rollout import Rollout, RolloutResult
 from jaxgrpo.samplers.base import FinishReason
 from jaxgrpo.types import Message, StopReason, Task
 from tests.byte_chat import byte_tokenizer
@@ -23,17 +25,18 @@ from tests.rollout_fakes import (
     SlowEnvironment,
     Suite,
 )
+from tests.training import changed
 
 TASKS = (Task("red"), Task("green"), Task("blue"))
 
 
-def rollout(sampler, suite=None, **execution) -> Rollout:
+def rollout(sampler, suite=None, **settings) -> Rollout:
     return Rollout(
         sampler,
         suite or Suite(),
         Chat(byte_tokenizer()),
-        Limits(1000, 10, 100, 2000),
-        execution=Execution(**execution),
+        2000,
+        RolloutSettings(max_prompt_tokens=100, max_completion_tokens=1000, **settings),
     )
 
 
@@ -45,10 +48,10 @@ def run(
     progress=None,
     seed=0,
     batch="step-1",
-    **execution,
+    **settings,
 ) -> RolloutResult:
     return asyncio.run(
-        rollout(sampler, suite, **execution).groups(tasks, group_size, seed, batch, progress)
+        rollout(sampler, suite, **settings).groups(tasks, group_size, seed, batch, progress)
     )
 
 
@@ -158,7 +161,7 @@ def test_a_task_that_cannot_open_is_tried_again_and_then_dropped():
 
 def test_a_step_past_its_deadline_is_tried_again():
     suite = Suite(lambda task, earlier: SlowEnvironment() if earlier == 1 else EchoEnvironment())
-    result = run(ScriptedSampler([Say("done")]), suite, tasks=TASKS[:1], step_deadline_seconds=0.1)
+    result = run(ScriptedSampler([Say("done")]), suite, tasks=TASKS[:1], environment_deadline=0.1)
     assert len(result.groups) == 1
     assert "deadline of 0.1 seconds" in result.failures[0].error
 
@@ -244,7 +247,7 @@ def test_outcomes_do_not_depend_on_scheduling_or_company():
             ScriptedSampler(by_seed),
             tasks=TASKS[::-1],
             group_size=4,
-            episodes_in_flight=1,
+            max_in_flight=1,
             environment_threads=1,
         )
     )
@@ -257,13 +260,13 @@ def test_outcomes_do_not_depend_on_scheduling_or_company():
 
 def test_episodes_in_flight_are_bounded():
     sampler = ScriptedSampler([Say("x"), Say("done")], jitter=True)
-    run(sampler, group_size=4, episodes_in_flight=3)
+    run(sampler, group_size=4, max_in_flight=3)
     assert sampler.most_running == 3
 
 
 def test_batches_side_by_side_share_the_places_and_the_earlier_one_comes_first():
     sampler = ScriptedSampler([Say("x"), Say("done")], jitter=True)
-    shared = rollout(sampler, episodes_in_flight=3)
+    shared = rollout(sampler, max_in_flight=3)
 
     async def both():
         return await asyncio.gather(
@@ -311,7 +314,7 @@ def test_progress_counts_every_episode_once(failing):
         ScriptedSampler([Say("done")]),
         suite,
         progress=lambda *counts: heard.append(counts),
-        episodes_in_flight=1,
+        max_in_flight=1,
     )
     assert [dropped.task.id for dropped in result.dropped] == ["green"]
     assert heard[-1] == (6, 6)
@@ -326,14 +329,15 @@ def test_the_same_task_twice_is_refused():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"episodes_in_flight": 0}, "episodes_in_flight must be at least 1, got 0"),
-        ({"max_retries": -1}, "max_retries must be at least 0, got -1"),
-        ({"step_deadline_seconds": 0}, "step_deadline_seconds must be above 0, got 0"),
+        ("max_in_flight=0", "rollout.max_in_flight must be at least 1, got 0"),
+        ("max_turns=0", "rollout.max_turns must be at least 1, got 0"),
+        ("max_retries=-1", "rollout.max_retries must be at least 0, got -1"),
+        ("environment_deadline=0", "rollout.environment_deadline must be above 0, got 0"),
     ],
 )
-def test_execution_refuses_nonsense(setting, message):
-    with pytest.raises(ValueError, match=message):
-        Execution(**setting)
+def test_settings_that_cannot_be_are_refused(setting: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        changed(tmp_path, tmp_path, f"rollout.{setting}")
 
 
 def test_a_synchronous_program_drives_a_rollout_while_it_does_something_else():
@@ -363,7 +367,8 @@ def test_the_warehouse_is_solved_by_its_demonstrations():
         DemonstratingSampler(suite, tasks),
         suite,
         Chat(byte_tokenizer()),
-        Limits(2048, 10, 2048, 8192),
+        8192,
+        RolloutSettings(max_prompt_tokens=2048, max_completion_tokens=2048),
     )
     result = asyncio.run(driver.groups(tasks, 2, 0, "step-1"))
     assert [group.rewards_G.tolist() for group in result.groups] == [[1.0, 1.0]] * 6

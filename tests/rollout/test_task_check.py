@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from jaxgrpo.config.settings import ConfigError
+from jaxgrpo.config.settings import ConfigError, RolloutSettings
 from jaxgrpo.environment import Observation
 from jaxgrpo.rollout import task_check
 from jaxgrpo.rollout.chat import Chat
@@ -204,9 +204,15 @@ class Suite:
         return Opening(self._observe)
 
 
+def settings(threads: int, deadline: float) -> RolloutSettings:
+    return RolloutSettings(
+        max_prompt_tokens=100, environment_threads=threads, environment_deadline=deadline
+    )
+
+
 def opened(suite, said, threads=4, deadline=10.0):
-    check = TaskCheck(suite, threads, deadline, said.append)
-    return check.opened(Chat(byte_tokenizer()), 100, check.listed("train"))
+    check = TaskCheck(suite, settings(threads, deadline), said.append)
+    return check.opened(Chat(byte_tokenizer()), check.listed("train"))
 
 
 def test_a_thousand_tasks_are_opened_side_by_side():
@@ -245,9 +251,9 @@ def test_an_interruption_ends_it_at_once(monkeypatch):
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     monkeypatch.setattr(task_check, "SAY_EVERY_SECONDS", 0.02)
-    check = TaskCheck(Suite(gate.wait), 4, 60.0, interrupted)
+    check = TaskCheck(Suite(gate.wait), settings(4, 60.0), interrupted)
     with pytest.raises(KeyboardInterrupt):
-        check.opened(Chat(byte_tokenizer()), 100, check.listed("train"))
+        check.opened(Chat(byte_tokenizer()), check.listed("train"))
     gate.set()
 
 
@@ -289,8 +295,8 @@ def test_a_template_that_refuses_a_role_is_told_with_the_task():
 
     suite = Suite()
     suite.create = lambda task: Tool()
-    check = TaskCheck(suite, 2, 10.0)
-    found = check.opened(Chat(byte_tokenizer(refusing)), 100, suite.tasks("train")).found
+    check = TaskCheck(suite, settings(2, 10.0))
+    found = check.opened(Chat(byte_tokenizer(refusing)), suite.tasks("train")).found
     assert str(found["0"]) == (
         "the prompt of task '0': the chat template refuses to begin with messages of role ('tool',): no tools here"
     )

@@ -8,10 +8,9 @@ from tokenizers import AddedToken, normalizers
 
 from jaxgrpo.environment import Observation, StepResult
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.episode import Limits
 from jaxgrpo.types import Message, StopReason, ToolCall
 from tests.byte_chat import byte_tokenizer
-from tests.one_episode import LIMITS, play, stepping
+from tests.one_episode import LIMITS, limits, play, stepping
 
 
 class WatchedChat(Chat):
@@ -35,7 +34,7 @@ class TestSizes:
 
     @pytest.mark.parametrize(
         ("limits", "reason"),
-        [(LIMITS, StopReason.TOKEN_LIMIT), (Limits(4000, 10, 200, 400), StopReason.CONTEXT_LIMIT)],
+        [(LIMITS, StopReason.TOKEN_LIMIT), (limits(4000, 10, 200, 400), StopReason.CONTEXT_LIMIT)],
     )
     def test_a_result_of_40_megabytes_ends_the_episode_at_once(self, limits, reason):
         huge = "r" * 40_000_000
@@ -94,7 +93,7 @@ class TestSizes:
         chat = WatchedChat()
         trajectory = play(
             self.answering(Message("tool", "word " * 10_000)),
-            limits=Limits(60_000, 2, 200, 70_000),
+            limits=limits(60_000, 2, 200, 70_000),
             chat=chat,
         )
         assert trajectory.turns == 2 and len(trajectory.completion_ids_C) > 50_000

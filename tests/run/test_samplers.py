@@ -2,6 +2,10 @@
 
 import asyncio
 import dataclasses
+import signal
+import threading
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +13,17 @@ import numpy as np
 import pytest
 
 from jaxgrpo.config.settings import ConfigError, VllmSettings
+from jaxgrpo.interruptions import interruptible
+from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.run import setup
 from jaxgrpo.run.agreement import AgreementCheck, MismatchError
 from jaxgrpo.run.samplers import server_plan, server_plans
-from jaxgrpo.run.weights import StoredWeights, WholeWeights
+from jaxgrpo.run.weights import WholeWeights, gather_policy, publish, write_policy
 from jaxgrpo.samplers.base import Generation, SamplerError, SamplingRequest
 from jaxgrpo.samplers.native.sampler import NativeSampler
-from jaxgrpo.storage.published_manifest import read_manifest
+from jaxgrpo.storage import publish as publishing
+from jaxgrpo.storage.published_manifest import WeightError, read_manifest
 from jaxgrpo.storage.published_reader import read_tensors
 from jaxgrpo.types import Task
 from tests.training import Letters, LettersEnvironment, changed, make_model, small_config
@@ -48,17 +55,13 @@ def update(model, devices: int) -> setup.Update:
 
 
 def test_stored_and_whole_weights_are_the_same_to_every_sampler(model, policy, params, tmp_path):
-    on_two = update(model, 2)
-    forms = [StoredWeights(on_two.init(params), on_two), WholeWeights(params, policy.config)]
-    for form in forms:
-        for ours, theirs in zip(
-            jax.tree.leaves(form.logical()), jax.tree.leaves(params), strict=True
-        ):
+    on_two, whole = update(model, 2), WholeWeights(params, policy.config, 3)
+    state = on_two.init(params)
+    for tree in (gather_policy(on_two, state), whole.gather()):
+        for ours, theirs in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True):
             np.testing.assert_array_equal(np.asarray(ours), theirs)
-    read = []
-    for i, form in enumerate(forms):
-        folder = form.write(3, tmp_path / str(i))
-        read.append(read_tensors(folder, read_manifest(folder, 3)))
+    folders = (write_policy(on_two, state, 3, tmp_path / "0"), whole.write(tmp_path / "1"))
+    read = [read_tensors(folder, read_manifest(folder, 3)) for folder in folders]
     assert read[0].keys() == read[1].keys()
     for name, (array, _) in read[0].items():
         np.testing.assert_array_equal(array.view(np.uint16), read[1][name][0].view(np.uint16))
@@ -69,7 +72,7 @@ def test_what_is_served_outlives_the_trainers_weights(model, policy, params, dev
     """The optimizer step reuses the buffers of the weights before it, while the sampler goes on with them."""
     on = update(model, devices)
     state = on.init(params)
-    served = StoredWeights(state, on).logical()
+    served = gather_policy(on, state)
     jax.block_until_ready(
         jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0, tree), donate_argnums=0)(
             state.params
@@ -78,6 +81,99 @@ def test_what_is_served_outlives_the_trainers_weights(model, policy, params, dev
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     for ours, theirs in zip(jax.tree.leaves(served), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(np.asarray(ours), theirs)
+
+
+class Exporter:
+    """Weights of version 2. Notes the threads in which they are exported."""
+
+    version = 2
+
+    def __init__(self, error: Exception | None = None):
+        self.error = error
+        self.threads: list[threading.Thread] = []
+
+    def gather(self) -> str:
+        self.threads.append(threading.current_thread())
+        return "the tree"
+
+    def write(self, root: Path) -> Path:
+        self.threads.append(threading.current_thread())
+        if self.error is not None:
+            raise self.error
+        return root / "000002"
+
+
+class Receiver:
+    """A sampler that notes what is published."""
+
+    def __init__(self, weights_folder: Path | None):
+        self.weights_folder = weights_folder
+        self.published: list[tuple[int, object]] = []
+
+    async def publish(self, version: int, weights: object) -> dict[str, float]:
+        self.published.append((version, weights))
+        return {"load": 1.0}
+
+
+class TestPublish:
+    @pytest.mark.parametrize(
+        ("root", "given", "stages"),
+        [
+            (None, "the tree", {"load"}),
+            (Path("/weights"), Path("/weights/000002"), {"write", "load"}),
+        ],
+    )
+    def test_weights_are_exported_in_the_callers_thread(
+        self, root: Path | None, given: object, stages: set[str]
+    ) -> None:
+        """Other processes take part in an export: only one thread may start it."""
+        exporter, sampler = Exporter(), Receiver(root)
+        with EventLoopThread() as loop:
+            seconds = publish(loop, sampler, exporter)
+        assert sampler.published == [(2, given)]
+        assert exporter.threads == [threading.current_thread()]
+        assert seconds.keys() == stages and min(seconds.values()) >= 0
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            WeightError("norm holds values that are not finite"),
+            OSError(28, "No space left on device"),
+        ],
+    )
+    def test_weights_that_cannot_be_written_are_the_samplers_failure(
+        self, error: Exception
+    ) -> None:
+        sampler = Receiver(Path("/weights"))
+        said = r"weights of version 2 cannot be published: .*(not finite|No space left)"
+        with EventLoopThread() as loop, pytest.raises(SamplerError, match=said):
+            publish(loop, sampler, Exporter(error))
+        assert sampler.published == []
+
+    def test_an_interrupted_export_waits_for_the_writing(
+        self,
+        policy: setup.ModelAssets,
+        params: Params,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The folder that the threads write to is removed next."""
+        write_file, begun, ended = publishing._write_file, [], []
+
+        def slow(path: Path, *rest: object) -> object:
+            begun.append(path)
+            if len(begun) == 1:
+                signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.2)
+            written = write_file(path, *rest)
+            ended.append(path)
+            return written
+
+        monkeypatch.setattr(publishing, "_write_file", slow)
+        weights, sampler = WholeWeights(params, policy.config, 2), Receiver(tmp_path)
+        with EventLoopThread() as loop, interruptible(), pytest.raises(KeyboardInterrupt):
+            publish(loop, sampler, weights)
+        assert begun and sorted(begun) == sorted(ended) and sampler.published == []
 
 
 class TestAgreement:

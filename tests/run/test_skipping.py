@@ -329,7 +329,7 @@ class TestWeights:
 
 def overshoot(monkeypatch, *tasks: str) -> None:
     """Steps on a batch of these tasks (none: on any) make finite weights whose products are not."""
-    take, play, played = Update.optimizer_step, train_module.Training.play, []
+    take, play, played = Update.optimizer_step, train_module.Training.sample, []
 
     def batch(self):
         result = play(self)
@@ -342,7 +342,7 @@ def overshoot(monkeypatch, *tasks: str) -> None:
             state = state._replace(params=jax.tree.map(lambda leaf: leaf * 1e12, state.params))
         return state, logprobs, report
 
-    monkeypatch.setattr(train_module.Training, "play", batch)
+    monkeypatch.setattr(train_module.Training, "sample", batch)
     monkeypatch.setattr(Update, "optimizer_step", step)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params
-from jaxgrpo.samplers.base import Generation, PolicyWeights, SamplerError, SamplingRequest
+from jaxgrpo.samplers.base import Generation, SamplerError, SamplingRequest
 from jaxgrpo.samplers.native.engine import Engine, EngineLimits, EngineMetrics, Job
 from jaxgrpo.samplers.native.stops import Decoder
 
@@ -38,6 +38,8 @@ class NativeSampler:
     the new weights over caches computed anew, and their per-token weight versions say so. Requests are served in the order of arrival;
     an idle episode's cache gives way when a request needs its room, and is computed again on the episode's next turn.
     """
+
+    weights_folder = None
 
     def __init__(
         self,
@@ -106,7 +108,7 @@ class NativeSampler:
         self._released.append(episode_id)
         self._answers += 1
 
-    async def publish(self, version: int, weights: PolicyWeights) -> Mapping[str, float]:
+    async def publish(self, version: int, weights: Params) -> Mapping[str, float]:
         """Serve these weights; returns once they are in use."""
         if version <= self._published:
             raise ValueError(
@@ -114,9 +116,8 @@ class NativeSampler:
             )
         self._check_alive()
         self._published = version
-        params = weights.logical()
         command = EngineCommand(
-            lambda: self._engine.load(version, params), asyncio.get_running_loop().create_future()
+            lambda: self._engine.load(version, weights), asyncio.get_running_loop().create_future()
         )
         self._commands.append(command)
         self._ensure_serving()

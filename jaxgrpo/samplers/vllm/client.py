@@ -3,24 +3,16 @@
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 
-from jaxgrpo.samplers.base import (
-    FinishReason,
-    Generation,
-    PolicyWeights,
-    SamplerError,
-    SamplingRequest,
-)
+from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError, SamplingRequest
 from jaxgrpo.samplers.vllm.http import SUPPORTED_VLLM, Connection, UnreachableError
-from jaxgrpo.storage.published_manifest import WeightError
 
-T = TypeVar("T")
 _FIRST_WAIT = 0.5
 
 
@@ -91,6 +83,10 @@ class VllmSampler:
         self._publishing = asyncio.Lock()
         self._published: list[int] = []
 
+    @property
+    def weights_folder(self) -> Path:
+        return self._versions.root
+
     async def connect(self, probe: TokenizerProbe) -> None:
         """Refuse servers that cannot serve this policy. Raises SamplerError."""
         await self._on_all(lambda server: self._check_server(server.connection, probe))
@@ -137,25 +133,22 @@ class VllmSampler:
         """The servers' caches give way by themselves."""
         self._homes.pop(episode_id, None)
 
-    async def publish(self, version: int, weights: PolicyWeights) -> Mapping[str, float]:
-        """Write the weights and load them into every server. Raises SamplerError; the servers then go on with what they had. A cancelled
-        publish is over when nobody writes any more and no server is frozen."""
+    async def publish(self, version: int, weights: Path) -> Mapping[str, float]:
+        """Load a version's folder into every server. Raises SamplerError; the servers then go on with what they had. When a cancelled
+        publish is over, no server is frozen."""
         if self._published and version <= self._published[-1]:
             raise ValueError(
                 f"weight version {version} is not above {self._published[-1]}, the last one published"
             )
         async with self._publishing:
             start = time.perf_counter()
-            folder = await self._write(version, weights)
-            written = time.perf_counter()
             self._published.append(version)
-            paused, loaded = await self._load(folder, version)
+            paused, loaded = await self._load(weights, version)
             await asyncio.to_thread(
                 self._versions.keep_only, [version]
             )  # a server that must go back reads the last one again
         return {
-            "write": written - start,
-            "pause": paused - written,
+            "pause": paused - start,
             "load": loaded - paused,
             "resume": time.perf_counter() - loaded,
         }
@@ -165,14 +158,6 @@ class VllmSampler:
         async with self._publishing:
             for server in self._servers:
                 await server.connection.close()
-
-    async def _write(self, version: int, weights: PolicyWeights) -> Path:
-        try:
-            return await _to_its_end(asyncio.to_thread(weights.write, version, self._versions.root))
-        except (WeightError, OSError) as error:
-            raise SamplerError(
-                f"weights of version {version} cannot be published: {error}"
-            ) from error
 
     async def _load(self, folder: Path, version: int) -> tuple[float, float]:
         """Freeze, load, go on, on every server; when they were frozen, and when they had the weights."""
@@ -307,13 +292,3 @@ class VllmSampler:
             if choice["token_ids"] and choice["token_ids"][-1] in self._eos
             else FinishReason.STOP
         )
-
-
-async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
-    """Await what runs in a thread, which no cancellation stops: that is passed on when the thread is done."""
-    running = asyncio.create_task(work)
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.gather(running, return_exceptions=True)
-        raise

@@ -25,7 +25,7 @@ from jaxgrpo.rollout.episode import SamplingParams
 from jaxgrpo.rollout.rollout import RolloutResult
 from jaxgrpo.run import setup
 from jaxgrpo.run.agreement import AgreementCheck, MismatchError
-from jaxgrpo.run.weights import WholeWeights
+from jaxgrpo.run.weights import WholeWeights, publish
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError, SamplingRequest
 from jaxgrpo.samplers.native.stops import StopFinder
 from jaxgrpo.samplers.vllm.client import TokenizerProbe, VllmLimits, VllmSampler
@@ -58,6 +58,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     yield from started_server(tmp_path_factory.mktemp("vllm"))
 
 
+async def write_and_publish(sampler: VllmSampler, weights: WholeWeights) -> None:
+    folder = await asyncio.to_thread(weights.write, sampler.weights_folder)
+    await sampler.publish(weights.version, folder)
+
+
 @dataclasses.dataclass
 class Client:
     """Runs coroutines on a sampler of the server; every client begins with the untouched policy as version 1."""
@@ -81,7 +86,7 @@ class Client:
                 failure=failure,
             )
             try:
-                await sampler.publish(1, WholeWeights(self.params, POLICY.config))
+                await write_and_publish(sampler, WholeWeights(self.params, POLICY.config, 1))
                 return await body(sampler)
             finally:
                 await sampler.close()
@@ -247,7 +252,7 @@ class TestPublishing:
         async def body(sampler: VllmSampler) -> list[Generation]:
             generations = [await sampler.generate(r)]
             for version, tree in ((2, other), (3, params)):
-                await sampler.publish(version, WholeWeights(tree, POLICY.config))
+                await write_and_publish(sampler, WholeWeights(tree, POLICY.config, version))
                 generations.append(
                     await sampler.generate(r)
                 )  # the same prompt: a stale cache would answer
@@ -283,7 +288,7 @@ class TestPublishing:
             running = [asyncio.create_task(turns(r)) for r in requests]
             while generated_tokens(client.server) < before + 100:
                 await asyncio.sleep(0.02)
-            await sampler.publish(2, WholeWeights(other, POLICY.config))
+            await write_and_publish(sampler, WholeWeights(other, POLICY.config, 2))
             published.set()
             return [turn for task in running for turn in await task]
 
@@ -312,7 +317,7 @@ class TestPublishing:
         async def body(sampler: VllmSampler) -> tuple[str, Generation, Generation]:
             before = await sampler.generate(r)
             with pytest.raises(SamplerError) as error:
-                await sampler.publish(2, WholeWeights(cut, short))
+                await write_and_publish(sampler, WholeWeights(cut, short, 2))
             return str(error.value), before, await sampler.generate(r)
 
         said, before, after = client(body)
@@ -342,7 +347,7 @@ class TestAgreement:
                 versions=versions,
                 api_key=KEY,
             )
-            loop.call(sampler.publish(1, WholeWeights(params, POLICY.config)))
+            publish(loop, sampler, WholeWeights(params, POLICY.config, 1))
             figures = agreement.run(loop, sampler, mine, 1)
             assert 0 < figures["check/mismatch_mean"] < BOUND
             with pytest.raises(
