@@ -79,8 +79,8 @@ def test_paths_from_the_current_folder_outlive_an_environment_that_goes_elsewher
     assert [line["step"] for line in metric_lines(run)] == [2, 4, 6]
     monkeypatch.chdir(here)
     status, _, err = call("--config", here / "renamed.py", *longer, "environment.size=3")
-    assert status == 2 and "- environment.size was 2 and is now 3\n- to go on with" in err
-    assert f"have these as they were, as --config {run}/config.json has them" in err
+    assert status == 2 and "- environment.size was 2 and is now 3\n- to resume" in err
+    assert f"restore these settings, or pass --config {run}/config.json (a" in err
 
     status, _, err = call("--config", run / "config.json", "--dry-run")
     assert status == 0  # its file, which had the new name when the run went on last, is there
@@ -109,7 +109,7 @@ def test_a_config_json_that_a_run_did_not_write_ends_with_one_line(tmp_path, tex
         check_resumable(small_config("m"), tmp_path, 2)
     lines = str(error.value).splitlines()
     assert len(lines) == 1 and f"config.json is no longer what the run wrote ({said}" in lines[0]
-    assert lines[0].endswith("put it back, or give another --run-dir")
+    assert lines[0].endswith("restore it, or use another --run-dir")
 
 
 @pytest.mark.parametrize(
@@ -129,9 +129,9 @@ def test_a_config_json_that_holds_something_else(tmp_path, change, said):
 
 
 def test_a_config_json_that_is_lost_or_closed(tmp_path):
-    with pytest.raises(ConfigError, match=r"no config\.json that says what of: put it back"):
+    with pytest.raises(ConfigError, match=r"no config\.json: restore it"):
         check_resumable(small_config("m"), tmp_path, 2)
     (tmp_path / "config.json").write_text(to_json(small_config("m")))
     check_resumable(small_config("m"), tmp_path, 6)
-    with pytest.raises(ConfigError, match=r"at step 8, .* \(6\): raise it to 8 or more"):
+    with pytest.raises(ConfigError, match=r"at step 8, .* \(6\): set training.steps to 8 or more"):
         check_resumable(small_config("m"), tmp_path, 8)

@@ -151,7 +151,7 @@ class TestRecords:
         ) == ["4", "6"]
 
     def test_a_second_run_in_the_folder_is_refused(self, straight, model, tmp_path):
-        with pytest.raises(ConfigError, match="holds a run already: pass --resume"):
+        with pytest.raises(ConfigError, match="already holds a run: pass --resume"):
             train(changed(tmp_path, model), straight[0])
 
 

@@ -403,15 +403,15 @@ class TestCommandLine:
         )
         assert (
             status == 2
-            and "ended before its first checkpoint: pass --resume to begin it again" in err
+            and "ended before its first checkpoint: pass --resume to start it again" in err
         )
 
     @pytest.mark.parametrize(
         ("file", "said"),
         [
             ("config.json", "config.json is no longer what the run wrote"),
-            ("checkpoints/2/policy/embed.embedding/zarr.json", "cannot go on with"),
-            ("checkpoints/2/policy/embed.embedding/c/0", "cannot go on with"),
+            ("checkpoints/2/policy/embed.embedding/zarr.json", "cannot resume"),
+            ("checkpoints/2/policy/embed.embedding/c/0", "cannot resume"),
         ],
     )
     def test_a_run_that_was_damaged_is_not_gone_on_with(self, model, tmp_path, capsys, file, said):
@@ -461,7 +461,7 @@ class TestCommandLine:
             status, _, err = self.call(capsys, *arguments)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert status == 1 and said in err and "--resume goes on from step 2" in err
+        assert status == 1 and said in err and "--resume continues from step 2" in err
         monkeypatch.undo()
         assert self.call(capsys, *arguments, "--resume")[0] == 0
         assert [line["step"] for line in metric_lines(tmp_path / "run")] == [2, 4, 6]
@@ -502,7 +502,7 @@ class TestCommandLine:
         before, threads = signal.getsignal(signal.SIGTERM), threading.active_count()
         status, _, err = self.call(capsys, *arguments)
         assert status == 130
-        assert "interrupted: --resume goes on from step 2" in err
+        assert "interrupted: --resume continues from step 2" in err
         assert signal.getsignal(signal.SIGTERM) is before
         assert threading.active_count() <= threads + 2
         monkeypatch.undo()

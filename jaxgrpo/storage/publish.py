@@ -9,6 +9,7 @@ leaves of one's own type, which also takes the checksums while a block is at han
 the bare values, so the blocks go straight to their places in it, and whoever reads maps the file.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -34,6 +35,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from jaxgrpo.interruptions import call_apart
 from jaxgrpo.learner.sharding import Layout, LeafLayout
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params
@@ -85,7 +87,8 @@ def publish_weights(
     folder = version_folder(root, version)
     if jax.process_index() == 0:
         folder.mkdir(parents=True)
-    _write(folder, root / _SPARE / PARAMS, leaves)
+    # orbax runs an event loop, which an interruption would end while threads still write
+    call_apart(functools.partial(_write, folder, root / _SPARE / PARAMS, leaves), stop=lambda: None)
     if jax.process_index() == 0:
         write_manifest(folder, _manifest(folder, leaves, model_config, version))
     if jax.process_count() > 1:
@@ -182,19 +185,7 @@ def _leaves(
 
 
 def _write(folder: Path, spare: Path, leaves: dict[hf_mapping.Path, _Leaf]) -> None:
-    """Write this process's pieces. When this returns or raises, no thread writes any more, also
-    after an interruption."""
-    pool = ThreadPoolExecutor(_WRITERS)
-    try:
-        _write_in(pool, folder, spare, leaves)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _write_in(
-    pool: ThreadPoolExecutor, folder: Path, spare: Path, leaves: dict[hf_mapping.Path, _Leaf]
-) -> None:
-    handler = _LeafHandler(folder / _pieces_file(jax.process_index()), spare, pool)
+    handler = _LeafHandler(folder / _pieces_file(jax.process_index()), spare)
     # orbax asks the handler of arrays for a store of metadata, and warns when there is none
     registry = ocp.type_handlers.create_type_handler_registry(
         (_Leaf, handler), (jax.Array, ocp.type_handlers.ArrayHandler())
@@ -216,29 +207,30 @@ class _LeafHandler(WriteOnlyHandler):
     """Saves this process's pieces of `_Leaf`s, and their checksums as `checksums_file`: leaf -> first element of a block -> one a row.
     Leaves of an earlier version are in `spare`, if anywhere."""
 
-    def __init__(self, checksums_file: Path, spare: Path, pool: ThreadPoolExecutor):
+    def __init__(self, checksums_file: Path, spare: Path):
         self._checksums_file = checksums_file
         self._spare = spare
-        self._pool = pool
 
     async def serialize(
         self, values: Sequence[_Leaf], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> Sequence[Any]:
         checksums: dict[str, dict[int, list[int]]] = {leaf.name: {} for leaf in values}
-        writing = []
-        for leaf, info in zip(values, infos, strict=True):
-            await ts.open(_spec(leaf, info.path))  # creates the array's metadata
-            rows, columns = leaf.file
-            for row, (column, pieces) in itertools.product(
-                range(0, leaf.layout.layers, rows), _by_file(leaf.pieces, columns)
-            ):
-                place = f"c/{row // rows}/{column}" if leaf.layout.stacked else f"c/{column}"
-                file, used = Path(info.path, place), self._spare / leaf.name / place
-                writing.append(self._pool.submit(_write_file, file, used, leaf, row, pieces))
-        for done in writing:  # in order of rows
-            leaf, found = done.result()
-            for start, of_rows in found.items():
-                checksums[leaf.name].setdefault(start, []).extend(of_rows)
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            loop, writing = asyncio.get_running_loop(), []
+            for leaf, info in zip(values, infos, strict=True):
+                await ts.open(_spec(leaf, info.path))  # creates the array's metadata
+                rows, columns = leaf.file
+                for row, (column, pieces) in itertools.product(
+                    range(0, leaf.layout.layers, rows), _by_file(leaf.pieces, columns)
+                ):
+                    place = f"c/{row // rows}/{column}" if leaf.layout.stacked else f"c/{column}"
+                    file, used = Path(info.path, place), self._spare / leaf.name / place
+                    writing.append(
+                        loop.run_in_executor(pool, _write_file, file, used, leaf, row, pieces)
+                    )
+            for leaf, found in await asyncio.gather(*writing):  # in order of rows
+                for start, of_rows in found.items():
+                    checksums[leaf.name].setdefault(start, []).extend(of_rows)
         write_json(self._checksums_file, checksums)
         return []
 

@@ -86,7 +86,7 @@ class TestOneRunAFolder:
             assert said.startswith(
                 f"error: {run} is in use by process {first.pid} on {socket.gethostname()}, since 20"
             )
-            assert said.endswith("wait for its end, or give another --run-dir")
+            assert said.endswith("wait until it ends, or use another --run-dir")
         assert [path.name for path in run.iterdir()] == [".lock"]
         first.kill()
         first.wait()
@@ -241,9 +241,9 @@ def test_a_run_of_which_no_checkpoint_is_whole_is_refused_with_what_to_do(model,
     capsys.readouterr()
     assert main([*arguments, "training.steps=4", "--resume"]) == 2
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith(f"error: cannot go on with {tmp_path / 'run'}: no checkpoint in ")
+    assert said.startswith(f"error: cannot resume {tmp_path / 'run'}: no checkpoint in ")
     assert "policy/embed.embedding" in said and said.endswith(
-        "give another --run-dir to begin anew"
+        "use another --run-dir to start a new run"
     )
     assert "convert" not in said
     assert metric_lines(tmp_path / "run")[-1]["step"] == 2  # nothing was cleared away

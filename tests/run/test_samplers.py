@@ -165,9 +165,10 @@ class TestPublish:
             if len(begun) == 1:
                 signal.raise_signal(signal.SIGTERM)
             time.sleep(0.2)
-            written = write_file(path, *rest)
-            ended.append(path)
-            return written
+            try:
+                return write_file(path, *rest)
+            finally:
+                ended.append(path)
 
         monkeypatch.setattr(publishing, "_write_file", slow)
         weights, sampler = WholeWeights(params, policy.config, 2), Receiver(tmp_path)

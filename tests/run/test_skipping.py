@@ -255,7 +255,7 @@ class TestWeights:
             "error: the weights of step 1 give no finite log-probabilities: the step was too large"
         )
         assert (
-            "(there is no checkpoint). --resume leaves out its batch (1)" in said
+            "(there is no checkpoint). --resume skips batch 1" in said
             and "needs a lower optimizer.learning_rate than 1e+38" in said
         )
         assert metric_lines(tmp_path / "run") == []
@@ -281,7 +281,7 @@ class TestWeights:
         assert main(arguments) == 1
         said = capsys.readouterr().err
         assert said.startswith("error: the weights of step 2 give no finite log-probabilities")
-        assert "(checkpoint 1 is the newest). --resume leaves out its batch (2)" in said
+        assert "(the newest checkpoint is 1). --resume skips batch 2" in said
         assert said.count("\n") == 1
         assert [line["step"] for line in metric_lines(tmp_path / "run")] == [1]
         assert newest_step(tmp_path / "run/checkpoints") == 1
