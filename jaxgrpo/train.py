@@ -1,4 +1,4 @@
-"""python -m jaxgrpo.train --config FILE [--set KEY=VALUE ...] [--run-dir DIR] [--resume] [--dry-run]
+"""python -m jaxgrpo.train --config FILE [--set KEY=VALUE] [--run-dir DIR] [--resume] [--dry-run]
 
 `Training.run` is the loop. Read down from it to follow a batch: sample episodes, prepare
 micro-batches, take optimizer steps, publish the weights, record.
@@ -192,7 +192,7 @@ class Training:
         return self.learner.clock.take(), self.loop.call(self.sampler.take_idle_fraction())
 
     def evaluate_if_due(self) -> None:
-        """Evaluate every `evaluation.every` steps, and after the last step if `evaluation.after`."""
+        """Evaluate every `evaluation.every` steps, and at the end if `evaluation.after`."""
         evaluation, step = self.config.evaluation, self.learner.state.step
         last = step >= self.config.training.steps
         due = crossed_interval(evaluation.every, step, self.learner.advance)
@@ -244,7 +244,7 @@ def train(
     run's config means something else; PeerError if another process failed.
     """
     processes = processes or Processes()
-    with processes.together(), ExitStack() as stack, processes.telling():
+    with processes.together(), ExitStack() as stack, processes.announcing_failures():
         if processes.leads:
             stack.enter_context(held(folder))
         saved = newest_step(folder / "checkpoints")

@@ -202,7 +202,7 @@ def test_three_steps_with_a_function_of_ones_own(write, tmp_path, capsys):
     assert saved["weights"] == [["environment", 2.0]]
 
     assert train_main(["--config", write("early,"), "--dry-run"]) == 0
-    assert "reward                  2 x environment + 1 x early\n" in capsys.readouterr().out
+    assert "reward                    2 x environment + 1 x early\n" in capsys.readouterr().out
 
     resumed = ["--config", write("early,", steps=4), "--run-dir", str(folder), "--resume"]
     assert train_main([*resumed, "--set", "rewards.weights={'early': 3}"]) == 2

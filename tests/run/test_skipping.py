@@ -256,7 +256,7 @@ class TestWeights:
         )
         assert (
             "(there is no checkpoint). --resume skips batch 1" in said
-            and "needs a lower optimizer.learning_rate than 1e+38" in said
+            and "start a new run with an optimizer.learning_rate below 1e+38" in said
         )
         assert metric_lines(tmp_path / "run") == []
         assert newest_step(tmp_path / "run/checkpoints") is None
