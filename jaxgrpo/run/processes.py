@@ -260,12 +260,7 @@ class Processes:
             {name: (array.dtype.name, array.shape) for name, array in of_one.items()}
             for of_one in arrays
         ]
-        message = {
-            "work": command.work,
-            "number": command.number,
-            "text": command.text,
-            "batches": forms,
-        }
+        message = [command.work, command.number, command.text, forms]
         self._store.key_value_set(_key(self._sent), json.dumps(message))
         # all processes carried out that one, because they took part in the last one
         self._store.key_value_delete(_key(self._sent - 2))
@@ -275,12 +270,11 @@ class Processes:
     def listen(self) -> Command:
         """Wait for the leader's next command. Raises PeerError if another process failed."""
         self._sent += 1
-        message = json.loads(self._wait(_key(self._sent)))
+        work, number, text, forms = json.loads(self._wait(_key(self._sent)))
         batches = [
-            GroupBatch(**multihost_utils.broadcast_one_to_all(_empty(forms)))
-            for forms in message["batches"]
+            GroupBatch(**multihost_utils.broadcast_one_to_all(_empty(of_one))) for of_one in forms
         ]
-        return Command(Work(message["work"]), message["number"], message["text"], tuple(batches))
+        return Command(Work(work), number, text, tuple(batches))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

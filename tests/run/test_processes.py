@@ -229,7 +229,8 @@ def test_an_interruption_is_told_before_anything_is_cleaned_up_and_stays_one(num
 def test_a_failure_is_told_before_anything_is_cleaned_up_and_stays_what_it_is():
     store = Posted()
     one = Processes(1, 2, store)
-    with pytest.raises(ZeroDivisionError), one.together(), cleaning_up(store), one.announcing_failures():
+    announcing = one.announcing_failures()
+    with pytest.raises(ZeroDivisionError), one.together(), cleaning_up(store), announcing:
         raise ZeroDivisionError("x")
     assert store.said == ["process 1 failed: ZeroDivisionError: x"]
 

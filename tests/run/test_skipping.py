@@ -305,7 +305,7 @@ class TestWeights:
         assert main(arguments) == 1
         said = capsys.readouterr().err
         assert said.startswith("error: nothing can be learnt from the last 2 batches: its step")
-        assert said.count("a lower optimizer.learning_rate than") == 1
+        assert said.count("an optimizer.learning_rate below") == 1
 
     def test_they_are_remembered_for_the_config_that_they_are_of(self, model, tmp_path):
         """A run that saved nothing may begin again under another one."""
