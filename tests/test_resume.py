@@ -4,7 +4,9 @@ refused."""
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,12 +41,12 @@ def get_config():
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory):
     return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
-def call(capsys):
+def call(capsys: pytest.CaptureFixture[str]):
     def call(*arguments):
         status = main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
@@ -54,8 +56,11 @@ def call(capsys):
 
 
 def test_paths_from_the_current_folder_outlive_an_environment_that_goes_elsewhere(
-    model, tmp_path, monkeypatch, call
-):
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: Callable[..., tuple[int, str, str]],
+) -> None:
     """The run goes on under its own config.json, and when the config file has another name."""
     here = tmp_path / "here"
     here.mkdir()
@@ -103,7 +108,9 @@ def test_paths_from_the_current_folder_outlive_an_environment_that_goes_elsewher
     ],
     ids=lambda value: str(value)[:12],
 )
-def test_a_config_json_that_a_run_did_not_write_ends_with_one_line(tmp_path, text, said):
+def test_a_config_json_that_a_run_did_not_write_ends_with_one_line(
+    tmp_path: Path, text: Any, said: str
+) -> None:
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(ConfigError) as error:
         check_resumable(small_config("m"), tmp_path, 2)
@@ -121,14 +128,14 @@ def test_a_config_json_that_a_run_did_not_write_ends_with_one_line(tmp_path, tex
         ({"environment": {"class": 3}}, "- environment.class was 3 and is now"),
     ],
 )
-def test_a_config_json_that_holds_something_else(tmp_path, change, said):
+def test_a_config_json_that_holds_something_else(tmp_path: Path, change: dict, said: str) -> None:
     tree = json.loads(to_json(small_config("m"))) | change
     (tmp_path / "config.json").write_text(json.dumps(tree))
     with pytest.raises(ConfigError, match=re.escape(said)):
         check_resumable(small_config("m"), tmp_path, 2)
 
 
-def test_a_config_json_that_is_lost_or_closed(tmp_path):
+def test_a_config_json_that_is_lost_or_closed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json: restore it"):
         check_resumable(small_config("m"), tmp_path, 2)
     (tmp_path / "config.json").write_text(to_json(small_config("m")))

@@ -89,8 +89,8 @@ class RewardSettings:
 
     - `functions`: functions defined at the top level of a module, and instances of RewardFunction.
       Each returns parts of its own.
-    - `weights`: the weights other than 1, at least 0, as a dict or as pairs of name and weight. They
-      are stored as pairs without those of weight 1, so that equal settings compare equal.
+    - `weights`: the weights other than 1, at least 0, as a dict or as pairs of name and weight.
+      They are stored as pairs without those of weight 1, so that equal settings compare equal.
 
     If all parts of a function have weight 0, its parts are recorded and it overrides nothing.
     Without functions, the reward is exactly that of the environment. `passed` is always that of the

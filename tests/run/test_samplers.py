@@ -32,17 +32,17 @@ PROMPT = np.arange(40, 70, dtype=np.int32)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory):
     return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
-def policy(model):
+def policy(model: Path):
     return setup.open_model_assets(small_config(model))
 
 
 @pytest.fixture(scope="module")
-def params(policy):
+def params(policy: setup.ModelAssets):
     return setup.initial_params(policy, np.float32)
 
 
@@ -54,7 +54,9 @@ def update(model, devices: int) -> setup.Update:
     )
 
 
-def test_stored_and_whole_weights_are_the_same_to_every_sampler(model, policy, params, tmp_path):
+def test_stored_and_whole_weights_are_the_same_to_every_sampler(
+    model: Path, policy: setup.ModelAssets, params: Params, tmp_path: Path
+) -> None:
     on_two, whole = update(model, 2), WholeWeights(params, policy.config, 3)
     state = on_two.init(params)
     for tree in (gather_policy(on_two, state), whole.gather()):
@@ -68,7 +70,9 @@ def test_stored_and_whole_weights_are_the_same_to_every_sampler(model, policy, p
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_what_is_served_outlives_the_trainers_weights(model, policy, params, devices):
+def test_what_is_served_outlives_the_trainers_weights(
+    model: Path, policy: setup.ModelAssets, params: Params, devices: int
+) -> None:
     """The optimizer step reuses the buffers of the weights before it, while the sampler goes on with them."""
     on = update(model, devices)
     state = on.init(params)
@@ -192,8 +196,8 @@ class TestAgreement:
 
     @pytest.mark.parametrize("devices", [1, 2])
     def test_what_is_served_is_compared_with_the_trainers_own_forward(
-        self, model, policy, params, devices
-    ):
+        self, model: Path, policy: setup.ModelAssets, params: Params, devices: int
+    ) -> None:
         own = update(model, devices)
         check = AgreementCheck(own, PROMPT, temperature=1.0, bound=1e-3)
         state = own.init(params)
@@ -213,7 +217,9 @@ class TestAgreement:
                 check.run(loop, sampler, state.params, 3)
             loop.call(sampler.close())
 
-    def test_one_that_fails_leaves_no_request_behind(self, model, policy, params):
+    def test_one_that_fails_leaves_no_request_behind(
+        self, model: Path, policy: setup.ModelAssets, params: Params
+    ) -> None:
         class Failing:
             asked, released, cancelled = 0, 0, 0
 
@@ -234,7 +240,9 @@ class TestAgreement:
             AgreementCheck(own, PROMPT, 1.0, 0.05).run(loop, failing, own.init(params).params, 2)
         assert (failing.asked, failing.cancelled, failing.released) == (4, 3, 4)
 
-    def test_the_prompt_for_it_is_of_the_first_task_that_opens(self, model, policy, tmp_path):
+    def test_the_prompt_for_it_is_of_the_first_task_that_opens(
+        self, model: Path, policy: setup.ModelAssets, tmp_path: Path
+    ) -> None:
         class Closed(Letters):
             def create(self, task: Task) -> LettersEnvironment:
                 if task.payload[1] < 2:
@@ -251,7 +259,9 @@ class TestAgreement:
         with pytest.raises(ConfigError, match="of 2 tasks none opens"):
             setup.check_episodes(config, policy, tasks[:2])
 
-    def test_log_probabilities_that_are_no_numbers_do_not_pass(self, model, policy, params):
+    def test_log_probabilities_that_are_no_numbers_do_not_pass(
+        self, model: Path, policy: setup.ModelAssets, params: Params
+    ) -> None:
         class Nan:
             async def generate(self, request: SamplingRequest) -> Generation:
                 sampler_logprobs_T = np.full(3, np.nan, np.float32)
@@ -272,7 +282,7 @@ class TestAgreement:
             AgreementCheck(own, PROMPT, 1.0, 0.05).run(loop, Nan(), own.init(params).params, 2)
 
 
-def test_settings_reach_the_server(model, policy, tmp_path):
+def test_settings_reach_the_server(model: Path, policy: setup.ModelAssets, tmp_path: Path) -> None:
     config = changed(
         tmp_path, model, "sampler=vllm", "vllm.python=/opt/python", "vllm.cache_bytes=1000", "vllm.arguments=--enforce-eager",
         "vllm.port=77", "vllm.max_requests=5", "vllm.gpus=(1,)", "training.gpus=(0,)", "vllm.gpu_memory=0.5", "vllm.host=::1",
@@ -287,7 +297,9 @@ def test_settings_reach_the_server(model, policy, tmp_path):
     assert VllmSettings().host == "127.0.0.1"
 
 
-def test_gpus_are_one_tensor_parallel_server_or_shared_out_to_several(model, policy, tmp_path):
+def test_gpus_are_one_tensor_parallel_server_or_shared_out_to_several(
+    model: Path, policy: setup.ModelAssets, tmp_path: Path
+) -> None:
     overrides = ("sampler=vllm", "vllm.gpus=(4,5,6,7)", "training.gpus=(0,)", "vllm.port=8000")
 
     def plans(*more: str) -> list[tuple[tuple[int, ...], int]]:
@@ -301,7 +313,9 @@ def test_gpus_are_one_tensor_parallel_server_or_shared_out_to_several(model, pol
     assert plans("vllm.servers=4", "vllm.port=0") == [((4,), 0), ((5,), 0), ((6,), 0), ((7,), 0)]
 
 
-def test_jax_is_told_which_gpus_are_its_own(model, tmp_path, monkeypatch):
+def test_jax_is_told_which_gpus_are_its_own(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = {}
     monkeypatch.setattr(jax.config, "update", lambda key, value: told.update({key: value}))
     setup.restrict_gpus(changed(tmp_path, model))
