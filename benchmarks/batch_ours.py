@@ -77,10 +77,10 @@ class Batches(Training):
     def open_sampler(self, stack: ExitStack) -> Sampler:
         sampler = FixedLengthSampler(
             dataclasses.replace(self.assets.config, eos_token_ids=()),
-            self.weights.logical(),
+            self.learner.gather(),
             self.assets.tokenizer,
             self.config.native,
-            version=self.version,
+            version=self.learner.version,
             compute_dtype=compute_dtype(self.config),
         )
         stack.callback(lambda: self.loop.call(sampler.close()))
@@ -94,11 +94,11 @@ class Batches(Training):
     def next_batch(self, checked: bool) -> dict[str, Any]:
         """Play and train the next batch, as `Training.run` does. With `checked` the reply also says
         what was trained on, and with which gradients."""
-        result = self.play()
-        self.batch += 1
+        result = self.sample()
+        self.learner.batch += 1
         prepared = self.prepare(result)
         batches = prepared.batches
-        reports = self.learn(batches)
+        reports = self.learner.learn(batches)
         self.publish()
         self.record(prepared, reports)
         rows = [trajectory for group in result.groups for trajectory in group.trajectories]
@@ -107,7 +107,7 @@ class Batches(Training):
             "passes": self.seconds["reference"],
             "prompt_tokens": sum(len(row.prompt_ids_P) for row in rows),
             "trained_tokens": sum(int((batch.loss_weights_NGC > 0).sum()) for batch in batches),
-            "compilations": self.update.compilations + self._native.compilations,
+            "compilations": self.learner.update.compilations + self._native.compilations,
         }
         if checked:
             groups = sorted(result.groups, key=lambda group: int(group.task.id))
@@ -170,7 +170,7 @@ def main() -> None:
     enable_compilation_cache(config)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         training = Batches(config, Path(folder), False, Processes(), stack)
-        training.view.begin(0)
+        training.log.view.begin(0)
         sections = ("native", "packing", "training")
         line.send(
             {

@@ -27,7 +27,7 @@ import numpy as np
 from jaxgrpo.config.load import check, load_config
 from jaxgrpo.config.settings import Config, EvaluationSettings, RecordingSettings
 from jaxgrpo.run.processes import Processes
-from jaxgrpo.samplers.base import FinishReason, Generation, PolicyWeights, Sampler, SamplingRequest
+from jaxgrpo.samplers.base import FinishReason, Generation, Sampler, SamplingRequest
 from jaxgrpo.train import Training
 
 _TURN_TOKENS = 40  # the median of a turn's length; lengths are log-normal, so that some episodes are stragglers
@@ -36,6 +36,8 @@ _FIRST_RATE = 200.0
 
 class PacedSampler:
     """Random tokens, each stream at `rate` tokens a second, at most `streams` at once; each token's version is that of its time."""
+
+    weights_folder = None
 
     def __init__(self, rate: float, streams: int, eos: int, vocab: int, version: int):
         self._rate = rate
@@ -62,7 +64,7 @@ class PacedSampler:
     async def release(self, episode_id: str) -> None:
         pass
 
-    async def publish(self, version: int, weights: PolicyWeights) -> Mapping[str, float]:
+    async def publish(self, version: int, weights: object) -> Mapping[str, float]:
         self._published.append((time.perf_counter(), version))
         return {}
 
@@ -82,7 +84,7 @@ class PacedTraining(Training):
             self.streams,
             self.assets.chat.eos_ids[0],
             self.assets.config.vocab_size,
-            self.version,
+            self.learner.version,
         )
 
 

@@ -11,6 +11,7 @@ Exits 1 when a token differs or the logits differ by more than --bound. Needs to
 
 import argparse
 import asyncio
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any

@@ -32,7 +32,7 @@ from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.run.weights import WholeWeights
+from jaxgrpo.run.weights import WholeWeights, publish
 from jaxgrpo.samplers.base import Sampler
 from jaxgrpo.samplers.native.sampler import NativeSampler
 from jaxgrpo.samplers.vllm.client import VllmSampler
@@ -168,7 +168,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 serve_vllm(args.python, args.model, config, params, max(context, 2048), rows)
             )
             stack.callback(lambda: loop.call(vllm.close()))
-            loop.call(vllm.publish(0, WholeWeights(params, config)))
+            publish(loop, vllm, WholeWeights(params, config, 0))
             sides["vllm bfloat16"] = vllm
         del params
         for number, round_prompts in enumerate(prompts):

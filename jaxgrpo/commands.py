@@ -1,5 +1,5 @@
-"""The installed commands `jaxgrpo-train` and `jaxgrpo-evaluate`: what `python -m jaxgrpo.train` and
-`python -m jaxgrpo.evaluate` do."""
+"""The installed commands `jaxgrpo-train` and `jaxgrpo-evaluate`, which run `python -m
+jaxgrpo.train` and `python -m jaxgrpo.evaluate`."""
 
 import importlib
 import sys
@@ -14,7 +14,7 @@ def evaluate() -> None:
 
 
 def _run(name: str) -> None:
-    """Import takes seconds; Ctrl-C during it, too, ends the command with one line."""
+    """Import and run a module. The import takes seconds, so Ctrl-C is handled there too."""
     try:
         program = importlib.import_module(name)
         interruptions = importlib.import_module("jaxgrpo.interruptions")

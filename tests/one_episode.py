@@ -2,6 +2,7 @@
 
 import asyncio
 
+from jaxgrpo.config.settings import RolloutSettings
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.background import BlockingCalls
 from jaxgrpo.rollout.chat import Chat
@@ -14,7 +15,17 @@ from tests.rollout_fakes import EchoEnvironment, Say, ScriptedSampler, Suite
 
 TASK = Task("echo_1")
 KEY = EpisodeKey(7, "step-1", "echo_1", 2)
-LIMITS = Limits(400, 10, 200, 1000)
+
+
+def limits(completion: int, turns: int, prompt: int, context: int) -> Limits:
+    """Limits in tokens, and in the policy's turns."""
+    settings = RolloutSettings(
+        max_prompt_tokens=prompt, max_completion_tokens=completion, max_turns=turns
+    )
+    return Limits(settings, context)
+
+
+LIMITS = limits(400, 10, 200, 1000)
 
 
 def play(make, *, limits=LIMITS, deadline=10.0, rewards=RewardSettings(), chat=None):  # noqa: B008

@@ -88,6 +88,8 @@ def one_turn(name: str, seed: int = 0) -> SamplingRequest:
 class VersionedSampler:
     """Says a letter, with the version that was published last; one that `forgets` to take up what is published stays at the first."""
 
+    weights_folder = None
+
     def __init__(self, version: int, forgets: bool = False):
         self.version = version
         self.closed = False

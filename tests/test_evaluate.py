@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -18,12 +19,12 @@ from tests.training import changed, make_model, metric_lines, write_config
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory):
     return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
-def run(model, tmp_path_factory):
+def run(model: Path, tmp_path_factory: pytest.TempPathFactory):
     """A run of four steps that learnt something, with checkpoints of steps 2 and 4."""
     folder = tmp_path_factory.mktemp("run")
     options = (
@@ -38,7 +39,7 @@ def run(model, tmp_path_factory):
 
 
 @pytest.fixture
-def call(model, tmp_path, capsys):
+def call(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     def call(*arguments):
         status = main(
             [
@@ -55,7 +56,7 @@ def call(model, tmp_path, capsys):
     return call
 
 
-def test_the_configs_own_model(call, tmp_path):
+def test_the_configs_own_model(call: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     status, out, err = call("--split", "train", "--samples", "4")
     assert (status, err) == (0, "")
     (line,) = metric_lines(tmp_path / "eval")
@@ -89,7 +90,9 @@ def test_the_configs_own_model(call, tmp_path):
     )
 
 
-def test_a_checkpoint_gives_what_the_run_itself_measured(call, run, tmp_path):
+def test_a_checkpoint_gives_what_the_run_itself_measured(
+    call: Callable[..., tuple[int, str, str]], run: Path, tmp_path: Path
+) -> None:
     status, _, _ = call("--checkpoint", run, "--samples", "4")
     assert status == 0
     (line,) = metric_lines(tmp_path / "eval")
@@ -98,7 +101,9 @@ def test_a_checkpoint_gives_what_the_run_itself_measured(call, run, tmp_path):
     assert line["eval/pass_rate"] == measured["eval/pass_rate"]
 
 
-def test_an_earlier_checkpoint_and_a_second_evaluation_in_one_folder(call, run, tmp_path):
+def test_an_earlier_checkpoint_and_a_second_evaluation_in_one_folder(
+    call: Callable[..., tuple[int, str, str]], run: Path, tmp_path: Path
+) -> None:
     assert call("--checkpoint", run)[0] == 0
     assert call("--checkpoint", run, "--step", "2")[0] == 0
     assert [line["step"] for line in metric_lines(tmp_path / "eval")] == [4, 2]
@@ -121,7 +126,9 @@ def apart(model: Path, weights: Params, file: Path) -> float:
     return max(differences)
 
 
-def test_the_steps_own_weights_are_evaluated(call, run, model, tmp_path):
+def test_the_steps_own_weights_are_evaluated(
+    call: Callable[..., tuple[int, str, str]], run: Path, model: Path, tmp_path: Path
+) -> None:
     """Not the newest ones. Which weights are those of step 2, the batch says that they played in training."""
     played = run / "trajectories" / "train-000004.jsonl.gz"
     second, newest = (
@@ -135,7 +142,7 @@ def test_the_steps_own_weights_are_evaluated(call, run, model, tmp_path):
     assert apart(model, newest, evaluated) > 1e-2
 
 
-def test_evaluation_options(call, tmp_path):
+def test_evaluation_options(call: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     assert (
         call("--set", "evaluation.temperature=0", "--set", "evaluation.tasks=3", "--samples", "2")[
             0
@@ -153,7 +160,9 @@ def test_evaluation_options(call, tmp_path):
         )
 
 
-def test_a_small_nucleus_is_as_good_as_greedy(call, tmp_path):
+def test_a_small_nucleus_is_as_good_as_greedy(
+    call: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
     assert (
         call("--set", "evaluation.top_p=0.0001", "--samples", "3", "--set", "evaluation.tasks=2")[0]
         == 0
@@ -179,13 +188,17 @@ def test_a_small_nucleus_is_as_good_as_greedy(call, tmp_path):
         (("--set", "model.source=/no/such/folder"), "no folder /no/such/folder"),
     ],
 )
-def test_user_errors_end_with_two_and_one_message(call, tmp_path, arguments, said):
+def test_user_errors_end_with_two_and_one_message(
+    call: Callable[..., tuple[int, str, str]], tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
     status, _, err = call(*arguments)
     assert status == 2 and err.startswith("error: ") and said in err
     assert not (tmp_path / "eval").exists()
 
 
-def test_a_step_that_was_not_saved_and_another_model_are_refused(call, run, tmp_path):
+def test_a_step_that_was_not_saved_and_another_model_are_refused(
+    call: Callable[..., tuple[int, str, str]], run: Path, tmp_path: Path
+) -> None:
     status, _, err = call("--checkpoint", run, "--step", "3")
     assert status == 2 and "no checkpoint of step 3" in err and "there are 2, 4" in err
     config = json.loads((run / "config.json").read_text())["model"]["source"]
@@ -201,8 +214,12 @@ def test_a_step_that_was_not_saved_and_another_model_are_refused(call, run, tmp_
 
 
 def test_paths_from_the_current_folder_outlive_an_environment_that_goes_elsewhere(
-    model, run, tmp_path, capsys, monkeypatch
-):
+    model: Path,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(tmp_path)
     text = write_config(tmp_path, model).read_text().replace("return small", "config = small")
     (tmp_path / "wanders.py").write_text(
@@ -218,15 +235,17 @@ def test_paths_from_the_current_folder_outlive_an_environment_that_goes_elsewher
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_episodes_are_played(
-    call, tmp_path, monkeypatch
-):
+    call: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "eval").write_text("")
     status, out, err = call("--samples", "1")
     assert status == 2 and f"the run folder {tmp_path}/eval cannot be written to" in err
     assert out == ""
 
 
-def test_environments_that_all_fail_end_with_one(call, tmp_path):
+def test_environments_that_all_fail_end_with_one(
+    call: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
     status, _, err = call("--set", "environment.broken_test=True", "--set", "rollout.max_retries=0")
     assert (
         status == 1

@@ -20,7 +20,7 @@ class Dying:
         signal.raise_signal(signal.SIGTERM)
 
 
-def test_an_interruption_that_python_ignores_comes_again():
+def test_an_interruption_that_python_ignores_comes_again() -> None:
     term, hook = signal.getsignal(signal.SIGTERM), sys.unraisablehook
 
     @interruptible()
@@ -34,7 +34,7 @@ def test_an_interruption_that_python_ignores_comes_again():
     assert signal.getsignal(signal.SIGTERM) is term and sys.unraisablehook is hook
 
 
-def test_what_else_python_ignores_is_still_told(monkeypatch):
+def test_what_else_python_ignores_is_still_told(monkeypatch: pytest.MonkeyPatch) -> None:
     told = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(unraisable.exc_type))
 
@@ -48,7 +48,7 @@ def test_what_else_python_ignores_is_still_told(monkeypatch):
     assert told == [KeyError]
 
 
-def test_several_interruptions_within_a_moment_are_one():
+def test_several_interruptions_within_a_moment_are_one() -> None:
     """The second comes while the first is being cleaned up after."""
     cleaned = []
 
@@ -68,7 +68,7 @@ def test_several_interruptions_within_a_moment_are_one():
         run()
 
 
-def test_an_interruption_after_a_while_is_another(monkeypatch):
+def test_an_interruption_after_a_while_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interruptions, "_ECHO_SECONDS", 0.05)
     said = []
 
@@ -86,7 +86,7 @@ def test_an_interruption_after_a_while_is_another(monkeypatch):
     assert said == []
 
 
-def test_what_others_are_to_be_interrupted_by_is_not_taken():
+def test_what_others_are_to_be_interrupted_by_is_not_taken() -> None:
     """A shell has its background deaf to Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -99,7 +99,7 @@ def test_what_others_are_to_be_interrupted_by_is_not_taken():
         signal.signal(signal.SIGINT, before)
 
 
-def test_an_interruption_stops_what_is_called_apart_and_waits_for_it():
+def test_an_interruption_stops_what_is_called_apart_and_waits_for_it() -> None:
     ended, stop = [], threading.Event()
 
     def work():
@@ -148,7 +148,7 @@ HEED = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_ha
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.12])
-def test_a_program_that_is_interrupted_twice_ends_with_one_line(seconds):
+def test_a_program_that_is_interrupted_twice_ends_with_one_line(seconds: float) -> None:
     """The second while it cleans up, or when `main` is at its end."""
     command = [sys.executable, "-c", ENDING]
     with subprocess.Popen(
@@ -161,7 +161,7 @@ def test_a_program_that_is_interrupted_twice_ends_with_one_line(seconds):
         assert interrupted_twice(process) == (130, "interrupted\n")
 
 
-def test_a_program_that_is_interrupted_while_it_is_imported_ends_with_one_line():
+def test_a_program_that_is_interrupted_while_it_is_imported_ends_with_one_line() -> None:
     command = [sys.executable, "-m", "jaxgrpo.train", "--config", "nowhere.py"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **HEED

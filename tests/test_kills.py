@@ -27,7 +27,7 @@ OPTIONS = (
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory):
     return make_model(tmp_path_factory.mktemp("model"))
 
 
@@ -100,7 +100,7 @@ def played(path: Path) -> list[tuple]:
 
 @pytest.mark.faults
 @pytest.mark.timeout(1800)
-def test_a_run_killed_twenty_times_is_the_one_that_was_not(model, tmp_path):
+def test_a_run_killed_twenty_times_is_the_one_that_was_not(model: Path, tmp_path: Path) -> None:
     config, rng = (
         write_config(tmp_path, model),
         random.Random(int(os.environ.get("JAXGRPO_KILL_SEED", "0"))),

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +30,12 @@ EVALUATED = ("evaluation.after=True", "evaluation.samples=4")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory):
     return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
-def run(model, tmp_path_factory):
+def run(model: Path, tmp_path_factory: pytest.TempPathFactory):
     """A run of six steps, exported both ways, and its last state."""
     folder = tmp_path_factory.mktemp("run")
     options = (*LORA, *EVALUATED, "recording.export_hf=True")
@@ -44,14 +46,16 @@ def run(model, tmp_path_factory):
     return folder / "run", state
 
 
-def test_the_sampler_serves_the_merged_policy(run):
+def test_the_sampler_serves_the_merged_policy(run: Any) -> None:
     lines = [line for line in metric_lines(run[0]) if "train/loss" in line]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert max(line["train/mismatch_max"] for line in lines) < 1e-5
     assert all(line["train/kl"] > 0 for line in lines[1:2])  # the reference is the base
 
 
-def test_evaluating_a_checkpoint_gives_what_the_run_itself_measured(run, model, tmp_path, capsys):
+def test_evaluating_a_checkpoint_gives_what_the_run_itself_measured(
+    run: Any, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [
         "--config",
         str(write_config(tmp_path, model)),
@@ -67,7 +71,7 @@ def test_evaluating_a_checkpoint_gives_what_the_run_itself_measured(run, model, 
     assert {key: line[key] for key in same} == {key: own[key] for key in same}
 
 
-def test_a_run_that_stopped_goes_on_as_if_it_had_not(run, model, tmp_path):
+def test_a_run_that_stopped_goes_on_as_if_it_had_not(run: Any, model: Path, tmp_path: Path) -> None:
     folder, state = run
     shutil.copytree(folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
@@ -79,7 +83,7 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(run, model, tmp_path):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
-def test_going_on_with_another_base_is_refused(run, model, tmp_path):
+def test_going_on_with_another_base_is_refused(run: Any, model: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     save_hf(
         jax.tree.map(np.asarray, init_params(ModelConfig.from_hf(CONFIG_JSON), jax.random.key(1))),
@@ -97,7 +101,7 @@ def test_going_on_with_another_base_is_refused(run, model, tmp_path):
         train(changed(tmp_path, model, *LORA, *EVALUATED, "lora.alpha=8"), run[0], resume=True)
 
 
-def test_the_adapter_folder_read_by_hand_gives_the_merged_folder(run, model):
+def test_the_adapter_folder_read_by_hand_gives_the_merged_folder(run: Any, model: Path) -> None:
     folder = run[0]
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert (
@@ -139,7 +143,7 @@ def test_the_adapter_folder_read_by_hand_gives_the_merged_folder(run, model):
 
 
 @pytest.mark.torch("peft")
-def test_peft_computes_the_same_with_the_adapter(run, model):
+def test_peft_computes_the_same_with_the_adapter(run: Any, model: Path) -> None:
     import peft
     import torch
     from transformers import AutoModelForCausalLM
@@ -177,7 +181,7 @@ def test_peft_computes_the_same_with_the_adapter(run, model):
 
 
 @pytest.mark.slow
-def test_it_learns_what_is_rewarded(model, tmp_path):
+def test_it_learns_what_is_rewarded(model: Path, tmp_path: Path) -> None:
     """Of a base whose frozen head and layers can tell tokens apart: the small weights of a random model cannot."""
     base = load_params(model)
     base["embed"]["embedding"] = base["embed"]["embedding"] * 10
@@ -198,7 +202,9 @@ def test_it_learns_what_is_rewarded(model, tmp_path):
     assert np.mean(rewards[-5:]) > 0.7
 
 
-def test_dry_run_says_how_much_is_trained(model, tmp_path, capsys):
+def test_dry_run_says_how_much_is_trained(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [
         "--config",
         str(write_config(tmp_path, model)),
@@ -210,9 +216,9 @@ def test_dry_run_says_how_much_is_trained(model, tmp_path, capsys):
     ]
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert "parameters              27,040 (2 layers of width 32)" in out
+    assert "parameters                27,040 (2 layers of width 32)" in out
     assert (
-        "trained parameters      448 (LoRA of rank 2 on q, v)" in out
+        "trained parameters        448 (LoRA of rank 2 on q, v)" in out
     )  # 2 layers x 2 x ((32 + 32) + (32 + 16))
 
 
@@ -232,7 +238,9 @@ def test_dry_run_says_how_much_is_trained(model, tmp_path, capsys):
         (("lora.ranks=4",), "Did you mean 'lora.rank'?"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(model, tmp_path, overrides, said):
+def test_settings_that_cannot_be_are_refused(
+    model: Path, tmp_path: Path, overrides: tuple[str, ...], said: str
+) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(write_config(tmp_path, model), overrides)
     assert said in str(error.value)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxgrpo.config.settings import RolloutSettings
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.episode import Limits
 from jaxgrpo.rollout.rollout import Rollout
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplingRequest
 from jaxgrpo.types import StopReason
@@ -59,7 +59,8 @@ class Bisecting:
 def test_the_example_environment_is_played_to_its_end(example):
     tokenizer = byte_tokenizer()
     suite = example.GuessTheNumber()
-    rollout = Rollout(Bisecting(tokenizer), suite, Chat(tokenizer), Limits(1024, 10, 1024, 4096))
+    settings = RolloutSettings(max_prompt_tokens=1024, max_completion_tokens=1024)
+    rollout = Rollout(Bisecting(tokenizer), suite, Chat(tokenizer), 4096, settings)
     result = asyncio.run(rollout.groups(suite.tasks("train"), group_size=1, seed=0, batch="b"))
     assert len(suite.tasks("train")) == 15
     assert len(suite.tasks("test")) == 5

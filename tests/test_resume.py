@@ -4,13 +4,16 @@ refused."""
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jaxgrpo.config.load import to_json
 from jaxgrpo.config.settings import ConfigError
-from jaxgrpo.train import check_resumable, main
+from jaxgrpo.run.folder import check_resumable
+from jaxgrpo.train import main
 from tests.training import make_model, metric_lines, small_config
 
 WANDERING = """from __future__ import annotations
@@ -38,12 +41,12 @@ def get_config():
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory):
     return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
-def call(capsys):
+def call(capsys: pytest.CaptureFixture[str]):
     def call(*arguments):
         status = main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
@@ -53,8 +56,11 @@ def call(capsys):
 
 
 def test_paths_from_the_current_folder_outlive_an_environment_that_goes_elsewhere(
-    model, tmp_path, monkeypatch, call
-):
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: Callable[..., tuple[int, str, str]],
+) -> None:
     """The run goes on under its own config.json, and when the config file has another name."""
     here = tmp_path / "here"
     here.mkdir()
@@ -78,8 +84,8 @@ def test_paths_from_the_current_folder_outlive_an_environment_that_goes_elsewher
     assert [line["step"] for line in metric_lines(run)] == [2, 4, 6]
     monkeypatch.chdir(here)
     status, _, err = call("--config", here / "renamed.py", *longer, "environment.size=3")
-    assert status == 2 and "- environment.size was 2 and is now 3\n- to go on with" in err
-    assert f"have these as they were, as --config {run}/config.json has them" in err
+    assert status == 2 and "- environment.size was 2 and is now 3\n- to resume" in err
+    assert f"restore these settings, or pass --config {run}/config.json (a" in err
 
     status, _, err = call("--config", run / "config.json", "--dry-run")
     assert status == 0  # its file, which had the new name when the run went on last, is there
@@ -102,13 +108,15 @@ def test_paths_from_the_current_folder_outlive_an_environment_that_goes_elsewher
     ],
     ids=lambda value: str(value)[:12],
 )
-def test_a_config_json_that_a_run_did_not_write_ends_with_one_line(tmp_path, text, said):
+def test_a_config_json_that_a_run_did_not_write_ends_with_one_line(
+    tmp_path: Path, text: Any, said: str
+) -> None:
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(ConfigError) as error:
         check_resumable(small_config("m"), tmp_path, 2)
     lines = str(error.value).splitlines()
     assert len(lines) == 1 and f"config.json is no longer what the run wrote ({said}" in lines[0]
-    assert lines[0].endswith("put it back, or give another --run-dir")
+    assert lines[0].endswith("restore it, or use another --run-dir")
 
 
 @pytest.mark.parametrize(
@@ -120,17 +128,17 @@ def test_a_config_json_that_a_run_did_not_write_ends_with_one_line(tmp_path, tex
         ({"environment": {"class": 3}}, "- environment.class was 3 and is now"),
     ],
 )
-def test_a_config_json_that_holds_something_else(tmp_path, change, said):
+def test_a_config_json_that_holds_something_else(tmp_path: Path, change: dict, said: str) -> None:
     tree = json.loads(to_json(small_config("m"))) | change
     (tmp_path / "config.json").write_text(json.dumps(tree))
     with pytest.raises(ConfigError, match=re.escape(said)):
         check_resumable(small_config("m"), tmp_path, 2)
 
 
-def test_a_config_json_that_is_lost_or_closed(tmp_path):
-    with pytest.raises(ConfigError, match=r"no config\.json that says what of: put it back"):
+def test_a_config_json_that_is_lost_or_closed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config\.json: restore it"):
         check_resumable(small_config("m"), tmp_path, 2)
     (tmp_path / "config.json").write_text(to_json(small_config("m")))
     check_resumable(small_config("m"), tmp_path, 6)
-    with pytest.raises(ConfigError, match=r"at step 8, .* \(6\): raise it to 8 or more"):
+    with pytest.raises(ConfigError, match=r"at step 8, .* \(6\): set training.steps to 8 or more"):
         check_resumable(small_config("m"), tmp_path, 8)

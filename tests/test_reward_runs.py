@@ -4,16 +4,18 @@ import asyncio
 import dataclasses
 import json
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from jaxgrpo.config.settings import RolloutSettings
 from jaxgrpo.environment import Observation
 from jaxgrpo.evaluate import main as evaluate_main
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.episode import Limits
-from jaxgrpo.rollout.rollout import Execution, Rollout, RolloutResult
+from jaxgrpo.rollout.rollout import Rollout, RolloutResult
 from jaxgrpo.run import records
 from jaxgrpo.train import main as train_main
 from jaxgrpo.types import Message, Score, StopReason, Task
@@ -49,24 +51,24 @@ def writes_into_the_prompt(trajectory, score):
     return 1.0
 
 
-def rollout(*functions, suite=None, **execution) -> RolloutResult:
+def rollout(*functions, suite=None, **options) -> RolloutResult:
     sampler = ScriptedSampler([Say("x"), Say("done")])
     rewards = RewardSettings(functions)
-    parts = (Chat(byte_tokenizer()), Limits(1000, 10, 100, 2000))
+    settings = RolloutSettings(max_prompt_tokens=100, max_completion_tokens=1000, **options)
     playing = Rollout(
-        sampler, suite or Suite(), *parts, execution=Execution(**execution), rewards=rewards
+        sampler, suite or Suite(), Chat(byte_tokenizer()), 2000, settings, rewards=rewards
     )
     return asyncio.run(playing.groups(TASKS, 2, 0, "step-1"))
 
 
-def test_functions_reward_after_the_environment():
+def test_functions_reward_after_the_environment() -> None:
     result = rollout(turns)
     assert [group.rewards_G.tolist() for group in result.groups] == [[1.5, 1.5], [1.5, 1.5]]
     score = result.groups[0].trajectories[0].score
     assert score.parts == {"calls": 1.0, "environment": 1.0, "turns": 0.5}
 
 
-def test_a_function_that_fails_costs_the_group_and_nothing_is_rewarded():
+def test_a_function_that_fails_costs_the_group_and_nothing_is_rewarded() -> None:
     result = rollout(fails_on_green, max_retries=2)
     assert [group.task.id for group in result.groups] == ["red"]
     (dropped,) = result.dropped
@@ -84,13 +86,13 @@ def test_a_function_that_fails_costs_the_group_and_nothing_is_rewarded():
         (writes_into_the_prompt, "read-only"),
     ],
 )
-def test_what_a_function_must_not_do(function, said):
+def test_what_a_function_must_not_do(function: Any, said: str) -> None:
     result = rollout(function, step_deadline_seconds=0.1, max_retries=0)
     assert result.groups == ()
     assert all(said in dropped.error for dropped in result.dropped)
 
 
-def test_a_function_that_fails_once_is_made_good():
+def test_a_function_that_fails_once_is_made_good() -> None:
     """The second try's environment makes another call, which the function waits for."""
 
     class Patient(EchoEnvironment):
@@ -116,7 +118,7 @@ def refuses_the_first(trajectory, score):
 
 
 @pytest.mark.parametrize("parts", [(None,), ({}, {"a": 1}), ({1: 1.0},)])
-def test_an_environments_score_of_wrong_types_is_an_error(parts):
+def test_an_environments_score_of_wrong_types_is_an_error(parts: tuple) -> None:
     class Odd(EchoEnvironment):
         def score(self) -> Score:
             return Score(1.0, True, *parts)
@@ -126,7 +128,7 @@ def test_an_environments_score_of_wrong_types_is_an_error(parts):
     assert "a score's" in result.dropped[0].error
 
 
-def test_examples_in_the_opening_are_not_the_policys():
+def test_examples_in_the_opening_are_not_the_policys() -> None:
     class WithExample(EchoEnvironment):
         def observe(self) -> Observation:
             opening = (Message("user", "e"), Message("assistant", "EXAMPLE"), Message("user", "q"))
@@ -163,12 +165,12 @@ def get_config():
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory):
     return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
-def write(model, tmp_path):
+def write(model: Path, tmp_path: Path):
     def write(functions: str, steps: int = 3):
         path = tmp_path / "mine.py"
         path.write_text(CONFIG.format(model=str(model), functions=functions, steps=steps))
@@ -177,7 +179,9 @@ def write(model, tmp_path):
     return write
 
 
-def test_three_steps_with_a_function_of_ones_own(write, tmp_path, capsys):
+def test_three_steps_with_a_function_of_ones_own(
+    write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
     assert train_main(["--config", write("early,"), "--run-dir", str(folder)]) == 0
     batches = [line for line in metric_lines(folder) if "train/loss" in line]
@@ -202,7 +206,7 @@ def test_three_steps_with_a_function_of_ones_own(write, tmp_path, capsys):
     assert saved["weights"] == [["environment", 2.0]]
 
     assert train_main(["--config", write("early,"), "--dry-run"]) == 0
-    assert "reward                  2 x environment + 1 x early\n" in capsys.readouterr().out
+    assert "reward                    2 x environment + 1 x early\n" in capsys.readouterr().out
 
     resumed = ["--config", write("early,", steps=4), "--run-dir", str(folder), "--resume"]
     assert train_main([*resumed, "--set", "rewards.weights={'early': 3}"]) == 2
@@ -225,7 +229,9 @@ def is_odd(text: str) -> bool:
     return not (text.isascii() and text.isalpha())
 
 
-def test_three_steps_with_the_judge(write, tmp_path, monkeypatch, capsys):
+def test_three_steps_with_the_judge(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
     def script(handler, body):
@@ -255,8 +261,8 @@ def test_three_steps_with_the_judge(write, tmp_path, monkeypatch, capsys):
 
 
 def test_a_judge_that_always_fails_ends_the_run_without_a_reward(
-    write, tmp_path, monkeypatch, capsys
-):
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     folder = tmp_path / "run"
     with serving(status(401, f"wrong key {KEY}")) as service:
@@ -274,8 +280,12 @@ def test_a_judge_that_always_fails_ends_the_run_without_a_reward(
     "command", [(train_main, ()), (train_main, ("--dry-run",)), (evaluate_main, ())]
 )
 def test_a_judge_that_cannot_be_asked_is_refused_before_anything_is_loaded(
-    command, write, tmp_path, monkeypatch, capsys
-):
+    command: Any,
+    write: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     main, flags = command
     config = write("GibberishJudge(model='a-judge'),")

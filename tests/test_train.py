@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from envs.procedural import Warehouse
 from jaxgrpo import train as train_module
 from jaxgrpo.config.settings import BatchingSettings, ConfigError
 from jaxgrpo.learner.sharding import logical_leaf, logical_on_host
+from jaxgrpo.learner.train_state import TrainState
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.rollout.episode import SamplingParams
 from jaxgrpo.rollout.prefetch import StalenessError, task_batch
@@ -36,7 +38,7 @@ NOISE = (
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory):
     return make_model(tmp_path_factory.mktemp("model"))
 
 
@@ -53,7 +55,7 @@ def weights(state) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def straight(model, tmp_path_factory):
+def straight(model: Path, tmp_path_factory: pytest.TempPathFactory):
     """A run of six steps with everything recorded."""
     folder = tmp_path_factory.mktemp("straight")
     options = (
@@ -73,7 +75,9 @@ def straight(model, tmp_path_factory):
 
 
 class TestRecords:
-    def test_lines_of_batches_and_of_evaluations_in_their_order(self, straight):
+    def test_lines_of_batches_and_of_evaluations_in_their_order(
+        self, straight: tuple[Path, TrainState]
+    ) -> None:
         lines = metric_lines(straight[0])
         kinds = [(line["step"], line.get("eval/split", "batch")) for line in lines]
         evaluations = [(step, split) for step in (0, 4, 6) for split in ("test", "train")]
@@ -86,7 +90,9 @@ class TestRecords:
             *evaluations[4:],
         ]
 
-    def test_values_are_sane_and_the_first_step_is_on_policy(self, straight):
+    def test_values_are_sane_and_the_first_step_is_on_policy(
+        self, straight: tuple[Path, TrainState]
+    ) -> None:
         first = next(line for line in metric_lines(straight[0]) if "train/loss" in line)
         assert first["train/groups"] == 2 and first["train/skipped_batches"] == 0
         assert (
@@ -100,13 +106,17 @@ class TestRecords:
         assert first["train/grad_norm"] > 0
         assert first["stop/finished"] == 1
 
-    def test_evaluation_lines_hold_the_interval_labels_and_pass_at_k(self, straight):
+    def test_evaluation_lines_hold_the_interval_labels_and_pass_at_k(
+        self, straight: tuple[Path, TrainState]
+    ) -> None:
         line = metric_lines(straight[0])[0]
         assert line["eval/pass_rate_low"] <= line["eval/pass_rate"] <= line["eval/pass_rate_high"]
         assert {"eval/pass_at_2", "eval/pass_rate/even", "eval/pass_rate/odd"} <= set(line)
         assert (line["eval/tasks"], line["eval/samples"]) == (4, 2)
 
-    def test_every_episode_is_on_file_as_it_was_trained(self, straight):
+    def test_every_episode_is_on_file_as_it_was_trained(
+        self, straight: tuple[Path, TrainState]
+    ) -> None:
         names = sorted(path.name for path in (straight[0] / "trajectories").iterdir())
         assert [name for name in names if name.startswith("train")] == [
             f"train-{step:06d}.jsonl.gz" for step in (2, 4, 6)
@@ -125,7 +135,9 @@ class TestRecords:
             [r.trajectory.score.reward for r in read.records]
         )
 
-    def test_the_exported_folder_is_the_final_state(self, straight, model):
+    def test_the_exported_folder_is_the_final_state(
+        self, straight: tuple[Path, TrainState], model: Path
+    ) -> None:
         folder, state = straight
         from transformers import AutoConfig, AutoTokenizer
 
@@ -142,7 +154,9 @@ class TestRecords:
                 ours.astype(theirs.dtype).view(np.uint16), theirs.view(np.uint16)
             )
 
-    def test_tensorboard_config_and_checkpoints_are_there(self, straight):
+    def test_tensorboard_config_and_checkpoints_are_there(
+        self, straight: tuple[Path, TrainState]
+    ) -> None:
         folder = straight[0]
         assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
         assert json.loads((folder / "config.json").read_text())["training"]["steps"] == 6
@@ -150,12 +164,16 @@ class TestRecords:
             path.name for path in (folder / "checkpoints").iterdir() if path.name.isdecimal()
         ) == ["4", "6"]
 
-    def test_a_second_run_in_the_folder_is_refused(self, straight, model, tmp_path):
-        with pytest.raises(ConfigError, match="holds a run already: pass --resume"):
+    def test_a_second_run_in_the_folder_is_refused(
+        self, straight: tuple[Path, TrainState], model: Path, tmp_path: Path
+    ) -> None:
+        with pytest.raises(ConfigError, match="already holds a run: pass --resume"):
             train(changed(tmp_path, model), straight[0])
 
 
-def test_the_trained_ids_are_the_sampled_ids(model, tmp_path, monkeypatch):
+def test_the_trained_ids_are_the_sampled_ids(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     packed, pack = [], train_module.pack
     monkeypatch.setattr(
         train_module, "pack", lambda *args: packed.append(pack(*args)) or packed[-1]
@@ -180,7 +198,7 @@ def test_the_trained_ids_are_the_sampled_ids(model, tmp_path, monkeypatch):
     assert trained == sampled
 
 
-def test_it_learns_what_is_rewarded(model, tmp_path):
+def test_it_learns_what_is_rewarded(model: Path, tmp_path: Path) -> None:
     """Letters are a fifth of the tokens at first; fifteen batches later they are most of what is said."""
     options = (
         "training.steps=30",
@@ -196,7 +214,7 @@ def test_it_learns_what_is_rewarded(model, tmp_path):
     assert np.mean(rewards[-3:]) > 0.8
 
 
-def test_multi_turn_episodes_of_the_warehouse(model, tmp_path):
+def test_multi_turn_episodes_of_the_warehouse(model: Path, tmp_path: Path) -> None:
     """The untrained model only talks nonsense, but does so over turns, in real prompts."""
     config = dataclasses.replace(
         changed(
@@ -219,7 +237,9 @@ def test_multi_turn_episodes_of_the_warehouse(model, tmp_path):
 
 
 class TestResume:
-    def test_as_if_it_had_never_stopped(self, straight, model, tmp_path):
+    def test_as_if_it_had_never_stopped(
+        self, straight: tuple[Path, TrainState], model: Path, tmp_path: Path
+    ) -> None:
         same = (
             "evaluation.before=True",
             "evaluation.samples=2",
@@ -246,8 +266,8 @@ class TestResume:
         assert again.step == 6 and (tmp_path / "run" / "hf" / "config.json").is_file()
 
     def test_a_run_killed_away_from_its_reference_goes_on_to_the_last_bit(
-        self, model, tmp_path, monkeypatch
-    ):
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """At the checkpoint the policy is not the reference, which stays the first policy: taking one for the other changes the KL."""
         options = (
             "training.reference_every=None",
@@ -258,7 +278,7 @@ class TestResume:
         whole = train(changed(tmp_path, model, *options), tmp_path / "whole")
 
         def stop(self):
-            if self.state.step == 4:
+            if self.learner.state.step == 4:
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(
@@ -280,7 +300,7 @@ class TestResume:
         for ours, theirs in zip(jax.tree.leaves(reference), jax.tree.leaves(initial), strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
-    def test_lines_after_the_checkpoint_are_written_anew(self, model, tmp_path):
+    def test_lines_after_the_checkpoint_are_written_anew(self, model: Path, tmp_path: Path) -> None:
         config = changed(tmp_path, model, "recording.checkpoint_every=2")
         train(
             changed(tmp_path, model, "recording.checkpoint_every=2", "training.steps=4"),
@@ -296,8 +316,8 @@ class TestResume:
         assert "train/kl" in lines[-1]
 
     def test_a_changed_meaning_is_refused_and_a_harmless_change_is_not(
-        self, straight, model, tmp_path
-    ):
+        self, straight: tuple[Path, TrainState], model: Path, tmp_path: Path
+    ) -> None:
         with pytest.raises(ConfigError) as error:
             train(
                 changed(tmp_path, model, "rollout.group_size=8", "seed=3"), straight[0], resume=True
@@ -308,7 +328,9 @@ class TestResume:
         with pytest.raises(ConfigError, match="is at step 6, beyond training"):
             train(changed(tmp_path, model, "training.steps=4"), straight[0], resume=True)
 
-    def test_a_run_that_saved_nothing_begins_again(self, straight, model, tmp_path):
+    def test_a_run_that_saved_nothing_begins_again(
+        self, straight: tuple[Path, TrainState], model: Path, tmp_path: Path
+    ) -> None:
         """What it left is gone, and the run is the one it would have been."""
         run = tmp_path / "run"
         (run / "trajectories").mkdir(parents=True)
@@ -338,8 +360,8 @@ class TestOverlap:
     AHEAD = ("training.max_staleness=1", "loss.tis_cap=2.0")
 
     def test_without_staleness_it_is_the_plain_loop_to_the_last_bit(
-        self, straight, model, tmp_path
-    ):
+        self, straight: tuple[Path, TrainState], model: Path, tmp_path: Path
+    ) -> None:
         """Play, pack, learn, publish, one after the other, as they are."""
         config = changed(tmp_path, model)
         with ExitStack() as stack:
@@ -350,9 +372,9 @@ class TestOverlap:
                 )
                 tasks = task_batch(training.tasks, 2, 0, batch)
                 result = training.loop.call(rollout.groups(tasks, 4, 0, f"batch-{batch}"))
-                training.learn(training.pack(result))
+                training.learner.learn(training.pack(result))
                 training.publish()
-        for ours, theirs in zip(weights(training.state), weights(straight[1]), strict=True):
+        for ours, theirs in zip(weights(training.learner.state), weights(straight[1]), strict=True):
             np.testing.assert_array_equal(ours, theirs)
         assert all(
             line["train/staleness_max"] == 0
@@ -361,8 +383,8 @@ class TestOverlap:
         )
 
     def test_batches_are_the_same_tasks_sampled_earlier_and_within_the_bound(
-        self, straight, model, tmp_path
-    ):
+        self, straight: tuple[Path, TrainState], model: Path, tmp_path: Path
+    ) -> None:
         evaluated = ("evaluation.every=4", "evaluation.samples=2")
         state = train(changed(tmp_path, model, *self.AHEAD, *evaluated), tmp_path / "run")
         for step in (2, 4, 6):
@@ -395,15 +417,21 @@ class TestOverlap:
             for ours, theirs in zip(weights(state), weights(straight[1]), strict=True)
         )
 
-    def test_two_devices_train_while_one_of_them_samples(self, model, tmp_path):
+    def test_two_devices_train_while_one_of_them_samples(self, model: Path, tmp_path: Path) -> None:
         state = train(changed(tmp_path, model, *self.AHEAD, "training.devices=2"), tmp_path / "run")
         assert state.step == 6 and all(np.isfinite(leaf).all() for leaf in weights(state))
 
-    def test_a_run_cut_off_plays_what_was_ahead_again(self, straight, model, tmp_path, monkeypatch):
+    def test_a_run_cut_off_plays_what_was_ahead_again(
+        self,
+        straight: tuple[Path, TrainState],
+        model: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
         """Whatever was in flight when it ended, each batch is trained once, in its order."""
 
         def stop(self):
-            if self.state.step == 4:
+            if self.learner.state.step == 4:
                 raise KeyboardInterrupt
 
         options = (*self.AHEAD, "recording.checkpoint_every=2")
@@ -421,7 +449,9 @@ class TestOverlap:
         assert [line["step"] for line in metric_lines(tmp_path / "run")] == [2, 4, 6]
 
     @pytest.mark.faults
-    def test_a_run_killed_in_the_middle_of_rollouts_and_training(self, model, tmp_path):
+    def test_a_run_killed_in_the_middle_of_rollouts_and_training(
+        self, model: Path, tmp_path: Path
+    ) -> None:
         options = [
             part
             for option in (*self.AHEAD, "recording.checkpoint_every=2", "training.steps=24")
@@ -450,8 +480,8 @@ class TestOverlap:
         assert [line["step"] for line in metric_lines(tmp_path / "run")] == list(range(2, 26, 2))
 
     def test_a_lost_batch_is_skipped_and_those_after_it_are_not_older_than_allowed(
-        self, model, tmp_path
-    ):
+        self, model: Path, tmp_path: Path
+    ) -> None:
         order = [
             [t.payload[1] for t in batch]
             for batch in (task_batch(tasks_of(model), 2, 0, i) for i in range(3))
@@ -468,8 +498,8 @@ class TestOverlap:
         assert task_numbers(tmp_path / "run", 4) == order[2]
 
     def test_a_sampler_that_does_not_take_up_what_is_published_ends_the_run(
-        self, model, tmp_path, monkeypatch
-    ):
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         sampler = VersionedSampler(0, forgets=True)
         monkeypatch.setattr(train_module, "open_sampler", lambda *args: sampler)
         for staleness, steps in (("0", 2), ("2", 6)):
@@ -490,8 +520,8 @@ class TestOverlap:
             assert metric_lines(folder)[-1]["step"] == steps
 
     def test_a_sampler_that_fails_ahead_ends_the_run_with_its_error(
-        self, model, tmp_path, monkeypatch
-    ):
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         sampler = VersionedSampler(0)
         generate = sampler.generate
 
@@ -510,7 +540,9 @@ class TestOverlap:
 
 
 class TestFailingEnvironments:
-    def test_a_batch_without_groups_is_skipped_and_counted(self, model, tmp_path):
+    def test_a_batch_without_groups_is_skipped_and_counted(
+        self, model: Path, tmp_path: Path
+    ) -> None:
         order = [
             [t.payload[1] for t in batch]
             for batch in (task_batch(tasks_of(model), 2, 0, i) for i in range(3))
@@ -537,7 +569,9 @@ class TestFailingEnvironments:
         ).records
         assert {record.trajectory.task_id for record in played} == {f"train_{i}" for i in order[2]}
 
-    def test_too_many_in_a_row_end_the_run_with_the_last_error(self, model, tmp_path, capsys):
+    def test_too_many_in_a_row_end_the_run_with_the_last_error(
+        self, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         config = write_config(tmp_path, model)
         options = [
             "--set",
@@ -555,7 +589,7 @@ class TestFailingEnvironments:
         )
         assert "no evaluation: every group of the test split was dropped" in captured.out
 
-    def test_retries_are_as_many_as_the_config_says(self, model, tmp_path):
+    def test_retries_are_as_many_as_the_config_says(self, model: Path, tmp_path: Path) -> None:
         failures = []
         for retries in (0, 2):
             folder = tmp_path / str(retries)

@@ -8,6 +8,7 @@ import signal
 import threading
 from contextlib import ExitStack
 from fnmatch import fnmatch
+from pathlib import Path
 
 import huggingface_hub
 import jax
@@ -18,11 +19,10 @@ from jaxgrpo.config.settings import ConfigError, LoraSettings, NativeSamplerSett
 from jaxgrpo.learner.update import ComputeOptions
 from jaxgrpo.models.attention import XLA
 from jaxgrpo.rollout.background import EventLoopThread
-from jaxgrpo.rollout.episode import Limits, SamplingParams
+from jaxgrpo.rollout.episode import SamplingParams
 from jaxgrpo.rollout.prefetch import task_batch
-from jaxgrpo.rollout.rollout import Execution
 from jaxgrpo.run import records, samplers, setup
-from jaxgrpo.run.learner import crossed_interval
+from jaxgrpo.run.learner import Learner, crossed_interval
 from jaxgrpo.run.weights import WholeWeights
 from jaxgrpo.train import main, train
 from jaxgrpo.types import Task
@@ -30,7 +30,7 @@ from tests.training import changed, make_model, metric_lines, small_config, writ
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory):
     return make_model(tmp_path_factory.mktemp("model"))
 
 
@@ -42,8 +42,8 @@ class TestOptions:
         return metric_lines(folder / "run"), state
 
     def test_temperature_zero_in_evaluation_is_greedy_and_seeds_matter_in_training(
-        self, model, tmp_path
-    ):
+        self, model: Path, tmp_path: Path
+    ) -> None:
         greedy = (
             "evaluation.before=True",
             "evaluation.temperature=0",
@@ -67,12 +67,14 @@ class TestOptions:
                 == 1
             )
 
-    def test_a_low_temperature_narrows_what_is_sampled_and_trained(self, model, tmp_path):
+    def test_a_low_temperature_narrows_what_is_sampled_and_trained(
+        self, model: Path, tmp_path: Path
+    ) -> None:
         lines, _ = self.run(tmp_path, model, "rollout.temperature=0.25")
         assert lines[0]["train/entropy"] < 5.45  # 5.55 at temperature 1
         assert lines[0]["train/mismatch_max"] < 1e-5
 
-    def test_recording_options(self, model, tmp_path):
+    def test_recording_options(self, model: Path, tmp_path: Path) -> None:
         self.run(tmp_path, model, "recording.trajectories=False")
         assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
             ".lock",
@@ -81,7 +83,7 @@ class TestOptions:
             "metrics.jsonl",
         ]
 
-    def test_so_many_checkpoints_stay(self, model, tmp_path):
+    def test_so_many_checkpoints_stay(self, model: Path, tmp_path: Path) -> None:
         train(
             changed(tmp_path, model, "recording.checkpoint_every=2", "recording.keep=1"),
             tmp_path / "run",
@@ -92,7 +94,7 @@ class TestOptions:
             if path.name.isdecimal()
         ] == ["6"]
 
-    def test_limits_and_patience_reach_the_rollout(self, model, tmp_path):
+    def test_limits_and_patience_reach_the_rollout(self, model: Path, tmp_path: Path) -> None:
         options = {
             "max_prompt_tokens": 90, "max_completion_tokens": 7, "max_turns": 3, "max_in_flight": 5, "environment_threads": 2,
             "step_deadline_seconds": 1.5, "max_retries": 4,
@@ -103,15 +105,13 @@ class TestOptions:
         rollout = setup.build_rollout(
             config, setup.open_model_assets(config), None, SamplingParams(0.5, 0.9)
         )
-        assert rollout.limits == Limits(
-            max_completion_tokens=7, max_turns=3, max_prompt_tokens=90, context_length=1024
-        )
-        assert rollout.execution == Execution(
-            episodes_in_flight=5, environment_threads=2, step_deadline_seconds=1.5, max_retries=4
-        )
+        assert {key: getattr(rollout.settings, key) for key in options} == options
+        assert rollout.context_length == 1024
         assert (rollout.sampling, rollout.suite) == (SamplingParams(0.5, 0.9), config.environment)
 
-    def test_sizes_reach_the_sampler_and_the_update(self, model, tmp_path, monkeypatch):
+    def test_sizes_reach_the_sampler_and_the_update(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         given = {}
         monkeypatch.setattr(
             samplers,
@@ -139,7 +139,7 @@ class TestOptions:
         policy = setup.open_model_assets(config)
         with EventLoopThread() as loop:
             samplers.open_sampler(
-                config, policy, WholeWeights({}, policy.config), 3, loop, tmp_path, ExitStack()
+                config, policy, WholeWeights({}, policy.config, 3), loop, tmp_path, ExitStack()
             )
         setup.build_update(config, policy.config)
         sampler = {
@@ -159,7 +159,9 @@ class TestOptions:
         assert given["update"] == {"lora": LoraSettings(2)}
         assert (given["compute"], given["devices"]) == (ComputeOptions(**update), 2)
 
-    def test_the_reference_follows_the_policy_every_so_many_steps(self, model, tmp_path):
+    def test_the_reference_follows_the_policy_every_so_many_steps(
+        self, model: Path, tmp_path: Path
+    ) -> None:
         kls = {}
         for every in ("2", "None"):
             train(
@@ -169,13 +171,15 @@ class TestOptions:
             kls[every] = metric_lines(tmp_path / every)[1]["train/kl"]
         assert kls["2"] == 0 and kls["None"] > 0
 
-    def test_iterations_take_that_many_steps_on_a_batch(self, model, tmp_path):
+    def test_iterations_take_that_many_steps_on_a_batch(self, model: Path, tmp_path: Path) -> None:
         train(changed(tmp_path, model, "training.iterations=3"), tmp_path / "run")
         lines = metric_lines(tmp_path / "run")
         assert [line["step"] for line in lines] == [3, 6]
 
     @pytest.mark.slow
-    def test_devices_and_groups_per_device_leave_the_result_as_it_is(self, model, tmp_path):
+    def test_devices_and_groups_per_device_leave_the_result_as_it_is(
+        self, model: Path, tmp_path: Path
+    ) -> None:
         losses = []
         for options in (
             ("training.devices=1",),
@@ -190,7 +194,7 @@ class TestOptions:
         assert jax.tree.leaves(losses[1][1].params)[0].sharding.num_devices == 2
 
 
-def test_every_epoch_is_a_fresh_shuffle_into_whole_batches():
+def test_every_epoch_is_a_fresh_shuffle_into_whole_batches() -> None:
     tasks = [Task(str(i)) for i in range(7)]
     epochs = [
         [t.id for i in (2 * e, 2 * e + 1) for t in task_batch(tasks, 3, 5, i)] for e in (0, 1)
@@ -209,7 +213,7 @@ def test_tasks_in_the_given_order_are_the_same_in_every_epoch() -> None:
     assert batches == [["0", "1", "2"], ["3", "4", "5"], ["0", "1", "2"]]
 
 
-def test_passed_a_multiple():
+def test_passed_a_multiple() -> None:
     assert [crossed_interval(4, step, 3) for step in (3, 6, 9, 12, 15)] == [
         False,
         True,
@@ -226,7 +230,9 @@ class TestCommandLine:
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
-    def test_dry_run_needs_no_weights(self, model, tmp_path, capsys):
+    def test_dry_run_needs_no_weights(
+        self, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         bare = tmp_path / "bare"
         shutil.copytree(model, bare, ignore=shutil.ignore_patterns("*.safetensors"))
         status, out, err = self.call(
@@ -241,11 +247,11 @@ class TestCommandLine:
         assert not (tmp_path / "run").exists()
         for line in (
             '"group_size": 4',
-            "rollouts a batch        2 tasks x 4 samples = 8",
-            "micro-batches a step    2 of 1 groups",
-            "an epoch                6 tasks = 3 batches = 6 steps",
-            "the run                 6 steps = 3 batches = 1.0 epochs",
-            "parameters              27,040 (2 layers of width 32)",
+            "rollouts per batch        2 tasks x 4 samples = 8",
+            "micro-batches per step    2 of 1 groups",
+            "an epoch                  6 tasks = 3 batches = 6 steps",
+            "the run                   6 steps = 3 batches = 1.0 epochs",
+            "parameters                27,040 (2 layers of width 32)",
         ):
             assert line in out
         status, _, err = self.call(
@@ -253,7 +259,9 @@ class TestCommandLine:
         )
         assert status == 2 and "the weights in" in err
 
-    def test_a_dry_run_needs_no_devices_and_a_run_does(self, model, tmp_path, capsys):
+    def test_a_dry_run_needs_no_devices_and_a_run_does(
+        self, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         arguments = ["--config", write_config(tmp_path, model), "--run-dir", tmp_path / "run"]
         for setting in (
             "training.devices=64",
@@ -262,14 +270,18 @@ class TestCommandLine:
         ):
             arguments += ["--set", setting]
         status, out, _ = self.call(capsys, *arguments, "--dry-run")
-        assert status == 0 and "devices                 64: this machine has 4 of kind cpu" in out
-        assert "micro-batches a step    1 of 64 groups" in out
+        assert status == 0 and "devices                   64: this machine has 4 of kind cpu" in out
+        assert "micro-batches per step    1 of 64 groups" in out
         status, _, err = self.call(capsys, *arguments)
         assert status == 2 and "training.devices is 64, but jax sees 4 device(s)" in err
 
     def test_a_dry_run_fetches_a_models_small_files_only(
-        self, model, tmp_path, capsys, monkeypatch
-    ):
+        self,
+        model: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
         fetched = []
 
         def snapshot_download(name, revision, allow_patterns):
@@ -315,7 +327,14 @@ class TestCommandLine:
             (("trainingsteps=3",), "Did you mean 'training.steps'?"),
         ],
     )
-    def test_user_errors_end_with_two_and_one_message(self, model, tmp_path, capsys, options, said):
+    def test_user_errors_end_with_two_and_one_message(
+        self,
+        model: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        options: tuple[str, ...],
+        said: str,
+    ) -> None:
         config = write_config(tmp_path, model)
         sets = [part for option in options for part in ("--set", option)]
         for more in ((), ("--dry-run",)):
@@ -336,7 +355,15 @@ class TestCommandLine:
             ("chat_template.jinja", "{% for x in %}", "the chat template cannot render messages"),
         ],
     )
-    def test_a_damaged_model_folder_is_refused(self, model, tmp_path, capsys, file, text, said):
+    def test_a_damaged_model_folder_is_refused(
+        self,
+        model: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        file: str,
+        text: str,
+        said: str,
+    ) -> None:
         damaged = tmp_path / "damaged"
         shutil.copytree(model, damaged)
         (damaged / file).write_text(text)
@@ -359,8 +386,13 @@ class TestCommandLine:
         ],
     )
     def test_an_environment_whose_tasks_are_none_is_refused(
-        self, model, tmp_path, capsys, method, said
-    ):
+        self,
+        model: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        method: str,
+        said: str,
+    ) -> None:
         config = write_config(tmp_path, model)
         imports = "import dataclasses\nfrom jaxgrpo.types import Task\nfrom tests.training import Letters, small_config\n"
         suite = f"@dataclasses.dataclass(frozen=True)\nclass Mine(Letters):\n    def {method}\n\n\n"
@@ -374,7 +406,9 @@ class TestCommandLine:
         )
 
     @pytest.mark.parametrize("more", [(), ("--dry-run",)])
-    def test_an_environment_that_observes_nonsense_is_refused(self, model, tmp_path, capsys, more):
+    def test_an_environment_that_observes_nonsense_is_refused(
+        self, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...]
+    ) -> None:
         config = write_config(tmp_path, model)
         config.write_text(
             "import dataclasses\nfrom tests.training import Letters, LettersEnvironment, small_config\n"
@@ -389,7 +423,9 @@ class TestCommandLine:
             f"error: observe() of task 'train_0' returned str, not Observation {place}; of 6 tasks none opens\n",
         )
 
-    def test_a_run_folder_that_cannot_be_written_to_is_refused(self, model, tmp_path, capsys):
+    def test_a_run_folder_that_cannot_be_written_to_is_refused(
+        self, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         (tmp_path / "file").write_text("")
         for folder in (tmp_path / "file", tmp_path / "file" / "run"):
             status, _, err = self.call(
@@ -402,8 +438,8 @@ class TestCommandLine:
             )
 
     def test_a_run_that_ended_before_its_first_checkpoint_is_not_written_over_unasked(
-        self, model, tmp_path, capsys
-    ):
+        self, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "eval/split": "test"}\n')
         status, _, err = self.call(
@@ -411,18 +447,20 @@ class TestCommandLine:
         )
         assert (
             status == 2
-            and "ended before its first checkpoint: pass --resume to begin it again" in err
+            and "ended before its first checkpoint: pass --resume to start it again" in err
         )
 
     @pytest.mark.parametrize(
         ("file", "said"),
         [
             ("config.json", "config.json is no longer what the run wrote"),
-            ("checkpoints/2/policy/embed.embedding/zarr.json", "cannot go on with"),
-            ("checkpoints/2/policy/embed.embedding/c/0", "cannot go on with"),
+            ("checkpoints/2/policy/embed.embedding/zarr.json", "cannot resume"),
+            ("checkpoints/2/policy/embed.embedding/c/0", "cannot resume"),
         ],
     )
-    def test_a_run_that_was_damaged_is_not_gone_on_with(self, model, tmp_path, capsys, file, said):
+    def test_a_run_that_was_damaged_is_not_gone_on_with(
+        self, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, said: str
+    ) -> None:
         arguments = (
             "--config",
             write_config(tmp_path, model),
@@ -443,8 +481,15 @@ class TestCommandLine:
         ],
     )
     def test_a_disk_that_takes_no_more_ends_the_run_and_what_was_saved_stays(
-        self, model, tmp_path, capsys, monkeypatch, before, at, said
-    ):
+        self,
+        model: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        before: str,
+        at: int,
+        said: str,
+    ) -> None:
         """A limit on the size of files stands for a full disk: first the metrics, then the checkpoint do not fit."""
         limits, method = (
             resource.getrlimit(resource.RLIMIT_FSIZE),
@@ -452,7 +497,7 @@ class TestCommandLine:
         )
 
         def fill(self, *arguments):
-            if self.state.step == at:
+            if self.learner.state.step == at:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
             return method(self, *arguments)
 
@@ -469,20 +514,24 @@ class TestCommandLine:
             status, _, err = self.call(capsys, *arguments)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert status == 1 and said in err and "--resume goes on from step 2" in err
+        assert status == 1 and said in err and "--resume continues from step 2" in err
         monkeypatch.undo()
         assert self.call(capsys, *arguments, "--resume")[0] == 0
         assert [line["step"] for line in metric_lines(tmp_path / "run")] == [2, 4, 6]
 
     def test_memory_that_runs_out_is_told_with_what_needs_less(
-        self, model, tmp_path, capsys, monkeypatch
-    ):
+        self,
+        model: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
         def grow(self, batches):
             raise jax.errors.JaxRuntimeError(
                 "RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.\nBufferAssignment: ..."
             )
 
-        monkeypatch.setattr(train_module.Training, "learn", grow)
+        monkeypatch.setattr(Learner, "learn", grow)
         status, _, err = self.call(
             capsys, "--config", write_config(tmp_path, model), "--run-dir", tmp_path / "run"
         )
@@ -493,9 +542,15 @@ class TestCommandLine:
         )
         assert "tools.plan_memory" in err and "BufferAssignment" not in err
 
-    def test_sigterm_ends_the_run_and_says_how_to_go_on(self, model, tmp_path, capsys, monkeypatch):
+    def test_sigterm_ends_the_run_and_says_how_to_go_on(
+        self,
+        model: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
         def stop(self):
-            if self.state.step == 4:
+            if self.learner.state.step == 4:
                 signal.raise_signal(signal.SIGTERM)
 
         monkeypatch.setattr(train_module.Training, "evaluate_if_due", stop)
@@ -510,7 +565,7 @@ class TestCommandLine:
         before, threads = signal.getsignal(signal.SIGTERM), threading.active_count()
         status, _, err = self.call(capsys, *arguments)
         assert status == 130
-        assert "interrupted: --resume goes on from step 2" in err
+        assert "interrupted: --resume continues from step 2" in err
         assert signal.getsignal(signal.SIGTERM) is before
         assert threading.active_count() <= threads + 2
         monkeypatch.undo()
@@ -519,7 +574,9 @@ class TestCommandLine:
         assert [line["step"] for line in metric_lines(tmp_path / "run")] == [2, 4, 6]
 
 
-def test_compiled_programs_are_kept_in_the_projects_cache_when_so_set(model, tmp_path, monkeypatch):
+def test_compiled_programs_are_kept_in_the_projects_cache_when_so_set(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = {}
     monkeypatch.setattr(setup.jax.config, "update", given.__setitem__)
     monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path))
@@ -534,8 +591,8 @@ def test_compiled_programs_are_kept_in_the_projects_cache_when_so_set(model, tmp
 
 
 def test_cudnn_on_a_cpu_is_refused_and_a_dry_run_says_what_computes_attention(
-    model, tmp_path, capsys
-):
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--config", str(write_config(tmp_path, model)), "--dry-run", "--set"]
     assert main([*arguments, "training.attention=cudnn"]) == 2
     assert (
@@ -544,6 +601,6 @@ def test_cudnn_on_a_cpu_is_refused_and_a_dry_run_says_what_computes_attention(
     )
     assert main([*arguments, "training.attention=auto"]) == 0
     assert (
-        "attention               plain XLA and not cuDNN: it needs an NVIDIA GPU"
+        "attention                 plain XLA and not cuDNN: it needs an NVIDIA GPU"
         in capsys.readouterr().out
     )

@@ -7,6 +7,8 @@ import sys
 import threading
 import warnings
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,7 +118,7 @@ class Faulty(Letters):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory):
     return make_model(tmp_path_factory.mktemp("model"))
 
 
@@ -129,7 +131,9 @@ def _as_it_was():
 
 
 @pytest.mark.usefixtures("_as_it_was")
-def test_a_run_outlives_them_all_and_can_be_resumed(model, tmp_path, capsys):
+def test_a_run_outlives_them_all_and_can_be_resumed(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     count, sound = len(KINDS), {kind for kinds in SOUND.values() for kind in kinds}
     options = (
         f"rollout.tasks_per_step={count}",
@@ -185,8 +189,8 @@ def slow_config(model):
 
 @pytest.mark.parametrize("main", [train_module.main, evaluate.main], ids=["train", "evaluate"])
 def test_an_environment_that_hangs_in_too_many_threads_ends_the_program_with_advice(
-    model, tmp_path, capsys, main
-):
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], main: Any
+) -> None:
     file = tmp_path / "slow.py"
     file.write_text(
         f"from tests.test_user_code_runs import slow_config\n\n\ndef get_config():\n    return slow_config({str(model)!r})\n"

@@ -154,23 +154,23 @@ ARTICLE = {
     # 2048 x 256 + 3 x (2 x 256 x 257 + 256 x 257 + 3 x 256 x 640 + 512) + 256
     "parameters": "2,592,000 (3 layers of width 256)",
     "devices": "3, compute in float32",
-    "rollouts a batch": "12 tasks x 8 samples = 96",
-    "micro-batches a step": "4 of 3 groups",
-    "optimizer steps a batch": "2",
+    "rollouts per batch": "12 tasks x 8 samples = 96",
+    "micro-batches per step": "4 of 3 groups",
+    "optimizer steps per batch": "2",
     "an epoch": "100 tasks = 8 batches = 16 steps",
     "the run": "1600 steps = 800 batches = 100.0 epochs",
 }
 DEMO = {
     "devices": "4, compute in float32",
     "attention": "plain XLA, as training.attention says",
-    "rollouts a batch": "8 tasks x 8 samples = 64",
-    "micro-batches a step": "2 of 4 groups",
+    "rollouts per batch": "8 tasks x 8 samples = 64",
+    "micro-batches per step": "2 of 4 groups",
     "an epoch": "38 tasks = 4 batches = 8 steps",
     "the run": "120 steps = 60 batches = 15.0 epochs",
 }
 SAID: dict[str, dict[str, str]] = {
     "article/mu_1": {
-        "optimizer steps a batch": "1",
+        "optimizer steps per batch": "1",
         "an epoch": "100 tasks = 8 batches = 8 steps",
         "the run": "1600 steps = 1600 batches = 200.0 epochs",
     },
@@ -180,19 +180,19 @@ SAID: dict[str, dict[str, str]] = {
     },
     "h200x8": {
         "devices": "6: this machine has 4 of kind cpu, where the run would be refused",
-        "micro-batches a step": "2 of 6 groups",
+        "micro-batches per step": "2 of 6 groups",
     },
     "lora": {
         # rank 32 on q, k, v, o, gate, up, down of three layers:
         # 3 x 32 x (512 + 384 + 384 + 512 + 3 x 896)
         "trained parameters": "430,080 (LoRA of rank 32 on q, k, v, o, gate, up, down)",
         "devices": "1, compute in float32",
-        "micro-batches a step": "12 of 1 groups",
+        "micro-batches per step": "12 of 1 groups",
     },
     "multi_host": {
         "devices": "4, compute in float32",  # all that there are
-        "rollouts a batch": "16 tasks x 8 samples = 128",
-        "micro-batches a step": "4 of 4 groups",
+        "rollouts per batch": "16 tasks x 8 samples = 128",
+        "micro-batches per step": "4 of 4 groups",
         "an epoch": "100 tasks = 6 batches = 12 steps",
         "the run": "1600 steps = 800 batches = 133.3 epochs",
     },
@@ -200,23 +200,23 @@ SAID: dict[str, dict[str, str]] = {
     "vllm_cpu": {**DEMO, "the run": "40 steps = 20 batches = 5.0 epochs"},
     "qwen05_cpu": {
         "devices": "2, compute in float32",
-        "rollouts a batch": "2 tasks x 4 samples = 8",
-        "micro-batches a step": "1 of 2 groups",
-        "optimizer steps a batch": "1",
+        "rollouts per batch": "2 tasks x 4 samples = 8",
+        "micro-batches per step": "1 of 2 groups",
+        "optimizer steps per batch": "1",
         "an epoch": "100 tasks = 50 batches = 50 steps",
         "the run": "1 steps = 1 batches = 0.0 epochs",
     },
     "qwen05_gpu": {
         "devices": "4, compute in float32",
-        "rollouts a batch": "8 tasks x 8 samples = 64",
-        "micro-batches a step": "2 of 4 groups",
+        "rollouts per batch": "8 tasks x 8 samples = 64",
+        "micro-batches per step": "2 of 4 groups",
         "an epoch": "52 tasks = 6 batches = 12 steps",
         "the run": "200 steps = 100 batches = 16.7 epochs",
     },
     "procedural": {
         "devices": "4, compute in float32",
-        "rollouts a batch": "4 tasks x 4 samples = 16",
-        "micro-batches a step": "1 of 4 groups",
+        "rollouts per batch": "4 tasks x 4 samples = 16",
+        "micro-batches per step": "1 of 4 groups",
         "an epoch": "64 tasks = 16 batches = 32 steps",
         "the run": "20 steps = 10 batches = 0.6 epochs",
     },

@@ -1,7 +1,7 @@
-"""Rewards beside the environment's own: what an episode earns is a weighted sum of named parts.
+"""Reward functions in addition to the environment: the reward is a weighted sum of named parts.
 
-A reward function looks at a finished episode and its environment's score, and gives a part. One
-that needs no settings is a plain function; its part has its name:
+A reward function gets a finished episode and its environment's score, and returns a part. If it has
+no settings, it is a plain function, and its part has its name:
 
     def brevity(trajectory: Trajectory, score: Score) -> float:
         return -0.001 * int(trajectory.action_mask_C.sum())
@@ -9,12 +9,12 @@ that needs no settings is a plain function; its part has its name:
     Config(..., rewards=RewardSettings(functions=(brevity,)))
 
 The environment's own reward is the part `environment`. Every part has weight 1 unless `weights`
-says otherwise, and
+holds another one, and
 
     reward = sum of weight x part
 
-A function may also replace the whole, as a penalty does that nothing else earned can outweigh: it
-returns a `Reward` with `override`.
+A function may also replace the whole reward, such as a penalty that no other part can outweigh. It
+then returns a `Reward` with `override`.
 """
 
 import abc
@@ -32,18 +32,18 @@ from jaxgrpo import checked
 from jaxgrpo.types import MAX_NOTE_CHARS, Score, Trajectory
 
 RunConfig = Any
-"""The run's `jaxgrpo.config.settings.Config`. It holds RewardSettings, so it is defined above."""
+"""The run's `jaxgrpo.config.settings.Config`, which this folder may not import."""
 
 ENVIRONMENT = "environment"
-"""The part that is the environment's own reward."""
+"""The part that holds the environment's own reward."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-    """What a reward function gives an episode: its parts by name, and notes for a human reader.
+    """The result of a reward function: its parts by name, and notes for a human reader.
 
-    `override`, where it is set, is the episode's whole reward, whatever its parts and those of
-    other functions come to; the lowest one counts when several are set. E.g. a penalty of -1:
+    If `override` is set, it is the whole reward of the episode, whatever the parts are. If several
+    functions set it, the lowest one counts. A penalty of -1 is
 
         Reward({"shouting": -1.0}, override=-1.0, notes={"shouting": "in turn 2"})
     """
@@ -54,18 +54,18 @@ class Reward:
 
 
 Answer = float | Mapping[str, float] | Reward
-"""What a function may return: its one part's value, its parts by name, or these in a Reward."""
+"""The result of a reward function: the value of its only part, its parts by name, or a Reward."""
 
 Function = Callable[[Trajectory, Score], Answer]
-"""`trajectory.score` is `score`, the environment's. Called in worker threads, several at once."""
+"""`trajectory.score` is `score`, that of the environment. Called concurrently in threads."""
 
 
 class RewardFunction(abc.ABC):
-    """A reward function with settings: derive a frozen dataclass from this. Its fields can be
-    overridden: `--set rewards.<Class>.<field>=...`.
+    """The base class of reward functions with settings. Derive a frozen dataclass from it. Its
+    fields can be overridden: `--set rewards.<Class>.<field>=...`.
 
-    `parts` are the names of all parts that it gives, every time. `may_change` are fields that a
-    resumed run may set otherwise, because they do not change what the function gives.
+    `parts` names all parts that the function returns, every time. `may_change` names the fields
+    that a resumed run may change, because they do not affect the result.
     """
 
     parts: ClassVar[tuple[str, ...]] = ()
@@ -73,22 +73,28 @@ class RewardFunction(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, trajectory: Trajectory, score: Score) -> Answer:
-        """Judge one episode. What is raised counts as an error of the environment: the episode is
-        played again, and nothing is rewarded."""
+        """Judge one episode. An exception counts as an error of the environment: the episode is
+        retried and gets no reward."""
 
     def problems(self, config: RunConfig) -> Sequence[str]:
-        """What keeps it from working in this run, as lines to show before anything is loaded. E.g.
-        all functions together get `config.rollout.step_deadline_seconds` seconds for an episode."""
+        """Return lines that say why the function cannot work in this run. They are shown before
+        anything is loaded. For example, all functions together must return within
+        `config.rollout.step_deadline_seconds` seconds."""
         return ()
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardSettings:
-    """The reward of an episode: a weighted sum of parts.
+    """The reward of an episode.
 
-    Without functions, the reward is exactly the environment's. `passed` always comes from the
-    environment. Weights are stored as pairs, without those that are 1, so that equal settings
-    compare equal. Raises ValueError for functions or weights that are not valid.
+    - `functions`: functions defined at the top level of a module, and instances of RewardFunction.
+      Each returns parts of its own.
+    - `weights`: the weights other than 1, at least 0, as a dict or as pairs of name and weight.
+      They are stored as pairs without those of weight 1, so that equal settings compare equal.
+
+    If all parts of a function have weight 0, its parts are recorded and it overrides nothing.
+    Without functions, the reward is exactly that of the environment. `passed` is always that of the
+    environment. Raises ValueError for invalid functions or weights.
     """
 
     functions: tuple[Function, ...] = ()
@@ -109,23 +115,23 @@ class RewardSettings:
 
     @property
     def parts(self) -> dict[str, float]:
-        """Every part and its weight, in the order in which they are summed."""
+        """Every part and its weight, in order."""
         return dict.fromkeys(_all_parts(self), 1.0) | dict(self.weights)
 
     @property
     def environment_alone(self) -> bool:
-        """Whether the reward is the environment's as it is."""
+        """Whether the reward is exactly that of the environment."""
         return self.parts == {ENVIRONMENT: 1.0}
 
     def rewarded(self, trajectory: Trajectory) -> Score:
-        """The score of an episode, whose own is the environment's, with the whole reward and all
-        parts. Raises RewardError."""
+        """Return the score of an episode with the whole reward and all parts. `trajectory` has the
+        environment's score. Raises RewardError."""
         score = trajectory.score
         assert score is not None
         weights, parts, notes = self.parts, {ENVIRONMENT: float(score.reward)}, dict(score.notes)
         overrides = {}
         for function in self.functions:
-            reward = _asked(function, trajectory, score)
+            reward = _call(function, trajectory, score)
             parts |= reward.parts
             notes |= reward.notes
             if reward.override is not None and any(weights[name] for name in reward.parts):
@@ -146,12 +152,12 @@ class RewardSettings:
 
     @property
     def formula(self) -> str:
-        """How the parts are summed, e.g. `0 x environment + 0.2 x execution + 1 x correctness`."""
+        """The weighted sum as text: `0 x environment + 0.2 x execution + 1 x correctness`."""
         return " + ".join(f"{weight:g} x {part}" for part, weight in self.parts.items())
 
     @property
     def may_change(self) -> tuple[str, ...]:
-        """The fields, as keys within this section, that a resumed run may set otherwise."""
+        """The fields that a resumed run may change, as keys within this section."""
         return tuple(
             f"functions[{i}].{field}"
             for i, function in enumerate(self.functions)
@@ -160,7 +166,7 @@ class RewardSettings:
         )
 
     def problems(self, config: RunConfig) -> list[str]:
-        """What keeps functions from working in this run: lines to show."""
+        """Return lines that say which functions cannot work in this run, and why."""
         return [
             f"rewards.{name}: {problem}"
             for name, record in self._records()
@@ -172,17 +178,17 @@ class RewardSettings:
 
 
 class RewardError(ValueError):
-    """A reward function raised, or returned what is no reward."""
+    """A reward function raised, or returned an invalid result."""
 
 
 def name_of(function: Function) -> str:
-    """Where a function is defined, e.g. `jaxgrpo.rewards.judge.GibberishJudge`."""
+    """Return the full name of a function, such as `jaxgrpo.rewards.judge.GibberishJudge`."""
     named: Any = type(function) if isinstance(function, RewardFunction) else function
     return f"{named.__module__}.{named.__qualname__}"
 
 
 def parts_of(function: Function) -> tuple[str, ...]:
-    """The names of the parts that a function gives."""
+    """Return the names of a function's parts."""
     return function.parts if isinstance(function, RewardFunction) else (_short(function),)
 
 
@@ -194,8 +200,8 @@ def _short(function: Function) -> str:
     return name_of(function).rpartition(".")[2]
 
 
-def _asked(function: Function, trajectory: Trajectory, score: Score) -> Reward:
-    """What a function gives. Raises RewardError that names it."""
+def _call(function: Function, trajectory: Trajectory, score: Score) -> Reward:
+    """Call a function and check its result. Raises RewardError, which names the function."""
     name, declared = name_of(function), parts_of(function)
     try:
         answer = function(trajectory, score)

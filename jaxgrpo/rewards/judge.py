@@ -1,10 +1,10 @@
-"""A language model as the judge of gibberish: any service that speaks OpenAI's chat completions.
+"""Let a language model judge gibberish, through any service with OpenAI's chat completions API.
 
     rewards=RewardSettings(functions=(GibberishJudge(url="https://host/v1", model="gpt-4o-mini"),))
 
-What the policy said in an episode is sent to the service, and nothing else: no prompt, no tool
-result. A judge that fails is an error of the environment: the episode is played again, then its
-group is dropped and counted. It is never a reward.
+The service gets only the policy's own texts, without prompts and tool results. A failure of the
+judge counts as an error of the environment: the episode is retried, then its group is dropped and
+counted. It never becomes a reward.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ no."""
 
 CACHED_ANSWERS = 65_536
 LONGEST_ANSWER = 1 << 20
-"""Bytes of an HTTP answer that are read."""
+"""The maximum size of an HTTP answer, in bytes."""
 
 _AGAIN = (408, 429, 500, 502, 503, 504)
 _FIRST_PAUSE = 0.5
@@ -53,20 +53,23 @@ _OPENING = threading.Lock()
 
 
 class JudgeError(Exception):
-    """The judge gave no verdict; says why."""
+    """The judge gave no verdict. The message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GibberishJudge(RewardFunction):
-    """Gives `penalty` in place of all else to an episode in which a language model finds gibberish
-    or useless repetition.
+    """Replaces the reward of an episode by `penalty` if a language model finds gibberish or useless
+    repetition.
 
-    `model` is asked at `url`, to which /chat/completions is added, with the key in the environment
-    variable `key_variable` ("" sends none), at temperature 0. A verdict takes at most
-    `deadline_seconds`, in which an overloaded or broken service is asked up to `retries` times
-    again. At most `max_in_flight` requests are under way at once, and at most `max_calls` are made
-    by one process. Texts that were judged before are not sent again. Raises ValueError for numbers
-    out of range.
+    - `url`: the address of the service, to which /chat/completions is appended.
+    - `model`: the judge, called at temperature 0.
+    - `key_variable`: the environment variable that holds the key; "" sends no key.
+    - `deadline_seconds`: the time limit for a verdict, retries included.
+    - `retries`: how often an overloaded or failing service is called again.
+    - `max_calls`: the most requests of one process.
+    - `max_in_flight`: the most concurrent requests.
+
+    Texts that were judged before are not sent again. Raises ValueError for numbers out of range.
     """
 
     parts: ClassVar[tuple[str, ...]] = ("gibberish_judge",)
@@ -90,7 +93,7 @@ class GibberishJudge(RewardFunction):
             raise ValueError(f"deadline_seconds must be above 0, got {self.deadline_seconds}")
 
     def __call__(self, trajectory: Trajectory, score: Score) -> Reward:
-        """Raises JudgeError when there is no verdict."""
+        """Judge one episode. Raises JudgeError if there is no verdict."""
         with _OPENING:
             service = self._service
         if not service.finds_gibberish(trajectory.policy_texts):
@@ -117,7 +120,7 @@ class GibberishJudge(RewardFunction):
 
 
 class _Service:
-    """What the threads that ask share: connections, places, the calls made, the answers known."""
+    """Shared by all threads: connections, the limit on requests, the calls made, known answers."""
 
     def __init__(self, judge: GibberishJudge):
         fault = _fault_of_key(judge.key_variable)
@@ -175,7 +178,7 @@ class _Service:
         raise AssertionError("unreachable")
 
     def _post(self, body: Any, end: float) -> str:
-        """The text of the answer. Raises JudgeError where asking again cannot help."""
+        """Return the text of the answer. Raises JudgeError if a retry cannot help."""
         if not self._places.acquire(timeout=max(0.0, end - time.monotonic())):
             late = f"no place for a call became free in {self._judge.deadline_seconds} seconds"
             raise JudgeError(late)
@@ -203,7 +206,7 @@ class _Service:
             self._calls += 1
 
     def _exchange(self, body: Any, end: float) -> tuple[int, httpx2.Headers, str]:
-        """Status, headers and text of one answer, which may neither trickle nor grow for ever."""
+        """Return status, headers and text of one answer, within the limits of time and size."""
         left = max(0.001, end - time.monotonic())
         url, data = f"{self._judge.url.rstrip('/')}/chat/completions", bytearray()
         with self._client.stream("POST", url, json=body, timeout=left) as response:
@@ -216,12 +219,12 @@ class _Service:
             return response.status_code, response.headers, data.decode("utf-8", "replace")
 
     def _safe(self, text: str) -> str:
-        """Without the key, which a service may send back."""
+        """Remove the key, which a service may send back."""
         return text.replace(self._key, "***") if self._key else text
 
 
 class _BusyError(Exception):
-    """The service may answer when it is asked again, after `pause` seconds (0: not said)."""
+    """The service may answer a retry after `pause` seconds (0: unknown)."""
 
     def __init__(self, message: str, pause: float = 0.0):
         super().__init__(message)
@@ -229,7 +232,7 @@ class _BusyError(Exception):
 
 
 def _verdict(answer: str) -> bool:
-    """Yes or no, as the one word that was asked for, in the one choice of an answer."""
+    """Parse the answer, whose only choice must be one word, yes or no."""
     try:
         (choice,) = json.loads(answer)["choices"]
         word = choice["message"]["content"].strip().rstrip(".").lower()
@@ -255,7 +258,7 @@ def _fault_of_url(url: str) -> str:
 
 
 def _fault_of_key(variable: str) -> str:
-    """What is wrong with the key in an environment variable; never shows the key."""
+    """Return what is wrong with the key in an environment variable, without showing the key."""
     key = os.environ.get(variable, "").strip()
     if variable and not key:
         return (

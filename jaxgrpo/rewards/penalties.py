@@ -1,8 +1,8 @@
-"""Penalties that need no service: gibberish and useless repetition, by statistics of the policy's
-texts, and tool results that the policy wrote itself.
+"""Penalties that need no service: for gibberish and useless repetition, found by statistics of the
+policy's texts, and for tool results that the policy wrote itself.
 
-Each replaces the whole reward of an episode in which it finds something (`jaxgrpo.rewards.base.Reward`),
-and the score's notes say what it found. With weight 0 it only watches.
+Each penalty replaces the whole reward (`jaxgrpo.rewards.base.Reward`), and the score's notes say
+what was found. With weight 0, findings are recorded only.
 """
 
 import dataclasses
@@ -41,24 +41,23 @@ SHOWN_CHARS = 60
 
 @dataclasses.dataclass(frozen=True)
 class LocalGibberish(RewardFunction):
-    """Gives `penalty` in place of all else to an episode in which the policy repeats itself or
-    writes gibberish. It does where
+    """Replaces the reward of an episode by `penalty` if the policy repeats itself or writes
+    gibberish. That is the case if
 
-    - a piece of a turn, of at most `longest_piece` characters, letters or digits among them, stands
-      `repeats` times in a row or more, over `loop_chars` characters or more;
-    - one turn, or a sequence of turns, stands `turn_repeats` times in a row or more;
-    - the words of a turn beside its calls, `least_chars` or more, are compressed (zlib) by a
-      factor above `compression`;
-    - more than `broken_chars` characters are replacement characters, control characters, private or
-      unassigned ones (but for replacement characters at a turn's end, where a limit may have cut);
-    - more than `glued_words` different words have `glued_letters` letters or more, and these words
-      more than `glued_fraction` of all letters; camelCase and snake_case are several words;
+    - a piece of a turn, of at most `longest_piece` characters with a letter or digit, occurs at
+      least `repeats` times in a row, over at least `loop_chars` characters;
+    - one turn, or a sequence of turns, occurs at least `turn_repeats` times in a row;
+    - the words of a turn without its calls, at least `least_chars` characters, are compressed
+      (zlib) by a factor above `compression`;
+    - more than `broken_chars` characters are replacement, control, private or unassigned ones;
+      replacement characters at the end of a turn, where a limit may have cut, do not count;
+    - more than `glued_words` different words have at least `glued_letters` letters, and these words
+      have more than `glued_fraction` of all letters; camelCase and snake_case are several words;
     - more than `mixed_words` words mix two scripts that are not written together, or letters of
       more than `most_scripts` scripts occur.
 
-    With the defaults nothing is found in the demonstrations of BFCL's tasks and next to nothing in
-    ordinary English; docs/rewards.md has the figures. Raises ValueError for thresholds that would
-    find all of it.
+    With the defaults, nothing is found in the demonstrations of BFCL's tasks and almost nothing in
+    ordinary English (docs/rewards.md). Raises ValueError for thresholds that would flag any text.
     """
 
     parts: ClassVar[tuple[str, ...]] = ("gibberish",)
@@ -104,7 +103,8 @@ class LocalGibberish(RewardFunction):
         return Reward({"gibberish": self.penalty}, self.penalty, {"gibberish": "; ".join(found)})
 
     def findings(self, texts: Sequence[str]) -> list[str]:
-        """What is wrong with an episode's texts, one for each turn; nothing where all is well."""
+        """Return what is wrong with an episode's texts, one text per turn; nothing if all is
+        well."""
         spoken = [_CALLS.sub(" ", text) for text in texts]
         found = [self._loop(turn, text) for turn, text in enumerate(texts)]
         found += [self._compression(turn, text) for turn, text in enumerate(spoken)]
@@ -151,8 +151,8 @@ class LocalGibberish(RewardFunction):
 
 @dataclasses.dataclass(frozen=True)
 class ForgedToolResult(RewardFunction):
-    """Gives `penalty` in place of all else to an episode in which the policy itself writes one of
-    `marks`, in letters of any case, with which results of tools begin and end."""
+    """Replaces the reward of an episode by `penalty` if the policy itself writes one of `marks`,
+    with which the results of tools begin and end. Case does not matter."""
 
     parts: ClassVar[tuple[str, ...]] = ("forged_result",)
     penalty: float = -1.0
@@ -177,9 +177,9 @@ class ForgedToolResult(RewardFunction):
 def repeated_piece(
     items: Sequence[str], repeats: int, least: int, longest_piece: int
 ) -> Sequence[str]:
-    """The shortest piece, of at most `longest_piece` items, that stands `repeats` times in a row or
-    more, over `least` items or more; empty when there is none. A piece of a text must have a letter
-    or a digit: lines of dashes are in order.
+    """Return the shortest piece of at most `longest_piece` items that occurs at least `repeats`
+    times in a row, over at least `least` items; empty if there is none. A piece of a text must
+    contain a letter or a digit, so lines of dashes do not count.
 
     >>> repeated_piece("so so so so.", repeats=3, least=9, longest_piece=8)
     'so '
@@ -210,6 +210,6 @@ def _is_broken(char: str) -> bool:
 
 @functools.cache
 def _script(letter: str) -> str:
-    """The script of a letter, "" for those that go with any: Greek, as in formulas, and signs."""
+    """Return the script of a letter; "" for Greek, as in formulas, and for signs."""
     name = unicodedata.name(letter, "").partition(" ")[0]
     return "CJK" if name in _WRITTEN_TOGETHER else name if name in _SCRIPTS else ""

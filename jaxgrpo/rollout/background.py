@@ -1,5 +1,5 @@
-"""Bridges between threads and an event loop: blocking calls awaited with a deadline, and a loop that a
-synchronous program drives."""
+"""Connect threads and an event loop: await blocking calls with a deadline, and drive a loop from a
+synchronous program."""
 
 import asyncio
 import concurrent.futures
@@ -15,18 +15,18 @@ from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
 STUCK_A_PLACE = 4
-"""So many calls that outlived their deadline may go on, for each place that `BlockingCalls` has."""
+"""The number of calls beyond their deadline that may still run, for each of `threads`."""
 
 
 def say_aside(line: str) -> None:
-    """A line for the user, beside what the program prints."""
+    """Print a line to stderr."""
     with contextlib.suppress(OSError, ValueError):  # an environment may have closed the stream
         print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def streams_kept() -> Iterator[None]:
-    """Leave `sys.stdout` and `sys.stderr` as they are now, whatever users' code puts in their place."""
+    """Restore `sys.stdout` and `sys.stderr` at the end, in case users' code replaces them."""
     streams = sys.stdout, sys.stderr
     try:
         yield
@@ -35,7 +35,8 @@ def streams_kept() -> Iterator[None]:
 
 
 class DeadlineError(TimeoutError):
-    """A blocking call outlived its deadline; `stack` is where its thread was then, outermost first."""
+    """A blocking call exceeded its deadline. `stack` is its thread's stack then, outermost
+    first."""
 
     def __init__(self, message: str, stack: Sequence[traceback.FrameSummary]):
         super().__init__(message)
@@ -43,12 +44,12 @@ class DeadlineError(TimeoutError):
 
 
 class StuckCallsError(TimeoutError):
-    """Too many blocking calls have outlived their deadline and go on."""
+    """Too many blocking calls still run beyond their deadline."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A call and the thread that it runs in: `_Call("step() of task 'files_3'", thread)`."""
+    """A call, such as "step() of task 'files_3'", and the thread in which it runs."""
 
     what: str
     thread: threading.Thread
@@ -59,7 +60,7 @@ class _Call:
         return time.monotonic() - self.began
 
     def stack(self) -> list[traceback.FrameSummary]:
-        """Where its thread is, outermost first; empty when it is over."""
+        """Return the stack of its thread, outermost first; empty if it has ended."""
         frame = sys._current_frames().get(self.thread.ident or 0)
         frames = traceback.walk_stack(frame) if frame else ()
         return list(traceback.StackSummary.extract(frames, lookup_lines=False))[::-1]
@@ -69,11 +70,13 @@ class _Call:
 
 
 class BlockingCalls:
-    """Runs blocking functions in threads, at most `threads` at once, each with a deadline counted from its start.
+    """Runs at most `threads` blocking functions at once, each with a deadline from its start.
 
-    Every call has a daemon thread of its own: one that outlives its deadline is abandoned, gives its place to the next, and does not keep
-    the process from ending. Its thread goes on, which `say` is told in a line; when more than `STUCK_A_PLACE` times `threads` do, no
-    further call is waited for. A call that never releases the interpreter lock (a power of huge integers) cannot be abandoned by anybody.
+    Every call has its own daemon thread. A call that exceeds its deadline is abandoned: its thread
+    continues, but the next call may start, and the process can end. `say` gets a line about
+    abandoned calls. If more than `STUCK_A_PLACE` times `threads` of them still run, no further call
+    is awaited. A call that never releases the interpreter lock, such as a power of huge integers,
+    cannot be abandoned.
     """
 
     def __init__(
@@ -87,9 +90,9 @@ class BlockingCalls:
         self._calls: list[_Call] = []  # whose threads are alive, the oldest first
 
     async def run(self, function: Callable[..., T], *args: object, what: str = "") -> T:
-        """Await `function(*args)`; its exception is raised here. `what` names it in messages.
+        """Await `function(*args)` and raise its exception, if any. `what` names it in messages.
 
-        Raises DeadlineError when the deadline passes, StuckCallsError when that has happened to too many.
+        Raises DeadlineError if it exceeds the deadline, StuckCallsError if too many calls did.
         """
         async with self._places:
             result = asyncio.get_running_loop().create_future()
@@ -111,21 +114,22 @@ class BlockingCalls:
                 raise DeadlineError(late, stack) from None
 
     def oldest(self) -> str:
-        """The call that has been under way for longest, and for how long; "" when none has for a second."""
+        """Return the longest running call and its seconds; "" if none has run for a second."""
         return next((str(call) for call in self._running() if call.seconds >= 1), "")
 
     def _running(self) -> list[_Call]:
         return [call for call in self._calls if call.thread.is_alive()]
 
     def _count_stuck(self) -> None:
-        """Tell of calls that go on beyond their deadline, whenever they are twice as many as before.
-        Raises StuckCallsError when they are too many."""
+        """Report the calls that run beyond their deadline, each time their number has doubled.
+        Raises StuckCallsError if they are too many."""
         stuck = [call for call in self._running() if call.seconds >= self._deadline_seconds]
         if len(stuck) < min(self._say_at, self._most_stuck + 1):
             return
         told = (
             f"{len(stuck)} call(s) into the environment have not come back within the deadline of "
-            f"{self._deadline_seconds} seconds, and their threads cannot be ended; the oldest is {stuck[0]}"
+            f"{self._deadline_seconds} seconds, and their threads cannot be ended; the oldest is "
+            f"{stuck[0]}"
         )
         advice = (
             "give what it waits for a time limit of its own, or raise rollout.step_deadline_seconds"
@@ -141,20 +145,20 @@ def _name(function: Callable) -> str:
 
 
 def _deliver(result: asyncio.Future, function: Callable, args: tuple) -> None:
-    """In the thread: call, and hand the outcome to the loop, which may have stopped waiting or be gone."""
+    """Call the function in the thread, and pass the outcome to the loop, which may have stopped
+    waiting or be closed."""
     hand_over: Callable[[], None]
     try:
         hand_over = functools.partial(result.set_result, function(*args))
-    except BaseException as error:  # whatever it is, it belongs to the one who awaits; nothing would see it in this thread
+    except BaseException as error:  # for the caller: nothing would see it in this thread
         hand_over = functools.partial(result.set_exception, _awaitable(error))
-    with contextlib.suppress(
-        RuntimeError
-    ):  # the loop is closed: nobody waits for an abandoned call
+    with contextlib.suppress(RuntimeError):  # the loop is closed: the call was abandoned
         result.get_loop().call_soon_threadsafe(lambda: None if result.done() else hand_over())
 
 
 def _awaitable(error: BaseException) -> Exception:
-    """An exception that may travel through a future: what would end a loop (SystemExit) or a generator (StopIteration) is wrapped."""
+    """Wrap an exception that would end the loop (SystemExit) or a generator (StopIteration), so
+    that a future can hold it."""
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error
     try:
@@ -166,11 +170,11 @@ def _awaitable(error: BaseException) -> Exception:
 
 
 class EventLoopThread:
-    """One event loop in a thread of its own, on which a synchronous program runs everything that its sampler does.
+    """Runs an event loop in its own thread. A synchronous program uses it for its sampler.
 
     with EventLoopThread() as loop:
         loop.call(sampler.publish(1, params))
-        pending = loop.start(rollout.groups(...))     # runs while this thread trains
+        pending = loop.start(rollout.groups(...))  # runs while this thread trains
         ...
         result = pending.result()
     """
@@ -183,11 +187,11 @@ class EventLoopThread:
         self._thread.start()
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Begin the coroutine; `.result()` of what is returned waits for it, `.cancel()` cancels it."""
+        """Start the coroutine and return its future."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run the coroutine to its end. An interruption of the waiting thread (Ctrl-C) cancels it."""
+        """Run the coroutine and return its result. An interruption of this thread cancels it."""
         future = self.start(coroutine)
         try:
             return future.result()
@@ -196,7 +200,7 @@ class EventLoopThread:
             raise
 
     def close(self) -> None:
-        """Cancel what still runs, let it clean up, and end the thread."""
+        """Cancel all running tasks, wait until they have cleaned up, and end the thread."""
         if self._loop.is_closed():
             return
         self.call(_cancel_others())
@@ -219,7 +223,8 @@ async def _cancel_others() -> None:
 
 
 async def all_or_none(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results in order. At the first exception the others are cancelled and awaited, and that exception is raised as it is."""
+    """Return all results in order. After the first exception, cancel and await the others, then
+    raise it."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)

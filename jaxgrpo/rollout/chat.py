@@ -1,14 +1,16 @@
-"""Messages to token ids, without ever tokenising again what the policy sampled.
+"""Convert messages to token ids, without tokenizing sampled text again.
 
-An episode's ids grow only at the end: the opening (the chat template's rendering of the first messages), then in turn what the policy
-sampled and what stands between that and its next turn. The latter, the continuation, is rendered on its own:
+The ids of an episode grow only at the end. They start with the opening, which is the chat
+template's rendering of the first messages. Then follow, in turns, sampled ids and a continuation,
+which is rendered on its own:
 
     template([user "one", assistant SENTINEL] + new messages, generation prompt)
     = ... SENTINEL <continuation>
 
-What follows the sentinel is the template's own end of the assistant's turn, separators included, the new messages, and the next generation
-prompt. History is never rendered again from text, so it cannot drift. This is right only where what follows does not depend on what came
-before; that is verified once for each tokenizer (jaxgrpo.rollout.chat_template).
+The continuation is the end of the assistant's turn, the new messages, and the next generation
+prompt. The history is never rendered again, so it cannot drift. This requires a template whose
+continuations do not depend on the history. `jaxgrpo.rollout.chat_template` checks that for each
+tokenizer.
 """
 
 import functools
@@ -23,16 +25,17 @@ from jaxgrpo.types import Message
 
 
 class Chat:
-    """The chat template of one tokenizer, as the rollout needs it.
+    """Renders messages with the chat template of a Hugging Face tokenizer. `end_ids` are tokens
+    that end a generation in addition to the tokenizer's own.
 
-    `tokenizer` is a Hugging Face tokenizer that has a chat template; `end_ids` are tokens, beside
-    its own, that end a generation. With Qwen2.5's, after a sampled call that ended its turn:
+    With Qwen2.5's template, after a sampled call that ended its turn,
+    `continuation((Message("tool", "3"),), ended_with_eos=True)` returns the ids of
 
-        chat.continuation((Message("tool", "3"),), ended_with_eos=True)
-        = ids of "\\n<|im_start|>user\\n<tool_response>\\n3\\n</tool_response><|im_end|>\\n<|im_start|>assistant\\n"
+        \\n<|im_start|>user\\n<tool_response>\\n3\\n</tool_response><|im_end|>
+        \\n<|im_start|>assistant\\n
 
-    A mark is a special token that is not an ordinary one as well. Text that spells a mark is broken
-    by a space, wherever it comes from: neither a task nor a tool can forge the template's marks.
+    without the line break. A *mark* is a special token that ordinary text cannot produce. A space
+    is put into any text that spells a mark, so neither a task nor a tool can forge one.
     """
 
     def __init__(self, tokenizer: Any, end_ids: Sequence[int] = ()):
@@ -42,19 +45,17 @@ class Chat:
         longest_first = sorted(marks.values(), key=len, reverse=True)
         self._mark_pattern = re.compile("|".join(map(re.escape, longest_first))) if marks else None
         self.end_of_turn_id = self._find_end_of_turn(frozenset(marks))
-        """The token with which the template closes the assistant's turn."""
+        """The token with which the template ends the assistant's turn."""
         ends = {self.end_of_turn_id, tokenizer.eos_token_id, tokenizer.pad_token_id, *end_ids}
         self.eos_ids: tuple[int, ...] = tuple(sorted(ends & marks.keys()))
-        """The tokens that end a generation: the template's end of turn, and, where they are other
-        marks, the tokenizer's end and padding tokens and `end_ids` (Qwen2.5's <|endoftext|>:
-        nothing that a policy says after it is worth reading)."""
+        """The tokens that end a generation: the end of turn, and the tokenizer's end and padding
+        tokens and `end_ids`, as far as they are marks, such as Qwen2.5's <|endoftext|>."""
 
     def opening(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
     ) -> np.ndarray:
-        """The prompt [P] of an episode: the first messages, the tools where there are any, and the
-        generation prompt. Raises ValueError when the template refuses or does not show them all.
-        """
+        """Return the prompt [P] of an episode: the first messages, the tools, and the generation
+        prompt. Raises ValueError if the template refuses or omits some of them."""
         broken = [self._broken(message) for message in messages]
         try:
             text = self._template.opening(broken, [self._broken_in(tool) for tool in tools])
@@ -66,10 +67,10 @@ class Chat:
         return self._encode(text)
 
     def continuation(self, messages: Sequence[Message], ended_with_eos: bool) -> np.ndarray:
-        """What stands between the policy's turn and its next one.
+        """Return the ids between the policy's turn and its next one.
 
         `ended_with_eos` says whether the sampled ids end with the end-of-turn token (`ends_turn`),
-        which is then not repeated. Raises ValueError when the template refuses the messages.
+        which is then not repeated. Raises ValueError if the template refuses the messages.
         """
         try:
             after = self._template.after([self._broken(message) for message in messages])
@@ -85,11 +86,11 @@ class Chat:
         return ids[int(np.flatnonzero(ids == self.end_of_turn_id)[0]) + 1 :]
 
     def ends_turn(self, token_ids: Sequence[int] | np.ndarray) -> bool:
-        """True when sampled ids end with the template's end-of-turn token."""
+        """Return whether sampled ids end with the template's end-of-turn token."""
         return len(token_ids) > 0 and int(token_ids[-1]) == self.end_of_turn_id
 
     def text(self, token_ids: Sequence[int] | np.ndarray) -> str:
-        """The policy's text of one turn: the end token removed, all else kept (`<tool_call>` too)."""
+        """Decode one turn: remove the end token, and keep other special tokens (`<tool_call>`)."""
         ids = [int(token) for token in token_ids]
         if ids and ids[-1] in self.eos_ids:
             ids = ids[:-1]
@@ -101,7 +102,7 @@ class Chat:
         return Message(message.role, self._broken_text(message.content))
 
     def _broken_in(self, value: Any) -> Any:
-        """A tool's schema, with every text in it broken where it spells a mark."""
+        """Break marks in every text of a tool's schema."""
         if isinstance(value, str):
             return self._broken_text(value)
         if isinstance(value, Mapping):
@@ -111,8 +112,7 @@ class Chat:
         return value
 
     def _broken_text(self, text: str) -> str:
-        """Without marks, and with replacement characters for lone surrogates, which JSON lets
-        through and no tokenizer takes."""
+        """Break marks, and replace lone surrogates, which JSON allows and tokenizers refuse."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if self._mark_pattern is None:
             return text
@@ -121,21 +121,21 @@ class Chat:
         return text
 
     def fewest_tokens(self, messages: Sequence[Message]) -> int:
-        """How many tokens the messages have at least, from their lengths alone: each takes one, and
-        no token has more characters than the longest."""
+        """Return a lower bound on the tokens of the messages, from their lengths alone: each takes
+        one token, and no token has more characters than the longest."""
         return max(len(messages), sum(len(m.content) for m in messages) // self._most_characters)
 
     @functools.cached_property
     def _most_characters(self) -> int:
-        """Of a text, for one token: in the canonical composition (NFC), which Qwen2's tokenizer asks
-        for, at most four characters become one."""
+        """The most characters of text per token. Qwen2's tokenizer composes characters (NFC), which
+        joins at most four into one."""
         return 4 * max(map(len, self._tokenizer.get_vocab()))
 
     def _encode(self, text: str) -> np.ndarray:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), np.int32)
 
     def _find_end_of_turn(self, marks: frozenset[int]) -> int:
-        """The first mark of every continuation: it closes the assistant's turn whatever follows."""
+        """Return the first mark of every continuation, which ends the assistant's turn."""
         found: dict[int, str] = {}
         for after in self._template.continuations:
             ends = [token for token in self._encode(after).tolist() if token in marks]
@@ -163,8 +163,8 @@ def _roles(messages: Sequence[Message]) -> tuple[str, ...]:
 
 
 def _marks(tokenizer: Any) -> dict[int, str]:
-    """The special tokens by their id, less those that a byte-pair vocabulary also makes of ordinary
-    text: a pad token may be any token ("!"), and transformers then calls it special."""
+    """Return the special tokens by id, without those that ordinary text can produce. transformers
+    calls a padding token special even if it is an ordinary one, such as "!"."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast  # slow to import
 

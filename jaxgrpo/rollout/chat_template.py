@@ -1,12 +1,12 @@
-"""A model's chat template, rendered to text, and what is asked of it before it builds episodes.
+"""Render a model's chat template to text, and check that it can build episodes.
 
-What an episode needs is asked once of outlines: messages of the same roles, and tools of the same
-number, with texts and names that nothing else spells. A template is refused when in what it renders
+The checks use outlines: messages of the same roles and the same number of tools, with unique texts
+and names. A template is refused if in its rendering
 
-    a message of an opening, or one after an assistant's turn, is missing or out of its order,
-    a tool's name is missing,
-    the assistant's turn is not opened at the end,
-    what comes after an assistant's turn depends on what came before it.
+- a message of an opening, or one after an assistant's turn, is missing or out of order,
+- the name of a tool is missing,
+- the assistant's turn is not opened at the end, or
+- the text after an assistant's turn depends on the history.
 """
 
 import itertools
@@ -38,14 +38,14 @@ _DEPENDS = (
 
 
 class TemplateRefusesError(ValueError):
-    """The template raised for these messages: by intent (a role that it does not know) or not."""
+    """The template raised an exception for these messages, for example for an unknown role."""
 
 
 class ChatTemplate:
     """The chat template of a Hugging Face tokenizer.
 
-    `continuations` holds what follows an assistant's turn, for each outline of new messages that
-    the template takes. Raises ValueError when there is none, or when it cannot build episodes.
+    `continuations` holds the text after an assistant's turn, for each outline of new messages that
+    the template accepts. Raises ValueError if there is no template, or it cannot build episodes.
     """
 
     def __init__(self, tokenizer: Any):
@@ -74,10 +74,8 @@ class ChatTemplate:
         self.continuations = self._check_continuations()
 
     def opening(self, messages: Sequence[Message], tools: Tools = ()) -> str:
-        """The first messages, the tools where there are any, and the generation prompt.
-
-        Roles in a new order, or another number of tools, are checked in outline.
-        """
+        """Render the first messages, the tools and the generation prompt. A new sequence of roles
+        or number of tools is checked in outline."""
         names = [_name(tool) for tool in tools]
         rendered = self._render(messages, tools)
         if tools and not self._checked_tools:
@@ -92,7 +90,8 @@ class ChatTemplate:
     def after(
         self, messages: Sequence[Message], history: Sequence[Message] = _SHORT, tools: Tools = ()
     ) -> str:
-        """What follows the assistant's text when these come next, generation prompt included."""
+        """Return the text after the assistant's turn if these messages come next, generation prompt
+        included."""
         rendered = self._render([*history, Message("assistant", _SENTINEL), *messages], tools)
         _, sentinel, after = rendered.partition(_SENTINEL)
         if not sentinel:
@@ -120,7 +119,7 @@ class ChatTemplate:
             messages = _outline(roles)
             refusals = [self._refusal(messages, history) for history in histories]
             if all(refusals):
-                continue  # an environment that sends these will hear so
+                continue  # an environment that sends these gets an error
             if any(refusals):
                 why = next(filter(None, refusals))
                 raise ValueError(
@@ -134,7 +133,7 @@ class ChatTemplate:
         return tuple(found)
 
     def _refusal(self, messages: Sequence[Message], history: Sequence[Message] = _SHORT) -> str:
-        """Why the template refuses them, or "" where it does not."""
+        """Return why the template refuses the messages, or "" if it does not."""
         try:
             self.after(messages, history)
         except TemplateRefusesError as error:
@@ -165,7 +164,8 @@ class ChatTemplate:
         self._check_prompt(messages, renamed)
 
     def _check_prompt(self, messages: Sequence[Message], tools: Tools = ()) -> None:
-        """The generation prompt is what stands before the assistant's text once that is there."""
+        """Check that the generation prompt is the text before the assistant's turn, once the
+        history contains that turn."""
         answered = [*messages, Message("assistant", _SENTINEL), _USER]
         rendered, later = self._render(messages, tools), self._render(answered, tools, prompt=False)
         before, sentinel, _ = later.rpartition(_SENTINEL)
@@ -209,7 +209,7 @@ def _outline(roles: Sequence[str]) -> list[Message]:
 
 
 def _name(tool: Any) -> str:
-    """Of a schema {"name": ...}, or {"type": "function", "function": {"name": ...}}."""
+    """Return the name in a schema {"name": ...} or {"type": "function", "function": {...}}."""
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or not name:

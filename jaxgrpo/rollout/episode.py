@@ -1,11 +1,13 @@
-"""Plays one episode: the sampler and the environment take turns over one growing list of token ids.
+"""Sample one episode: the sampler and the environment take turns over one growing list of token
+ids.
 
-A turn: the sampler generates from the exact ids so far; the environment takes the turn's text and answers; the answer is rendered on its
-own and appended. The environment's stop ends the episode, or a limit does; then the environment
-scores, and the reward functions look at both. What was sampled is never tokenised again.
+In each turn, the sampler generates from the exact ids so far, the environment answers the text of
+the turn, and the answer is rendered on its own and appended. Sampled text is never tokenized again.
+The environment or a limit ends the episode. Then the environment scores it, and the reward
+functions see the episode and the score.
 
-An environment or a reward function that raises or outlives its deadline ends the episode with
-ENVIRONMENT_ERROR and no score. A sampler that raises is not caught here.
+If the environment or a reward function raises or exceeds its deadline, the episode ends with
+ENVIRONMENT_ERROR and no score. Exceptions of the sampler are not caught here.
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ from typing import TypeVar
 import numpy as np
 
 from jaxgrpo import checked
+from jaxgrpo.config.settings import RolloutSettings
 from jaxgrpo.environment import Environment, Observation, StepResult, TaskSuite
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.background import BlockingCalls
@@ -29,49 +32,41 @@ from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall, Trajectory
 T = TypeVar("T")
 
 MAX_EPISODE_CALL_CHARS = 4_000_000
-"""Of all calls of an episode; of those beyond it little is kept."""
+"""The characters of all calls of an episode that are kept; later calls are cut to a few."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """When an episode must end.
+    """The limits that end an episode: those of the settings, and the `context_length` that the
+    sampler serves, prompt included."""
 
-    `max_completion_tokens` counts everything after the prompt, tool results included; `max_turns` counts the policy's turns;
-    `context_length` is what the sampler serves, prompt included.
-    """
-
-    max_completion_tokens: int = 2048
-    max_turns: int = 10
-    max_prompt_tokens: int = 6144
-    context_length: int = 8192
+    settings: RolloutSettings
+    context_length: int
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(
-                    f"{field.name} must be at least 1, got {getattr(self, field.name)}"
-                )
-        if self.max_prompt_tokens >= self.context_length:
+        if self.settings.max_prompt_tokens >= self.context_length:
             raise ValueError(
-                f"max_prompt_tokens ({self.max_prompt_tokens}) must be below context_length ({self.context_length}): "
-                "a prompt that fills the context leaves nothing to sample"
+                f"max_prompt_tokens ({self.settings.max_prompt_tokens}) must be below "
+                f"context_length ({self.context_length}): a prompt that fills the context leaves "
+                "nothing to sample"
             )
 
     def room(self, prompt_tokens: int, completion_tokens: int) -> tuple[int, StopReason]:
-        """How many tokens the episode may still get, and the reason to give when they run out.
+        """Return how many tokens the episode may still get, and the stop reason when they run out.
 
-        E.g. `Limits(8, 10, 5, 12).room(5, 4)` is `(3, CONTEXT_LIMIT)`: the budget would leave 4, the context leaves 3.
+        With max_completion_tokens 8 and context_length 12, `room(5, 4)` is `(3, CONTEXT_LIMIT)`:
+        the settings would leave 4 tokens, the context leaves 3.
         """
-        in_budget = self.max_completion_tokens - completion_tokens
+        in_budget = self.settings.max_completion_tokens - completion_tokens
         in_context = self.context_length - prompt_tokens - completion_tokens
-        return min(
-            in_budget, in_context
-        ), StopReason.CONTEXT_LIMIT if in_context < in_budget else StopReason.TOKEN_LIMIT
+        if in_context < in_budget:
+            return in_context, StopReason.CONTEXT_LIMIT
+        return in_budget, StopReason.TOKEN_LIMIT
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the policy's tokens are drawn; temperature 0 is greedy."""
+    """How tokens are drawn. Temperature 0 is greedy."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -79,16 +74,15 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
-                f"temperature must be >= 0 and top_p in (0, 1], got {self.temperature} and {self.top_p}"
+                "temperature must be >= 0 and top_p in (0, 1], got "
+                f"{self.temperature} and {self.top_p}"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeKey:
-    """Names one try of one episode, for the sampler and for the seeds: `EpisodeKey(17, "step-3", "lookup_7", sample_index=2)`.
-
-    `batch` tells apart a run's visits to the same task.
-    """
+    """Identifies one try of one episode, for the sampler and for the seeds. `batch` distinguishes
+    the visits of a run to the same task."""
 
     run_seed: int
     batch: str
@@ -105,7 +99,8 @@ class EpisodeKey:
         return f"{self.batch}/{self.task_id}/{self.sample_index}/{self.attempt}"
 
     def seed(self, turn: int) -> int:
-        """The seed of one turn, 31 bits: a hash of what the turn is, so that it depends neither on scheduling nor on the process."""
+        """Return the 31-bit seed of a turn: a hash of its key, which depends neither on scheduling
+        nor on the process."""
         name = repr(
             (self.run_seed, self.batch, self.task_id, self.sample_index, self.attempt, turn)
         )
@@ -114,7 +109,7 @@ class EpisodeKey:
 
 @dataclasses.dataclass(frozen=True)
 class EpisodePlayer:
-    """What the episodes of a batch have in common; `open` a task once, then `play` its episodes."""
+    """Samples the episodes of a batch: `open` a task once, then `play` its episodes."""
 
     sampler: Sampler
     suite: TaskSuite
@@ -127,83 +122,87 @@ class EpisodePlayer:
     @functools.cached_property
     def openings(self) -> Openings:
         return Openings(
-            self.suite, self.chat, self.limits.max_prompt_tokens, self.environment_calls
+            self.suite,
+            self.chat,
+            self.limits.settings.max_prompt_tokens,
+            self.environment_calls,
         )
 
     async def open(self, task: Task) -> Opening:
-        """The opening that all episodes of the task share. Raises FaultyEnvironmentError."""
+        """Return the opening that all episodes of the task share. Raises FaultyEnvironmentError."""
         return await self.openings.open(task)
 
     async def play(self, task: Task, opening: Opening, key: EpisodeKey) -> Trajectory:
-        """Play one episode to its end."""
-        tape = TrajectoryBuilder(opening)
+        """Sample one episode to its end."""
+        builder = TrajectoryBuilder(opening)
         try:
             environment, observation = await self.openings.begin(task)
             fault = opens_differently(task, opening.observation, observation)
             if fault:
                 raise FaultyEnvironmentError(fault)
-            stop_reason = await self._take_turns(environment, observation, tape, key)
+            stop_reason = await self._take_turns(environment, observation, builder, key)
             of = f"of task {task.id!r}"
             score = await self._ask(f"score() {of}", Score, environment.score)
             if not self.rewards.environment_alone:
-                played = tape.trajectory(key, stop_reason, score)
+                played = builder.trajectory(key, stop_reason, score)
                 score = await self._ask(f"the rewards {of}", Score, self.rewards.rewarded, played)
         except FaultyEnvironmentError as error:
-            return tape.trajectory(key, StopReason.ENVIRONMENT_ERROR, None, error.recorded)
+            return builder.trajectory(key, StopReason.ENVIRONMENT_ERROR, None, error.recorded)
         finally:
             await self.sampler.release(key.episode_id)
-        return tape.trajectory(key, stop_reason, score)
+        return builder.trajectory(key, stop_reason, score)
 
     async def _take_turns(
         self,
         environment: Environment,
         observation: Observation,
-        tape: "TrajectoryBuilder",
+        builder: "TrajectoryBuilder",
         key: EpisodeKey,
     ) -> StopReason:
         while True:
-            room, limit = self.limits.room(len(tape.prompt_ids), len(tape.ids))
-            generation = await self.sampler.generate(self._request(observation, tape, key, room))
+            room, limit = self.limits.room(len(builder.prompt_ids), len(builder.ids))
+            generation = await self.sampler.generate(self._request(observation, builder, key, room))
             _check_generation(generation, room, key)
             text = self.chat.text(generation.token_ids_T)
-            tape.add_turn(generation, text)
+            builder.add_turn(generation, text)
             if (
                 generation.finish_reason is FinishReason.LENGTH
-            ):  # an unfinished turn is not acted upon
+            ):  # an unfinished turn is not executed
                 return limit if len(generation.token_ids_T) == room else StopReason.CONTEXT_LIMIT
             result = await self._ask(
                 f"step() of task {key.task_id!r}", StepResult, environment.step, text
             )
-            tape.add_calls(result.calls)
+            builder.add_calls(result.calls)
             if result.stop_reason is StopReason.ENVIRONMENT_ERROR:
                 raise FaultyEnvironmentError(
                     "the environment stopped the episode with ENVIRONMENT_ERROR"
                 )
             if result.stop_reason is not None:
                 return result.stop_reason
-            if tape.turns == self.limits.max_turns:
+            if builder.turns == self.limits.settings.max_turns:
                 return StopReason.STEP_LIMIT
             assert result.observation is not None
             observation = result.observation
             ended_with_eos = self.chat.ends_turn(generation.token_ids_T)
-            limit_reached = await self._append(observation, tape, ended_with_eos, key)
+            limit_reached = await self._append(observation, builder, ended_with_eos, key)
             if limit_reached is not None:
                 return limit_reached
 
     async def _append(
         self,
         observation: Observation,
-        tape: "TrajectoryBuilder",
+        builder: "TrajectoryBuilder",
         ended_with_eos: bool,
         key: EpisodeKey,
     ) -> StopReason | None:
-        """Append what the environment says next, or return the limit that leaves no room for it and one sampled token more."""
+        """Append the environment's answer, or return the limit that leaves no room for it and for
+        one more sampled token."""
         step = f"step() of task {key.task_id!r}"
         if observation.tools:
             raise FaultyEnvironmentError(f"{step} gave tools: only the first observation has them")
         if any(message.role == "assistant" for message in observation.messages):
             raise FaultyEnvironmentError(f"{step} spoke as assistant: that is the policy's role")
-        room, limit = self.limits.room(len(tape.prompt_ids), len(tape.ids))
+        room, limit = self.limits.room(len(builder.prompt_ids), len(builder.ids))
         if self.chat.fewest_tokens(observation.messages) >= room:
             return limit
         try:
@@ -212,19 +211,23 @@ class EpisodePlayer:
             raise FaultyEnvironmentError(f"what {step} gave: {error}") from error
         if len(ids) >= room:
             return limit
-        tape.add_observation(ids, observation.messages)
+        builder.add_observation(ids, observation.messages)
         return None
 
     def _request(
-        self, observation: Observation, tape: "TrajectoryBuilder", key: EpisodeKey, max_tokens: int
+        self,
+        observation: Observation,
+        builder: "TrajectoryBuilder",
+        key: EpisodeKey,
+        max_tokens: int,
     ) -> SamplingRequest:
         return SamplingRequest(
             group_id=key.group_id,
             episode_id=key.episode_id,
-            context_ids=np.concatenate([tape.prompt_ids, np.asarray(tape.ids, np.int32)]),
-            prompt_length=len(tape.prompt_ids),
+            context_ids=np.concatenate([builder.prompt_ids, np.asarray(builder.ids, np.int32)]),
+            prompt_length=len(builder.prompt_ids),
             max_tokens=max_tokens,
-            seed=key.seed(tape.turns),
+            seed=key.seed(builder.turns),
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             stop_strings=observation.stop_strings,
@@ -235,7 +238,7 @@ class EpisodePlayer:
 
 
 class TrajectoryBuilder:
-    """One episode as it grows."""
+    """Collects one episode as it grows."""
 
     def __init__(self, opening: Opening):
         self.prompt_ids = opening.prompt_ids_P
@@ -294,7 +297,8 @@ class TrajectoryBuilder:
 
 
 def _check_generation(generation: Generation, max_tokens: int, key: EpisodeKey) -> None:
-    """Refuse what would poison a batch: no tokens, more than were asked for, or log-probabilities that are not finite."""
+    """Raise SamplerError for no tokens, for more than were requested, and for log-probabilities
+    that are not finite. Each would spoil the batch."""
     count = len(generation.token_ids_T)
     if not 0 < count <= max_tokens:
         raise SamplerError(
@@ -302,5 +306,6 @@ def _check_generation(generation: Generation, max_tokens: int, key: EpisodeKey) 
         )
     if not np.isfinite(generation.logprobs_T).all():
         raise SamplerError(
-            f"the sampler gave log-probabilities that are not finite for {key.episode_id}: {generation.logprobs_T}"
+            f"the sampler gave log-probabilities that are not finite for {key.episode_id}: "
+            f"{generation.logprobs_T}"
         )

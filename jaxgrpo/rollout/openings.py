@@ -1,4 +1,4 @@
-"""How the episodes of a task begin: the environment, what it observes first, and the prompt of that."""
+"""Open tasks: create the environment, take its first observation, and render the prompt."""
 
 import asyncio
 import dataclasses
@@ -13,21 +13,21 @@ from jaxgrpo.rollout.user_code import FaultyEnvironmentError, ask, playable, ret
 from jaxgrpo.types import Message, Task
 
 _SHORT_CHARS = 20_000
-"""Texts up to this length are rendered on the event loop, in about as many microseconds; longer ones
-in a thread, so that other episodes need not wait."""
+"""Texts up to this length are rendered on the event loop, at about one microsecond per character.
+Longer ones are rendered in a thread, so that other episodes need not wait."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Opening:
-    """How the episodes of one task begin: their first observation, and the prompt that it is rendered to."""
+    """The first observation of a task's episodes, and its prompt [P]."""
 
     observation: Observation
     prompt_ids_P: np.ndarray
 
 
 class PromptError(FaultyEnvironmentError):
-    """An opening that is no prompt: the template refuses it, or it has more tokens than the settings
-    allow, `tokens` or more of them."""
+    """The opening gives no prompt: the template refuses it, or it is too long. Then it has at least
+    `tokens` tokens."""
 
     def __init__(self, line: str, tokens: int = 0):
         super().__init__(line)
@@ -44,15 +44,16 @@ class Openings:
     calls: BlockingCalls
 
     async def begin(self, task: Task) -> tuple[Environment, Observation]:
-        """A fresh environment for an episode, and its opening. Raises FaultyEnvironmentError."""
+        """Create an environment for an episode, and return it with its first observation. Raises
+        FaultyEnvironmentError."""
         of = f"of task {task.id!r}"
         made = await ask(self.calls, f"create() {of}", playable, self.suite.create, task)
         observed = returned(Observation)
         return made, await ask(self.calls, f"observe() {of}", observed, made.observe)
 
     async def open(self, task: Task) -> Opening:
-        """The opening that all episodes of the task share. Raises FaultyEnvironmentError, and of its
-        kinds PromptError for what cannot be a prompt here."""
+        """Return the opening that all episodes of the task share. Raises FaultyEnvironmentError,
+        and its subclass PromptError if the opening gives no prompt."""
         _, observation = await self.begin(task)
         messages, fewest = observation.messages, self.chat.fewest_tokens(observation.messages)
         if fewest > self.max_prompt_tokens:
@@ -76,31 +77,31 @@ class Openings:
 
 
 def characters(messages: Sequence[Message]) -> int:
-    """Of all the messages' contents."""
+    """Count the characters of all messages."""
     return sum(len(message.content) for message in messages)
 
 
 async def rendered(
     render: Callable[..., np.ndarray], messages: Sequence[Message], *args: object
 ) -> np.ndarray:
-    """`render(messages, *args)`, without keeping the event loop from others for long."""
+    """Call `render(messages, *args)` without blocking the event loop for long."""
     if characters(messages) <= _SHORT_CHARS:
         return render(messages, *args)
     return await asyncio.to_thread(render, messages, *args)
 
 
 def opens_differently(task: Task, one: Observation, other: Observation) -> str:
-    """That two openings of a task differ, and where; "" when they are the same."""
+    """Describe how two openings of a task differ; return "" if they are the same."""
     if one == other:
         return ""
     return (
-        f"task {task.id!r} opens differently from one episode to the next, which then share no prompt: "
-        f"{_difference(one, other)}"
+        f"task {task.id!r} opens differently from one episode to the next, which then share no "
+        f"prompt: {_difference(one, other)}"
     )
 
 
 def _difference(one: Observation, other: Observation) -> str:
-    """The first thing in which two openings differ."""
+    """Describe the first difference of two openings."""
     for i, (was, now) in enumerate(zip(one.messages, other.messages, strict=False)):
         if was != now:
             pairs = enumerate(zip(was.content, now.content, strict=False))

@@ -1,10 +1,10 @@
-"""Which tasks make up a batch, and when it is played: when it is asked for, or while the trainer
-still works on those before it.
+"""Select the tasks of a batch, and start rollouts before the trainer needs them.
 
-Weights have versions, and each batch that is trained on makes the next one. When batch b is asked for under version v, it is trained on
-by v, and batch b + k by v + k at the latest (earlier when batches in between are lost to failing environments). So the batches up to
-b + max_staleness may start under v: whatever is sampled for them from then on is at most `max_staleness` versions older than the weights
-that it trains. 0 is the synchronous schedule: a batch starts when it is asked for.
+Each trained batch makes a new version of the weights. If batch b is requested under version v, it
+trains version v, and batch b + k trains version v + k at the latest (earlier if batches in between
+are skipped). The batches up to b + max_staleness may therefore start under v: no token is then more
+than `max_staleness` versions older than the weights that it trains. With 0, a batch starts when it
+is requested.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from jaxgrpo.types import Task
 
 
 def batches_per_epoch(tasks: int, tasks_per_step: int) -> int:
-    """Whole batches in one pass over the tasks. Raises ConfigError when there is not even one."""
+    """Return the number of whole batches in an epoch. Raises ConfigError if there is none."""
     if tasks < tasks_per_step:
         raise ConfigError(
             f"rollout.tasks_per_step is {tasks_per_step}, but the train split holds {tasks} tasks"
@@ -32,8 +32,8 @@ def batches_per_epoch(tasks: int, tasks_per_step: int) -> int:
 def task_batch(
     tasks: Sequence[Task], tasks_per_step: int, seed: int, index: int, shuffle: bool = True
 ) -> list[Task]:
-    """The tasks of batch `index`: every epoch is a fresh shuffle, or the tasks as given, cut into
-    whole batches. A pure function, so that a run can resume."""
+    """Return the tasks of batch `index`. Every epoch is a fresh shuffle, or the tasks as given, cut
+    into whole batches. The result depends on the arguments alone, so that a run can resume."""
     per_epoch = batches_per_epoch(len(tasks), tasks_per_step)
     epoch, position = divmod(index, per_epoch)
     order = np.arange(len(tasks))
@@ -43,9 +43,9 @@ def task_batch(
 
 
 class RolloutsAhead:
-    """Consumes the numbers of batches, from `first` on; waits for the rollout of the batch that is asked for; produces its result, while
-    the rollouts of up to `max_staleness` batches after it go on. A number is handed out once, in order, and what was not handed out
-    leaves no trace: a run that was cut off plays it again."""
+    """Returns the rollouts of batch `first` and of those after it, in order, while those of up to
+    `max_staleness` later batches run. A rollout that was not returned leaves no trace: a resumed
+    run samples its batch again."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class RolloutsAhead:
         first: int,
         max_staleness: int,
     ) -> None:
-        """`play` is the rollout of one batch, to be run on `loop`."""
+        """`play` samples the batch of a number, on `loop`."""
         self._loop = loop
         self._play = play
         self._next = first
@@ -62,14 +62,13 @@ class RolloutsAhead:
         self._under_way: dict[int, asyncio.Task[RolloutResult]] = {}
 
     def next(self, left: int) -> RolloutResult:
-        """The next batch, the first of `left` that the run still needs. To be asked for once the weights that it will train are served.
-
-        Raises what its rollout raised.
-        """
+        """Wait for the next batch. The run still needs `left` batches, this one included. Call this
+        when the sampler serves the weights that the batch will train. Raises the exception of the
+        rollout, if any."""
         return self._loop.call(self._hand_out(left))
 
     def close(self) -> None:
-        """Cancel what is under way, and let it clean up."""
+        """Cancel the running rollouts, and wait until they have cleaned up."""
         self._loop.call(self._cancel())
 
     async def _hand_out(self, left: int) -> RolloutResult:
@@ -83,21 +82,23 @@ class RolloutsAhead:
 
     async def _cancel(self) -> None:
         for task in self._under_way.values():
-            if not task.cancelling():  # a wait that was interrupted has cancelled its batch: a second time would cut its cleaning up short
+            # an interrupted `next` has cancelled its batch; a second time would end its clean-up
+            if not task.cancelling():
                 task.cancel()
         await asyncio.gather(*self._under_way.values(), return_exceptions=True)
 
 
 class StalenessError(SamplerError):
-    """The sampler's tokens are older than the schedule can make them."""
+    """The sampler's tokens are older than training.max_staleness allows."""
 
 
 def check_staleness(result: RolloutResult, version: int, max_staleness: int) -> None:
-    """The schedule's bound, for the oldest token of a batch about to train weights of `version`. Raises StalenessError beyond it: a sampler
-    that does not take up what is published would go unnoticed otherwise."""
+    """Raise StalenessError if a token of a batch that trains `version` is more than `max_staleness`
+    versions older. Otherwise a sampler that ignores published weights would go unnoticed."""
     oldest = min((int(v) for v in result.sampled_versions_T), default=version)
     if version - oldest > max_staleness:
         raise StalenessError(
-            f"the batch holds tokens of weight version {oldest}, but trains version {version}: that is older than training.max_staleness "
-            f"({max_staleness}) allows, so the sampler does not serve what was published"
+            f"the batch holds tokens of weight version {oldest}, but trains version {version}: "
+            f"that is older than training.max_staleness ({max_staleness}) allows, so the sampler "
+            "does not serve what was published"
         )

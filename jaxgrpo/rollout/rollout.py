@@ -1,8 +1,8 @@
-"""Plays the episodes of many groups at once: a batch of tasks in, scored groups out.
+"""Sample the episodes of many groups concurrently: a batch of tasks in, scored groups out.
 
-Faults: an episode that its environment ended with an error is tried again in a fresh environment with fresh seeds; when its tries are spent
-the whole group is dropped and counted. A fault never becomes a reward. A sampler that raises ends the rollout: its exception reaches the
-caller after all other episodes are cancelled and released.
+An episode whose environment fails is retried in a fresh environment with fresh seeds. When all
+tries have failed, the whole group is dropped and counted; a failure never becomes a reward. An
+exception of the sampler ends the rollout, after all other episodes are cancelled and released.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from jaxgrpo.config.settings import RolloutSettings
 from jaxgrpo.environment import TaskSuite
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.background import BlockingCalls, all_or_none
@@ -27,32 +28,9 @@ Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Execution:
-    """How many things happen at once, and how much patience a misbehaving environment gets."""
-
-    episodes_in_flight: int = 256
-    environment_threads: int = 16
-    step_deadline_seconds: float = 60.0
-    max_retries: int = 1
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("episodes_in_flight", 1),
-            ("environment_threads", 1),
-            ("max_retries", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.step_deadline_seconds <= 0:
-            raise ValueError(
-                f"step_deadline_seconds must be above 0, got {self.step_deadline_seconds}"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
 class DroppedGroup:
-    """A task whose group is left out, because its opening or one of its episodes failed on every try; `error` is the last error, in one
-    line."""
+    """A task whose group is dropped, because its opening or one of its episodes failed on every
+    try. `error` is the last error, in one line."""
 
     task: Task
     error: str
@@ -60,10 +38,10 @@ class DroppedGroup:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutResult:
-    """What became of the tasks, in their order: scored groups, and dropped ones.
+    """The scored groups and the dropped ones, in the order of their tasks.
 
-    `failures` holds every episode that its environment ended with an error, those included that a later try made good. `seconds` went by
-    from the batch's start to its end.
+    `failures` holds every episode that ended with an error of its environment, also if a later try
+    succeeded. `seconds` is the time that the batch took.
     """
 
     groups: tuple[Group, ...]
@@ -73,7 +51,7 @@ class RolloutResult:
 
     @property
     def sampled_versions_T(self) -> np.ndarray:
-        """The weight version of each sampled token of the groups, one after the other."""
+        """The weight version of each sampled token of the groups, concatenated."""
         trajectories = [t for group in self.groups for t in group.trajectories]
         return np.concatenate(
             [np.zeros(0, np.int32), *(t.weight_versions_C[t.action_mask_C] for t in trajectories)]
@@ -82,32 +60,32 @@ class RolloutResult:
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """What stays the same from batch to batch. Batches that are played side by side share the places for episodes and the threads.
+    """Samples batches of tasks. Concurrent batches share `settings.max_in_flight` and the threads.
 
-    Everything runs on one event loop, the sampler's. A synchronous program gives it one:
+    Everything runs on the event loop of the sampler. A synchronous program provides one:
 
     with EventLoopThread() as loop:
-        result = loop.call(Rollout(sampler, suite, chat).groups(tasks, group_size=8, seed=0, batch="step-1"))
+        rollout = Rollout(sampler, suite, chat, context_length)
+        result = loop.call(rollout.groups(tasks, group_size=8, seed=0, batch="step-1"))
     """
 
     sampler: Sampler
     suite: TaskSuite
     chat: Chat
-    limits: Limits = Limits()
+    context_length: int
+    settings: RolloutSettings = RolloutSettings()
     sampling: SamplingParams = SamplingParams()
-    execution: Execution = Execution()
     rewards: RewardSettings = RewardSettings()
 
     @functools.cached_property
     def _places(self) -> asyncio.Semaphore:
-        """First come, first served: while batches overlap, a later one's episodes take the places that an earlier one leaves."""
-        return asyncio.Semaphore(self.execution.episodes_in_flight)
+        """First come, first served: episodes of a later batch use the places that an earlier batch
+        leaves free."""
+        return asyncio.Semaphore(self.settings.max_in_flight)
 
     @functools.cached_property
     def _calls(self) -> BlockingCalls:
-        return BlockingCalls(
-            self.execution.environment_threads, self.execution.step_deadline_seconds
-        )
+        return BlockingCalls(self.settings.environment_threads, self.settings.step_deadline_seconds)
 
     async def groups(
         self,
@@ -117,26 +95,35 @@ class Rollout:
         batch: str,
         progress: Progress | None = None,
     ) -> RolloutResult:
-        """Play `group_size` episodes of each task.
+        """Sample `group_size` episodes of each task.
 
-        `batch` names this visit to the tasks: an episode's seeds come from the run's seed, the batch, its task and its sample index, and
-        from nothing that runs beside it. `progress(done, total)` hears of episodes that are over, those of dropped groups included.
-        Raises StuckCallsError when calls into the environment hang in too many threads.
+        The seeds of an episode depend only on the run's seed, on `batch`, which names this visit to
+        the tasks, on the task and on the sample index. `progress(done, total)` is called as
+        episodes end, those of dropped groups included. Raises StuckCallsError if calls into the
+        environment hang in too many threads.
         """
         if group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {group_size}")
         if len({task.id for task in tasks}) < len(tasks):
             raise ValueError(
-                f"a task occurs twice in batch {batch!r}: its episodes would be the same; give it two batches"
+                f"a task occurs twice in batch {batch!r}: its episodes would be the same; put it "
+                "into two batches"
             )
         start = time.perf_counter()
-        played_with = (self.limits, self.sampling, self._calls, self.rewards)
-        player = EpisodePlayer(self.sampler, self.suite, self.chat, *played_with)
+        player = EpisodePlayer(
+            self.sampler,
+            self.suite,
+            self.chat,
+            Limits(self.settings, self.context_length),
+            self.sampling,
+            self._calls,
+            self.rewards,
+        )
         counter = _Counter(progress, len(tasks) * group_size)
         runner = _BatchRunner(
             player,
             self._places,
-            self.execution.max_retries,
+            self.settings.max_retries,
             EpisodeKey(seed, batch, "", 0),
             counter,
         )
@@ -162,11 +149,11 @@ class Rollout:
 
 
 class _TriesSpentError(Exception):
-    """An episode's tries are spent; the message is the last one's error, in one line."""
+    """Every try of an episode failed. The message is the last error, in one line."""
 
 
 class _BatchRunner:
-    """One batch under way."""
+    """Runs one batch."""
 
     def __init__(
         self,
@@ -195,7 +182,8 @@ class _BatchRunner:
     async def run_group(
         self, task: Task, opening: Opening | DroppedGroup, group_size: int
     ) -> Group | DroppedGroup:
-        """All episodes of a task. The first one that fails for good cancels the others: the group is lost without it."""
+        """Run all episodes of a task. The first one whose tries all fail cancels the others,
+        because the group is then dropped."""
         if isinstance(opening, DroppedGroup):
             self._counter.add(group_size)
             return opening
@@ -228,7 +216,7 @@ class _BatchRunner:
 
 
 class _Counter:
-    """Counts the episodes that are over, and tells."""
+    """Counts finished episodes and reports them."""
 
     def __init__(self, progress: Progress | None, total: int):
         self._progress, self._total, self._done = progress, total, 0

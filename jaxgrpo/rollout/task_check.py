@@ -1,7 +1,6 @@
-"""The tasks of a run, listed and opened once before anything is loaded.
+"""List the tasks of a run and open each once, before anything is loaded.
 
-What an environment cannot do is found out here: within deadlines, with a line now and then while it
-takes long, and told as the user's own error.
+A faulty environment is found out here, within deadlines, and reported as bad input.
 """
 
 import asyncio
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jaxgrpo import checked
-from jaxgrpo.config.settings import ConfigError
+from jaxgrpo.config.settings import ConfigError, RolloutSettings
 from jaxgrpo.environment import TaskSuite
 from jaxgrpo.rollout.background import (
     BlockingCalls,
@@ -32,20 +31,20 @@ from jaxgrpo.types import Task
 T = TypeVar("T")
 
 LISTING_DEADLINES = 10
-"""A suite has so many deadlines to list its tasks: it may have to fetch them."""
+"""A suite may take this many times the deadline to list its tasks, because it may fetch them."""
 
 ENOUGH_LATE = 4
-"""So many tasks that do not open within the deadline, while none does, are enough."""
+"""After this many tasks exceed the deadline while none opens, the check stops."""
 
 SAY_EVERY_SECONDS = 5.0
 
 Found = Mapping[str, int | FaultyEnvironmentError]
-"""By a task's id, in the tasks' order, the tokens of its prompt, or what went wrong."""
+"""For each task's id, in the order of the tasks, the tokens of its prompt, or the error."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """What came of opening tasks, and the prompt [P] of the first one that opens, if one does."""
+    """The result for each task, and the prompt [P] of the first task that opens, if any."""
 
     found: Found
     prompt_ids_P: np.ndarray | None
@@ -53,20 +52,18 @@ class Opened:
 
 @dataclasses.dataclass(frozen=True)
 class TaskCheck:
-    """Lists and opens tasks, in `threads` threads; a call into the suite may take `deadline` seconds.
-    `say` gets a line every few seconds while that takes longer.
-
-    Methods raise ConfigError for what a run could not outlive, with one line.
-    """
+    """Lists and opens tasks. `say` gets a line every few seconds while that takes long. Methods
+    raise ConfigError, with one line, for faults that would end a run."""
 
     suite: TaskSuite
-    threads: int
-    deadline: float
+    settings: RolloutSettings
     say: Callable[[str], None] = say_aside
 
     def listed(self, split: str) -> list[Task]:
-        """The suite's tasks of a split."""
-        calls = BlockingCalls(1, LISTING_DEADLINES * self.deadline, _in_silence)
+        """Return the suite's tasks of a split."""
+        calls = BlockingCalls(
+            1, LISTING_DEADLINES * self.settings.step_deadline_seconds, _in_silence
+        )
         asked = ask(calls, f"tasks({split!r})", _tasks, self.suite.tasks, split)
         try:
             return self._run(
@@ -80,13 +77,16 @@ class TaskCheck:
                 f"{error}: the environment gives no tasks of the {split} split"
             ) from None
 
-    def opened(self, chat: Chat, max_prompt_tokens: int, tasks: Sequence[Task]) -> Opened:
-        """Open each task once, and one of them twice more: its episodes share a prompt."""
-        calls = BlockingCalls(self.threads, self.deadline, _in_silence)
-        openings = Openings(self.suite, chat, max_prompt_tokens, calls)
+    def opened(self, chat: Chat, tasks: Sequence[Task]) -> Opened:
+        """Open each task once, and the first that opens twice more, because the episodes of a task
+        must share their prompt."""
+        calls = BlockingCalls(
+            self.settings.environment_threads, self.settings.step_deadline_seconds, _in_silence
+        )
+        openings = Openings(self.suite, chat, self.settings.max_prompt_tokens, calls)
         found: dict[str, int | FaultyEnvironmentError] = {}
         order = {task.id: i for i, task in enumerate(tasks)}
-        prompts: dict[int, np.ndarray] = {}  # the earliest one's so far
+        prompts: dict[int, np.ndarray] = {}  # that of the earliest task so far
 
         async def open_one(task: Task) -> None:
             try:
@@ -118,7 +118,7 @@ class TaskCheck:
     def _run(
         self, work: Coroutine[Any, Any, T], calls: BlockingCalls, progress: Callable[[], str]
     ) -> T:
-        """The outcome of `work`, which makes `calls`; says how it is getting on."""
+        """Return the result of `work`, which makes `calls`; report its progress."""
 
         async def watched() -> T:
             task = asyncio.ensure_future(work)
@@ -138,11 +138,11 @@ class TaskCheck:
 
 
 def _in_silence(line: str) -> None:
-    """Calls that hang are told of in the end."""
+    """Print nothing: calls that hang are reported at the end."""
 
 
 def _hopeless(found: Found) -> bool:
-    """A whole deadline has gone by, for several tasks, and nothing is open."""
+    """Return whether several tasks exceeded the deadline and none opened."""
     late = [error for error in found.values() if isinstance(error, LateError)]
     return len(late) >= ENOUGH_LATE and not _that_open(found)
 
@@ -152,7 +152,7 @@ def _that_open(found: Found) -> list[str]:
 
 
 async def _open_twice(openings: Openings, task: Task) -> None:
-    """Raises ConfigError when the task's episodes do not all open the same."""
+    """Raise ConfigError if the task's episodes open differently."""
     with contextlib.suppress(FaultyEnvironmentError):  # it opened before: the rollout will count it
         observations = [(await openings.begin(task))[1] for _ in range(2)]
         fault = opens_differently(task, *observations)
@@ -161,7 +161,7 @@ async def _open_twice(openings: Openings, task: Task) -> None:
 
 
 def _tasks(value: object) -> list[Task]:
-    """A check of what a suite lists: tasks with ids of their own."""
+    """Check that a suite lists tasks with different ids."""
     tasks = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
     if tasks is None or not all(isinstance(task, Task) for task in tasks):
         given = checked.shown(value)

@@ -1,7 +1,7 @@
-"""The edge to users' code: environments and reward functions are called here, and nowhere else.
+"""Call environments and reward functions. Users' code is called here and nowhere else.
 
-Each call has a thread and a deadline. What it gives is checked in that thread too, and what it
-raises, whatever that is, is put into words there: nothing of a user's class is looked at elsewhere.
+Each call has a thread and a deadline. Its result is checked, and its exception described, in the
+same thread, because both may run code of a user's class.
 """
 
 import functools
@@ -30,9 +30,9 @@ _METHODS: dict[str, tuple[str, ...]] = {"observe": (), "step": ("action",), "sco
 
 
 class FaultyEnvironmentError(Exception):
-    """The environment or a reward function raised, outlived its deadline, or broke its contract.
+    """The environment or a reward function raised, exceeded its deadline, or broke its contract.
 
-    The message is one line: what was raised and where, then what was asked for. `trace` is the whole
+    The message is one line: the exception and its place, then the call. `trace` is the whole
     traceback, for the records.
     """
 
@@ -42,25 +42,26 @@ class FaultyEnvironmentError(Exception):
 
     @property
     def recorded(self) -> str:
-        """The line, and the traceback below it."""
+        """The line, and the traceback below it, if any."""
         return f"{self}\n\n{self.trace}" if self.trace else str(self)
 
 
 class LateError(FaultyEnvironmentError):
-    """A call outlived its deadline."""
+    """A call exceeded its deadline."""
 
 
 class BrokenContractError(TypeError):
-    """What came back is not what was to be given: raised by a check, the message goes on from what
-    was asked for."""
+    """The result of a call is not what its contract requires. A check raises it; the message
+    continues the description of the call."""
 
 
 async def ask(
     calls: BlockingCalls, what: str, check: Callable[[object], T], function: Callable, *args: object
 ) -> T:
-    """`check(function(*args))`, in a thread, within the deadline; `what` names it for people.
+    """Return `check(function(*args))`, called in a thread within the deadline. `what` names the
+    call in messages.
 
-    Raises FaultyEnvironmentError for whatever goes wrong, and StuckCallsError when too much hangs.
+    Raises FaultyEnvironmentError for any failure, and StuckCallsError if too many calls hang.
     """
     try:
         return await calls.run(functools.partial(_guarded, what, check, function, args), what=what)
@@ -69,12 +70,12 @@ async def ask(
     except DeadlineError as error:
         place = _place(error.stack)
         raise LateError(f"{error}{f': it waits at {place}' if place else ''}") from None
-    except Exception as error:  # there was no thread to be had
+    except Exception as error:  # no thread could be started
         raise FaultyEnvironmentError(f"{_line(error)}: {what} failed") from error
 
 
 def _guarded(what: str, check: Callable[[object], T], function: Callable, args: tuple) -> T:
-    """In the thread: call and check. Whatever is raised becomes a line and a traceback."""
+    """Call and check, in the thread. Turn any exception into a line and a traceback."""
     try:
         return check(function(*args))
     except BrokenContractError as error:
@@ -87,7 +88,7 @@ def _guarded(what: str, check: Callable[[object], T], function: Callable, args: 
 
 
 def returned(kind: type[T]) -> Callable[[object], T]:
-    """A check of what came back: a record of this kind."""
+    """Make a check that a result is a record of this kind."""
 
     def check(value: object) -> T:
         if not isinstance(value, kind):
@@ -98,7 +99,7 @@ def returned(kind: type[T]) -> Callable[[object], T]:
 
 
 def playable(value: object) -> Any:
-    """A check of what a suite creates: it has the methods of `jaxgrpo.environment.Environment`."""
+    """Check that an object has the methods of `jaxgrpo.environment.Environment`."""
     kind = type(value).__qualname__
     for name, arguments in _METHODS.items():
         method = getattr(value, name, None)
@@ -114,12 +115,13 @@ def playable(value: object) -> Any:
                 f"returned {kind}, which cannot be asked to {call}: {error}"
             ) from None
         except ValueError:
-            continue  # written in C: its signature is not known
+            continue  # written in C, without a signature
     return value
 
 
 def described(error: BaseException) -> str:
-    """An error in one line, e.g. `KeyError: 'no such seat' (/home/me/seats.py, line 12, in step)`."""
+    """Describe an error in one line: `KeyError: 'no such seat' (/home/me/seats.py, line 12, in
+    step)`."""
     place = next(filter(None, map(_place_raised, _causes(error))), "")
     return f"{_line(error)} ({place})" if place else _line(error)
 
@@ -133,7 +135,7 @@ def _line(error: BaseException) -> str:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """The error, and what it was raised from."""
+    """Return the error and the errors it was raised from."""
     found = [error]
     while (cause := found[-1].__cause__) is not None and len(found) < _MAX_CAUSES:
         found.append(cause)
@@ -145,7 +147,7 @@ def _place_raised(error: BaseException) -> str:
 
 
 def _place(stack: Sequence[traceback.FrameSummary]) -> str:
-    """Where in the users' own code a stack is, or else in the libraries that it calls."""
+    """Return the innermost place of a stack in users' own code, or else in a library."""
     ours = [i for i, frame in enumerate(stack) if frame.filename == __file__]
     called = stack[ours[-1] + 1 :] if ours else stack
     frames = [frame for frame in called if not frame.filename.startswith(_OURS)]
@@ -154,6 +156,6 @@ def _place(stack: Sequence[traceback.FrameSummary]) -> str:
 
 
 def _definition(function: Callable) -> str:
-    """Where a function is defined."""
+    """Return where a function is defined."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return f"{code.co_filename}, line {code.co_firstlineno}" if code else ""

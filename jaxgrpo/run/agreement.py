@@ -1,4 +1,4 @@
-"""The check that a sampler serves the weights that the trainer has."""
+"""Check that a sampler serves the trainer's weights."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -17,13 +17,13 @@ _CHECK_SAMPLES = 4
 
 
 class MismatchError(SamplerError):
-    """The sampler does not serve what the trainer published."""
+    """The sampler does not serve the weights that the trainer published."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AgreementCheck:
-    """Compares short generations of the sampler with the trainer's own forward of the same tokens: a stale or wrong weight shows at once,
-    where the rewards of a run would only fall."""
+    """Compares short generations of the sampler with the trainer's forward pass of the same tokens.
+    It shows a stale or wrong weight at once, which otherwise would only lower the rewards."""
 
     update: Update
     prompt_ids_P: np.ndarray
@@ -35,17 +35,17 @@ class AgreementCheck:
     def run(
         self, loop: EventLoopThread, sampler: Sampler, params: Params, version: int
     ) -> dict[str, float]:
-        """The mean and the largest difference of log-probabilities; `params` are the trainer's (`Update.policy`), published as `version`.
-
-        Raises MismatchError beyond the bound.
-        """
+        """Return the mean and the largest difference of log-probabilities. `params` are the
+        trainer's (`Update.policy`), published as `version`. Raises MismatchError if the mean
+        exceeds the bound."""
         generations = loop.call(self._generate(sampler, version))
         served = sorted(
             {int(v) for generation in generations for v in generation.weight_versions_T}
         )
         if served != [version]:
             raise MismatchError(
-                f"after publishing weights of version {version} the sampler answers with version {served}"
+                f"after publishing weights of version {version} the sampler answers with version "
+                f"{served}"
             )
         batch = self._batch(generations)
         self.send(Command(Work.SCORE, batches=(batch,)))
@@ -58,9 +58,11 @@ class AgreementCheck:
         mean, largest = float(differences.mean()), float(differences.max())
         if not mean <= self.bound:
             raise MismatchError(
-                f"the sampler does not serve the trainer's weights of version {version}: log-probabilities of {len(differences)} generated "
-                f"tokens differ by {mean:.3f} on average ({largest:.3f} at most), vllm.max_mismatch allows {self.bound}. Has the server "
-                "the same model (config.json, rope, norms), and does nobody else change its weights?"
+                f"the sampler does not serve the trainer's weights of version {version}: "
+                f"log-probabilities of {len(differences)} generated tokens differ by {mean:.3f} on "
+                f"average ({largest:.3f} at most), vllm.max_mismatch allows {self.bound}. Check "
+                "that the server has the same model (config.json, rope, norms) and that nobody "
+                "else changes its weights"
             )
         return {"check/mismatch_mean": mean, "check/mismatch_max": largest}
 
@@ -85,7 +87,7 @@ class AgreementCheck:
                 await sampler.release(request.episode_id)
 
     def _batch(self, generations: Sequence[Generation]) -> GroupBatch:
-        """One group of all generations, repeated for every device."""
+        """Make one group of all generations, repeated for every device."""
         n, g, c = self.update.mesh.size, len(generations), self.tokens
         rows_GC = np.stack(
             [
@@ -114,7 +116,8 @@ def agreement_check(
     prompt_ids_P: np.ndarray,
     send: Callable[[Command], None] = no_op,
 ) -> AgreementCheck | None:
-    """With a prompt [P] of the run, for a sampler in another process: there a weight can be lost or stale."""
+    """Return the check for a sampler in another process, with a prompt [P] of the run. Return None
+    for the embedded sampler, which computes with the trainer's arrays."""
     if config.sampler == "native":
         return None
     r = config.rollout

@@ -1,4 +1,4 @@
-"""One batch's episodes and optimizer steps -> flat metrics. Pure."""
+"""Compute the flat metrics of one batch from its episodes and optimizer steps."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,10 +12,9 @@ from jaxgrpo.types import GroupBatch, StopReason
 def rollout_metrics(
     result: RolloutResult, skipped: Sequence[RolloutResult], version: int
 ) -> dict[str, float | int | str]:
-    """What the episodes of a batch came to, and the batches `skipped` before it, whose faults are
-    counted here.
-
-    `version` is that of the weights about to be trained; a token's staleness is how many versions older it is.
+    """Return the metrics of a batch's episodes. The faults of the batches `skipped` before it count
+    here. `version` is that of the weights about to be trained; the staleness of a token is the
+    number of versions by which it is older.
     """
     trajectories = [t for group in result.groups for t in group.trajectories]
     staleness = version - result.sampled_versions_T
@@ -58,13 +57,14 @@ def update_metrics(
     compilations: int,
     seconds: Mapping[str, float],
 ) -> dict[str, float | int | str]:
-    """What the optimizer steps on a batch came to; those that were not taken
-    (jaxgrpo.learner.train_state.StepReport) are counted.
+    """Return the metrics of the optimizer steps on a batch.
 
-    Loss, KL, entropy and the sampler's mismatch are those of the first, on-policy step; the clip share is the last step's (the first one's
-    is zero by construction); the gradient norm is the mean over the steps. Of what passed through the layers, padding included, the
-    share that is real tokens, and how many positions it was for each completion token; `prompt_sharing` is how many times as many real
-    tokens there would be with the prompt in every row.
+    - Loss, KL, entropy and the sampler's mismatch are those of the first step, which is on-policy.
+    - The clip fraction is that of the last step, since that of the first is zero by construction.
+    - The gradient norm is the mean over the steps that were taken.
+    - `real_token_fraction`: real tokens per position computed, padding included.
+    - `prompt_sharing`: how many times as many real tokens there would be with the prompt repeated
+      in every row.
     """
     taken = [report for report in reports if report.taken]
     first = taken[0].sums.summary()
@@ -102,8 +102,9 @@ def update_metrics(
 def schedule_metrics(
     seconds: Mapping[str, float], sampler_idle_fraction: float
 ) -> dict[str, float | int | str]:
-    """How long a batch took in all, less evaluations, and for which share of it each side was idle: the trainer while it waited for
-    rollouts, the sampler while no request was in flight. Recording and a checkpoint are those of the batch before."""
+    """Return the time of a batch without evaluations, and the fraction of it in which each side was
+    idle: the trainer waiting for rollouts, the sampler without a request. The times for recording
+    and for a checkpoint are those of the batch before."""
     whole = seconds["all"] - seconds.get("evaluate", 0.0)
     return {
         "time/batch_seconds": whole,

@@ -1,4 +1,4 @@
-"""What every process of a run does alike: the state on the mesh, and the steps on it that all take together."""
+"""Hold the training state of a run and compute on it, in all processes alike."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -10,27 +10,30 @@ from jaxgrpo.config.settings import Config, ConfigError
 from jaxgrpo.learner.batching import first_rows
 from jaxgrpo.learner.train_state import DivergedError, StepReport, TrainState
 from jaxgrpo.models.qwen2 import Params
+from jaxgrpo.run.folder import make_run_folder
 from jaxgrpo.run.metrics import Stopwatch
 from jaxgrpo.run.processes import Command, Processes, Work
-from jaxgrpo.run.setup import ModelAssets, build_update, initial_params, make_run_folder
+from jaxgrpo.run.setup import ModelAssets, build_update, initial_params
 from jaxgrpo.run.skipping import Overshoots
-from jaxgrpo.run.weights import StoredWeights
+from jaxgrpo.run.weights import gather_policy, write_policy
 from jaxgrpo.storage.checkpoint import Checkpoints, Progress, newest_step
 from jaxgrpo.storage.checksums import DamageError
 from jaxgrpo.types import GroupBatch
 
 
 def crossed_interval(every: int | None, step: int, advance: int) -> bool:
-    """True when a multiple of `every` lies within the last `advance` steps, `step` included."""
+    """Return whether a multiple of `every` lies within the last `advance` steps up to `step`."""
     return every is not None and step // every > (step - advance) // every
 
 
 class Learner:
-    """The training state of one run. `state`, `batch`, the number of batches played, and `version`,
-    that of the policy's weights, are all that changes. The version grows by one with each batch
-    that was trained on.
+    """The training state of one run. Only `state`, `batch` and `version` change: `batch` counts the
+    batches that were sampled, and `version` the batches that were trained.
 
-    In a run of several processes each has one. The first process calls the methods, each of which tells the others; they `follow`.
+    In a run of several processes, each has a learner. The first process calls `learn`, `save`,
+    `gather` and `write`. Each of these sends a command, and the other processes `follow` it: they
+    run the same computation at the same point. All of them must therefore be called from one
+    thread.
     """
 
     def __init__(
@@ -53,13 +56,13 @@ class Learner:
         self.state, (self.batch, version) = self._first_state(resume)
         self.overshoots = Overshoots(folder, config)
         self.advance = 0
-        """The optimizer steps that were taken on the last batch."""
+        """The number of optimizer steps taken on the last batch."""
         self.version = self.state.step // config.training.iterations if version is None else version
         self.clock = Stopwatch()
 
     def _first_state(self, resume: bool) -> tuple[TrainState, Progress]:
-        """The state to go on from, and how far the run is. With LoRA the base is read anew on
-        resuming: checkpoints hold adapters only."""
+        """Return the state to start from and the progress of the run. A checkpoint of adapters
+        holds no base model, so the base is read again on resume."""
         lora, frozen = self.config.lora.rank > 0, None
         if lora or not resume:
             state = self.update.init(
@@ -72,31 +75,26 @@ class Learner:
             return self.checkpoints.restore(self.update, frozen=frozen, share=self.processes.share)
         except DamageError as error:
             raise ConfigError(
-                f"cannot go on with {self.folder}: {error}; give another --run-dir to begin anew"
+                f"cannot resume {self.folder}: {error}; use another --run-dir to start a new run"
             ) from error
         except (ValueError, OSError) as error:
-            raise ConfigError(f"cannot go on with {self.folder}: {error}") from error
+            raise ConfigError(f"cannot resume {self.folder}: {error}") from error
 
     def base(self) -> Params:
-        """The model's own weights, as adapters see them."""
+        """Read the model's own weights, to which adapters are added."""
         return initial_params(self.assets, self.update.compute_dtype)
 
     @property
-    def weights(self) -> StoredWeights:
-        """The policy's weights, as samplers take them."""
-        return StoredWeights(self.state, self.update, self.processes.send)
-
-    @property
     def steps_of_batch(self) -> int:
-        """The optimizer steps that are taken on the next batch, when all can be."""
+        """The number of optimizer steps on the next batch, unless a step is refused."""
         return min(self.config.training.iterations, self.config.training.steps - self.state.step)
 
     def learn(self, batches: Sequence[GroupBatch]) -> list[StepReport]:
-        """Micro-batches -> `iterations` optimizer steps, the first of them on-policy. A step whose
-        gradient is not finite is not taken, and is the last one.
+        """Take `iterations` optimizer steps on the micro-batches of one batch; the first step is
+        on-policy. Stop at a step whose gradient is not finite, without taking it.
 
-        Raises DivergedError when what was made of the weights is of no use; no sampler and no
-        checkpoint has had them."""
+        Raises DivergedError if the new weights give no finite log-probabilities. They reach no
+        sampler and no checkpoint."""
         self.processes.send(Command(Work.LEARN, number=self.batch, batches=tuple(batches)))
         with self.clock.phase("reference"):
             reference = self.update.reference_logprobs(self.state, batches)
@@ -119,8 +117,8 @@ class Learner:
         return reports
 
     def _probe(self, batches: Sequence[GroupBatch]) -> None:
-        """Refuse (DivergedError) weights that no rollout could be played with: those before them
-        are what the disk holds."""
+        """Raise DivergedError if the weights give no finite log-probabilities. The newest
+        checkpoint keeps the weights from before."""
         with self.clock.phase("probe"):
             if self.update.usable(
                 self.state, first_rows(batches[0], self.update.mesh.size, self.config.batching)
@@ -128,35 +126,48 @@ class Learner:
                 return
         if self.processes.leads:
             self.overshoots.add(self.batch)
-        self.processes.share("")  # or another one's failure might break into that
+        # wait: the failure of another process would interrupt the leader while it writes that
+        self.processes.share("")
         saved, rate = newest_step(self.folder / "checkpoints"), self.config.optimizer.learning_rate
-        before = "there is no checkpoint" if saved is None else f"checkpoint {saved} is the newest"
+        newest = "there is no checkpoint" if saved is None else f"the newest checkpoint is {saved}"
         raise DivergedError(
             f"the weights of step {self.state.step} give no finite log-probabilities: the step was "
-            f"too large, and is neither served nor saved ({before}). --resume leaves out its batch "
-            f"({self.batch}); where more follow, a new run needs a lower optimizer.learning_rate "
-            f"than {rate:g}"
+            f"too large, and is neither served nor saved ({newest}). --resume skips batch "
+            f"{self.batch}. If this happens again, start a new run with an "
+            f"optimizer.learning_rate below {rate:g}"
         )
 
+    def gather(self) -> Params:
+        """Return the whole policy, adapters merged, on this process's first device."""
+        self.processes.send(Command(Work.GATHER))
+        return gather_policy(self.update, self.state)
+
+    def write(self, root: Path) -> Path:
+        """Write the policy as version `version` into a new folder under `root`; return the folder.
+        Every process writes the shards of its devices."""
+        self.processes.send(Command(Work.PUBLISH, text=str(root)))
+        return write_policy(self.update, self.state, self.version, root)
+
     def save(self) -> None:
-        """A checkpoint of the state and of how many batches led to it."""
+        """Write a checkpoint."""
         self.processes.send(Command(Work.SAVE, number=self.batch))
         with self.clock.phase("checkpoint"):
             self.checkpoints.save(self.state, Progress(self.batch, self.version), self.update)
 
     def follow(self) -> None:
-        """Do what the first process tells, until it is at its end. Raises PeerError when another process has failed."""
-        while (told := self.processes.listen()).work is not Work.END:
-            match told.work:
+        """Carry out the first process's commands until it ends. Raises PeerError if another process
+        has failed."""
+        while (command := self.processes.listen()).work is not Work.END:
+            match command.work:
                 case Work.LEARN:
-                    self.batch = told.number
-                    self.learn(told.batches)
+                    self.batch = command.number
+                    self.learn(command.batches)
                 case Work.SCORE:
-                    self.update.logprobs(self.update.policy(self.state), told.batches[0])
+                    self.update.logprobs(self.update.policy(self.state), command.batches[0])
                 case Work.GATHER:
-                    self.weights.logical()
+                    self.gather()
                 case Work.PUBLISH:
-                    self.weights.write(told.number, Path(told.text))
+                    self.write(Path(command.text))
                 case Work.SAVE:
-                    self.batch = told.number
+                    self.batch = command.number
                     self.save()

@@ -1,4 +1,4 @@
-"""Record what a run measures: metrics.jsonl, TensorBoard events, optional W&B; and the terminal view."""
+"""Record metrics in metrics.jsonl, TensorBoard and W&B, and show progress in the terminal."""
 
 import json
 import math
@@ -16,10 +16,12 @@ Metrics = Mapping[str, float | int | str]
 
 
 class Recorder:
-    """Appends one JSON object a line to `folder/metrics.jsonl`, with `step` and flat keys, and mirrors the numbers to TensorBoard and W&B.
+    """Appends one JSON object per line to `folder/metrics.jsonl`, with `step` and flat keys, and
+    writes the numbers to TensorBoard and W&B.
 
-    A value that is not finite is written as null: the file stays JSON. Lines of steps later than `after` are removed first: a run that was
-    cut off and resumes writes them again. None keeps all lines.
+    A value that is not finite becomes null, so that the file stays JSON. A resumed run passes the
+    step of its checkpoint as `after`: lines of later steps are removed, because it writes them
+    again.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class Recorder:
             self._wandb = wandb.init(project=wandb_project, name=name, dir=str(folder))
 
     def record(self, step: int, metrics: Metrics) -> None:
-        """Write one line; numbers are finite floats or ints, strings label the line."""
+        """Write one line of numbers, and of strings that label it."""
         finite = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in metrics.items()
@@ -72,8 +74,8 @@ class Recorder:
 
 
 def _mend(path: Path, after: int | None) -> None:
-    """Remove a line that was being written when the run was cut off; before resuming from `after`, also the lines of later steps, and
-    those that a loss of power left unreadable."""
+    """Remove the last line if it is incomplete. With `after`, also remove the lines of later steps
+    and those that cannot be read, as after a power failure."""
     if not path.exists():
         return
     whole = [
@@ -88,7 +90,7 @@ def _mend(path: Path, after: int | None) -> None:
 
 
 def _step(line: str) -> float:
-    """The step of a line; infinity for what is no line of ours."""
+    """Return the step of a line, or infinity if it cannot be read."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
@@ -96,7 +98,8 @@ def _step(line: str) -> float:
 
 
 class Stopwatch:
-    """Seconds of named phases: `with stopwatch.phase("update"): ...`; `take` hands them over, with "all" of the time, and starts anew."""
+    """Measures named phases, as in `with stopwatch.phase("update"): ...`, and all time between two
+    calls of `take`."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
@@ -111,6 +114,7 @@ class Stopwatch:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def take(self) -> dict[str, float]:
+        """Return the seconds of each phase since the last call, and the whole time as "all"."""
         now = time.perf_counter()
         taken = self._seconds | {"all": now - self._began}
         self._seconds, self._began = {}, now
@@ -118,10 +122,12 @@ class Stopwatch:
 
 
 class TerminalView:
-    """Progress, time left and the reward so far: a bar in a terminal, a plain line a step elsewhere.
+    """Shows progress, time left and the latest reward: as a bar in a terminal, elsewhere as one
+    line per batch.
 
-    `unit` is what `total` counts: optimizer steps of a run, episodes of an evaluation. It prints where the program printed when it began,
-    and leaves the program's streams as they were, whatever an environment put in their place.
+    `unit` names what `total` counts: optimizer steps of a run, or episodes of an evaluation. The
+    view prints to the program's first stdout and restores the program's streams, even if an
+    environment replaces them.
     """
 
     def __init__(self, total: int, unit: str = "step", console: Console | None = None):
@@ -154,20 +160,20 @@ class TerminalView:
         sys.stdout, sys.stderr = self._streams
 
     def begin(self, step: int) -> None:
-        """Training starts (or resumes) at this step: from here on the time left is reckoned."""
+        """Start at this step. The time left is estimated from here."""
         self._first, self._started = step, time.perf_counter()
         self._bar.update(self._task, completed=step)
 
     def episodes(self, done: int, total: int) -> None:
-        """Episodes of the step that are over, of those being played."""
+        """Show how many episodes of the batch are finished."""
         self._bar.update(self._task, status=f"{self._status}  [{done}/{total} episodes]")
 
     def advance(self, done: int, total: int) -> None:
-        """So many units are done."""
+        """Show how many units are done."""
         self._bar.update(self._task, completed=done, total=total, status=self._left(done))
 
     def step(self, step: int, metrics: Metrics) -> None:
-        """A batch is done."""
+        """Show the metrics of a batch that was trained up to `step`."""
         reward, passed, tokens = (
             metrics[f"train/{key}"]
             for key in ("reward_mean", "pass_rate", "completion_tokens_mean")
@@ -176,19 +182,21 @@ class TerminalView:
             f"{side} idle {metrics[f'time/{side}_idle_fraction']:.0%}"
             for side in ("trainer", "sampler")
         )
-        self._status = f"reward {reward:.3f}  passed {passed:.0%}  tokens {tokens:.0f}  {idle}  {self._left(step)}"
+        numbers = f"reward {reward:.3f}  passed {passed:.0%}  tokens {tokens:.0f}"
+        self._status = f"{numbers}  {idle}  {self._left(step)}"
         self._bar.update(self._task, completed=step, status=self._status)
         if not self.console.is_terminal:
             self.say(f"step {step}/{self._total}  {self._status}")
 
     def say(self, text: str) -> None:
-        """A line that stays; nothing when an environment has closed the stream."""
+        """Print a line that stays, unless an environment has closed the stream."""
         if self.console.file.closed:
             return
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _left(self, done: int) -> str:
-        """Reckoned from all steps since the start; rich's own column forgets what is older than thirty seconds, less than a step takes."""
+        """Estimate the time left from all steps since the start. rich's own column looks at the
+        last thirty seconds only, which may be less than a step."""
         seconds = (
             (time.perf_counter() - self._started)
             / max(done - self._first, 1)

@@ -1,8 +1,10 @@
-"""Several trainer processes, one a host or one a GPU: how they find each other, what passes between them, how one's failure ends all.
+"""Run one training in several processes, one per host or one per GPU.
 
-The first process leads: it plays the episodes, decides, records. What computes on the whole mesh, every process has to call at the same
-point; so the leader tells the others what it is about to do (`tell`), and they do the same (`listen`). What is told is a few words in the
-key-value store of jax.distributed, where nobody computes while it waits; micro-batches follow over the devices' own network.
+Process 0 leads: it samples, decides and records. A computation on the whole mesh must be called by
+every process at the same point. The leader therefore sends a command before it computes (`send`),
+and the other processes receive it (`listen`) and run the same computation. Commands go through the
+key-value store of jax.distributed, so that no process waits inside a collective. Micro-batches
+follow over the devices' network.
 """
 
 import argparse
@@ -36,8 +38,8 @@ from jaxgrpo.types import GroupBatch
 
 _SHUTDOWN_SECONDS = 60
 _GRACE_SECONDS, _LEADERS_GRACE_SECONDS = 10, 45
-"""For cleaning up after a failure. When the first process ends, jax ends the others, which are to
-have told of it before: so it has longer. (`background.run_program` adds 20 seconds.)"""
+"""The time to clean up after a failure. When process 0 ends, jax ends the others. It has more time,
+so that they print their error before. (`interruptions.run_program` adds 20 seconds.)"""
 _POLL_MILLISECONDS = 1000
 _NAME_SECONDS = 60
 _FAILED = "jaxgrpo/failed"
@@ -46,19 +48,19 @@ _SHARED = "jaxgrpo/shared"
 
 
 class Work(enum.StrEnum):
-    """What the leader is about to do, and every process with it."""
+    """A computation that all processes run together."""
 
     LEARN = "learn"  # the optimizer steps on the micro-batches of batch `number`
     SCORE = "score"  # log-probabilities of one micro-batch
     GATHER = "gather"  # the whole policy onto every device, for a sampler in the leader's process
-    PUBLISH = "publish"  # weights of version `number` into the folder `text`
+    PUBLISH = "publish"  # the policy's weights into a new folder under `text`
     SAVE = "save"  # a checkpoint, after `number` batches
     END = "end"
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """One piece of work with what it needs, e.g. `Told(Work.PUBLISH, number=3, text="/shared/run/weights")`."""
+    """A computation and its arguments, e.g. `Command(Work.SAVE, number=3)`."""
 
     work: Work
     number: int = 0
@@ -67,16 +69,17 @@ class Command:
 
 
 def no_op(command: Command) -> None:
-    """Tells no one: for what runs in one process."""
+    """Send nothing, in a run of one process."""
 
 
 class PeerError(RuntimeError):
-    """Another process of the run has failed; the message says which, and how."""
+    """Another process of the run failed. The message says which, and why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ClusterFlags:
-    """The command line's: `coordinator` HOST:PORT is where process 0 listens; what is None is found out by jax when `detect`."""
+    """The flags of the command line. `coordinator` is the HOST:PORT of process 0. With `detect`,
+    jax finds out what is None."""
 
     coordinator: str | None = None
     processes: int | None = None
@@ -97,36 +100,37 @@ class ClusterFlags:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """What a command of several processes is told beside its config, which is the same for all."""
+    """Add the flags that connect several processes."""
     cluster = parser.add_argument_group(
         "several processes (docs/scale-out.md)", "the same command on every host or GPU"
     )
     cluster.add_argument(
         "--distributed",
         action="store_true",
-        help="jax finds the others: Slurm, Open MPI, Kubernetes",
+        help="let jax find the processes (Slurm, Open MPI, Kubernetes)",
     )
-    cluster.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    cluster.add_argument("--processes", type=int, help="how many there are")
-    cluster.add_argument("--process-id", type=int, help="which this is, from 0 on")
+    cluster.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    cluster.add_argument("--processes", type=int, help="number of processes")
+    cluster.add_argument("--process-id", type=int, help="index of this process, from 0")
 
 
 def join(flags: ClusterFlags, gpus: Sequence[int] | None) -> "Processes":
-    """Meet the other processes; before jax's first use. `gpus` are those that this process takes (None: as jax decides).
+    """Connect to the other processes. Call it before the first use of jax. `gpus` are the GPUs of
+    this process (None: jax decides).
 
-    Where the coordinator's address is given, it listens there and nowhere else, unless the variable
-    JAX_COORDINATOR_BIND_ADDRESS says where.
+    The coordinator listens only at the given address, unless JAX_COORDINATOR_BIND_ADDRESS names
+    another one.
 
-    Raises ConfigError when the flags say too little, or what cannot be, or jax cannot find out the
-    rest. When the others are not there within five minutes, jax itself ends the process, and says
-    so.
+    Raises ConfigError if the flags are incomplete or invalid, or jax cannot find the processes. If
+    the others do not connect within five minutes, jax ends this process with a message.
     """
     if not flags.several:
         return Processes()
     given = (flags.coordinator, flags.processes, flags.process_id)
     if None in given and not flags.detect:
         raise ConfigError(
-            "--coordinator, --processes and --process-id belong together; --distributed has jax find out what is not given"
+            "--coordinator, --processes and --process-id belong together: give all of them, or use "
+            "--distributed to let jax find the missing ones"
         )
     _check_flags(flags)
     try:
@@ -142,7 +146,7 @@ def join(flags: ClusterFlags, gpus: Sequence[int] | None) -> "Processes":
 
 
 def _check_flags(flags: ClusterFlags) -> None:
-    """Refuse (ConfigError) what cannot be, before jax waits minutes for it, or fails at it."""
+    """Raise ConfigError for invalid flags, for which jax would wait minutes or crash."""
     count, index = flags.processes, flags.process_id
     if count is not None and not 1 <= count < 2**31:
         raise ConfigError(f"--processes must be from 1 to {2**31 - 1}, got {count}")
@@ -159,12 +163,12 @@ def _check_flags(flags: ClusterFlags) -> None:
 
 
 def _check_place(host: str, port: int) -> None:
-    """Refuse (ConfigError) where this process cannot listen. Jax would share the port with another
-    run, and both would end."""
+    """Raise ConfigError if this process cannot listen there. If another run uses the port, jax
+    would share it, and both runs would end."""
     addresses = _addresses(host, port)
     refused = [error for one in addresses if (error := _refusal(*one)) is not None]
     taken = [error for error in refused if error.errno == errno.EADDRINUSE]
-    elsewhere = f"or say with {_BIND_VARIABLE}=HOST:PORT where to listen"
+    elsewhere = f"or set {_BIND_VARIABLE}=HOST:PORT to listen elsewhere"
     if taken or len(refused) == len(addresses):
         raise ConfigError(
             f"--coordinator {host}:{port}: process 0 cannot listen there "
@@ -174,12 +178,12 @@ def _check_place(host: str, port: int) -> None:
     means = [address[0] for _, address in addresses]
     named = host.strip("[]") not in (*means, "localhost")
     if named and all(ipaddress.ip_address(one).is_loopback for one in means):
-        here = f"{host} is {means[0]} here, where processes on other hosts cannot reach it"
+        here = f"{host} is {means[0]} here, which processes on other hosts cannot reach"
         print(f"note: {here}: if there are any, give its address, {elsewhere}", file=sys.stderr)
 
 
 def _refusal(family: socket.AddressFamily, address: Any) -> OSError | None:
-    """Why one cannot listen there, if so."""
+    """Return why this process cannot listen there, or None if it can."""
     try:
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -190,8 +194,8 @@ def _refusal(family: socket.AddressFamily, address: Any) -> OSError | None:
 
 
 def _addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
-    """What a name means on this host. It may become known only while the processes are started, as
-    in Kubernetes."""
+    """Resolve a name on this host. Wait for it: in Kubernetes, names become known while processes
+    start."""
     deadline = time.monotonic() + _NAME_SECONDS
     while True:
         try:
@@ -205,13 +209,13 @@ def _addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
 
 
 class Processes:
-    """The processes of one run, as one of them sees them. `Processes()` is a run in one process, where telling is nothing."""
+    """The processes of one run, seen from one of them. `Processes()` is a run in one process."""
 
     def __init__(self, index: int = 0, count: int = 1, store: Any = None):
         self.index = index
         self.count = count
         self._store = store
-        self._told = 0
+        self._sent = 0
         self._shared = 0
         self._failure: str | None = None
         self._interrupted = False
@@ -223,8 +227,8 @@ class Processes:
         return self.index == 0
 
     def agree(self, text: str) -> None:
-        """Raises ConfigError when another process was started with another `text` (the resolved
-        config) than the leader, PeerError when another one has failed."""
+        """Raise ConfigError if this process was started with another `text` (the resolved config)
+        than the leader. Raises PeerError if another process failed."""
         if self.count == 1:
             return
         mine = f"{zlib.crc32(text.encode()):08x}"
@@ -232,13 +236,13 @@ class Processes:
             self._store.key_value_set("jaxgrpo/config", mine)
         elif self._wait("jaxgrpo/config") != mine:
             raise ConfigError(
-                f"process {self.index} was started with another config than process 0: give all the same --config, --set and --resume, "
-                "and a --run-dir that is one folder to all"
+                f"process {self.index} was started with another config than process 0: give all "
+                "processes the same --config, --set and --resume, and a --run-dir that they share"
             )
 
     def share(self, text: str) -> list[str]:
-        """What each process says at this point, in their order; all come here. Raises PeerError
-        when another process has failed."""
+        """Return the texts of all processes, by index. Every process calls this at the same point.
+        Raises PeerError if another process failed."""
         if self.count == 1:
             return [text]
         self._shared += 1
@@ -246,46 +250,37 @@ class Processes:
         return [self._wait(f"{_SHARED}/{self._shared}/{i}") for i in range(self.count)]
 
     def send(self, command: Command) -> None:
-        """Called by the leader right before it computes on the mesh; of the others, and in a run of one process, it does nothing.
-
-        Tells come from one thread at a time: whoever computes on the mesh meanwhile would be out of step with the others.
-        """
+        """Send a command. The leader calls this right before it computes on the mesh, always from
+        one thread. It does nothing in the other processes and in a run of one process."""
         if self.count == 1 or not self.leads:
             return
-        self._told += 1
+        self._sent += 1
         arrays = [_arrays(batch) for batch in command.batches]
         forms = [
             {name: (array.dtype.name, array.shape) for name, array in of_one.items()}
             for of_one in arrays
         ]
-        message = {
-            "work": command.work,
-            "number": command.number,
-            "text": command.text,
-            "batches": forms,
-        }
-        self._store.key_value_set(_key(self._told), json.dumps(message))
-        self._store.key_value_delete(
-            _key(self._told - 2)
-        )  # that one was carried out: the last one computed with everybody
+        message = [command.work, command.number, command.text, forms]
+        self._store.key_value_set(_key(self._sent), json.dumps(message))
+        # all processes carried out that one, because they took part in the last one
+        self._store.key_value_delete(_key(self._sent - 2))
         for of_one in arrays:
             multihost_utils.broadcast_one_to_all(of_one)
 
     def listen(self) -> Command:
-        """Wait for what the leader tells next. Raises PeerError when another process has failed."""
-        self._told += 1
-        message = json.loads(self._wait(_key(self._told)))
+        """Wait for the leader's next command. Raises PeerError if another process failed."""
+        self._sent += 1
+        work, number, text, forms = json.loads(self._wait(_key(self._sent)))
         batches = [
-            GroupBatch(**multihost_utils.broadcast_one_to_all(_empty(forms)))
-            for forms in message["batches"]
+            GroupBatch(**multihost_utils.broadcast_one_to_all(_empty(of_one))) for of_one in forms
         ]
-        return Command(Work(message["work"]), message["number"], message["text"], tuple(batches))
+        return Command(Work(work), number, text, tuple(batches))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """While this holds, what one process raises ends all: the others raise PeerError, or, where one is stuck in a computation that
-        needs the failed one, end with status 1. (A process that is killed is noticed by jax.distributed, which ends the others.) One that
-        is interrupted tells the others at once, and ends with status 130 when it is stuck."""
+        """End all processes when one of them raises. The others raise PeerError. One that is stuck
+        in a computation with the failed process exits with status 1, or 130 if it was interrupted
+        itself. jax.distributed notices a killed process and ends the others."""
         if self.count == 1:
             yield
             return
@@ -318,9 +313,9 @@ class Processes:
                 signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def telling(self) -> Iterator[None]:
-        """What is raised while this holds is told to the others at once, before what is around it
-        cleans up, which may need them. Within `together`."""
+    def announcing_failures(self) -> Iterator[None]:
+        """Announce an exception to the other processes at once, before the contexts around this one
+        clean up, which may take long. Use it within `together`."""
         try:
             yield
         except (KeyboardInterrupt, PeerError):
@@ -331,12 +326,12 @@ class Processes:
             raise
 
     def _interrupt(self, handler: Any, *arguments: Any) -> None:
-        """Has `handler` handle a signal, in the main thread: but what the watcher sends must not
-        break into the handling of this process's own failure."""
+        """Call `handler` for a signal, in the main thread. The watcher's signal does not interrupt
+        a process that already handles a failure of its own."""
         by_watcher = self._failure is not None
         if by_watcher and self._leaving:
             return
-        if not by_watcher and handler is signal.SIG_IGN:  # as in what a script starts behind itself
+        if not by_watcher and handler is signal.SIG_IGN:  # as in the background of a script
             return
         try:
             (handler if callable(handler) else signal.default_int_handler)(*arguments)
@@ -355,7 +350,7 @@ class Processes:
         raise PeerError(self._failure)
 
     def _get(self, key: str) -> str:
-        """Raises _NotYet when it was not set within a moment."""
+        """Raise _NotYet if the key was not set within a second."""
         try:
             return self._store.blocking_key_value_get(key, _POLL_MILLISECONDS)
         except jax.errors.JaxRuntimeError as error:
@@ -364,8 +359,8 @@ class Processes:
             raise
 
     def _watch(self) -> None:
-        """In a thread: when another process fails, interrupt the main thread; when this one is
-        interrupted, tell the others. And end the process when its cleaning up does not end."""
+        """Interrupt the main thread if another process fails, and announce it if this process is
+        interrupted. End the process if it does not clean up in time. Runs in a thread."""
         failure = ""
         while not (self._over.is_set() or self._interrupted or failure):
             with contextlib.suppress(_NotYet):
@@ -379,9 +374,8 @@ class Processes:
             self._failure = failure
             main_thread = threading.main_thread().ident
             assert main_thread is not None
-            signal.pthread_kill(
-                main_thread, signal.SIGINT
-            )  # to that thread, so that what it waits for is interrupted
+            # to that thread, because a signal interrupts the system call of its thread only
+            signal.pthread_kill(main_thread, signal.SIGINT)
         if not self._over.wait(_LEADERS_GRACE_SECONDS if self.leads else _GRACE_SECONDS):
             print(f"error: {failure}", file=sys.stderr, flush=True)
             os._exit(130 if self._interrupted else 1)
@@ -392,7 +386,7 @@ class _NotYet(Exception):  # noqa: N818
 
 
 def _key(number: int) -> str:
-    return f"jaxgrpo/told/{number}"
+    return f"jaxgrpo/command/{number}"
 
 
 def _arrays(batch: GroupBatch) -> dict[str, np.ndarray]:
@@ -402,5 +396,5 @@ def _arrays(batch: GroupBatch) -> dict[str, np.ndarray]:
 
 
 def _empty(forms: Mapping[str, tuple[str, Sequence[int]]]) -> dict[str, np.ndarray]:
-    """What the leader's arrays are received into."""
+    """Return arrays of these shapes, into which the leader's are received."""
     return {name: np.zeros(shape, dtype) for name, (dtype, shape) in forms.items()}

@@ -1,7 +1,8 @@
-"""Trajectories as JSON lines, one episode a line, plain or gzipped (a name that ends in .gz).
+"""Read and write trajectories as JSON lines, one episode per line; gzipped if the name ends in .gz.
 
-What is written reads back equal, log-probabilities to the last bit. A file is written whole or not at all (`write_records`) or grows
-(`append_records`); a line that a killed process tore off is left out when reading, and reported.
+Reading returns what was written, log-probabilities to the last bit. `write_records` replaces a file
+as a whole, and `append_records` extends it. Reading skips and reports a last line that a killed
+process left incomplete.
 """
 
 import dataclasses
@@ -19,13 +20,13 @@ from jaxgrpo.rollout.rollout import RolloutResult
 from jaxgrpo.types import Message, Score, StopReason, ToolCall, Trajectory
 
 FORMAT = 1
-"""The version of the line format; it grows when a reader of the former could misread a line."""
+"""The version of the line format. It grows when older readers could misread a line."""
 _SHOWN = 2000
 
 
 @dataclasses.dataclass(frozen=True)
 class TrajectoryRecord:
-    """A trajectory and where it comes from: `TrajectoryRecord(trajectory, split="train", step=3, labels=("Files",))`."""
+    """A trajectory with its split, the step of the batch or evaluation, and its task's labels."""
 
     trajectory: Trajectory
     split: str
@@ -35,24 +36,23 @@ class TrajectoryRecord:
 
 @dataclasses.dataclass(frozen=True)
 class RecordFile:
-    """What a file holds: its whole records, and in `torn` what is known of a torn end ("" when there is none)."""
+    """The complete records of a file. `torn` describes an incomplete end, "" if there is none."""
 
     records: tuple[TrajectoryRecord, ...]
     torn: str = ""
 
 
 def write(path: Path, result: RolloutResult, split: str, step: int) -> list[str]:
-    """Write what a rollout led to: the episodes of its groups, then those that their environments
-    ended with an error. What cannot be written of them is left out; returned is what, and why, one
-    text an episode."""
+    """Write the episodes of a rollout: those of its groups, then those that ended with an error of
+    the environment. Return one line for each episode of which a part cannot be written."""
     lines, faults = to_lines(result, split, step)
     write_lines(path, lines)
     return faults
 
 
 def to_lines(result: RolloutResult, split: str, step: int) -> tuple[list[str], list[str]]:
-    """A rollout's episodes as lines, and the faults of those of which a part cannot be written,
-    because of what their environment gave."""
+    """Return a rollout's episodes as lines, and one line for each episode of which a part cannot be
+    written because of a value that its environment gave."""
     tasks = [group.task for group in result.groups] + [dropped.task for dropped in result.dropped]
     labels = {task.id: task.labels for task in tasks}
     trajectories = [trajectory for group in result.groups for trajectory in group.trajectories]
@@ -64,12 +64,12 @@ def to_lines(result: RolloutResult, split: str, step: int) -> tuple[list[str], l
         except Exception as error:  # the edge to a user's environment: it gave calls and scores
             why = f"{type(error).__name__}: {_shown(str, error)}"
             faults.append(f"an episode of task {t.task_id!r} cannot be recorded: {why}")
-            lines.append(to_line(_without_what_was_given(record, faults[-1])))
+            lines.append(to_line(_without_given_values(record, faults[-1])))
     return lines, faults
 
 
-def _without_what_was_given(record: TrajectoryRecord, fault: str) -> TrajectoryRecord:
-    """The tokens of an episode, and in words what else is known of it."""
+def _without_given_values(record: TrajectoryRecord, fault: str) -> TrajectoryRecord:
+    """Keep the tokens of an episode, and describe its score and calls in its error text."""
     t = record.trajectory
     score, calls = _shown(repr, t.score), _shown(repr, t.calls)
     error = f"{fault}; it ended as {t.stop_reason}, its score was {score}, its calls were {calls}"
@@ -87,12 +87,12 @@ def _shown(how: Callable[[Any], str], value: Any) -> str:
 
 
 def write_records(path: Path, records: Iterable[TrajectoryRecord]) -> None:
-    """Write a file whole: it is there complete, or as it was before. A step that is run again after a resume replaces its own file."""
+    """Replace a file as a whole. A step that runs again after a resume replaces its own file."""
     write_lines(path, map(to_line, records))
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """As `write_records`, of records that are lines already."""
+    """Replace a file as a whole by these lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     data = "".join(f"{line}\n" for line in lines).encode("ascii")
@@ -104,14 +104,14 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what killed processes were writing into a folder that nobody writes into now."""
+    """Remove the unfinished files of killed processes. No process may be writing to the folder."""
     for path in folder.glob(".*.jsonl*"):
         if path.name.rpartition(".")[2].isdecimal():
             path.unlink(missing_ok=True)
 
 
 def append_records(path: Path, records: Iterable[TrajectoryRecord]) -> None:
-    """Add to the end of a plain file, after cutting off a line that was torn there."""
+    """Append to a plain file, after removing an incomplete last line."""
     if path.suffix == ".gz":
         raise ValueError(
             f"cannot append to {path}: gzipped files are written whole, with write_records"
@@ -124,7 +124,8 @@ def append_records(path: Path, records: Iterable[TrajectoryRecord]) -> None:
 
 
 def read_records(path: Path) -> RecordFile:
-    """Read a file of either kind. Raises ValueError for a damaged line that is not a torn end, and for another format version."""
+    """Read a plain or gzipped file. Raises ValueError if a line other than an incomplete last one
+    is damaged, or if the format version is another one."""
     data, torn = _read_bytes(path)
     *lines, rest = data.split(b"\n")
     if rest:
@@ -164,12 +165,13 @@ def to_line(record: TrajectoryRecord) -> str:
 
 
 def from_line(line: str | bytes) -> TrajectoryRecord:
-    """The record of one line. Raises ValueError when it has another format version, KeyError when something is missing."""
+    """Parse one line. Raises ValueError for another format version, KeyError for a missing key."""
     fields = json.loads(line)
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         found = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
         raise ValueError(
-            f"the line has format {found!r}, this program reads format {FORMAT}: read it with the version that wrote it"
+            f"the line has format {found!r}, this program reads format {FORMAT}: read it with the "
+            "version that wrote it"
         )
     trajectory = Trajectory(
         task_id=fields["task"],
@@ -196,14 +198,15 @@ def _score(fields: Mapping[str, Any]) -> Score | None:
 
 
 def _shortest(values_T: np.ndarray) -> list[float]:
-    """Float32 values as the floats that print shortest and still round to them: -0.1, not -0.10000000149011612."""
+    """Return the floats with the shortest text that round to these float32 values: -0.1 instead of
+    -0.10000000149011612."""
     exact_T = values_T.astype(np.float64)
     short_T = values_T.astype(np.float32).astype(str).astype(np.float64)
     return np.where(short_T.astype(np.float32) == values_T, short_T, exact_T).tolist()
 
 
 def _whole_lines(file: Any, size: int) -> int:
-    """Where the last whole line of a file of `size` bytes ends."""
+    """Return where the last complete line of a file of `size` bytes ends."""
     block = 1 << 16
     end = size
     while end > 0:
@@ -217,12 +220,12 @@ def _whole_lines(file: Any, size: int) -> int:
 
 
 def _read_bytes(path: Path) -> tuple[bytes, str]:
-    """The file's bytes, uncompressed; of a gzipped file that ends too early, what can be had of it."""
+    """Return the uncompressed bytes; of a gzipped file that ends too early, the readable part."""
     data = path.read_bytes()
     if path.suffix != ".gz":
         return data, ""
     text = b""
-    while data:  # one turn for each gzip member: files that were joined are one file
+    while data:  # one gzip member at a time: concatenated files are one file
         inflate = zlib.decompressobj(wbits=31)
         try:
             text += inflate.decompress(data)

@@ -1,4 +1,4 @@
-"""The sampler of a config, and the vLLM servers that it needs."""
+"""Open the sampler of a config, and start the vLLM servers that it needs."""
 
 import dataclasses
 import os
@@ -13,7 +13,8 @@ from jaxgrpo.learner.sharding import make_layout
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.rollout.background import EventLoopThread, say_aside
 from jaxgrpo.run.setup import ModelAssets, compute_dtype
-from jaxgrpo.samplers.base import PolicyWeights, Sampler, SamplerError
+from jaxgrpo.run.weights import WeightExporter, publish
+from jaxgrpo.samplers.base import Sampler, SamplerError
 from jaxgrpo.samplers.native.sampler import NativeSampler
 from jaxgrpo.samplers.vllm.auth import KEY_VARIABLE
 from jaxgrpo.samplers.vllm.client import TokenizerProbe, VllmSampler
@@ -29,40 +30,35 @@ _PROBE_TEXT = (
 def open_sampler(
     config: Config,
     assets: ModelAssets,
-    weights: PolicyWeights,
-    version: int,
+    weights: WeightExporter,
     loop: EventLoopThread,
     folder: Path,
     stack: ExitStack,
 ) -> Sampler:
-    """The sampler that the config asks for, serving `weights` as `version`; `stack` ends it and what it owns. `folder` is the run's.
-
-    Raises ConfigError when it cannot be had.
-    """
+    """Open the sampler that the config asks for, serving `weights`. `folder` is the run folder;
+    `stack` closes the sampler and its servers. Raises ConfigError if the sampler cannot start."""
     if config.sampler == "native":
-        sampler: Sampler = _native(config, assets, weights, version)
+        sampler: Sampler = _native(config, assets, weights)
         stack.callback(lambda: loop.call(sampler.close()))
         return sampler
     try:
-        return _vllm(config, assets, weights, version, loop, folder, stack)
+        return _vllm(config, assets, weights, loop, folder, stack)
     except (SamplerError, OSError) as error:
         raise ConfigError(f"sampler 'vllm': {error}") from error
 
 
-def _native(
-    config: Config, assets: ModelAssets, weights: PolicyWeights, version: int
-) -> NativeSampler:
+def _native(config: Config, assets: ModelAssets, weights: WeightExporter) -> NativeSampler:
     if jax.devices()[0].platform != "cpu":
         say_aside(
-            "embedded sampler: the first batches wait for about ten programs to compile, some"
+            "embedded sampler: the first batches wait until about ten programs are compiled, a few"
             " seconds each; later runs find them in the cache"
         )
     return NativeSampler(
         dataclasses.replace(assets.config, eos_token_ids=assets.chat.eos_ids),
-        weights.logical(),
+        weights.gather(),
         assets.tokenizer,
         config.native,
-        version=version,
+        version=weights.version,
         compute_dtype=compute_dtype(config),
     )
 
@@ -70,8 +66,7 @@ def _native(
 def _vllm(
     config: Config,
     assets: ModelAssets,
-    weights: PolicyWeights,
-    version: int,
+    weights: WeightExporter,
     loop: EventLoopThread,
     folder: Path,
     stack: ExitStack,
@@ -79,19 +74,11 @@ def _vllm(
     v = config.vllm
     versions = _version_folder(v.weights_folder, folder, assets.config)
     stack.callback(versions.close)
-    servers: list[VllmServer] = []
     key = os.environ.get(KEY_VARIABLE)
     if not v.urls:
-        key = key or secrets.token_urlsafe(
-            32
-        )  # the routes that change weights are nobody else's on this host either
-        for i, plan in enumerate(server_plans(config, assets)):
-            servers.append(
-                VllmServer(plan, folder / ("vllm.log" if i == 0 else f"vllm-{i}.log"), key)
-            )
-            stack.callback(servers[-1].close)
-        for server in servers:
-            server.wait(v.start_seconds)
+        # other users of this host must not reach the routes that change weights
+        key = key or secrets.token_urlsafe(32)
+    servers = [] if v.urls else _start_servers(config, assets, key, folder, stack)
     sampler = VllmSampler(
         v if v.urls else dataclasses.replace(v, urls=tuple(server.url for server in servers)),
         _context_tokens(config),
@@ -107,12 +94,26 @@ def _vllm(
         _PROBE_TEXT, tuple(assets.tokenizer.encode(_PROBE_TEXT, add_special_tokens=False))
     )
     loop.call(sampler.connect(probe))
-    loop.call(sampler.publish(version, weights))
+    publish(loop, sampler, weights)
     return sampler
 
 
+def _start_servers(
+    config: Config, assets: ModelAssets, key: str | None, folder: Path, stack: ExitStack
+) -> list[VllmServer]:
+    """Start all servers, then wait for them."""
+    servers: list[VllmServer] = []
+    for i, plan in enumerate(server_plans(config, assets)):
+        log = folder / ("vllm.log" if i == 0 else f"vllm-{i}.log")
+        servers.append(VllmServer(plan, log, key))
+        stack.callback(servers[-1].close)
+    for server in servers:
+        server.wait(config.vllm.start_seconds)
+    return servers
+
+
 def _version_folder(given: str | None, run_folder: Path, model: ModelConfig) -> WeightFolder:
-    """Where versions pass from the trainer to the servers."""
+    """Return the folder through which versions pass from the trainer to the servers."""
     bytes_of_a_version = published_bytes(make_layout(model, 1))
     if given is None:
         return WeightFolder(run_folder, bytes_of_a_version)
@@ -122,7 +123,7 @@ def _version_folder(given: str | None, run_folder: Path, model: ModelConfig) -> 
 
 
 def server_plans(config: Config, assets: ModelAssets) -> list[ServerPlan]:
-    """The servers that a config describes: the GPUs in equal parts, from the given port on."""
+    """Return the plans of all servers: equal shares of the GPUs, and consecutive ports."""
     v = config.vllm
     one, share = server_plan(config, assets), len(v.gpus) // v.servers
     parts = [
@@ -135,7 +136,8 @@ def server_plans(config: Config, assets: ModelAssets) -> list[ServerPlan]:
 
 
 def server_plan(config: Config, assets: ModelAssets, own_weights: bool = False) -> ServerPlan:
-    """One server with everything that the config gives to servers."""
+    """Return the plan of one server. With `own_weights` it loads the weights of the model folder
+    instead of dummy weights."""
     return ServerPlan(config.vllm, assets.folder, _context_tokens(config), own_weights)
 
 

@@ -1,9 +1,9 @@
-"""Batches that a run goes on without, since nothing can be learnt from them.
+"""Skip batches that cannot be trained on.
 
-A batch is a function of its number. What ended the run in one would end every run that is resumed
-before it: so it is skipped, counted in the next batch's metrics, and kept to be looked at; only
-several in a row end the run. One whose step makes weights of no use ends it at once, since those
-before them are on the disk only: it is remembered, and skipped when the run is resumed.
+A batch is a function of its number, so a batch that ends the run would end every resumed run too.
+It is therefore skipped, counted in the next batch's metrics, and kept for inspection. Only several
+in a row end the run. A batch whose step gives unusable weights ends the run at once, because the
+weights from before are only on disk. The resumed run skips it.
 """
 
 import dataclasses
@@ -25,35 +25,35 @@ from jaxgrpo.run import records
 from jaxgrpo.types import GroupBatch
 
 MOST_SKIPPED = 3
-"""So many batches in a row may be lost; then the run ends."""
+"""The number of skipped batches in a row that ends the run."""
 KEPT_BATCHES, KEPT_BYTES = 8, 2**28
-"""What is kept of skipped batches: the newest ones, in files of no more than so many bytes
-together."""
+"""The newest skipped batches are kept: at most this many, in files of this many bytes together."""
 
 _LARGE_ADVANTAGE = 1e6
 
 
 class UselessBatchError(Exception):
-    """A batch that cannot be trained on: says why."""
+    """The batch cannot be trained on. The message says why."""
 
 
 class NothingLeftError(RuntimeError):
-    """Every group was dropped because of its environment; the message ends with the last error."""
+    """Every group was dropped because of its environment. The message ends with the last error."""
 
     def __init__(self, what: str, result: RolloutResult):
         super().__init__(
-            f"every group of {what} was dropped; the last error:\n{result.dropped[-1].error.rstrip()}"
+            f"every group of {what} was dropped; the last error:\n"
+            f"{result.dropped[-1].error.rstrip()}"
         )
 
 
 class NothingLearntError(RuntimeError):
-    """Too many batches in a row could not be trained on: says why for each."""
+    """Too many batches in a row could not be trained on. The message says why for each."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A batch, ready to be trained on and recorded: its rollout, its metrics, its episodes as lines
-    of `step`, its micro-batches."""
+    """A batch that is ready to be trained on and recorded: its rollout, its metrics, its episodes
+    as lines of `step`, and its micro-batches."""
 
     result: RolloutResult
     metrics: dict[str, float | int | str]
@@ -62,7 +62,8 @@ class Prepared:
     batches: Sequence[GroupBatch]
 
     def lines_of(self, step: int) -> Sequence[str]:
-        """Its episodes as lines of another step, when fewer were taken than was to be expected."""
+        """Return the episodes as lines of this step. It differs from `step` if an optimizer step
+        was refused."""
         if step == self.step:
             return self.lines
         return records.to_lines(self.result, "train", step)[0]
@@ -74,14 +75,14 @@ def prepare(
     metrics: Callable[[], dict[str, float | int | str]],
     pack: Callable[[], Sequence[GroupBatch]],
 ) -> Prepared:
-    """What is trained on and recorded of a rollout that leads to `step`. Raises UselessBatchError
-    when there is nothing, or because of what its environments gave."""
+    """Prepare a rollout that will be trained up to `step`. Raises UselessBatchError if it has no
+    groups or its environments gave values that cannot be used."""
     if not result.groups:
         raise UselessBatchError("its environments failed in every group")
     try:
         lines, faults = records.to_lines(result, "train", step)
         prepared = Prepared(result, metrics(), step, lines, pack())
-    except Exception as error:  # the edge to a user's environment, of what the episodes let pass
+    except Exception as error:  # the edge to a user's environment, which gave the values
         raise UselessBatchError(f"{type(error).__name__}: {error}") from error
     if faults:
         raise UselessBatchError(faults[0])
@@ -89,17 +90,17 @@ def prepare(
 
 
 class SkippedBatches:
-    """Those since the last batch that was trained on, in order."""
+    """The batches that were skipped since the last trained batch, in order."""
 
     def __init__(self, folder: Path | None):
-        """`folder` is where they are kept, None for nowhere."""
+        """`folder` keeps their episodes; None keeps nothing."""
         self._folder = folder
         self.results: list[RolloutResult] = []
         self._errors: list[UselessBatchError] = []
 
     def add(self, name: str, result: RolloutResult, error: UselessBatchError, step: int) -> None:
-        """Keep one under its `name`. Raises NothingLeftError or NothingLearntError when it is one
-        too many."""
+        """Add a batch and keep it under `name`. Raises NothingLeftError or NothingLearntError if it
+        is one too many."""
         self.results.append(result)
         self._errors.append(error)
         if self._folder is not None:
@@ -119,13 +120,13 @@ class SkippedBatches:
         )
 
     def clear(self) -> None:
-        """A batch was trained on."""
+        """Start again, after a batch was trained."""
         self.results, self._errors = [], []
 
 
 class Overshoots:
-    """The batches of a run, by number, whose steps were too large to go on from: kept in its folder
-    with the config that they are of, since under another one they may be of use."""
+    """The numbers of the batches whose steps gave unusable weights. They are stored in the run
+    folder together with the config: under another config they may be usable."""
 
     def __init__(self, folder: Path, config: Config):
         self._file = folder / "overshoots.json"
@@ -133,8 +134,8 @@ class Overshoots:
         self._batches = self._read()
 
     def _read(self) -> list[int]:
-        """None where there is no file, one of another config, or one that is damaged: they are
-        found again."""
+        """Return none if the file is missing, damaged or of another config. Then they are found
+        again."""
         try:
             saved = read_object(self._file)
             if incompatible_changes(saved["config"], self._config):
@@ -144,24 +145,24 @@ class Overshoots:
             return []
 
     def add(self, batch: int) -> None:
-        """Remember one. Raises OSError when that cannot be written."""
+        """Store a batch. Raises OSError if the file cannot be written."""
         self._batches.append(batch)
         text = to_json(self._config, places=True)
         write_whole(self._file, json.dumps({"batches": self._batches, "config": text}))
 
     def check(self, batch: int) -> None:
-        """Raises UselessBatchError when it is one of them."""
+        """Raise UselessBatchError if the batch is one of them."""
         if batch in self._batches:
             raise UselessBatchError(
-                "its step gave no finite log-probabilities when the run came here before; where "
-                "more do, a new run needs a lower optimizer.learning_rate than "
+                "its step gave no finite log-probabilities before the run was resumed; if this "
+                "happens again, start a new run with an optimizer.learning_rate below "
                 f"{self._config.optimizer.learning_rate:g}"
             )
 
 
 def check_gradient(report: StepReport, batches: Sequence[GroupBatch]) -> None:
-    """Raises UselessBatchError when the first step on a batch was not taken: its weights have been
-    probed, so it is the batch's own fault."""
+    """Raise UselessBatchError if the first step on a batch was refused. The weights before it were
+    checked, so the batch is at fault."""
     if report.taken:
         return
     advantage = max(float(np.abs(batch.advantages_NG).max()) for batch in batches)

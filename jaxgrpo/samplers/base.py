@@ -79,21 +79,16 @@ class Generation:
             )
 
 
-class PolicyWeights(Protocol):
-    """The policy's weights. Each sampler takes them in the form that it serves."""
-
-    def logical(self) -> Any:
-        """The whole logical parameter tree (jaxgrpo.models.qwen2), for use in this process."""
-
-    def write(self, version: int, root: Path) -> Path:
-        """Write a new folder of shards under `root`, for other processes; return when complete."""
-
-
 class Sampler(Protocol):
     """Serves the policy's turns.
 
     All methods must be called from one event loop. Many `generate` calls may run at once.
     """
+
+    @property
+    def weights_folder(self) -> Path | None:
+        """The folder into which new versions are written for this sampler. None if it takes the
+        weights themselves."""
 
     async def generate(self, request: SamplingRequest) -> Generation:
         """Generate one turn."""
@@ -101,11 +96,10 @@ class Sampler(Protocol):
     async def release(self, episode_id: str) -> None:
         """Say that the episode is over, so that its cache may be dropped."""
 
-    async def publish(self, version: int, weights: PolicyWeights) -> Mapping[str, float]:
-        """Serve these weights; return when generations use them.
-
-        Returns the seconds of each stage by name.
-        """
+    async def publish(self, version: int, weights: Any) -> Mapping[str, float]:
+        """Serve these weights from now on: the folder of a version in `weights_folder`, or without
+        one the logical tree of jaxgrpo.models.qwen2. Return the seconds of each stage by name, when
+        generations use the weights."""
 
     async def close(self) -> None:
         """Release all resources of the sampler."""

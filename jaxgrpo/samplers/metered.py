@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
-from jaxgrpo.samplers.base import Generation, PolicyWeights, Sampler, SamplingRequest
+from jaxgrpo.samplers.base import Generation, Sampler, SamplingRequest
 
 
 class MeteredSampler:
@@ -19,6 +21,10 @@ class MeteredSampler:
         self._asked = self._since = clock()
         self._idle = 0.0
 
+    @property
+    def weights_folder(self) -> Path | None:
+        return self._sampler.weights_folder
+
     async def generate(self, request: SamplingRequest) -> Generation:
         if self._running == 0:
             self._idle += self._clock() - self._since
@@ -32,7 +38,7 @@ class MeteredSampler:
     async def release(self, episode_id: str) -> None:
         await self._sampler.release(episode_id)
 
-    async def publish(self, version: int, weights: PolicyWeights) -> Mapping[str, float]:
+    async def publish(self, version: int, weights: Any) -> Mapping[str, float]:
         return await self._sampler.publish(version, weights)
 
     async def close(self) -> None:

@@ -23,7 +23,7 @@ from jaxgrpo.learner.sharding import logical_on_host, make_mesh, store
 from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.lora import combine, only_adapters
 from jaxgrpo.models.qwen2 import Params, init_adapters, param_shapes, trained_shapes
-from jaxgrpo.run.weights import StoredWeights
+from jaxgrpo.run.weights import write_policy
 from jaxgrpo.storage.hf_mapping import flatten, params_to_hf
 from jaxgrpo.storage.published_manifest import read_manifest
 from jaxgrpo.storage.published_reader import read_tensors
@@ -129,7 +129,7 @@ def test_bfloat16_weights_are_merged_in_float32_and_rounded_once(devices: int) -
 
 def test_what_is_published_for_another_process_is_merged_too(tmp_path: Path) -> None:
     update, adapters = lora_update(1), adapters_of()
-    folder = StoredWeights(with_adapters(update, adapters), update).write(1, tmp_path)
+    folder = write_policy(update, with_adapters(update, adapters), 1, tmp_path)
     merged = params_to_hf(
         TINY,
         jax.tree.map(lambda x: x.astype(jnp.bfloat16), merged_by_hand(params_of(TINY), adapters)),

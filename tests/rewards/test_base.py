@@ -1,6 +1,7 @@
 """Reward functions beside the environment: sums, overrides, refusals, faults, and whole runs."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,12 +55,12 @@ def played(*texts: str, reward: float = 1.0) -> Trajectory:
     return dataclasses.replace(blank, messages=tuple(messages), turns=len(texts), score=score)
 
 
-def test_the_policys_texts_are_not_those_of_the_opening():
+def test_the_policys_texts_are_not_those_of_the_opening() -> None:
     assert played("a", "b").policy_texts == ("a", "b")
     assert played().policy_texts == ()
 
 
-def test_the_reward_is_the_weighted_sum_of_all_parts():
+def test_the_reward_is_the_weighted_sum_of_all_parts() -> None:
     rewards = RewardSettings((brevity, doubled), {"environment": 3, "brevity": 0.5})
     score = rewards.rewarded(played("hi"))
     # 3 x 1 + 0.5 x (-0.25 x 3) + 1 x 2
@@ -68,7 +69,7 @@ def test_the_reward_is_the_weighted_sum_of_all_parts():
     assert (score.passed, dict(score.notes)) == (True, {"turn 0": "fine"})
 
 
-def test_weights_that_mean_the_same_are_the_same():
+def test_weights_that_mean_the_same_are_the_same() -> None:
     same = [
         RewardSettings((brevity, doubled), weights)
         for weights in (
@@ -81,14 +82,14 @@ def test_weights_that_mean_the_same_are_the_same():
     assert len(set(same)) == 1
 
 
-def test_without_functions_the_environments_reward_is_all():
+def test_without_functions_the_environments_reward_is_all() -> None:
     assert RewardSettings().environment_alone
     assert RewardSettings((), {"environment": 1}).environment_alone
     assert not RewardSettings((), {"environment": 0.5}).environment_alone
     assert RewardSettings((), {"environment": 0.5}).rewarded(played("hi")).reward == 0.5
 
 
-def test_an_override_replaces_the_whole_reward_and_the_verdict_stays():
+def test_an_override_replaces_the_whole_reward_and_the_verdict_stays() -> None:
     rewards = RewardSettings((doubled, Shouting()))
     assert rewards.rewarded(played("please")).reward == 1 + 2 + 0.5
     score = rewards.rewarded(played("hi", "HELLO"))
@@ -109,12 +110,12 @@ class Harsh(RewardFunction):
         return Reward({"harsh": 0.0}, override=-3.0)
 
 
-def test_of_several_overrides_the_lowest_counts_in_any_order():
+def test_of_several_overrides_the_lowest_counts_in_any_order() -> None:
     for functions in ((Shouting(), Harsh()), (Harsh(), Shouting())):
         assert RewardSettings(functions).rewarded(played("NO")).reward == -3.0
 
 
-def test_a_function_of_weight_0_is_only_watched():
+def test_a_function_of_weight_0_is_only_watched() -> None:
     watched = RewardSettings((Shouting(),), {"shouting": 0, "polite": 0})
     score = watched.rewarded(played("HELLO"))
     assert (score.reward, score.parts["shouting"], score.notes["shouting"]) == (1.0, -1.0, "HELLO")
@@ -181,19 +182,19 @@ FAULTY = {
 
 
 @pytest.mark.parametrize("function", FAULTY, ids=lambda f: f.__name__)
-def test_a_faulty_answer_is_an_error_that_names_the_function(function):
+def test_a_faulty_answer_is_an_error_that_names_the_function(function: Any) -> None:
     with pytest.raises(RewardError) as error:
         RewardSettings((function,)).rewarded(played("hi"))
     assert FAULTY[function] in str(error.value)
 
 
-def test_a_sum_that_overflows_is_an_error():
+def test_a_sum_that_overflows_is_an_error() -> None:
     with pytest.raises(RewardError, match="is too large"):
         RewardSettings((doubled,), {"doubled": 1e308}).rewarded(played("hi", reward=100.0))
 
 
 @pytest.mark.parametrize("answer", [True, np.float32(0.5), np.int64(2), np.bool_(True)])
-def test_numbers_of_all_kinds_become_floats(answer):
+def test_numbers_of_all_kinds_become_floats(answer: Any) -> None:
     score = RewardSettings((gives := _giving(answer),), {"environment": 0}).rewarded(played("hi"))
     assert gives and type(score.reward) is float and score.reward == float(answer)
     assert type(score.parts["gives"]) is float
@@ -311,14 +312,14 @@ def environment(trajectory, score):
         ),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(functions, weights, said):
+def test_what_cannot_be_is_refused_by_name(functions: Any, weights: Any, said: str) -> None:
     with pytest.raises(ValueError) as error:
         RewardSettings(functions, weights)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_stop_reasons_and_tokens_are_there_to_be_looked_at():
+def test_stop_reasons_and_tokens_are_there_to_be_looked_at() -> None:
     trajectory = dataclasses.replace(played("hi"), stop_reason=StopReason.TOKEN_LIMIT)
     assert RewardSettings((overlong,)).rewarded(trajectory).parts["overlong"] == -1.0
 

@@ -5,6 +5,7 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ from tests.training import small_config
 
 
 @pytest.fixture(autouse=True)
-def _key(monkeypatch):
+def _key(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr(judge_module, "_FIRST_PAUSE", 0.01)
 
@@ -56,7 +57,7 @@ def verdict(of: GibberishJudge, *texts: str) -> tuple[float, float | None]:
 
 
 @pytest.mark.parametrize("word", ["yes", "Yes", " YES.\n"])
-def test_gibberish_replaces_the_reward(word):
+def test_gibberish_replaces_the_reward(word: str) -> None:
     with serving(says(word)) as service:
         score = RewardSettings((judge(service),)).rewarded(played("xq zzv"))
     assert (score.reward, score.parts["gibberish_judge"], score.passed) == (-1.0, -1.0, True)
@@ -64,13 +65,13 @@ def test_gibberish_replaces_the_reward(word):
 
 
 @pytest.mark.parametrize("word", ["no", "No."])
-def test_what_is_no_gibberish_keeps_its_reward(word):
+def test_what_is_no_gibberish_keeps_its_reward(word: str) -> None:
     with serving(says(word)) as service:
         score = RewardSettings((judge(service),)).rewarded(played("I list the files."))
     assert (score.reward, score.parts["gibberish_judge"]) == (0.75, 0.0)
 
 
-def test_the_request_is_a_chat_completion_about_the_policys_texts_alone():
+def test_the_request_is_a_chat_completion_about_the_policys_texts_alone() -> None:
     with serving(says("no")) as service:
         verdict(judge(service), "erste »Zeile«", "second\n\ud800")
     ((path, authorization, body),) = service.requests
@@ -86,13 +87,13 @@ def test_the_request_is_a_chat_completion_about_the_policys_texts_alone():
     }
 
 
-def test_a_service_without_key_gets_none():
+def test_a_service_without_key_gets_none() -> None:
     with serving(says("no")) as service:
         verdict(judge(service, key_variable=""), "a")
     assert service.requests[0][1] is None
 
 
-def test_the_penalty_is_a_setting():
+def test_the_penalty_is_a_setting() -> None:
     with serving(says("yes")) as service:
         assert verdict(judge(service, penalty=-0.5), "a") == (-0.5, -0.5)
 
@@ -114,7 +115,7 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize("name", NONSENSE)
-def test_a_nonsense_answer_is_no_verdict_and_not_asked_for_again(name):
+def test_a_nonsense_answer_is_no_verdict_and_not_asked_for_again(name: Any) -> None:
     nonsense = lambda handler, body: handler.answer(NONSENSE[name])
     said = r"must answer yes or no|is no chat completion"
     with serving(nonsense) as service, pytest.raises(JudgeError, match=said):
@@ -123,7 +124,7 @@ def test_a_nonsense_answer_is_no_verdict_and_not_asked_for_again(name):
 
 
 @pytest.mark.parametrize("trouble", [status(429), status(500), status(503), hangs_up, breaks_off])
-def test_a_busy_or_broken_service_is_asked_again(trouble):
+def test_a_busy_or_broken_service_is_asked_again(trouble: Any) -> None:
     with serving(in_turn(trouble, trouble, says("yes"))) as service:
         assert verdict(judge(service), "a") == (-1.0, -1.0)
     assert len(service.requests) == 3
@@ -137,14 +138,14 @@ def test_a_busy_or_broken_service_is_asked_again(trouble):
         (breaks_off, "RemoteProtocolError: .*, 3 times"),
     ],
 )
-def test_after_the_retries_there_is_no_verdict(trouble, said):
+def test_after_the_retries_there_is_no_verdict(trouble: Any, said: str) -> None:
     with serving(trouble) as service, pytest.raises(JudgeError, match=said):
         verdict(judge(service, retries=2), "a")
     assert len(service.requests) == 3
 
 
 @pytest.mark.parametrize("code", [400, 401, 403, 404, 302])
-def test_a_refusal_is_not_asked_for_again_and_the_key_is_not_shown(code):
+def test_a_refusal_is_not_asked_for_again_and_the_key_is_not_shown(code: int) -> None:
     refuses = status(code, f"Incorrect API key provided: {KEY}")
     with serving(refuses) as service, pytest.raises(RewardError) as error:
         RewardSettings((judge(service),)).rewarded(played("a"))
@@ -153,7 +154,7 @@ def test_a_refusal_is_not_asked_for_again_and_the_key_is_not_shown(code):
     assert len(service.requests) == 1
 
 
-def test_a_status_line_with_the_key_is_not_shown_either():
+def test_a_status_line_with_the_key_is_not_shown_either() -> None:
     def echoes(handler, body):
         handler.wfile.write(f"HTTP/1.1 {KEY}\r\n\r\n".encode())
         handler.close_connection = True
@@ -163,7 +164,7 @@ def test_a_status_line_with_the_key_is_not_shown_either():
     assert KEY not in "".join(traceback.format_exception(error.value))
 
 
-def test_nobody_listens():
+def test_nobody_listens() -> None:
     with serving(says("no")) as service:
         url = service.url
     with pytest.raises(JudgeError, match=r"ConnectError: .*, 2 times"):
@@ -171,7 +172,7 @@ def test_nobody_listens():
 
 
 @pytest.mark.parametrize("script", [slowly(3, says("no")), trickles])
-def test_a_late_answer_is_no_verdict(script):
+def test_a_late_answer_is_no_verdict(script: Any) -> None:
     start = time.monotonic()
     with (
         serving(script) as service,
@@ -181,7 +182,7 @@ def test_a_late_answer_is_no_verdict(script):
     assert time.monotonic() - start < 2
 
 
-def test_a_pause_that_the_service_asks_for_is_kept_or_ends_the_try():
+def test_a_pause_that_the_service_asks_for_is_kept_or_ends_the_try() -> None:
     with serving(in_turn(status(429, "wait", Retry_After="0.3"), says("no"))) as service:
         start = time.monotonic()
         verdict(judge(service), "a")
@@ -193,14 +194,14 @@ def test_a_pause_that_the_service_asks_for_is_kept_or_ends_the_try():
         assert time.monotonic() - start < 2
 
 
-def test_an_endless_answer_is_cut(monkeypatch):
+def test_an_endless_answer_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge_module, "LONGEST_ANSWER", 1000)
     long = lambda handler, body: handler.answer(" " * 5000)
     with serving(long) as service, pytest.raises(JudgeError, match="more than 1000 bytes"):
         verdict(judge(service), "a")
 
 
-def test_the_same_texts_are_asked_about_once():
+def test_the_same_texts_are_asked_about_once() -> None:
     def script(handler, body):
         handler.answer(completion("yes" if "bad" in body["messages"][-1]["content"] else "no"))
 
@@ -215,7 +216,7 @@ def test_the_same_texts_are_asked_about_once():
         assert service.texts[2:] == ['["bad"]', '["bad", "good"]', '["bad good"]']
 
 
-def test_failures_are_not_remembered():
+def test_failures_are_not_remembered() -> None:
     with serving(in_turn(says("maybe"), says("no"))) as service:
         one = judge(service)
         with pytest.raises(JudgeError):
@@ -223,7 +224,7 @@ def test_failures_are_not_remembered():
         assert verdict(one, "a") == (0.0, None)
 
 
-def test_the_memory_is_bounded(monkeypatch):
+def test_the_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge_module, "CACHED_ANSWERS", 2)
     with serving(says("no")) as service:
         one = judge(service)
@@ -232,7 +233,7 @@ def test_the_memory_is_bounded(monkeypatch):
     assert service.texts == ['["a"]', '["b"]', '["c"]', '["b"]']
 
 
-def test_the_calls_of_a_run_are_bounded_retries_included():
+def test_the_calls_of_a_run_are_bounded_retries_included() -> None:
     with serving(in_turn(status(500), says("no"))) as service:
         one = judge(service, max_calls=3)
         verdict(one, "a")
@@ -243,7 +244,7 @@ def test_the_calls_of_a_run_are_bounded_retries_included():
     assert len(service.requests) == 3
 
 
-def test_many_threads_ask_and_few_requests_are_under_way():
+def test_many_threads_ask_and_few_requests_are_under_way() -> None:
     with serving(slowly(0.05, says("no"))) as service, ThreadPoolExecutor(24) as threads:
         one = judge(service, max_in_flight=3)
         start = threading.Barrier(24)
@@ -257,7 +258,7 @@ def test_many_threads_ask_and_few_requests_are_under_way():
     assert service.most_in_flight == 3
 
 
-def test_who_finds_no_place_in_time_has_no_verdict():
+def test_who_finds_no_place_in_time_has_no_verdict() -> None:
     with serving(says("no")) as service:
         one = judge(service, max_in_flight=1, deadline_seconds=0.2)
         one._service._places.acquire()
@@ -289,13 +290,15 @@ def problems(**settings) -> list[str]:
         ({"key_variable": "NO_SUCH_KEY"}, "the environment variable NO_SUCH_KEY is not set"),
     ],
 )
-def test_what_is_missing_is_told_by_name(settings, said):
+def test_what_is_missing_is_told_by_name(settings: dict, said: str) -> None:
     (problem,) = problems(**settings)
     assert problem.startswith("rewards.GibberishJudge: ") and said in problem
 
 
 @pytest.mark.parametrize("key", ["two words", "line\nbreak", "schlüssel", "\x7f"])
-def test_what_cannot_be_a_key_is_told_and_not_shown(monkeypatch, key):
+def test_what_cannot_be_a_key_is_told_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
     (problem,) = problems()
     assert "OPENAI_API_KEY holds no key" in problem and key not in problem
@@ -304,7 +307,7 @@ def test_what_cannot_be_a_key_is_told_and_not_shown(monkeypatch, key):
     assert key not in "".join(traceback.format_exception(error.value))
 
 
-def test_nothing_is_missing():
+def test_nothing_is_missing() -> None:
     assert problems() == []
     assert problems(key_variable="") == []
 
@@ -312,6 +315,6 @@ def test_nothing_is_missing():
 @pytest.mark.parametrize(
     "settings", [{"retries": -1}, {"max_calls": 0}, {"max_in_flight": 0}, {"deadline_seconds": 0}]
 )
-def test_numbers_out_of_range_are_refused(settings):
+def test_numbers_out_of_range_are_refused(settings: dict) -> None:
     with pytest.raises(ValueError, match="must be"):
         GibberishJudge("https://host/v1", "m", **settings)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,9 @@ def played(*texts: str) -> Trajectory:
         (("---",) * 4, 4, 4, 4, ("---",)),
     ],
 )
-def test_the_piece_that_is_repeated_in_a_row(items, repeats, least, longest, piece):
+def test_the_piece_that_is_repeated_in_a_row(
+    items: Any, repeats: int, least: int, longest: int, piece: Any
+) -> None:
     assert repeated_piece(items, repeats, least, longest) == piece
 
 
@@ -85,7 +88,7 @@ FOUND = {
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_gibberish_and_repetition_are_found(name):
+def test_gibberish_and_repetition_are_found(name: Any) -> None:
     texts, said = FOUND[name]
     found = GIBBERISH.findings(texts)
     assert found[0].startswith(said)
@@ -115,7 +118,7 @@ IN_ORDER = {
 
 
 @pytest.mark.parametrize("name", IN_ORDER)
-def test_what_is_in_order(name):
+def test_what_is_in_order(name: Any) -> None:
     assert GIBBERISH.findings(IN_ORDER[name]) == []
     assert RewardSettings((GIBBERISH,)).rewarded(played(*IN_ORDER[name])).reward == 0.75
 
@@ -138,13 +141,13 @@ REASONING = (
 
 
 @pytest.mark.parametrize("text", REASONING)
-def test_ordinary_reasoning_is_in_order(text):
+def test_ordinary_reasoning_is_in_order(text: Any) -> None:
     assert GIBBERISH.findings((text, CALL, "<TASK_FINISHED>")) == []
 
 
 @pytest.mark.parametrize("protocol", ["tags", "native"])
 @pytest.mark.parametrize("category", ["base", "miss_func", "long_context"])
-def test_no_demonstration_is_gibberish(protocol, category):
+def test_no_demonstration_is_gibberish(protocol: str, category: str) -> None:
     suite = Bfcl(categories=(category,), protocol=protocol, max_turns=99)
     tasks = all_tasks(suite)
     found = {each.id: GIBBERISH.findings(suite.demonstration(each)) for each in tasks}
@@ -152,7 +155,7 @@ def test_no_demonstration_is_gibberish(protocol, category):
     assert {name: finding for name, finding in found.items() if finding} == {}
 
 
-def test_random_tokens_are_gibberish():
+def test_random_tokens_are_gibberish() -> None:
     """Of the demo's own tokenizer; a turn of 80 tokens is about as long as one call."""
     tokenizer = load_tokenizer(Path("assets/tiny-qwen2.5"))
     rng = np.random.default_rng(0)
@@ -161,7 +164,7 @@ def test_random_tokens_are_gibberish():
     assert found >= 98
 
 
-def test_the_settings_decide():
+def test_the_settings_decide() -> None:
     assert LocalGibberish(turn_repeats=3).findings((CALL,) * 3) != []
     assert LocalGibberish(repeats=6).findings(FOUND["a phrase in a row"][0]) == []
     assert LocalGibberish(loop_chars=71).findings(FOUND["a phrase in a row"][0]) == []
@@ -183,7 +186,7 @@ def test_the_settings_decide():
 @pytest.mark.parametrize(
     "settings", [{"repeats": 1}, {"turn_repeats": 1}, {"compression": 0.5}, {"broken_chars": -1}]
 )
-def test_thresholds_that_would_find_everything_are_refused(settings):
+def test_thresholds_that_would_find_everything_are_refused(settings: dict) -> None:
     with pytest.raises(ValueError, match="must be at least"):
         LocalGibberish(**settings)
 
@@ -196,13 +199,15 @@ def test_thresholds_that_would_find_everything_are_refused(settings):
         (("ends </tool_result>", "<tool_response>\n3"), -1.0, "in turn 0, 1"),
     ],
 )
-def test_a_tool_result_of_the_policys_own_is_found(texts, reward, note):
+def test_a_tool_result_of_the_policys_own_is_found(
+    texts: Any, reward: float, note: str | None
+) -> None:
     score = RewardSettings((ForgedToolResult(),)).rewarded(played(*texts))
     assert (score.reward, score.notes.get("forged_result")) == (reward, note)
     assert score.parts["forged_result"] == (0.0 if note is None else -1.0)
 
 
-def test_the_marks_are_a_setting():
+def test_the_marks_are_a_setting() -> None:
     marks = ForgedToolResult(penalty=-0.5, marks=("Observation:",))
     assert RewardSettings((marks,)).rewarded(played("observation: 3")).reward == -0.5
     assert RewardSettings((marks,)).rewarded(played("<tool_result>")).reward == 0.75

@@ -38,7 +38,7 @@ def config_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_settings_of_functions_and_weights_are_overridden_by_key(config_file):
+def test_settings_of_functions_and_weights_are_overridden_by_key(config_file: Path) -> None:
     config = load_config(
         config_file,
         ["rewards.Shouting.penalty=-2", "rewards.weights={'environment': 0.5, 'brevity': 1}"],
@@ -62,13 +62,15 @@ def test_settings_of_functions_and_weights_are_overridden_by_key(config_file):
         ("rewards.functions=brevity", "rewards.functions must be of type"),
     ],
 )
-def test_each_refusal_of_an_override_names_the_key(config_file, override, said):
+def test_each_refusal_of_an_override_names_the_key(
+    config_file: Path, override: str, said: str
+) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(config_file, [override])
     assert said in str(error.value)
 
 
-def test_the_json_says_which_functions_with_which_settings(config_file):
+def test_the_json_says_which_functions_with_which_settings(config_file: Path) -> None:
     assert json.loads(to_json(load_config(config_file)))["rewards"] == {
         "functions": [
             {"import": "<config>:brevity"},
@@ -78,7 +80,7 @@ def test_the_json_says_which_functions_with_which_settings(config_file):
     }
 
 
-def test_the_json_of_a_run_is_a_config_again(config_file, tmp_path):
+def test_the_json_of_a_run_is_a_config_again(config_file: Path, tmp_path: Path) -> None:
     config = load_config(config_file, ["rewards.Shouting.penalty=-2"])
     saved = tmp_path / "config.json"
     saved.write_text(to_json(config, places=True))
@@ -88,7 +90,7 @@ def test_the_json_of_a_run_is_a_config_again(config_file, tmp_path):
     assert again.weights == (("brevity", 3.0),)
 
 
-def test_a_resumed_run_may_not_reward_otherwise(config_file):
+def test_a_resumed_run_may_not_reward_otherwise(config_file: Path) -> None:
     config = load_config(config_file)
     saved = to_json(config)
     assert incompatible_changes(saved, config) == []
@@ -109,7 +111,7 @@ def test_a_resumed_run_may_not_reward_otherwise(config_file):
     ]
 
 
-def test_a_run_from_before_there_were_reward_functions_had_none(config_file):
+def test_a_run_from_before_there_were_reward_functions_had_none(config_file: Path) -> None:
     config = load_config(config_file)
     tree = json.loads(to_json(config))
     del tree["rewards"]
@@ -119,13 +121,13 @@ def test_a_run_from_before_there_were_reward_functions_had_none(config_file):
     assert change.startswith("rewards was not there and is now {")
 
 
-def test_the_default_changes_nothing_in_a_config():
+def test_the_default_changes_nothing_in_a_config() -> None:
     config: Config = small_config("m")
     assert config.rewards == RewardSettings()
     assert json.loads(to_json(config))["rewards"] == {"functions": [], "weights": []}
 
 
-def test_the_pages_examples_are_a_config_of_their_own(tmp_path):
+def test_the_pages_examples_are_a_config_of_their_own(tmp_path: Path) -> None:
     """Both functions of docs/rewards.md in one file, with annotations that are texts."""
     blocks = re.findall(r"```python\n(.*?)```", Path("docs/rewards.md").read_text(), re.DOTALL)
     assert len(blocks) == 2

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from jaxgrpo.rollout.background import (
 )
 
 
-def test_a_call_returns_its_value_and_raises_its_error():
+def test_a_call_returns_its_value_and_raises_its_error() -> None:
     async def run() -> None:
         calls = BlockingCalls(2, 10)
         assert await calls.run(divmod, 7, 2) == (3, 1)
@@ -28,7 +29,7 @@ def test_a_call_returns_its_value_and_raises_its_error():
 
 
 @pytest.mark.parametrize("error", [StopIteration("x"), SystemExit(3)])
-def test_what_cannot_travel_through_a_future_is_wrapped(error):
+def test_what_cannot_travel_through_a_future_is_wrapped(error: Any) -> None:
     def fail() -> None:
         raise error
 
@@ -39,7 +40,7 @@ def test_what_cannot_travel_through_a_future_is_wrapped(error):
     asyncio.run(run())
 
 
-def test_a_late_call_gives_its_place_to_the_next():
+def test_a_late_call_gives_its_place_to_the_next() -> None:
     async def run() -> None:
         calls = BlockingCalls(1, 0.05)
         with pytest.raises(TimeoutError, match=r"took longer than the deadline of 0\.05 seconds"):
@@ -49,7 +50,7 @@ def test_a_late_call_gives_its_place_to_the_next():
     asyncio.run(run())
 
 
-def test_calls_that_hang_are_told_of_and_are_not_let_pile_up():
+def test_calls_that_hang_are_told_of_and_are_not_let_pile_up() -> None:
     """One place, so that four may hang; those whose awaiting was cancelled count too, once they are late."""
     gate, said = threading.Event(), []
 
@@ -81,7 +82,7 @@ def test_calls_that_hang_are_told_of_and_are_not_let_pile_up():
     )
 
 
-def test_a_calls_own_timeout_is_not_taken_for_the_deadline():
+def test_a_calls_own_timeout_is_not_taken_for_the_deadline() -> None:
     def fail() -> None:
         raise TimeoutError("the database is slow")
 
@@ -92,7 +93,7 @@ def test_a_calls_own_timeout_is_not_taken_for_the_deadline():
     asyncio.run(run())
 
 
-def test_waiting_for_a_place_does_not_count_against_the_deadline():
+def test_waiting_for_a_place_does_not_count_against_the_deadline() -> None:
     async def run() -> None:
         calls, start = BlockingCalls(1, 0.3), time.monotonic()
         await asyncio.gather(*(calls.run(time.sleep, 0.1) for _ in range(5)))
@@ -103,7 +104,7 @@ def test_waiting_for_a_place_does_not_count_against_the_deadline():
     asyncio.run(run())
 
 
-def test_an_abandoned_call_does_not_keep_the_process():
+def test_an_abandoned_call_does_not_keep_the_process() -> None:
     program = (
         "import asyncio, threading\n"
         "from jaxgrpo.rollout.background import BlockingCalls\n"
@@ -116,7 +117,7 @@ def test_an_abandoned_call_does_not_keep_the_process():
     assert (done.stdout, done.returncode) == ("late\n", 0)
 
 
-def test_the_loop_thread_returns_raises_and_closes():
+def test_the_loop_thread_returns_raises_and_closes() -> None:
     async def fail() -> None:
         raise LookupError("nothing there")
 
@@ -131,7 +132,7 @@ def test_the_loop_thread_returns_raises_and_closes():
     loop.close()
 
 
-def test_closing_cancels_what_still_runs_and_lets_it_clean_up():
+def test_closing_cancels_what_still_runs_and_lets_it_clean_up() -> None:
     cleaned = []
 
     async def wait() -> None:

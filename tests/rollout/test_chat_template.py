@@ -1,6 +1,7 @@
 """What a chat template must do for episodes: templates that do it, and those that are refused."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -114,7 +115,7 @@ WITHOUT_PROMPT = {
 
 
 @pytest.mark.parametrize("what", DROPPED_OR_MOVED)
-def test_messages_that_are_dropped_or_moved(what):
+def test_messages_that_are_dropped_or_moved(what: Any) -> None:
     template, role = DROPPED_OR_MOVED[what]
     said = f"leaves out or moves a message of role '{role}' of .* after an assistant's turn"
     with pytest.raises(ValueError, match=said):
@@ -122,23 +123,23 @@ def test_messages_that_are_dropped_or_moved(what):
 
 
 @pytest.mark.parametrize("what", DEPENDENT)
-def test_continuations_that_depend_on_the_history(what):
+def test_continuations_that_depend_on_the_history(what: Any) -> None:
     with pytest.raises(ValueError, match="depends on the history or the tools"):
         Chat(byte_tokenizer(DEPENDENT[what]))
 
 
 @pytest.mark.parametrize("what", WITHOUT_PROMPT)
-def test_no_generation_prompt(what):
+def test_no_generation_prompt(what: Any) -> None:
     with pytest.raises(ValueError, match="does not open the assistant's turn after messages of"):
         Chat(byte_tokenizer(WITHOUT_PROMPT[what]))
 
 
-def test_the_r1_distilled_models_shape_is_refused():
+def test_the_r1_distilled_models_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="leaves out or moves a message of role 'system'"):
         Chat(byte_tokenizer(GATHERING))
 
 
-def test_a_turn_that_is_closed_in_two_ways():
+def test_a_turn_that_is_closed_in_two_ways() -> None:
     before_tools = "loop.nextitem and loop.nextitem.role == 'tool'"
     closing = f"('<|endoftext|>' if {before_tools} else '<|im_end|>') + '\\n' -}}}}"
     with pytest.raises(ValueError, match="closes the assistant's turn depends on what comes next"):
@@ -171,7 +172,7 @@ SUITABLE = {
 
 
 @pytest.mark.parametrize("what", SUITABLE)
-def test_templates_that_do_what_is_needed(what):
+def test_templates_that_do_what_is_needed(what: Any) -> None:
     chat = Chat(byte_tokenizer(SUITABLE[what]))
     ids = chat.continuation([Message("user", "go on")], ended_with_eos=True)
     assert chat.text(ids).startswith("\n<|im_start|>user\ngo on<|im_end|>\n<|im_start|>assistant\n")
@@ -198,24 +199,24 @@ class TestTools:
         with pytest.raises(ValueError, match=f"does not show the tools .*{named}"):
             chat.opening(messages, tools)
 
-    def test_none_is_shown(self):
+    def test_none_is_shown(self) -> None:
         self.refused(WITHOUT_TOOLS, self.TOOLS, r"2 of 2 are not in the prompt \(sub, list\)")
 
-    def test_only_some_are_shown(self):
+    def test_only_some_are_shown(self) -> None:
         self.refused(
             without(TEMPLATE, "in tools or []", "in (tools or [])[:1]"),
             self.TOOLS,
             r"1 of 2 .* \(list\)",
         )
 
-    def test_what_is_shown_depends_on_the_roles(self):
+    def test_what_is_shown_depends_on_the_roles(self) -> None:
         template = without(
             TEMPLATE, "in tools or []", "in (tools or [] if messages[0].role == 'system' else [])"
         )
         assert "Tool: add" in opening(template, self.MESSAGES, (ADD,))
         self.refused(template, (ADD,), r"\(add\)", self.MESSAGES[1:])
 
-    def test_a_schema_that_the_template_does_not_know(self):
+    def test_a_schema_that_the_template_does_not_know(self) -> None:
         nested = {"type": "function", "function": ADD}
         self.refused(
             without(TEMPLATE, "'\\nTool: ' + tool.name", "'\\nTool: ' ~ tool.name"),
@@ -229,13 +230,13 @@ class TestTools:
         "tool",
         [{"nam": "add"}, {"name": 3}, {"name": ""}, {"function": "add"}, {"function": {}}, "add"],
     )
-    def test_a_tool_without_a_name(self, tool):
+    def test_a_tool_without_a_name(self, tool: Any) -> None:
         with pytest.raises(ValueError, match="a tool must be"):
             Chat(byte_tokenizer()).opening(self.MESSAGES, (tool,))
 
 
 class TestOpenings:
-    def test_a_message_that_is_dropped(self):
+    def test_a_message_that_is_dropped(self) -> None:
         chat = Chat(
             byte_tokenizer(skipping("message.role == 'system' and loop.nextitem.role == 'system'"))
         )
@@ -246,7 +247,7 @@ class TestOpenings:
         ):
             chat.opening([Message("system", "s"), Message("system", "s"), Message("user", "q")])
 
-    def test_no_generation_prompt(self):
+    def test_no_generation_prompt(self) -> None:
         condition = "if add_generation_prompt and messages|length != 1"
         chat = Chat(byte_tokenizer(without(WITHOUT_TOOLS, "if add_generation_prompt", condition)))
         with pytest.raises(
@@ -257,14 +258,14 @@ class TestOpenings:
 
 
 @pytest.mark.parametrize("template", [3, ["{{ messages }}"], {"default": 3}])
-def test_a_template_that_is_no_text(template):
+def test_a_template_that_is_no_text(template: Any) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=r"chat template of the tokenizer .* must be a text"):
         Chat(tokenizer)
 
 
-def test_named_templates():
+def test_named_templates() -> None:
     """transformers takes the one named tool_use where there are tools, else the default."""
     tokenizer, messages = byte_tokenizer(), [Message("system", "S"), Message("user", "q")]
     tokenizer.chat_template = {

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from jaxgrpo.rollout.openings import PromptError
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall, Trajectory
 from tests.byte_chat import AB, END, START, byte_tokenizer
+from tests.one_episode import limits as limits_of
 from tests.rollout_fakes import (
     OPENING,
     EchoEnvironment,
@@ -26,7 +28,7 @@ from tests.rollout_fakes import (
 )
 
 TASK = Task("echo_1")
-ROOMY, PLAIN = Limits(), SamplingParams()
+ROOMY, PLAIN = limits_of(2048, 10, 6144, 8192), SamplingParams()
 KEY = EpisodeKey(7, "step-1", "echo_1", 2)
 PROMPT = [START, *b"system\nHelp.", END, 10, START, *b"user\nq", END, 10, START, *b"assistant\n"]
 AFTER_EOS = [10, START, *b"user\n<r>", AB, *b"</r>", END, 10, START, *b"assistant\n"]  # 28 tokens
@@ -63,7 +65,7 @@ def play(
     return asyncio.run(run())
 
 
-def test_golden_trajectory():
+def test_golden_trajectory() -> None:
     script = [
         Say("ab", version=3),
         Say("x</t>", FinishReason.STOP, version=3),
@@ -136,9 +138,9 @@ def test_golden_trajectory():
     assert (trajectory.task_id, trajectory.sample_index) == ("echo_1", 2)
 
 
-def test_requests_hold_the_whole_episode_and_what_is_left_of_its_budget():
+def test_requests_hold_the_whole_episode_and_what_is_left_of_its_budget() -> None:
     sampler = ScriptedSampler([Say("ab"), Say("done")])
-    play(None, limits=Limits(100, 10, 50, 1000), sampler=sampler)
+    play(None, limits=limits_of(100, 10, 50, 1000), sampler=sampler)
     first, second = sampler.requests
     assert first.context_ids.tolist() == PROMPT
     assert second.context_ids.tolist() == [*PROMPT, 97, 98, END, *AFTER_EOS]
@@ -151,7 +153,7 @@ def test_requests_hold_the_whole_episode_and_what_is_left_of_its_budget():
     assert sampler.released == ["step-1/echo_1/2/0"]
 
 
-def test_requests_say_how_tokens_are_drawn_and_what_ends_this_turn():
+def test_requests_say_how_tokens_are_drawn_and_what_ends_this_turn() -> None:
     class TwoMarks(EchoEnvironment):
         def step(self, action):
             result = super().step(action)
@@ -171,7 +173,7 @@ def test_requests_say_how_tokens_are_drawn_and_what_ends_this_turn():
     assert [r.stop_strings for r in sampler.requests] == [("</t>",), ("</second>",)]
 
 
-def test_each_token_carries_the_version_that_made_it():
+def test_each_token_carries_the_version_that_made_it() -> None:
     class Published(ScriptedSampler):
         async def generate(self, request):
             generation = await super().generate(request)
@@ -182,7 +184,7 @@ def test_each_token_carries_the_version_that_made_it():
     assert trajectory.weight_versions_C.tolist() == [5, 6, 7, *[-1] * 28, 5, 6, 7, 8, 9]
 
 
-def test_the_call_that_ends_an_episode_is_recorded():
+def test_the_call_that_ends_an_episode_is_recorded() -> None:
     last = ToolCall("submit", "{}", "thank you", ok=True)
     end = StepResult(stop_reason=StopReason.FINISHED, calls=(last,))
 
@@ -202,7 +204,7 @@ def tokens_after_the_answer(trajectory: Trajectory, score: Score) -> float:
     return float(len(trajectory.completion_ids_C) - 3 - 28)
 
 
-def test_reward_functions_judge_what_was_played():
+def test_reward_functions_judge_what_was_played() -> None:
     rewards = RewardSettings(
         (tokens_after_the_answer,), {"environment": 0.5, "tokens_after_the_answer": 2.0}
     )
@@ -212,8 +214,8 @@ def test_reward_functions_judge_what_was_played():
 
 
 @pytest.mark.parametrize(("allowed", "fits"), [(35, True), (34, False)])
-def test_a_prompt_may_be_as_long_as_the_limit(allowed, fits):
-    limits = Limits(100, 10, allowed, 1000)
+def test_a_prompt_may_be_as_long_as_the_limit(allowed: int, fits: bool) -> None:
+    limits = limits_of(100, 10, allowed, 1000)
     player = EpisodePlayer(
         ScriptedSampler([]),
         Suite(),
@@ -241,15 +243,15 @@ def test_a_prompt_may_be_as_long_as_the_limit(allowed, fits):
         ("broken", StopReason.FAILED, False),
     ],
 )
-def test_the_environment_ends_the_episode(word, reason, passed):
+def test_the_environment_ends_the_episode(word: str, reason: StopReason, passed: bool) -> None:
     trajectory = play([Say(word)])
     assert trajectory.stop_reason is reason
     assert trajectory.score.passed is passed
     assert not trajectory.overlong
 
 
-def test_an_unfinished_turn_is_kept_but_not_executed():
-    trajectory = play([Say("done, almost")], limits=Limits(4, 10, 50, 1000))
+def test_an_unfinished_turn_is_kept_but_not_executed() -> None:
+    trajectory = play([Say("done, almost")], limits=limits_of(4, 10, 50, 1000))
     assert trajectory.stop_reason is StopReason.TOKEN_LIMIT
     assert trajectory.completion_ids_C.tolist() == [*b"done"]
     assert trajectory.messages[-1] == Message("assistant", "done")
@@ -257,13 +259,13 @@ def test_an_unfinished_turn_is_kept_but_not_executed():
     assert trajectory.overlong
 
 
-def test_the_context_binds_before_the_budget():
-    trajectory = play([Say("done, almost")], limits=Limits(100, 10, 35, 39))
+def test_the_context_binds_before_the_budget() -> None:
+    trajectory = play([Say("done, almost")], limits=limits_of(100, 10, 35, 39))
     assert trajectory.stop_reason is StopReason.CONTEXT_LIMIT
     assert trajectory.completion_ids_C.tolist() == [*b"done"]
 
 
-def test_a_sampler_whose_own_context_is_shorter_ends_the_episode_by_context():
+def test_a_sampler_whose_own_context_is_shorter_ends_the_episode_by_context() -> None:
     class Short(ScriptedSampler):
         async def generate(self, request):
             return await super().generate(dataclasses.replace(request, max_tokens=2))
@@ -285,21 +287,23 @@ def test_a_sampler_whose_own_context_is_shorter_ends_the_episode_by_context():
         (1000, 35 + 3 + 28 + 1, StopReason.CONTEXT_LIMIT, 3 + 28 + 1),
     ],
 )
-def test_an_observation_needs_room_for_one_sampled_token(budget, context, reason, tokens):
-    trajectory = play([Say("ab"), Say("done")], limits=Limits(budget, 10, 35, context))
+def test_an_observation_needs_room_for_one_sampled_token(
+    budget: Any, context: Any, reason: StopReason, tokens: Any
+) -> None:
+    trajectory = play([Say("ab"), Say("done")], limits=limits_of(budget, 10, 35, context))
     assert trajectory.stop_reason is reason
     assert len(trajectory.completion_ids_C) == tokens
     assert trajectory.action_mask_C[-1]
     assert len(trajectory.calls) == 1  # the call itself was made
 
 
-def test_the_budget_may_end_exactly_with_the_last_turn():
-    trajectory = play([Say("done")], limits=Limits(5, 10, 50, 1000))
+def test_the_budget_may_end_exactly_with_the_last_turn() -> None:
+    trajectory = play([Say("done")], limits=limits_of(5, 10, 50, 1000))
     assert trajectory.stop_reason is StopReason.FINISHED
 
 
-def test_the_last_turns_call_is_made_before_the_step_limit_is_declared():
-    trajectory = play([Say("a"), Say("b"), Say("c")], limits=Limits(1000, 2, 50, 2000))
+def test_the_last_turns_call_is_made_before_the_step_limit_is_declared() -> None:
+    trajectory = play([Say("a"), Say("b"), Say("c")], limits=limits_of(1000, 2, 50, 2000))
     assert trajectory.stop_reason is StopReason.STEP_LIMIT
     assert [call.arguments for call in trajectory.calls] == ['"a"', '"b"']
     assert trajectory.turns == 2
@@ -307,15 +311,15 @@ def test_the_last_turns_call_is_made_before_the_step_limit_is_declared():
     assert trajectory.score.reward == 2.0
 
 
-def test_finishing_in_the_last_turn_is_finished():
+def test_finishing_in_the_last_turn_is_finished() -> None:
     assert (
-        play([Say("a"), Say("done")], limits=Limits(1000, 2, 50, 2000)).stop_reason
+        play([Say("a"), Say("done")], limits=limits_of(1000, 2, 50, 2000)).stop_reason
         is StopReason.FINISHED
     )
 
 
 @pytest.mark.parametrize("where", ["observe", "step", "score"])
-def test_an_environment_that_raises_has_no_score(where):
+def test_an_environment_that_raises_has_no_score(where: str) -> None:
     sampler = ScriptedSampler([Say("done")])
     trajectory = play(None, environment=lambda: FailingEnvironment(where), sampler=sampler)
     assert trajectory.stop_reason is StopReason.ENVIRONMENT_ERROR
@@ -326,7 +330,7 @@ def test_an_environment_that_raises_has_no_score(where):
     assert sampler.released == ["step-1/echo_1/2/0"]
 
 
-def test_an_environment_that_cannot_be_made_has_no_score():
+def test_an_environment_that_cannot_be_made_has_no_score() -> None:
     def refuse():
         raise OSError("no disk")
 
@@ -335,7 +339,7 @@ def test_an_environment_that_cannot_be_made_has_no_score():
     assert "OSError: no disk" in trajectory.error
 
 
-def test_a_step_past_its_deadline_is_an_environment_error():
+def test_a_step_past_its_deadline_is_an_environment_error() -> None:
     trajectory = play([Say("done")], environment=SlowEnvironment, deadline=0.05)
     assert trajectory.stop_reason is StopReason.ENVIRONMENT_ERROR
     assert "took longer than the deadline of 0.05 seconds" in trajectory.error
@@ -410,7 +414,7 @@ FINITE = "must be a finite number"
         ),
     ],
 )
-def test_an_environment_that_breaks_its_contract(method, answer, message):
+def test_an_environment_that_breaks_its_contract(method: str, answer: Any, message: str) -> None:
     trajectory = play(
         [Say("done")], environment=lambda: environment_with(**{method: lambda *_: answer()})
     )
@@ -420,7 +424,7 @@ def test_an_environment_that_breaks_its_contract(method, answer, message):
         assert f"{__file__}, line " in trajectory.error.splitlines()[0]
 
 
-def test_an_episode_that_opens_otherwise_than_its_task_is_an_environment_error():
+def test_an_episode_that_opens_otherwise_than_its_task_is_an_environment_error() -> None:
     other = Observation((Message("user", "q at 12:01"),), stop_strings=("</t>",))
     trajectory = play([Say("done")], environment=lambda: environment_with(observe=lambda: other))
     assert trajectory.stop_reason is StopReason.ENVIRONMENT_ERROR
@@ -438,7 +442,9 @@ def test_an_episode_that_opens_otherwise_than_its_task_is_an_environment_error()
         ([1], [np.nan], "not finite"),
     ],
 )
-def test_generations_that_would_poison_a_batch_are_refused(ids, logprobs, message):
+def test_generations_that_would_poison_a_batch_are_refused(
+    ids: Any, logprobs: Any, message: str
+) -> None:
     class Bad(ScriptedSampler):
         async def generate(self, request):
             return Generation(
@@ -447,11 +453,11 @@ def test_generations_that_would_poison_a_batch_are_refused(ids, logprobs, messag
 
     sampler = Bad([])
     with pytest.raises(SamplerError, match=message):
-        play(None, limits=Limits(4, 10, 50, 1000), sampler=sampler)
+        play(None, limits=limits_of(4, 10, 50, 1000), sampler=sampler)
     assert sampler.released == ["step-1/echo_1/2/0"]
 
 
-def test_seeds_differ_in_everything_that_names_a_turn_and_are_fixed():
+def test_seeds_differ_in_everything_that_names_a_turn_and_are_fixed() -> None:
     keys = [
         KEY,
         dataclasses.replace(KEY, run_seed=8),
@@ -468,29 +474,20 @@ def test_seeds_differ_in_everything_that_names_a_turn_and_are_fixed():
     )  # a run must be repeatable in another process, on another machine
 
 
-def test_room_names_the_limit_that_binds():
-    limits = Limits(max_completion_tokens=8, max_turns=10, max_prompt_tokens=5, context_length=12)
+def test_room_names_the_limit_that_binds() -> None:
+    limits = limits_of(8, 10, 5, 12)
     assert limits.room(5, 4) == (3, StopReason.CONTEXT_LIMIT)
     assert limits.room(4, 4) == (4, StopReason.TOKEN_LIMIT)
     assert limits.room(2, 0) == (8, StopReason.TOKEN_LIMIT)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"max_turns": 0}, "max_turns must be at least 1, got 0"),
-        (
-            {"max_prompt_tokens": 8192},
-            r"max_prompt_tokens \(8192\) must be below context_length \(8192\)",
-        ),
-    ],
-)
-def test_limits_refuse_nonsense(change, message):
+def test_limits_refuse_a_prompt_that_fills_the_context() -> None:
+    message = r"max_prompt_tokens \(8192\) must be below context_length \(8192\)"
     with pytest.raises(ValueError, match=message):
-        Limits(**change)
+        limits_of(2048, 10, 8192, 8192)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(-1.0, 1.0), (1.0, 0.0), (1.0, 1.1)])
-def test_decoding_refuses_nonsense(temperature, top_p):
+def test_decoding_refuses_nonsense(temperature: float, top_p: float) -> None:
     with pytest.raises(ValueError, match=rf"got {temperature} and {top_p}"):
         SamplingParams(temperature, top_p)

@@ -55,7 +55,9 @@ def ended(loop: EventLoopThread, rollouts: Rollouts, *numbers: int) -> None:
     ("max_staleness", "versions"),
     [(0, [0, 1, 2, 3, 4]), (1, [0, 0, 1, 2, 3]), (3, [0, 0, 0, 0, 1])],
 )
-def test_batches_begin_as_early_as_the_bound_allows(loop, max_staleness, versions):
+def test_batches_begin_as_early_as_the_bound_allows(
+    loop: EventLoopThread, max_staleness: int, versions: list
+) -> None:
     rollouts = Rollouts()
     ended(loop, rollouts, *range(5))
     ahead = RolloutsAhead(loop, rollouts.play, 0, max_staleness)
@@ -65,7 +67,7 @@ def test_batches_begin_as_early_as_the_bound_allows(loop, max_staleness, version
     assert [rollouts.began[number] for number in range(5)] == versions
 
 
-def test_the_next_batch_is_under_way_while_one_trains_and_no_other(loop):
+def test_the_next_batch_is_under_way_while_one_trains_and_no_other(loop: EventLoopThread) -> None:
     rollouts = Rollouts()
     ended(loop, rollouts, 4)
     ahead = RolloutsAhead(loop, rollouts.play, 4, 1)
@@ -79,7 +81,7 @@ def test_the_next_batch_is_under_way_while_one_trains_and_no_other(loop):
     assert rollouts.cancelled == [6]
 
 
-def test_no_batch_is_played_that_the_run_does_not_need(loop):
+def test_no_batch_is_played_that_the_run_does_not_need(loop: EventLoopThread) -> None:
     rollouts = Rollouts()
     ended(loop, rollouts, 0, 1)
     ahead = RolloutsAhead(loop, rollouts.play, 0, 5)
@@ -88,7 +90,7 @@ def test_no_batch_is_played_that_the_run_does_not_need(loop):
     assert list(rollouts.began) == [0, 1]
 
 
-def test_an_error_ahead_is_raised_when_its_batch_is_asked_for(loop):
+def test_an_error_ahead_is_raised_when_its_batch_is_asked_for(loop: EventLoopThread) -> None:
     rollouts = Rollouts()
     ended(loop, rollouts, 12, 13)
     ahead = RolloutsAhead(loop, rollouts.play, 12, 1)
@@ -99,7 +101,9 @@ def test_an_error_ahead_is_raised_when_its_batch_is_asked_for(loop):
     assert rollouts.cancelled == [14]
 
 
-def test_an_interrupted_wait_ends_all_that_is_under_way(loop, monkeypatch):
+def test_an_interrupted_wait_ends_all_that_is_under_way(
+    loop: EventLoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rollouts = Rollouts()
     ahead = RolloutsAhead(loop, rollouts.play, 0, 2)
 
@@ -125,7 +129,7 @@ def result(*versions: int) -> RolloutResult:
     )
 
 
-def test_the_bound_holds_for_the_oldest_token():
+def test_the_bound_holds_for_the_oldest_token() -> None:
     assert result(4, 6).sampled_versions_T.tolist() == [4, 4, 6, 6]
     check_staleness(result(4, 6), 6, 2)
     check_staleness(result(), 6, 0)
@@ -136,7 +140,7 @@ def test_the_bound_holds_for_the_oldest_token():
         check_staleness(result(6, 4), 6, 1)
 
 
-def test_a_samplers_idle_share_by_a_clock_of_ones_own():
+def test_a_samplers_idle_share_by_a_clock_of_ones_own() -> None:
     now = 10.0
 
     async def run() -> list[float]:

@@ -1,17 +1,20 @@
 """Many episodes at once: groups, retries, dropped groups, cancellation, bounds, and independence of scheduling."""
 
 import asyncio
+import re
 import threading
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from envs.procedural import Warehouse
+from jaxgrpo.config.settings import ConfigError, RolloutSettings
 from jaxgrpo.environment import Observation
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.episode import Limits
-from jaxgrpo.rollout.rollout import Execution, Rollout, RolloutResult
+from jaxgrpo.rollout.rollout import Rollout, RolloutResult
 from jaxgrpo.samplers.base import FinishReason
 from jaxgrpo.types import Message, StopReason, Task
 from tests.byte_chat import byte_tokenizer
@@ -23,17 +26,18 @@ from tests.rollout_fakes import (
     SlowEnvironment,
     Suite,
 )
+from tests.training import changed
 
 TASKS = (Task("red"), Task("green"), Task("blue"))
 
 
-def rollout(sampler, suite=None, **execution) -> Rollout:
+def rollout(sampler, suite=None, **settings) -> Rollout:
     return Rollout(
         sampler,
         suite or Suite(),
         Chat(byte_tokenizer()),
-        Limits(1000, 10, 100, 2000),
-        execution=Execution(**execution),
+        2000,
+        RolloutSettings(max_prompt_tokens=100, max_completion_tokens=1000, **settings),
     )
 
 
@@ -45,10 +49,10 @@ def run(
     progress=None,
     seed=0,
     batch="step-1",
-    **execution,
+    **settings,
 ) -> RolloutResult:
     return asyncio.run(
-        rollout(sampler, suite, **execution).groups(tasks, group_size, seed, batch, progress)
+        rollout(sampler, suite, **settings).groups(tasks, group_size, seed, batch, progress)
     )
 
 
@@ -63,7 +67,7 @@ def failing_suite(task_id: str, failing: set[int]) -> Suite:
     )
 
 
-def test_groups_come_in_the_order_of_their_tasks_with_shared_prompts():
+def test_groups_come_in_the_order_of_their_tasks_with_shared_prompts() -> None:
     sampler = ScriptedSampler([Say("x"), Say("done")], jitter=True)
     result = run(sampler, group_size=3)
     assert [group.task for group in result.groups] == list(TASKS)
@@ -76,7 +80,7 @@ def test_groups_come_in_the_order_of_their_tasks_with_shared_prompts():
     assert len({request.seed for request in sampler.requests}) == 18
 
 
-def test_a_failed_episode_is_tried_again_with_a_fresh_environment_and_fresh_seeds():
+def test_a_failed_episode_is_tried_again_with_a_fresh_environment_and_fresh_seeds() -> None:
     sampler = ScriptedSampler([Say("done")])
     result = run(sampler, failing_suite("green", {1}))
     assert [group.task.id for group in result.groups] == ["red", "green", "blue"]
@@ -93,7 +97,7 @@ def test_a_failed_episode_is_tried_again_with_a_fresh_environment_and_fresh_seed
     assert sorted(sampler.released) == sorted(request.episode_id for request in sampler.requests)
 
 
-def test_a_group_is_dropped_and_counted_when_the_tries_are_spent():
+def test_a_group_is_dropped_and_counted_when_the_tries_are_spent() -> None:
     sampler = ScriptedSampler([Say("done")])
     result = run(sampler, failing_suite("green", {1, 2, 3, 4}))
     assert [group.task.id for group in result.groups] == ["red", "blue"]
@@ -104,7 +108,7 @@ def test_a_group_is_dropped_and_counted_when_the_tries_are_spent():
     assert set(sampler.released) >= {request.episode_id for request in sampler.requests}
 
 
-def test_failures_come_in_the_order_of_their_tasks():
+def test_failures_come_in_the_order_of_their_tasks() -> None:
     suite = Suite(
         lambda task, earlier: FailingEnvironment("step") if earlier in (1, 2) else EchoEnvironment()
     )
@@ -120,13 +124,13 @@ def test_failures_come_in_the_order_of_their_tasks():
     assert len(result.groups) == 3
 
 
-def test_without_retries_one_failure_drops_the_group():
+def test_without_retries_one_failure_drops_the_group() -> None:
     result = run(ScriptedSampler([Say("done")]), failing_suite("green", {1}), max_retries=0)
     assert [dropped.task.id for dropped in result.dropped] == ["green"]
     assert len(result.failures) == 1
 
 
-def test_a_dropped_groups_other_episodes_are_cancelled():
+def test_a_dropped_groups_other_episodes_are_cancelled() -> None:
     """One episode of the only task fails for good while the other waits for its sampler, which would never answer."""
 
     class Hanging(ScriptedSampler):
@@ -144,7 +148,7 @@ def test_a_dropped_groups_other_episodes_are_cancelled():
     assert sorted(sampler.released) == ["step-1/red/0/0", "step-1/red/0/1", "step-1/red/1/0"]
 
 
-def test_a_task_that_cannot_open_is_tried_again_and_then_dropped():
+def test_a_task_that_cannot_open_is_tried_again_and_then_dropped() -> None:
     def make(task, earlier):
         if task.id == "green" or (task.id == "blue" and earlier == 0):
             raise OSError("no disk")
@@ -156,7 +160,7 @@ def test_a_task_that_cannot_open_is_tried_again_and_then_dropped():
     assert "OSError: no disk" in result.dropped[0].error
 
 
-def test_a_step_past_its_deadline_is_tried_again():
+def test_a_step_past_its_deadline_is_tried_again() -> None:
     suite = Suite(lambda task, earlier: SlowEnvironment() if earlier == 1 else EchoEnvironment())
     result = run(ScriptedSampler([Say("done")]), suite, tasks=TASKS[:1], step_deadline_seconds=0.1)
     assert len(result.groups) == 1
@@ -171,7 +175,7 @@ class SlowlyReleasing(ScriptedSampler):
         await super().release(episode_id)
 
 
-def test_a_samplers_error_reaches_the_caller_and_ends_the_other_episodes():
+def test_a_samplers_error_reaches_the_caller_and_ends_the_other_episodes() -> None:
     class Dying(SlowlyReleasing):
         async def generate(self, request):
             if request.episode_id == "step-1/green/1/0":
@@ -185,7 +189,7 @@ def test_a_samplers_error_reaches_the_caller_and_ends_the_other_episodes():
     assert len(sampler.released) == 6
 
 
-def test_cancelling_a_rollout_releases_every_episode_that_began():
+def test_cancelling_a_rollout_releases_every_episode_that_began() -> None:
     class Hanging(SlowlyReleasing):
         async def generate(self, request):
             self.requests.append(request)
@@ -206,7 +210,7 @@ def test_cancelling_a_rollout_releases_every_episode_that_began():
     assert sorted(sampler.released) == sorted(request.episode_id for request in sampler.requests)
 
 
-def test_a_task_whose_prompt_is_too_long_is_dropped():
+def test_a_task_whose_prompt_is_too_long_is_dropped() -> None:
     class Long(EchoEnvironment):
         def observe(self):
             return Observation((Message("user", "q" * 200),))
@@ -236,7 +240,7 @@ def by_seed(request) -> list[Say]:
     return [Say(words[request.seed % 5]) for _ in range(10)]
 
 
-def test_outcomes_do_not_depend_on_scheduling_or_company():
+def test_outcomes_do_not_depend_on_scheduling_or_company() -> None:
     alone = outcomes(run(ScriptedSampler(by_seed), tasks=TASKS[1:2], group_size=4))
     together = outcomes(run(ScriptedSampler(by_seed, jitter=True), tasks=TASKS, group_size=4))
     backwards = outcomes(
@@ -244,7 +248,7 @@ def test_outcomes_do_not_depend_on_scheduling_or_company():
             ScriptedSampler(by_seed),
             tasks=TASKS[::-1],
             group_size=4,
-            episodes_in_flight=1,
+            max_in_flight=1,
             environment_threads=1,
         )
     )
@@ -255,15 +259,15 @@ def test_outcomes_do_not_depend_on_scheduling_or_company():
     assert other != together
 
 
-def test_episodes_in_flight_are_bounded():
+def test_episodes_in_flight_are_bounded() -> None:
     sampler = ScriptedSampler([Say("x"), Say("done")], jitter=True)
-    run(sampler, group_size=4, episodes_in_flight=3)
+    run(sampler, group_size=4, max_in_flight=3)
     assert sampler.most_running == 3
 
 
-def test_batches_side_by_side_share_the_places_and_the_earlier_one_comes_first():
+def test_batches_side_by_side_share_the_places_and_the_earlier_one_comes_first() -> None:
     sampler = ScriptedSampler([Say("x"), Say("done")], jitter=True)
-    shared = rollout(sampler, episodes_in_flight=3)
+    shared = rollout(sampler, max_in_flight=3)
 
     async def both():
         return await asyncio.gather(
@@ -278,7 +282,7 @@ def test_batches_side_by_side_share_the_places_and_the_earlier_one_comes_first()
     assert 0 < first.seconds < second.seconds
 
 
-def test_environment_threads_are_bounded():
+def test_environment_threads_are_bounded() -> None:
     running, most, lock = 0, 0, threading.Lock()
 
     class Counting(EchoEnvironment):
@@ -304,21 +308,21 @@ def test_environment_threads_are_bounded():
 @pytest.mark.parametrize(
     "failing", [{1, 2, 3, 4}, {2, 3}]
 )  # all tries of the group, or those of its second episode
-def test_progress_counts_every_episode_once(failing):
+def test_progress_counts_every_episode_once(failing: Any) -> None:
     heard: list[tuple[int, int]] = []
     suite = failing_suite("green", failing)
     result = run(
         ScriptedSampler([Say("done")]),
         suite,
         progress=lambda *counts: heard.append(counts),
-        episodes_in_flight=1,
+        max_in_flight=1,
     )
     assert [dropped.task.id for dropped in result.dropped] == ["green"]
     assert heard[-1] == (6, 6)
     assert heard == sorted(heard)
 
 
-def test_the_same_task_twice_is_refused():
+def test_the_same_task_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="a task occurs twice in batch 'step-1'"):
         run(ScriptedSampler([]), tasks=(TASKS[0], TASKS[0]))
 
@@ -326,17 +330,18 @@ def test_the_same_task_twice_is_refused():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"episodes_in_flight": 0}, "episodes_in_flight must be at least 1, got 0"),
-        ({"max_retries": -1}, "max_retries must be at least 0, got -1"),
-        ({"step_deadline_seconds": 0}, "step_deadline_seconds must be above 0, got 0"),
+        ("max_in_flight=0", "rollout.max_in_flight must be at least 1, got 0"),
+        ("max_turns=0", "rollout.max_turns must be at least 1, got 0"),
+        ("max_retries=-1", "rollout.max_retries must be at least 0, got -1"),
+        ("step_deadline_seconds=0", "rollout.step_deadline_seconds must be above 0, got 0"),
     ],
 )
-def test_execution_refuses_nonsense(setting, message):
-    with pytest.raises(ValueError, match=message):
-        Execution(**setting)
+def test_settings_that_cannot_be_are_refused(setting: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        changed(tmp_path, tmp_path, f"rollout.{setting}")
 
 
-def test_a_synchronous_program_drives_a_rollout_while_it_does_something_else():
+def test_a_synchronous_program_drives_a_rollout_while_it_does_something_else() -> None:
     with EventLoopThread() as loop:
         pending = loop.start(
             rollout(ScriptedSampler([Say("x"), Say("done")])).groups(TASKS, 2, 0, "step-1")
@@ -356,14 +361,15 @@ class DemonstratingSampler(ScriptedSampler):
         super().__init__(lambda request: turns[request.group_id.removeprefix("step-1/")])
 
 
-def test_the_warehouse_is_solved_by_its_demonstrations():
+def test_the_warehouse_is_solved_by_its_demonstrations() -> None:
     suite = Warehouse(train_size=6)
     tasks = suite.tasks("train")
     driver = Rollout(
         DemonstratingSampler(suite, tasks),
         suite,
         Chat(byte_tokenizer()),
-        Limits(2048, 10, 2048, 8192),
+        8192,
+        RolloutSettings(max_prompt_tokens=2048, max_completion_tokens=2048),
     )
     result = asyncio.run(driver.groups(tasks, 2, 0, "step-1"))
     assert [group.rewards_G.tolist() for group in result.groups] == [[1.0, 1.0]] * 6

@@ -8,10 +8,12 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from jaxgrpo.config.settings import ConfigError
+from jaxgrpo.config.settings import ConfigError, RolloutSettings
 from jaxgrpo.environment import Observation
 from jaxgrpo.rollout import task_check
 from jaxgrpo.rollout.chat import Chat
@@ -46,12 +48,12 @@ def get_config():
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory):
     return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
-def run(model, tmp_path, capsys):
+def run(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Runs the command line on a user's file; the exit status and what is printed aside."""
 
     def run(environment="pass", suite="", *options):
@@ -68,7 +70,7 @@ DEADLINE = ("--set", "rollout.step_deadline_seconds=0.2")
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
 class TestHanging:
-    def test_observe(self, run, dry):
+    def test_observe(self, run: Any, dry: Any) -> None:
         status, err = run("def observe(self): time.sleep(60)", "", *DEADLINE, *dry)
         assert status == 2
         waits = (
@@ -78,7 +80,7 @@ class TestHanging:
             rf"error: observe\(\) of task 'train_\d' {waits}; none of 6 tasks has opened\n", err
         )
 
-    def test_create(self, run, dry):
+    def test_create(self, run: Any, dry: Any) -> None:
         status, err = run("def __init__(self, *_): time.sleep(60)", "", *DEADLINE, *dry)
         waits = (
             "took longer than the deadline of 0.2 seconds: it waits at mine.py, line 7, in __init__"
@@ -88,7 +90,7 @@ class TestHanging:
             rf"error: create\(\) of task 'train_\d' {waits}; none of 6 tasks has opened\n", err
         )
 
-    def test_tasks(self, run, dry):
+    def test_tasks(self, run: Any, dry: Any) -> None:
         status, err = run("pass", "def tasks(self, split): time.sleep(60)", *DEADLINE, *dry)
         assert status == 2
         waits = (
@@ -157,13 +159,15 @@ class TestHanging:
         ),
     ],
 )  # fmt: skip
-def test_an_environment_that_cannot_begin_is_refused(run, environment, suite, error):
+def test_an_environment_that_cannot_begin_is_refused(
+    run: Any, environment: str, suite: str, error: str
+) -> None:
     for dry in ((), ("--dry-run",)):
         assert run(environment, suite, *dry) == (2, f"error: {error}\n")
 
 
 @pytest.mark.parametrize("dry", [("--set", "training.steps=2"), ("--dry-run",)])
-def test_tasks_of_which_some_do_not_open_are_warned_of(run, dry):
+def test_tasks_of_which_some_do_not_open_are_warned_of(run: Any, dry: tuple[str, ...]) -> None:
     failing = "def observe(self):\n        if self._query in (\"('train', 1)\", \"('train', 4)\"): 1 / 0\n        return super().observe()"
     status, err = run(failing, "", *dry)
     assert status == 0
@@ -172,7 +176,7 @@ def test_tasks_of_which_some_do_not_open_are_warned_of(run, dry):
     assert err == f"{told}; their groups will be dropped\n"
 
 
-def test_a_split_of_evaluation_that_does_not_open_is_refused(run):
+def test_a_split_of_evaluation_that_does_not_open_is_refused(run: Any) -> None:
     failing = "def observe(self):\n        if 'test' in self._query: 1 / 0\n        return super().observe()"
     assert run(failing, "", "--dry-run")[0] == 0
     status, err = run(failing, "", "--dry-run", "--set", "evaluation.before=True")
@@ -204,12 +208,18 @@ class Suite:
         return Opening(self._observe)
 
 
+def settings(threads: int, deadline: float) -> RolloutSettings:
+    return RolloutSettings(
+        max_prompt_tokens=100, environment_threads=threads, step_deadline_seconds=deadline
+    )
+
+
 def opened(suite, said, threads=4, deadline=10.0):
-    check = TaskCheck(suite, threads, deadline, said.append)
-    return check.opened(Chat(byte_tokenizer()), 100, check.listed("train"))
+    check = TaskCheck(suite, settings(threads, deadline), said.append)
+    return check.opened(Chat(byte_tokenizer()), check.listed("train"))
 
 
-def test_a_thousand_tasks_are_opened_side_by_side():
+def test_a_thousand_tasks_are_opened_side_by_side() -> None:
     running, most, lock = 0, 0, threading.Lock()
 
     def observe():
@@ -225,7 +235,9 @@ def test_a_thousand_tasks_are_opened_side_by_side():
     assert most == 8
 
 
-def test_it_says_how_it_is_getting_on_while_that_takes_long(monkeypatch):
+def test_it_says_how_it_is_getting_on_while_that_takes_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(task_check, "SAY_EVERY_SECONDS", 0.02)
     said, gate = [], threading.Event()
 
@@ -238,20 +250,20 @@ def test_it_says_how_it_is_getting_on_while_that_takes_long(monkeypatch):
     assert "0 of 9 tasks have been opened; under way: observe() of task '0' (1 s)" in said
 
 
-def test_an_interruption_ends_it_at_once(monkeypatch):
+def test_an_interruption_ends_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
 
     def interrupted(line):
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     monkeypatch.setattr(task_check, "SAY_EVERY_SECONDS", 0.02)
-    check = TaskCheck(Suite(gate.wait), 4, 60.0, interrupted)
+    check = TaskCheck(Suite(gate.wait), settings(4, 60.0), interrupted)
     with pytest.raises(KeyboardInterrupt):
-        check.opened(Chat(byte_tokenizer()), 100, check.listed("train"))
+        check.opened(Chat(byte_tokenizer()), check.listed("train"))
     gate.set()
 
 
-def test_streams_that_an_environment_puts_in_their_place_are_put_back():
+def test_streams_that_an_environment_puts_in_their_place_are_put_back() -> None:
     def observe():
         sys.stdout = sys.stderr = io.StringIO()
 
@@ -260,7 +272,7 @@ def test_streams_that_an_environment_puts_in_their_place_are_put_back():
     assert (sys.stdout, sys.stderr) == streams
 
 
-def test_too_many_that_hang_after_one_has_opened_end_it():
+def test_too_many_that_hang_after_one_has_opened_end_it() -> None:
     gate, first, lock = threading.Event(), [], threading.Lock()
 
     def observe():
@@ -279,7 +291,7 @@ def test_too_many_that_hang_after_one_has_opened_end_it():
     assert said == []
 
 
-def test_a_template_that_refuses_a_role_is_told_with_the_task():
+def test_a_template_that_refuses_a_role_is_told_with_the_task() -> None:
     refusing = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}<|im_start|>{{ m.role }}\n"
     refusing += "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
@@ -289,14 +301,14 @@ def test_a_template_that_refuses_a_role_is_told_with_the_task():
 
     suite = Suite()
     suite.create = lambda task: Tool()
-    check = TaskCheck(suite, 2, 10.0)
-    found = check.opened(Chat(byte_tokenizer(refusing)), 100, suite.tasks("train")).found
+    check = TaskCheck(suite, settings(2, 10.0))
+    found = check.opened(Chat(byte_tokenizer(refusing)), suite.tasks("train")).found
     assert str(found["0"]) == (
         "the prompt of task '0': the chat template refuses to begin with messages of role ('tool',): no tools here"
     )
 
 
-def test_nothing_stays_behind():
+def test_nothing_stays_behind() -> None:
     threads = threading.active_count()
     opened(Suite(), [])
     time.sleep(0.05)

@@ -7,6 +7,8 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,7 +67,7 @@ LINE_OF_RAISE = raising.__code__.co_firstlineno + 2
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_whatever_is_raised_is_shown_with_the_users_own_line_first(error, said):
+def test_whatever_is_raised_is_shown_with_the_users_own_line_first(error: Any, said: str) -> None:
     trajectory = play(stepping(raising(error)))
     assert (trajectory.stop_reason, trajectory.score, trajectory.turns) == (
         StopReason.ENVIRONMENT_ERROR,
@@ -80,13 +82,13 @@ def test_whatever_is_raised_is_shown_with_the_users_own_line_first(error, said):
     assert "Traceback (most recent call last)" in trace
 
 
-def test_what_is_raised_is_told_in_a_bounded_line():
+def test_what_is_raised_is_told_in_a_bounded_line() -> None:
     line, _, trace = play(stepping(raising(LongWinded()))).error.partition("\n")
     assert line.startswith("LongWinded: very long very long") and len(line) < 900
     assert len(trace) <= 20_001
 
 
-def test_an_error_in_a_library_is_shown_at_the_line_that_called_it():
+def test_an_error_in_a_library_is_shown_at_the_line_that_called_it() -> None:
     def step(answer, action):
         return np.linalg.inv(np.zeros((2, 2)))
 
@@ -96,7 +98,7 @@ def test_an_error_in_a_library_is_shown_at_the_line_that_called_it():
     )
 
 
-def test_a_record_that_is_refused_is_shown_at_the_line_that_made_it():
+def test_a_record_that_is_refused_is_shown_at_the_line_that_made_it() -> None:
     def step(answer, action):
         return StepResult(Observation((Message("usr", "hi"),)))
 
@@ -105,7 +107,7 @@ def test_a_record_that_is_refused_is_shown_at_the_line_that_made_it():
     assert f"({__file__}, line {step.__code__.co_firstlineno + 1}, in step)" in line
 
 
-def test_an_error_of_a_reward_function_is_shown_at_its_own_line():
+def test_an_error_of_a_reward_function_is_shown_at_its_own_line() -> None:
     line = play(EchoEnvironment, rewards=RewardSettings((failing,))).error.splitlines()[0]
     place = f"({__file__}, line {failing.__code__.co_firstlineno + 1}, in failing)"
     assert (
@@ -119,7 +121,7 @@ def failing(trajectory, score):
     return 1 / 0
 
 
-def test_a_weighted_sum_that_is_too_large_is_an_environment_error():
+def test_a_weighted_sum_that_is_too_large_is_an_environment_error() -> None:
     trajectory = play(EchoEnvironment, rewards=RewardSettings((), {"environment": 1e13}))
     assert trajectory.stop_reason is StopReason.ENVIRONMENT_ERROR
     assert trajectory.error.startswith(
@@ -155,7 +157,7 @@ class Lying:
         ),
     ],
 )
-def test_a_score_of_a_derived_class_is_checked_all_the_same(score, said):
+def test_a_score_of_a_derived_class_is_checked_all_the_same(score: Any, said: str) -> None:
     class Scoring(EchoEnvironment):
         def score(self):
             return score
@@ -165,7 +167,7 @@ def test_a_score_of_a_derived_class_is_checked_all_the_same(score, said):
     assert trajectory.error.startswith(said)
 
 
-def test_a_sound_score_of_a_derived_class_is_taken():
+def test_a_sound_score_of_a_derived_class_is_taken() -> None:
     class Scoring(EchoEnvironment):
         def score(self):
             return Careless(np.float32(0.5), np.bool_(True), {"reward": 1}, {"why": "so"})
@@ -174,7 +176,7 @@ def test_a_sound_score_of_a_derived_class_is_taken():
 
 
 @pytest.mark.parametrize("answer", [lambda: None, str, dict, lambda: StepResult, Lying])
-def test_answers_that_are_none(answer):
+def test_answers_that_are_none(answer: Any) -> None:
     trajectory = play(stepping(lambda *_: answer()))
     assert trajectory.stop_reason is StopReason.ENVIRONMENT_ERROR
 
@@ -185,7 +187,7 @@ class TestMethods:
     def error(self, made) -> str:
         return play(lambda: made).error
 
-    def test_missing(self):
+    def test_missing(self) -> None:
         class Scoreless:
             observe = EchoEnvironment.observe
             step = EchoEnvironment.step
@@ -196,14 +198,14 @@ class TestMethods:
         )
         assert "returned NoneType, which has no method observe()" in self.error(None)
 
-    def test_asynchronous(self):
+    def test_asynchronous(self) -> None:
         class Asynchronous(EchoEnvironment):
             async def step(self, action):
                 return StepResult(stop_reason=StopReason.FINISHED)
 
         assert "Asynchronous, whose step is async: write it without" in self.error(Asynchronous())
 
-    def test_of_other_arguments(self):
+    def test_of_other_arguments(self) -> None:
         class Stepless(EchoEnvironment):
             def step(self):
                 return StepResult(stop_reason=StopReason.FINISHED)
@@ -226,13 +228,13 @@ class TestProcess:
     def finishes(self, step) -> bool:
         return play(stepping(step)).stop_reason is StopReason.FINISHED
 
-    def test_a_loop_of_its_own(self):
+    def test_a_loop_of_its_own(self) -> None:
         def step(answer, action):
             return asyncio.run(asyncio.sleep(0.01, answer(action)))
 
         assert self.finishes(step)
 
-    def test_threads_of_its_own(self):
+    def test_threads_of_its_own(self) -> None:
         def step(answer, action):
             thread = threading.Thread(target=lambda: None)
             thread.start()
@@ -241,7 +243,7 @@ class TestProcess:
 
         assert self.finishes(step)
 
-    def test_warnings_as_errors(self):
+    def test_warnings_as_errors(self) -> None:
         def step(answer, action):
             np.seterr(all="raise")
             warnings.simplefilter("error")
@@ -251,14 +253,14 @@ class TestProcess:
             assert self.finishes(step)
         assert np.geterr()["divide"] == "warn"
 
-    def test_numpys_complaints_are_its_own(self):
+    def test_numpys_complaints_are_its_own(self) -> None:
         def step(answer, action):
             np.seterr(all="raise")
             return answer(str(np.float64(1) / np.float64(0)))
 
         assert play(stepping(step)).error.startswith("FloatingPointError: divide by zero")
 
-    def test_another_folder(self, monkeypatch, tmp_path):
+    def test_another_folder(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "below").mkdir()
 
@@ -268,7 +270,7 @@ class TestProcess:
 
         assert self.finishes(step)
 
-    def test_a_signal_handler_is_refused_by_python(self):
+    def test_a_signal_handler_is_refused_by_python(self) -> None:
         def step(answer, action):
             import signal
 
@@ -278,7 +280,7 @@ class TestProcess:
 
 
 class TestDeadline:
-    def test_a_call_that_hangs_is_told_with_the_place_where_it_waits(self):
+    def test_a_call_that_hangs_is_told_with_the_place_where_it_waits(self) -> None:
         gate = threading.Event()
 
         def step(answer, action):
@@ -293,7 +295,7 @@ class TestDeadline:
             == f"step() of task 'echo_1' took longer than the deadline of 0.1 seconds: it waits at {place}"
         )
 
-    def test_it_holds_for_what_an_error_does_when_it_is_printed(self):
+    def test_it_holds_for_what_an_error_does_when_it_is_printed(self) -> None:
         class Slow(Exception):
             def __str__(self):
                 time.sleep(20)
@@ -304,7 +306,7 @@ class TestDeadline:
         assert "took longer than the deadline of 0.2 seconds" in trajectory.error
         assert time.perf_counter() - started < 5
 
-    def test_it_holds_for_a_mapping_that_is_read(self):
+    def test_it_holds_for_a_mapping_that_is_read(self) -> None:
         class Endless(Mapping):
             def __getitem__(self, name):
                 return 1.0

@@ -2,16 +2,16 @@
 
 import threading
 import time
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken, normalizers
 
 from jaxgrpo.environment import Observation, StepResult
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.episode import Limits
 from jaxgrpo.types import Message, StopReason, ToolCall
 from tests.byte_chat import byte_tokenizer
-from tests.one_episode import LIMITS, play, stepping
+from tests.one_episode import LIMITS, limits, play, stepping
 
 
 class WatchedChat(Chat):
@@ -35,9 +35,11 @@ class TestSizes:
 
     @pytest.mark.parametrize(
         ("limits", "reason"),
-        [(LIMITS, StopReason.TOKEN_LIMIT), (Limits(4000, 10, 200, 400), StopReason.CONTEXT_LIMIT)],
+        [(LIMITS, StopReason.TOKEN_LIMIT), (limits(4000, 10, 200, 400), StopReason.CONTEXT_LIMIT)],
     )
-    def test_a_result_of_40_megabytes_ends_the_episode_at_once(self, limits, reason):
+    def test_a_result_of_40_megabytes_ends_the_episode_at_once(
+        self, limits: Any, reason: StopReason
+    ) -> None:
         huge = "r" * 40_000_000
         calls, chat = (ToolCall("read", "{}", huge, ok=True),), WatchedChat()
         started = time.perf_counter()
@@ -52,14 +54,14 @@ class TestSizes:
             and len(trajectory.calls[0].result) == 100_000
         )
 
-    def test_a_million_messages_end_the_episode_without_being_rendered(self):
+    def test_a_million_messages_end_the_episode_without_being_rendered(self) -> None:
         messages = (Message("tool", ""),) * 1_000_000
         chat = WatchedChat()
         trajectory = play(self.answering(*messages), chat=chat)
         assert trajectory.stop_reason is StopReason.TOKEN_LIMIT
         assert chat.threads == [] and len(trajectory.messages) == 2
 
-    def test_nothing_that_fits_is_taken_to_be_too_long(self):
+    def test_nothing_that_fits_is_taken_to_be_too_long(self) -> None:
         """The longest token, spelled in the characters that the tokenizer composes to those of the token."""
         tokenizer = byte_tokenizer()
         tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
@@ -69,7 +71,7 @@ class TestSizes:
         tokens = len(chat.continuation(messages, ended_with_eos=True))
         assert 500 == chat.fewest_tokens(messages) <= tokens < 600
 
-    def test_calls_of_an_episode_are_kept_within_bounds(self):
+    def test_calls_of_an_episode_are_kept_within_bounds(self) -> None:
         calls = (ToolCall("read", "a" * 90_000, "r" * 90_000, ok=True),) * 100
 
         def step(answer, action):
@@ -90,11 +92,11 @@ class TestSizes:
         ]
         assert trajectory.calls[99].result.endswith("r... (90000 characters)")
 
-    def test_a_long_text_is_tokenised_beside_the_event_loop(self):
+    def test_a_long_text_is_tokenised_beside_the_event_loop(self) -> None:
         chat = WatchedChat()
         trajectory = play(
             self.answering(Message("tool", "word " * 10_000)),
-            limits=Limits(60_000, 2, 200, 70_000),
+            limits=limits(60_000, 2, 200, 70_000),
             chat=chat,
         )
         assert trajectory.turns == 2 and len(trajectory.completion_ids_C) > 50_000

@@ -64,7 +64,7 @@ FAILED = trajectory("c", [1], 0.0, StopReason.ENVIRONMENT_ERROR)
 RESULT = RolloutResult(GROUPS, (DroppedGroup(Task("c"), "lost"),), (FAILED, FAILED), seconds=2.0)
 
 
-def test_rollout_metrics_by_hand():
+def test_rollout_metrics_by_hand() -> None:
     metrics = rollout_metrics(RESULT, [], 4)
     expected = {
         "train/reward_mean": 0.5,
@@ -94,7 +94,7 @@ def test_rollout_metrics_by_hand():
     assert all(type(value) in (int, float) for value in metrics.values())
 
 
-def test_faults_of_skipped_batches_are_counted_with_the_next():
+def test_faults_of_skipped_batches_are_counted_with_the_next() -> None:
     lost = RolloutResult(
         (), (DroppedGroup(Task("x"), "e"), DroppedGroup(Task("y"), "e")), (FAILED,) * 3
     )
@@ -106,7 +106,7 @@ def test_faults_of_skipped_batches_are_counted_with_the_next():
     ) == (2, 5, 8)
 
 
-def test_update_metrics_by_hand():
+def test_update_metrics_by_hand() -> None:
     batches = pack(GROUPS, 2, 8, BatchingSettings(prompt_multiple=4, completion_multiple=8))
     first = LossSums(0.5, 10.0, 14.0, 2.0, 0.0, 20.0, 1.4, 0.7, 7.0, 0.3)
     last = first._replace(loss=0.1, clipped=5.0)
@@ -138,7 +138,7 @@ def test_update_metrics_by_hand():
     assert metrics == pytest.approx(expected)
 
 
-def test_a_step_that_was_not_taken_is_counted_and_no_part_of_the_rest():
+def test_a_step_that_was_not_taken_is_counted_and_no_part_of_the_rest() -> None:
     batches = pack(GROUPS, 2, 8, BatchingSettings(prompt_multiple=4, completion_multiple=8))
     seconds = dict.fromkeys(("reference", "update", "probe", "publish"), 1.0)
     taken = StepReport(LossSums(*[1.0] * 10), 1.0)
@@ -150,7 +150,7 @@ def test_a_step_that_was_not_taken_is_counted_and_no_part_of_the_rest():
     assert {name: both[name] for name in shown} == {name: alone[name] for name in shown}
 
 
-def test_what_a_batch_took_and_who_waited_by_hand():
+def test_what_a_batch_took_and_who_waited_by_hand() -> None:
     metrics = schedule_metrics(
         {
             "all": 13.0,
@@ -172,7 +172,7 @@ def test_what_a_batch_took_and_who_waited_by_hand():
     }
 
 
-def test_empty_groups_that_fill_a_micro_batch_count_nothing():
+def test_empty_groups_that_fill_a_micro_batch_count_nothing() -> None:
     one = pack(GROUPS[:1], 1, 8, BatchingSettings(prompt_multiple=4, completion_multiple=8))
     filled = pack(GROUPS[:1], 3, 8, BatchingSettings(prompt_multiple=4, completion_multiple=8))
     report = [StepReport(LossSums(*[1.0] * 10), 1.0)]
@@ -186,7 +186,7 @@ def test_empty_groups_that_fill_a_micro_batch_count_nothing():
     assert a | padded == b | padded
 
 
-def test_score_parts_that_only_some_episodes_have_count_as_zero():
+def test_score_parts_that_only_some_episodes_have_count_as_zero() -> None:
     odd = dataclasses.replace(GROUPS[0].trajectories[0], score=Score(1.0, True, {"rare": 1.0}))
     result = RolloutResult(
         (Group(Task("a"), (odd, GROUPS[0].trajectories[1])),), (), (), seconds=1.0

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ from tests.training import make_model, metric_lines, write_config
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory):
     return make_model(tmp_path_factory.mktemp("model"))
 
 
@@ -63,8 +64,8 @@ def hold():
 
 class TestOneRunAFolder:
     def test_another_run_is_refused_until_the_first_one_ends_however_it_ends(
-        self, model, tmp_path, hold, capsys
-    ):
+        self, model: Path, tmp_path: Path, hold: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         run = tmp_path / "run"
         first = hold(run)
         arguments = [
@@ -86,14 +87,14 @@ class TestOneRunAFolder:
             assert said.startswith(
                 f"error: {run} is in use by process {first.pid} on {socket.gethostname()}, since 20"
             )
-            assert said.endswith("wait for its end, or give another --run-dir")
+            assert said.endswith("wait until it ends, or use another --run-dir")
         assert [path.name for path in run.iterdir()] == [".lock"]
         first.kill()
         first.wait()
         assert main(arguments) == 0
         assert main([*arguments, "--resume"]) == 0
 
-    def test_a_process_that_was_forked_does_not_hold_it_on(self, tmp_path, hold):
+    def test_a_process_that_was_forked_does_not_hold_it_on(self, tmp_path: Path, hold: Any) -> None:
         first = hold(tmp_path / "run", "fork")
         with pytest.raises(ConfigError), held(tmp_path / "run"):
             pass
@@ -102,14 +103,18 @@ class TestOneRunAFolder:
         with held(tmp_path / "run"):
             pass
 
-    def test_within_one_process_too_and_the_lock_of_an_ended_run_is_nobodys(self, tmp_path):
+    def test_within_one_process_too_and_the_lock_of_an_ended_run_is_nobodys(
+        self, tmp_path: Path
+    ) -> None:
         refused = pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on ")
         with held(tmp_path), refused, held(tmp_path):
             pass
         with held(tmp_path):
             pass
 
-    def test_a_file_system_without_locks_is_told_of(self, tmp_path, monkeypatch, capsys):
+    def test_a_file_system_without_locks_is_told_of(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         def refuse(*arguments):
             raise OSError(errno.ENOSYS, "Function not implemented")
 
@@ -120,7 +125,9 @@ class TestOneRunAFolder:
                 in capsys.readouterr().err
             )
 
-    def test_a_link_in_place_of_the_lock_is_not_followed(self, tmp_path, capsys):
+    def test_a_link_in_place_of_the_lock_is_not_followed(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         (tmp_path / "elsewhere").write_text("mine")
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / ".lock").symlink_to(tmp_path / "elsewhere")
@@ -128,7 +135,9 @@ class TestOneRunAFolder:
             assert "cannot be locked" in capsys.readouterr().err
         assert (tmp_path / "elsewhere").read_text() == "mine"
 
-    def test_a_new_folder_that_stays_empty_is_removed_and_an_old_one_is_not(self, tmp_path):
+    def test_a_new_folder_that_stays_empty_is_removed_and_an_old_one_is_not(
+        self, tmp_path: Path
+    ) -> None:
         with held(tmp_path / "new"):
             pass
         assert not (tmp_path / "new").exists()
@@ -138,7 +147,7 @@ class TestOneRunAFolder:
         assert (tmp_path / "old").exists()
 
     @pytest.mark.slow
-    def test_several_processes_are_one_holder(self, model, tmp_path, hold):
+    def test_several_processes_are_one_holder(self, model: Path, tmp_path: Path, hold: Any) -> None:
         run = tmp_path / "run"
         command = [
             "jaxgrpo.train",
@@ -161,7 +170,7 @@ class TestOneRunAFolder:
         assert [status for status, _ in outcomes(start_processes([command] * 2, 1))] == [0, 0]
 
 
-def test_what_killed_runs_left_half_written_is_removed_and_nothing_else(tmp_path):
+def test_what_killed_runs_left_half_written_is_removed_and_nothing_else(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "trajectories").mkdir(parents=True)
     left = [
@@ -193,8 +202,8 @@ def flip_a_value(checkpoint: Path) -> None:
 
 
 def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
-    model, tmp_path, capsys
-):
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [
         "--config",
         str(write_config(tmp_path, model)),
@@ -228,7 +237,9 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
             assert path.read_bytes() == (run / path.relative_to(straight)).read_bytes()
 
 
-def test_a_run_of_which_no_checkpoint_is_whole_is_refused_with_what_to_do(model, tmp_path, capsys):
+def test_a_run_of_which_no_checkpoint_is_whole_is_refused_with_what_to_do(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [
         "--config",
         str(write_config(tmp_path, model)),
@@ -241,9 +252,9 @@ def test_a_run_of_which_no_checkpoint_is_whole_is_refused_with_what_to_do(model,
     capsys.readouterr()
     assert main([*arguments, "training.steps=4", "--resume"]) == 2
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith(f"error: cannot go on with {tmp_path / 'run'}: no checkpoint in ")
+    assert said.startswith(f"error: cannot resume {tmp_path / 'run'}: no checkpoint in ")
     assert "policy/embed.embedding" in said and said.endswith(
-        "give another --run-dir to begin anew"
+        "use another --run-dir to start a new run"
     )
     assert "convert" not in said
     assert metric_lines(tmp_path / "run")[-1]["step"] == 2  # nothing was cleared away

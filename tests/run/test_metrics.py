@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -25,7 +26,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_one_object_a_line_and_null_for_what_is_not_finite(tmp_path):
+def test_one_object_a_line_and_null_for_what_is_not_finite(tmp_path: Path) -> None:
     r = recorder(tmp_path / "new" / "run")
     r.record(2, {"a": 1, "b": math.nan, "c": math.inf, "d": "x"})
     r.record(4, {"a": 2})
@@ -36,7 +37,7 @@ def test_one_object_a_line_and_null_for_what_is_not_finite(tmp_path):
     ]
 
 
-def test_resuming_drops_later_lines_and_a_torn_one(tmp_path):
+def test_resuming_drops_later_lines_and_a_torn_one(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 0, "eval/split": "test"}\n{"step": 2}\n{"step": 4}\n{"step": 6}\n{"step": 8, "los'
     )
@@ -47,7 +48,7 @@ def test_resuming_drops_later_lines_and_a_torn_one(tmp_path):
     assert lines(tmp_path)[-1] == {"step": 6, "again": 1}
 
 
-def test_resuming_drops_lines_that_cannot_be_read(tmp_path):
+def test_resuming_drops_lines_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(
         b'{"step": 2}\n\0\0\0\n{"step": 4}\nnull\n\xff\n{"stop": 4}\n'
     )
@@ -55,7 +56,7 @@ def test_resuming_drops_lines_that_cannot_be_read(tmp_path):
     assert lines(tmp_path) == [{"step": 2}, {"step": 4}]
 
 
-def test_without_a_step_to_resume_from_all_whole_lines_stay(tmp_path):
+def test_without_a_step_to_resume_from_all_whole_lines_stay(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 100}\n{"step": 2')
     r = recorder(tmp_path)
     r.record(4, {})
@@ -63,7 +64,9 @@ def test_without_a_step_to_resume_from_all_whole_lines_stay(tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [100, 4]
 
 
-def test_tensorboard_gets_the_numbers_and_evaluations_by_split(tmp_path, monkeypatch):
+def test_tensorboard_gets_the_numbers_and_evaluations_by_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
     import tensorboardX
 
@@ -80,7 +83,9 @@ def test_tensorboard_gets_the_numbers_and_evaluations_by_split(tmp_path, monkeyp
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
 
 
-def test_wandb_gets_the_numbers_of_its_project(tmp_path, monkeypatch):
+def test_wandb_gets_the_numbers_of_its_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     logged = []
     run = types.SimpleNamespace(
         log=lambda values, step: logged.append((step, values)),
@@ -95,7 +100,7 @@ def test_wandb_gets_the_numbers_of_its_project(tmp_path, monkeypatch):
     assert logged == ["p", (2, {"train/loss": 0.5}), "finished"]
 
 
-def test_stopwatch_adds_up_phases_and_starts_afresh(monkeypatch):
+def test_stopwatch_adds_up_phases_and_starts_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 0.0, 1.0, 10.0, 12.5, 20.0, 21.0, 30.0, 34.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
     clock = Stopwatch()
@@ -116,7 +121,7 @@ def shown(terminal: bool, use) -> str:
     return text.getvalue()
 
 
-def test_plain_lines_where_there_is_no_terminal(monkeypatch):
+def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("jaxgrpo.run.metrics.time.perf_counter", lambda: now[0])
 
@@ -131,7 +136,7 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch):
     assert shown(False, use) == f"step 4/10  {status}\n[b] stays as it is\n"
 
 
-def test_a_bar_with_the_reward_and_the_time_left_in_a_terminal():
+def test_a_bar_with_the_reward_and_the_time_left_in_a_terminal() -> None:
     def use(view):
         view.begin(0)
         view.step(5, STEP)
@@ -142,14 +147,14 @@ def test_a_bar_with_the_reward_and_the_time_left_in_a_terminal():
         assert part in text
 
 
-def test_an_evaluation_counts_its_episodes():
+def test_an_evaluation_counts_its_episodes() -> None:
     assert "7/20" in shown(True, lambda view: view.advance(7, 20))
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(30, "30 s left"), (600, "10 min left"), (7260, "2 h 01 min left")]
 )
-def test_time_left_in_its_unit(monkeypatch, seconds, text):
+def test_time_left_in_its_unit(monkeypatch: pytest.MonkeyPatch, seconds: int, text: str) -> None:
     now = [0.0]
     monkeypatch.setattr("jaxgrpo.run.metrics.time.perf_counter", lambda: now[0])
 

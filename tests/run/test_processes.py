@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,14 +41,14 @@ SAME = (
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory):
     return make_model(tmp_path_factory.mktemp("model"))
 
 
 # Meeting.
 
 
-def test_flags_that_say_too_little_are_refused():
+def test_flags_that_say_too_little_are_refused() -> None:
     with pytest.raises(ConfigError, match="belong together"):
         join(ClusterFlags(coordinator="127.0.0.1:1", processes=2), None)
 
@@ -67,12 +68,14 @@ def test_flags_that_say_too_little_are_refused():
         (("127.0.0.1:5000", 2, -1), "--process-id must be from 0 to 1, got -1"),
     ],
 )
-def test_flags_that_cannot_be_are_refused(flags, said):
+def test_flags_that_cannot_be_are_refused(flags: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         join(ClusterFlags(*flags), None)
 
 
-def test_a_name_that_nobody_knows_is_refused_when_it_does_not_become_known(monkeypatch):
+def test_a_name_that_nobody_knows_is_refused_when_it_does_not_become_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(processes, "_NAME_SECONDS", 1.5)
     started = time.monotonic()
     with pytest.raises(
@@ -123,7 +126,7 @@ def listening(pid: int) -> set[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_the_coordinator_listens_where_it_was_told_and_nowhere_else(host):
+def test_the_coordinator_listens_where_it_was_told_and_nowhere_else(host: str) -> None:
     port = coordinator().rpartition(":")[2]
     with joining(f"{host}:{port}") as process:
         assert process.stdout.readline() == "joined\n"
@@ -132,7 +135,7 @@ def test_the_coordinator_listens_where_it_was_told_and_nowhere_else(host):
     assert found and found <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 
 
-def test_jaxs_own_variable_says_otherwise():
+def test_jaxs_own_variable_says_otherwise() -> None:
     port = coordinator().rpartition(":")[2]
     with joining(f"127.0.0.1:{port}", JAX_COORDINATOR_BIND_ADDRESS=f"0.0.0.0:{port}") as process:
         assert process.stdout.readline() == "joined\n"
@@ -141,7 +144,7 @@ def test_jaxs_own_variable_says_otherwise():
     assert found <= {"::", "0.0.0.0", "::ffff:0.0.0.0"} and found
 
 
-def test_a_second_run_at_a_coordinators_port_is_refused_and_the_first_goes_on():
+def test_a_second_run_at_a_coordinators_port_is_refused_and_the_first_goes_on() -> None:
     """Both would get the port, and requests of either end in the other."""
     with joining(address := coordinator()) as first:
         assert first.stdout.readline() == "joined\n"
@@ -156,7 +159,7 @@ def test_a_second_run_at_a_coordinators_port_is_refused_and_the_first_goes_on():
     assert first.returncode == 0
 
 
-def test_without_flags_there_is_one_process_which_leads_and_tells_nobody():
+def test_without_flags_there_is_one_process_which_leads_and_tells_nobody() -> None:
     alone = join(ClusterFlags(), None)
     assert (alone.leads, alone.count) == (True, 1)
     alone.send(Command(Work.END))
@@ -182,7 +185,7 @@ class FailsMeanwhile:
         return "process 0 failed: of something else"
 
 
-def test_a_failure_elsewhere_does_not_break_into_the_handling_of_ones_own():
+def test_a_failure_elsewhere_does_not_break_into_the_handling_of_ones_own() -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(ZeroDivisionError), Processes(1, 2, FailsMeanwhile()).together():
         raise ZeroDivisionError
@@ -218,7 +221,9 @@ def cleaning_up(store: Posted):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_is_told_before_anything_is_cleaned_up_and_stays_one(number):
+def test_an_interruption_is_told_before_anything_is_cleaned_up_and_stays_one(
+    number: signal.Signals,
+) -> None:
     store = Posted()
     together = Processes(1, 2, store).together()
     with pytest.raises(KeyboardInterrupt), interruptible(), together, cleaning_up(store):
@@ -226,10 +231,11 @@ def test_an_interruption_is_told_before_anything_is_cleaned_up_and_stays_one(num
     assert store.said == ["process 1 failed: it was interrupted"]
 
 
-def test_a_failure_is_told_before_anything_is_cleaned_up_and_stays_what_it_is():
+def test_a_failure_is_told_before_anything_is_cleaned_up_and_stays_what_it_is() -> None:
     store = Posted()
     one = Processes(1, 2, store)
-    with pytest.raises(ZeroDivisionError), one.together(), cleaning_up(store), one.telling():
+    announcing = one.announcing_failures()
+    with pytest.raises(ZeroDivisionError), one.together(), cleaning_up(store), announcing:
         raise ZeroDivisionError("x")
     assert store.said == ["process 1 failed: ZeroDivisionError: x"]
 
@@ -238,7 +244,7 @@ def test_a_failure_is_told_before_anything_is_cleaned_up_and_stays_what_it_is():
 
 
 @pytest.fixture(scope="module")
-def on_three(tmp_path_factory):
+def on_three(tmp_path_factory: pytest.TempPathFactory):
     """A checkpoint of three devices after one step; the state that it holds, and what the next step makes of it there."""
     folder, update = tmp_path_factory.mktemp("three"), update_of(3)
     state, _ = step(update, update.init(params_of(TINY)))
@@ -258,7 +264,9 @@ def on_three(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "devices"), [(2, 1), (2, 2), (3, 1)])
-def test_a_step_of_several_processes_is_that_of_one(on_three, tmp_path, processes, devices):
+def test_a_step_of_several_processes_is_that_of_one(
+    on_three: Any, tmp_path: Path, processes: int, devices: int
+) -> None:
     """They resume what three devices of one process saved; one device of one process reads what they saved."""
     folder, before, after, gradient, report = on_three
     run_processes(processes, devices, "tests.step_process", str(folder), str(tmp_path))
@@ -296,7 +304,9 @@ def command(
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_is_that_of_one_and_either_goes_on_with_the_others(model, tmp_path):
+def test_a_run_of_two_processes_is_that_of_one_and_either_goes_on_with_the_others(
+    model: Path, tmp_path: Path
+) -> None:
     """Four steps with the embedded sampler on both sides. One process trains on one device, two on one each: what is compared is the sum
     of their gradients, and the weights that the sampler was given."""
     options = (
@@ -336,7 +346,7 @@ def test_a_run_of_two_processes_is_that_of_one_and_either_goes_on_with_the_other
 
 
 @pytest.mark.slow
-def test_two_processes_train_adapters_as_one_does(model, tmp_path):
+def test_two_processes_train_adapters_as_one_does(model: Path, tmp_path: Path) -> None:
     """The merged weights that the sampler is given after each batch, and a resumed run, included."""
     options = ("training.devices=None", "lora.rank=2", "recording.checkpoint_every=2")
     config = write_config(tmp_path, model)
@@ -354,7 +364,7 @@ def test_two_processes_train_adapters_as_one_does(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_jax_finds_the_processes_that_slurm_started(on_three, tmp_path):
+def test_jax_finds_the_processes_that_slurm_started(on_three: Any, tmp_path: Path) -> None:
     slurm = {
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_STEP_NODELIST": "localhost",
@@ -374,7 +384,7 @@ def test_jax_finds_the_processes_that_slurm_started(on_three, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_of_different_configs_are_refused(model, tmp_path):
+def test_processes_of_different_configs_are_refused(model: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, model)
     commands = [
         command(config, tmp_path / "run", "training.devices=None", f"seed={seed}")
@@ -390,7 +400,7 @@ def test_processes_of_different_configs_are_refused(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_the_first_process_raises_ends_the_others(model, tmp_path):
+def test_what_the_first_process_raises_ends_the_others(model: Path, tmp_path: Path) -> None:
     """Its environments fail in every group, three batches in a row; the other waits for a batch meanwhile."""
     overrides = ("training.devices=None", "environment.broken=0,1,2,3,4,5")
     ended = outcomes(
@@ -408,7 +418,7 @@ def test_what_the_first_process_raises_ends_the_others(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_too_few_devices_named_for_several_processes(model, tmp_path):
+def test_too_few_devices_named_for_several_processes(model: Path, tmp_path: Path) -> None:
     ended = outcomes(
         start_processes([command(write_config(tmp_path, model), tmp_path / "run")] * 2, 1), 120
     )
@@ -423,7 +433,9 @@ def test_too_few_devices_named_for_several_processes(model, tmp_path):
 @pytest.mark.faults
 @pytest.mark.parametrize("killed", [0, 1])
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
-def test_a_process_that_is_ended_ends_the_other(model, tmp_path, killed, by):
+def test_a_process_that_is_ended_ends_the_other(
+    model: Path, tmp_path: Path, killed: int, by: signal.Signals
+) -> None:
     overrides = ("training.devices=None", "training.steps=4000", "recording.checkpoint_every=2")
     started = start_processes(
         [command(write_config(tmp_path, model), tmp_path / "run", *overrides)] * 2, 1
@@ -440,7 +452,9 @@ def test_a_process_that_is_ended_ends_the_other(model, tmp_path, killed, by):
 
 
 @pytest.mark.faults
-def test_a_process_that_fails_within_a_step_ends_the_one_that_waits_for_it_there(model, tmp_path):
+def test_a_process_that_fails_within_a_step_ends_the_one_that_waits_for_it_there(
+    model: Path, tmp_path: Path
+) -> None:
     _, *arguments = command(
         write_config(tmp_path, model), tmp_path / "run", "training.devices=None"
     )
@@ -465,7 +479,7 @@ def get_config():
 @pytest.mark.skipif(
     "JAXGRPO_VLLM_PYTHON" not in os.environ, reason="JAXGRPO_VLLM_PYTHON names no interpreter"
 )
-def test_a_run_of_two_processes_with_two_vllm_servers(tmp_path):
+def test_a_run_of_two_processes_with_two_vllm_servers(tmp_path: Path) -> None:
     """Both write each version, both score what the servers are checked with, and both servers serve what was published last."""
     (tmp_path / "two.py").write_text(VLLM_CONFIG)
     run = tmp_path / "run"

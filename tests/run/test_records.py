@@ -3,6 +3,8 @@
 import dataclasses
 import gzip
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +51,7 @@ def assert_same(left: TrajectoryRecord, right: TrajectoryRecord) -> None:
             assert mine == other, field.name
 
 
-def test_a_line_written_out():
+def test_a_line_written_out() -> None:
     assert json.loads(to_line(record())) == {
         "format": 1,
         "task": "files_7",
@@ -78,7 +80,7 @@ def test_a_line_written_out():
 
 
 @pytest.mark.parametrize("reason", list(StopReason))
-def test_every_stop_reason_comes_back(reason):
+def test_every_stop_reason_comes_back(reason: Any) -> None:
     failed = reason is StopReason.ENVIRONMENT_ERROR
     original = record(
         stop_reason=reason, **({"score": None, "error": "Traceback\n..."} if failed else {})
@@ -86,7 +88,7 @@ def test_every_stop_reason_comes_back(reason):
     assert_same(from_line(to_line(original)), original)
 
 
-def test_an_episode_without_tokens_comes_back():
+def test_an_episode_without_tokens_comes_back() -> None:
     empty = {
         "completion_ids_C": np.zeros(0, np.int32),
         "action_mask_C": np.zeros(0, bool),
@@ -99,7 +101,7 @@ def test_an_episode_without_tokens_comes_back():
     assert_same(from_line(to_line(original)), original)
 
 
-def test_log_probabilities_come_back_to_the_last_bit():
+def test_log_probabilities_come_back_to_the_last_bit() -> None:
     bits = np.random.default_rng(0).integers(0, 2**32, 20000, dtype=np.uint32)
     values = np.concatenate(
         [bits.view(np.float32), np.array([-0.0, 1e-45, -1.1754944e-38, 3.4028235e38], np.float32)]
@@ -115,13 +117,13 @@ def test_log_probabilities_come_back_to_the_last_bit():
     assert_same(from_line(to_line(original)), original)
 
 
-def test_a_log_probability_that_is_not_finite_is_refused():
+def test_a_log_probability_that_is_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         to_line(record(sampler_logprobs_C=np.array([-0.1, 0.0, np.nan], np.float32)))
 
 
 @pytest.mark.parametrize("name", ["step.jsonl", "step.jsonl.gz"])
-def test_files_come_back_and_are_replaced_whole(tmp_path, name):
+def test_files_come_back_and_are_replaced_whole(tmp_path: Path, name: str) -> None:
     path = tmp_path / "new folder" / name
     write_records(path, [record(9)])
     write_records(path, [record(0), record(1)])
@@ -133,7 +135,7 @@ def test_files_come_back_and_are_replaced_whole(tmp_path, name):
     assert [entry.name for entry in path.parent.iterdir()] == [name]
 
 
-def test_a_rollouts_episodes_are_written_with_their_labels_failures_last(tmp_path):
+def test_a_rollouts_episodes_are_written_with_their_labels_failures_last(tmp_path: Path) -> None:
     failure = record(
         1, stop_reason=StopReason.ENVIRONMENT_ERROR, score=None, error="KeyError"
     ).trajectory
@@ -153,7 +155,7 @@ def test_a_rollouts_episodes_are_written_with_their_labels_failures_last(tmp_pat
     ]
 
 
-def test_a_gzipped_file_is_one_that_gzip_reads_and_the_same_each_time(tmp_path):
+def test_a_gzipped_file_is_one_that_gzip_reads_and_the_same_each_time(tmp_path: Path) -> None:
     first, second = tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl.gz"
     write_records(first, [record()])
     write_records(second, [record()])
@@ -162,7 +164,7 @@ def test_a_gzipped_file_is_one_that_gzip_reads_and_the_same_each_time(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 2, 100])
-def test_a_torn_last_line_is_left_out_and_reported(tmp_path, cut):
+def test_a_torn_last_line_is_left_out_and_reported(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "a.jsonl"
     append_records(path, [record(0), record(1)])
     path.write_bytes(path.read_bytes()[:-cut])
@@ -171,7 +173,7 @@ def test_a_torn_last_line_is_left_out_and_reported(tmp_path, cut):
     assert "the last line is torn" in read.torn
 
 
-def test_appending_cuts_off_a_torn_line_first(tmp_path):
+def test_appending_cuts_off_a_torn_line_first(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     append_records(path, [record(0), record(1)])
     path.write_bytes(path.read_bytes()[:-5])
@@ -181,14 +183,14 @@ def test_appending_cuts_off_a_torn_line_first(tmp_path):
     assert read.torn == ""
 
 
-def test_appending_to_a_file_that_is_one_torn_long_line(tmp_path):
+def test_appending_to_a_file_that_is_one_torn_long_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"{" + b"x" * 200_000)
     append_records(path, [record(2)])
     assert [r.trajectory.sample_index for r in read_records(path).records] == [2]
 
 
-def test_a_torn_gzipped_file_gives_its_whole_lines(tmp_path):
+def test_a_torn_gzipped_file_gives_its_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     records = [
         record(i, prompt_ids_P=np.random.default_rng(i).integers(0, 1000, 2000).astype(np.int32))
@@ -203,19 +205,19 @@ def test_a_torn_gzipped_file_gives_its_whole_lines(tmp_path):
     assert "end too early" in read.torn
 
 
-def test_joined_gzipped_files_are_one(tmp_path):
+def test_joined_gzipped_files_are_one(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     write_records(path, [record(0)])
     path.write_bytes(path.read_bytes() * 3)
     assert len(read_records(path).records) == 3
 
 
-def test_a_score_of_numpy_numbers_comes_back(tmp_path):
+def test_a_score_of_numpy_numbers_comes_back(tmp_path: Path) -> None:
     original = record(score=Score(np.float32(0.5), np.bool_(True), {"state": np.float32(1)}))
     assert from_line(to_line(original)).trajectory.score == Score(0.5, True, {"state": 1.0}, {})
 
 
-def test_appending_to_gzip_is_refused(tmp_path):
+def test_appending_to_gzip_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="gzipped files are written whole"):
         append_records(tmp_path / "a.jsonl.gz", [record()])
 
@@ -229,21 +231,23 @@ def test_appending_to_gzip_is_refused(tmp_path):
         ("{", "line 2 of .* JSONDecodeError"),
     ],
 )
-def test_a_damaged_line_that_is_not_the_last_is_named(tmp_path, line, message):
+def test_a_damaged_line_that_is_not_the_last_is_named(
+    tmp_path: Path, line: str, message: str
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([to_line(record(0)), line, to_line(record(1)), ""]))
     with pytest.raises(ValueError, match=message):
         read_records(path)
 
 
-def test_a_file_that_is_not_gzip_is_refused(tmp_path):
+def test_a_file_that_is_not_gzip_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(b"plain text")
     with pytest.raises(ValueError, match="not a gzip file"):
         read_records(path)
 
 
-def test_an_empty_file_holds_nothing(tmp_path):
+def test_an_empty_file_holds_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.touch()
     assert read_records(path).records == ()

@@ -2,6 +2,10 @@
 
 import asyncio
 import dataclasses
+import signal
+import threading
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +13,18 @@ import numpy as np
 import pytest
 
 from jaxgrpo.config.settings import ConfigError, NativeSamplerSettings, VllmSettings
+from jaxgrpo.interruptions import interruptible
+from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.run import setup
 from jaxgrpo.run.agreement import AgreementCheck, MismatchError
 from jaxgrpo.run.samplers import server_plan, server_plans
-from jaxgrpo.run.weights import StoredWeights, WholeWeights
+from jaxgrpo.run.weights import WholeWeights, gather_policy, publish, write_policy
 from jaxgrpo.samplers.base import Generation, SamplerError, SamplingRequest
 from jaxgrpo.samplers.native.sampler import NativeSampler
 from jaxgrpo.samplers.vllm.server import ServerPlan
-from jaxgrpo.storage.published_manifest import read_manifest
+from jaxgrpo.storage import publish as publishing
+from jaxgrpo.storage.published_manifest import WeightError, read_manifest
 from jaxgrpo.storage.published_reader import read_tensors
 from jaxgrpo.types import Task
 from tests.training import Letters, LettersEnvironment, changed, make_model, small_config
@@ -26,17 +33,17 @@ PROMPT = np.arange(40, 70, dtype=np.int32)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory):
     return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
-def policy(model):
+def policy(model: Path):
     return setup.open_model_assets(small_config(model))
 
 
 @pytest.fixture(scope="module")
-def params(policy):
+def params(policy: setup.ModelAssets):
     return setup.initial_params(policy, np.float32)
 
 
@@ -48,29 +55,29 @@ def update(model, devices: int) -> setup.Update:
     )
 
 
-def test_stored_and_whole_weights_are_the_same_to_every_sampler(model, policy, params, tmp_path):
-    on_two = update(model, 2)
-    forms = [StoredWeights(on_two.init(params), on_two), WholeWeights(params, policy.config)]
-    for form in forms:
-        for ours, theirs in zip(
-            jax.tree.leaves(form.logical()), jax.tree.leaves(params), strict=True
-        ):
+def test_stored_and_whole_weights_are_the_same_to_every_sampler(
+    model: Path, policy: setup.ModelAssets, params: Params, tmp_path: Path
+) -> None:
+    on_two, whole = update(model, 2), WholeWeights(params, policy.config, 3)
+    state = on_two.init(params)
+    for tree in (gather_policy(on_two, state), whole.gather()):
+        for ours, theirs in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True):
             np.testing.assert_array_equal(np.asarray(ours), theirs)
-    read = []
-    for i, form in enumerate(forms):
-        folder = form.write(3, tmp_path / str(i))
-        read.append(read_tensors(folder, read_manifest(folder, 3)))
+    folders = (write_policy(on_two, state, 3, tmp_path / "0"), whole.write(tmp_path / "1"))
+    read = [read_tensors(folder, read_manifest(folder, 3)) for folder in folders]
     assert read[0].keys() == read[1].keys()
     for name, (array, _) in read[0].items():
         np.testing.assert_array_equal(array.view(np.uint16), read[1][name][0].view(np.uint16))
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_what_is_served_outlives_the_trainers_weights(model, policy, params, devices):
+def test_what_is_served_outlives_the_trainers_weights(
+    model: Path, policy: setup.ModelAssets, params: Params, devices: int
+) -> None:
     """The optimizer step reuses the buffers of the weights before it, while the sampler goes on with them."""
     on = update(model, devices)
     state = on.init(params)
-    served = StoredWeights(state, on).logical()
+    served = gather_policy(on, state)
     jax.block_until_ready(
         jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0, tree), donate_argnums=0)(
             state.params
@@ -79,6 +86,100 @@ def test_what_is_served_outlives_the_trainers_weights(model, policy, params, dev
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     for ours, theirs in zip(jax.tree.leaves(served), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(np.asarray(ours), theirs)
+
+
+class Exporter:
+    """Weights of version 2. Notes the threads in which they are exported."""
+
+    version = 2
+
+    def __init__(self, error: Exception | None = None):
+        self.error = error
+        self.threads: list[threading.Thread] = []
+
+    def gather(self) -> str:
+        self.threads.append(threading.current_thread())
+        return "the tree"
+
+    def write(self, root: Path) -> Path:
+        self.threads.append(threading.current_thread())
+        if self.error is not None:
+            raise self.error
+        return root / "000002"
+
+
+class Receiver:
+    """A sampler that notes what is published."""
+
+    def __init__(self, weights_folder: Path | None):
+        self.weights_folder = weights_folder
+        self.published: list[tuple[int, object]] = []
+
+    async def publish(self, version: int, weights: object) -> dict[str, float]:
+        self.published.append((version, weights))
+        return {"load": 1.0}
+
+
+class TestPublish:
+    @pytest.mark.parametrize(
+        ("root", "given", "stages"),
+        [
+            (None, "the tree", {"load"}),
+            (Path("/weights"), Path("/weights/000002"), {"write", "load"}),
+        ],
+    )
+    def test_weights_are_exported_in_the_callers_thread(
+        self, root: Path | None, given: object, stages: set[str]
+    ) -> None:
+        """Other processes take part in an export: only one thread may start it."""
+        exporter, sampler = Exporter(), Receiver(root)
+        with EventLoopThread() as loop:
+            seconds = publish(loop, sampler, exporter)
+        assert sampler.published == [(2, given)]
+        assert exporter.threads == [threading.current_thread()]
+        assert seconds.keys() == stages and min(seconds.values()) >= 0
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            WeightError("norm holds values that are not finite"),
+            OSError(28, "No space left on device"),
+        ],
+    )
+    def test_weights_that_cannot_be_written_are_the_samplers_failure(
+        self, error: Exception
+    ) -> None:
+        sampler = Receiver(Path("/weights"))
+        said = r"weights of version 2 cannot be published: .*(not finite|No space left)"
+        with EventLoopThread() as loop, pytest.raises(SamplerError, match=said):
+            publish(loop, sampler, Exporter(error))
+        assert sampler.published == []
+
+    def test_an_interrupted_export_waits_for_the_writing(
+        self,
+        policy: setup.ModelAssets,
+        params: Params,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The folder that the threads write to is removed next."""
+        write_file, begun, ended = publishing._write_file, [], []
+
+        def slow(path: Path, *rest: object) -> object:
+            begun.append(path)
+            if len(begun) == 1:
+                signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.2)
+            try:
+                return write_file(path, *rest)
+            finally:
+                ended.append(path)
+
+        monkeypatch.setattr(publishing, "_write_file", slow)
+        weights, sampler = WholeWeights(params, policy.config, 2), Receiver(tmp_path)
+        with EventLoopThread() as loop, interruptible(), pytest.raises(KeyboardInterrupt):
+            publish(loop, sampler, weights)
+        assert begun and sorted(begun) == sorted(ended) and sampler.published == []
 
 
 class TestAgreement:
@@ -94,8 +195,8 @@ class TestAgreement:
 
     @pytest.mark.parametrize("devices", [1, 2])
     def test_what_is_served_is_compared_with_the_trainers_own_forward(
-        self, model, policy, params, devices
-    ):
+        self, model: Path, policy: setup.ModelAssets, params: Params, devices: int
+    ) -> None:
         own = update(model, devices)
         check = AgreementCheck(own, PROMPT, temperature=1.0, bound=1e-3)
         state = own.init(params)
@@ -115,7 +216,9 @@ class TestAgreement:
                 check.run(loop, sampler, state.params, 3)
             loop.call(sampler.close())
 
-    def test_one_that_fails_leaves_no_request_behind(self, model, policy, params):
+    def test_one_that_fails_leaves_no_request_behind(
+        self, model: Path, policy: setup.ModelAssets, params: Params
+    ) -> None:
         class Failing:
             asked, released, cancelled = 0, 0, 0
 
@@ -136,7 +239,9 @@ class TestAgreement:
             AgreementCheck(own, PROMPT, 1.0, 0.05).run(loop, failing, own.init(params).params, 2)
         assert (failing.asked, failing.cancelled, failing.released) == (4, 3, 4)
 
-    def test_the_prompt_for_it_is_of_the_first_task_that_opens(self, model, policy, tmp_path):
+    def test_the_prompt_for_it_is_of_the_first_task_that_opens(
+        self, model: Path, policy: setup.ModelAssets, tmp_path: Path
+    ) -> None:
         class Closed(Letters):
             def create(self, task: Task) -> LettersEnvironment:
                 if task.payload[1] < 2:
@@ -153,7 +258,9 @@ class TestAgreement:
         with pytest.raises(ConfigError, match="of 2 tasks none opens"):
             setup.check_episodes(config, policy, tasks[:2])
 
-    def test_log_probabilities_that_are_no_numbers_do_not_pass(self, model, policy, params):
+    def test_log_probabilities_that_are_no_numbers_do_not_pass(
+        self, model: Path, policy: setup.ModelAssets, params: Params
+    ) -> None:
         class Nan:
             async def generate(self, request: SamplingRequest) -> Generation:
                 sampler_logprobs_T = np.full(3, np.nan, np.float32)
@@ -174,7 +281,7 @@ class TestAgreement:
             AgreementCheck(own, PROMPT, 1.0, 0.05).run(loop, Nan(), own.init(params).params, 2)
 
 
-def test_settings_reach_the_server(model, policy, tmp_path):
+def test_settings_reach_the_server(model: Path, policy: setup.ModelAssets, tmp_path: Path) -> None:
     config = changed(
         tmp_path, model, "sampler=vllm", "vllm.python=/opt/python", "vllm.cache_bytes=1000", "vllm.arguments=--enforce-eager",
         "vllm.port=77", "vllm.max_requests=5", "vllm.gpus=(1,)", "training.gpus=(0,)", "vllm.gpu_memory=0.5", "vllm.host=::1",
@@ -201,7 +308,9 @@ def test_settings_reach_the_server(model, policy, tmp_path):
     assert VllmSettings().host == "127.0.0.1"
 
 
-def test_gpus_are_one_tensor_parallel_server_or_shared_out_to_several(model, policy, tmp_path):
+def test_gpus_are_one_tensor_parallel_server_or_shared_out_to_several(
+    model: Path, policy: setup.ModelAssets, tmp_path: Path
+) -> None:
     overrides = ("sampler=vllm", "vllm.gpus=(4,5,6,7)", "training.gpus=(0,)", "vllm.port=8000")
 
     def plans(*more: str) -> list[tuple[tuple[int, ...], int]]:
@@ -215,7 +324,9 @@ def test_gpus_are_one_tensor_parallel_server_or_shared_out_to_several(model, pol
     assert plans("vllm.servers=4", "vllm.port=0") == [((4,), 0), ((5,), 0), ((6,), 0), ((7,), 0)]
 
 
-def test_jax_is_told_which_gpus_are_its_own(model, tmp_path, monkeypatch):
+def test_jax_is_told_which_gpus_are_its_own(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = {}
     monkeypatch.setattr(jax.config, "update", lambda key, value: told.update({key: value}))
     setup.restrict_gpus(changed(tmp_path, model))

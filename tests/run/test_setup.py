@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ class EnvironmentWithTools(LettersEnvironment):
         return Observation((Message("user", "q"),), tools=({"name": "add"}, {"name": "sub"}))
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
     model = make_model(tmp_path)
     tokens = len(open_model_assets(small_config(model)).tokenizer)
     config = {**CONFIG_JSON, "vocab_size": tokens}
@@ -54,14 +55,16 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
         open_model_assets(small_config(model))
 
 
-def test_what_servers_hold_is_bfloat16_and_with_adapters_nothing_that_the_trainer_has(tmp_path):
+def test_what_servers_hold_is_bfloat16_and_with_adapters_nothing_that_the_trainer_has(
+    tmp_path: Path,
+) -> None:
     model = make_model(tmp_path)
     assert served_dtype(small_config(model)) is None
     assert served_dtype(changed(tmp_path, model, "sampler=vllm")) == jnp.bfloat16
     assert served_dtype(changed(tmp_path, model, "sampler=vllm", "lora.rank=2")) is None
 
 
-def test_tools_that_the_template_never_shows_are_refused_before_a_run(tmp_path):
+def test_tools_that_the_template_never_shows_are_refused_before_a_run(tmp_path: Path) -> None:
     model = make_model(tmp_path)
     config = dataclasses.replace(small_config(model), environment=WithTools())
     tasks = config.environment.tasks("train")
@@ -72,7 +75,9 @@ def test_tools_that_the_template_never_shows_are_refused_before_a_run(tmp_path):
         check_episodes(config, open_model_assets(config), tasks)
 
 
-def test_a_template_that_gathers_system_texts_is_refused_when_it_is_loaded(tmp_path, capsys):
+def test_a_template_that_gathers_system_texts_is_refused_when_it_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = make_model(tmp_path)
     (model / "chat_template.jinja").write_text(GATHERING)
     assert main(["--config", str(write_config(tmp_path, model)), "--dry-run"]) == 2
@@ -82,7 +87,7 @@ def test_a_template_that_gathers_system_texts_is_refused_when_it_is_loaded(tmp_p
     assert captured.err.count("\n") == 1
 
 
-def test_a_token_beyond_the_weights_is_refused_however_few_there_are(tmp_path):
+def test_a_token_beyond_the_weights_is_refused_however_few_there_are(tmp_path: Path) -> None:
     model = make_model(tmp_path)
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["ab"] = 300  # was 256: the same number of tokens, with a gap
@@ -92,7 +97,7 @@ def test_a_token_beyond_the_weights_is_refused_however_few_there_are(tmp_path):
         open_model_assets(small_config(model))
 
 
-def test_where_others_end_a_generation_the_policy_ends_it_too(tmp_path):
+def test_where_others_end_a_generation_the_policy_ends_it_too(tmp_path: Path) -> None:
     model = make_model(tmp_path)
     assert open_model_assets(small_config(model)).chat.eos_ids == (END_OF_TEXT, END)
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [START, END, 33]}))
@@ -102,7 +107,7 @@ def test_where_others_end_a_generation_the_policy_ends_it_too(tmp_path):
         open_model_assets(small_config(model))
 
 
-def test_the_policy_that_a_server_samples_from_is_the_one_that_is_trained(tmp_path):
+def test_the_policy_that_a_server_samples_from_is_the_one_that_is_trained(tmp_path: Path) -> None:
     """In float32, with bfloat16 weights: its log-probabilities are those of the rounded weights, of which the embedded sampler's run knows
     nothing; the weights that are kept are not rounded."""
     model = make_model(tmp_path)

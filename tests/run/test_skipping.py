@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ CLOCK = ("time/", "speed/", "train/mismatch", "train/compilations")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory: pytest.TempPathFactory):
     return make_model(tmp_path_factory.mktemp("model"))
 
 
@@ -75,8 +76,12 @@ class TestBatches:
     OPTIONS = ("training.steps=4", "recording.checkpoint_every=2")
 
     def test_one_without_a_finite_gradient_leaves_no_trace_but_its_count(
-        self, model, tmp_path, monkeypatch, capsys
-    ):
+        self,
+        model: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
         """The run is the one in which that batch's environments failed."""
         broken = ",".join(name.removeprefix("train_") for name in tasks_of(model, 1))
         dropped = train(
@@ -101,8 +106,8 @@ class TestBatches:
         )
 
     def test_a_run_resumed_before_one_is_the_same_to_the_last_bit(
-        self, model, tmp_path, monkeypatch
-    ):
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         spoil_batches(monkeypatch, model, far_apart, 1)
         straight = train(changed(tmp_path, model, *self.OPTIONS), tmp_path / "straight")
         train(changed(tmp_path, model, *self.OPTIONS, "training.steps=2"), tmp_path / "run")
@@ -110,15 +115,25 @@ class TestBatches:
         assert_same_bits(state, straight)
         assert steady(tmp_path / "run") == steady(tmp_path / "straight")
 
-    def test_one_that_cannot_be_packed(self, model, tmp_path, monkeypatch, capsys):
+    def test_one_that_cannot_be_packed(
+        self,
+        model: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
         spoil_batches(monkeypatch, model, fail, 1)
         assert train(changed(tmp_path, model, *self.OPTIONS), tmp_path / "run").step == 4
         assert "batch 2 is skipped: ValueError: it does not fit" in capsys.readouterr().out
         assert "in fail" in (tmp_path / "run/trajectories/skipped-2-000002.txt").read_text()
 
     def test_one_that_cannot_be_recorded_is_found_out_before_it_is_trained_on(
-        self, model, tmp_path, monkeypatch, capsys
-    ):
+        self,
+        model: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
         def line(record):
             if (
                 record.trajectory.task_id == tasks_of(model, 1)[0]
@@ -140,8 +155,12 @@ class TestBatches:
         )
 
     def test_several_in_a_row_end_the_run_and_say_what_helps(
-        self, model, tmp_path, monkeypatch, capsys
-    ):
+        self,
+        model: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
         spoil_batches(monkeypatch, model, far_apart, 1, 2, 3)
         arguments = [
             "--config",
@@ -188,8 +207,8 @@ class TestSteps:
     OPTIONS = ("recording.checkpoint_every=1", "recording.keep=9")
 
     def test_one_in_the_middle_of_a_batch_is_counted_and_the_versions_go_on(
-        self, model, tmp_path, monkeypatch
-    ):
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Six steps are one of the first batch, and two, two and one of the others."""
         fail_second_step(monkeypatch, 1)
         state = train(changed(tmp_path, model, *self.OPTIONS), tmp_path / "run")
@@ -206,7 +225,9 @@ class TestSteps:
         assert [{record.step for record in batch} for batch in played] == [{1}, {3}, {5}, {6}]
         assert [versions(batch) for batch in played] == [{0}, {1}, {2}, {3}]
 
-    def test_none_follows_one_that_is_not_taken(self, model, tmp_path, monkeypatch):
+    def test_none_follows_one_that_is_not_taken(
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Of four steps, two a batch, the first one on the second batch."""
         take, tried = Update.optimizer_step, []
 
@@ -222,8 +243,8 @@ class TestSteps:
 
     @pytest.mark.parametrize("cut", [1, 3])
     def test_a_run_resumed_after_one_is_the_same_to_the_last_bit(
-        self, model, tmp_path, monkeypatch, cut
-    ):
+        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+    ) -> None:
         fail_second_step(monkeypatch, 1)
         straight = train(changed(tmp_path, model, *self.OPTIONS), tmp_path / "run")
         lines = steady(tmp_path / "run")
@@ -239,8 +260,8 @@ class TestSteps:
 
 class TestWeights:
     def test_those_of_a_step_that_is_too_large_are_neither_served_nor_saved(
-        self, model, tmp_path, capsys
-    ):
+        self, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         """At this rate the first step's weights overflow; the second step on the batch has a
         gradient of nothing but NaN."""
         arguments = [
@@ -255,8 +276,8 @@ class TestWeights:
             "error: the weights of step 1 give no finite log-probabilities: the step was too large"
         )
         assert (
-            "(there is no checkpoint). --resume leaves out its batch (1)" in said
-            and "needs a lower optimizer.learning_rate than 1e+38" in said
+            "(there is no checkpoint). --resume skips batch 1" in said
+            and "start a new run with an optimizer.learning_rate below 1e+38" in said
         )
         assert metric_lines(tmp_path / "run") == []
         assert newest_step(tmp_path / "run/checkpoints") is None
@@ -269,8 +290,12 @@ class TestWeights:
     )
 
     def test_the_last_good_checkpoint_stays_and_is_gone_on_from_without_the_batch(
-        self, model, tmp_path, monkeypatch, capsys
-    ):
+        self,
+        model: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
         """Finite weights whose products are not, with one checkpoint kept. The resumed run is the
         one in which that batch's environments failed."""
         broken = ",".join(name.removeprefix("train_") for name in tasks_of(model, 1))
@@ -281,7 +306,7 @@ class TestWeights:
         assert main(arguments) == 1
         said = capsys.readouterr().err
         assert said.startswith("error: the weights of step 2 give no finite log-probabilities")
-        assert "(checkpoint 1 is the newest). --resume leaves out its batch (2)" in said
+        assert "(the newest checkpoint is 1). --resume skips batch 2" in said
         assert said.count("\n") == 1
         assert [line["step"] for line in metric_lines(tmp_path / "run")] == [1]
         assert newest_step(tmp_path / "run/checkpoints") == 1
@@ -293,8 +318,12 @@ class TestWeights:
         assert_same_bits(train(config, tmp_path / "run", resume=True), straight)
 
     def test_a_run_in_which_all_are_too_large_ends_as_one_in_which_nothing_can_be_learnt(
-        self, model, tmp_path, monkeypatch, capsys
-    ):
+        self,
+        model: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
         """One more is left out each time, until they are too many in a row."""
         monkeypatch.setattr(skipping, "MOST_SKIPPED", 2)
         overshoot(monkeypatch)
@@ -305,9 +334,11 @@ class TestWeights:
         assert main(arguments) == 1
         said = capsys.readouterr().err
         assert said.startswith("error: nothing can be learnt from the last 2 batches: its step")
-        assert said.count("a lower optimizer.learning_rate than") == 1
+        assert said.count("an optimizer.learning_rate below") == 1
 
-    def test_they_are_remembered_for_the_config_that_they_are_of(self, model, tmp_path):
+    def test_they_are_remembered_for_the_config_that_they_are_of(
+        self, model: Path, tmp_path: Path
+    ) -> None:
         """A run that saved nothing may begin again under another one."""
         config, other = small_config(model), changed(tmp_path, model, "optimizer.b1=0.5")
         Overshoots(tmp_path, config).add(3)
@@ -329,7 +360,7 @@ class TestWeights:
 
 def overshoot(monkeypatch, *tasks: str) -> None:
     """Steps on a batch of these tasks (none: on any) make finite weights whose products are not."""
-    take, play, played = Update.optimizer_step, train_module.Training.play, []
+    take, play, played = Update.optimizer_step, train_module.Training.sample, []
 
     def batch(self):
         result = play(self)
@@ -342,13 +373,13 @@ def overshoot(monkeypatch, *tasks: str) -> None:
             state = state._replace(params=jax.tree.map(lambda leaf: leaf * 1e12, state.params))
         return state, logprobs, report
 
-    monkeypatch.setattr(train_module.Training, "play", batch)
+    monkeypatch.setattr(train_module.Training, "sample", batch)
     monkeypatch.setattr(Update, "optimizer_step", step)
 
 
 def test_an_evaluation_that_cannot_be_recorded_whole_is_said_and_the_run_goes_on(
-    model, tmp_path, monkeypatch, capsys
-):
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def line(record):
         if (
             record.split == "eval-test"
@@ -375,7 +406,9 @@ def skipped_result(seed: int) -> RolloutResult:
     return RolloutResult((Group(Task("task_0"), group.trajectories),), (), (), 1.0)
 
 
-def test_what_is_kept_of_skipped_batches_is_bounded(tmp_path, monkeypatch):
+def test_what_is_kept_of_skipped_batches_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(skipping, "KEPT_BATCHES", 3)
     for i in range(8):
         SkippedBatches(tmp_path).add(
@@ -392,7 +425,7 @@ def test_what_is_kept_of_skipped_batches_is_bounded(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.glob("*.gz")} == {"skipped-8-000002.jsonl.gz"}
 
 
-def test_batches_lost_for_different_reasons_are_told_apart(tmp_path):
+def test_batches_lost_for_different_reasons_are_told_apart(tmp_path: Path) -> None:
     skipped = SkippedBatches(None)
     skipped.add("a", skipped_result(0), UselessBatchError("the first"), 2)
     skipped.add("b", skipped_result(0), UselessBatchError("the second"), 2)

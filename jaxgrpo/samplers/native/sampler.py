@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxgrpo.config.settings import NativeSamplerSettings
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params
-from jaxgrpo.samplers.base import Generation, PolicyWeights, SamplerError, SamplingRequest
+from jaxgrpo.samplers.base import Generation, SamplerError, SamplingRequest
 from jaxgrpo.samplers.native.active import ActiveSequence
 from jaxgrpo.samplers.native.engine import Engine, EngineMetrics
 from jaxgrpo.samplers.native.stops import Decoder
@@ -43,6 +43,7 @@ class NativeSampler:
       needs the room; its next turn computes it again.
     """
 
+    weights_folder = None
     gather_seconds = 0.005
     """How long to wait before each chunk for the next turns of episodes that just finished one."""
 
@@ -105,7 +106,7 @@ class NativeSampler:
         self._released.append(episode_id)
         self._responses += 1
 
-    async def publish(self, version: int, weights: PolicyWeights) -> Mapping[str, float]:
+    async def publish(self, version: int, weights: Params) -> Mapping[str, float]:
         """Serve these weights; return when they are in use."""
         if version <= self._published:
             raise ValueError(
@@ -113,9 +114,8 @@ class NativeSampler:
             )
         self._check_alive()
         self._published = version
-        params = weights.logical()
         command = EngineCommand(
-            lambda: self._engine.load(version, params), asyncio.get_running_loop().create_future()
+            lambda: self._engine.load(version, weights), asyncio.get_running_loop().create_future()
         )
         self._commands.append(command)
         self._ensure_serving()

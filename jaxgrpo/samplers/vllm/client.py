@@ -3,25 +3,17 @@
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 
 from jaxgrpo.config.settings import VllmSettings
-from jaxgrpo.samplers.base import (
-    FinishReason,
-    Generation,
-    PolicyWeights,
-    SamplerError,
-    SamplingRequest,
-)
+from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError, SamplingRequest
 from jaxgrpo.samplers.vllm.http import SUPPORTED_VLLM, Connection, UnreachableError
-from jaxgrpo.storage.published_manifest import WeightError
 
-T = TypeVar("T")
 _FIRST_WAIT = 0.5  # seconds before the first retry; each further wait is twice as long
 _SPARE_CONNECTIONS = 8  # per server, for the calls of a publish
 
@@ -97,6 +89,10 @@ class VllmSampler:
         self._publishing = asyncio.Lock()
         self._published: list[int] = []
 
+    @property
+    def weights_folder(self) -> Path:
+        return self._versions.root
+
     async def connect(self, probe: TokenizerProbe) -> None:
         """Check that the servers can serve this policy. Raise SamplerError if one cannot."""
         await self._on_all(lambda server: self._check_server(server.connection, probe))
@@ -147,11 +143,11 @@ class VllmSampler:
         """Forget the episode's server. vLLM evicts its caches itself."""
         self._homes.pop(episode_id, None)
 
-    async def publish(self, version: int, weights: PolicyWeights) -> Mapping[str, float]:
-        """Write the weights and load them into every server.
+    async def publish(self, version: int, weights: Path) -> Mapping[str, float]:
+        """Load the folder of a version into every server.
 
-        Raise SamplerError if this fails; the servers then continue with the old weights. A
-        cancelled publish returns only when nothing is being written and no server is paused.
+        Raise SamplerError if this fails; the servers then continue with the old weights. When a
+        cancelled publish returns, no server is paused.
         """
         if self._published and version <= self._published[-1]:
             raise ValueError(
@@ -160,15 +156,12 @@ class VllmSampler:
             )
         async with self._publishing:
             start = time.perf_counter()
-            folder = await self._write(version, weights)
-            written = time.perf_counter()
             self._published.append(version)
-            paused, loaded = await self._load(folder, version)
+            paused, loaded = await self._load(weights, version)
             # The last version stays: a server that must roll back reads it again.
             await asyncio.to_thread(self._versions.keep_only, [version])
         return {
-            "write": written - start,
-            "pause": paused - written,
+            "pause": paused - start,
             "load": loaded - paused,
             "resume": time.perf_counter() - loaded,
         }
@@ -178,16 +171,6 @@ class VllmSampler:
         async with self._publishing:
             for server in self._servers:
                 await server.connection.close()
-
-    async def _write(self, version: int, weights: PolicyWeights) -> Path:
-        try:
-            return await _uninterrupted(
-                asyncio.to_thread(weights.write, version, self._versions.root)
-            )
-        except (WeightError, OSError) as error:
-            raise SamplerError(
-                f"weights of version {version} cannot be published: {error}"
-            ) from error
 
     async def _load(self, folder: Path, version: int) -> tuple[float, float]:
         """Pause, load and resume every server; return the times at which they were paused and had
@@ -330,13 +313,3 @@ class VllmSampler:
             if choice["token_ids"] and choice["token_ids"][-1] in self._eos
             else FinishReason.STOP
         )
-
-
-async def _uninterrupted(work: Coroutine[Any, Any, T]) -> T:
-    """Await work in a thread, which cannot be cancelled; pass a cancellation on when it ends."""
-    running = asyncio.create_task(work)
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.gather(running, return_exceptions=True)
-        raise

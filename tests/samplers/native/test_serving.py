@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from jaxgrpo.config.settings import NativeSamplerSettings
-from jaxgrpo.run.weights import WholeWeights
 from jaxgrpo.samplers.base import Generation, SamplerError, SamplingRequest
 from jaxgrpo.samplers.native.active import ActiveSequence
 from jaxgrpo.samplers.native.engine import Engine
@@ -36,10 +35,10 @@ def test_publish_changes_outputs_and_versions_and_going_back_restores_them_bit_f
     async def body(sampler: NativeSampler) -> list[Generation]:
         generations = [await sampler.generate(request(0))]
         for version, params in ((3, OTHER), (4, PARAMS)):
-            await sampler.publish(version, WholeWeights(params, CONFIG))
+            await sampler.publish(version, params)
             generations.append(await sampler.generate(request(0)))
         with pytest.raises(ValueError, match="not above 4"):
-            await sampler.publish(4, WholeWeights(PARAMS, CONFIG))
+            await sampler.publish(4, PARAMS)
         return generations
 
     first, other, back = run(body)
@@ -59,7 +58,7 @@ def test_a_publish_between_chunks_is_recorded_token_by_token() -> None:
         running = asyncio.create_task(sampler.generate(request(0, max_tokens=120)))
         while sampler.metrics.decode_chunks < 1:
             await asyncio.sleep(0.001)
-        await sampler.publish(1, WholeWeights(OTHER, CONFIG))
+        await sampler.publish(1, OTHER)
         return await running
 
     generation = run(body)
@@ -216,7 +215,7 @@ def test_a_failure_of_the_engine_reaches_everyone() -> None:
         await sampler.release("g0e0")  # cleaning up is no reason to fail again
         for later in (
             sampler.generate(request(0, 9)),
-            sampler.publish(1, WholeWeights(PARAMS, CONFIG)),
+            sampler.publish(1, PARAMS),
         ):
             with pytest.raises(SamplerError, match="no such token"):
                 await later

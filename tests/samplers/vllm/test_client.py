@@ -11,7 +11,7 @@ from jaxgrpo.config.settings import VllmSettings
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError
 from jaxgrpo.samplers.vllm.client import VllmSampler
 from tests.fake_vllm import FakeVllm, choice
-from tests.vllm_clients import EOS, GENERATE, PROBE, Folder, Written, request, run, served
+from tests.vllm_clients import EOS, GENERATE, PROBE, Folder, request, run, served, written
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def test_every_token_has_the_version_that_made_it() -> None:
     ]
 
     async def body(sampler: VllmSampler) -> Generation:
-        await sampler.publish(2, Written())
+        await sampler.publish(2, written(2))
         return await sampler.generate(request())
 
     assert run(body, FakeVllm(lambda body: answer)).weight_versions_T.tolist() == [1, 1, 1, 2]
@@ -155,7 +155,7 @@ def test_a_publish_needs_no_place_among_turns_that_another_server_did_not_take()
             await asyncio.sleep(0.005)
         await asyncio.sleep(0.02)
         running = whole.running
-        await sampler.publish(2, Written())
+        await sampler.publish(2, written(2))
         assert whole.running >= running  # it did not wait for any of them
         await asyncio.gather(*turns)
 

@@ -1,21 +1,18 @@
 """Publishing through the vLLM sampler: calls to the servers, and failed or cancelled publishes."""
 
 import asyncio
-import time
-from pathlib import Path
 
 import pytest
 
 from jaxgrpo.samplers.base import SamplerError
 from jaxgrpo.samplers.vllm.client import VllmSampler
-from jaxgrpo.storage.published_manifest import WeightError
 from tests.fake_vllm import FakeVllm
-from tests.vllm_clients import PROBE, Written, run
+from tests.vllm_clients import PROBE, run, written
 
 
 def test_a_publish_freezes_loads_and_goes_on() -> None:
     server = FakeVllm()
-    stages = run(lambda sampler: sampler.publish(2, Written()), server)
+    stages = run(lambda sampler: sampler.publish(2, written(2)), server)
     assert server.routes() == [
         "/pause?mode=keep&clear_cache=true",
         "/start_weight_update",
@@ -27,14 +24,14 @@ def test_a_publish_freezes_loads_and_goes_on() -> None:
     ]
     assert server.seen[2][1] == {"update_info": {"path": "/weights/000002", "version": 2}}
     assert (server.weights, server.paused) == ("2", False)
-    assert set(stages) == {"write", "pause", "load", "resume"} and all(
+    assert set(stages) == {"pause", "load", "resume"} and all(
         seconds >= 0 for seconds in stages.values()
     )
 
 
 def test_versions_only_grow() -> None:
     with pytest.raises(ValueError, match="weight version 1 is not above 1"):
-        run(lambda sampler: sampler.publish(1, Written()), FakeVllm())
+        run(lambda sampler: sampler.publish(1, written(1)), FakeVllm())
 
 
 def test_a_refused_publish_leaves_no_server_frozen_and_no_update_open() -> None:
@@ -42,7 +39,7 @@ def test_a_refused_publish_leaves_no_server_frozen_and_no_update_open() -> None:
 
     async def body(sampler: VllmSampler) -> None:
         bad.failures["/update_weights"] = [400]
-        await sampler.publish(2, Written())
+        await sampler.publish(2, written(2))
 
     with pytest.raises(SamplerError, match="update_weights answered 400: told to fail"):
         run(body, good, bad)
@@ -57,7 +54,7 @@ def test_a_server_that_closes_a_connection_after_an_error_does_not_stay_frozen()
 
     async def body(sampler: VllmSampler) -> None:
         server.failures |= {"/update_weights": [500], "/resume": ["drop"]}
-        await sampler.publish(2, Written())
+        await sampler.publish(2, written(2))
 
     with pytest.raises(SamplerError, match="update_weights answered 500"):
         run(body, server)
@@ -68,7 +65,7 @@ def test_a_sampler_that_is_closed_amid_a_publish_leaves_no_server_frozen() -> No
     server = FakeVllm(update_seconds=0.2)
 
     async def body(sampler: VllmSampler) -> None:
-        publishing = asyncio.create_task(sampler.publish(2, Written()))
+        publishing = asyncio.create_task(sampler.publish(2, written(2)))
         while "/update_weights" not in server.routes():
             await asyncio.sleep(0.005)
         publishing.cancel()
@@ -78,51 +75,9 @@ def test_a_sampler_that_is_closed_amid_a_publish_leaves_no_server_frozen() -> No
     run(body, server)
 
 
-def test_a_sampler_that_is_closed_amid_a_publish_waits_for_the_writing() -> None:
-    """It cannot be stopped, and the folder that it writes to is removed next."""
-
-    class Slow(Written):
-        begun = ended = False
-
-        def write(self, version: int, root: Path) -> Path:
-            self.begun = True
-            time.sleep(0.2)
-            self.ended = True
-            return super().write(version, root)
-
-    async def body(sampler: VllmSampler) -> None:
-        weights = Slow()
-        publishing = asyncio.create_task(sampler.publish(2, weights))
-        while not weights.begun:
-            await asyncio.sleep(0.005)
-        publishing.cancel()
-        await sampler.close()
-        assert weights.ended and publishing.cancelled()
-
-    run(body, FakeVllm())
-
-
-@pytest.mark.parametrize(
-    "error",
-    [WeightError("norm holds values that are not finite"), OSError(28, "No space left on device")],
-)
-def test_weights_that_cannot_be_written_are_the_samplers_failure(error: Exception) -> None:
-    class Broken(Written):
-        def write(self, version: int, root: Path) -> Path:
-            raise error
-
-    server = FakeVllm()
-    with pytest.raises(
-        SamplerError,
-        match=r"weights of version 2 cannot be published: .*(not finite|No space left)",
-    ):
-        run(lambda sampler: sampler.publish(2, Broken()), server)
-    assert server.seen == []
-
-
 def test_an_update_that_a_client_left_open_is_ended_under_its_own_label() -> None:
     server = FakeVllm(session=True, weights="5")
-    run(lambda sampler: sampler.publish(6, Written()), server, published=False)
+    run(lambda sampler: sampler.publish(6, written(6)), server, published=False)
     finished = [
         body["weight_version"] for route, body in server.seen if route == "/finish_weight_update"
     ]
