@@ -4,6 +4,7 @@ nothing but Python."""
 import contextlib
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def run_unit(part: Part, unit: str, settings: Settings, seconds: float) -> rows.
     """One unit for at most `seconds`; a row that says how it ended."""
     if seconds < settings.floor(part) - 1:  # what the units before it took to be started
         return {"row": "unit", "status": "left out", "why": "no time left"}
-    log = settings.out / "logs" / f"{part.name}-{unit.replace(' ', '-')}.log"
+    log = settings.out / "logs" / f"{part.name}-{re.sub('[ /]', '-', unit)}.log"
     log.parent.mkdir(exist_ok=True)
     start = time.monotonic()
     shared = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None  # what is left there takes memory

@@ -250,6 +250,13 @@ class TestAgreement:
         assert not row["agrees"] and np.isnan(row["worst"])
 
 
+def test_the_units_of_the_part_tests_are_test_files() -> None:
+    (part,) = [part for part in PARTS if part.name == "tests"]
+    root = Path(__file__).parents[1]
+    missing = [u for u in (*part.units, *part.tiny_units) if not (root / f"{u}.py").is_file()]
+    assert len(part.units) == 11 and missing == []
+
+
 def test_tests_are_counted_as_far_as_they_came():
     said = (
         "tests/test_a.py::test_b PASSED           [ 20%]\n"
