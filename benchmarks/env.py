@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from envs.bfcl import Bfcl
-from envs.bfcl.scoring import judge_turn
+from envs.bfcl.scoring import PlayedTurn, judge_turn
 from envs.bfcl.source import open_package
 from envs.bfcl.tasks import BfclTask, Library, load_library
 from jaxgrpo.environment import Environment
@@ -52,7 +52,8 @@ def simulator_seconds(library: Library, tasks: Sequence[BfclTask]) -> dict[str, 
             calls.append(seconds)
             results.append(result.text)
         expected = [truth.run(call).text for call in task.turns[0].truth]
-        seconds, verdict = timed(judge_turn, 0, policy, truth, expected, results, len(results), 1)
+        played = PlayedTurn(results, len(results), 1)
+        seconds, verdict = timed(judge_turn, 0, policy, truth, expected, played)
         if not verdict.passed:
             raise RuntimeError(f"the ground truth of {task.id} does not pass: {verdict.reason}")
         checks.append(seconds)

@@ -1,7 +1,9 @@
-"""How tools are described to the policy: whole documents, documents without their `response`, or one line a tool; or JSON schemas.
+"""Describe tools to the policy, as text or as JSON schemas.
 
-"article" is the whole document as the article's code words it: a description loses what the tools of its class repeat (all up to
-"Tool description: "), and JSON has spaces and escapes, as `json.dumps` writes it by default.
+Text is the whole documents ("full"), documents without their `response` ("without_response"), or
+one line per tool ("signatures"). "article" is the whole document as the article's code words it. It
+drops the start that all descriptions of a class have in common (up to "Tool description: "), and
+writes JSON with spaces and escapes, as `json.dumps` does by default.
 """
 
 import json
@@ -23,7 +25,7 @@ _SCHEMA_TYPES = {"dict": "object", "float": "number", "tuple": "array"}
 
 
 def describe(documents: Sequence[dict], detail: str) -> str:
-    """The documents as text, one tool a line."""
+    """Return the documents as text, one tool per line."""
     if detail == "signatures":
         return "\n".join(signature(document) for document in documents)
     if detail == "article":
@@ -36,7 +38,10 @@ def describe(documents: Sequence[dict], detail: str) -> str:
 
 
 def signature(document: dict) -> str:
-    """One line: `tail(file_name: str, lines: int = 10)`. A list says what it holds; an optional argument shows its default."""
+    """Return one line, such as `tail(file_name: str, lines: int = 10)`.
+
+    Lists show the type of their items, and optional arguments their default.
+    """
     parameters = document["parameters"]
     required = parameters.get("required", ())
     parts = []
@@ -47,7 +52,10 @@ def signature(document: dict) -> str:
 
 
 def schema(document: dict, detail: str) -> dict:
-    """The tool in the form that chat templates take: `{"type": "function", "function": {...}}` with JSON schema types."""
+    """Return the tool as chat templates take it: `{"type": "function", "function": {...}}`.
+
+    Types are those of JSON schema.
+    """
     document = _trimmed(document, detail)
     function = {"name": document["name"]}
     if detail != "signatures":
@@ -77,13 +85,13 @@ def _python_type(schema: dict) -> str:
 
 
 def _default(schema: dict) -> str:
-    """The data writes "None" as a text; every other default is a value of its type."""
+    """Return the default as Python writes it. The data has None as the text "None"."""
     default = schema.get("default")
     return "None" if default == "None" else repr(default)
 
 
 def _json_schema(schema: dict, descriptions: bool) -> dict:
-    """BFCL's schema dialect (`dict`, `float`, `tuple`) in JSON schema; defaults that are the text "None" are left out."""
+    """Convert BFCL's types (`dict`, `float`, `tuple`) to JSON schema, without defaults "None"."""
     converted: dict = {}
     for key, value in schema.items():
         if key == "type":

@@ -1,8 +1,8 @@
-"""Sets whose order does not depend on the process.
+"""Give sets an order that does not depend on the process.
 
 Some simulators print sets in their messages. A plain set of texts iterates in the order of their
-hashes, which Python draws anew for each process: the same call would be answered differently after
-a resume. `stabilized` compiles a simulator's source so that its sets are `StableSet`s.
+hashes, which differ from process to process. So the same call would be answered differently after a
+resume. `stabilized` compiles a simulator's source so that its sets are `StableSet`s.
 """
 
 import ast
@@ -11,7 +11,7 @@ from types import CodeType
 from typing import Any
 
 NAME = "_stable_set"
-"""What the compiled code calls `StableSet` by."""
+"""The name of `StableSet` in the compiled code."""
 
 
 class StableSet(set):
@@ -49,7 +49,7 @@ class StableSet(set):
 
 
 class _Sets(ast.NodeTransformer):
-    """Set displays, set comprehensions and the name `set` -> StableSet."""
+    """Replace set displays, set comprehensions and the name `set` by StableSet."""
 
     def visit_Set(self, node: ast.Set) -> ast.AST:
         return self._call(node, ast.List(node.elts, ast.Load()))
@@ -66,7 +66,7 @@ class _Sets(ast.NodeTransformer):
 
 
 def stabilized(source: bytes, filename: str) -> CodeType:
-    """The source compiled with `StableSet` for every set; run it with `NAME` bound to that class.
+    """Compile the source with `StableSet` for every set. Run it with `NAME` bound to that class.
 
     Raises SyntaxError as `compile` does.
     """

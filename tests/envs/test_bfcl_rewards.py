@@ -207,7 +207,7 @@ def test_calls_are_missing_as_a_multiset_of_successes():
         (
             None,
             (Correctness(),),
-            "rewards.Correctness: it judges episodes of envs.bfcl.Bfcl, the environment is Letters",
+            "rewards.Correctness: it judges episodes of envs.bfcl.Bfcl, but the environment is Letters",
         ),
         (
             Bfcl(protocol="native"),

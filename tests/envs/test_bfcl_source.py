@@ -110,7 +110,7 @@ def test_data_that_are_not_understood_are_refused_by_name(
     text = (folder / file).read_text("utf-8")
     assert old in text
     (folder / file).write_text(text.replace(old, new), "utf-8")
-    expected = f"the data in .* are not understood as those of BFCL v3 .*{message}.*known releases: 2025.6.8"
+    expected = f"the data in .* are not those of BFCL v3 .*{message}.*known releases: 2025.6.8"
     with pytest.raises(source.SourceError, match=expected):
         Bfcl(folder=str(folder)).tasks("train")
 
@@ -140,7 +140,7 @@ def test_simulators_that_are_not_understood_are_refused_by_name(
     file = folder / "eval_checker" / "multi_turn_eval" / "func_source_code" / "math_api.py"
     file.write_text(file.read_text("utf-8").replace(old, new, 1), "utf-8")
     with pytest.raises(
-        source.SourceError, match=f"the simulators in .* are not understood .*{message}"
+        source.SourceError, match=f"the simulators in .* are not as expected .*{message}"
     ):
         Bfcl(folder=str(folder)).tasks("train")
 

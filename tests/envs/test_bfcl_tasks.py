@@ -300,5 +300,5 @@ def test_refusals(options: dict, message: str) -> None:
 def test_the_suite_is_frozen_and_its_tasks_are_its_own() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Bfcl().docs = "full"  # type: ignore[misc]
-    with pytest.raises(TypeError, match="not one of this suite"):
+    with pytest.raises(TypeError, match="does not belong to this suite"):
         Bfcl().create(dataclasses.replace(task("base_0"), payload=None))
