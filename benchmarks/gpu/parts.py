@@ -58,7 +58,7 @@ PARTS = (
     Part("sampler", _GPU + "sampling", 20, ("0.5B, 7B",), ("tiny",), floor=60),
     Part("demo", _GPU + "demo", 14, ("demo",), floor=60),
     Part("mfu", _GPU + "mfu", 25, _UPDATES, _TINY_UPDATES, floor=60),
-    Part("model", _GPU + "whole_model", 11, ("packed groups",), floor=60),
+    Part("model", _GPU + "whole_model", 11, ("batched groups",), floor=60),
     Part("publishing", _GPU + "publishing", 6, ("0.5B", "7B"), ("tiny",), floor=25),
     Part("tests", _GPU + "checks", 4, _TESTS, ("models/test_numerics",), floor=20),
 )

@@ -188,8 +188,8 @@ class TestRollouts:
         assert lengths[0] == [698, 395, 432, 86, 2048, 1499, 463, 1115]
         assert [max(group) for group in lengths] == [2048, 1312, 1177, 2048]
 
-    def test_they_are_packed_as_they_are_and_padding_is_counted_apart(self):
-        work = rollouts.packed(1000, rollouts.Lengths(), 50)
+    def test_they_are_batched_as_they_are_and_padding_is_counted_apart(self):
+        work = rollouts.batched(1000, rollouts.Lengths(), 50)
         drawn = sorted(map(tuple, rollouts.Lengths().draw()))
         assert sorted(shape.completions for shape in work.real) == drawn
         assert {shape.prompt for shape in work.real} == {1000}

@@ -52,5 +52,5 @@ def test_what_comes_out_is_listed_and_the_same_each_time():
 def test_what_does_not_come_back_is_given_up():
     import time
 
-    with pytest.raises(hostile.TooLongError, match=r"not back after 0\.05 seconds"):
+    with pytest.raises(hostile.TooLongError, match=r"no result after 0\.05 seconds"):
         hostile.timed(time.sleep, 1, limit=0.05)
