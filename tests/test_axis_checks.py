@@ -1,5 +1,7 @@
 """The check of suffixed arrays finds wrong shapes, in real calls, plain and under jit."""
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from tests.axis_checks import axes, axes_checked, contradictions
         ("_C", ""),
     ],
 )
-def test_the_suffix_of_a_name(name, letters) -> None:
+def test_the_suffix_of_a_name(name: str, letters: str) -> None:
     assert axes(name) == letters
 
 
@@ -33,7 +35,7 @@ def test_contradictions_among_variables() -> None:
 
 
 @pytest.mark.parametrize("transform", [jax.jit, lambda f: f], ids=["jit", "no jit"])
-def test_a_wrong_shape_in_the_loss_is_found(transform) -> None:
+def test_a_wrong_shape_in_the_loss_is_found(transform: Callable[[Callable], Callable]) -> None:
     """Advantages of one group would be broadcast over all: nothing else would notice."""
     tokens, mask = np.zeros((2, 3, 4), np.float32), np.ones((2, 3, 4), bool)
     loss = transform(

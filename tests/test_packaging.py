@@ -49,7 +49,7 @@ def test_citation_and_project_have_one_version() -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_is_installed_and_its_commands_run_anywhere(tmp_path) -> None:
+def test_the_wheel_is_installed_and_its_commands_run_anywhere(tmp_path: Path) -> None:
     source = tmp_path / "source"  # building leaves files behind
     for folder in ("jaxgrpo", "envs", "tools"):
         shutil.copytree(ROOT / folder, source / folder)

@@ -1,4 +1,4 @@
-"""What docs/scale-out.md tells one to run: scripts that a shell can read, manifests that are YAML, settings that the config takes."""
+"""Check docs/scale-out.md: its scripts parse, its manifests are YAML, its settings exist."""
 
 import re
 import subprocess
@@ -46,7 +46,7 @@ def test_the_trainers_flags_are_those_of_the_command(capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("where", ["Kubernetes", "Slurm"])
 def test_the_servers_overrides_fit_the_config(where: str) -> None:
-    """The config names servers that are there and GPUs to train on; one that serves has neither, but a GPU of its own."""
+    """The trainer's config names running servers and GPUs. A server's config names its own GPU."""
     if where == "Kubernetes":
         overrides = [
             a.removeprefix("--set=")

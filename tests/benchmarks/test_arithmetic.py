@@ -24,7 +24,9 @@ def test_groups_of_one_row_hold_the_same_rows_each_with_its_prompt() -> None:
     assert split.loss_weights_NGC.sum() == pytest.approx(1.0)
 
 
-def test_a_sampler_that_sleeps_keeps_its_rate_and_labels_tokens_by_the_time_they_were_made():
+def test_a_sampler_that_sleeps_keeps_its_rate_and_labels_tokens_by_the_time_they_were_made() -> (
+    None
+):
     async def play() -> list[np.ndarray]:
         sampler = overlap.PacedSampler(rate=40.0, streams=1, eos=9, vocab=10, version=4)
         turns = [asyncio.create_task(sampler.generate(one_turn(str(i), seed=i))) for i in range(2)]

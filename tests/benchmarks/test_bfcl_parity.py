@@ -1,4 +1,4 @@
-"""Our check of the multi-turn tasks against the package's own, run in a process of its own (benchmarks/bfcl_parity.py)."""
+"""Compare our check of multi-turn tasks with the official one (benchmarks/bfcl_parity.py)."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def test_perfect_runs_of_the_other_categories_pass_officially() -> None:
 
 
 def test_whole_episodes_get_the_official_verdicts() -> None:
-    """Through the environment itself, where a failed call stops its list: what it ran, the official checker judges alike."""
+    """In the environment, a failed call stops its list. The official checker agrees on the rest."""
     suite, played, rewards = Bfcl(), [], []
     for case in cases(library(), ("base",), ("reversed", "wrong_argument", "after_another"), 60):
         if case.scope == "first_turn":

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,7 +47,7 @@ def work(samples: int = 4, *options: str) -> Work:
     )
 
 
-def ours(tmp_path, name: str, of: Work) -> Worker:
+def ours(tmp_path: Path, name: str, of: Work) -> Worker:
     return Worker(name, sys.executable, "benchmarks.batch_ours", of, tmp_path / f"{name}.log")
 
 
@@ -54,7 +55,7 @@ def test_the_reward_is_the_same_with_special_tokens_and_without() -> None:
     assert reward("room 12, 3<|im_end|>") == reward("room 12, 3") == 0.03
 
 
-def test_a_processor_and_its_work_read_from_linux(tmp_path) -> None:
+def test_a_processor_and_its_work_read_from_linux(tmp_path: Path) -> None:
     cpuinfo, stat = tmp_path / "cpuinfo", tmp_path / "stat"
     cpuinfo.write_text(
         "vendor_id\t: V\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: N 9\n\nvendor_id\t: other\n"
@@ -99,7 +100,10 @@ def test_a_batch_is_summed_up_by_hand() -> None:
     ],
 )
 def test_what_cannot_be_is_refused_with_one_line_and_status_2(
-    arguments, message, monkeypatch, capsys
+    arguments: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["end_to_end", *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -108,7 +112,7 @@ def test_what_cannot_be_is_refused_with_one_line_and_status_2(
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_worker_that_ends_tells_what_it_wrote_last(tmp_path) -> None:
+def test_a_worker_that_ends_tells_what_it_wrote_last(tmp_path: Path) -> None:
     told = pytest.raises(
         SystemExit, match=r"(?s)^other ended with status 1:.*No module named .*gone"
     )
@@ -127,7 +131,9 @@ def test_an_option_that_a_worker_refuses_ends_the_benchmark_with_status_2() -> N
     "option",
     ["batching.advantage_normalization=none", "rollout.temperature=0.5", "loss.kl_beta=1.0"],
 )
-def test_sides_that_do_other_work_on_the_same_tokens_are_refused(tmp_path, option) -> None:
+def test_sides_that_do_other_work_on_the_same_tokens_are_refused(
+    tmp_path: Path, option: str
+) -> None:
     refused = pytest.raises(SystemExit, match="other differs from ours on the same tokens")
     with (
         ours(tmp_path, "ours", work()) as first,
@@ -138,7 +144,7 @@ def test_sides_that_do_other_work_on_the_same_tokens_are_refused(tmp_path, optio
 
 
 @pytest.mark.slow
-def test_sides_with_more_tokens_are_refused_and_equal_ones_agree(tmp_path) -> None:
+def test_sides_with_more_tokens_are_refused_and_equal_ones_agree(tmp_path: Path) -> None:
     with (
         ours(tmp_path, "ours", work()) as first,
         ours(tmp_path, "other", work()) as second,

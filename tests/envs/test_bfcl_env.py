@@ -273,7 +273,7 @@ def test_a_lost_turn_may_be_played_on_and_stays_lost() -> None:
 
 
 def test_results_of_earlier_turns_count_in_later_ones() -> None:
-    """The second turn's truth only reads. What was read in the first turn need not be read again; some call is needed."""
+    """The second turn's truth only reads. Earlier results count, but some call is needed."""
     there, search = (
         ("cd", {"folder": "temp"}),
         ("grep", {"file_name": "final_report.pdf", "pattern": "budget analysis"}),
@@ -295,7 +295,7 @@ def test_results_of_earlier_turns_count_in_later_ones() -> None:
 
 
 def test_where_the_truth_makes_no_call_nothing_is_compared_until_the_next_turn() -> None:
-    """The first turn of this task leaves out what it needs; the second one's truth lists the files."""
+    """The first turn of this task lacks information. The second turn's truth lists the files."""
     changes, listing = tool(("mkdir", {"dir_name": "of_my_own"})), tool(("ls", {"a": True}))
     first, both = (
         environment("miss_param_11", categories=("miss_param",), max_turns=turns)

@@ -1,4 +1,4 @@
-"""Where BFCL's files come from: the pinned wheel, checked; the cache; a given folder; isolation of what is loaded."""
+"""Check the sources of BFCL's files (wheel, cache, given folder) and their isolation."""
 
 import shutil
 import sys

@@ -76,7 +76,10 @@ def test_a_failed_call_stops_its_list_and_earlier_ones_stand() -> None:
     result = env.step(tool_tags.write_calls([order, ("code_of", {"item": "moon"}), order]))
     assert [done.ok for done in result.calls] == [True, False]
     assert result.observation is not None
-    content = '<tool_result>["order succeeded: ordered", "code_of failed: no item moon (1 later call was not run)"]</tool_result>'
+    content = (
+        '<tool_result>["order succeeded: ordered", '
+        '"code_of failed: no item moon (1 later call was not run)"]</tool_result>'
+    )
     assert result.observation.messages[0].content == content
     assert env.score().passed
 

@@ -10,7 +10,10 @@ from jaxgrpo.types import Message
 
 
 def test_reads_calls_after_reasoning() -> None:
-    text = '<reasoning>First look.</reasoning>\n<tool>[{"name": "ls", "args": {}}, {"name": "cd", "args": {"folder": "a"}}]</tool>'
+    text = (
+        "<reasoning>First look.</reasoning>\n"
+        '<tool>[{"name": "ls", "args": {}}, {"name": "cd", "args": {"folder": "a"}}]</tool>'
+    )
     assert parse_action(text) == Action(
         requests=(ToolRequest("ls", {}), ToolRequest("cd", {"folder": "a"}))
     )
@@ -115,5 +118,8 @@ def test_results_are_a_json_list_of_texts() -> None:
         tool_tags.outcome("cd", "{}", ok=True),
         tool_tags.outcome("cat", "no such file", ok=False, left=2),
     ]
-    content = '<tool_result>["cd succeeded: {}", "cat failed: no such file (2 later calls were not run)"]</tool_result>'
+    content = (
+        '<tool_result>["cd succeeded: {}", '
+        '"cat failed: no such file (2 later calls were not run)"]</tool_result>'
+    )
     assert tool_tags.result_message(lines) == Message("system", content)
