@@ -8,6 +8,10 @@ writes JSON with spaces and escapes, as `json.dumps` does by default.
 
 import json
 from collections.abc import Sequence
+from typing import Any
+
+Document = dict[str, Any]
+"""A tool's document in the data: name, description, parameters, response."""
 
 DETAILS = ("full", "article", "without_response", "signatures")
 _REPEATED = "Tool description: "
@@ -24,7 +28,7 @@ _PYTHON_TYPES = {
 _SCHEMA_TYPES = {"dict": "object", "float": "number", "tuple": "array"}
 
 
-def describe(documents: Sequence[dict], detail: str) -> str:
+def describe(documents: Sequence[Document], detail: str) -> str:
     """Return the documents as text, one tool per line."""
     if detail == "signatures":
         return "\n".join(signature(document) for document in documents)
@@ -37,7 +41,7 @@ def describe(documents: Sequence[dict], detail: str) -> str:
     )
 
 
-def signature(document: dict) -> str:
+def signature(document: Document) -> str:
     """Return one line, such as `tail(file_name: str, lines: int = 10)`.
 
     Lists show the type of their items, and optional arguments their default.
@@ -51,7 +55,7 @@ def signature(document: dict) -> str:
     return f"{document['name']}({', '.join(parts)})"
 
 
-def schema(document: dict, detail: str) -> dict:
+def schema(document: Document, detail: str) -> Document:
     """Return the tool as chat templates take it: `{"type": "function", "function": {...}}`.
 
     Types are those of JSON schema.
@@ -68,7 +72,7 @@ def schema(document: dict, detail: str) -> dict:
     return {"type": "function", "function": function}
 
 
-def _trimmed(document: dict, detail: str) -> dict:
+def _trimmed(document: Document, detail: str) -> Document:
     if detail == "article":
         return {**document, "description": document["description"].rpartition(_REPEATED)[2]}
     return (
@@ -78,21 +82,21 @@ def _trimmed(document: dict, detail: str) -> dict:
     )
 
 
-def _python_type(schema: dict) -> str:
+def _python_type(schema: Document) -> str:
     base = _PYTHON_TYPES.get(schema.get("type", ""), "any")
     items = schema.get("items")
     return f"{base}[{_python_type(items)}]" if base == "list" and isinstance(items, dict) else base
 
 
-def _default(schema: dict) -> str:
+def _default(schema: Document) -> str:
     """Return the default as Python writes it. The data has None as the text "None"."""
     default = schema.get("default")
     return "None" if default == "None" else repr(default)
 
 
-def _json_schema(schema: dict, descriptions: bool) -> dict:
+def _json_schema(schema: Document, descriptions: bool) -> Document:
     """Convert BFCL's types (`dict`, `float`, `tuple`) to JSON schema, without defaults "None"."""
-    converted: dict = {}
+    converted: Document = {}
     for key, value in schema.items():
         if key == "type":
             if value != "any":

@@ -56,7 +56,7 @@ class Protocol(TypingProtocol):
     """How to open an episode, read a policy turn, and answer it."""
 
     def opening(
-        self, documents: Sequence[dict], detail: str, examples: int, query: str
+        self, documents: Sequence[docs.Document], detail: str, examples: int, query: str
     ) -> Observation: ...
     def parse(self, text: str) -> Action: ...
     def results(self, calls: Sequence[ToolCall], left: int) -> Observation: ...
@@ -70,7 +70,7 @@ class Tags:
     """Plain text with tags; see envs/tool_tags.py."""
 
     def opening(
-        self, documents: Sequence[dict], detail: str, examples: int, query: str
+        self, documents: Sequence[docs.Document], detail: str, examples: int, query: str
     ) -> Observation:
         system = f"{tool_tags.INSTRUCTIONS}\nTools:\n{docs.describe(documents, detail)}"
         messages = [
@@ -107,7 +107,7 @@ class Native:
     """The chat template's tool calls. A reply without one ends the turn. It cannot give up."""
 
     def opening(
-        self, documents: Sequence[dict], detail: str, examples: int, query: str
+        self, documents: Sequence[docs.Document], detail: str, examples: int, query: str
     ) -> Observation:
         messages = [
             Message("system", NATIVE_INSTRUCTIONS),

@@ -13,10 +13,12 @@ call or all of these hold:
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from envs.bfcl.execution import Call, CallResult, Session
 from jaxgrpo.types import Score
 
+T = TypeVar("T")
 OFFICIAL_STEP_LIMIT = 20
 MAX_NOTES = 8  # differences noted for one attribute
 MAX_NOTE_CHARS = 160
@@ -97,7 +99,7 @@ def check_calls(
     return verdicts
 
 
-def missing_items(expected: Iterable, given: Iterable) -> list:
+def missing_items(expected: Iterable[T], given: Iterable[T]) -> list[T]:
     """Return the expected items that are not among the given ones, as multisets.
 
     >>> missing_items(["a", "a", "b"], ["b", "a"])

@@ -14,10 +14,10 @@ NAME = "_stable_set"
 """The name of `StableSet` in the compiled code."""
 
 
-class StableSet(set):
+class StableSet(set[Any]):
     """A set that iterates and prints in the order of its items' `repr`, in every process."""
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator[Any]:
         return iter(sorted(super().__iter__(), key=repr))
 
     def __repr__(self) -> str:
@@ -35,13 +35,13 @@ class StableSet(set):
     def __xor__(self, other: Any) -> "StableSet":
         return StableSet(super().__xor__(other))
 
-    def difference(self, *others: Iterable) -> "StableSet":
+    def difference(self, *others: Iterable[Any]) -> "StableSet":
         return StableSet(super().difference(*others))
 
-    def intersection(self, *others: Iterable) -> "StableSet":
+    def intersection(self, *others: Iterable[Any]) -> "StableSet":
         return StableSet(super().intersection(*others))
 
-    def union(self, *others: Iterable) -> "StableSet":
+    def union(self, *others: Iterable[Any]) -> "StableSet":
         return StableSet(super().union(*others))
 
     def copy(self) -> "StableSet":

@@ -11,10 +11,12 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from envs.bfcl import simulators
+from envs.bfcl.docs import Document
 from envs.bfcl.execution import Call, Session, parse_call
 from envs.bfcl.source import RELEASES, Package, SourceError
 from jaxgrpo.types import Task
@@ -64,10 +66,10 @@ class Library:
     """The contents of the package: simulator classes, documents by class, tasks by category."""
 
     classes: Mapping[str, type]
-    documents: Mapping[str, Mapping[str, dict]]
+    documents: Mapping[str, Mapping[str, Document]]
     tasks: Mapping[str, Mapping[str, BfclTask]]
 
-    def document(self, task: BfclTask, name: str) -> dict:
+    def document(self, task: BfclTask, name: str) -> Document:
         """Return the document of one tool of the task's classes."""
         return next(
             self.documents[owner][name] for owner in task.involved if name in self.documents[owner]
@@ -118,14 +120,14 @@ def _load_library(package: Package) -> Library:
     return Library(classes, documents, tasks)
 
 
-def _read_lines(path: Path) -> list[dict]:
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
 
 
 def _read_category(
     package: Package,
     category: str,
-    documents: Mapping[str, Mapping[str, dict]],
+    documents: Mapping[str, Mapping[str, Document]],
     signatures: Mapping[str, inspect.Signature],
 ) -> dict[str, BfclTask]:
     name = package.release.data_file(category)
@@ -143,10 +145,10 @@ def _read_category(
 
 
 def _task(
-    row: dict,
+    row: dict[str, Any],
     category: str,
     truth: Sequence[tuple[Call, ...]],
-    documents: Mapping[str, Mapping[str, dict]],
+    documents: Mapping[str, Mapping[str, Document]],
 ) -> BfclTask:
     """Build one task from its row.
 
