@@ -60,6 +60,21 @@ def updates_traced_once() -> Iterator[None]:
         yield
 
 
+AXES_CHECKED = {"learner", "models"}
+"""Folders whose tests run with tests.axis_checks: those of the numerical modules."""
+
+
+@pytest.fixture(autouse=True)
+def axes_are_as_named(request):
+    if request.path.parent.name not in AXES_CHECKED:
+        yield
+        return
+    from tests.axis_checks import axes_checked  # imports jax, which reads the environment
+
+    with axes_checked():
+        yield
+
+
 @pytest.fixture
 def hf_folder(tmp_path: Path) -> Path:
     """Write a small untied model in bfloat16, in Hugging Face layout."""
