@@ -64,6 +64,14 @@ def tool(*calls: tuple[str, dict]) -> str:
     return f"<tool>{json.dumps(listed)}</tool>"
 
 
+SOLVED = tool(
+    ("cd", {"folder": "document"}),
+    ("mkdir", {"dir_name": "temp"}),
+    ("mv", {"source": "final_report.pdf", "destination": "temp"}),
+)
+"""Solves the first turn of base_0."""
+
+
 def shown(result: StepResult) -> str:
     """Return the text that the policy sees after a step."""
     return "\n".join(message.content for message in result.observation.messages)

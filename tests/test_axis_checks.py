@@ -1,4 +1,4 @@
-"""The check of suffixed arrays finds wrong shapes, in real calls, plain and under jit."""
+"""Check that tests.axis_checks finds wrong shapes in real calls, with and without jit."""
 
 from collections.abc import Callable
 
@@ -36,7 +36,7 @@ def test_contradictions_among_variables() -> None:
 
 @pytest.mark.parametrize("transform", [jax.jit, lambda f: f], ids=["jit", "no jit"])
 def test_a_wrong_shape_in_the_loss_is_found(transform: Callable[[Callable], Callable]) -> None:
-    """Advantages of one group would be broadcast over all: nothing else would notice."""
+    """Advantages of one group would be broadcast over all groups without an error."""
     tokens, mask = np.zeros((2, 3, 4), np.float32), np.ones((2, 3, 4), bool)
     loss = transform(
         lambda advantages: grpo_loss(

@@ -234,6 +234,6 @@ def test_nothing_that_the_plugin_imports_imports_jax() -> None:
 
 
 def test_packages_are_empty() -> None:
-    """Importing one module of a folder must not import another."""
+    """Importing one module of a folder must not import the others."""
     filled = [m for m in PACKAGES if is_of(m, "jaxgrpo") and FILES[m].read_text().strip()]
     assert filled == ["jaxgrpo"]  # which has `envs` mean this project's

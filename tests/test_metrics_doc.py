@@ -1,4 +1,4 @@
-"""docs/metrics.md lists every metric that a run writes, and none that no run writes."""
+"""Check that docs/metrics.md lists exactly the metrics that runs write."""
 
 import re
 from pathlib import Path
@@ -21,19 +21,19 @@ OF_VLLM = {
 
 
 def documented(page: str) -> list[str]:
-    """The keys in the first column of the page's tables."""
+    """Return the keys in the first column of the page's tables."""
     return re.findall(r"^\| `(\w+/[\w/<>]+)` \|", page, re.MULTILINE)
 
 
 def matches(pattern: str, key: str) -> bool:
-    """`reward/<part>` stands for any one part."""
+    """Whether the key fits. `reward/<part>` stands for any one part."""
     parts = re.split(r"<\w+>", pattern)
     return re.fullmatch(".+".join(map(re.escape, parts)), key) is not None
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The keys of a short run with evaluation, and of the evaluation command."""
+    """Return the keys of a short run with evaluation, and of the evaluation command."""
     folder = tmp_path_factory.mktemp("metrics")
     model = make_model(folder)
     options = ("training.steps=2", "evaluation.before=True", "evaluation.samples=2")

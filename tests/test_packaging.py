@@ -1,4 +1,4 @@
-"""What is installed: the tested versions, the wheel and its commands, and the hosted workflow."""
+"""Check the tested versions, the wheel and its commands, and the hosted workflow."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic."""
+"""Check the arithmetic of the benchmarks."""
 
 import asyncio
 import time

@@ -1,6 +1,8 @@
-"""The whole-batch benchmark: what it refuses to compare, and its halves at a tiny size. TRL's half
-runs where the variable JAXGRPO_TRL_PYTHON names the interpreter of an environment with TRL, as
-`python -m benchmarks.end_to_end --make-venv DIR` makes one."""
+"""Check the whole-batch benchmark: what it refuses to compare, and both sides at a tiny size.
+
+TRL's side runs if JAXGRPO_TRL_PYTHON names the interpreter of an environment with TRL.
+`python -m benchmarks.end_to_end --make-venv DIR` creates one.
+"""
 
 import json
 import os

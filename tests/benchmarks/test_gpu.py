@@ -1,5 +1,4 @@
-"""The program for a machine with one GPU: what a failing unit costs, what is counted, and all of it
-at sizes for a CPU."""
+"""Check benchmarks.gpu: failing units, what is counted, and the whole program at CPU sizes."""
 
 import dataclasses
 import functools
@@ -38,7 +37,7 @@ def by_unit(out: Path, row: str) -> dict[str, list[rows.Row]]:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five parts of a unit each. The one that hangs has a quarter of what is left, about 10 s."""
+    """Run five parts with one unit each. The one that hangs gets a quarter of the rest, 10 s."""
     out = tmp_path_factory.mktemp("gpu")
     shares = (1.0, 1.0, 1.0, 1.0, 3.0)
     parts = [units(name, share=share) for name, share in zip(UNITS, shares, strict=True)]
@@ -50,7 +49,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All parts on a CPU, with time for a machine that has much else to do."""
+    """Run all parts on a CPU, with enough time for a busy machine."""
     out = tmp_path_factory.mktemp("tiny") / "figures"
     command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--minutes", "30"]
     done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
@@ -138,7 +137,7 @@ def test_no_unit_is_begun_without_its_floor(
     monkeypatch.setattr(runner, "_started", started)
     few, many = (dataclasses.replace(units(*n), floor=f) for n, f in (("ab", 30), ("cd", 90)))
     run_parts([few, many], Settings(tmp_path), 100.0, lambda: None)
-    # of 100 s a and b have half, of which a has two thirds; of the rest c has its floor, not 67 s
+    # a and b get half of 100 s, and a two thirds of it; c gets its floor instead of 67 s
     assert [unit for unit, _ in begun] == ["a", "b", "c", "d"]
     assert [seconds for _, seconds in begun] == pytest.approx([33, 50, 90, 100], abs=5)
     begun.clear()
@@ -215,7 +214,7 @@ class TestRollouts:
 
 
 def distances(kernel: Kernel, case: attention.Case) -> rows.Row:
-    """From the definition in float32."""
+    """Compare a kernel with the definition in float32."""
     heads = attention.HEADS["tiny heads"]
     arrays, lengths, cotangent = attention.inputs(heads, case, jnp.bfloat16)
     exact = attention.exactly(arrays, lengths, cotangent)
@@ -297,8 +296,7 @@ class TestDemo:
 
 
 def flops_by_hand(prompt: int, completions: list[int]) -> float:
-    """Forward and backward of a group of TINY: pairs counted one by one, a multiplication and an
-    addition each."""
+    """Count the FLOPs of forward and backward for a group of TINY, pair by pair."""
     m = TINY
     matrices = (
         m.hidden_size * m.head_dim * (2 * m.heads + 2 * m.kv_heads)
@@ -367,7 +365,7 @@ class TestTiny:
             counted = sum(flops_by_hand(prompt, group) for group in rollouts.TINY.draw())
             assert row["mfu"] * peak * 1e12 * row["seconds"] == pytest.approx(counted)
             assert row["real_fraction"] < 0.8 and row["mfu"] < row["mfu_padded"] < row["hardware"]
-            assert row["predicted_gib"] > 0 and row["peak_gib"] is None  # a CPU has no such figure
+            assert row["predicted_gib"] > 0 and row["peak_gib"] is None  # not available on a CPU
         padded = sum(flops_by_hand(512, [c] * 4) for c in (64, 64, 64))
         assert updates["none", 300]["mfu_padded"] * peak * 1e12 * updates["none", 300][
             "seconds"

@@ -8,7 +8,7 @@ import pytest
 
 
 def run(module: str, *arguments: str) -> dict:
-    """The last line of a benchmark's output."""
+    """Return the last line of a benchmark's output."""
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=True
     )

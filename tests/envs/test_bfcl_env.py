@@ -1,4 +1,4 @@
-"""One BFCL episode: protocols, turns, steps, rewards, and the traps of a policy's text."""
+"""Check one BFCL episode: protocols, turns and steps."""
 
 import json
 
@@ -7,13 +7,7 @@ import pytest
 from envs.bfcl import Bfcl
 from envs.bfcl.scoring import TurnVerdict, official_score
 from jaxgrpo.types import Message, StopReason
-from tests.bfcl_fixtures import all_tasks, environment, play, shown, task, tool
-
-SOLVED = tool(
-    ("cd", {"folder": "document"}),
-    ("mkdir", {"dir_name": "temp"}),
-    ("mv", {"source": "final_report.pdf", "destination": "temp"}),
-)
+from tests.bfcl_fixtures import SOLVED, all_tasks, environment, play, shown, task, tool
 
 
 @pytest.mark.parametrize("release", ["v3", "v4"])
@@ -288,7 +282,7 @@ def test_results_of_earlier_turns_count_in_later_ones() -> None:
     )
     assert early.score().parts["turns_passed"] == 1.0
     assert early.score().reward == 1.0
-    assert early.score().parts["calls_match"] == 0.5  # which counts the calls of each turn alone
+    assert early.score().parts["calls_match"] == 0.5  # it matches calls turn by turn
     play(never, [SOLVED, tool(there), "<TASK_FINISHED>", tool(("pwd", {})), "<TASK_FINISHED>"])
     assert never.score().parts["turns_passed"] == 0.5
     assert never.score().notes["turn 1"] == "expected results are missing"
@@ -344,62 +338,6 @@ def test_a_turn_that_nothing_can_be_done_in_and_the_tools_that_arrive() -> None:
     assert announced.observation is not None
     assert "\nget_watchlist()\n" in announced.observation.messages[0].content
     assert env.step(tool(("get_watchlist", {}))).calls[0].ok
-
-
-def test_notes_say_what_differs() -> None:
-    env = environment("base_0")
-    play(
-        env,
-        [tool(("cd", {"folder": "document"}), ("mkdir", {"dir_name": "tmp"})), "<TASK_FINISHED>"],
-    )
-    score = env.score()
-    shares = {"state_match": 0.5, "calls_match": 0.0}
-    assert score.parts == {
-        "state": 0.0, "response": 0.0, "turns_passed": 0.0, "finished": 1.0, **shares,
-    }  # fmt: skip
-    assert (
-        "document/tmp: (empty), expected (absent)" in score.notes["turn 0: GorillaFileSystem.root"]
-    )
-    assert "moved to" in score.notes["turn 0: missing results"]
-
-
-def test_call_match_wants_the_calls_and_the_state() -> None:
-    solved = environment("base_0", reward="call_match")
-    play(solved, [SOLVED, "<TASK_FINISHED>"])
-    shares = {"state_match": 1.0, "calls_match": 1.0}
-    assert solved.score().parts == {
-        "state": 1.0, "calls": 1.0, "turns_passed": 1.0, "finished": 1.0, **shares,
-    }  # fmt: skip
-    other_way = environment("base_0", reward="call_match")
-    cd, mkdir = ("cd", {"folder": "document"}), ("mkdir", {"dir_name": "temp"})
-    play(
-        other_way,
-        [
-            tool(cd, mkdir, ("mv", {"destination": "temp", "source": "final_report.pdf"}), mkdir),
-            "<TASK_FINISHED>",
-        ],
-    )
-    assert other_way.score().passed  # the order of arguments, and a call that fails, do not matter
-    more = environment("base_0", reward="call_match")
-    play(more, [SOLVED, tool(("mkdir", {"dir_name": "of_my_own"})), "<TASK_FINISHED>"])
-    assert (more.score().reward, more.score().parts["calls"], more.score().parts["state"]) == (
-        0.0,
-        1.0,
-        0.0,
-    )
-    fewer = environment("base_0", reward="call_match")
-    play(fewer, [tool(("cd", {"folder": "document"})), "<TASK_FINISHED>"])
-    score = fewer.score()
-    assert (score.reward, score.parts["calls"]) == (0.0, 0.0)
-    assert score.notes["missing calls"].startswith("mkdir {'dir_name': 'temp'}")
-
-
-def test_the_rewards_differ_on_another_way_to_the_same_result() -> None:
-    texts = [SOLVED.replace('"document"', '"document/"'), "<TASK_FINISHED>"]
-    official, calls = environment("base_0"), environment("base_0", reward="call_match")
-    play(official, texts)
-    play(calls, texts)
-    assert (official.score().reward, calls.score().reward) == (1.0, 0.0)
 
 
 def test_a_long_result_is_shown_in_part_and_checked_whole() -> None:

@@ -13,7 +13,7 @@ from envs.bfcl.source import open_package
 from envs.bfcl.stable_sets import StableSet
 from tests.bfcl_fixtures import run, session, task, tool
 
-HASH_SEEDS = ("0", "1")  # with which plain sets differ in both texts
+HASH_SEEDS = ("0", "1")  # with these, plain sets differ in both texts
 SETS = """
 from envs.bfcl import Bfcl
 from tests.bfcl_fixtures import run, session, task, tool
@@ -148,7 +148,7 @@ def test_what_would_hang_is_refused(name: str, arguments: dict, text: str) -> No
 
 @pytest.mark.parametrize("release", ["v3", "v4"])
 def test_a_precision_given_as_a_text_passes_as_it_does_officially(release: str) -> None:
-    """`mpmath` takes "2" for 2: the official check passes it."""
+    """`mpmath` accepts "2" as 2, so the official check passes it."""
     suite = Bfcl(release=release, categories=("miss_param",), max_turns=99)
     played = 0
     for each in (task("miss_param_49", suite), task("miss_param_48", suite)):

@@ -1,6 +1,7 @@
-"""The article's parts of BFCL's reward: what each treatment gives the same episodes."""
+"""Check the article's parts of BFCL's reward: how each treatment rewards the same episodes."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -23,8 +24,8 @@ SOLVED, END = WHY + tool(CD, MKDIR, MV), WHY + "<TASK_FINISHED>"
 ALL = article_rewards(Execution(), Format(), Correctness())
 
 
-def played(name: str, *texts: str, **options) -> Trajectory:
-    """An episode of a base task with its environment's score: `played("base_0", SOLVED, END)`."""
+def played(name: str, *texts: str, **options: Any) -> Trajectory:
+    """Play an episode of a base task and score it, as in `played("base_0", SOLVED, END)`."""
     suite = Bfcl(**options)
     environment = suite.create(task(name, suite))
     messages, calls = list(environment.observe().messages), []
@@ -49,7 +50,7 @@ def parts(trajectory: Trajectory, rewards: RewardSettings = ALL) -> tuple[float,
 
 
 EPISODES = {
-    # what was played: execution, format, correctness, and the rewards of the treatments below
+    # (actions, (execution, format, correctness), rewards of the treatments below)
     "solved in form": ((SOLVED, END), (1.0, 1.0, 1.0), (1.4, 1.2, 1.0, 1.0)),
     "solved without reasoning": (
         (tool(CD, MKDIR, MV), "<TASK_FINISHED>"),
@@ -71,7 +72,7 @@ EPISODES = {
         (0.75, 1.0, 1.0),
         (1.35, 1.2, 1.0, 1.0),
     ),
-    "solved in another way": (  # the official check looks at state and results alone
+    "solved in another way": (  # the official check compares only state and results
         (WHY + tool(("cd", {"folder": "document/"}), MKDIR, MV), END),
         (1.0, 0.0, 0.0),
         (0.2, 0.0, 0.0, 1.0),

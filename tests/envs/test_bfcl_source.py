@@ -58,7 +58,7 @@ def test_a_folder_of_the_other_release_is_refused_by_name() -> None:
 
 
 def copied(tmp_path: Path) -> Path:
-    """The fetched package, to be spoiled by a test."""
+    """Copy the package, for tests that damage it."""
     return Path(shutil.copytree(source.open_package().folder, tmp_path / "bfcl_eval"))
 
 

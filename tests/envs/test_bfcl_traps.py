@@ -135,7 +135,7 @@ def test_ordinary_mathematics_is_official() -> None:
 
 @pytest.fixture
 def _hasty_threads() -> Iterator[None]:
-    """Threads take turns after a microsecond, so that what they share shows."""
+    """Switch threads every microsecond, so that races on shared state appear."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -194,7 +194,7 @@ def test_a_directory_cannot_hold_itself() -> None:
         run(on, "cp", source="a", destination="a")
         == "Error during execution: cannot copy 'a' into itself"
     )
-    run(on, "mv", source="a", destination="a")  # officially the directory is gone then
+    run(on, "mv", source="a", destination="a")  # officially, this removes the directory
     assert run(on, "find") == '{"matches": []}'
 
 

@@ -1,4 +1,4 @@
-"""The warehouse: generated tasks, their held-out split, and what the ledger rewards."""
+"""Check the warehouse: generated tasks, the held-out split, and the reward of the ledger."""
 
 import pytest
 

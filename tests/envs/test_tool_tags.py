@@ -1,4 +1,4 @@
-"""The tags protocol: what is read from a policy's text, and that nothing makes it raise."""
+"""Check the tags protocol: how a policy's text is parsed, and that no text raises."""
 
 import json
 
