@@ -138,11 +138,11 @@ def test_imports_form_no_cycle() -> None:
     "line",
     [
         "from jaxgrpo.run import setup",
-        "import typing\nif typing.TYPE_CHECKING:\n    from jaxgrpo.run.setup import Policy",
-        "def policy():\n    import jaxgrpo.run.setup",
+        "import typing\nif typing.TYPE_CHECKING:\n    from jaxgrpo.run.setup import ModelAssets",
+        "def assets():\n    import jaxgrpo.run.setup",
     ],
 )
-def test_an_import_that_runs_upwards_is_found(line: str) -> None:
+def test_an_upward_import_is_found(line: str) -> None:
     assert upward({"jaxgrpo.learner.update": modules_in(line)}) == [
         "jaxgrpo.learner.update imports jaxgrpo.run.setup"
     ]
@@ -152,7 +152,7 @@ def test_a_cycle_is_found() -> None:
     assert cycle({"a": ["b"], "b": ["c", "d"], "c": [], "d": ["b"]}) == ["b", "d", "b"]
 
 
-def test_jaxgrpo_imports_nothing_that_is_built_upon_it() -> None:
+def test_jaxgrpo_imports_nothing_that_builds_on_it() -> None:
     beside = [
         f"{m} imports {i}"
         for m in IMPORTS
@@ -164,7 +164,7 @@ def test_jaxgrpo_imports_nothing_that_is_built_upon_it() -> None:
 
 
 @pytest.mark.parametrize("part", ["envs", "configs"])
-def test_environments_and_configs_import_nothing_that_computes(part: str) -> None:
+def test_environments_and_configs_import_only_what_they_may(part: str) -> None:
     allowed = (*FOR_ENVIRONMENTS, "envs", part)
     wrong = [
         f"{m} imports {i}"
@@ -219,7 +219,7 @@ PLUGIN = "jaxgrpo.samplers.vllm.plugin"
 """It imports vLLM, which is not installed beside jax."""
 
 
-def test_nothing_that_the_plugin_imports_imports_jax() -> None:
+def test_the_plugin_imports_no_jax_even_indirectly() -> None:
     reached, left = set(), [PLUGIN]
     while left:
         module = left.pop()

@@ -24,7 +24,7 @@ def pinned() -> dict[str, str]:
     return {name.lower().replace("_", "-"): version for name, version in pins}
 
 
-def test_the_tested_versions_are_ones_that_the_project_allows() -> None:
+def test_the_project_allows_the_tested_versions() -> None:
     tested = pinned()
     wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
     needed = [Requirement(text) for text in wanted]

@@ -80,7 +80,7 @@ def test_results_of_earlier_turns_count_officially_too() -> None:
     assert [(ours, theirs) for _, ours, theirs in compared] == [(True, True), *[(False, False)] * 4]
 
 
-def test_turns_in_which_the_truth_makes_no_call_are_not_compared_officially_either() -> None:
+def test_turns_without_ground_truth_are_not_compared_officially_either() -> None:
     payload = library().tasks["miss_param"]["multi_turn_miss_param_11"]
     changes, listing = Call("mkdir", {"dir_name": "of_my_own"}), list(payload.turns[1].truth)
     turns = {

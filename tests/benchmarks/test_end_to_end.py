@@ -57,7 +57,7 @@ def test_the_reward_is_the_same_with_special_tokens_and_without() -> None:
     assert reward("room 12, 3<|im_end|>") == reward("room 12, 3") == 0.03
 
 
-def test_a_processor_and_its_work_read_from_linux(tmp_path: Path) -> None:
+def test_the_processor_and_its_load_are_read(tmp_path: Path) -> None:
     cpuinfo, stat = tmp_path / "cpuinfo", tmp_path / "stat"
     cpuinfo.write_text(
         "vendor_id\t: V\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: N 9\n\nvendor_id\t: other\n"
@@ -73,7 +73,7 @@ def test_a_processor_and_its_work_read_from_linux(tmp_path: Path) -> None:
     assert busy_seconds({0, 1}, stat) == 8.0
 
 
-def test_a_batch_is_summed_up_by_hand() -> None:
+def test_the_summary_of_batches_by_hand() -> None:
     part = {"rollout": 1.0, "passes": 0.5, "others": 0.0, "trained_tokens": 16}
     found = summed_up(
         [
@@ -101,7 +101,7 @@ def test_a_batch_is_summed_up_by_hand() -> None:
         (("--tasks", "warehouse", "--prompts", "65"), "--prompts is 65, --tasks warehouse has 64"),
     ],
 )
-def test_what_cannot_be_is_refused_with_one_line_and_status_2(
+def test_bad_options_exit_with_one_line_and_status_2(
     arguments: tuple[str, ...],
     message: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -114,7 +114,7 @@ def test_what_cannot_be_is_refused_with_one_line_and_status_2(
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_worker_that_ends_tells_what_it_wrote_last(tmp_path: Path) -> None:
+def test_the_last_output_of_a_failed_worker_is_shown(tmp_path: Path) -> None:
     told = pytest.raises(
         SystemExit, match=r"(?s)^other ended with status 1:.*No module named .*gone"
     )
@@ -133,7 +133,7 @@ def test_an_option_that_a_worker_refuses_ends_the_benchmark_with_status_2() -> N
     "option",
     ["batching.advantage_normalization=none", "rollout.temperature=0.5", "loss.kl_beta=1.0"],
 )
-def test_sides_that_do_other_work_on_the_same_tokens_are_refused(
+def test_sides_with_different_results_on_the_same_tokens_are_refused(
     tmp_path: Path, option: str
 ) -> None:
     refused = pytest.raises(SystemExit, match="other differs from ours on the same tokens")
@@ -159,7 +159,7 @@ def test_sides_with_more_tokens_are_refused_and_equal_ones_agree(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_our_half() -> None:
+def test_our_side() -> None:
     done = benchmark(*TINY_WORK, "--json")
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])
@@ -180,7 +180,7 @@ def test_our_half() -> None:
     "JAXGRPO_TRL_PYTHON" not in os.environ,
     reason="JAXGRPO_TRL_PYTHON names no interpreter with TRL",
 )
-def test_both_halves_train_the_same_tokens_with_the_same_gradient() -> None:
+def test_both_sides_train_the_same_tokens_with_the_same_gradient() -> None:
     done = benchmark(*TINY_WORK, "--json", "--python", os.environ["JAXGRPO_TRL_PYTHON"])
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])

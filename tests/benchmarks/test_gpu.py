@@ -59,7 +59,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestRunner:
-    def test_whatever_a_unit_does_its_figures_and_the_others_are_there(self, ran: Path) -> None:
+    def test_figures_of_all_units_survive_failures(self, ran: Path) -> None:
         figures = by_unit(ran, "figure")
         assert {unit: [r["value"] for r in found] for unit, found in figures.items()} == {
             "works": [1, "nan"],
@@ -70,7 +70,7 @@ class TestRunner:
         }
         assert all(r["part"] == unit for unit, found in figures.items() for r in found)
 
-    def test_how_each_ended_is_said(self, ran: Path) -> None:
+    def test_the_end_of_each_unit_is_reported(self, ran: Path) -> None:
         ends = {unit: found[0] for unit, found in by_unit(ran, "unit").items()}
         assert {unit: end["status"] for unit, end in ends.items()} == {
             "works": "ended",
@@ -87,7 +87,7 @@ class TestRunner:
         assert "- raises: failed: MemoryError: there is no more" in text
         assert [unit for unit in UNITS if wrong(ends[unit])] == ["raises", "crashes", "hangs"]
 
-    def test_what_a_killed_unit_started_is_gone(self, ran: Path) -> None:
+    def test_children_of_a_killed_unit_are_gone(self, ran: Path) -> None:
         (child,) = by_unit(ran, "child")["hangs"]
         assert child["scratch"] and not Path(child["scratch"]).exists()
         state = Path(f"/proc/{child['pid']}/stat")
@@ -99,7 +99,7 @@ class TestRunner:
         assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
-def test_without_time_every_unit_is_left_out_and_said_to_be(tmp_path: Path) -> None:
+def test_without_time_every_unit_is_reported_as_left_out(tmp_path: Path) -> None:
     run_parts(
         [units("works"), units("works again", "raises")], Settings(tmp_path), 0.0, lambda: None
     )
@@ -109,9 +109,7 @@ def test_without_time_every_unit_is_left_out_and_said_to_be(tmp_path: Path) -> N
     ]
 
 
-def test_time_that_a_part_leaves_goes_to_the_later_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_later_parts_get_unused_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
 
     def run_unit(part: Part, unit: str, settings: Settings, seconds: float) -> rows.Row:
@@ -125,7 +123,7 @@ def test_time_that_a_part_leaves_goes_to_the_later_ones(
     assert given == [("a", 16.7), ("b", 16.7), ("c", 25.0), ("d", 100.0)]
 
 
-def test_no_unit_is_begun_without_its_floor(
+def test_no_unit_starts_with_less_than_its_floor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = []
@@ -156,7 +154,7 @@ def test_no_unit_is_begun_without_its_floor(
         (["--bfcl", "/nowhere"], "--bfcl /nowhere is no folder"),
     ],
 )
-def test_what_cannot_be_is_one_line_and_status_2(
+def test_bad_input_exits_with_one_line_and_status_2(
     arguments: list[str], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*arguments, "--out", str(tmp_path)]) == 2
@@ -165,7 +163,7 @@ def test_what_cannot_be_is_one_line_and_status_2(
     assert not (tmp_path / rows.FIGURES).exists()
 
 
-def test_figures_of_another_run_are_not_added_to(
+def test_a_folder_with_figures_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows.add(tmp_path, {"part": "peak", "row": "product"})
@@ -174,7 +172,7 @@ def test_figures_of_another_run_are_not_added_to(
     assert len(rows.read(tmp_path)) == 1
 
 
-def test_a_line_that_was_cut_short_costs_itself(tmp_path: Path) -> None:
+def test_a_truncated_line_is_skipped(tmp_path: Path) -> None:
     rows.add(tmp_path, {"row": "a", "value": [1.5, float("inf")]})
     with (tmp_path / rows.FIGURES).open("a") as file:
         file.write('{"row": "b", "val\n')
@@ -182,7 +180,7 @@ def test_a_line_that_was_cut_short_costs_itself(tmp_path: Path) -> None:
     assert rows.read(tmp_path) == [{"row": "a", "value": [1.5, "inf"]}, {"row": "c"}]
 
 
-def test_as_many_layers_as_leave_room_for_activations() -> None:
+def test_layers_are_cut_to_leave_room_for_activations() -> None:
     # 131 GiB x .6 / 16 bytes = 5.27e9 parameters, less 1.09e9 in the tables, over 233e6 a layer
     assert fitted(named("7B"), 131 * 2**30).layers == 17
     assert fitted(named("7B"), 74 * 2**30).layers == 8
@@ -196,7 +194,7 @@ class TestRollouts:
         assert lengths[0] == [698, 395, 432, 86, 2048, 1499, 463, 1115]
         assert [max(group) for group in lengths] == [2048, 1312, 1177, 2048]
 
-    def test_they_are_batched_as_they_are_and_padding_is_counted_apart(self) -> None:
+    def test_groups_are_batched_and_padding_is_counted_separately(self) -> None:
         work = rollouts.batched(1000, rollouts.Lengths(), 50)
         drawn = sorted(map(tuple, rollouts.Lengths().draw()))
         assert sorted(shape.completions for shape in work.real) == drawn
@@ -230,7 +228,7 @@ class TestAgreement:
         assert row["agrees"] and 0 < row["worst"] < 0.005
         assert set(row["differences"]) == {"output", "dq", "dk", "dv", "d_context_k", "d_context_v"}
 
-    def test_one_key_too_many_is_seen(self) -> None:
+    def test_one_key_too_many_is_found(self) -> None:
         more = lambda lengths: None if lengths is None else lengths + 1
         shifted = Kernel(
             "one key too many",
@@ -241,7 +239,7 @@ class TestAgreement:
         assert not row["agrees"]
         assert row["differences"]["d_context_v"] == np.inf  # the empty context has a gradient
 
-    def test_a_gradient_that_is_wrong_alone_is_seen(self) -> None:
+    def test_a_single_wrong_gradient_is_found(self) -> None:
         halved = Kernel(
             "half of dv", XLA.forward, lambda *a: (*XLA.backward(*a)[:2], XLA.backward(*a)[2] / 2)
         )
@@ -252,7 +250,7 @@ class TestAgreement:
         ]
         assert not row["agrees"]
 
-    def test_what_is_not_a_number_does_not_agree(self) -> None:
+    def test_nan_does_not_agree(self) -> None:
         exact = (jnp.ones((2, 3)), jnp.ones((2, 3)))
         row = attention.compared({}, (exact[0], exact[1].at[1, 2].set(jnp.nan)), exact)
         assert not row["agrees"] and np.isnan(row["worst"])
@@ -265,7 +263,7 @@ def test_the_units_of_the_part_tests_are_test_files() -> None:
     assert len(part.units) == 11 and missing == []
 
 
-def test_tests_are_counted_as_far_as_they_came() -> None:
+def test_finished_tests_are_counted() -> None:
     said = (
         "tests/test_a.py::test_b PASSED           [ 20%]\n"
         "tests/test_a.py::TestC::test_d[a b] FAILED [ 40%]\n"
@@ -278,7 +276,7 @@ def test_tests_are_counted_as_far_as_they_came() -> None:
 
 
 class TestDemo:
-    def test_without_the_package_it_is_the_procedural_environment(
+    def test_without_the_package_the_procedural_environment_runs(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path))

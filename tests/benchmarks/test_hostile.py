@@ -15,9 +15,7 @@ from jaxgrpo.types import Task
 
 @pytest.mark.parametrize("protocol", list(PROTOCOLS))
 @pytest.mark.parametrize("release", list(RELEASES))
-def test_nothing_that_a_policy_says_comes_out_of_the_environment(
-    release: str, protocol: str
-) -> None:
+def test_no_hostile_action_escapes_the_environment(release: str, protocol: str) -> None:
     suite = Bfcl(
         release=release, categories=CATEGORIES, protocol=protocol, max_turns=99, reward="call_match"
     )
@@ -44,7 +42,7 @@ class Brittle(Bfcl):
         return environment
 
 
-def test_what_comes_out_is_listed_and_the_same_each_time() -> None:
+def test_escapes_are_listed_and_reproducible() -> None:
     once, again = (hostile.search(Brittle(), actions=200, seed=0, limit=20.0) for _ in range(2))
     assert once.escapes == again.escapes and (once.actions, once.calls) == (
         again.actions,
@@ -53,7 +51,7 @@ def test_what_comes_out_is_listed_and_the_same_each_time() -> None:
     assert once.escapes and all("KeyError: \"'NUL'\" (" in escape for escape in once.escapes)
 
 
-def test_what_does_not_come_back_is_given_up() -> None:
+def test_a_call_that_hangs_is_abandoned() -> None:
     import time
 
     with pytest.raises(hostile.TooLongError, match=r"no result after 0\.05 seconds"):

@@ -44,7 +44,7 @@ def test_after_training_the_cost_is_looked_up_and_the_flight_booked(reward: str)
     assert (score.reward, score.passed) == (1.0, True)
 
 
-def test_before_training_the_cost_is_made_up() -> None:
+def test_before_training_the_cost_is_invented() -> None:
     """An untrained policy books at once at a guessed cost. The booking is accepted, but wrong."""
     env = environment(TASK)
     booked = env.step(tool(("book_flight", {**CARD, **TRIP, "travel_cost": 1000.0})))

@@ -200,7 +200,7 @@ def test_the_tenth_steps_calls_still_run() -> None:
         env.step("<TASK_FINISHED>")
 
 
-def test_the_tenth_steps_calls_may_be_left_out_as_in_the_articles_code() -> None:
+def test_the_tenth_steps_calls_can_be_left_out_as_in_the_articles_code() -> None:
     env = environment("base_0", run_last_step=False)
     assert play(env, ["what?"] * 9) is None
     last = env.step(SOLVED)
@@ -212,7 +212,7 @@ def test_the_tenth_steps_calls_may_be_left_out_as_in_the_articles_code() -> None
     assert ended.score().passed
 
 
-def test_fewer_steps_may_be_allowed() -> None:
+def test_the_number_of_steps_can_be_lowered() -> None:
     assert (
         environment("base_0", max_steps_per_turn=1).step("what?").stop_reason
         is StopReason.STEP_LIMIT
@@ -257,7 +257,7 @@ def test_a_lost_turn_ends_the_episode() -> None:
     )
 
 
-def test_a_lost_turn_may_be_played_on_and_stays_lost() -> None:
+def test_an_episode_can_continue_after_a_lost_turn() -> None:
     suite = Bfcl(max_turns=2, stop_at_lost_turn=False)
     env = suite.create(task("base_0", suite))
     assert env.step("<TASK_FINISHED>").observation is not None
@@ -288,7 +288,7 @@ def test_results_of_earlier_turns_count_in_later_ones() -> None:
     assert never.score().notes["turn 1"] == "expected results are missing"
 
 
-def test_where_the_truth_makes_no_call_nothing_is_compared_until_the_next_turn() -> None:
+def test_a_turn_without_ground_truth_is_not_compared() -> None:
     """The first turn of this task lacks information. The second turn's truth lists the files."""
     changes, listing = tool(("mkdir", {"dir_name": "of_my_own"})), tool(("ls", {"a": True}))
     first, both = (
@@ -314,7 +314,7 @@ def test_turns_that_were_not_played_are_not_passed() -> None:
     assert (none.reward, none.parts["state"], none.parts["response"]) == (0.0, 0.0, 0.0)
 
 
-def test_the_calls_of_a_turn_that_was_cut_off_are_not_those_of_the_next() -> None:
+def test_calls_of_a_turn_that_was_cut_off_do_not_count_in_the_next() -> None:
     env = environment("base_0", max_turns=2)
     env.step(SOLVED)
     score = env.score()
@@ -328,7 +328,7 @@ def test_giving_up_ends_a_turn() -> None:
     assert env.score().notes["turn 0"] == "no call was made"
 
 
-def test_a_turn_that_nothing_can_be_done_in_and_the_tools_that_arrive() -> None:
+def test_withheld_tools_are_refused_and_then_announced() -> None:
     suite = Bfcl(categories=("miss_func",), max_turns=99, docs="signatures")
     env = suite.create(task("miss_func_127", suite))
     assert "get_watchlist" not in env.observe().messages[0].content

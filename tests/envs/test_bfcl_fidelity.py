@@ -115,7 +115,7 @@ def test_mistyped_arguments_are_answered_as_officially() -> None:
     assert ours[0] == "{'result': mpf('1.3027')}"
 
 
-def test_a_text_that_is_no_number_leaves_pythons_limit_on_digits_alone() -> None:
+def test_a_text_that_is_no_number_leaves_pythons_limit_on_digits_unchanged() -> None:
     before = sys.get_int_max_str_digits()
     assert before > 0
     run(session("MathAPI"), "logarithm", value="x", base=10, precision=5)
@@ -142,7 +142,7 @@ def test_a_text_that_is_no_number_leaves_pythons_limit_on_digits_alone() -> None
         ),
     ],
 )
-def test_what_would_hang_is_refused(name: str, arguments: dict, text: str) -> None:
+def test_calls_that_would_hang_are_refused(name: str, arguments: dict, text: str) -> None:
     assert run(session("MathAPI"), name, **arguments) == f"Error during execution: {text}"
 
 

@@ -89,7 +89,7 @@ TREATMENTS = (
 
 
 @pytest.mark.parametrize("name", EPISODES)
-def test_each_treatment_rewards_the_episodes_otherwise(name: str) -> None:
+def test_treatments_reward_the_episodes_differently(name: str) -> None:
     texts, expected, rewards = EPISODES[name]
     trajectory = played("base_0", *texts)
     assert parts(trajectory) == expected
@@ -97,7 +97,7 @@ def test_each_treatment_rewards_the_episodes_otherwise(name: str) -> None:
     assert given == pytest.approx(rewards, abs=1e-12)
 
 
-def test_the_share_of_turns_in_form_is_an_option() -> None:
+def test_the_fraction_of_well_formed_turns_is_an_option() -> None:
     share = article_rewards(Execution(), Format(share=True), Correctness())
     assert parts(played("base_0", SOLVED, "<TASK_FINISHED>"), share) == (1.0, 0.5, 1.0)
     assert parts(played("base_0", tool(CD), "<TASK_FINISHED>"), share) == (1.0, 0.0, 0.0)
@@ -115,7 +115,9 @@ def test_the_share_of_turns_in_form_is_an_option() -> None:
         ("<TASK_FINISHED>", 0.0),
     ],
 )
-def test_the_form_is_closed_reasoning_and_closed_calls_or_an_end(text: str, kept: float) -> None:
+def test_a_well_formed_turn_has_closed_reasoning_and_calls_or_an_end(
+    text: str, kept: float
+) -> None:
     right = Score(0.0, False, {"state_match": 1.0, "calls_match": 1.0})
     said = dataclasses.replace(
         episode([1], [2], [1], 0.0),
@@ -125,7 +127,7 @@ def test_the_form_is_closed_reasoning_and_closed_calls_or_an_end(text: str, kept
     assert Format()(said, right) == kept
 
 
-def test_a_call_succeeds_when_it_does_what_it_should_and_shows_no_error() -> None:
+def test_a_call_that_shows_an_error_did_not_succeed() -> None:
     calls = (
         ToolCall("ls", "{}", "two files", ok=True),
         ToolCall("cat", "{}", "An ERROR in the log", ok=True),
@@ -185,7 +187,7 @@ class Shelf:
         self.books, self._secret = books, _secret
 
 
-def test_state_match_is_the_share_of_equal_simulators() -> None:
+def test_state_match_is_the_fraction_of_equal_simulators() -> None:
     policy = {"a": Shelf(["x"], 1), "b": Shelf([]), "c": Shelf(["y"]), "d": Shelf(1)}
     truth = {"a": Shelf(["x"], 2), "b": Shelf(["z"]), "c": Shelf(["y"]), "d": Shelf(2)}
     assert state_match(policy, truth) == 0.5
@@ -218,7 +220,7 @@ def test_calls_are_missing_as_a_multiset_of_successes() -> None:
         ),
     ],
 )
-def test_what_does_not_fit_the_environment_is_refused(
+def test_rewards_that_do_not_fit_the_environment_are_refused(
     environment: Bfcl | None, functions: tuple[Function, ...], said: str
 ) -> None:
     config = small_config("m")

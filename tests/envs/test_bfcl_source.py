@@ -62,7 +62,7 @@ def copied(tmp_path: Path) -> Path:
     return Path(shutil.copytree(source.open_package().folder, tmp_path / "bfcl_eval"))
 
 
-def test_a_release_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
+def test_an_unknown_release_is_refused_by_name(tmp_path: Path) -> None:
     folder = copied(tmp_path)
     for file in folder.glob("data/BFCL_v3_*"):
         file.rename(file.with_name(file.name.replace("v3", "v9")))
@@ -103,7 +103,7 @@ def test_a_release_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
         ("data/multi_turn_func_doc/math_api.json", '{"name"', "{name", "JSONDecodeError"),
     ],
 )
-def test_data_that_are_not_understood_are_refused_by_name(
+def test_unexpected_data_are_refused_by_name(
     tmp_path: Path, file: str, old: str, new: str, message: str
 ) -> None:
     folder = copied(tmp_path)
@@ -133,7 +133,7 @@ def test_a_category_with_a_task_too_few_is_refused_by_name(tmp_path: Path) -> No
         ("def logarithm(", "def logarithm(:", "SyntaxError"),
     ],
 )
-def test_simulators_that_are_not_understood_are_refused_by_name(
+def test_unexpected_simulators_are_refused_by_name(
     tmp_path: Path, old: str, new: str, message: str
 ) -> None:
     folder = copied(tmp_path)

@@ -100,7 +100,7 @@ def test_giving_up_ends_the_episode() -> None:
     assert environment().step("<TASK_ERROR>").stop_reason is StopReason.GAVE_UP
 
 
-def test_splits_share_no_wish_and_the_seed_decides() -> None:
+def test_splits_are_disjoint_and_depend_on_the_seed() -> None:
     def wishes(suite: Warehouse, split: str) -> list[tuple]:
         return [
             (t.payload.kind, t.payload.item, t.payload.amount, t.payload.place)

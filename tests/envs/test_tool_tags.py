@@ -68,7 +68,7 @@ def test_the_first_mark_outside_the_reasoning_decides(text: str, action: Action)
         ("<tool>[" + ",".join(["{}"] * 201) + "]</tool>", "more than 200 calls"),
     ],
 )
-def test_what_cannot_be_read_is_said(text: str, what: str) -> None:
+def test_unreadable_actions_get_a_fault(text: str, what: str) -> None:
     action = parse_action(text)
     assert what in action.fault
     assert not action.requests and not action.finished and not action.gave_up
