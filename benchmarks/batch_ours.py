@@ -98,10 +98,8 @@ class Batches(Training):
         return self.seconds, idle
 
     def next_batch(self, checked: bool) -> dict[str, Any]:
-        """Play and train the next batch, as `Training.run` does.
-
-        With `checked`, the reply also holds the tokens trained on and the gradient norms.
-        """
+        """Play and train the next batch, as `Training.run` does. With `checked` the reply also says
+        what was trained on, and with which gradients."""
         result = self.play()
         self.batch += 1
         prepared = self.prepare(result)

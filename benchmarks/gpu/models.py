@@ -35,7 +35,7 @@ def fitted(model: ModelConfig, memory: int) -> ModelConfig:
 
 
 def random_logical(model: ModelConfig, dtype: Any) -> Params:
-    """Create the logical tree of jaxgrpo.models.qwen2.init_params leaf by leaf, to save memory."""
+    """Like jaxgrpo.models.qwen2.init_params, in `dtype`, but made leaf by leaf to save memory."""
     return _random(param_shapes(model), lambda leaf: _Place(leaf.shape, dtype))
 
 
