@@ -1,5 +1,7 @@
-"""Our side of benchmarks.end_to_end: the loop of jaxgrpo.train, a batch when it is asked for.
-Started by the benchmark, not by hand."""
+"""Our side of benchmarks.end_to_end: the loop of jaxgrpo.train, one batch per request.
+
+The benchmark starts this process.
+"""
 
 import dataclasses
 import tempfile
@@ -35,7 +37,7 @@ from jaxgrpo.types import Message, Score, StopReason, Task
 
 @dataclasses.dataclass(frozen=True)
 class OneTurn:
-    """A task is a conversation. The policy's first turn ends it and is scored."""
+    """Tasks that are conversations. The policy's first turn is scored and ends the episode."""
 
     conversations: tuple[tuple[Message, ...], ...]
 
@@ -65,7 +67,7 @@ class Turn:
 
 
 class FixedLengthSampler(NativeSampler):
-    """The embedded sampler without end tokens: a turn is finished when it has all its tokens."""
+    """The embedded sampler without end tokens: every turn has its maximum length."""
 
     async def generate(self, request: SamplingRequest) -> Generation:
         return dataclasses.replace(await super().generate(request), finish_reason=FinishReason.STOP)
@@ -121,7 +123,7 @@ class Batches(Training):
 
 
 def configured(work: Work) -> Config:
-    """The work as a config, with its options as overrides. Raises ConfigError."""
+    """Return the work as a config, with its options as overrides. Raises ConfigError."""
     conversations = tuple(
         tuple(Message(m["role"], m["content"]) for m in conversation)
         for conversation in work.conversations

@@ -1,8 +1,8 @@
-"""TRL's side of benchmarks.end_to_end: its GRPOTrainer, which waits before each batch until it is
-asked. Started by the benchmark with the interpreter of TRL's environment, not by hand.
+"""TRL's side of benchmarks.end_to_end: its GRPOTrainer, which waits for a request per batch.
 
-Some of its methods are wrapped to be timed. One can be told what to generate, so that both sides
-can be compared on the same tokens; nothing else is changed.
+The benchmark starts this process with the interpreter of TRL's environment. Some methods are
+wrapped to be timed. One can be given completions instead of generating them, so that both sides can
+be compared on the same tokens. Nothing else is changed.
 """
 
 import collections
@@ -25,8 +25,8 @@ from benchmarks.processor import PRODUCT, product_gflops
 
 VERSION = "1.16."
 NO_TOKEN = -1
-"""In place of the end tokens: completions have their full length, and the generation looks for an
-end at each step as it always does."""
+"""Replaces the end tokens, so that completions have their full length. The generation still checks
+for an end at each step."""
 
 
 def rewards(completions: list, **columns: Any) -> list[float]:
@@ -35,8 +35,7 @@ def rewards(completions: list, **columns: Any) -> list[float]:
 
 
 class TimedTrainer(GRPOTrainer):
-    """Notes the seconds of rollouts and of passes without gradients, what the prompts were, and how
-    many tokens are trained on."""
+    """Records seconds of rollouts and of passes without gradients, prompts, and token counts."""
 
     def __init__(self, *arguments: Any, **settings: Any):
         super().__init__(*arguments, **settings)
@@ -85,7 +84,7 @@ class TimedTrainer(GRPOTrainer):
 
 
 class OnRequest(TrainerCallback):
-    """A batch ends where the next one begins, so that its time holds all that the trainer does."""
+    """Waits for requests. A batch ends where the next begins, so its time holds all work."""
 
     def __init__(self, line: Line, work: Work):
         self._line, self._work = line, work
@@ -127,7 +126,7 @@ class OnRequest(TrainerCallback):
 
 
 def settings(work: Work) -> dict[str, Any]:
-    """The arguments of GRPOConfig, all but the folder; the work's options override them."""
+    """Return the arguments of GRPOConfig except the folder. The work's options override them."""
     rows = len(work.conversations) * work.samples
     chosen = {
         "per_device_train_batch_size": work.samples,
@@ -135,8 +134,7 @@ def settings(work: Work) -> dict[str, Any]:
         "num_generations": work.samples,
         "max_completion_length": work.tokens,
         "num_iterations": work.iterations,
-        "max_steps": (work.batches + 1)
-        * work.iterations,  # it never comes to the end of the last one
+        "max_steps": (work.batches + 1) * work.iterations,  # the last batch never ends
         "temperature": 1.0,
         "generation_kwargs": {"eos_token_id": [NO_TOKEN]},
         "shuffle_dataset": False,
@@ -171,7 +169,7 @@ def settings(work: Work) -> dict[str, Any]:
 
 
 def configured(chosen: dict[str, Any], folder: str) -> GRPOConfig:
-    """Ends the process where GRPOConfig does not take them."""
+    """Return the GRPOConfig. Exit if it does not accept the arguments."""
     try:
         return GRPOConfig(output_dir=folder, **chosen)
     except (TypeError, ValueError) as error:
@@ -179,7 +177,7 @@ def configured(chosen: dict[str, Any], folder: str) -> GRPOConfig:
 
 
 def product_rate() -> float:
-    """float32 GFLOP/s of a core, on the product that both sides are asked for."""
+    """Return float32 GFLOP/s of a core, on the product that both sides time."""
     rows, inner, columns = PRODUCT
     left, right = torch.ones(rows, inner), torch.ones(columns, inner)
     return product_gflops(lambda: torch.nn.functional.linear(left, right))
@@ -189,7 +187,7 @@ def main() -> None:
     line = Line()
     work = Work(**line.receive())
     if not version("trl").startswith(VERSION):
-        sys.exit(f"this needs trl {VERSION}x, whose methods it times, and found {version('trl')}")
+        sys.exit(f"found trl {version('trl')}, but this times methods of trl {VERSION}x")
     torch.set_num_threads(work.threads)
     chosen = settings(work)
     rows = [{"prompt": conversation} for conversation in work.conversations] * (work.batches + 1)

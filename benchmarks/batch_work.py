@@ -1,5 +1,7 @@
-"""What both workers of benchmarks.end_to_end are given, and how they are asked for a batch. Needs
-nothing but Python: one of them runs in TRL's environment."""
+"""The input of both workers of benchmarks.end_to_end, and the protocol with them.
+
+Needs only Python, because one worker runs in TRL's environment.
+"""
 
 import dataclasses
 import json
@@ -11,15 +13,18 @@ from typing import Any, NoReturn
 
 Conversation = Sequence[Mapping[str, str]]
 REFUSED = 2
-"""The status with which a worker ends when an option cannot be, after writing "error: ..."."""
+"""The exit status of a worker that refuses an option, after it has written "error: ..."."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A batch: `samples` completions of exactly `tokens` tokens for each conversation, at
-    temperature 1, and `iterations` optimizer steps on all of them, in float32. `model` is a folder
-    in Hugging Face layout. A run has `batches` of them. `options` are settings of the one side,
-    `preload` libraries that its process loads first."""
+    """A run of `batches` batches in float32.
+
+    A batch is `samples` completions of exactly `tokens` tokens for each conversation, at
+    temperature 1, and `iterations` optimizer steps on all of them. `model` is a folder in Hugging
+    Face layout. `options` are settings of one side, `preload` libraries that its process loads
+    first.
+    """
 
     model: str
     conversations: Sequence[Conversation]
@@ -40,20 +45,21 @@ class Work:
 
 
 def reward(text: str) -> float:
-    """A hundredth for each digit: cheap, and the same with special tokens, which have none, and
-    without."""
+    """Return a hundredth for each digit: cheap, and not changed by special tokens."""
     return sum(character.isdigit() for character in text) / 100
 
 
 def refuse(problem: object) -> NoReturn:
-    """End the worker for an option that cannot be."""
+    """Exit because an option is not allowed."""
     print(f"error: {problem}", file=sys.stderr)
     sys.exit(REFUSED)
 
 
 class Line:
-    """A worker's end of the line: a request is a line of JSON on stdin, a reply one on what was
-    stdout. Whatever else the process prints goes to stderr."""
+    """A worker's connection. Requests are lines of JSON on stdin, replies on the original stdout.
+
+    Everything else that the process prints goes to stderr.
+    """
 
     def __init__(self) -> None:
         self._replies = os.fdopen(os.dup(1), "w")
@@ -61,12 +67,12 @@ class Line:
         self._cpu = 0.0
 
     def receive(self) -> Any:
-        """The next request; None when there will be none any more."""
+        """Return the next request, or None at the end of the input."""
         line = sys.stdin.readline()
         self._cpu = time.process_time()
         return json.loads(line) if line else None
 
     def send(self, reply: dict[str, Any]) -> None:
-        """The reply, with the processor seconds since its request under "cpu"."""
+        """Send the reply, with the processor seconds since its request under "cpu"."""
         self._replies.write(json.dumps(reply | {"cpu": time.process_time() - self._cpu}) + "\n")
         self._replies.flush()

@@ -1,12 +1,12 @@
-"""Run BFCL's own `multi_turn_checker`, in this process of its own.
+"""Run BFCL's own `multi_turn_checker`. benchmarks/bfcl_parity.py starts this process.
 
     python benchmarks/bfcl_official.py FOLDER RELEASE < cases > verdicts
 
-FOLDER holds the package `bfcl_eval`; RELEASE names its data, as in `BFCL_v3_multi_turn_base.json`.
-Each line of the input is a case, `{"id": ..., "category": ..., "turns": [[["cd(folder='a')"]]]}`,
-turns of steps of calls; the ground truth is cut to as many turns. Each line of the output is
-`{"valid": ..., "error": ...}`. Every case runs in a fork: the checker keeps its simulators, and
-some of their tables, for as long as its process lives. (benchmarks/bfcl_parity.py starts this.)
+FOLDER holds the package `bfcl_eval`. RELEASE names its data, as in `BFCL_v3_multi_turn_base.json`.
+Each input line is a case, `{"id": ..., "category": ..., "turns": [[["cd(folder='a')"]]]}`, with
+turns of steps of calls. The ground truth is cut to the same number of turns. Each output line is
+`{"valid": ..., "error": ...}`. Every case runs in a fork, because the checker keeps its simulators,
+and some of their tables, as long as its process lives.
 """
 
 import functools
@@ -14,6 +14,17 @@ import json
 import os
 import sys
 from pathlib import Path
+
+MODULES = (
+    "gorilla_file_system",
+    "math_api",
+    "message_api",
+    "posting_api",
+    "ticket_api",
+    "trading_bot",
+    "travel_booking",
+    "vehicle_control",
+)
 
 
 @functools.cache
@@ -39,11 +50,8 @@ def verdict(case: dict, entry: dict, truth: list) -> dict:
 def main(folder: Path, release: str) -> None:
     sys.path.insert(0, str(folder))
     __import__("bfcl_eval.eval_checker.multi_turn_eval.multi_turn_checker")
-    for module in ("gorilla_file_system", "math_api", "message_api", "posting_api", "ticket_api", "trading_bot", "travel_booking",
-                   "vehicle_control"):  # fmt: skip
-        __import__(
-            f"bfcl_eval.eval_checker.multi_turn_eval.func_source_code.{module}"
-        )  # once, before the forks
+    for module in MODULES:  # once, before the forks
+        __import__(f"bfcl_eval.eval_checker.multi_turn_eval.func_source_code.{module}")
     for line in sys.stdin:
         case = json.loads(line)
         data = folder / "bfcl_eval" / "data"

@@ -1,11 +1,11 @@
-"""Does our check of BFCL's multi-turn tasks give the official verdicts?
+"""Compare our check of BFCL's multi-turn tasks with the official verdicts.
 
     python -m benchmarks.bfcl_parity [--release v3] [--tasks 200] [--folder DIR]
 
-For each task, lists of calls derived from its ground truth (as it is, none, reversed, doubled,
-without the last call, with one wrong argument, after another task's calls) are judged twice: by
-`envs.bfcl.scoring.check_calls`, and by the package's own `multi_turn_checker` in a process of its
-own, on fresh instances. First turn alone, and all turns. About a minute and a half on one core.
+Lists of calls are derived from each task's ground truth: as it is, none, reversed, doubled, without
+the last call, with one wrong argument, and after another task's calls. Each list is judged on fresh
+instances by `envs.bfcl.scoring.check_calls` and, in a separate process, by the package's own
+`multi_turn_checker`, for the first turn and for all turns. Takes about 90 s on one core.
 """
 
 import argparse
@@ -37,7 +37,7 @@ Turns = list[list[list[Call]]]  # turns of steps of calls
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One list of calls to judge, and what it is called in the table."""
+    """One list of calls to judge, with its names in the table."""
 
     task: BfclTask
     variant: str
@@ -48,7 +48,7 @@ class Case:
 def cases(
     library: Library, categories: Sequence[str], variants: Sequence[str], tasks: int
 ) -> Iterator[Case]:
-    """All cases of the first so many tasks of each category, in the data's order."""
+    """Yield all cases of the first `tasks` tasks of each category, in the data's order."""
     for category in categories:
         listed = list(library.tasks[category].values())
         for index, task in enumerate(listed[:tasks]):
@@ -67,7 +67,7 @@ def cases(
 
 
 def _vary(variant: str, truth: Sequence[Call], another: Sequence[Call]) -> list[list[Call]]:
-    """The policy's steps of one turn."""
+    """Return the policy's steps of one turn."""
     calls = {
         "perfect": list(truth),
         "empty": [],
@@ -81,7 +81,7 @@ def _vary(variant: str, truth: Sequence[Call], another: Sequence[Call]) -> list[
 
 
 def _wrong(call: Call) -> Call:
-    """The call with its first argument changed, or with one too many where it has none."""
+    """Change the call's first argument, or add one if it has none."""
     if not call.arguments:
         return Call(call.name, {"surplus": 1})
     name, value = next(iter(call.arguments.items()))
@@ -92,7 +92,7 @@ def _wrong(call: Call) -> Call:
 
 
 def ours(library: Library, case: Case) -> bool:
-    """Our verdict."""
+    """Judge with our check."""
     truth = [turn.truth for turn in case.task.turns[: len(case.turns)]]
     verdicts = check_calls(
         library.session(case.task), library.session(case.task), truth, case.turns
@@ -101,7 +101,7 @@ def ours(library: Library, case: Case) -> bool:
 
 
 def official(package: Package, listed: Sequence[Case]) -> list[bool]:
-    """The official verdicts, from a process of its own."""
+    """Judge with the official checker, in a separate process."""
     lines = [
         json.dumps({
             "id": case.task.id,
@@ -125,15 +125,14 @@ def official(package: Package, listed: Sequence[Case]) -> list[bool]:
 
 
 def _text(call: Call) -> str:
-    return (
-        f"{call.name}({', '.join(f'{name}={value!r}' for name, value in call.arguments.items())})"
-    )
+    arguments = ", ".join(f"{name}={value!r}" for name, value in call.arguments.items())
+    return f"{call.name}({arguments})"
 
 
 def compare(
     library: Library, package: Package, listed: Sequence[Case]
 ) -> list[tuple[Case, bool, bool]]:
-    """Each case with our verdict and the official one."""
+    """Return each case with our verdict and the official one."""
     theirs = official(package, listed)
     if len(theirs) != len(listed):
         raise RuntimeError(f"the official checker answered {len(theirs)} of {len(listed)} cases")
@@ -152,8 +151,8 @@ def main() -> None:
         choices=list(RELEASES),
         help="whose data, simulators and checker (default: v3)",
     )
-    parser.add_argument("--tasks", type=int, default=200, help="how many tasks of each category")
-    parser.add_argument("--folder", help="an unpacked bfcl_eval instead of the fetched one")
+    parser.add_argument("--tasks", type=int, default=200, help="number of tasks per category")
+    parser.add_argument("--folder", help="an unpacked bfcl_eval instead of the downloaded one")
     options = parser.parse_args()
     package = open_package(options.release, options.folder)
     library = load_library(package)

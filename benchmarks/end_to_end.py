@@ -1,33 +1,37 @@
-"""How long a whole GRPO batch takes on a CPU, ours beside TRL's GRPOTrainer: rollout, reward,
-reference, update, and what lies between.
+"""Compare the time of a whole GRPO batch on a CPU with TRL's GRPOTrainer.
 
     python -m benchmarks.end_to_end [--make-venv DIR | --python TRL_PYTHON] [--json] [--rounds 8]
     python -m benchmarks.end_to_end --python TRL_PYTHON --model FOLDER --prompts 1 --samples 4
 
-Both sides have the same model folder, prompts (the same token ids, which is checked), samples,
-tokens, reward, loss, AdamW and clipping, in float32 on the same two cores. End tokens are sampled
-like any other and end nothing, so that every completion has `--tokens` tokens on both sides. TRL
-generates with transformers, in an environment of its own: `--make-venv` makes one (torch first, so
-that pip takes a CPU wheel where it knows of one), `--python` names one. Without either, ours runs
-alone.
+A batch is rollout, reward, reference, update, and everything between. Both sides have the same
+model folder, prompts (their token ids are compared), samples, tokens, reward, loss, AdamW and
+clipping, in float32 on the same cores. End tokens are sampled but end nothing, so every completion
+has `--tokens` tokens. TRL generates with transformers in an environment of its own. `--make-venv`
+creates it (torch first, so that pip can take a CPU wheel), `--python` names an existing one. With
+neither, only ours runs.
 
-Each side is a process that plays and trains one batch when it is asked. They take turns, ours first
-and TRL first. In the first batch TRL is given the completions that ours sampled: both must find the
-same mean reward and, at each optimizer step, the same norm of the gradient. `--warm` more batches
-are not counted: ours compiles in them. The prompts are those of the first tasks, in every batch.
+Each side is a process that plays and trains one batch per request. They alternate, and so does the
+order. In the first batch, TRL is given the completions that ours sampled. Both must find the same
+mean reward and, at each optimizer step, the same gradient norm. The next `--warm` batches are not
+counted, because ours compiles in them. All batches have the prompts of the first tasks.
 
-- rollout: generating and scoring; passes: those without gradients, for the reference's and the
-  the old policy's log-probabilities; update: all the rest of the batch's time. Medians.
-- cpu: the least processor seconds of a batch; others: how many of the cores somebody else had
-  meanwhile, the median. Above 0.1 or so the times are those of a busy machine, which slows TRL
-  more, whose threads wait for each other: then `--cores 1` and the processor time say more.
+The table has these columns:
+
+- min, median: seconds of a batch.
+- rollout, passes, update: medians of its parts. A rollout is generation and scoring. Passes are the
+  forward passes without gradients, for the log-probabilities of the reference and the old policy.
+  The update is the rest.
+- cpu: the minimum of a batch's processor seconds.
+- others: the number of cores that other processes used, as a median. Above about 0.1, the machine
+  was busy. This slows TRL more, because its threads wait for each other. Then use `--cores 1` and
+  compare processor time.
 - product: float32 GFLOP/s of a core in a matrix product of 4,096 x 1,024 x 1,024. PyTorch's MKL has
-  slower kernels for processors that are not Intel's, which is no difference between the trainers.
+  slower kernels on processors that are not Intel's. This is no difference between the trainers.
 
-Variants: mu1 is one optimizer step a batch without KL, mu2-kl two with a reference. TRL's settings
-are those that were fastest: no gradient checkpointing, sdpa, a micro-batch of one prompt's samples,
-as ours has it. `--trl KEY=VALUE` sets an argument of its GRPOConfig (a value in JSON), `--set
-KEY=VALUE` a setting of ours, `--preload` libraries for both, an allocator say.
+Variant mu1 is one optimizer step per batch without KL, mu2-kl is two with a reference. TRL has the
+settings that were fastest: no gradient checkpointing, sdpa, a micro-batch of one prompt's samples,
+like ours. `--trl KEY=VALUE` sets an argument of its GRPOConfig (a value in JSON), `--set KEY=VALUE`
+one of our settings, and `--preload` loads libraries into both, such as an allocator.
 """
 
 import argparse
@@ -58,17 +62,17 @@ SUITES: dict[str, TaskSuite] = {
     "warehouse": Warehouse(),
 }
 VARIANTS = {"mu1": (1, 0.0), "mu2-kl": (2, 0.001)}
-"""Optimizer steps a batch, and beta."""
+"""Optimizer steps per batch, and the coefficient of the KL term."""
 TORCH, TRL = "torch==2.13.0", ("trl==1.16.*", "accelerate", "datasets")
-SETTLE = 0.3  # seconds between two batches, until the threads of one side no longer spin
+SETTLE = 0.3  # seconds between two batches, until the threads of one side stop spinning
 COLUMNS = ("min", "median", "rollout", "passes", "update", "cpu", "others")
 LEAST = {"prompts": 1, "samples": 2, "tokens": 1, "rounds": 1, "warm": 0, "cores": 1}
 MAX_DIFFERENCE = 1e-3
-"""Of the gradient's norm, relative."""
+"""Relative bound for the difference of gradient norms."""
 
 
 class Worker:
-    """A side in a process of its own."""
+    """One side, in its own process."""
 
     def __init__(self, name: str, python: str, module: str, work: Work, log: Path):
         self.name, self._log = name, log
@@ -93,8 +97,11 @@ class Worker:
         self.about = self.ask(dataclasses.asdict(work))
 
     def ask(self, request: Any) -> Any:
-        """Send a request and wait for its reply. Ends the benchmark when there is none: with the
-        worker's error and status 2 where it refused an option, or with what it wrote last."""
+        """Send a request and return its reply.
+
+        If the worker has exited, exit too: with status 2 and its error if it refused an option,
+        otherwise with its last output.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -110,8 +117,7 @@ class Worker:
         raise SystemExit(f"{self.name} ended with status {status}:\n{last}")
 
     def batch(self, check: bool = False, **more: Any) -> dict[str, Any]:
-        """Play and train a batch; the reply with `seconds`, the whole of it, and how many cores
-        others had meanwhile."""
+        """Play and train a batch. Add its `seconds` and the cores used by `others` to the reply."""
         cores = os.sched_getaffinity(0)
         start, busy = time.perf_counter(), busy_seconds(cores)
         reply = self.ask({"check": check, **more})
@@ -127,7 +133,7 @@ class Worker:
 
 
 def make_venv(folder: Path) -> str:
-    """TRL's environment, made where it is not there yet; its interpreter."""
+    """Create TRL's environment if it does not exist, and return its interpreter."""
     python = folder / "bin" / "python"
     if not python.is_file():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
@@ -137,7 +143,7 @@ def make_venv(folder: Path) -> str:
 
 
 def conversations(suite: TaskSuite, count: int) -> list[Conversation]:
-    """What the first tasks of the train split open with."""
+    """Return the opening messages of the first tasks of the train split."""
     openings = [suite.create(task).observe() for task in suite.tasks("train")[:count]]
     return [
         [{"role": m.role, "content": m.content} for m in opening.messages] for opening in openings
@@ -145,8 +151,10 @@ def conversations(suite: TaskSuite, count: int) -> list[Conversation]:
 
 
 def check_agreement(sides: Mapping[str, Worker]) -> dict[str, Any]:
-    """Every side's first batch, all on the completions of ours; what they agree in. Raises
-    SystemExit where they do not."""
+    """Run each side's first batch on the completions of ours, and return what they agree on.
+
+    Raises SystemExit if they do not agree.
+    """
     expected = sides["ours"].batch(check=True)
     agreed = {
         "reward": expected["reward"],
@@ -162,13 +170,13 @@ def check_agreement(sides: Mapping[str, Worker]) -> dict[str, Any]:
             continue
         got = side.batch(check=True, completions=expected["completions"])
         if got["prompts"] != expected["prompts"]:
-            raise SystemExit(f"the prompts of {name} are not token for token those of ours")
+            raise SystemExit(f"the prompts of {name} have other tokens than ours")
         apart = [
             abs(a / b - 1) for a, b in zip(got["grad_norms"], expected["grad_norms"], strict=True)
         ]
         if abs(got["reward"] - expected["reward"]) > 1e-5 or not max(apart) <= MAX_DIFFERENCE:
             raise SystemExit(
-                f"{name} does not do the same as ours on the same tokens: "
+                f"{name} differs from ours on the same tokens: "
                 f"mean reward {got['reward']} and {expected['reward']}, "
                 f"gradient norms {got['grad_norms']} and {expected['grad_norms']}"
             )
@@ -177,8 +185,10 @@ def check_agreement(sides: Mapping[str, Worker]) -> dict[str, Any]:
 
 
 def take_turns(sides: Mapping[str, Worker], rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """A batch of each side a round, in one order and then in the other. Raises SystemExit when
-    they do not train on as many tokens."""
+    """Run a batch of each side per round, in alternating order.
+
+    Raises SystemExit if they train on different numbers of tokens.
+    """
     replies: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for number in range(rounds):
         order = list(sides) if number % 2 == 0 else list(sides)[::-1]
@@ -190,13 +200,13 @@ def take_turns(sides: Mapping[str, Worker], rounds: int) -> dict[str, list[dict[
         }
         if len(sizes) > 1:
             raise SystemExit(
-                f"the sides do not have as many tokens in prompts and completions: {sorted(sizes)}"
+                f"the sides differ in their (prompt, trained) token counts: {sorted(sizes)}"
             )
     return replies
 
 
 def summed_up(replies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Minimum and median of a side's batches, and medians of their parts."""
+    """Return minimum and median of a side's batches, and medians of their parts."""
     seconds = [reply["seconds"] for reply in replies]
     parts = {part: [reply[part] for reply in replies] for part in ("rollout", "passes", "others")}
     parts["update"] = [reply["seconds"] - reply["rollout"] - reply["passes"] for reply in replies]
@@ -217,7 +227,7 @@ def summed_up(replies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def opened(args: argparse.Namespace, work: Work) -> Iterator[dict[str, Worker]]:
-    """The workers, ready for their first batch."""
+    """Start the workers, ready for their first batch."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
 
         def open_side(name: str, python: str, module: str, options: Sequence[str]) -> Worker:
@@ -235,7 +245,7 @@ def opened(args: argparse.Namespace, work: Work) -> Iterator[dict[str, Worker]]:
 def measure(
     args: argparse.Namespace, variant: str, prompts: Sequence[Conversation]
 ) -> dict[str, Any]:
-    """One variant: what the line of JSON says of it."""
+    """Measure one variant, and return its figures for the line of JSON."""
     iterations, beta = VARIANTS[variant]
     batches = 1 + args.warm + args.rounds
     work = Work(
@@ -294,25 +304,25 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--python", help="the interpreter of TRL's environment")
-    where.add_argument("--make-venv", type=Path, metavar="DIR", help="make it there, and use it")
+    where.add_argument("--make-venv", type=Path, metavar="DIR", help="create it there, and use it")
     add("--model", type=Path, default=TINY, metavar="FOLDER", help="default: the tiny model")
-    add("--tasks", choices=list(SUITES), default="bfcl", help="what the prompts are from")
+    add("--tasks", choices=list(SUITES), default="bfcl", help="source of the prompts")
     add("--prompts", type=int, default=8)
     add("--samples", type=int, default=8, help="completions of each prompt")
     add("--tokens", type=int, default=128, help="of each completion")
     add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     add("--rounds", type=int, default=8)
-    add("--warm", type=int, default=2, help="batches before, after the one that is checked")
-    add("--cores", type=int, default=2, help="that each side has, with as many threads")
+    add("--warm", type=int, default=2, help="uncounted batches after the one that is compared")
+    add("--cores", type=int, default=2, help="cores of each side, and its number of threads")
     add("--preload", nargs="+", default=[], metavar="LIBRARY", help="into both sides' processes")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of ours")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="one of our settings")
     add("--trl", action="append", default=[], metavar="KEY=VALUE", help="one of TRL's, in JSON")
     add("--json", action="store_true", help="end with one line of JSON")
     return parser
 
 
 def parsed() -> argparse.Namespace:
-    """The command line; ends with one line and status 2 where it asks for what cannot be."""
+    """Parse the command line. Bad input exits with one line and status 2."""
     parser = arguments()
     args = parser.parse_args()
     for name, least in LEAST.items():
@@ -325,7 +335,7 @@ def parsed() -> argparse.Namespace:
     if args.python and not Path(args.python).is_file():
         parser.error(f"--python {args.python} is no file: give an interpreter, or --make-venv DIR")
     if args.trl and not (args.python or args.make_venv):
-        parser.error("--trl is for TRL, which does not run: give --python or --make-venv too")
+        parser.error("--trl needs TRL: give --python or --make-venv too")
     if args.prompts > (there := len(SUITES[args.tasks].tasks("train"))):
         parser.error(f"--prompts is {args.prompts}, --tasks {args.tasks} has {there}")
     return args

@@ -1,10 +1,18 @@
-"""How fast BFCL's environment is: `python -m benchmarks.env [MODEL] [--categories base ...] [--turns 1] [--json]`
+"""Measure the speed of BFCL's environment.
 
-Every task of the categories is played by its ground truth: an episode is created, observed, rendered with MODEL's chat template (default:
-the repository's tiny model), stepped through its demonstration with each answer rendered, and scored. Timed are its parts (`build`: one set
-of simulators, of which an environment owns two; `check`: judging a first turn that both sides have run), whole episodes on one thread, and
-all episodes at once with each call into the environment in a thread of its own, as a rollout makes them. Parts are medians over tasks;
-everything is the best of the rounds. Prints a table and one line of JSON (`--json`: that line alone).
+    python -m benchmarks.env [MODEL] [--categories base ...] [--turns 1] [--json]
+
+Every task of the categories is played by its ground truth. An episode is created, observed,
+stepped through its demonstration and scored. Its messages are rendered with MODEL's chat template
+(default: the repository's tiny model). These are timed:
+
+- parts, as medians over tasks. `build` is one set of simulators; an environment has two. `check` is
+  the official check of a first turn that both sides have run;
+- whole episodes on one thread;
+- all episodes at once, with each call into the environment in a worker thread, as in a rollout.
+
+Everything is the best of the rounds. Prints a table and one line of JSON (with `--json`, only that
+line).
 """
 
 import argparse
@@ -20,7 +28,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from envs.bfcl import Bfcl
-from envs.bfcl.scoring import judge_turn
+from envs.bfcl.scoring import PlayedTurn, judge_turn
 from envs.bfcl.source import open_package
 from envs.bfcl.tasks import BfclTask, Library, load_library
 from jaxgrpo.environment import Environment
@@ -40,7 +48,7 @@ def timed(function: Callable[..., T], *arguments: Any) -> tuple[float, T]:
 
 
 def simulator_seconds(library: Library, tasks: Sequence[BfclTask]) -> dict[str, float]:
-    """Median seconds of one set of simulators, one ground-truth call, one official check of a first turn that is passed."""
+    """Return median seconds to build simulators, run a ground-truth call, and check a turn."""
     builds, calls, checks = [], [], []
     for task in tasks:
         seconds, policy = timed(library.session, task)
@@ -52,7 +60,8 @@ def simulator_seconds(library: Library, tasks: Sequence[BfclTask]) -> dict[str, 
             calls.append(seconds)
             results.append(result.text)
         expected = [truth.run(call).text for call in task.turns[0].truth]
-        seconds, verdict = timed(judge_turn, 0, policy, truth, expected, results, len(results), 1)
+        played = PlayedTurn(results, len(results), 1)
+        seconds, verdict = timed(judge_turn, 0, policy, truth, expected, played)
         if not verdict.passed:
             raise RuntimeError(f"the ground truth of {task.id} does not pass: {verdict.reason}")
         checks.append(seconds)
@@ -64,7 +73,11 @@ def simulator_seconds(library: Library, tasks: Sequence[BfclTask]) -> dict[str, 
 
 
 def play(suite: Bfcl, chat: Chat, task: Task) -> tuple[float, int, int, int]:
-    """One perfect episode: seconds of rendering alone, tokens of the prompt, tokens of the answers, policy turns."""
+    """Play one perfect episode.
+
+    Return the seconds of rendering, the tokens of the prompt and of all answers, and the number of
+    policy turns.
+    """
     environment = suite.create(task)
     observation = environment.observe()
     rendering, prompt = timed(chat.opening, observation.messages, observation.tools)
@@ -81,7 +94,7 @@ def play(suite: Bfcl, chat: Chat, task: Task) -> tuple[float, int, int, int]:
 
 
 async def play_in_threads(suite: Bfcl, tasks: Sequence[Task], threads: int) -> None:
-    """All episodes at once, each call into an environment in a thread; nothing is rendered."""
+    """Play all episodes at once, with environments in worker threads and without rendering."""
     calls = BlockingCalls(threads, 60.0)
 
     async def episode(task: Task) -> None:
@@ -95,7 +108,7 @@ async def play_in_threads(suite: Bfcl, tasks: Sequence[Task], threads: int) -> N
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """What the line of JSON says: milliseconds, microseconds and rates by name."""
+    """Return the figures of the line of JSON, with units in their names."""
     suite = Bfcl(
         release=args.release,
         categories=tuple(args.categories),
@@ -141,7 +154,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(measured: dict[str, Any]) -> str:
-    """One line a figure."""
+    """Format one line per figure."""
     least, median, ninety, most = measured["prompt_tokens"]
     lines = {
         "one set of simulators": f"{measured['build_ms']:.3f} ms",
@@ -149,10 +162,12 @@ def table(measured: dict[str, Any]) -> str:
         "one official check": f"{measured['check_ms']:.3f} ms",
         "episodes/s, one thread": f"{measured['episodes_per_second']:.1f}",
         "  without rendering": f"{measured['episodes_per_second_without_rendering']:.1f}",
-        f"  without, in {measured['episodes']} x threads": f"{measured['episodes_per_second_in_threads']:.1f}",
+        f"  without, {measured['episodes']} at once": (
+            f"{measured['episodes_per_second_in_threads']:.1f}"
+        ),
         "rendering": f"{measured['rendered_tokens_per_second']} tokens/s",
         "tokens of a prompt": f"min {least}, median {median}, 90 % {ninety}, max {most}",
-        "tokens of an answer": f"{measured['answer_tokens_per_turn']:.1f} a policy turn",
+        "tokens of an answer": f"{measured['answer_tokens_per_turn']:.1f} per policy turn",
     }
     return "\n".join(f"{name:26} {value}" for name, value in lines.items())
 

@@ -1,11 +1,11 @@
-"""How often LocalGibberish is wrong: what it finds in texts that are in order, and in gibberish.
+"""Count the errors of LocalGibberish on sensible texts and on gibberish.
 
     python -m benchmarks.gibberish [--tokenizer assets/tiny-qwen2.5]
 
-In order are the demonstrations of all of BFCL's tasks in both protocols, the queries of its users,
-and, as ordinary English, the docstrings of Python's standard library and this project's own pages.
-Gibberish are random tokens, alone and after a demonstration, sentences in random order, repeated
-sentences and calls.
+Sensible texts are the demonstrations of all BFCL tasks in both protocols and the queries of its
+users. For ordinary English they are the docstrings of Python's standard library and this project's
+documentation. Gibberish is random tokens, alone and after a demonstration, sentences in random
+order, and repeated sentences and calls.
 """
 
 import argparse
@@ -42,8 +42,8 @@ def tasks(suite: Bfcl) -> list[Task]:
     return [*suite.tasks("train"), *suite.tasks("test")]
 
 
-def in_order() -> Iterator[tuple[str, Episodes]]:
-    """Texts in which nothing should be found."""
+def sensible() -> Iterator[tuple[str, Episodes]]:
+    """Yield texts in which nothing should be found."""
     for category in CATEGORIES:
         for protocol in ("tags", "native"):
             suite = Bfcl(categories=(category,), protocol=protocol, max_turns=99)
@@ -64,13 +64,13 @@ def in_order() -> Iterator[tuple[str, Episodes]]:
 
 
 def docstrings() -> list[str]:
-    """Of the standard library's modules, classes and functions, if 200 characters or longer."""
+    """Return docstrings of 200 characters or more from Python's standard library."""
     found = set()
     for name in sorted(sys.stdlib_module_names - {"antigravity", "this", "idlelib", "turtledemo"}):
         try:
             module = importlib.import_module(name)
         except ImportError:
-            continue  # of another system
+            continue  # not on this platform
         members = [m for m in vars(module).values() if isinstance(m, type | types.FunctionType)]
         found |= {inspect.getdoc(item) or "" for item in [module, *members]}
     return sorted(text for text in found if len(text) >= 200)
@@ -79,7 +79,7 @@ def docstrings() -> list[str]:
 def gibberish(
     random_tokens: Callable[[int], str], rng: np.random.Generator
 ) -> Iterator[tuple[str, Episodes]]:
-    """Texts in each of which something should be found."""
+    """Yield texts in each of which something should be found."""
     suite = Bfcl()
     demonstrations = [suite.demonstration(task) for task in tasks(suite)]
     for count in (10, 20, 40, 80, 200, 500):
@@ -117,7 +117,7 @@ def main() -> None:
     def random_tokens(count: int) -> str:
         return tokenizer.decode(rng.integers(0, len(tokenizer) - 10, count).tolist())
 
-    for title, sets in (("in order", in_order()), ("gibberish", gibberish(random_tokens, rng))):
+    for title, sets in (("sensible", sensible()), ("gibberish", gibberish(random_tokens, rng))):
         print(f"{title:50} {'texts':>6} {'found':>6}")
         for name, episodes in sets:
             found = [findings for episode in episodes if (findings := judge.findings(episode))]

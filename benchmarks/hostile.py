@@ -1,15 +1,19 @@
-"""Does BFCL's environment outlive whatever a policy can say?
+"""Test whether BFCL's environment survives arbitrary actions of a policy.
 
     python -m benchmarks.hostile [--actions 50000] [--seed 0] [--seconds 10]
 
-Generated actions are played on tasks of all categories, with both releases and both protocols: the
-demonstrations' texts, changed by characters, spans and tags; their calls with other values, names,
-types and shapes; calls of offered tools made up from hostile values; noise. An episode goes on to
-its end, or through 30 actions; then it is scored, and its record is written and read back.
+Generated actions are played on tasks of all categories, with both releases and both protocols:
 
-Prints what each release and protocol came to, the escapes (whatever came out of step, score or the
-record, or took longer than the seconds) and one line of JSON. The exit status is 1 when there are
-any escapes.
+- texts of demonstrations, mutated by characters, spans and tags;
+- their calls with other values, names, types and shapes;
+- calls of offered tools with hostile values;
+- noise.
+
+An episode runs to its end or for 30 actions. Then it is scored, and its record is written and read
+back. An escape is an exception from step, score or the record, or a call that exceeds `--seconds`.
+
+Prints a row for each release and protocol, the escapes, and one line of JSON. Exits with status 1
+if there are any escapes.
 """
 
 import argparse
@@ -37,10 +41,14 @@ from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall, Trajectory
 T = TypeVar("T")
 MOST_ACTIONS = 30
 TAGS = (
-    "<tool>", "</tool>", "<reasoning>", "</reasoning>", FINISHED, GAVE_UP, "<tool_call>", "</tool_call>", "<tool_result>",
-    "</tool_result>", "<|im_end|>", "<|im_start|>", "```json\n", "\n", "{", "}", "[", "]", '"', "\\", ",", ":",
+    "<tool>", "</tool>", "<reasoning>", "</reasoning>", FINISHED, GAVE_UP, "<tool_call>",
+    "</tool_call>", "<tool_result>", "</tool_result>", "<|im_end|>", "<|im_start|>", "```json\n",
+    "\n", "{", "}", "[", "]", '"', "\\", ",", ":",
 )  # fmt: skip
-CHARACTERS = "\x00\x07\x1b\ufeff\u200b\u202e\u2028\u0301\ud800\udfff\U0001f600\U0010ffff\xa0é中ab01 ./-_'\"\\\n\t"
+CHARACTERS = (
+    "\x00\x07\x1b\ufeff\u200b\u202e\u2028\u0301\ud800\udfff\U0001f600\U0010ffff"
+    "\xa0é中ab01 ./-_'\"\\\n\t"
+)
 
 
 def deep(depth: int) -> Any:
@@ -53,8 +61,8 @@ def deep(depth: int) -> Any:
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 10**5, 10**7, 10**9, 2**31, 2**63, -(2**63), 10**18, 10**300,
     10**4000, -(10**400), 0.1, -0.0, 1e-320, 1e308, -1e308, 5e-324, "", " ", "a", "x" * 5_000, "0",
-    "-1", "1e999999999", "1/3", "0x10", "１２", "NaN", "inf", "None", "True", "..", ".", "/", "../..",
-    "/" * 999, "a/b", "*", "%s%n", "{0}", "{'a': 1}", "\x00", "\u0301", "\U0001f600" * 50,
+    "-1", "1e999999999", "1/3", "0x10", "１２", "NaN", "inf", "None", "True", "..", ".", "/",
+    "../..", "/" * 999, "a/b", "*", "%s%n", "{0}", "{'a': 1}", "\x00", "\u0301", "\U0001f600" * 50,
     "2024-02-30", "9999-99-99", "__class__", "self", [], [1], [None], ["a"] * 200, [[1, 2], [3]],
     [1, "a", None, 2.5], {}, {"a": {"b": [1]}}, {"": ""}, {"__class__": 1}, deep(10), deep(22),
 )  # fmt: skip
@@ -64,7 +72,7 @@ NAMES = ("_load_scenario", "__init__", "__class__", "ls\x00", "LS", "x" * 9_999,
 
 @dataclasses.dataclass
 class Found:
-    """What the actions of one release and protocol came to."""
+    """The results for one release and protocol."""
 
     release: str
     protocol: str
@@ -80,7 +88,7 @@ class Found:
 
 
 class Hostile:
-    """Says what a policy should not, about one task; `words` are values that other tasks hold."""
+    """Generate hostile actions for one task. `words` are values from other tasks."""
 
     def __init__(
         self, source: random.Random, suite: Bfcl, library: Library, task: Task, words: Sequence[Any]
@@ -97,7 +105,10 @@ class Hostile:
         self._words = words
 
     def action(self) -> str:
-        """The next one. A third are demonstrations in their order, changed or not, so that episodes get anywhere."""
+        """Return the next action.
+
+        A third are texts of the demonstration in order, mutated or not, so that episodes advance.
+        """
         draw = self._random.random()
         if draw < 0.3:
             text = self._demonstration[self._said % len(self._demonstration)]
@@ -112,14 +123,14 @@ class Hostile:
         return self._noise()
 
     def _write(self, calls: Sequence[Any]) -> str:
-        """Calls in the protocol's form, as JSON that may be of any shape."""
+        """Write calls in the protocol's form, as JSON of any shape."""
         written = [json.dumps(call, ensure_ascii=self._random.random() < 0.5) for call in calls]
         if self._tags:
             return f"<tool>[{', '.join(written)}]</tool>"
         return "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in written)
 
     def _call(self) -> dict[str, Any]:
-        """A call of the ground truth or of an offered tool, with hostile values; or one that is no call."""
+        """Return a call of the ground truth or of an offered tool with hostile values or shape."""
         source = self._random
         if self._truth and source.random() < 0.3:
             known = source.choice(self._truth)
@@ -147,7 +158,7 @@ class Hostile:
         return self._random.choice(VALUES if self._random.random() < 0.5 else self._words)
 
     def _mutated(self, text: str) -> str:
-        """One to four changes of spans, characters and tags."""
+        """Make one to four changes of spans, characters and tags."""
         source = self._random
         for _ in range(source.randint(1, 4)):
             at = source.randint(0, len(text))
@@ -181,17 +192,20 @@ class Hostile:
 
 
 class TooLongError(Exception):
-    """A call has not come back."""
+    """A call exceeded its time limit."""
 
 
 def timed(function: Callable[..., T], *args: object, limit: float) -> tuple[float, T]:
-    """The seconds and the value of a call in a thread, waited for up to the limit; what it raises is raised."""
+    """Call the function in a thread, and return its seconds and value.
+
+    Raises TooLongError after `limit` seconds, and whatever the function raises.
+    """
     outcome: dict[str, Any] = {}
 
     def call() -> None:
         try:
             outcome["value"] = function(*args)
-        except BaseException as error:  # it belongs to the one who waits
+        except BaseException as error:  # raised again in the calling thread
             outcome["error"] = error
 
     thread = threading.Thread(target=call, daemon=True)
@@ -200,7 +214,7 @@ def timed(function: Callable[..., T], *args: object, limit: float) -> tuple[floa
     thread.join(limit)
     seconds = time.perf_counter() - began
     if thread.is_alive():
-        raise TooLongError(f"not back after {limit} seconds")
+        raise TooLongError(f"no result after {limit} seconds")
     if "error" in outcome:
         raise outcome["error"]
     return seconds, outcome["value"]
@@ -209,7 +223,7 @@ def timed(function: Callable[..., T], *args: object, limit: float) -> tuple[floa
 def play(
     suite: Bfcl, task: Task, hostile: Hostile, found: Found, actions: int, limit: float
 ) -> None:
-    """One episode, to its end or through so many actions, and its score."""
+    """Play and score one episode of at most `actions` actions."""
     environment = suite.create(task)
     messages = list(environment.observe().messages)
     calls: list[ToolCall] = []
@@ -223,9 +237,8 @@ def play(
             found.slowest_step = max(found.slowest_step, seconds)
             found.calls += len(result.calls)
             calls += result.calls
-            messages.append(
-                Message("assistant", said.encode("utf-8", "replace").decode())
-            )  # as a tokenizer decodes
+            decoded = said.encode("utf-8", "replace").decode()  # as a tokenizer decodes
+            messages.append(Message("assistant", decoded))
             if result.observation is None:
                 break
             answer = result.observation.messages
@@ -236,11 +249,10 @@ def play(
         found.largest_note = max([found.largest_note, *map(len, score.notes.values())])
         found.passed += score.passed
         check_record(task, messages, calls, score, result.stop_reason or StopReason.STEP_LIMIT)
-    except Exception as error:  # what this program is here to find
+    except Exception as error:  # an escape
         place = traceback.extract_tb(error.__traceback__)[-1]
-        what = (
-            f"{type(error).__name__}: {str(error)[:200]!r} ({place.filename}, line {place.lineno})"
-        )
+        where = f"({place.filename}, line {place.lineno})"
+        what = f"{type(error).__name__}: {str(error)[:200]!r} {where}"
         found.escapes.append(f"{task.id}: {what} after {said[:200]!r}")
 
 
@@ -251,19 +263,28 @@ def check_record(
     score: Score,
     reason: StopReason,
 ) -> None:
-    """Raises ValueError when the episode's record does not read back as what was written."""
-    nothing = np.zeros(0, np.int32)
+    """Raise ValueError if the episode's record does not read back as it was written."""
     trajectory = Trajectory(
-        task.id, 0, np.ones(1, np.int32), nothing, nothing.astype(bool), nothing.astype(np.float32), nothing,
-        tuple(messages), tuple(calls), 0, reason, score,
-    )  # fmt: skip
+        task_id=task.id,
+        sample_index=0,
+        prompt_ids_P=np.ones(1, np.int32),
+        completion_ids_C=np.zeros(0, np.int32),
+        action_mask_C=np.zeros(0, bool),
+        sampler_logprobs_C=np.zeros(0, np.float32),
+        weight_versions_C=np.zeros(0, np.int32),
+        messages=tuple(messages),
+        calls=tuple(calls),
+        turns=0,
+        stop_reason=reason,
+        score=score,
+    )
     read = from_line(to_line(TrajectoryRecord(trajectory, "train", 0, task.labels))).trajectory
     if (read.messages, read.calls, read.score) != (trajectory.messages, trajectory.calls, score):
         raise ValueError("the record reads back as another episode")
 
 
 def search(suite: Bfcl, actions: int, seed: int, limit: float) -> Found:
-    """Play so many hostile actions with one release and one protocol; the same seed says the same."""
+    """Play hostile actions with one release and protocol. The same seed gives the same actions."""
     found = Found(suite.release, suite.protocol)
     tasks = [*suite.tasks("train"), *suite.tasks("test")]
     words = [value for task in tasks for value in _arguments(task)]
@@ -277,7 +298,7 @@ def search(suite: Bfcl, actions: int, seed: int, limit: float) -> Found:
 
 
 def _arguments(task: Task) -> list[Any]:
-    """The values in a task's ground truth."""
+    """Return the argument values in a task's ground truth."""
     assert isinstance(task.payload, BfclTask)
     return [
         value
@@ -291,11 +312,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--actions", type=int, default=50_000, help="in all (default: 50000)")
+    parser.add_argument("--actions", type=int, default=50_000, help="in total (default: 50000)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--seconds", type=float, default=10.0, help="that a step may take (default: 10)"
-    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="time limit of a step")
     parser.add_argument("--releases", nargs="+", default=list(RELEASES), choices=list(RELEASES))
     args = parser.parse_args()
     ways = [(release, protocol) for release in args.releases for protocol in PROTOCOLS]
@@ -334,7 +353,7 @@ def main() -> int:
 
 
 def summary(everything: Sequence[Found]) -> dict[str, Any]:
-    """All together: what the line of JSON says."""
+    """Return the totals for the line of JSON."""
     return {
         "benchmark": "hostile",
         "actions": sum(found.actions for found in everything),

@@ -1,12 +1,18 @@
-"""Seconds a batch with rollouts ahead of training, beside the synchronous schedule: `python -m benchmarks.overlap [--config FILE]`.
+"""Measure seconds per batch with asynchronous and with synchronous rollouts.
 
-By default the sampler stands for one on another machine: it sleeps. Each of `--streams` makes tokens at one rate, turns have random
-lengths, and the rate is set so that the rollouts of a batch take as long as its update (`--balance` times as long). The rest is the real
-thing: the loop of jaxgrpo.train, the tiny model, the warehouse's environments. With `--own-sampler` the config's own sampler plays; `--pin`
-then gives its server one half of the cores and the trainer the other, as if they were two machines.
+    python -m benchmarks.overlap [--config FILE]
 
-Runs with max_staleness 0 and `--staleness` take turns, `--repeats` times, the rate set anew for each pair. The first `--warm` batches of a
-run are not counted, nor the last ones, behind which nothing is played any more. Prints a table and one line of JSON.
+By default, a sampler that sleeps stands for one on another machine. Each of its `--streams` samples
+tokens at the same rate, and turns have random lengths. The rate is set so that the rollouts of a
+batch take `--balance` times as long as its update. Everything else is real: the loop of
+jaxgrpo.train, the tiny model, the warehouse's environments.
+
+With `--own-sampler`, the config's own sampler runs. `--pin` then gives half of the cores to its
+server and half to the trainer, as if they were two machines.
+
+Runs with max_staleness 0 and `--staleness` alternate, `--repeats` times. The rate is set again for
+each pair. The first `--warm` batches of a run are not counted, and neither are the last ones, in
+which no rollout runs ahead. Prints a table and one line of JSON.
 """
 
 import argparse
@@ -30,12 +36,15 @@ from jaxgrpo.run.processes import Processes
 from jaxgrpo.samplers.base import FinishReason, Generation, Sampler, SamplingRequest
 from jaxgrpo.train import Training
 
-_TURN_TOKENS = 40  # the median of a turn's length; lengths are log-normal, so that some episodes are stragglers
+_TURN_TOKENS = 40  # median length of a turn; lengths are log-normal, so some episodes straggle
 _FIRST_RATE = 200.0
 
 
 class PacedSampler:
-    """Random tokens, each stream at `rate` tokens a second, at most `streams` at once; each token's version is that of its time."""
+    """Sample random tokens in `streams` concurrent streams of `rate` tokens per second each.
+
+    Each token has the weight version of the time at which it was sampled.
+    """
 
     weights_folder = None
 
@@ -101,13 +110,13 @@ class PinnedTraining(Training):
 
 
 def _pin(cores: Sequence[int]) -> None:
-    """Every thread of this process."""
+    """Bind every thread of this process to these cores."""
     for thread in Path("/proc/self/task").iterdir():
         os.sched_setaffinity(int(thread.name), cores)
 
 
 def configured(args: argparse.Namespace, staleness: int, batches: int) -> Config:
-    """The config, cut to some batches of one shape: nothing is compiled once a run is warm."""
+    """Return the config with few batches of one shape, so that a warm run compiles nothing."""
     config = load_config(args.config, args.set)
     r, t = config.rollout, config.training
     changed = dataclasses.replace(
@@ -130,7 +139,7 @@ def configured(args: argparse.Namespace, staleness: int, batches: int) -> Config
 
 
 def run(args: argparse.Namespace, staleness: int, batches: int, rate: float) -> list[dict]:
-    """The metrics of `batches` of a run, without its first ones and those at its end."""
+    """Run, and return the metrics of the `batches` that count."""
     kind: type[Training] = PinnedTraining if args.pin else Training
     if not args.own_sampler:
         kind = PacedTraining
@@ -149,7 +158,7 @@ def run(args: argparse.Namespace, staleness: int, batches: int, rate: float) -> 
 
 
 def balanced_rate(args: argparse.Namespace) -> float:
-    """Tokens a second at which a batch's rollouts take `--balance` times as long as what the trainer does with them, now."""
+    """Return the tokens per second at which rollouts take `--balance` times the trainer's time."""
     lines = run(args, 0, 2, _FIRST_RATE)
     rollout = statistics.median(line["time/rollout_seconds"] for line in lines)
     trainer = statistics.median(
@@ -159,7 +168,7 @@ def balanced_rate(args: argparse.Namespace) -> float:
 
 
 def summed_up(lines: Sequence[dict]) -> dict[str, float]:
-    """Medians over batches; a batch's trainer seconds are what it does not wait."""
+    """Return medians over batches. The trainer's seconds are those in which it does not wait."""
     median = lambda name: round(statistics.median(line[name] for line in lines), 4)
     return {
         "batch_seconds": median("time/batch_seconds"),
@@ -183,18 +192,20 @@ def summed_up(lines: Sequence[dict]) -> dict[str, float]:
 
 def show(results: Mapping[str, Mapping[str, float]]) -> None:
     print(
-        f"{'schedule':<18}{'s a batch':>10}{'rollout s':>10}{'trainer s':>10}{'trainer idle':>13}{'sampler idle':>13}{'staleness':>16}"
+        f"{'schedule':<18}{'s per batch':>12}{'rollout s':>10}{'trainer s':>10}"
+        f"{'trainer idle':>13}{'sampler idle':>13}{'staleness':>16}"
     )
     for name, r in results.items():
         staleness = f"{r['staleness_mean']:.2f}, at most {r['staleness_max']}"
         print(
-            f"{name:<18}{r['batch_seconds']:>10.2f}{r['rollout_seconds']:>10.2f}{r['trainer_seconds']:>10.2f}{r['trainer_idle_fraction']:>13.0%}"
+            f"{name:<18}{r['batch_seconds']:>12.2f}{r['rollout_seconds']:>10.2f}"
+            f"{r['trainer_seconds']:>10.2f}{r['trainer_idle_fraction']:>13.0%}"
             f"{r['sampler_idle_fraction']:>13.0%}{staleness:>16}"
         )
 
 
 def compared(args: argparse.Namespace) -> tuple[dict[str, dict[str, float]], float]:
-    """Both schedules summed up, shown after each pair of runs; and the last pair's rate."""
+    """Run both schedules, print a summary after each pair, and return it with the last rate."""
     lines: dict[int, list[dict]] = {0: [], args.staleness: []}
     for _ in range(args.repeats):
         rate = 0.0 if args.own_sampler else balanced_rate(args)
@@ -217,7 +228,7 @@ def parsed() -> argparse.Namespace:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting"
     )
     parser.add_argument("--staleness", type=int, default=1)
-    parser.add_argument("--batches", type=int, default=6, help="counted batches of a run")
+    parser.add_argument("--batches", type=int, default=6, help="counted batches per run")
     parser.add_argument("--warm", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--streams", type=int, default=64, help="of the sampler that sleeps")
@@ -253,7 +264,8 @@ def main() -> None:
     halves = synchronous["rollout_seconds"], synchronous["trainer_seconds"]
     possible = sum(halves) / max(halves)
     print(
-        f"{ratio:.2f} times as many batches in the same time; {possible:.2f} if the halves of the synchronous schedule overlapped wholly"
+        f"{ratio:.2f} times as many batches in the same time; "
+        f"{possible:.2f} if rollouts and training overlapped completely"
     )
     config = configured(args, args.staleness, args.batches)
     about = {
@@ -263,7 +275,8 @@ def main() -> None:
         if args.own_sampler
         else f"sleeping, {args.streams} streams, {rate:.0f} tokens/s each at last",
         "pinned": args.pin,
-        "device": f"{jax.devices()[0].device_kind} x{len(jax.devices())}, {os.cpu_count()} CPU cores",
+        "device": f"{jax.devices()[0].device_kind} x{len(jax.devices())}, "
+        f"{os.cpu_count()} CPU cores",
         "rollouts": config.rollout.tasks_per_step * config.rollout.group_size,
     }
     print(

@@ -1,12 +1,17 @@
-"""Is this the model that transformers computes? Float32 logits and greedy tokens of a Qwen2.5 folder, by every path of this project.
+"""Compare float32 logits and greedy tokens of a Qwen2.5 folder with those of transformers.
 
     python -m benchmarks.parity /models/Qwen2.5-0.5B-Instruct
 
-For each prompt transformers (float32, CPU) generates greedily; then its sequence goes through the plain forward pass, and through the
-shared-prompt forward pass in a padded batch, where each prompt also carries the continuation of its neighbour. Reported are the largest
-absolute differences of the logits, and whether each path picks the same tokens (a path that picks the given next token at every position of
-a sequence would have generated it). The embedded sampler generates by itself, all prompts at once.
-Exits 1 when a token differs or the logits differ by more than --bound. Needs torch.
+transformers (float32, CPU) continues each prompt greedily. Three paths are compared with it:
+
+- the plain forward pass on the whole sequence;
+- the shared-prompt forward pass in a padded batch, where each prompt also has the continuation of
+  its neighbor;
+- the embedded sampler, which generates by itself, all prompts at once.
+
+Prints the largest absolute differences of logits, and how many tokens each path picks differently.
+(A path that picks the given next token at every position would have generated the sequence.) Exits
+with status 1 if a token differs, or the logits differ by more than --bound. Needs torch.
 """
 
 import argparse
@@ -47,7 +52,7 @@ LOAD = cast_to(jnp.float32)
 
 
 class Transformers:
-    """The reference, in float32."""
+    """The model of transformers, in float32."""
 
     def __init__(self, folder: Path):
         self._model = AutoModelForCausalLM.from_pretrained(
@@ -56,7 +61,7 @@ class Transformers:
 
     @torch.no_grad()
     def greedy(self, prompt_P: np.ndarray, length: int) -> np.ndarray:
-        """The `length` most likely next tokens one after another, whatever they are."""
+        """Return the `length` most likely next tokens, end tokens included."""
         out, cache, ids = [], None, torch.tensor(prompt_P)[None]
         for _ in range(length):
             step = self._model(ids, past_key_values=cache, use_cache=True)
@@ -66,12 +71,12 @@ class Transformers:
 
     @torch.no_grad()
     def logits(self, ids_T: np.ndarray) -> np.ndarray:
-        """[T] -> [T, V]."""
+        """Return logits [T, V] for ids [T]."""
         return self._model(torch.tensor(ids_T)[None]).logits[0].numpy()
 
 
 def plain_logits(config: ModelConfig, params: Params, ids_T: np.ndarray) -> np.ndarray:
-    """[T] -> [T, V] through `forward`."""
+    """Return logits [T, V] for ids [T], by `forward`."""
     return np.asarray(
         forward(config, params, jnp.asarray(ids_T)[None], load=LOAD)[0] @ head_table(params).T
     )
@@ -80,7 +85,7 @@ def plain_logits(config: ModelConfig, params: Params, ids_T: np.ndarray) -> np.n
 def shared_logits(
     config: ModelConfig, params: Params, prompts: list[np.ndarray], completions_NGC: np.ndarray
 ) -> np.ndarray:
-    """N prompts of any lengths and their completions -> [N, G, C, V] through `forward_shared_prompt`."""
+    """Return logits [N, G, C, V] for N prompts and completions, by `forward_shared_prompt`."""
     lengths_N = np.array([len(p) for p in prompts])
     prompt_NP = np.stack([np.pad(p, (0, lengths_N.max() - len(p))) for p in prompts])
     tokens = GroupTokens(*map(jnp.asarray, (prompt_NP, lengths_N, completions_NGC)))
@@ -91,7 +96,7 @@ def shared_logits(
 async def sampled(
     config: ModelConfig, params: Params, tokenizer: Any, prompts: list[np.ndarray], length: int
 ) -> list[Generation]:
-    """Greedy generations of the embedded sampler (prefill and decode over its caches), all prompts in one batch."""
+    """Generate greedily with the embedded sampler, all prompts in one batch."""
     sampler = NativeSampler(
         dataclasses.replace(config, eos_token_ids=()),
         params,
@@ -110,32 +115,37 @@ async def sampled(
 
 
 def margin(logits_CV: np.ndarray) -> float:
-    """The smallest distance between the best and the second best token: differences far below it cannot change a greedy choice."""
+    """Return the smallest distance between the best and second-best logit.
+
+    Differences far below it cannot change a greedy choice.
+    """
     top = np.partition(logits_CV, -2, axis=-1)[..., -2:]
     return float((top[..., 1] - top[..., 0]).min())
 
 
 def log_softmax_at(logits_CV: np.ndarray, ids_C: np.ndarray) -> np.ndarray:
-    """Log-probabilities [C] of the given tokens, in float64."""
+    """Return log-probabilities [C] of the given tokens, in float64."""
     logits_CV = logits_CV.astype(np.float64)
     shifted = logits_CV - logits_CV.max(-1, keepdims=True)
     return shifted[np.arange(len(ids_C)), ids_C] - np.log(np.exp(shifted).sum(-1))
 
 
+def prompt_ids(tokenizer: Any) -> list[np.ndarray]:
+    """Return the ids of CHATS, each with the start of the assistant's turn."""
+    conversations = [[{"role": "user", "content": text}] for text in CHATS]
+    rendered = [
+        tokenizer.apply_chat_template(conversation, add_generation_prompt=True)
+        for conversation in conversations
+    ]
+    return [np.array(encoding["input_ids"], np.int32) for encoding in rendered]
+
+
 def measure(folder: Path, length: int) -> tuple[dict[str, float], dict[str, int]]:
-    """The largest differences by what they are of, and the number of differing greedy tokens by path."""
+    """Return the largest differences by quantity, and the number of other greedy tokens by path."""
     config = ModelConfig.from_folder(folder)
     tokenizer = pretrained.load_tokenizer(folder)
     reference = Transformers(folder)
-    prompts = [
-        np.array(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": c}], add_generation_prompt=True
-            )["input_ids"],
-            np.int32,
-        )
-        for c in CHATS
-    ]
+    prompts = prompt_ids(tokenizer)
     greedy_NC = np.stack([reference.greedy(prompt, length) for prompt in prompts])
     completions_NGC = np.stack([greedy_NC, np.roll(greedy_NC, 1, axis=0)], axis=1)
     params = jax.tree.map(jnp.asarray, pretrained.load_params(folder, config, np.float32))
@@ -172,13 +182,14 @@ def measure(folder: Path, length: int) -> tuple[dict[str, float], dict[str, int]
         f"{len(prompts)} prompts of {[len(p) for p in prompts]} tokens, {length} greedy tokens each"
     )
     print(
-        f"largest logit {np.abs(shared_NGCV).max():.1f}; smallest margin of a greedy choice {min(margins):.3g}"
+        f"largest logit {np.abs(shared_NGCV).max():.1f}; "
+        f"smallest margin of a greedy choice {min(margins):.3g}"
     )
     return differences, wrong
 
 
 def main() -> None:
-    """Read the arguments, measure, judge."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,5 +1,4 @@
-"""Which processor a figure is of, how busy its cores are, and what a library makes of them. Needs
-nothing but Python."""
+"""Identify the processor, and measure its load and its rate of products. Needs only Python."""
 
 import math
 import os
@@ -9,11 +8,11 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 PRODUCT = (4096, 1024, 1024)
-"""Rows, inner and columns of the matrix product that a library is asked for."""
+"""Rows, inner size and columns of the matrix product that is timed."""
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
-    """Vendor, family, model and name of the first core; the name alone where no more is known."""
+    """Return vendor, family, model and name of the first core, or only the name if unknown."""
     if not cpuinfo.is_file():
         return {"name": platform.processor() or platform.machine()}
     first, _, _ = cpuinfo.read_text().partition("\n\n")
@@ -28,15 +27,14 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
 
 
 def described(found: Mapping[str, str]) -> str:
-    """E.g. "AMD EPYC 9575F (AuthenticAMD, family 26, model 2)"."""
+    """Format as "AMD EPYC 9575F (AuthenticAMD, family 26, model 2)"."""
     details = [found["vendor"]] if "vendor" in found else []
     details += [f"{key} {found[key]}" for key in ("family", "model") if key in found]
     return found.get("name", "unknown") + (f" ({', '.join(details)})" if details else "")
 
 
 def busy_seconds(cores: Collection[int], stat: Path = Path("/proc/stat")) -> float:
-    """For how long these cores have worked since the machine began, for whomever, added up; NaN
-    where nobody counts it."""
+    """Return the total busy seconds of these cores since boot, or NaN if they are not counted."""
     if not stat.is_file():
         return math.nan
     names = {f"cpu{core}" for core in cores}
@@ -49,8 +47,10 @@ def busy_seconds(cores: Collection[int], stat: Path = Path("/proc/stat")) -> flo
 
 
 def product_gflops(multiply: Callable[[], object]) -> float:
-    """The rate in a processor second of `multiply`, which computes one product of PRODUCT's sizes:
-    what a core does when nobody else wants it. The best of twenty."""
+    """Return the GFLOP per processor second of `multiply`, as the best of twenty.
+
+    `multiply` computes one product of PRODUCT's sizes. Other processes do not count.
+    """
     seconds = []
     for _ in range(20):
         start = time.process_time()

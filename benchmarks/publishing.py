@@ -1,4 +1,4 @@
-"""A model's weights as a trainer holds them, published and read back, timed."""
+"""Time publishing and reading a model's weights, as the trainer holds them."""
 
 import dataclasses
 import time
@@ -19,7 +19,7 @@ from jaxgrpo.storage.published_reader import read_tensors
 
 
 def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
-    """Seconds, and what the function returns."""
+    """Return the seconds of a call, and its value."""
     start = time.perf_counter()
     result = function(*arguments)
     return time.perf_counter() - start, result
@@ -41,7 +41,7 @@ class Held:
 
     @property
     def bytes(self) -> int:
-        """Of one version."""
+        """The bytes of one version."""
         return weights.published_bytes(self.layout)
 
     def publish(self, root: Path, version: int) -> Path:
@@ -50,7 +50,7 @@ class Held:
         )
 
     def round(self, root: Path, version: int) -> dict[str, float]:
-        """Seconds of one version: written, and read with all checks; and of the checksums alone."""
+        """Return the seconds to write one version, to read it with all checks, and of checksums."""
         write, folder = timed(self.publish, root, version)
         read, tensors = timed(lambda: read_tensors(folder, read_manifest(folder, version)))
         check, _ = timed(checksums, tensors)

@@ -1,4 +1,4 @@
-"""Turns of a sampler, played and timed."""
+"""Play and time turns of a sampler."""
 
 import asyncio
 import dataclasses
@@ -12,7 +12,7 @@ from jaxgrpo.samplers.base import Sampler, SamplingRequest
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One turn to play: which prompt, for which episode of it, how many tokens."""
+    """One turn to play: its prompt, its episode in the group, and its number of tokens."""
 
     group: str
     episode: int
@@ -27,8 +27,10 @@ class Turn:
 
 
 async def play(sampler: Sampler, turns: Sequence[Turn]) -> float:
-    """Seconds that all turns at once take; refuses a turn that ended early, for it would count as
-    fast."""
+    """Play all turns at once, and return the seconds.
+
+    Raises RuntimeError if a turn ends early, because it would look fast.
+    """
     start = time.perf_counter()
     generations = await asyncio.gather(*[sampler.generate(turn.request()) for turn in turns])
     seconds = time.perf_counter() - start

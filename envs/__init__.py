@@ -1,4 +1,4 @@
 import pkgutil
 
-# a user's own folder of this name, too: its modules come after this project's
+# A user's own folder `envs/` is searched after this one.
 __path__ = pkgutil.extend_path(__path__, __name__)

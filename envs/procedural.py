@@ -1,9 +1,12 @@
-"""Errands in a small warehouse: generated tasks that need no download, where one tool's answer is another tool's argument.
+"""Generate errands in a small warehouse, where one tool's answer is another tool's argument.
 
-The policy is told an item's name; tools want its code. So it must look the code up, for some errands also the count in stock, and
-then order or ship. It speaks the `tags` protocol (envs/tool_tags.py). Prompts are short (under 200 tokens), so that a tiny model can be
-trained on a CPU, and the unit tests of the rest have a fast environment. It is also the example of an environment of one's own: a suite,
-a class with observe, step and score, nothing registered anywhere.
+The policy is told the name of an item, but the tools take its code. It must look up the code, for
+some errands also the count in stock, and then order or ship. It uses the `tags` protocol
+(envs/tool_tags.py).
+
+This is the example to copy for your own environment: a suite, and a class with `observe`, `step`
+and `score`. Nothing is registered. Tasks need no download. Prompts have fewer than 200 tokens, so
+that a tiny model can be trained on a CPU and tests run fast.
 """
 
 import dataclasses
@@ -34,7 +37,7 @@ ITEMS = (
 )
 PLACES = ("Oslo", "Lima", "Cairo", "Quito", "Delhi", "Porto", "Kyoto", "Accra")
 AMOUNTS = range(20, 40)
-STOCKED = 3  # items in the warehouse of one task
+STOCKED = 3  # items in stock per task
 TOOLS = (
     "code_of(item: str)",
     "stock_of(code: str)",
@@ -45,9 +48,10 @@ TOOLS = (
 
 @dataclasses.dataclass(frozen=True)
 class Errand:
-    """The payload of a task: what is wanted, and the warehouse (item, code, count).
+    """The payload of a task: the request, and the stock as (item, code, count).
 
-    `Errand("refill", "lamp", 30, "", (("lamp", "K4", 12), ("rope", "B7", 3), ("drum", "S1", 8)))` wants an order of 18 of K4.
+    This errand is solved by ordering 18 of K4:
+    `Errand("refill", "lamp", 30, "", (("lamp", "K4", 12), ("rope", "B7", 3), ("drum", "S1", 8)))`
     """
 
     kind: str
@@ -66,7 +70,7 @@ class Errand:
 
     @property
     def solution(self) -> tuple[tuple[str, dict[str, object]], ...]:
-        """The calls that do it, in order."""
+        """The calls that solve the errand, in order."""
         code, count = next((code, count) for item, code, count in self.stock if item == self.item)
         look_up: tuple[str, dict[str, object]] = ("code_of", {"item": self.item})
         count_up: tuple[str, dict[str, object]] = ("stock_of", {"code": code})
@@ -83,13 +87,17 @@ class Errand:
 
 @dataclasses.dataclass(frozen=True)
 class Warehouse:
-    """Generated errands. The splits share no (kind, item, amount or place); the same seed gives the same tasks.
+    """The suite of generated errands. The same seed gives the same tasks.
 
-    kinds        any of "order" (two calls), "ship" and "refill" (three calls; "refill" needs a subtraction)
-    train_size   tasks to train on
-    test_size    held-out tasks
-    seed         of the generation
-    max_steps    policy turns; the last one's calls still run, then the episode ends with STEP_LIMIT
+    The splits have no (kind, item, amount, place) in common.
+
+    kinds        any of "order" (two calls), "ship" (three calls) and "refill" (three calls and a
+                 subtraction)
+    train_size   number of training tasks
+    test_size    number of held-out tasks
+    seed         seed of the generator
+    max_steps    policy turns per episode. The calls of the last turn still run, then the episode
+                 ends with STEP_LIMIT
     """
 
     kinds: tuple[str, ...] = KINDS
@@ -109,7 +117,8 @@ class Warehouse:
         available = len(_wishes(self.kinds))
         if self.train_size + self.test_size > available:
             raise ValueError(
-                f"train_size + test_size is {self.train_size + self.test_size}, these kinds have {available} tasks"
+                f"train_size + test_size is {self.train_size + self.test_size}, "
+                f"but these kinds have {available} tasks"
             )
 
     def tasks(self, split: str) -> Sequence[Task]:
@@ -128,7 +137,7 @@ class Warehouse:
         return WarehouseEnvironment(_errand(task), self.max_steps)
 
     def demonstration(self, task: Task) -> tuple[str, ...]:
-        """Policy turns that solve the task: a call each, then the end."""
+        """Return policy turns that solve the task: one call each, then the end."""
         solution = _errand(task).solution
         return (
             *(tool_tags.write_calls([call], f"I call {call[0]}.") for call in solution),
@@ -156,7 +165,7 @@ class Warehouse:
 
 
 class WarehouseEnvironment:
-    """One errand; its state is the list of orders and the list of shipments, which must come out exactly."""
+    """One episode of an errand. Its state is the ledger of orders and shipments."""
 
     def __init__(self, errand: Errand, max_steps: int) -> None:
         self._errand = errand
@@ -197,7 +206,7 @@ class WarehouseEnvironment:
         )
 
     def _run(self, requests: Sequence[ToolRequest]) -> tuple[ToolCall, ...]:
-        """Run a list of calls up to the first that fails; what ran before it stands."""
+        """Run the calls up to the first that fails. Calls before it keep their effect."""
         shown: list[ToolCall] = []
         for request in requests:
             text, ok = (
@@ -221,10 +230,8 @@ class WarehouseEnvironment:
             return f"there is no tool named {name[:40]}", False
         tool, wanted = tools[name]
         if {key: type(value) for key, value in arguments.items()} != wanted:
-            return (
-                f"the arguments are {', '.join(f'{key}: {kind.__name__}' for key, kind in wanted.items())}",
-                False,
-            )
+            expected = ", ".join(f"{key}: {kind.__name__}" for key, kind in wanted.items())
+            return f"the arguments are {expected}", False
         return tool(**arguments)
 
     def _code_of(self, item: str) -> tuple[str, bool]:
@@ -248,7 +255,7 @@ class WarehouseEnvironment:
         return done, True
 
     def score(self) -> Score:
-        """1 when the ledger holds the one wanted entry and no other."""
+        """Return 1 if the ledger holds exactly the entry that was asked for, else 0."""
         wanted = [self._errand.solution[-1]]
         passed = self._ledger == wanted
         notes = {} if passed else {"ledger": f"{self._ledger[:4]}, expected {wanted}"[:500]}
@@ -261,7 +268,7 @@ class WarehouseEnvironment:
 
 
 def _wishes(kinds: Sequence[str]) -> list[tuple[str, str, int, str]]:
-    """Everything that can be asked for: (kind, item, amount, place)."""
+    """Return all possible requests as (kind, item, amount, place)."""
     amounts = [
         (kind, item, amount, "")
         for kind, item, amount in itertools.product(("order", "refill"), ITEMS, AMOUNTS)
@@ -278,6 +285,7 @@ def _wishes(kinds: Sequence[str]) -> list[tuple[str, str, int, str]]:
 def _errand(task: Task) -> Errand:
     if not isinstance(task.payload, Errand):
         raise TypeError(
-            f"task {task.id!r} is not one of this suite: its payload is a {type(task.payload).__name__}"
+            f"task {task.id!r} does not belong to this suite: "
+            f"its payload is a {type(task.payload).__name__}"
         )
     return task.payload

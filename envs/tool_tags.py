@@ -1,12 +1,12 @@
-"""The `tags` protocol: how a policy writes its reasoning, its tool calls and its end in plain text, and how results come back.
+"""Read and write the `tags` protocol: reasoning, tool calls and results as plain text.
 
-One policy turn is optional reasoning and then exactly one of: a list of calls, the end, giving up.
+A policy turn is optional reasoning, followed by one of: a list of calls, the end, giving up.
 
     <reasoning>I need the file's name first.</reasoning>
     <tool>[{"name": "ls", "args": {}}]</tool>
 
-Results come back as a message of role `system`: `<tool_result>["ls succeeded: ..."]</tool_result>`. Whatever the policy writes badly is
-answered with a message that says what was wrong. Nothing here raises on any text.
+Results come back in a message of role `system`: `<tool_result>["ls succeeded: ..."]</tool_result>`.
+Malformed turns are answered with a message that names the fault. No text raises an exception.
 """
 
 import dataclasses
@@ -21,7 +21,8 @@ GAVE_UP = "<TASK_ERROR>"
 STOP_STRINGS = ("</tool>", FINISHED, GAVE_UP)
 
 INSTRUCTIONS = (
-    "Fulfil the user's request with the tools below. Think inside <reasoning></reasoning>, then call tools with a JSON list:\n"
+    "Fulfil the user's request with the tools below. "
+    "Think inside <reasoning></reasoning>, then call tools with a JSON list:\n"
     '<tool>[{"name": "tool_name", "args": {"argument": "value"}}]</tool>\n'
     "You will see a <tool_result> and can go on. "
     "When the request is fulfilled, write <TASK_FINISHED>. If it cannot be, write <TASK_ERROR>."
@@ -35,7 +36,7 @@ _OPEN, _CLOSE = "<reasoning>", "</reasoning>"
 
 @dataclasses.dataclass(frozen=True)
 class ToolRequest:
-    """One call that the policy asks for: `ToolRequest("ls", {})`; with `fault` set, it is malformed and cannot run."""
+    """One requested call, such as `ToolRequest("ls", {})`. If `fault` is set, it cannot run."""
 
     name: str
     arguments: Mapping[str, object]
@@ -44,7 +45,7 @@ class ToolRequest:
 
 @dataclasses.dataclass(frozen=True)
 class Action:
-    """What a policy turn asks for: calls, or the end (`finished` or `gave_up`), or, with `fault` set, nothing that can be understood."""
+    """A parsed policy turn: calls, or the end (`finished` or `gave_up`), or a `fault`."""
 
     requests: tuple[ToolRequest, ...] = ()
     finished: bool = False
@@ -53,7 +54,7 @@ class Action:
 
 
 def parse_action(text: str) -> Action:
-    """Read one policy turn. The first closing mark outside the reasoning decides, as it would have stopped the sampler.
+    """Read one policy turn up to the first stop string outside the reasoning.
 
     >>> parse_action("<reasoning>Not <TASK_FINISHED> yet.</reasoning><TASK_ERROR>").gave_up
     True
@@ -61,12 +62,14 @@ def parse_action(text: str) -> Action:
     outside = without_reasoning(text)
     if outside is None:
         return Action(
-            fault="The reasoning was not closed with </reasoning> before the turn ended; nothing was done."
+            fault="The reasoning was not closed with </reasoning> before the turn ended; "
+            "nothing was done."
         )
     marks = [(outside.find(mark), mark) for mark in STOP_STRINGS if mark in outside]
     if not marks:
         return Action(
-            fault="There was no <tool>...</tool> and no <TASK_FINISHED> or <TASK_ERROR>; nothing was done."
+            fault="There was no <tool>...</tool> and no <TASK_FINISHED> or <TASK_ERROR>; "
+            "nothing was done."
         )
     position, mark = min(marks)
     start = outside.find("<tool>", 0, position)
@@ -80,7 +83,7 @@ def parse_action(text: str) -> Action:
 
 
 def without_reasoning(text: str) -> str | None:
-    """The text outside its reasoning blocks, or None where a block is not closed."""
+    """Return the text outside its reasoning blocks, or None if a block is not closed."""
     kept, position = [], 0
     while (start := text.find(_OPEN, position)) >= 0:
         end = text.find(_CLOSE, start)
@@ -109,7 +112,7 @@ def _fault_of_list(value: object) -> str:
 
 
 def request(item: object, key: str) -> ToolRequest:
-    """One call object, e.g. `{"name": "ls", "args": {}}` with `key="args"`."""
+    """Check one call object, such as `{"name": "ls", "args": {}}` with `key="args"`."""
     if not isinstance(item, dict):
         return ToolRequest("", {}, f'a call must be an object with "name" and "{key}"')
     name, arguments = item.get("name"), item.get(key)
@@ -123,7 +126,7 @@ def request(item: object, key: str) -> ToolRequest:
 
 
 def read_json(text: str) -> tuple[object, str]:
-    """Strict JSON of bounded size and depth: the value and "", or None and what is wrong with the text."""
+    """Read strict JSON of bounded size and depth. Return (value, ""), or (None, fault)."""
     if len(text) > MAX_JSON_CHARS:
         return None, f"it is longer than {MAX_JSON_CHARS} characters"
     try:
@@ -142,7 +145,7 @@ def read_json(text: str) -> tuple[object, str]:
 
 
 def _encodable(value: object) -> bool:
-    """Whether the value's texts can be written as UTF-8; half a surrogate pair would break every log and tokenizer behind us."""
+    """Whether UTF-8 can encode the value. Half a surrogate pair would break logs and tokenizers."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -181,7 +184,7 @@ def _deeper_than(value: object, depth: int) -> bool:
 
 
 def write_calls(calls: Sequence[tuple[str, Mapping[str, object]]], reasoning: str = "") -> str:
-    """The text of a policy turn that makes these calls: the inverse of `parse_action`."""
+    """Write a policy turn that makes these calls: the inverse of `parse_action`."""
     listed = json.dumps(
         [{"name": name, "args": dict(arguments)} for name, arguments in calls], ensure_ascii=False
     )
@@ -189,7 +192,7 @@ def write_calls(calls: Sequence[tuple[str, Mapping[str, object]]], reasoning: st
 
 
 def write_end(gave_up: bool = False, reasoning: str = "") -> str:
-    """The text of a policy turn that ends the task."""
+    """Write a policy turn that ends the task."""
     return f"{write_reasoning(reasoning)}{GAVE_UP if gave_up else FINISHED}"
 
 
@@ -198,14 +201,14 @@ def write_reasoning(reasoning: str) -> str:
 
 
 def result_message(lines: Sequence[str]) -> Message:
-    """The results of one policy turn, a text for each call that was tried."""
+    """Return the message with the results of one policy turn: one text per call that was tried."""
     return Message(
         "system", f"<tool_result>{json.dumps(list(lines), ensure_ascii=False)}</tool_result>"
     )
 
 
 def outcome(name: str, text: str, ok: bool, left: int = 0) -> str:
-    """How one call went, as the policy reads it; `left` calls of its list were not tried because it failed."""
+    """Word the result of one call. After a failure, `left` later calls were not tried."""
     if ok:
         return f"{name} succeeded: {text}"
     rest = f" ({left} later call{'s were' if left > 1 else ' was'} not run)" if left else ""

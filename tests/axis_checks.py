@@ -1,9 +1,9 @@
-"""Checks, while a test runs, that arrays have the axes that their names say.
+"""Check, while a test runs, that arrays have the axes in their names.
 
-`loss_weights_NGC` has three axes, and within one call of a function N, G and C have one size each,
-in parameters and other variables. A digit is a size (`seeds_B2`). Looked at are functions when they
-return a value (one that raises may just have refused what it was given) and records when they are
-made. Under jit these are the traced arrays, so compiled code costs nothing.
+`loss_weights_NGC` has three axes. Within one call of a function, N, G and C have one size each, in
+parameters and other variables. A digit is a size (`seeds_B2`). Functions are checked when they
+return a value, because one that raises may have refused its input. Records are checked when they
+are created. Under jit these are the traced arrays, so compiled code costs nothing.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ _SUFFIX = re.compile(r"\w*[a-z0-9]_([A-Z][A-Zh0-9]*)")
 
 
 def axes(name: str) -> str:
-    """The axes that a name says: "NGC" of `loss_weights_NGC`; "" of a name without a suffix."""
+    """Return the axes in a name: "NGC" for `loss_weights_NGC`, "" without a suffix."""
     found = _SUFFIX.fullmatch(name)
     return found[1] if found else ""
 
 
 def contradictions(variables: Mapping[str, object]) -> list[str]:
-    """Where arrays among a function's variables are not as they are named."""
+    """Describe the arrays among a function's variables that do not fit their names."""
     problems: list[str] = []
     sizes: dict[str, tuple[int, str]] = {}
     for name, value in variables.items():
@@ -51,8 +51,10 @@ def _has_axes(code: CodeType) -> bool:
 
 @contextlib.contextmanager
 def axes_checked(package: str = "jaxgrpo") -> Iterator[None]:
-    """Within it, calls of this thread into a package are watched; raises AssertionError at its end
-    that lists what was found."""
+    """Check this thread's calls into a package.
+
+    Raises AssertionError at the end, with all arrays that do not fit their names.
+    """
     found: list[str] = []
 
     def watch(frame: FrameType, event: str, argument: object) -> None:
@@ -71,4 +73,4 @@ def axes_checked(package: str = "jaxgrpo") -> Iterator[None]:
         yield
     finally:
         sys.setprofile(before)
-    assert not found, "arrays that are not as they are named:\n" + "\n".join(dict.fromkeys(found))
+    assert not found, "arrays do not fit their names:\n" + "\n".join(dict.fromkeys(found))

@@ -1,6 +1,8 @@
-"""What the BFCL tests share. The data come through the same cache as in production; where they cannot be had, the tests fail."""
+"""Helpers of the BFCL tests. Data come from the usual cache. If they are missing, tests fail."""
 
 import json
+from collections.abc import Iterable
+from typing import Any
 
 from envs.bfcl import Bfcl
 from envs.bfcl.env import BfclEnvironment
@@ -8,6 +10,7 @@ from envs.bfcl.execution import Call, Session
 from envs.bfcl.simulators import create_instances
 from envs.bfcl.source import open_package
 from envs.bfcl.tasks import Library, load_library
+from jaxgrpo.environment import StepResult
 from jaxgrpo.types import StopReason, Task
 
 
@@ -20,19 +23,19 @@ def all_tasks(suite: Bfcl) -> list[Task]:
 
 
 def task(name: str, suite: Bfcl | None = None) -> Task:
-    """A task by the end of its id, e.g. `task("base_0")`."""
+    """Return a task by the end of its id, such as `task("base_0")`."""
     return next(t for t in all_tasks(suite or Bfcl()) if t.id == f"multi_turn_{name}")
 
 
-def environment(name: str, **options) -> BfclEnvironment:
+def environment(name: str, **options: Any) -> BfclEnvironment:
     suite = Bfcl(**options)
     created = suite.create(task(name, suite))
     assert isinstance(created, BfclEnvironment)
     return created
 
 
-def play(env, texts) -> StopReason | None:
-    """Step through the texts; the stop reason, where the episode ended."""
+def play(env: BfclEnvironment, texts: Iterable[str]) -> StopReason | None:
+    """Step through the texts. Return the stop reason, or None if the episode did not end."""
     for text in texts:
         result = env.step(text)
         if result.done:
@@ -43,7 +46,7 @@ def play(env, texts) -> StopReason | None:
 def session(
     owner: str, scenario: dict | None = None, long_context: bool = False, release: str = "v3"
 ) -> Session:
-    """A session on one simulator, from a scenario made up by a test."""
+    """Start a session on one simulator with a scenario of the test."""
     shared = library(release)
     instances = create_instances(
         shared.classes, [owner], json.dumps({owner: scenario or {}}), long_context
@@ -51,15 +54,24 @@ def session(
     return Session(instances, list(shared.documents[owner]))
 
 
-def run(on: Session, name: str, **arguments) -> str:
+def run(on: Session, name: str, **arguments: Any) -> str:
     return on.run(Call(name, arguments)).text
 
 
 def tool(*calls: tuple[str, dict]) -> str:
-    """The policy's text for some calls in the tags protocol."""
-    return f"<tool>{json.dumps([{'name': name, 'args': arguments} for name, arguments in calls])}</tool>"
+    """Write a policy turn with some calls in the tags protocol."""
+    listed = [{"name": name, "args": arguments} for name, arguments in calls]
+    return f"<tool>{json.dumps(listed)}</tool>"
 
 
-def shown(result) -> str:
-    """The text that the policy sees after a step."""
+SOLVED = tool(
+    ("cd", {"folder": "document"}),
+    ("mkdir", {"dir_name": "temp"}),
+    ("mv", {"source": "final_report.pdf", "destination": "temp"}),
+)
+"""Solves the first turn of base_0."""
+
+
+def shown(result: StepResult) -> str:
+    """Return the text that the policy sees after a step."""
     return "\n".join(message.content for message in result.observation.messages)

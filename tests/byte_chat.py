@@ -1,7 +1,8 @@
-"""A tokenizer whose ids can be read: a byte's id is its value, so that the golden ids of the tests are ASCII codes.
+"""A tokenizer with readable ids: a byte's id is its value, so golden ids in tests are ASCII codes.
 
-One merge, "ab" -> 256, so that ids and text are not the same thing; the special tokens are 257 to 259. The template is our own; it has the
-turn marks of Qwen2.5, its default system prompt, its merging of consecutive tool results, and its separator after the end of a turn.
+There is one merge, "ab" -> 256, so that ids and text differ. The special tokens are 257 to 259. The
+template is our own. Like Qwen2.5's, it has turn marks, a default system prompt, merged consecutive
+tool results, and a separator after the end of a turn.
 """
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -32,7 +33,7 @@ TEMPLATE = """
 
 
 def byte_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with one merge, Qwen's marks, and the template above."""
+    """Build byte-level BPE with one merge, Qwen's marks, and the template above."""
     letters = _letters_of_bytes()
     vocabulary = {letter: byte for byte, letter in letters.items()} | {"ab": AB}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")]))
@@ -48,7 +49,7 @@ def byte_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
 
 
 def _letters_of_bytes() -> dict[int, str]:
-    """The printable letter under which byte-level BPE stores each byte (the GPT-2 table)."""
+    """Return the printable letter for each byte in byte-level BPE (the GPT-2 table)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {

@@ -1,9 +1,15 @@
-"""Every test sees four CPU devices. Compiling takes most of the time: it is done with few optimisations, and its results are kept."""
+"""Give every test four CPU devices.
+
+Compilation takes most of the time. It therefore has few optimizations, and its results are cached.
+"""
 
 import copy
 import importlib.util
 import os
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,9 +24,11 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
-def pytest_collection_modifyitems(items):
-    """`@pytest.mark.torch("peft")`: skip where PyTorch, or a package named beside it, is missing.
-    Nothing else skips for want of them: where they are, `-m torch` runs all that need them."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `torch("peft", ...)` if PyTorch or one of the named packages is missing.
+
+    No other test skips for this reason, so `-m torch` runs all tests that need them.
+    """
     for item in items:
         for mark in item.iter_markers("torch"):
             needed = ("torch", *mark.args)
@@ -30,14 +38,16 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def updates_traced_once():
-    """Runs of a process with the same model, mesh and settings share the programs of their updates:
-    tracing them takes longer than all that these tests compute."""
+def updates_traced_once() -> Iterator[None]:
+    """Share the programs of updates among runs with the same model, mesh and settings.
+
+    Tracing them takes longer than everything that these tests compute.
+    """
     from jaxgrpo.run import setup  # jax, which reads the environment
 
     make, made = setup.Update, {}
 
-    def update(*args, **options):
+    def update(*args: Any, **options: Any) -> Any:
         key = (args, tuple(options.items()))
         if key not in made:
             made[key] = make(*args, **options)
@@ -66,16 +76,16 @@ def axes_are_as_named(request):
 
 
 @pytest.fixture
-def hf_folder(tmp_path):
-    """A small untied model of bfloat16 in Hugging Face layout."""
+def hf_folder(tmp_path: Path) -> Path:
+    """Write a small untied model in bfloat16, in Hugging Face layout."""
     from tests.model_folders import make_folder, random_tensors  # jax, which reads the environment
 
     return make_folder(tmp_path / "hf", random_tensors(False, "bfloat16"))
 
 
 @pytest.fixture
-def orbax_folder(hf_folder, tmp_path):
-    """The same as an orbax folder."""
+def orbax_folder(hf_folder: Path, tmp_path: Path) -> Path:
+    """Convert that model to an orbax folder."""
     from jaxgrpo.storage import pretrained
 
     pretrained.write_orbax(pretrained.open_weights(hf_folder), tmp_path / "orbax")

@@ -1,4 +1,4 @@
-"""Units that go wrong, for the program that runs units."""
+"""Units that fail, for the tests of benchmarks.gpu."""
 
 import os
 import resource

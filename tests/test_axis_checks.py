@@ -1,4 +1,4 @@
-"""The check of suffixed arrays finds wrong shapes, in real calls, plain and under jit."""
+"""Check that tests.axis_checks finds wrong shapes in real calls, with and without jit."""
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from tests.axis_checks import axes, axes_checked, contradictions
         ("_C", ""),
     ],
 )
-def test_the_suffix_of_a_name(name, letters) -> None:
+def test_the_suffix_of_a_name(name: str, letters: str) -> None:
     assert axes(name) == letters
 
 

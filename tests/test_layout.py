@@ -123,14 +123,14 @@ def cycle(imports: dict[str, list[str]]) -> list[str]:
     return next((found for module in imports if (found := walk(module, []))), [])
 
 
-def test_each_folder_imports_from_those_below_it():
+def test_each_folder_imports_from_those_below_it() -> None:
     inside = [module for module in FILES if is_of(module, "jaxgrpo") and module not in PACKAGES]
     assert len(inside) > 70
     assert all(place(module) for module in inside)
     assert upward(IMPORTS) == []
 
 
-def test_imports_form_no_cycle():
+def test_imports_form_no_cycle() -> None:
     assert cycle(IMPORTS) == []
 
 
@@ -138,21 +138,21 @@ def test_imports_form_no_cycle():
     "line",
     [
         "from jaxgrpo.run import setup",
-        "import typing\nif typing.TYPE_CHECKING:\n    from jaxgrpo.run.setup import Policy",
-        "def policy():\n    import jaxgrpo.run.setup",
+        "import typing\nif typing.TYPE_CHECKING:\n    from jaxgrpo.run.setup import ModelAssets",
+        "def assets():\n    import jaxgrpo.run.setup",
     ],
 )
-def test_an_import_that_runs_upwards_is_found(line):
+def test_an_upward_import_is_found(line: str) -> None:
     assert upward({"jaxgrpo.learner.update": modules_in(line)}) == [
         "jaxgrpo.learner.update imports jaxgrpo.run.setup"
     ]
 
 
-def test_a_cycle_is_found():
+def test_a_cycle_is_found() -> None:
     assert cycle({"a": ["b"], "b": ["c", "d"], "c": [], "d": ["b"]}) == ["b", "d", "b"]
 
 
-def test_jaxgrpo_imports_nothing_that_is_built_upon_it():
+def test_jaxgrpo_imports_nothing_that_builds_on_it() -> None:
     beside = [
         f"{m} imports {i}"
         for m in IMPORTS
@@ -164,7 +164,7 @@ def test_jaxgrpo_imports_nothing_that_is_built_upon_it():
 
 
 @pytest.mark.parametrize("part", ["envs", "configs"])
-def test_environments_and_configs_import_nothing_that_computes(part):
+def test_environments_and_configs_import_only_what_they_may(part: str) -> None:
     allowed = (*FOR_ENVIRONMENTS, "envs", part)
     wrong = [
         f"{m} imports {i}"
@@ -177,7 +177,7 @@ def test_environments_and_configs_import_nothing_that_computes(part):
 
 
 @pytest.mark.parametrize("part", ["tools", "benchmarks"])
-def test_only_tests_and_benchmarks_import_tools_and_benchmarks(part):
+def test_only_tests_and_benchmarks_import_tools_and_benchmarks(part: str) -> None:
     assert [
         m
         for m in IMPORTS
@@ -207,7 +207,7 @@ for name in sys.argv[1:]:
 
 
 @pytest.mark.parametrize("side", NEEDED)
-def test_these_need_no_jax(side):
+def test_these_need_no_jax(side: str) -> None:
     modules = [m for m in NEEDED[side] if m != PLUGIN]
     ran = subprocess.run(
         [sys.executable, "-c", WITHOUT_JAX, *modules], cwd=ROOT, capture_output=True, text=True
@@ -219,7 +219,7 @@ PLUGIN = "jaxgrpo.samplers.vllm.plugin"
 """It imports vLLM, which is not installed beside jax."""
 
 
-def test_nothing_that_the_plugin_imports_imports_jax():
+def test_the_plugin_imports_no_jax_even_indirectly() -> None:
     reached, left = set(), [PLUGIN]
     while left:
         module = left.pop()
@@ -233,7 +233,7 @@ def test_nothing_that_the_plugin_imports_imports_jax():
     assert not any(wanted.values()), wanted
 
 
-def test_packages_are_empty():
-    """Importing one module of a folder must not import another."""
+def test_packages_are_empty() -> None:
+    """Importing one module of a folder must not import the others."""
     filled = [m for m in PACKAGES if is_of(m, "jaxgrpo") and FILES[m].read_text().strip()]
     assert filled == ["jaxgrpo"]  # which has `envs` mean this project's

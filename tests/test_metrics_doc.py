@@ -1,4 +1,4 @@
-"""docs/metrics.md lists every metric that a run writes, and none that no run writes."""
+"""Check that docs/metrics.md lists exactly the metrics that runs write."""
 
 import re
 from pathlib import Path
@@ -18,31 +18,22 @@ OF_VLLM = {
     "time/publish_<stage>_seconds",
 }
 """Keys that only a run with vLLM writes; tests/samplers/vllm/test_runs.py reads them."""
-RENAMED = {"_share": "_fraction"}
-"""Endings that the page has under their coming names."""
 
 
 def documented(page: str) -> list[str]:
-    """The keys in the first column of the page's tables."""
+    """Return the keys in the first column of the page's tables."""
     return re.findall(r"^\| `(\w+/[\w/<>]+)` \|", page, re.MULTILINE)
 
 
 def matches(pattern: str, key: str) -> bool:
-    """`reward/<part>` stands for any one part."""
+    """Whether the key fits. `reward/<part>` stands for any one part."""
     parts = re.split(r"<\w+>", pattern)
     return re.fullmatch(".+".join(map(re.escape, parts)), key) is not None
 
 
-def current(key: str) -> str:
-    for old, new in RENAMED.items():
-        if key.endswith(old):
-            return key.removesuffix(old) + new
-    return key
-
-
 @pytest.fixture(scope="module")
-def written(tmp_path_factory) -> set[str]:
-    """The keys of a short run with evaluation, and of the evaluation command."""
+def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Return the keys of a short run with evaluation, and of the evaluation command."""
     folder = tmp_path_factory.mktemp("metrics")
     model = make_model(folder)
     options = ("training.steps=2", "evaluation.before=True", "evaluation.samples=2")
@@ -51,7 +42,7 @@ def written(tmp_path_factory) -> set[str]:
     evaluation = ("--samples", "2", "--run-dir", str(folder / "eval"))
     assert main(["--config", config, *evaluation]) == 0
     lines = metric_lines(folder / "run") + metric_lines(folder / "eval")
-    return {current(key) for line in lines for key in line} - {"step"}
+    return {key for line in lines for key in line} - {"step"}
 
 
 def test_the_page_has_each_key_once() -> None:
@@ -60,12 +51,12 @@ def test_the_page_has_each_key_once() -> None:
     assert sorted(keys) == sorted(set(keys))
 
 
-def test_every_key_of_a_run_is_on_the_page(written) -> None:
+def test_every_key_of_a_run_is_on_the_page(written: set[str]) -> None:
     keys = documented(PAGE)
     assert [k for k in sorted(written) if not any(matches(pattern, k) for pattern in keys)] == []
 
 
-def test_every_key_on_the_page_is_of_a_run(written) -> None:
+def test_every_key_on_the_page_is_of_a_run(written: set[str]) -> None:
     keys = set(documented(PAGE)) - OF_VLLM
     assert [p for p in sorted(keys) if not any(matches(p, key) for key in written)] == []
 

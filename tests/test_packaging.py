@@ -1,4 +1,4 @@
-"""What is installed: the tested versions, the wheel and its commands, and the hosted workflow."""
+"""Check the tested versions, the wheel and its commands, and the hosted workflow."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ def pinned() -> dict[str, str]:
     return {name.lower().replace("_", "-"): version for name, version in pins}
 
 
-def test_the_tested_versions_are_ones_that_the_project_allows() -> None:
+def test_the_project_allows_the_tested_versions() -> None:
     tested = pinned()
     wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
     needed = [Requirement(text) for text in wanted]
@@ -49,7 +49,7 @@ def test_citation_and_project_have_one_version() -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_is_installed_and_its_commands_run_anywhere(tmp_path) -> None:
+def test_the_wheel_is_installed_and_its_commands_run_anywhere(tmp_path: Path) -> None:
     source = tmp_path / "source"  # building leaves files behind
     for folder in ("jaxgrpo", "envs", "tools"):
         shutil.copytree(ROOT / folder, source / folder)

@@ -1,4 +1,4 @@
-"""The README tells the truth: its example environment works, its commands' files are there, and the map names every folder."""
+"""Check the README and the map: the example works, named files exist, all folders are named."""
 
 import asyncio
 import importlib.util
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from jaxgrpo.config.settings import RolloutSettings
 from jaxgrpo.rollout.chat import Chat
@@ -23,7 +24,7 @@ MAP = (ROOT / "docs" / "map.md").read_text()
 
 
 @pytest.fixture(scope="module")
-def example(tmp_path_factory) -> types.ModuleType:
+def example(tmp_path_factory: pytest.TempPathFactory) -> types.ModuleType:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     file = tmp_path_factory.mktemp("example") / "guess.py"
     file.write_text(code)
@@ -35,9 +36,9 @@ def example(tmp_path_factory) -> types.ModuleType:
 
 
 class Bisecting:
-    """A sampler that plays the example's game well: it halves what is left after each hint in the context."""
+    """A sampler that plays the example's game by bisection, from the hints in the context."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
 
     async def generate(self, request: SamplingRequest) -> Generation:
@@ -56,7 +57,7 @@ class Bisecting:
     async def release(self, episode_id: str) -> None: ...
 
 
-def test_the_example_environment_is_played_to_its_end(example):
+def test_the_example_environment_is_played_to_its_end(example: types.ModuleType) -> None:
     tokenizer = byte_tokenizer()
     suite = example.GuessTheNumber()
     settings = RolloutSettings(max_prompt_tokens=1024, max_completion_tokens=1024)
@@ -70,7 +71,7 @@ def test_the_example_environment_is_played_to_its_end(example):
     assert all(g.trajectories[0].stop_reason is StopReason.FINISHED for g in result.groups)
 
 
-def test_the_example_environment_answers_nonsense_and_ends(example):
+def test_the_example_environment_answers_nonsense_and_ends(example: types.ModuleType) -> None:
     game = example.GuessTheNumber(guesses=2).create(example.GuessTheNumber().tasks("train")[0])
     assert (
         game.step("no idea").observation.messages[0].content
@@ -80,7 +81,7 @@ def test_the_example_environment_answers_nonsense_and_ends(example):
     assert game.score().reward == 0.0
 
 
-def test_the_map_names_every_folder():
+def test_the_map_names_every_folder() -> None:
     parts = ("jaxgrpo", "envs", "configs", "tools", "benchmarks")
     folders = {
         str(p.parent.relative_to(ROOT)) for part in parts for p in (ROOT / part).rglob("*.py")
@@ -89,7 +90,7 @@ def test_the_map_names_every_folder():
     assert set(re.findall(r"^\| `([\w/]+)/` \|", MAP, re.M)) == folders
 
 
-def test_every_file_that_the_readme_names_exists():
+def test_every_file_that_the_readme_names_exists() -> None:
     named = set(
         re.findall(r"`?((?:configs|docs|tools|benchmarks|envs)/[\w./]+\.(?:py|md))`?", README)
     )

@@ -1,4 +1,4 @@
-"""What docs/scale-out.md tells one to run: scripts that a shell can read, manifests that are YAML, settings that the config takes."""
+"""Check docs/scale-out.md: its scripts parse, its manifests are YAML, its settings exist."""
 
 import re
 import subprocess
@@ -24,11 +24,11 @@ def container(kind: str) -> dict:
 
 
 @pytest.mark.parametrize("script", [text for kind, text in BLOCKS if kind == "sh"])
-def test_a_shell_reads_the_scripts(script: str) -> None:
+def test_the_scripts_are_valid_shell(script: str) -> None:
     assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr == ""
 
 
-def test_the_manifests_are_of_what_they_should_be_and_name_each_others_services() -> None:
+def test_the_manifests_have_their_kinds_and_name_each_others_services() -> None:
     assert [m["kind"] for m in MANIFESTS] == ["Service", "Job", "Service", "StatefulSet"]
     job, servers = MANIFESTS[1], MANIFESTS[3]
     assert job["spec"]["template"]["spec"]["subdomain"] == MANIFESTS[0]["metadata"]["name"]
@@ -36,7 +36,7 @@ def test_the_manifests_are_of_what_they_should_be_and_name_each_others_services(
     assert f"--processes={job['spec']['completions']}" in container("Job")["args"]
 
 
-def test_the_trainers_flags_are_those_of_the_command(capsys: pytest.CaptureFixture) -> None:
+def test_the_trainers_flags_exist(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     offered = capsys.readouterr().out
@@ -46,7 +46,7 @@ def test_the_trainers_flags_are_those_of_the_command(capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("where", ["Kubernetes", "Slurm"])
 def test_the_servers_overrides_fit_the_config(where: str) -> None:
-    """The config names servers that are there and GPUs to train on; one that serves has neither, but a GPU of its own."""
+    """The trainer's config names running servers and GPUs. A server's config names its own GPU."""
     if where == "Kubernetes":
         overrides = [
             a.removeprefix("--set=")

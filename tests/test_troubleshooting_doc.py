@@ -1,4 +1,4 @@
-"""Every message that docs/troubleshooting.md quotes is one that the program has."""
+"""Check that every message quoted in docs/troubleshooting.md is in the program."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ def quoted(page: str) -> list[str]:
 
 
 def texts() -> str:
-    """All texts of the source, also those between the fields of formatted ones."""
+    """Return all strings in the source, including the pieces between fields of f-strings."""
     found = []
     for folder in ("jaxgrpo", "envs", "tools"):
         for path in (ROOT / folder).rglob("*.py"):

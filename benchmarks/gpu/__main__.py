@@ -1,16 +1,16 @@
-"""All that is to be known of one GPU, in minutes: `python -m benchmarks.gpu --minutes 9 --out DIR`
+"""Measure jaxgrpo on one GPU in a few minutes: `python -m benchmarks.gpu --minutes 9 --out DIR`
 
-The parts, in their order, what is least known first: device (versions), attention (the kernels
+The parts run in this order, the least known first: device (versions), attention (the kernels
 against each other and against float32), peak (bfloat16 products), torch (the update in PyTorch),
-sampler (the embedded one's rates), demo (configs/cpu_demo.py), mfu (the update on real tokens, and
-its memory), model (the kernels through a whole update), publishing (weights to shared memory and
-back), tests. docs/gpu.md says what they need and how they are read.
+sampler (rates of the embedded sampler), demo (configs/cpu_demo.py), mfu (the update on real tokens,
+and its memory), model (the kernels through a whole update), publishing (weights to shared memory
+and back), tests. docs/gpu.md says what they need and how to read the figures.
 
-Every unit of a part is a process of its own with a deadline of its own: a crash, a hang, or memory
-that does not suffice costs that unit alone. None is begun for which the time left is too short. A
-figure is in DIR/figures.jsonl, one JSON object a line, as soon as it is known; DIR/summary.md has
-tables, written anew after each unit; DIR/logs what the units said. Ends with status 0 when
-everything that was begun worked, 1 when something did not.
+Every unit of a part is a process with a deadline, so that a crash, a hang or too little memory
+costs one unit only. A unit is left out if too little time is left. DIR/figures.jsonl has each
+figure as soon as it is known, one JSON object per line. DIR/summary.md has tables and is updated
+after each unit. DIR/logs has the output of the units. Exits with status 0 if all units that were
+started worked, otherwise with 1.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from benchmarks.gpu.runner import Settings, run_parts
 from benchmarks.gpu.summary import summary, wrong
 
 _NAMES = [part.name for part in PARTS]
-_END_SECONDS = 2.0  # of the minutes, kept for the end
+_END_SECONDS = 2.0  # reserved for the end
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """Run the command line."""
     args = _parse(arguments)
     asked = args.parts.split(",") if args.parts else _NAMES
     chosen = [part for part in PARTS if part.name in asked]
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {'; '.join(problems)}", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the unit in progress ends too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running unit ends too
 
     def report() -> None:
         found = rows.read(args.out)
@@ -68,7 +68,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default: 9)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="total time (default: 9)")
     parser.add_argument(
         "--out", type=Path, required=True, help="a folder for the figures, new or empty"
     )
@@ -80,7 +80,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--bfcl",
         help="an unpacked bfcl_eval for the demo (default: an installed one, or the cache's)",
     )
-    parser.add_argument("--tiny", action="store_true", help="all of it at sizes for a CPU")
+    parser.add_argument("--tiny", action="store_true", help="use sizes for a CPU")
     return parser.parse_args(arguments)
 
 

@@ -1,9 +1,9 @@
-"""Part "attention": the kernels against float32 and against each other, forward and gradient; and
-how fast each is.
+"""Part "attention": compare the kernels with float32 and with each other, and time them.
 
-Geometries are those of the 0.5B and of the 7B; contexts are full, short, of one token and empty,
-lengths are even and odd. A difference is relative (Frobenius) and the worst of all groups, so that
-one wrong group is not lost among many. What is exact is computed on the host, in float32.
+Heads are those of the 0.5B and the 7B. Contexts are full, short, of one token and empty. Lengths
+are even and odd. Outputs and gradients are compared by their relative difference (Frobenius norm).
+It is that of the worst group, so that one wrong group is not hidden by others. The exact result is
+computed on the host in float32.
 """
 
 import dataclasses
@@ -36,15 +36,15 @@ def _attend(kernel: Kernel, q: Array, k: Array, v: Array, *context: Array) -> Ar
 
 _ATTEND = {name: functools.partial(_attend, kernel) for name, kernel in KERNELS.items()}
 MOST_DIFFERENCE = 0.01
-"""Between a kernel in bfloat16 and float32: an element is rounded by up to 0.4 %, and a gradient is
-made of several roundings."""
+"""Between a kernel in bfloat16 and float32. Rounding changes an element by up to 0.4 %, and a
+gradient is rounded several times."""
 
 _NAMES = ("output", "dq", "dk", "dv", "d_context_k", "d_context_v")
 
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """How many of queries and of keys and values, and their size."""
+    """Numbers of query heads and of key-value heads, and their size."""
 
     query: int
     key_value: int
@@ -53,8 +53,11 @@ class Heads:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A group for each of `lengths`, the real tokens of its context of P; G rows of C. Without
-    lengths there is no context."""
+    """Groups of G rows of C tokens.
+
+    There is one group for each of `lengths`, the real tokens in its context of P. Without lengths
+    there is one group without a context.
+    """
 
     name: str
     G: int
@@ -104,15 +107,17 @@ def run(unit: str, context: Context) -> Iterator[Row]:
 
 
 def _platform(unit: str) -> str:
-    """Of the device, on jax's first use of it."""
+    """Return the device's platform, on jax's first use of it."""
     if unit == "agreement":
         untuned()
     return jax.devices()[0].platform
 
 
 def inputs(heads: Heads, case: Case, dtype: Any) -> tuple[list[Array], Array | None, Array]:
-    """Queries, keys, values of rows, keys and values of contexts, all normal; the contexts'
-    lengths; a gradient of the output."""
+    """Draw queries, keys and values of rows, and keys and values of contexts, from a normal.
+
+    Return them, the contexts' lengths, and a gradient of the output.
+    """
     n, q, k, size = max(1, len(case.lengths)), heads.query, heads.key_value, heads.size
     rows, contexts = (n, case.G, case.C), (n, case.P)
     shapes: list[tuple[int, ...]] = [(*rows, q, size), (*rows, k, size), (*rows, k, size)]
@@ -126,8 +131,10 @@ def inputs(heads: Heads, case: Case, dtype: Any) -> tuple[list[Array], Array | N
 
 
 def dense(q: Array, k: Array, v: Array, *context: Array) -> Array:
-    """`jaxgrpo.models.attention.attend` as its definition says, with all scores at once, to be
-    differentiated by jax; `context` holds keys, values and lengths, or nothing."""
+    """Compute `jaxgrpo.models.attention.attend` by its definition, with all scores at once.
+
+    jax differentiates it. `context` holds keys, values and lengths, or nothing.
+    """
     repeat, c = q.shape[3] // k.shape[3], q.shape[2]
     spread = lambda x: jnp.repeat(x, repeat, axis=-2)
     scores = jnp.einsum("ngthd,ngshd->nghts", q, spread(k))
@@ -148,7 +155,7 @@ def dense(q: Array, k: Array, v: Array, *context: Array) -> Array:
 def gradients(
     attention: Callable[..., Array], arrays: list[Array], lengths: Array | None, cotangent: Array
 ) -> tuple[Array, ...]:
-    """The output of attention and the gradients of all arrays."""
+    """Return the output of attention and the gradients of all arrays."""
     output, pull = jax.vjp(
         lambda *a: attention(*a, *([] if lengths is None else [lengths])), *arrays
     )
@@ -156,8 +163,10 @@ def gradients(
 
 
 def agreement(what: Row, kernels: Sequence[str], heads: Heads, case: Case) -> Iterator[Row]:
-    """Each kernel in bfloat16 from the definition in float32 (the same inputs, exact products), and
-    cuDNN's from XLA's; each row as soon as it is known."""
+    """Compare each kernel in bfloat16 with the definition in float32, and cuDNN's with XLA's.
+
+    All have the same inputs. The definition has exact products.
+    """
     arrays, lengths, cotangent = inputs(heads, case, jnp.bfloat16)
     exact = exactly(arrays, lengths, cotangent)
     found = {}
@@ -174,8 +183,10 @@ def agreement(what: Row, kernels: Sequence[str], heads: Heads, case: Case) -> It
 
 
 def exactly(arrays: list[Array], lengths: Array | None, cotangent: Array) -> tuple[Array, ...]:
-    """The definition's output and gradients in float32, on the host: no kernel of a GPU has a part
-    in it, and it compiles fast."""
+    """Return the definition's output and gradients in float32, computed on the host.
+
+    The host compiles fast, and no GPU kernel is involved.
+    """
     host = jax.devices("cpu")[0]
     wide = [jax.device_put(x, host).astype(jnp.float32) for x in (*arrays, cotangent)]
     lengths = None if lengths is None else jax.device_put(lengths, host)
@@ -184,7 +195,7 @@ def exactly(arrays: list[Array], lengths: Array | None, cotangent: Array) -> tup
 
 
 def compared(what: Row, got: Sequence[Array], expected: Sequence[Array]) -> Row:
-    """The differences, and whether all of them are small; one that is not a number is not."""
+    """Return the differences, and whether all of them are small. NaN is not small."""
     names = _NAMES[: len(expected)]
     differences = {name: _distance(a, b) for name, a, b in zip(names, got, expected, strict=True)}
     agrees = all(difference < MOST_DIFFERENCE for difference in differences.values())
@@ -198,8 +209,7 @@ def compared(what: Row, got: Sequence[Array], expected: Sequence[Array]) -> Row:
 
 
 def _distance(got: Array, expected: Array) -> float:
-    """Of the worst group: relative to what is expected; infinite where zero is expected and
-    something else found."""
+    """Return the relative difference of the worst group. It is infinite if only `expected` is 0."""
     flat = lambda x: np.asarray(x).astype(np.float32).reshape(x.shape[0], -1)
     norm = np.linalg.norm(flat(expected), axis=1)
     apart = np.linalg.norm(flat(got) - flat(expected), axis=1)
@@ -208,7 +218,7 @@ def _distance(got: Array, expected: Array) -> float:
 
 
 def _speed(what: Row, name: str, case: Case) -> Iterator[Row]:
-    """Forward alone, and forward with backward, of one layer."""
+    """Time one layer, forward only and forward with backward."""
     heads = HEADS[what["heads"]]
     attention, (arrays, lengths, cotangent) = _ATTEND[name], inputs(heads, case, jnp.bfloat16)
     context = sum(case.lengths)

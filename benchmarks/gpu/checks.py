@@ -1,10 +1,9 @@
-"""Part "tests": the quick tests that make sense on one GPU, a file a unit.
+"""Part "tests": run the quick tests that make sense on one GPU. A unit is one file.
 
-They were written for CPUs. tests/conftest.py asks for the CPU and for four devices unless the
-environment says otherwise: here it does. The tests hold arithmetic to float32, so products are
-asked for in full precision, which is not a GPU's default; some of them compare to the last bit,
-which a GPU need not give. What fails is told by name, and is to be read with that in mind. All of
-them pass on one CPU device.
+The tests were written for CPUs. tests/conftest.py asks for four CPU devices unless the environment
+says otherwise, as it does here. The tests expect float32 arithmetic, so products run in full
+precision, which is not a GPU's default. Some tests compare to the last bit, which a GPU need not
+reproduce: read the names of failed tests with that in mind. All of them pass on one CPU device.
 """
 
 import importlib.util
@@ -29,7 +28,7 @@ def run(unit: str, context: Context) -> Iterator[Row]:
     if importlib.util.find_spec("pytest") is None:
         yield {"row": "left out", "file": unit, "why": "pytest is not installed"}
         return
-    log = context.out / "logs" / f"{unit}.pytest.log"
+    log = context.out / "logs" / f"{unit.replace('/', '-')}.pytest.log"
     command = [sys.executable, "-m", "pytest", f"tests/{unit}.py", "-o", "addopts=", "-v"]
     command += ["-m", "not slow and not vllm and not faults and not browser"]
     env = os.environ | ({} if context.tiny else _ON_GPU)
@@ -46,7 +45,7 @@ def run(unit: str, context: Context) -> Iterator[Row]:
 
 
 def counts(said: str) -> Row:
-    """What pytest said of each test that was through, by its one line for each."""
+    """Count the results in pytest's verbose output, which has one line per finished test."""
     results = re.findall(r"^\S+?::(.+?) (PASSED|SKIPPED|FAILED|ERROR)\b", said, re.MULTILINE)
     by_result = lambda *wanted: [name for name, result in results if result in wanted]
     return {

@@ -1,8 +1,7 @@
-"""Part "demo": `configs/cpu_demo.py` as a user runs it: seconds and pass rates. Without BFCL's
-package, `configs/procedural.py` in its place.
+"""Part "demo": run `configs/cpu_demo.py` as a user does, and record seconds and pass rates.
 
-Nothing is fetched: the package is the folder that is given, an installed one, or the cache's
-(JAXGRPO_CACHE).
+Without BFCL's package it runs `configs/procedural.py`. Nothing is downloaded: the package is the
+given folder, an installed one, or the cached one (JAXGRPO_CACHE).
 """
 
 import json
@@ -32,8 +31,8 @@ _TINY = (
 )
 _RATES = ("split", "pass_rate", "pass_rate_low", "pass_rate_high", "tasks", "samples", "seconds")
 _PHASES = ("batch_seconds", "rollout_seconds", "update_seconds", "publish_seconds")
-_STOP_SECONDS = 10.0  # before the deadline the run is told to end
-_KILL_SECONDS = 5.0  # and that long it may take
+_STOP_SECONDS = 10.0  # the run gets SIGTERM this long before the deadline
+_KILL_SECONDS = 5.0  # it may take this long to end
 
 
 def run(unit: str, context: Context) -> Iterator[Row]:
@@ -55,8 +54,10 @@ def run(unit: str, context: Context) -> Iterator[Row]:
 
 
 def ended(process: subprocess.Popen, context: Context) -> bool:
-    """Wait for a run; whether it came to its end by itself. One for which there is no time left is
-    told to end. Raises RuntimeError when it failed."""
+    """Wait for a run, and stop it before the deadline. Return whether it ended by itself.
+
+    Raises RuntimeError if it failed.
+    """
     try:
         code = process.wait(max(0.0, context.left() - _STOP_SECONDS))
     except subprocess.TimeoutExpired:
@@ -73,8 +74,8 @@ def ended(process: subprocess.Popen, context: Context) -> bool:
 
 
 def figures(metrics: Path, what: Row) -> Iterator[Row]:
-    """Every evaluation, and the median times of the batches so far."""
-    lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []  # whole ones
+    """Yield every evaluation, and the median times of the batches so far."""
+    lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []  # complete ones
     found = [json.loads(line) for line in lines]
     for line in found:
         if "eval/split" in line:
@@ -87,8 +88,8 @@ def figures(metrics: Path, what: Row) -> Iterator[Row]:
 
 
 def chosen(bfcl: str | None) -> tuple[str, tuple[str, ...], str]:
-    """A config, its settings, and why it is this one."""
-    os.environ["PIP_NO_INDEX"] = "1"  # nothing is fetched, here or in the run
+    """Choose a config. Return it, its settings, and the reason."""
+    os.environ["PIP_NO_INDEX"] = "1"  # no downloads, here or in the run
     try:
         open_package(folder=bfcl)
     except SourceError as error:

@@ -52,7 +52,7 @@ def run(unit: str, context: Context) -> Iterator[Row]:
 
 
 def _nvidia_smi() -> str | None:
-    """What the driver's own tool says of `_QUERY`; None where there is none."""
+    """Return what nvidia-smi answers to `_QUERY`, or None without it."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader"]

@@ -1,4 +1,4 @@
-"""Timing on a device, and what a device refuses."""
+"""Time functions on a device, and record failures."""
 
 import dataclasses
 import os
@@ -16,8 +16,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds: of the first run, which compiles; of the fastest and the median of the `runs` after
-    it."""
+    """Seconds of the first run, which compiles, and the fastest and median of the next `runs`."""
 
     first: float
     fastest: float
@@ -35,7 +34,7 @@ class Timing:
 
 
 def timed(run: Callable[[], Any], most_runs: int = 5, most_seconds: float = 6.0) -> Timing:
-    """Time `run`, whose result is waited for, at least twice after the first time."""
+    """Time `run`, including its result, at least twice after the first time."""
     first = _seconds(run)
     taken: list[float] = []
     while len(taken) < 2 or (len(taken) < most_runs and sum(taken) < most_seconds):
@@ -50,8 +49,10 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 
 def attempted(what: Row, rows: Iterator[Row], *more: type[Exception]) -> Iterator[Row]:
-    """The rows, and one that says so where the memory does not suffice, or the compiler has no such
-    program; or where one of `more` is raised."""
+    """Yield the rows, and a row "failed" after an error of jax or one of `more`.
+
+    Errors of jax are too little memory, or a program that the compiler cannot produce.
+    """
     try:
         yield from rows
     except (jax.errors.JaxRuntimeError, *more) as error:
@@ -59,14 +60,15 @@ def attempted(what: Row, rows: Iterator[Row], *more: type[Exception]) -> Iterato
 
 
 def untuned() -> None:
-    """Compile without trying kernels out, which takes longer than all else where a program runs
-    once. To be called before jax's first use of a device."""
+    """Compile without autotuning, which takes most of the time of a program that runs once.
+
+    Call this before jax's first use of a device.
+    """
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()
 
 
 def memory(key: str) -> int | None:
-    """A figure of the device's allocator in bytes, e.g. "peak_bytes_in_use" of this process so far;
-    None on a CPU."""
+    """Return a figure of the allocator in bytes, such as "peak_bytes_in_use"; None on a CPU."""
     stats = jax.devices()[0].memory_stats()
     return None if stats is None else stats[key]

@@ -1,16 +1,18 @@
-"""Part "mfu": model FLOPs utilisation of the update on real tokens, and its memory beside what is
-predicted.
+"""Part "mfu": model FLOPs utilization of the update on real tokens, and its peak memory.
 
 A row is an optimizer step (forward, backward, clipping, AdamW; no KL) on four groups of eight
-uneven completions, packed as training packs them, in bfloat16. `mfu` counts the FLOPs that the
-mathematics asks for (tools.planning): real tokens, pairs that causal attention and lengths allow,
-nothing computed again; over the median time and the measured peak. `mfu_padded` counts padding as
-if it were real, `hardware` also what the backward pass computes again.
+uneven completions, batched as in training, in bfloat16.
 
-A unit is "MODEL KERNEL REMAT", and "plan" is what tools.plan_memory says of the largest steps
-without running them. The main units, of the faster kernel with attention's output saved, time both
-prompts and the pass without gradients, the others the longer prompt. The allocator's peak is that
-of a process so far: prompts grow, so it is their own.
+- `mfu` counts the FLOPs of the model on real tokens (tools.planning): only pairs that causal
+  attention and the lengths allow, and no recomputation. It is relative to the median time and the
+  measured peak rate.
+- `mfu_padded` counts padding as if it were real.
+- `hardware` also counts what the backward pass computes again.
+
+A unit is "MODEL KERNEL REMAT". The unit "plan" predicts the largest steps, like tools.plan_memory,
+without running them. Units with the faster kernel and attention's output saved time both prompts
+and the forward pass without gradients. The others time the longer prompt. The allocator's peak is
+that of the process so far; prompts grow, so each peak belongs to its prompt.
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ import jax.numpy as jnp
 from benchmarks.gpu.measuring import GIB, attempted, memory, timed
 from benchmarks.gpu.models import fitted, named, random_stored
 from benchmarks.gpu.peak import best_tflops
-from benchmarks.gpu.rollouts import TINY, Lengths, Packed, packed
+from benchmarks.gpu.rollouts import TINY, Batched, Lengths, batched
 from benchmarks.gpu.rows import Context, Row, in_time
 from jaxgrpo.config.settings import LossSettings, OptimizerSettings
 from jaxgrpo.learner.sharding import make_mesh
@@ -44,7 +46,7 @@ _PLANNED = ("0.5B cudnn attention", "7B cudnn attention", "1.5B cudnn attention"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a unit runs."""
+    """A parsed unit."""
 
     name: str
     model: ModelConfig
@@ -93,7 +95,7 @@ def run(unit: str, context: Context) -> Iterator[Row]:
 
 
 class _Bench:
-    """A plan on this machine's device."""
+    """Measures a plan on this machine's device."""
 
     def __init__(self, plan: Plan, context: Context):
         self.plan, self.lengths = plan, TINY if context.tiny else Lengths()
@@ -101,10 +103,10 @@ class _Bench:
         self.update = plan.update(jax.devices()[0])
 
     def updates(self, what: Row, prompt: int) -> Iterator[Row]:
-        """The optimizer step, unless it is known beforehand that it does not fit."""
+        """Time the optimizer step, unless its predicted memory does not fit."""
         work, limit, start = self.work(prompt), memory("bytes_limit"), time.perf_counter()
-        # All shapes are compiled before the state is there: what the compiler tries out on the
-        # device takes memory too, and the peak below is to be the step's.
+        # Compile all shapes before the state exists: autotuning takes device memory too, and the
+        # peak below must be that of the step.
         predicted = max(predicted_bytes(self.plan, self.update, shape) for shape in work.shapes)
         compiling = time.perf_counter() - start
         if limit is not None and predicted > limit:
@@ -113,7 +115,7 @@ class _Bench:
             return
         params = random_stored(self.update.layout, self.update.mesh)
         state = TrainState(params, self.update._init_optimizer(params), None, 0)
-        del params  # the step gives up the old state's memory, which nothing else may hold
+        del params  # the step donates the old state, so nothing else may hold it
 
         def step() -> Params:
             nonlocal state
@@ -142,7 +144,7 @@ class _Bench:
         }
 
     def passes(self, what: Row, prompt: int) -> Iterator[Row]:
-        """The log-probabilities of the same groups, without gradients."""
+        """Time the log-probabilities of the same groups, without gradients."""
         work, model = self.work(prompt), self.plan.model
         params = random_stored(self.update.layout, self.update.mesh)
         timing = timed(lambda: [self.update.logprobs(params, batch) for batch in work.batches])
@@ -158,12 +160,11 @@ class _Bench:
             **self.rates(counted, timing.median),
         }
 
-    def work(self, prompt: int) -> Packed:
-        return packed(prompt, self.lengths, self.plan.model.vocab_size)
+    def work(self, prompt: int) -> Batched:
+        return batched(prompt, self.lengths, self.plan.model.vocab_size)
 
     def rates(self, counted: dict[str, float], seconds: float) -> Row:
-        """TFLOPs a second of the model's work on real tokens, and each count over the measured
-        peak."""
+        """Return TFLOP/s on real tokens, and each count relative to the measured peak."""
         tflops = {name: flops / seconds / 1e12 for name, flops in counted.items()}
         rates = {name: rate / self.peak for name, rate in tflops.items()}
         target = target_here()
@@ -173,21 +174,20 @@ class _Bench:
 
 
 def target_here() -> Target | None:
-    """What is known of this device by its name."""
+    """Return the known figures of this device, by its name."""
     kind = jax.devices()[0].device_kind
     return next((target for target in TARGETS.values() if target.name == kind), None)
 
 
 def predicted_bytes(plan: Plan, update: Update, shape: GroupShape) -> int:
-    """The peak of a step with micro-batches of one such group, by its compiled programs, as in
-    tools.plan_memory."""
+    """Predict the peak of a step with micro-batches of this shape, as tools.plan_memory does."""
     lowered = update.lower(1, len(shape.completions), shape.prompt, max(shape.completions))
     gpu = update.mesh.devices.flat[0].platform != "cpu"
     return measure(lowered, state_bytes(plan.model, 1, reference=False), gpu=gpu).peak
 
 
 def _planned(context: Context) -> Iterator[Row]:
-    """The largest steps compiled for a description of this device."""
+    """Compile the largest steps for a description of this device."""
     target = target_here()
     if target is None or not can_compile_for_gpus():
         why = "no CUDA wheels of jax, or a device that tools/targets.py does not know"
@@ -201,6 +201,6 @@ def _planned(context: Context) -> Iterator[Row]:
 
 def _plan_row(plan: Plan, target: Target, what: Row) -> Iterator[Row]:
     update = plan.update(described_gpus(target, 1, 1)[0])
-    shapes = packed(_PROMPTS[-1], Lengths(), plan.model.vocab_size).shapes
+    shapes = batched(_PROMPTS[-1], Lengths(), plan.model.vocab_size).shapes
     largest = max(shapes, key=lambda shape: shape.trained_tokens)
     yield {"row": "planned", **what, "predicted_gib": predicted_bytes(plan, update, largest) / GIB}

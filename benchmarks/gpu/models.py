@@ -1,4 +1,4 @@
-"""The models of the parts, and random weights made on the device."""
+"""The models of the parts, and random weights that are created on the device."""
 
 import dataclasses
 import functools
@@ -17,20 +17,20 @@ from tools.model_sizes import QWEN2_5
 from tools.planning import MASTER_BYTES, layer_matrix_parameters
 
 TINY = ModelConfig(512, 64, 2, 4, 2, 16, 128, 4096, 1e6, 1e-6, True)
-_STATE_BYTES = 4 * MASTER_BYTES  # a parameter: weight, two moments and gradient
-_STATE_SHARE = 0.6  # of the memory; the rest is for activations
+_STATE_BYTES = 4 * MASTER_BYTES  # per parameter: weight, two moments and gradient
+_STATE_FRACTION = 0.6  # of the memory; the rest is for activations
 
 
 def named(name: str) -> ModelConfig:
-    """ "0.5B", "1.5B", "7B" or "tiny"."""
+    """Return the config of "0.5B", "1.5B", "7B" or "tiny"."""
     return TINY if name == "tiny" else QWEN2_5[name]
 
 
 def fitted(model: ModelConfig, memory: int) -> ModelConfig:
-    """With as many layers as leave enough of `memory` bytes for activations when it is trained."""
+    """Keep as many layers as leave enough of `memory` bytes for activations in training."""
     tables = model.vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)
-    room = memory * _STATE_SHARE / _STATE_BYTES - tables
-    layers = max(1, min(model.layers, int(room // layer_matrix_parameters(model))))
+    available = memory * _STATE_FRACTION / _STATE_BYTES - tables  # parameters
+    layers = max(1, min(model.layers, int(available // layer_matrix_parameters(model))))
     return dataclasses.replace(model, layers=layers)
 
 
@@ -40,7 +40,7 @@ def random_logical(model: ModelConfig, dtype: Any) -> Params:
 
 
 def random_stored(layout: Layout, mesh: Mesh) -> Params:
-    """The same in float32, as one device stores it."""
+    """Create the same tree in float32, as one device stores it."""
     return _random(
         layout,
         lambda leaf: _Place(leaf.stored_shape, jnp.float32, jax.NamedSharding(mesh, leaf.spec)),
@@ -54,11 +54,10 @@ class _Place(NamedTuple):
 
 
 def _random(tree: Any, place: Callable[[Any], _Place]) -> Params:
-    """Norms' scales of one, biases of zero, and all else normal of 0.02."""
+    """Set scales of norms to 1 and biases to 0. Draw the rest from a normal of scale 0.02."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    keys = jax.random.split(
-        jax.random.key(0, impl="rbg"), len(leaves)
-    )  # threefry would need several times a leaf's memory
+    key = jax.random.key(0, impl="rbg")  # threefry needs several times a leaf's memory
+    keys = jax.random.split(key, len(leaves))
     made = []
     for key, (path, leaf) in zip(keys, leaves, strict=True):
         constant = {"scale": 1.0, "bias": 0.0}.get(path[-1].key)

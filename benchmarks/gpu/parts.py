@@ -1,14 +1,17 @@
-"""The parts in their order: where their code is, their share of the time, their units."""
+"""Define the parts in their order: code, share of the time, and units."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Each unit is run by `module.run(unit, context)` in a process of its own. A part gets `share`
-    of the time over those of all parts from it on, its units each at most two thirds of what the
-    part has left; but both at least `floor` seconds, without which a unit is not begun: what one
-    takes to start, to compile and to give its first figures."""
+    """One part of the program. `module.run(unit, context)` runs each unit in its own process.
+
+    A part gets its `share` of the time that is left, relative to the shares of it and all later
+    parts. A unit gets at most two thirds of what its part has left. Both get at least `floor`
+    seconds: the time to start, to compile and to write the first figures. No unit is started with
+    less.
+    """
 
     name: str
     module: str
@@ -32,17 +35,17 @@ _UPDATES = (
 )
 _TINY_UPDATES = ("tiny cudnn attention", "tiny xla attention", "tiny xla none", "plan")
 _TESTS = (
-    "test_attention",
-    "test_decode",
-    "test_numerics",
-    "test_update",
-    "test_losses",
-    "test_token_logprobs",
-    "test_optimizer",
-    "test_native_sampler",
-    "test_model",
-    "test_accumulation",
-    "test_cudnn",
+    "models/test_attention",
+    "samplers/native/test_decode",
+    "models/test_numerics",
+    "learner/test_update",
+    "learner/test_losses",
+    "learner/test_token_logprobs",
+    "learner/test_optimizer",
+    "samplers/native/test_sampler",
+    "models/test_qwen2",
+    "learner/test_accumulation",
+    "models/test_cudnn",
 )
 
 _GPU = "benchmarks.gpu."
@@ -55,7 +58,7 @@ PARTS = (
     Part("sampler", _GPU + "sampling", 20, ("0.5B, 7B",), ("tiny",), floor=60),
     Part("demo", _GPU + "demo", 14, ("demo",), floor=60),
     Part("mfu", _GPU + "mfu", 25, _UPDATES, _TINY_UPDATES, floor=60),
-    Part("model", _GPU + "whole_model", 11, ("packed groups",), floor=60),
+    Part("model", _GPU + "whole_model", 11, ("batched groups",), floor=60),
     Part("publishing", _GPU + "publishing", 6, ("0.5B", "7B"), ("tiny",), floor=25),
-    Part("tests", _GPU + "checks", 4, _TESTS, ("test_numerics",), floor=20),
+    Part("tests", _GPU + "checks", 4, _TESTS, ("models/test_numerics",), floor=20),
 )

@@ -1,4 +1,4 @@
-"""Part "peak": the rate of bfloat16 products, measured: what MFU is measured against."""
+"""Part "peak": measure the rate of bfloat16 products, the denominator of MFU."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from benchmarks.gpu.measuring import attempted, timed
 from benchmarks.gpu.rows import Context, Row, in_time
 
 Product = tuple[int, int, int]  # tokens, width, width of the other side
-_WORK = 1e14  # operations a timed run: a sixth of a second at 600 TFLOP/s
+_WORK = 1e14  # operations per timed run: a sixth of a second at 600 TFLOP/s
 _TINY_WORK = 2e9
 _SIZES: tuple[Product, ...] = (
     (8192,) * 3,
@@ -28,7 +28,7 @@ def run(unit: str, context: Context) -> Iterator[Row]:
 
 
 def best_tflops(context: Context) -> float:
-    """The highest rate that this part found; measured now where it found none."""
+    """Return the highest rate that this part found, or measure one now."""
     found = [
         row["tflops"]
         for row in rows.read(context.out)
@@ -41,16 +41,15 @@ def best_tflops(context: Context) -> float:
 
 
 def _product(sizes: Product, tiny: bool) -> Iterator[Row]:
-    """x @ a @ b again and again, with a [width, other] and b [other, width]."""
+    """Time a chain of x @ a @ b, with a [width, other] and b [other, width]."""
     tokens, width, other = sizes
     flops = 4 * tokens * width * other
     chain = max(1, round((_TINY_WORK if tiny else _WORK) / flops))
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (tokens, width), jnp.bfloat16)
     a = jax.random.normal(keys[1], (width, other), jnp.bfloat16) * width**-0.5
-    b = (
-        jax.random.normal(keys[2], (other, width), jnp.bfloat16) * other**-0.5
-    )  # the result stays of x's size
+    # the scales keep the result at the size of x
+    b = jax.random.normal(keys[2], (other, width), jnp.bfloat16) * other**-0.5
     run = jax.jit(lambda x, a, b: jax.lax.fori_loop(0, chain, lambda _, y: y @ a @ b, x))
     timing = timed(lambda: run(x, a, b))
     yield {

@@ -1,8 +1,7 @@
-"""Part "publishing": weights written as orbax shards into shared memory, and read with all checks,
-as a sampler's process does.
+"""Part "publishing": write weights into shared memory, and read them with all checks.
 
-The weights lie on the device in float32 and are cast there to bfloat16. The first two versions are
-written to fresh pages, the later ones over the files of the last but one, as in a run.
+Weights are on the device in float32 and are cast there to bfloat16. As in a run, the first two
+versions are written to new files, and later versions over the files of the version before the last.
 """
 
 import shutil
@@ -27,9 +26,9 @@ def run(unit: str, context: Context) -> Iterator[Row]:
     mesh, layout = make_mesh(jax.devices()[:1]), make_layout(model, 1)
     size = publish.published_bytes(layout)
     what = {"row": "publish", "model": unit, "layers": model.layers, "gib": size / GIB}
-    room = shutil.disk_usage(context.scratch).free
-    if room < 2 * size + _SPARE_BYTES:
-        why = f"shared memory has {room / GIB:.1f} GiB free, two versions take {2 * size / GIB:.1f}"
+    free = shutil.disk_usage(context.scratch).free
+    if free < 2 * size + _SPARE_BYTES:
+        why = f"shared memory has {free / GIB:.1f} GiB free, two versions take {2 * size / GIB:.1f}"
         yield {**what, "row": "left out", "why": why}
         return
     held = Held(model, random_stored(layout, mesh), layout, mesh)

@@ -1,4 +1,4 @@
-"""Groups of episodes of uneven length, as rollouts have them, with random tokens."""
+"""Groups of episodes of uneven length, like those of rollouts, with random tokens."""
 
 import dataclasses
 
@@ -12,11 +12,12 @@ from tools.planning import GroupShape
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Of completions, in tokens: lognormal with this median and sigma, capped. Groups of `rows`.
+    """Lengths of completions in tokens: lognormal with this median and sigma, capped.
 
-    Of the default distribution 42 % of the packed completion tokens are real, over many groups. The
-    four groups of the default seed have 41 %, and are of the two shapes (1,536 and 2,048) that make
-    up nine tenths of all."""
+    In batches of the default distribution, 42 % of the completion tokens are real, over many
+    groups. The four groups of the default seed have 41 %. Their two shapes (1,536 and 2,048) make
+    up nine tenths of all.
+    """
 
     median: float = 600.0
     sigma: float = 0.8
@@ -26,7 +27,7 @@ class Lengths:
     seed: int = 2
 
     def draw(self) -> list[list[int]]:
-        """By group."""
+        """Draw the lengths, one list per group."""
         drawn = np.random.default_rng(self.seed).lognormal(
             np.log(self.median), self.sigma, (self.groups, self.rows)
         )
@@ -37,8 +38,7 @@ TINY = Lengths(median=20, cap=64, groups=3, rows=4)
 
 
 def episodes(prompt: int, lengths: list[list[int]], vocab: int) -> list[Group]:
-    """Scored groups whose prompts have `prompt` tokens; every completion token is the policy's
-    own."""
+    """Create scored groups with prompts of `prompt` tokens. All completion tokens are sampled."""
     rng = np.random.default_rng(0)
     groups = []
     for n, of_group in enumerate(lengths):
@@ -52,7 +52,7 @@ def episodes(prompt: int, lengths: list[list[int]], vocab: int) -> list[Group]:
 
 
 def token_ids(rng: np.random.Generator, count: int, vocab: int) -> np.ndarray:
-    """Random tokens [count]."""
+    """Draw random tokens [count]."""
     return rng.integers(0, vocab, (count,)).astype(np.int32)
 
 
@@ -77,9 +77,8 @@ def _episode(
 
 
 @dataclasses.dataclass(frozen=True)
-class Packed:
-    """Micro-batches of one group each, and their lengths: the real ones, and those of the
-    arrays."""
+class Batched:
+    """Micro-batches of one group each, with the real lengths and those of the arrays."""
 
     batches: list[GroupBatch]
     real: list[GroupShape]
@@ -87,12 +86,12 @@ class Packed:
 
     @property
     def shapes(self) -> set[GroupShape]:
-        """Those that are compiled."""
+        """The shapes to compile."""
         return set(self.padded)
 
     @property
     def row(self) -> dict[str, object]:
-        """Prompt tokens count once a group."""
+        """The figures. Prompt tokens count once per group."""
         real, padded = (
             sum(s.prompt + s.trained_tokens for s in shapes) for shapes in (self.real, self.padded)
         )
@@ -105,12 +104,12 @@ class Packed:
         }
 
 
-def packed(prompt: int, lengths: Lengths, vocab: int) -> Packed:
-    """As a training run packs them."""
+def batched(prompt: int, lengths: Lengths, vocab: int) -> Batched:
+    """Build micro-batches as a training run does."""
     batches = pack(episodes(prompt, lengths.draw(), vocab), 1, lengths.cap, BatchingSettings())
     real = [
         GroupShape(int(b.prompt_lengths_N[0]), tuple(b.completion_lengths_NG[0].tolist()))
         for b in batches
     ]
     padded = [GroupShape.of(b.prompt_NP.shape[1], *b.completions_NGC.shape[1:]) for b in batches]
-    return Packed(batches, real, padded)
+    return Batched(batches, real, padded)

@@ -1,4 +1,4 @@
-"""What a unit is given, and how its figures are kept. Needs nothing but Python."""
+"""The context of a unit, and the file of figures. Needs only Python."""
 
 import contextlib
 import dataclasses
@@ -16,9 +16,14 @@ FIGURES = "figures.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """`out` is the folder of the figures; no row begins after `deadline` (of `time.monotonic`).
-    `scratch` is a folder in shared memory, where the machine has that, which goes with the unit.
-    `tiny` asks for sizes for a CPU, `bfcl` names an unpacked bfcl_eval."""
+    """The context of a unit.
+
+    out        the folder of the figures
+    deadline   time, by `time.monotonic`, after which no row is started
+    scratch    a folder, in shared memory if possible, that is removed after the unit
+    tiny       use sizes for a CPU
+    bfcl       an unpacked bfcl_eval
+    """
 
     out: Path
     deadline: float
@@ -27,13 +32,13 @@ class Context:
     bfcl: str | None = None
 
     def left(self) -> float:
-        """Seconds."""
+        """Return the seconds until the deadline."""
         return self.deadline - time.monotonic()
 
 
 def add(out: Path, row: Row) -> None:
-    """Append a row to the figures, on the disk when this returns. One write: a process that is
-    killed leaves whole lines."""
+    """Append a row to the figures on disk, in one write, so that a killed process leaves no part of
+    a line."""
     line = json.dumps(_plain(row), allow_nan=False) + "\n"
     file = os.open(out / FIGURES, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -44,7 +49,7 @@ def add(out: Path, row: Row) -> None:
 
 
 def read(out: Path) -> list[Row]:
-    """The rows so far; a line that a full disk cut short is left out."""
+    """Read the rows so far, without lines that a full disk has cut short."""
     path, found = out / FIGURES, []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
@@ -53,7 +58,7 @@ def read(out: Path) -> list[Row]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no number that is not finite: such a one is given by its name."""
+    """Replace numbers that are not finite by their names, because JSON has none."""
     if isinstance(value, dict):
         return {key: _plain(x) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
@@ -62,13 +67,13 @@ def _plain(value: Any) -> Any:
 
 
 def last_line(log: Path) -> str:
-    """What a process said last, at most 300 characters."""
+    """Return the last line of a log, at most 300 characters."""
     lines = log.read_text(errors="replace").split("\n") if log.exists() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), "")[:300]
 
 
 def in_time(context: Context, rows: Iterator[Row], what: Row) -> Iterator[Row]:
-    """The rows, or a row that says that there was no time to begin with them."""
+    """Yield the rows, or a row that says that no time was left to start."""
     if context.left() > 0:
         yield from rows
     else:

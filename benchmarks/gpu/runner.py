@@ -1,9 +1,9 @@
-"""Runs parts unit by unit, each in a process of its own that is killed at its deadline. Needs
-nothing but Python."""
+"""Run parts unit by unit, each in a process that is killed at its deadline. Needs only Python."""
 
 import contextlib
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,16 +17,18 @@ from benchmarks.gpu import rows
 from benchmarks.gpu.parts import Part
 
 GRACE_SECONDS = 3.0  # between the deadline that a unit knows and its end
-MOST_OF_A_PART = 2 / 3  # of what a part has left, for a unit that is not its last
-LEAST_SECONDS = 5.0  # less is not worth a process, whatever its floor
+MOST_OF_A_PART = 2 / 3  # of the part's time left, for a unit that is not its last
+LEAST_SECONDS = 5.0  # no process is started with less, whatever its floor
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of a whole run; `tiny` and `bfcl` as in rows.Context. Units are run whose names contain
-    `only`."""
+    """Settings of a whole run. `tiny` and `bfcl` are those of rows.Context.
+
+    Only units whose names contain `only` are run.
+    """
 
     out: Path
     tiny: bool = False
@@ -34,21 +36,23 @@ class Settings:
     only: str = ""
 
     def units(self, part: Part) -> list[str]:
-        """Those of a part that are to run."""
+        """Return the units of a part that are to run."""
         units = part.tiny_units or part.units if self.tiny else part.units
         return [unit for unit in units if self.only in unit]
 
     def floor(self, part: Part) -> float:
-        """Seconds below which none of its units is begun."""
+        """Return the seconds that a unit of this part needs to be started."""
         return LEAST_SECONDS if self.tiny else max(LEAST_SECONDS, part.floor)
 
 
 def run_parts(
     parts: Sequence[Part], settings: Settings, seconds: float, after_unit: Callable[[], object]
 ) -> None:
-    """All parts in order within `seconds`, no unit with less than its part's floor. Time that a part
-    does not use goes to the later ones by their shares. Whatever a unit does, the next one runs;
-    `after_unit` is called after each."""
+    """Run all parts in order within `seconds`, and no unit with less than its part's floor.
+
+    Later parts get the time that a part does not use, by their shares. The next unit runs whatever
+    a unit does. `after_unit` is called after each.
+    """
     end = time.monotonic() + seconds
     work = [(part, units) for part in parts if (units := settings.units(part))]
     for i, (part, units) in enumerate(work):
@@ -65,13 +69,13 @@ def run_parts(
 
 
 def run_unit(part: Part, unit: str, settings: Settings, seconds: float) -> rows.Row:
-    """One unit for at most `seconds`; a row that says how it ended."""
-    if seconds < settings.floor(part) - 1:  # what the units before it took to be started
+    """Run one unit for at most `seconds`. Return a row that says how it ended."""
+    if seconds < settings.floor(part) - 1:  # tolerates the time that earlier units took to start
         return {"row": "unit", "status": "left out", "why": "no time left"}
-    log = settings.out / "logs" / f"{part.name}-{unit.replace(' ', '-')}.log"
+    log = settings.out / "logs" / f"{part.name}-{re.sub('[ /]', '-', unit)}.log"
     log.parent.mkdir(exist_ok=True)
     start = time.monotonic()
-    shared = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None  # what is left there takes memory
+    shared = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None  # files left there take memory
     with tempfile.TemporaryDirectory(dir=shared) as scratch, log.open("wb") as said:
         command = _command(part, unit, settings, seconds - GRACE_SECONDS)
         try:
@@ -82,7 +86,7 @@ def run_unit(part: Part, unit: str, settings: Settings, seconds: float) -> rows.
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
-        finally:  # also where this program is told to end
+        finally:  # also on SIGTERM
             _end(process)
     row = {"row": "unit", "status": "ended", "seconds": time.monotonic() - start}
     if code is None:
@@ -115,18 +119,18 @@ def _command(part: Part, unit: str, settings: Settings, seconds: float) -> list[
 
 
 def environment() -> dict[str, str]:
-    """Of a unit: jax takes nearly all of the GPU's memory."""
-    env = {**os.environ, "PYTHONUNBUFFERED": "1"}  # what a killed process said is in its log
+    """Return the environment of a unit, in which jax takes nearly all of the GPU's memory."""
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}  # so that a killed process has a full log
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in env:  # its older name
         env.setdefault("XLA_CLIENT_MEM_FRACTION", "0.93")
     if env.get("JAX_PLATFORMS") in ("cuda", "gpu"):
-        env["JAX_PLATFORMS"] = "cuda,cpu"  # what is exact is computed on the host
+        env["JAX_PLATFORMS"] = "cuda,cpu"  # exact results are computed on the host
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     return env
 
 
 def _end(process: subprocess.Popen) -> None:
-    """The process and all that it started; the GPU's memory is free when this returns."""
+    """Kill the process and its children. The GPU's memory is free afterwards."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

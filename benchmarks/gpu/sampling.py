@@ -1,8 +1,8 @@
-"""Part "sampler": tokens a second of the embedded sampler with random weights, all layers: prefill,
-and decoding over a shared prompt.
+"""Part "sampler": tokens per second of the embedded sampler, in prefill and decoding.
 
-Every episode is one turn at temperature 1 without an end token, log-probabilities included, as in
-benchmarks.sampler. Medians.
+Weights are random, with all layers. Decoding shares one prompt. Every episode is one turn at
+temperature 1 without an end token, including log-probabilities, as in benchmarks.sampler. Figures
+are medians.
 """
 
 import contextlib
@@ -29,8 +29,14 @@ from jaxgrpo.samplers.native.sampler import NativeSampler
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Prompts whose prefill is timed, so many at once, of which rows share the first; rows at once;
-    tokens a turn; timed rounds."""
+    """Sizes of the measurement.
+
+    prompts   lengths of prompts whose prefill is timed; rows decode over the first
+    at_once   prompts per prefill
+    rows      concurrent rows
+    tokens    tokens per turn
+    rounds    timed rounds
+    """
 
     prompts: tuple[int, ...] = (1024, 4096)
     at_once: int = 8
@@ -46,7 +52,7 @@ TINY = Sizes(prompts=(96, 192), at_once=2, rows=(1, 4), tokens=16, rounds=2)
 
 
 class NoText:
-    """In place of a tokenizer: nothing here has a stop string, so no text is asked for."""
+    """Replaces a tokenizer: without stop strings, the sampler needs no text."""
 
     def decode(
         self,
@@ -59,7 +65,7 @@ class NoText:
 
 
 def run(unit: str, context: Context) -> Iterator[Row]:
-    """A unit is one or more models. The first figure is the one worth most: of 64 rows."""
+    """Measure the models of a unit. The most important figure, of 64 rows, comes first."""
     sizes = TINY if context.tiny else Sizes()
     with ExitStack() as stack:
         loop = stack.enter_context(EventLoopThread())
@@ -80,8 +86,11 @@ def run(unit: str, context: Context) -> Iterator[Row]:
 
 
 class _Bench:
-    """Random weights of a model, and a sampler for as many rows as are asked for: on an accelerator
-    its programs are made for all of them."""
+    """Random weights of a model, and samplers with them.
+
+    Each has the number of rows that is measured, because on an accelerator programs are compiled
+    for all rows.
+    """
 
     def __init__(self, model: ModelConfig, sizes: Sizes, loop: EventLoopThread):
         self.model, self.sizes, self.loop = model, sizes, loop
@@ -100,10 +109,10 @@ class _Bench:
             yield sampler
         finally:
             self.loop.call(sampler.close())
-            gc.collect()  # its weights and its pool go before the next one's come
+            gc.collect()  # frees its weights and pages before the next sampler is created
 
     def prefill(self, what: Row) -> Iterator[Row]:
-        """Prompts that nobody shares, all at once, each with its first token."""
+        """Time concurrent prompts that are not shared, each with its first token."""
         seconds, count, length = [], what["prompts"], what["prompt"]
         with self.sampler(count) as sampler:
             for i in range(self.sizes.rounds + 1):
@@ -117,7 +126,7 @@ class _Bench:
         yield self.rated(what, seconds, count * length)
 
     def decode(self, what: Row) -> Iterator[Row]:
-        """Rows over one prompt, which is computed before the clock starts."""
+        """Time rows over one prompt, which is prefilled before."""
         rows, tokens = what["rows"], self.sizes.tokens
         ids = token_ids(np.random.default_rng(0), what["prompt"], self.model.vocab_size)
         first, seconds = [Turn("decode", 0, ids, 1)], []
@@ -132,7 +141,7 @@ class _Bench:
         }
 
     def rated(self, what: Row, seconds: list[float], tokens: int) -> Row:
-        """Of the rounds after the first, which compiles."""
+        """Return the rates of the rounds after the first, which compiles."""
         median, used = statistics.median(seconds[1:]), memory("peak_bytes_in_use")
         rates = {
             "tokens_per_second": tokens / median,

@@ -1,4 +1,4 @@
-"""The figures as tables for people. Needs nothing but Python."""
+"""Format the figures as Markdown tables. Needs only Python."""
 
 from collections.abc import Iterator, Sequence
 
@@ -34,15 +34,9 @@ _WITHOUT_TABLE = ("unit", "left out", "failed")
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """A table a part, in Markdown, and below it what was left out, failed or was killed."""
-    return (
-        "\n".join(
-            line
-            for part in dict.fromkeys(row["part"] for row in rows)
-            for line in _part(part, rows)
-        )
-        + "\n"
-    )
+    """Return a table for each part, and below it what was left out, failed or was killed."""
+    parts = dict.fromkeys(row["part"] for row in rows)
+    return "\n".join(line for part in parts for line in _part(part, rows)) + "\n"
 
 
 def _part(part: str, rows: Sequence[Row]) -> Iterator[str]:
@@ -65,7 +59,7 @@ def _part(part: str, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def problem(row: Row) -> str:
-    """A line for what is missing or wrong; nothing for all else."""
+    """Return a line if something is missing or wrong, else ""."""
     names = (
         "model",
         "kernel",
@@ -94,8 +88,7 @@ def problem(row: Row) -> str:
 
 
 def wrong(row: Row) -> bool:
-    """Whether a row says that something did not work; what is left out on purpose, or for want of
-    time, does not."""
+    """Whether a row says that something did not work. A row "left out" does not."""
     return (
         row["row"] == "failed"
         or row.get("status") in ("failed", "killed")

@@ -1,11 +1,12 @@
-"""The optimizer step of part "mfu" in PyTorch, on the same groups, as TRL's GRPOTrainer makes it.
+"""The optimizer step of part "mfu" in PyTorch, on the same groups, as in TRL's GRPOTrainer.
 
-The prompt is in every row, rows are padded to the longest of their group, float32 weights under
-bfloat16 autocast, logits for the completions alone, one group a micro-batch, fused AdamW; no KL, as
-in part "mfu". A unit is one or more models. Attention is PyTorch's sdpa: "padded" with the mask of
-padding that TRL hands over, "causal" without one (padding is on the right, so nothing that counts
-sees it), which lets PyTorch take its flash kernel. Each with gradient checkpointing (TRL's default)
-and without it.
+Every row has the prompt, and is padded to the longest of its group. Weights are float32 under
+bfloat16 autocast. Logits are computed for completions only, a micro-batch is one group, AdamW is
+fused, and there is no KL term, as in part "mfu". A unit is one or more models.
+
+Attention is PyTorch's sdpa. "padded" has the padding mask that TRL passes. "causal" has none, which
+allows PyTorch's flash kernel; padding is on the right, so real tokens do not attend to it. Each is
+measured with gradient checkpointing (TRL's default) and without.
 """
 
 import gc
@@ -86,7 +87,7 @@ def _step(what: Row, model: ModelConfig, lengths: list[list[int]], device: torch
 
 
 def causal_lm(model: ModelConfig, device: torch.device, checkpointing: bool) -> Qwen2ForCausalLM:
-    """The model of transformers with random weights, in float32."""
+    """Create the model of transformers with random weights, in float32."""
     with device:
         policy = Qwen2ForCausalLM._from_config(
             Qwen2Config(
@@ -107,7 +108,7 @@ def causal_lm(model: ModelConfig, device: torch.device, checkpointing: bool) -> 
 
 
 class _Group:
-    """The rows of one task, padded to the longest."""
+    """The rows of one group, padded to the longest."""
 
     def __init__(
         self, prompt: int, lengths: list[int], vocab: int, device: torch.device, masked: bool
@@ -123,7 +124,7 @@ class _Group:
         self.advantages = torch.randn(rows, 1, device=device)
 
     def logprobs(self, policy: Qwen2ForCausalLM) -> torch.Tensor:
-        """Of the completions [G, C], float32."""
+        """Return the log-probabilities of the completions [G, C] in float32."""
         kept = self.longest + 1
         logits = policy(
             self.ids, attention_mask=self.mask, logits_to_keep=kept, use_cache=False
@@ -131,11 +132,11 @@ class _Group:
         of_row = [
             torch.log_softmax(row.float(), -1).gather(-1, ids[:, None])[:, 0]
             for row, ids in zip(logits, self.completions, strict=True)
-        ]  # a row at a time, as TRL does to save memory
+        ]  # one row at a time, to save memory, as in TRL
         return torch.stack(of_row)
 
     def loss(self, logprobs: torch.Tensor, total: int) -> torch.Tensor:
-        """The clipped objective, over all tokens of the step."""
+        """Return the clipped loss, divided by all tokens of the step."""
         clip = LossSettings()
         ratio = torch.exp(logprobs - logprobs.detach())
         held = torch.clamp(ratio, 1 - clip.clip_low, 1 + clip.clip_high)

@@ -1,5 +1,7 @@
-"""One unit in this process: `python -m benchmarks.gpu.unit PART MODULE UNIT --out DIR --seconds S`,
-started by runner.py."""
+"""Run one unit in this process. runner.py starts it.
+
+python -m benchmarks.gpu.unit PART MODULE UNIT --out DIR --seconds S --scratch DIR
+"""
 
 import argparse
 import importlib
@@ -22,7 +24,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--bfcl")
     args = parser.parse_args()
-    # Before jax's first use; as jaxgrpo.run.setup.enable_compilation_cache.
+    # Before jax's first use, as in jaxgrpo.run.setup.enable_compilation_cache.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_root() / "xla" / machine()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     context = rows.Context(

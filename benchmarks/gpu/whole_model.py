@@ -1,5 +1,7 @@
-"""Attention's kernels through a whole update: log-probabilities and gradients of packed, uneven
-groups, against float32."""
+"""Part "model": compare the attention kernels with float32 through a whole update.
+
+Log-probabilities and gradients are compared, on batches of uneven groups.
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ import optax
 from benchmarks.gpu.attention import KERNELS
 from benchmarks.gpu.measuring import attempted, untuned
 from benchmarks.gpu.models import named, random_stored
-from benchmarks.gpu.rollouts import TINY, Lengths, Packed, packed
+from benchmarks.gpu.rollouts import TINY, Batched, Lengths, batched
 from benchmarks.gpu.rows import Context, Row
 from jaxgrpo.config.settings import LossSettings, OptimizerSettings
 from jaxgrpo.learner.sharding import make_mesh
@@ -25,27 +27,26 @@ from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params
 
 MOST_DIFFERENCE = {"logprobs": 0.02, "gradients": 0.03}
-"""Of log-probabilities the mean absolute difference of a real token, of gradients the relative one
-(Frobenius) of all together."""
+"""Bounds for the mean absolute difference of real tokens' log-probabilities, and for the relative
+difference (Frobenius norm) of all gradients together."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What the first step on the groups computed: log-probabilities of real tokens, and gradients
-    (clipped)."""
+    """Results of the first step: log-probabilities of real tokens, and clipped gradients."""
 
     logprobs: np.ndarray
     gradients: Params
 
 
 def run(unit: str, context: Context) -> Iterator[Row]:
-    """Four layers of the 0.5B with a small vocabulary; prompts that do not fill their arrays."""
+    """Compare on four layers of the 0.5B with a small vocabulary and padded prompts."""
     untuned()
     if context.tiny:
-        model, work = named("tiny"), packed(60, TINY, named("tiny").vocab_size)
+        model, work = named("tiny"), batched(60, TINY, named("tiny").vocab_size)
     else:
         model = dataclasses.replace(named("0.5B"), layers=4, vocab_size=8192)
-        work = packed(1000, Lengths(median=200, cap=512, groups=2), model.vocab_size)
+        work = batched(1000, Lengths(median=200, cap=512, groups=2), model.vocab_size)
     why_not = unusable(jnp.dtype(jnp.bfloat16), model.head_dim, jax.devices()[0].platform)
     with jax.default_matmul_precision("highest"):
         exact = first_step(model, KERNELS["xla"], jnp.float32, work)
@@ -61,8 +62,8 @@ def run(unit: str, context: Context) -> Iterator[Row]:
         yield compared("cudnn", "xla", found["cudnn"], found["xla"])
 
 
-def first_step(model: ModelConfig, kernel: Kernel, dtype: Any, work: Packed) -> Step:
-    """An optimizer step on all groups from the same random weights."""
+def first_step(model: ModelConfig, kernel: Kernel, dtype: Any, work: Batched) -> Step:
+    """Take an optimizer step on all groups, from the same random weights for every kernel."""
     optimizer = OptimizerSettings()
     update = Update(
         model,
@@ -80,9 +81,8 @@ def first_step(model: ModelConfig, kernel: Kernel, dtype: Any, work: Packed) -> 
         np.asarray(x)[batch.action_mask_NGC]
         for x, batch in zip(logprobs, work.batches, strict=True)
     ]
-    moments = optax.tree_utils.tree_get(
-        state.opt_state, "mu"
-    )  # after one step (1 - b1) of the gradients
+    # after one step, Adam's first moment is (1 - b1) times the gradient
+    moments = optax.tree_utils.tree_get(state.opt_state, "mu")
     return Step(np.concatenate(real), jax.tree.map(lambda m: m / (1 - optimizer.b1), moments))
 
 
@@ -94,7 +94,7 @@ def compared(kernel: str, other: str, got: Step, expected: Step) -> Row:
     }
     return {
         "row": "agreement",
-        "case": "an update of packed groups",
+        "case": "an update of batched groups",
         "kernel": kernel,
         "with": other,
         "agrees": all(differences[name] < most for name, most in MOST_DIFFERENCE.items()),

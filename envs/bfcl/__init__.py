@@ -1,4 +1,4 @@
-"""BFCL's multi-turn tasks as an environment: `Bfcl(...)` is what a config names."""
+"""BFCL's multi-turn tasks as an environment. A config names `Bfcl(...)`."""
 
 from envs.bfcl.suite import Bfcl
 

@@ -1,11 +1,17 @@
-"""How tools are described to the policy: whole documents, documents without their `response`, or one line a tool; or JSON schemas.
+"""Describe tools to the policy, as text or as JSON schemas.
 
-"article" is the whole document as the article's code words it: a description loses what the tools of its class repeat (all up to
-"Tool description: "), and JSON has spaces and escapes, as `json.dumps` writes it by default.
+Text is the whole documents ("full"), documents without their `response` ("without_response"), or
+one line per tool ("signatures"). "article" is the whole document as the article's code words it. It
+drops the start that all descriptions of a class have in common (up to "Tool description: "), and
+writes JSON with spaces and escapes, as `json.dumps` does by default.
 """
 
 import json
 from collections.abc import Sequence
+from typing import Any
+
+Document = dict[str, Any]
+"""A tool's document in the data: name, description, parameters, response."""
 
 DETAILS = ("full", "article", "without_response", "signatures")
 _REPEATED = "Tool description: "
@@ -22,8 +28,8 @@ _PYTHON_TYPES = {
 _SCHEMA_TYPES = {"dict": "object", "float": "number", "tuple": "array"}
 
 
-def describe(documents: Sequence[dict], detail: str) -> str:
-    """The documents as text, one tool a line."""
+def describe(documents: Sequence[Document], detail: str) -> str:
+    """Return the documents as text, one tool per line."""
     if detail == "signatures":
         return "\n".join(signature(document) for document in documents)
     if detail == "article":
@@ -35,8 +41,11 @@ def describe(documents: Sequence[dict], detail: str) -> str:
     )
 
 
-def signature(document: dict) -> str:
-    """One line: `tail(file_name: str, lines: int = 10)`. A list says what it holds; an optional argument shows its default."""
+def signature(document: Document) -> str:
+    """Return one line, such as `tail(file_name: str, lines: int = 10)`.
+
+    Lists show the type of their items, and optional arguments their default.
+    """
     parameters = document["parameters"]
     required = parameters.get("required", ())
     parts = []
@@ -46,8 +55,11 @@ def signature(document: dict) -> str:
     return f"{document['name']}({', '.join(parts)})"
 
 
-def schema(document: dict, detail: str) -> dict:
-    """The tool in the form that chat templates take: `{"type": "function", "function": {...}}` with JSON schema types."""
+def schema(document: Document, detail: str) -> Document:
+    """Return the tool as chat templates take it: `{"type": "function", "function": {...}}`.
+
+    Types are those of JSON schema.
+    """
     document = _trimmed(document, detail)
     function = {"name": document["name"]}
     if detail != "signatures":
@@ -60,7 +72,7 @@ def schema(document: dict, detail: str) -> dict:
     return {"type": "function", "function": function}
 
 
-def _trimmed(document: dict, detail: str) -> dict:
+def _trimmed(document: Document, detail: str) -> Document:
     if detail == "article":
         return {**document, "description": document["description"].rpartition(_REPEATED)[2]}
     return (
@@ -70,21 +82,21 @@ def _trimmed(document: dict, detail: str) -> dict:
     )
 
 
-def _python_type(schema: dict) -> str:
+def _python_type(schema: Document) -> str:
     base = _PYTHON_TYPES.get(schema.get("type", ""), "any")
     items = schema.get("items")
     return f"{base}[{_python_type(items)}]" if base == "list" and isinstance(items, dict) else base
 
 
-def _default(schema: dict) -> str:
-    """The data writes "None" as a text; every other default is a value of its type."""
+def _default(schema: Document) -> str:
+    """Return the default as Python writes it. The data has None as the text "None"."""
     default = schema.get("default")
     return "None" if default == "None" else repr(default)
 
 
-def _json_schema(schema: dict, descriptions: bool) -> dict:
-    """BFCL's schema dialect (`dict`, `float`, `tuple`) in JSON schema; defaults that are the text "None" are left out."""
-    converted: dict = {}
+def _json_schema(schema: Document, descriptions: bool) -> Document:
+    """Convert BFCL's types (`dict`, `float`, `tuple`) to JSON schema, without defaults "None"."""
+    converted: Document = {}
     for key, value in schema.items():
         if key == "type":
             if value != "any":

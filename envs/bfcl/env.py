@@ -1,4 +1,8 @@
-"""One episode of a BFCL task: private simulators for the policy and for the ground truth, checked at the end of each user turn."""
+"""Run one episode of a BFCL task.
+
+The policy and the ground truth have simulators of their own. They are compared at the end of each
+user turn.
+"""
 
 import dataclasses
 import json
@@ -16,7 +20,7 @@ from jaxgrpo.types import Score, StopReason, ToolCall
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeOptions:
-    """The options of a suite that an episode needs."""
+    """The settings of `Bfcl` that an episode needs."""
 
     protocol: Protocol
     docs: str
@@ -30,7 +34,11 @@ class EpisodeOptions:
 
 
 class BfclEnvironment:
-    """An `Environment`. The policy's turn ends when it says so (either way); the last one's end is the episode's."""
+    """The `Environment` of one episode.
+
+    The policy ends each user turn by finishing or giving up. The end of the last turn ends the
+    episode.
+    """
 
     def __init__(self, library: Library, task: BfclTask, options: EpisodeOptions) -> None:
         self._library = library
@@ -41,16 +49,16 @@ class BfclEnvironment:
         self._truth: Session = library.session(task)
         self._offered = set(task.tools) | set(self._turns[0].new_tools)
         self._turn = 0
-        self._policy_turns = 0  # policy texts in this user turn
+        self._policy_turns = 0  # in this user turn
         self._results: list[CallResult] = []  # of the whole episode
         self._verdicts: list[TurnVerdict] = []
-        self._turns_matched = 0  # those whose ground-truth calls were all made
+        self._turns_matched = 0  # user turns in which all ground-truth calls were made
         self._over = False
         self._start_turn()
 
     def _start_turn(self) -> None:
         self._policy_turns = 0
-        self._call_steps = 0  # policy texts with calls, what the official check calls a step
+        self._call_steps = 0  # policy turns with calls; the official check calls them steps
         self._calls_made = 0
 
     def observe(self) -> Observation:
@@ -80,7 +88,7 @@ class BfclEnvironment:
         )
 
     def _answer(self, observation: Observation, calls: tuple[ToolCall, ...]) -> StepResult:
-        """Go on, or stop where the turn's steps are used up."""
+        """Return the observation, or end the episode if the user turn has no step left."""
         if self._is_last_step:
             self._over = True
             return StepResult(stop_reason=StopReason.STEP_LIMIT, calls=calls)
@@ -91,7 +99,7 @@ class BfclEnvironment:
         return self._policy_turns >= self._options.max_steps_per_turn
 
     def _run(self, requests: Sequence[ToolRequest]) -> tuple[ToolCall, ...]:
-        """Run a list of calls up to the first that fails; what ran before it stands."""
+        """Run the calls up to the first that fails. Calls before it keep their effect."""
         shown: list[ToolCall] = []
         made_before = self._calls_made
         for request in requests:
@@ -119,13 +127,11 @@ class BfclEnvironment:
         return ToolCall(request.name[:100], arguments, self._shown(result.text), result.ok)
 
     def _shown(self, text: str) -> str:
-        """The result as the policy sees it; the check uses the whole of it."""
+        """Shorten a result for the policy. The check uses the whole text."""
         limit = self._options.result_limit
-        return (
-            text
-            if not limit or len(text) <= limit
-            else f"{text[:limit]}... ({len(text) - limit} characters left out)"
-        )
+        if not limit or len(text) <= limit:
+            return text
+        return f"{text[:limit]}... ({len(text) - limit} characters left out)"
 
     def _end_turn(self, parsed: Action) -> StepResult:
         self._judge_turn()
@@ -139,14 +145,8 @@ class BfclEnvironment:
         )
         if last or lost:
             self._over = True
-            reason = (
-                StopReason.GAVE_UP
-                if parsed.gave_up
-                else StopReason.FINISHED
-                if last
-                else StopReason.FAILED
-            )
-            return StepResult(stop_reason=reason)
+            ended = StopReason.FINISHED if last else StopReason.FAILED
+            return StepResult(stop_reason=StopReason.GAVE_UP if parsed.gave_up else ended)
         turn = self._turns[self._turn]
         self._offered.update(turn.new_tools)
         return StepResult(
@@ -159,32 +159,30 @@ class BfclEnvironment:
         truth = self._turns[self._turn].truth
         expected = [self._truth.run(call).text for call in truth]
         so_far = [result.text for result in self._results]
+        played = scoring.PlayedTurn(so_far, self._calls_made, self._call_steps)
         self._verdicts.append(
-            scoring.judge_turn(
-                self._turn,
-                self._policy,
-                self._truth,
-                expected,
-                so_far,
-                self._calls_made,
-                self._call_steps,
-            )
+            scoring.judge_turn(self._turn, self._policy, self._truth, expected, played)
         )
         made = self._results[len(self._results) - self._calls_made :]
         self._turns_matched += not scoring.missing_calls(truth, made)
         self._turn += 1
 
     def score(self) -> Score:
-        """Judge as it stands: a turn that a limit cut off is checked like one that was finished, later ones like ones without a call."""
+        """Score the episode so far.
+
+        A turn that a limit cut off is checked like a finished one. Later turns count as turns
+        without a call.
+        """
         finished = self._turn == len(self._turns)
         while self._turn < len(self._turns):
             self._judge_turn()
             self._start_turn()
         self._over = True
         state_match = scoring.state_match(self._policy.instances, self._truth.instances)
-        shares = {"state_match": state_match, "calls_match": self._turns_matched / len(self._turns)}
+        calls_match = self._turns_matched / len(self._turns)
+        matches = {"state_match": state_match, "calls_match": calls_match}
         score = self._verdict(finished)
-        return dataclasses.replace(score, parts={**score.parts, **shares})
+        return dataclasses.replace(score, parts={**score.parts, **matches})
 
     def _verdict(self, finished: bool) -> Score:
         if self._options.reward == "official":
@@ -197,7 +195,10 @@ class BfclEnvironment:
 
 
 def turn_text(library: Library, task: BfclTask, turn: BfclTurn, detail: str) -> str:
-    """What the user says at the start of a turn; where withheld tools arrive, their documents (a template's tool list is fixed by then)."""
+    """Return the user's message of a turn, with the documents of tools that become available.
+
+    They are in the message because the chat template shows its list of tools only once.
+    """
     if turn.new_tools:
         documents = docs.describe([library.document(task, name) for name in turn.new_tools], detail)
         announced = protocols.NEW_TOOLS.format(documents=documents)

@@ -1,7 +1,8 @@
-"""Running tool calls on the private simulators of one episode, with the results as the official executor words them.
+"""Run tool calls on the simulators of one episode, and word results as the official executor does.
 
-The official executor (`multi_turn_utils.execute_multi_turn_func_call` of the package) keeps its instances in `globals()` and evaluates
-strings; it must not be shared by parallel episodes. Here each session owns its instances, and a call is a method and its arguments.
+The official executor (`multi_turn_utils.execute_multi_turn_func_call` of the package) keeps its
+instances in `globals()` and evaluates strings, so parallel episodes cannot share it. Here each
+session owns its instances, and a call is a method with arguments.
 """
 
 import ast
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from envs.bfcl import guards
 
-# These two write state of the process while they run (mpmath's constants and Python's limit on digits; a shared weather table).
+# The first writes mpmath's constants and Python's limit on digits, the second a shared table.
 _SHARED_STATE = frozenset({"logarithm", "get_outside_temperature_from_google"})
 _SHARED_STATE_LOCK = threading.Lock()
 
@@ -32,7 +33,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class CallResult:
-    """What a call gave: the official result string, and whether the call did what it was asked to."""
+    """The result of a call: the official text, and whether the call succeeded."""
 
     call: Call
     text: str
@@ -40,7 +41,7 @@ class CallResult:
 
 
 class Session:
-    """The simulators of one side (the policy's or the ground truth's) of one episode, and the calls that may be made on them."""
+    """The simulators of one episode, for the policy or for the ground truth."""
 
     def __init__(self, instances: Mapping[str, object], documented: Sequence[str]) -> None:
         self.instances = instances
@@ -52,7 +53,7 @@ class Session:
         }
 
     def run(self, call: Call) -> CallResult:
-        """Run one call. Whatever a simulator raises is a result too: official semantics, and the only place that catches everything."""
+        """Run one call. As in the official executor, an exception of a simulator is a result."""
         instance = self._owners.get(call.name)
         if instance is None:
             return CallResult(
@@ -71,12 +72,11 @@ class Session:
 
 
 def _invoke(method: Callable[..., object], arguments: dict[str, object]) -> tuple[str, bool]:
-    """Call and word the result while the call's number precision is still in force; leave no trace outside the instance."""
+    """Call the method, and word its result while the precision of decimals still holds."""
     for parameter in inspect.signature(method).parameters.values():
         if isinstance(parameter.default, list | dict) and parameter.name not in arguments:
-            arguments[parameter.name] = copy.deepcopy(
-                parameter.default
-            )  # else all instances share one default
+            # otherwise all instances would share one mutable default
+            arguments[parameter.name] = copy.deepcopy(parameter.default)
     shared = _shared_state() if method.__name__ in _SHARED_STATE else contextlib.nullcontext()
     with shared, decimal.localcontext():
         result = method(**arguments)
@@ -85,8 +85,10 @@ def _invoke(method: Callable[..., object], arguments: dict[str, object]) -> tupl
 
 @contextlib.contextmanager
 def _shared_state() -> Iterator[None]:
-    """One call at a time. mpmath lifts Python's limit on the digits of whole numbers while it reads a text, and leaves it lifted where it
-    cannot read it."""
+    """Run one call at a time, and restore Python's limit on the digits of integers.
+
+    mpmath lifts that limit to read a text. If it cannot read the text, it does not restore it.
+    """
     with _SHARED_STATE_LOCK:
         limit = sys.get_int_max_str_digits()
         try:
@@ -96,7 +98,7 @@ def _shared_state() -> Iterator[None]:
 
 
 def result_text(result: object) -> str:
-    """The official wording of a result: text as it is, a dict as JSON where JSON can say it, everything else by `str`."""
+    """Word a result officially: text as it is, a dict as JSON if possible, the rest by `str`."""
     if type(result) is str:
         return result
     if type(result) is dict:
@@ -108,7 +110,10 @@ def result_text(result: object) -> str:
 
 
 def _says_error(result: object) -> bool:
-    """Whether a simulator reports failure: `{"error": ...}`, or a list that holds one such item or the text "Error: ..."."""
+    """Whether a result reports a failure.
+
+    It does if it is `{"error": ...}`, or a list of one such item or of one text "Error: ...".
+    """
     if isinstance(result, dict):
         return "error" in result
     if isinstance(result, list) and len(result) == 1:
@@ -119,7 +124,7 @@ def _says_error(result: object) -> bool:
 
 
 def parse_call(text: str, signatures: Mapping[str, inspect.Signature]) -> Call:
-    """A ground-truth call from its text, never evaluated; positional arguments get their names.
+    """Parse the text of a ground-truth call without evaluating it. Name positional arguments.
 
     >>> parse_call("cd('documents')", {"cd": inspect.signature(lambda folder: None)})
     Call(name='cd', arguments={'folder': 'documents'})
@@ -133,6 +138,6 @@ def parse_call(text: str, signatures: Mapping[str, inspect.Signature]) -> Call:
     }
     for keyword in node.keywords:
         if keyword.arg is None:
-            raise ValueError(f"a call with ** cannot be read: {text!r}")
+            raise ValueError(f"a call with ** is not supported: {text!r}")
         arguments[keyword.arg] = ast.literal_eval(keyword.value)
     return Call(node.func.id, arguments)

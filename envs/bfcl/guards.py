@@ -1,8 +1,11 @@
-"""Calls that would hang or exhaust the process, refused before they run.
+"""Refuse calls that would hang or exhaust the process, before they run.
 
-The simulators compute whatever they are asked: `power(9, 10**9)`, a logarithm to a billion digits, a directory copied into itself until
-its tree is larger than memory. A refusal is an error result that the policy sees, like any other. No ground-truth call comes near a bound.
-What is merely wrong (a text for a number, say) is left to the simulator: it may take it, and otherwise has its own words for it.
+The simulators compute whatever they are asked: `power(9, 10**9)`, a logarithm to a billion digits,
+a directory copied into itself until its tree is larger than memory. A refusal is an error result
+that the policy sees, like any other. No ground-truth call comes near a bound.
+
+Calls that are merely wrong, such as a text for a number, are left to the simulator. It may accept
+them, and otherwise words its own error.
 """
 
 import re
@@ -16,7 +19,7 @@ MAX_NUMBER_TEXT = 4_300  # characters of such a text; Python itself reads no mor
 
 
 def refusal(name: str, arguments: Mapping[str, object], instance: object) -> str | None:
-    """Why this call must not run, or None."""
+    """Return why this call must not run, or None."""
     check = _CHECKS.get(name)
     return check(arguments, instance) if check else None
 
@@ -34,7 +37,11 @@ def _power(arguments: Mapping[str, object], instance: object) -> str | None:
 
 
 def _logarithm(arguments: Mapping[str, object], instance: object) -> str | None:
-    """mpmath takes texts for numbers, expands `1e1000000000` digit by digit, and computes as many digits as it is asked for."""
+    """Bound precision, value and base.
+
+    mpmath accepts numbers as texts, expands `1e1000000000` digit by digit, and computes as many
+    digits as it is asked for.
+    """
     precision = arguments.get("precision")
     if isinstance(precision, str | float | int) and _whole(precision) > MAX_DIGITS:
         return f"precision must be at most {MAX_DIGITS}"
@@ -52,7 +59,7 @@ def _has_large_exponent(text: str) -> bool:
 
 
 def _whole(number: str | float) -> int:
-    """The whole number that Python's `int` reads, or 0 where it refuses."""
+    """Return `int(number)`, or 0 if Python refuses it."""
     try:
         return int(number)
     except (ValueError, OverflowError):
@@ -78,20 +85,25 @@ def _round_number(arguments: Mapping[str, object], instance: object) -> str | No
 
 
 def _copy(arguments: Mapping[str, object], instance: object) -> str | None:
-    """Copies share their files with the original, so that n copies can build a tree of 2**n entries, or one without an end."""
+    """Bound the size of the file system.
+
+    A copy shares its files with the original. So n copies can build a tree of 2**n entries, or an
+    endless one.
+    """
     current = getattr(instance, "_current_dir", None)
     source = arguments.get("source")
     if current is None or not isinstance(source, str):
         return None
     if source == arguments.get("destination") and hasattr(current.contents.get(source), "contents"):
         return f"cannot copy '{source}' into itself"
-    if tree_size(current.contents.get(source)) + tree_size(instance.root) > MAX_TREE:  # type: ignore[attr-defined]
+    copied = tree_size(current.contents.get(source))
+    if copied + tree_size(instance.root) > MAX_TREE:  # type: ignore[attr-defined]
         return "no space left"
     return None
 
 
 def tree_size(item: object, limit: int = MAX_TREE) -> int:
-    """How many files and directories a tree shows, counted until just above the limit."""
+    """Count the files and directories of a tree, up to just above the limit."""
     stack, count = [item], 0
     while stack and count <= limit:
         count += 1

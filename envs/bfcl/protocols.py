@@ -1,5 +1,9 @@
-"""The two ways in which a policy and BFCL's environment talk: `tags` (plain text, envs/tool_tags.py) and `native` (the chat template's own
-tool-call form, as Qwen2.5 has it: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, results as `tool` messages)."""
+"""The two protocols between a policy and BFCL's environment.
+
+- `tags`: plain text (envs/tool_tags.py).
+- `native`: the tool calls of Qwen2.5's chat template, `<tool_call>{"name": ..., "arguments":
+  {...}}</tool_call>`. Results are `tool` messages.
+"""
 
 import json
 from collections.abc import Sequence
@@ -12,25 +16,47 @@ from envs.tool_tags import Action
 from jaxgrpo.environment import Observation
 from jaxgrpo.types import Message, ToolCall
 
-NATIVE_INSTRUCTIONS = "Fulfil the user's request with the tools. When nothing is left to do, answer without a tool call."
-NEW_TOOLS = "These tools are available from now on:\n{documents}\nPlease go on with what could not be done before."
+NATIVE_INSTRUCTIONS = (
+    "Fulfil the user's request with the tools. "
+    "When nothing is left to do, answer without a tool call."
+)
+NEW_TOOLS = (
+    "These tools are available from now on:\n{documents}\n"
+    "Please go on with what could not be done before."
+)
 CONTINUE = "Please go on."
 
-# Worked examples, each with a tool of its own that no task has: (tool, request, reasoning, arguments, result).
 EXAMPLES = (
-    ("set_lamp(room: str, on: bool)", "Switch on the lamp in the kitchen.", "The kitchen lamp must be on.",
-     {"room": "kitchen", "on": True}, '{"lamp": "on"}'),
-    ("count_books(shelf: int)", "How many books are on shelf 3?", "I count the books on shelf 3.", {"shelf": 3}, '{"books": 17}'),
-    ("water_plants(names: list[str])", "Water the fern and the cactus.", "Both plants go into one call.",
-     {"names": ["fern", "cactus"]}, '{"watered": 2}'),
-)  # fmt: skip
+    (
+        "set_lamp(room: str, on: bool)",
+        "Switch on the lamp in the kitchen.",
+        "The kitchen lamp must be on.",
+        {"room": "kitchen", "on": True},
+        '{"lamp": "on"}',
+    ),
+    (
+        "count_books(shelf: int)",
+        "How many books are on shelf 3?",
+        "I count the books on shelf 3.",
+        {"shelf": 3},
+        '{"books": 17}',
+    ),
+    (
+        "water_plants(names: list[str])",
+        "Water the fern and the cactus.",
+        "Both plants go into one call.",
+        {"names": ["fern", "cactus"]},
+        '{"watered": 2}',
+    ),
+)
+"""Worked examples as (tool, request, reasoning, arguments, result). No task has these tools."""
 
 
 class Protocol(TypingProtocol):
     """How to open an episode, read a policy turn, and answer it."""
 
     def opening(
-        self, documents: Sequence[dict], detail: str, examples: int, query: str
+        self, documents: Sequence[docs.Document], detail: str, examples: int, query: str
     ) -> Observation: ...
     def parse(self, text: str) -> Action: ...
     def results(self, calls: Sequence[ToolCall], left: int) -> Observation: ...
@@ -44,7 +70,7 @@ class Tags:
     """Plain text with tags; see envs/tool_tags.py."""
 
     def opening(
-        self, documents: Sequence[dict], detail: str, examples: int, query: str
+        self, documents: Sequence[docs.Document], detail: str, examples: int, query: str
     ) -> Observation:
         system = f"{tool_tags.INSTRUCTIONS}\nTools:\n{docs.describe(documents, detail)}"
         messages = [
@@ -78,10 +104,10 @@ class Tags:
 
 
 class Native:
-    """The chat template's own form. A reply without a tool call ends the turn; there is no way to give up."""
+    """The chat template's tool calls. A reply without one ends the turn. It cannot give up."""
 
     def opening(
-        self, documents: Sequence[dict], detail: str, examples: int, query: str
+        self, documents: Sequence[docs.Document], detail: str, examples: int, query: str
     ) -> Observation:
         messages = [
             Message("system", NATIVE_INSTRUCTIONS),
@@ -107,9 +133,8 @@ class Native:
             requests.append(tool_tags.request(value, "arguments"))
             position = end
             if len(requests) > tool_tags.MAX_CALLS:
-                return Action(
-                    fault=f"There were more than {tool_tags.MAX_CALLS} tool calls; nothing was done."
-                )
+                limit = tool_tags.MAX_CALLS
+                return Action(fault=f"There were more than {limit} tool calls; nothing was done.")
         return Action(requests=tuple(requests), finished=not requests)
 
     def results(self, calls: Sequence[ToolCall], left: int) -> Observation:
@@ -144,7 +169,7 @@ PROTOCOLS: dict[str, Protocol] = {"tags": Tags(), "native": Native()}
 
 
 def _example_messages(protocol: Protocol, count: int) -> list[Message]:
-    """Worked examples as finished conversations before the task's own."""
+    """Return worked examples as conversations that precede the task's own."""
     messages = []
     for tool, request, reasoning, arguments, result in EXAMPLES[:count]:
         call = Call(tool.split("(")[0], arguments)

@@ -1,18 +1,18 @@
-"""The parts of the reward that the article's code gives BFCL's episodes, each as a reward function.
+"""The parts of the article's reward for BFCL's episodes, each as a reward function.
 
     rewards=article_rewards(Execution(), Format(), Correctness())     # all three
     rewards=article_rewards(Format(), Correctness())                  # any of them
 
-In place of the environment's own reward, an episode then earns
+The reward of an episode is then, instead of the environment's own,
 
     0.2 x execution + 0.2 x format + 1 x correctness
 
-Source: Bespoke Labs' fork of verifiers, commit 1f4a267, `rubrics/bfcl_rubric.py`. At that commit
-the addition of the format is commented out, as are the penalties for gibberish and for tool results
-of the policy's own (`jaxgrpo/rewards/judge.py`, `jaxgrpo/rewards/penalties.py`).
+Source: Bespoke Labs' fork of verifiers, commit 1f4a267, `rubrics/bfcl_rubric.py`. In that commit
+the format's part is commented out, and so are the penalties for gibberish and for forged tool
+results (`jaxgrpo/rewards/judge.py`, `jaxgrpo/rewards/penalties.py`).
 
-Departures: an expected call with positional arguments has their names, and a user turn in which the
-ground truth calls nothing is matched (there it never is).
+Departures: positional arguments of expected calls are given their names. A user turn in which the
+ground truth calls nothing counts as matched; there it never does.
 """
 
 import dataclasses
@@ -33,8 +33,10 @@ _CALLED = re.compile(r"<tool>.*?</tool>", re.DOTALL)
 
 
 def article_rewards(*functions: Function) -> RewardSettings:
-    """The article's weights for its parts, 1 for parts of other functions, nothing for the
-    environment's own reward."""
+    """Weight the parts as the article does, and parts of other functions by 1.
+
+    The environment's own reward has weight 0.
+    """
     given = [part for function in functions for part in parts_of(function)]
     weights = {part: weight for part, weight in ARTICLE_WEIGHTS.items() if part in given}
     return RewardSettings(functions, {ENVIRONMENT: 0.0, **weights})
@@ -42,21 +44,21 @@ def article_rewards(*functions: Function) -> RewardSettings:
 
 @dataclasses.dataclass(frozen=True)
 class _OfBfcl(RewardFunction):
-    """A function that only BFCL's episodes can be given to."""
+    """A reward function for BFCL's episodes only."""
 
     def problems(self, config: Config) -> Sequence[str]:
         if isinstance(config.environment, Bfcl):
             return ()
         kind = type(config.environment).__name__
-        return (f"it judges episodes of envs.bfcl.Bfcl, the environment is {kind}",)
+        return (f"it judges episodes of envs.bfcl.Bfcl, but the environment is {kind}",)
 
 
 @dataclasses.dataclass(frozen=True)
 class Execution(_OfBfcl):
-    """The share of the attempted calls that succeeded; 0 where none was attempted.
+    """The fraction of attempted calls that succeeded, or 0 without an attempt.
 
-    A call succeeded when it did what it was asked to and the result that the policy was shown does
-    not say "error", in letters of any case. Calls that cannot be read are one failed attempt.
+    A call succeeded if the simulator says so and the result that the policy saw does not contain
+    "error", in any case of letters. A list of calls that cannot be parsed is one failed attempt.
     """
 
     parts: ClassVar[tuple[str, ...]] = ("execution",)
@@ -75,9 +77,12 @@ def _is_unreadable_call(text: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Format(_OfBfcl):
-    """Whether a correct episode kept to the form of the protocol "tags": every turn of the policy
-    has closed reasoning tags and, besides, a closed list of calls or an end mark. With `share`, the
-    share of its turns that do. 0 where the episode is not correct (see Correctness)."""
+    """1 if all turns of a correct episode are well-formed in the protocol "tags", else 0.
+
+    A well-formed turn has closed reasoning tags, and a closed list of calls or an end mark. With
+    `share`, the value is the fraction of well-formed turns. It is 0 if the episode is not correct
+    (see Correctness).
+    """
 
     parts: ClassVar[tuple[str, ...]] = ("format",)
     share: bool = False
@@ -102,9 +107,11 @@ def _keeps_the_form(text: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Correctness(_OfBfcl):
-    """Whether at the end the public state of every simulator equals the ground truth's, and in
-    every user turn the ground truth's calls, by name and arguments, are all among the successful
-    ones."""
+    """1 if the final state and the calls match the ground truth, else 0.
+
+    The public state of every simulator must equal the ground truth's. In every user turn, the
+    ground truth's calls (name and arguments) must be among the successful ones.
+    """
 
     parts: ClassVar[tuple[str, ...]] = ("correctness",)
 

@@ -1,22 +1,24 @@
-"""The official check of BFCL's multi-turn tasks, turn by turn, and the article's rubric. Pure: no clock, no I/O, no randomness.
+"""The official check of BFCL's multi-turn tasks, and the article's rubric, as pure functions.
 
-Reimplements `multi_turn_checker` of the package on private instances; `benchmarks/bfcl_parity.py` compares the two on every task.
-A turn passes when
+This reimplements `multi_turn_checker` of the package on private instances.
+`benchmarks/bfcl_parity.py` compares the two on every task. A task passes if all its turns pass. A
+turn passes if the policy took at most 20 steps with calls, and either the ground truth makes no
+call or all of these hold:
 
-- the policy took at most 20 steps with calls, and then either the ground truth makes no call (nothing more is checked), or
-- the policy made a call in the turn, and
-- state: every public attribute of each simulator equals the one of the ground truth's simulator, and
-- response: the ground truth's result strings of this turn are all among the policy's results so far, as a multiset.
-
-The task passes when every turn does.
+- The policy made a call in the turn.
+- State: every public attribute of each simulator equals that of the ground truth's simulator.
+- Response: the ground truth's results of this turn are among the policy's results so far, as a
+  multiset.
 """
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from envs.bfcl.execution import Call, CallResult, Session
 from jaxgrpo.types import Score
 
+T = TypeVar("T")
 OFFICIAL_STEP_LIMIT = 20
 MAX_NOTES = 8  # differences noted for one attribute
 MAX_NOTE_CHARS = 160
@@ -26,7 +28,10 @@ _ABSENT = "(absent)"
 
 @dataclasses.dataclass(frozen=True)
 class TurnVerdict:
-    """The check of one turn: `reason` is empty when it passed; `state` and `response` are True where there was nothing to check."""
+    """The check of one turn. `reason` is empty if it passed.
+
+    `state` and `response` are True if there was nothing to check.
+    """
 
     turn: int
     state: bool
@@ -39,25 +44,28 @@ class TurnVerdict:
         return not self.reason
 
 
+@dataclasses.dataclass(frozen=True)
+class PlayedTurn:
+    """The policy's calls: all results of the episode so far, calls and steps of this turn."""
+
+    results_so_far: Sequence[str]
+    calls: int
+    steps: int
+
+
 def judge_turn(
-    turn: int,
-    policy: Session,
-    truth: Session,
-    truth_results: Sequence[str],
-    policy_results_so_far: Sequence[str],
-    calls_made: int,
-    steps: int,
+    turn: int, policy: Session, truth: Session, truth_results: Sequence[str], played: PlayedTurn
 ) -> TurnVerdict:
-    """Check one turn after both sides have run it. The order of the reasons is the official one."""
+    """Check one turn after both sides have run it. Reasons have the official order."""
     notes, missing = {}, []
     if truth_results:
         notes = state_differences(policy.instances, truth.instances)
-        missing = missing_items(truth_results, policy_results_so_far)
+        missing = missing_items(truth_results, played.results_so_far)
     state = not notes
     reason = ""
-    if steps > OFFICIAL_STEP_LIMIT:
+    if played.steps > OFFICIAL_STEP_LIMIT:
         reason = f"more than {OFFICIAL_STEP_LIMIT} steps"
-    elif truth_results and calls_made == 0:
+    elif truth_results and played.calls == 0:
         reason = "no call was made"
     elif not state:
         reason = "the state differs"
@@ -74,21 +82,25 @@ def check_calls(
     truth_turns: Sequence[Sequence[Call]],
     policy_turns: Sequence[Sequence[Sequence[Call]]],
 ) -> list[TurnVerdict]:
-    """The official check of recorded calls (turns of steps of calls) on two fresh sessions; stops after the first turn that fails."""
+    """Check recorded calls (turns of steps of calls) on two fresh sessions.
+
+    Like the official check, it stops after the first turn that fails.
+    """
     verdicts: list[TurnVerdict] = []
     so_far: list[str] = []
     for turn, (truth_calls, steps) in enumerate(zip(truth_turns, policy_turns, strict=True)):
         results = [policy.run(call).text for step in steps for call in step]
         so_far.extend(results)
         expected = [truth.run(call).text for call in truth_calls]
-        verdicts.append(judge_turn(turn, policy, truth, expected, so_far, len(results), len(steps)))
+        played = PlayedTurn(so_far, len(results), len(steps))
+        verdicts.append(judge_turn(turn, policy, truth, expected, played))
         if not verdicts[-1].passed:
             break
     return verdicts
 
 
-def missing_items(expected: Iterable, given: Iterable) -> list:
-    """The expected items that are not among the given ones, each given item used once (order does not matter).
+def missing_items(expected: Iterable[T], given: Iterable[T]) -> list[T]:
+    """Return the expected items that are not among the given ones, as multisets.
 
     >>> missing_items(["a", "a", "b"], ["b", "a"])
     ['a']
@@ -105,20 +117,23 @@ def missing_items(expected: Iterable, given: Iterable) -> list:
 def missing_calls(
     expected: Iterable[Call], made: Iterable[CallResult]
 ) -> list[tuple[str, dict[str, object]]]:
-    """The expected calls, by name and arguments, that are not among those made with success."""
+    """Return the expected calls (name, arguments) that are not among the successful ones."""
     successful = [(result.call.name, dict(result.call.arguments)) for result in made if result.ok]
     return missing_items([(call.name, dict(call.arguments)) for call in expected], successful)
 
 
 def state_match(policy: Mapping[str, object], truth: Mapping[str, object]) -> float:
-    """The share of the simulators whose public state equals the ground truth's."""
+    """Return the fraction of simulators whose public state equals the ground truth's."""
     pairs = _public(policy, truth)
     differing = {name for name, _, given, expected in pairs if not _equal(given, expected)}
     return 1 - len(differing) / len(truth)
 
 
 def official_score(verdicts: Sequence[TurnVerdict], turns: int, finished: bool) -> Score:
-    """1 when all turns passed, else 0. `verdicts` may end early, at the first turn that failed or where a limit ended the episode."""
+    """Return 1 if all turns passed, else 0.
+
+    `verdicts` may be shorter than `turns`: the episode may end at a turn that fails, or at a limit.
+    """
     passed = len(verdicts) == turns and all(verdict.passed for verdict in verdicts)
     return _score(
         passed, verdicts, turns, finished, {"response": float(_all(v.response for v in verdicts))}
@@ -133,9 +148,12 @@ def call_match_score(
     made: Sequence[CallResult],
     expected: Sequence[Call],
 ) -> Score:
-    """The article's rubric: at the end, the state must be equal (`differences` is empty), and the ground truth's (name, arguments) must
-    all be among the successful calls, as a multiset. Departure: positional ground-truth arguments have got their names (without, 13 of
-    the base tasks could never pass)."""
+    """Score by the article's rubric: the final state and the calls of the whole episode.
+
+    The state must be equal (`differences` is empty), and the ground truth's (name, arguments) must
+    be among the successful calls, as a multiset. Departure: positional arguments of the ground
+    truth are given their names. Without that, 13 of the base tasks could never pass.
+    """
     missing = missing_calls(expected, made)
     score = _score(
         not differences and not missing, verdicts, turns, finished, {"calls": float(not missing)}
@@ -177,7 +195,10 @@ def _all(values: Iterable[bool]) -> bool:
 
 
 def state_differences(policy: Mapping[str, object], truth: Mapping[str, object]) -> dict[str, str]:
-    """What differs, readable, by `Class.attribute`; empty when the states are equal. Attributes that begin with `_` are not compared."""
+    """Describe the differences by `Class.attribute`. Empty if the states are equal.
+
+    Attributes that begin with `_` are not compared.
+    """
     return {
         f"{name}.{attribute}": _describe(given, expected)
         for name, attribute, given, expected in _public(policy, truth)
@@ -188,7 +209,7 @@ def state_differences(policy: Mapping[str, object], truth: Mapping[str, object])
 def _public(
     policy: Mapping[str, object], truth: Mapping[str, object]
 ) -> Iterator[tuple[str, str, object, object]]:
-    """(class, attribute, the policy's value, the ground truth's) of the state that is compared."""
+    """Yield (class, attribute, policy's value, ground truth's value) of the public state."""
     for name, instance in truth.items():
         for attribute, value in vars(instance).items():
             if not attribute.startswith("_"):
@@ -203,23 +224,23 @@ def _equal(policy: object, truth: object) -> bool:
 
 
 def _describe(policy: object, truth: object) -> str:
-    """The first differing leaves of two values, as `path: policy's, expected the truth's`."""
+    """Describe the first leaves that differ, as `path: policy's value, expected truth's value`."""
     given, expected = dict(_leaves(policy)), dict(_leaves(truth))
     paths = [
         path
         for path in {**expected, **given}
         if given.get(path, _ABSENT) != expected.get(path, _ABSENT)
     ]
-    lines = [
-        f"{path or 'value'}: {_shorten(given.get(path, _ABSENT))}, expected {_shorten(expected.get(path, _ABSENT))}"
-        for path in paths[:MAX_NOTES]
-    ]
+    lines = []
+    for path in paths[:MAX_NOTES]:
+        found, wanted = (_shorten(leaves.get(path, _ABSENT)) for leaves in (given, expected))
+        lines.append(f"{path or 'value'}: {found}, expected {wanted}")
     more = [f"and {len(paths) - MAX_NOTES} more"] if len(paths) > MAX_NOTES else []
     return "; ".join(lines + more) or "they differ in type or nesting"
 
 
 def _leaves(value: object, limit: int = 20_000) -> Iterable[tuple[str, str]]:
-    """The leaves of nested dicts, lists, directories and files, with their paths; at most `limit` of them, without recursion."""
+    """Yield (path, text) of at most `limit` leaves of dicts, lists, directories and files."""
     stack: list[tuple[str, object]] = [("", value)]
     for _ in range(limit):
         if not stack:
@@ -249,8 +270,6 @@ def _children(item: object) -> list[tuple[object, object]] | None:
 
 
 def _shorten(text: str) -> str:
-    return (
-        text
-        if len(text) <= MAX_NOTE_CHARS
-        else f"{text[:MAX_NOTE_CHARS]}… ({len(text)} characters)"
-    )
+    if len(text) <= MAX_NOTE_CHARS:
+        return text
+    return f"{text[:MAX_NOTE_CHARS]}… ({len(text)} characters)"

@@ -1,13 +1,16 @@
-"""BFCL's simulator classes, loaded from the unpacked package into private modules.
+"""Load BFCL's simulator classes from the unpacked package into private modules.
 
-Isolation: the modules enter neither `sys.modules` nor `sys.path`. Four things in them depend on the process in the original and
-are made private or fixed here, because episodes run in many threads, and runs are resumed:
+The modules enter neither `sys.modules` nor `sys.path`. Episodes run in many threads, and runs are
+resumed. Therefore four things that depend on the process in the original do not here:
 
-- the precision of `mpmath` (`MathAPI.logarithm` sets it): the module gets an mpmath context of its own;
-- today's date (`TravelAPI.verify_traveler_information`): fixed to the day of the package's release, so that the same actions always give
-  the same observations, and midnight cannot fall between the policy's call and the ground truth's;
-- sets, which print in an order that depends on the process, are replaced by ones that do not (`stable_sets.py`);
-- module-level tables that long-context scenarios hand out by reference: instances get deep copies (`create_instances`).
+- The precision of `mpmath`, which `MathAPI.logarithm` sets: the module gets an mpmath context of
+  its own.
+- Today's date, which `TravelAPI.verify_traveler_information` reads: it is the day of the package's
+  release. Observations do not depend on the day, and midnight cannot fall between the policy's call
+  and the ground truth's.
+- The order in which sets print: they are replaced by sets with a fixed order (`stable_sets.py`).
+- Module-level tables that long-context scenarios hand out by reference: instances get deep copies
+  (`create_instances`).
 """
 
 import builtins
@@ -44,7 +47,7 @@ _LOADING = threading.Lock()
 
 
 def _datetime_on(day: datetime.date) -> type[datetime.datetime]:
-    """`datetime` whose today is always this day."""
+    """Return a `datetime` class whose `today()` is always this day."""
 
     class FixedToday(datetime.datetime):
         @classmethod
@@ -55,7 +58,10 @@ def _datetime_on(day: datetime.date) -> type[datetime.datetime]:
 
 
 def load_classes(package: Package) -> Mapping[str, type]:
-    """The simulator classes by their names in the data; loaded once a package. Raises SourceError when one is not as expected."""
+    """Return the simulator classes by their names in the data. They are loaded once per package.
+
+    Raises SourceError if one is not as expected.
+    """
     with _LOADING:
         return _load_classes(package)
 
@@ -66,7 +72,8 @@ def _load_classes(package: Package) -> Mapping[str, type]:
         return _load_all(package)
     except (OSError, ImportError, SyntaxError, AttributeError) as error:
         raise SourceError(
-            f"the simulators in {package.folder} are not understood ({type(error).__name__}: {error}); "
+            f"the simulators in {package.folder} are not as expected "
+            f"({type(error).__name__}: {error}); "
             f"known releases: {', '.join(r.version for r in RELEASES.values())}"
         ) from error
 
@@ -84,12 +91,12 @@ def _load_all(package: Package) -> Mapping[str, type]:
 def _load_module(
     name: str, folder: Path, siblings: Mapping[str, types.ModuleType]
 ) -> types.ModuleType:
-    """Execute one file as a module of its own. Its imports of sibling files are answered from `siblings`."""
+    """Execute one file as a private module. `siblings` answers its imports of sibling files."""
 
     def private_import(target: str, *rest: Any, **named: Any) -> types.ModuleType:
-        return (
-            siblings[target] if target in siblings else builtins.__import__(target, *rest, **named)
-        )
+        if target in siblings:
+            return siblings[target]
+        return builtins.__import__(target, *rest, **named)
 
     file = folder / f"{name}.py"
     module = types.ModuleType(f"{__package__}.isolated.{name}")
@@ -102,7 +109,7 @@ def _load_module(
 def create_instances(
     classes: Mapping[str, type], involved: Sequence[str], config: str, long_context: bool
 ) -> dict[str, object]:
-    """Fresh private instances of the involved classes, from the JSON text of the initial configuration (which they mutate)."""
+    """Create instances of the involved classes from the JSON text of the initial configuration."""
     scenario = json.loads(config)
     instances = {}
     for name in involved:

@@ -1,8 +1,9 @@
-"""Where BFCL's data and simulators come from: two pinned wheels, each fetched once, checked, and unpacked into a cache.
+"""Download BFCL's data and simulators, as one pinned wheel per release, into a cache.
 
-`bfcl-eval` cannot be a dependency of this project: it pins numpy 1.26.4 (JAX needs numpy 2) and pulls thirty packages that nobody here
-needs. So its wheel (Apache 2.0) is downloaded as a file, through pip, which honours the user's mirrors and proxies. An installed
-`bfcl-eval` of the same version, or a folder that the user names, is used instead. Nothing of it is part of this repository.
+`bfcl-eval` cannot be a dependency of this project: it pins numpy 1.26.4 (JAX needs numpy 2) and
+requires thirty packages that are not needed here. So pip, which respects the user's mirrors and
+proxies, downloads its wheel (Apache 2.0) as a file. An installed `bfcl-eval` of the same version or
+a folder that the user names takes its place. Nothing of it is part of this repository.
 """
 
 import dataclasses
@@ -24,9 +25,9 @@ PACKAGE = "bfcl_eval"
 
 @dataclasses.dataclass(frozen=True)
 class Release:
-    """One release of the package, named after the generation of its data: `RELEASES["v3"]`.
+    """One release of the package, named after the version of its data: `RELEASES["v3"]`.
 
-    `published` is the day that its simulators take for today.
+    `published` is the date that its simulators use as today.
     """
 
     name: str
@@ -39,12 +40,12 @@ class Release:
         return f"{PACKAGE}-{self.version}-py3-none-any.whl"
 
     def data_file(self, category: str) -> str:
-        """The name of a category's tasks, and of their ground truth."""
+        """Return the name of the files with a category's tasks and ground truth."""
         return f"BFCL_{self.name}_multi_turn_{category}.json"
 
     @property
     def probe(self) -> Path:
-        """A folder that holds this file is an unpacked package of this generation."""
+        """The file that identifies an unpacked package of this release."""
         return Path("data", self.data_file("base"))
 
 
@@ -65,23 +66,26 @@ RELEASES = {
         ),
     )
 }
-"""The article trained on v3. v4 is what today's leaderboard plays."""
+"""The article trained on v3. The current leaderboard uses v4."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """An unpacked `bfcl_eval`, and the release whose data it is read as."""
+    """An unpacked `bfcl_eval` and its release."""
 
     folder: Path
     release: Release
 
 
 class SourceError(RuntimeError):
-    """BFCL's files could not be had, or are not understood. The message says why and what to do."""
+    """BFCL's files are missing or not as expected. The message says why and what to do."""
 
 
 def open_package(release: str = "v3", folder: str | None = None) -> Package:
-    """The given folder, an installed package of the pinned version, or the cache's (fetched when missing). Raises SourceError."""
+    """Open the given folder, an installed package of the pinned version, or the cached one.
+
+    Downloads the package if it is in none of these. Raises SourceError.
+    """
     wanted = RELEASES[release]
     if folder is not None:
         return Package(_given_folder(Path(folder).expanduser(), wanted), wanted)
@@ -89,7 +93,10 @@ def open_package(release: str = "v3", folder: str | None = None) -> Package:
 
 
 def cached_folder(root: Path, release: Release) -> Path:
-    """The unpacked package under `root`; fetched when it is not there. Atomic: it appears whole, or not at all, also with many callers."""
+    """Return the unpacked package under `root`, and download it if it is missing.
+
+    It appears as a whole or not at all, also with many callers.
+    """
     target = root / f"bfcl_eval-{release.version}"
     if not (target / PACKAGE / release.probe).is_file():
         root.mkdir(parents=True, exist_ok=True)
@@ -107,8 +114,10 @@ def check_hash(wheel: Path, release: Release) -> None:
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != release.sha256:
         raise SourceError(
-            f"{wheel.name} has sha256 {digest}, expected {release.sha256}: the download is damaged or not the pinned release. "
-            "Try again, check the configured package index, or give the path of an unpacked bfcl_eval as `folder`."
+            f"{wheel.name} has sha256 {digest}, expected {release.sha256}: "
+            "the download is damaged or not the pinned release. "
+            "Try again, check the configured package index, "
+            "or give the path of an unpacked bfcl_eval as `folder`."
         )
 
 
@@ -122,16 +131,15 @@ def _given_folder(folder: Path, release: Release) -> Path:
         ]
         others = sorted(match[1] for match in found if match)
         if others:
-            hint = (
-                f"set release={others[0]!r}"
-                if others[0] in RELEASES
-                else f"known are {', '.join(RELEASES)}"
-            )
+            known = others[0] in RELEASES
+            hint = f"set release={others[0]!r}" if known else f"known are {', '.join(RELEASES)}"
             raise SourceError(
-                f"{str(folder)!r} holds the data of BFCL {others[0]}, and release is {release.name!r}: {hint}"
+                f"{str(folder)!r} holds the data of BFCL {others[0]}, "
+                f"and release is {release.name!r}: {hint}"
             )
     raise SourceError(
-        f"no unpacked bfcl_eval in {str(folder)!r}: there is no {release.probe} in it or in its folder {PACKAGE!r}"
+        f"no unpacked bfcl_eval in {str(folder)!r}: "
+        f"there is no {release.probe} in it or in its folder {PACKAGE!r}"
     )
 
 
@@ -141,36 +149,29 @@ def _installed_folder(release: Release) -> Path | None:
     except importlib.metadata.PackageNotFoundError:
         return None
     folder = Path(str(distribution.locate_file(PACKAGE)))
-    return (
-        folder
-        if distribution.version == release.version and (folder / release.probe).is_file()
-        else None
-    )
+    usable = distribution.version == release.version and (folder / release.probe).is_file()
+    return folder if usable else None
 
 
 def _download(scratch: Path, release: Release) -> Path:
     requirement = f"bfcl-eval=={release.version}"
-    arguments = [
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--disable-pip-version-check",
-        "--quiet",
-    ]
-    command = [sys.executable, "-m", "pip", *arguments, "--dest", str(scratch), requirement]
+    arguments = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet"]
+    pip = [sys.executable, "-m", "pip", "download", *arguments]
+    command = [*pip, "--dest", str(scratch), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = scratch / release.wheel
     if done.returncode != 0 or not wheel.is_file():
         said = (done.stderr or done.stdout).strip()[-1500:]
         raise SourceError(
-            f"pip could not fetch {requirement}: {said}\nGive the network a try with `{' '.join(command[:-3])} --dest . "
-            f"{requirement}`, or unpack the wheel by hand and give its path as `folder`."
+            f"pip could not fetch {requirement}: {said}\n"
+            f"Check the network with `{' '.join(pip)} --dest . {requirement}`, "
+            "or unpack the wheel by hand and give its path as `folder`."
         )
     return wheel
 
 
 def _unpack(wheel: Path, target: Path, release: Release) -> None:
-    """What the simulators and the package's own checker need, and nothing else."""
+    """Unpack only what the simulators and the package's own checker need."""
     wanted = (
         f"{PACKAGE}/__init__.py",
         f"{PACKAGE}/constants/__init__.py",
@@ -187,7 +188,7 @@ def _unpack(wheel: Path, target: Path, release: Release) -> None:
 
 
 def _publish(unpacked: Path, target: Path, release: Release) -> None:
-    """Move the unpacked tree to its place; where another process was faster, keep the other's (it is the same, byte for byte)."""
+    """Move the unpacked tree to its place, unless another process has put it there already."""
     if target.exists() and not (target / PACKAGE / release.probe).is_file():
         shutil.rmtree(target)
     try:

@@ -1,8 +1,8 @@
-"""Sets whose order does not depend on the process.
+"""Give sets an order that does not depend on the process.
 
 Some simulators print sets in their messages. A plain set of texts iterates in the order of their
-hashes, which Python draws anew for each process: the same call would be answered differently after
-a resume. `stabilized` compiles a simulator's source so that its sets are `StableSet`s.
+hashes, which differ from process to process. So the same call would be answered differently after a
+resume. `stabilized` compiles a simulator's source so that its sets are `StableSet`s.
 """
 
 import ast
@@ -11,13 +11,13 @@ from types import CodeType
 from typing import Any
 
 NAME = "_stable_set"
-"""What the compiled code calls `StableSet` by."""
+"""The name of `StableSet` in the compiled code."""
 
 
-class StableSet(set):
+class StableSet(set[Any]):
     """A set that iterates and prints in the order of its items' `repr`, in every process."""
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator[Any]:
         return iter(sorted(super().__iter__(), key=repr))
 
     def __repr__(self) -> str:
@@ -35,13 +35,13 @@ class StableSet(set):
     def __xor__(self, other: Any) -> "StableSet":
         return StableSet(super().__xor__(other))
 
-    def difference(self, *others: Iterable) -> "StableSet":
+    def difference(self, *others: Iterable[Any]) -> "StableSet":
         return StableSet(super().difference(*others))
 
-    def intersection(self, *others: Iterable) -> "StableSet":
+    def intersection(self, *others: Iterable[Any]) -> "StableSet":
         return StableSet(super().intersection(*others))
 
-    def union(self, *others: Iterable) -> "StableSet":
+    def union(self, *others: Iterable[Any]) -> "StableSet":
         return StableSet(super().union(*others))
 
     def copy(self) -> "StableSet":
@@ -49,7 +49,7 @@ class StableSet(set):
 
 
 class _Sets(ast.NodeTransformer):
-    """Set displays, set comprehensions and the name `set` -> StableSet."""
+    """Replace set displays, set comprehensions and the name `set` by StableSet."""
 
     def visit_Set(self, node: ast.Set) -> ast.AST:
         return self._call(node, ast.List(node.elts, ast.Load()))
@@ -66,7 +66,7 @@ class _Sets(ast.NodeTransformer):
 
 
 def stabilized(source: bytes, filename: str) -> CodeType:
-    """The source compiled with `StableSet` for every set; run it with `NAME` bound to that class.
+    """Compile the source with `StableSet` for every set. Run it with `NAME` bound to that class.
 
     Raises SyntaxError as `compile` does.
     """

@@ -1,4 +1,4 @@
-"""The suite of BFCL's multi-turn tasks: what a config's `environment` holds."""
+"""The suite of BFCL's multi-turn tasks, for the `environment` of a config."""
 
 import dataclasses
 import difflib
@@ -26,27 +26,33 @@ REWARDS = ("official", "call_match")
 
 @dataclasses.dataclass(frozen=True)
 class Bfcl:
-    """BFCL's multi-turn tasks, split as in the article: 100 a category to train on, the other 100 to test.
+    """BFCL's multi-turn tasks, split as in the article: per category, 100 to train and 100 to test.
 
-    release              "v3" (what the article trained on) or "v4" (what today's leaderboard plays)
+    release              "v3" (used by the article) or "v4" (used by the current leaderboard)
     categories           any of base, miss_func, miss_param, long_context
     protocol             "tags" (plain text) or "native" (the chat template's tool calls)
-    docs                 "full", "article" (full, as the article's code words it), "without_response", or "signatures" (one short
-                         line a tool)
+    docs                 "full", "article" (full, as the article's code words it),
+                         "without_response", or "signatures" (one short line per tool)
     examples             worked protocol examples with made-up tools before the task, 0 to 3
-    max_turns            user turns of each task that are played; 1 is the first query only
-    curriculum           train on a copy of each task for every number of user turns up to max_turns, in the order of the article's
-                         code: few turns first
-    max_steps_per_turn   policy turns in a user turn; then the episode ends with STEP_LIMIT
-    run_last_step        whether the calls of the last of these run; the article's code leaves them out
-    reward               "official" (state and response of each turn) or "call_match" (the article's rubric)
-    stop_at_lost_turn    whether the first turn that fails the official check ends the episode; the article's code plays on
-    result_limit         characters of one tool result that the policy is shown, 0 for all; the check always sees all
-    task_ids             train on these alone (they must be of the train split), in the split's order
-    classes              train on tasks alone that involve no other API classes than these, () for any
-    max_calls            train on tasks alone that take at most so many calls in the played user turns, 0 for any
-    train_limit          train on the first so many of these, 0 for all
-    folder               an unpacked bfcl_eval to use instead of the fetched one
+    max_turns            maximum number of user turns per task; 1 is the first query only
+    curriculum           train on a copy of each task for every number of user turns up to
+                         max_turns, few turns first, in the order of the article's code
+    max_steps_per_turn   policy turns per user turn; then the episode ends with STEP_LIMIT
+    run_last_step        whether the calls of the last policy turn before that limit run; in the
+                         article's code they do not
+    reward               "official" (state and response of each turn) or "call_match" (the
+                         article's rubric)
+    stop_at_lost_turn    whether the first turn that fails the official check ends the episode;
+                         in the article's code it does not
+    result_limit         characters of each tool result that the policy sees, 0 for all; the check
+                         always sees the whole result
+    task_ids             train only on these tasks of the train split, in the split's order
+    classes              train only on tasks that involve no other API classes, () for any
+    max_calls            train only on tasks with at most this many calls in the user turns that
+                         are used, 0 for any
+    train_limit          train on the first of the remaining tasks only, up to this number, 0 for
+                         all
+    folder               an unpacked bfcl_eval to use instead of the downloaded one
     """
 
     release: str = "v3"
@@ -95,12 +101,11 @@ class Bfcl:
         ):
             value = getattr(self, name)
             if type(value) is not int or value < low or (high is not None and value > high):
-                raise ValueError(
-                    f"{name} must be a whole number from {low}{'' if high is None else f' to {high}'}, got {value!r}"
-                )
+                bounds = f"from {low}" if high is None else f"from {low} to {high}"
+                raise ValueError(f"{name} must be a whole number {bounds}, got {value!r}")
 
     def tasks(self, split: str) -> Sequence[Task]:
-        """The split's tasks, category after category, each in the article's order."""
+        """List the split's tasks by category, each in the article's order."""
         tasks = [
             task for category in self.categories for task in self._category_split(category, split)
         ]
@@ -126,9 +131,10 @@ class Bfcl:
         return BfclEnvironment(self._library(), _payload(task), self._options())
 
     def demonstration(self, task: Task) -> tuple[str, ...]:
-        """Policy turns that solve the task: the ground truth of each played user turn as one list of calls, then the turn's end.
+        """Return policy turns that solve the task.
 
-        Where nothing can be done (the categories that withhold something), the turn is ended by giving up.
+        For each user turn they are the ground truth as one list of calls, and the end of the turn.
+        If nothing can be done, in the categories that withhold something, the policy gives up.
         """
         payload, protocol = _payload(task), PROTOCOLS[self.protocol]
         texts = []
@@ -168,17 +174,17 @@ class Bfcl:
 def _payload(task: Task) -> BfclTask:
     if not isinstance(task.payload, BfclTask):
         raise TypeError(
-            f"task {task.id!r} is not one of this suite: its payload is a {type(task.payload).__name__}"
+            f"task {task.id!r} does not belong to this suite: "
+            f"its payload is a {type(task.payload).__name__}"
         )
     return task.payload
 
 
 def _require(what: str, given: str, allowed: Collection[str]) -> None:
-    """Refuse an unknown name with the nearest right one."""
+    """Refuse an unknown name, and suggest the closest allowed one."""
     if given in allowed:
         return
     near = difflib.get_close_matches(str(given), allowed, n=1, cutoff=0.3)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(
-        f"unknown {what} {given!r}: {hint}allowed: {', '.join(list(allowed)[:12])}{' ...' if len(allowed) > 12 else ''}"
-    )
+    names = ", ".join(list(allowed)[:12]) + (" ..." if len(allowed) > 12 else "")
+    raise ValueError(f"unknown {what} {given!r}: {hint}allowed: {names}")

@@ -1,6 +1,7 @@
-"""BFCL's multi-turn tasks as records, the article's split, and its curriculum.
+"""Read BFCL's multi-turn tasks. Split them, and order a curriculum, as the article does.
 
-Data: JSON lines in the package, `data/BFCL_<release>_multi_turn_<category>.json`, with the ground truth under `possible_answer/`.
+The package holds JSON lines in `data/BFCL_<release>_multi_turn_<category>.json`, and the ground
+truth in files of the same names under `data/possible_answer/`.
 """
 
 import dataclasses
@@ -10,10 +11,12 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from envs.bfcl import simulators
+from envs.bfcl.docs import Document
 from envs.bfcl.execution import Call, Session, parse_call
 from envs.bfcl.source import RELEASES, Package, SourceError
 from jaxgrpo.types import Task
@@ -29,7 +32,10 @@ _LOADING = threading.Lock()
 
 @dataclasses.dataclass(frozen=True)
 class BfclTurn:
-    """One user turn: what the user says ("" where only new tools are announced), the ground truth, and tools offered from here on."""
+    """One user turn: the user's message, the ground truth, and tools offered from here on.
+
+    The message is "" if the turn only announces new tools.
+    """
 
     query: str
     truth: tuple[Call, ...]
@@ -38,7 +44,10 @@ class BfclTurn:
 
 @dataclasses.dataclass(frozen=True)
 class BfclTask:
-    """The payload of a Task. `tools` are the names offered from the start; `initial_config` stays JSON text, so nobody can mutate it."""
+    """The payload of a Task. `tools` are the names offered from the start.
+
+    `initial_config` is JSON text, so that no simulator can mutate it.
+    """
 
     id: str
     category: str
@@ -54,20 +63,20 @@ class BfclTask:
 
 @dataclasses.dataclass(frozen=True)
 class Library:
-    """Everything that is read from the package: the simulator classes, the tools' documents by class, the tasks by category."""
+    """The contents of the package: simulator classes, documents by class, tasks by category."""
 
     classes: Mapping[str, type]
-    documents: Mapping[str, Mapping[str, dict]]
+    documents: Mapping[str, Mapping[str, Document]]
     tasks: Mapping[str, Mapping[str, BfclTask]]
 
-    def document(self, task: BfclTask, name: str) -> dict:
-        """The document of one tool of the task's classes."""
+    def document(self, task: BfclTask, name: str) -> Document:
+        """Return the document of one tool of the task's classes."""
         return next(
             self.documents[owner][name] for owner in task.involved if name in self.documents[owner]
         )
 
     def session(self, task: BfclTask) -> Session:
-        """A fresh session on the task's initial state, where every documented method of its classes may be called."""
+        """Start a session on the task's initial state, with all documented methods callable."""
         instances = simulators.create_instances(
             self.classes, task.involved, task.initial_config, task.long_context
         )
@@ -77,7 +86,7 @@ class Library:
 
 
 def load_library(package: Package) -> Library:
-    """Read the package's data; once a package. Raises SourceError when they are not as expected."""
+    """Read the data, once per package. Raises SourceError if they are not as expected."""
     with _LOADING:
         return _load_library(package)
 
@@ -104,20 +113,21 @@ def _load_library(package: Package) -> Library:
         }
     except (OSError, LookupError, ValueError, TypeError, AttributeError, SyntaxError) as error:
         raise SourceError(
-            f"the data in {package.folder} are not understood as those of BFCL {package.release.name} "
-            f"({type(error).__name__}: {error}); known releases: {', '.join(r.version for r in RELEASES.values())}"
+            f"the data in {package.folder} are not those of BFCL {package.release.name} "
+            f"({type(error).__name__}: {error}); "
+            f"known releases: {', '.join(r.version for r in RELEASES.values())}"
         ) from error
     return Library(classes, documents, tasks)
 
 
-def _read_lines(path: Path) -> list[dict]:
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
 
 
 def _read_category(
     package: Package,
     category: str,
-    documents: Mapping[str, Mapping[str, dict]],
+    documents: Mapping[str, Mapping[str, Document]],
     signatures: Mapping[str, inspect.Signature],
 ) -> dict[str, BfclTask]:
     name = package.release.data_file(category)
@@ -135,14 +145,16 @@ def _read_category(
 
 
 def _task(
-    row: dict,
+    row: dict[str, Any],
     category: str,
     truth: Sequence[tuple[Call, ...]],
-    documents: Mapping[str, Mapping[str, dict]],
+    documents: Mapping[str, Mapping[str, Document]],
 ) -> BfclTask:
-    """One task; tools that are excluded are never offered, withheld ones (`missed_function`) from the turn that the data says.
+    """Build one task from its row.
 
-    A withheld tool that the ground truth needs earlier is not withheld: else the task could not be solved (`tail` in miss_func_49).
+    Excluded tools are never offered. Withheld tools (`missed_function`) are offered from the turn
+    that the data names. A tool that the ground truth needs earlier is not withheld, because the
+    task could not be solved otherwise (`tail` in miss_func_49).
     """
     excluded = set(row.get("excluded_function", ()))
     withheld = {
@@ -180,7 +192,10 @@ def _task(
 
 
 def split_ids(ids: Sequence[str], split: str) -> list[str]:
-    """The article's split: sorted ids, permuted with seed 42; the first 100 are "test", the last 100 "train", both in permuted order."""
+    """Split as the article does: sorted ids, permuted with seed 42.
+
+    The first 100 are "test", the last 100 "train", both in permuted order.
+    """
     ordered = sorted(ids)
     permuted = [
         ordered[index] for index in np.random.RandomState(SPLIT_SEED).permutation(len(ordered))
@@ -193,10 +208,11 @@ def split_ids(ids: Sequence[str], split: str) -> list[str]:
 
 
 def curriculum(tasks: Sequence[BfclTask], max_turns: int) -> list[BfclTask]:
-    """A copy of each task for every number of user turns from 1 to its own, at most `max_turns`: those of few turns first, shuffled
-    within a number of turns, in the order of the article's code. `tasks` are one split's, in the order of the data file.
+    """Copy each task for every number of user turns up to its own, at most `max_turns`.
 
-    The article's code sorts by turns + u, u uniform in [0, 0.1) from RandomState(42), before it leaves out the longer ones.
+    Copies of few turns come first. Copies with the same number of turns are shuffled, in the order
+    of the article's code: it sorts by turns + u, with u uniform in [0, 0.1) from RandomState(42),
+    before it removes the longer ones. `tasks` are one split's, in the order of the data file.
     """
     copies = [
         dataclasses.replace(task, turns=task.turns[:count])
@@ -210,5 +226,5 @@ def curriculum(tasks: Sequence[BfclTask], max_turns: int) -> list[BfclTask]:
 
 
 def as_task(task: BfclTask, name: str | None = None) -> Task:
-    """The record that crosses rooms, under its id or another name; its labels are the API classes involved."""
+    """Wrap a BfclTask as a Task, under its own id or `name`. Labels are its API classes."""
     return Task(name or task.id, labels=task.involved, payload=task)

@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic."""
+"""Check the arithmetic of the benchmarks."""
 
 import asyncio
 import time
@@ -24,7 +24,7 @@ def test_groups_of_one_row_hold_the_same_rows_each_with_its_prompt() -> None:
     assert split.loss_weights_NGC.sum() == pytest.approx(1.0)
 
 
-def test_a_sampler_that_sleeps_keeps_its_rate_and_labels_tokens_by_the_time_they_were_made():
+def test_a_sleeping_sampler_keeps_its_rate_and_labels_token_versions() -> None:
     async def play() -> list[np.ndarray]:
         sampler = overlap.PacedSampler(rate=40.0, streams=1, eos=9, vocab=10, version=4)
         turns = [asyncio.create_task(sampler.generate(one_turn(str(i), seed=i))) for i in range(2)]
@@ -34,9 +34,7 @@ def test_a_sampler_that_sleeps_keeps_its_rate_and_labels_tokens_by_the_time_they
 
     start = time.perf_counter()
     first_T, second_T = asyncio.run(play())
-    assert (
-        len(first_T) == len(second_T) == 8
-    )  # eight are asked for at most: 0.2 seconds each, one after the other
+    assert len(first_T) == len(second_T) == 8  # the maximum: 0.2 s each, one after the other
     assert time.perf_counter() - start > 0.399
     assert set(first_T.tolist()) == {4, 5} and first_T.tolist() == sorted(first_T.tolist())
     assert second_T.tolist() == [5] * 8

@@ -1,4 +1,4 @@
-"""Our check of the multi-turn tasks against the package's own, run in a process of its own (benchmarks/bfcl_parity.py)."""
+"""Compare our check of multi-turn tasks with the official one (benchmarks/bfcl_parity.py)."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def test_perfect_runs_of_the_other_categories_pass_officially() -> None:
 
 
 def test_whole_episodes_get_the_official_verdicts() -> None:
-    """Through the environment itself, where a failed call stops its list: what it ran, the official checker judges alike."""
+    """In the environment, a failed call stops its list. The official checker agrees on the rest."""
     suite, played, rewards = Bfcl(), [], []
     for case in cases(library(), ("base",), ("reversed", "wrong_argument", "after_another"), 60):
         if case.scope == "first_turn":
@@ -80,7 +80,7 @@ def test_results_of_earlier_turns_count_officially_too() -> None:
     assert [(ours, theirs) for _, ours, theirs in compared] == [(True, True), *[(False, False)] * 4]
 
 
-def test_turns_in_which_the_truth_makes_no_call_are_not_compared_officially_either() -> None:
+def test_turns_without_ground_truth_are_not_compared_officially_either() -> None:
     payload = library().tasks["miss_param"]["multi_turn_miss_param_11"]
     changes, listing = Call("mkdir", {"dir_name": "of_my_own"}), list(payload.turns[1].truth)
     turns = {

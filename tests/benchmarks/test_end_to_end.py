@@ -1,11 +1,14 @@
-"""The whole-batch benchmark: what it refuses to compare, and its halves at a tiny size. TRL's half
-runs where the variable JAXGRPO_TRL_PYTHON names the interpreter of an environment with TRL, as
-`python -m benchmarks.end_to_end --make-venv DIR` makes one."""
+"""Check the whole-batch benchmark: what it refuses to compare, and both sides at a tiny size.
+
+TRL's side runs if JAXGRPO_TRL_PYTHON names the interpreter of an environment with TRL.
+`python -m benchmarks.end_to_end --make-venv DIR` creates one.
+"""
 
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,7 +49,7 @@ def work(samples: int = 4, *options: str) -> Work:
     )
 
 
-def ours(tmp_path, name: str, of: Work) -> Worker:
+def ours(tmp_path: Path, name: str, of: Work) -> Worker:
     return Worker(name, sys.executable, "benchmarks.batch_ours", of, tmp_path / f"{name}.log")
 
 
@@ -54,7 +57,7 @@ def test_the_reward_is_the_same_with_special_tokens_and_without() -> None:
     assert reward("room 12, 3<|im_end|>") == reward("room 12, 3") == 0.03
 
 
-def test_a_processor_and_its_work_read_from_linux(tmp_path) -> None:
+def test_the_processor_and_its_load_are_read(tmp_path: Path) -> None:
     cpuinfo, stat = tmp_path / "cpuinfo", tmp_path / "stat"
     cpuinfo.write_text(
         "vendor_id\t: V\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: N 9\n\nvendor_id\t: other\n"
@@ -70,7 +73,7 @@ def test_a_processor_and_its_work_read_from_linux(tmp_path) -> None:
     assert busy_seconds({0, 1}, stat) == 8.0
 
 
-def test_a_batch_is_summed_up_by_hand() -> None:
+def test_the_summary_of_batches_by_hand() -> None:
     part = {"rollout": 1.0, "passes": 0.5, "others": 0.0, "trained_tokens": 16}
     found = summed_up(
         [
@@ -94,12 +97,15 @@ def test_a_batch_is_summed_up_by_hand() -> None:
         (("--model", "nowhere"), "nowhere has no config.json"),
         (("--python", "nowhere/python"), "nowhere/python is no file"),
         (("--python", "x", "--make-venv", "y"), "not allowed with"),
-        (("--trl", "beta=0.1"), "--trl is for TRL"),
+        (("--trl", "beta=0.1"), "--trl needs TRL: give --python"),
         (("--tasks", "warehouse", "--prompts", "65"), "--prompts is 65, --tasks warehouse has 64"),
     ],
 )
-def test_what_cannot_be_is_refused_with_one_line_and_status_2(
-    arguments, message, monkeypatch, capsys
+def test_bad_options_exit_with_one_line_and_status_2(
+    arguments: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["end_to_end", *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -108,7 +114,7 @@ def test_what_cannot_be_is_refused_with_one_line_and_status_2(
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_worker_that_ends_tells_what_it_wrote_last(tmp_path) -> None:
+def test_the_last_output_of_a_failed_worker_is_shown(tmp_path: Path) -> None:
     told = pytest.raises(
         SystemExit, match=r"(?s)^other ended with status 1:.*No module named .*gone"
     )
@@ -127,8 +133,10 @@ def test_an_option_that_a_worker_refuses_ends_the_benchmark_with_status_2() -> N
     "option",
     ["batching.advantage_normalization=none", "rollout.temperature=0.5", "loss.kl_beta=1.0"],
 )
-def test_sides_that_do_other_work_on_the_same_tokens_are_refused(tmp_path, option) -> None:
-    refused = pytest.raises(SystemExit, match="other does not do the same as ours")
+def test_sides_with_different_results_on_the_same_tokens_are_refused(
+    tmp_path: Path, option: str
+) -> None:
+    refused = pytest.raises(SystemExit, match="other differs from ours on the same tokens")
     with (
         ours(tmp_path, "ours", work()) as first,
         ours(tmp_path, "other", work(4, option)) as second,
@@ -138,7 +146,7 @@ def test_sides_that_do_other_work_on_the_same_tokens_are_refused(tmp_path, optio
 
 
 @pytest.mark.slow
-def test_sides_with_more_tokens_are_refused_and_equal_ones_agree(tmp_path) -> None:
+def test_sides_with_more_tokens_are_refused_and_equal_ones_agree(tmp_path: Path) -> None:
     with (
         ours(tmp_path, "ours", work()) as first,
         ours(tmp_path, "other", work()) as second,
@@ -146,12 +154,12 @@ def test_sides_with_more_tokens_are_refused_and_equal_ones_agree(tmp_path) -> No
     ):
         agreed = check_agreement({"ours": first, "other": second})
         assert agreed["difference_other"] < 1e-6 and len(agreed["grad_norms"]) == 2
-        with pytest.raises(SystemExit, match="do not have as many tokens"):
+        with pytest.raises(SystemExit, match=r"the sides differ in their .* token counts"):
             take_turns({"ours": first, "third": third}, 1)
 
 
 @pytest.mark.slow
-def test_our_half() -> None:
+def test_our_side() -> None:
     done = benchmark(*TINY_WORK, "--json")
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])
@@ -172,7 +180,7 @@ def test_our_half() -> None:
     "JAXGRPO_TRL_PYTHON" not in os.environ,
     reason="JAXGRPO_TRL_PYTHON names no interpreter with TRL",
 )
-def test_both_halves_train_the_same_tokens_with_the_same_gradient() -> None:
+def test_both_sides_train_the_same_tokens_with_the_same_gradient() -> None:
     done = benchmark(*TINY_WORK, "--json", "--python", os.environ["JAXGRPO_TRL_PYTHON"])
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])

@@ -1,5 +1,4 @@
-"""The program for a machine with one GPU: what a failing unit costs, what is counted, and all of it
-at sizes for a CPU."""
+"""Check benchmarks.gpu: failing units, what is counted, and the whole program at CPU sizes."""
 
 import dataclasses
 import functools
@@ -9,6 +8,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,8 @@ def by_unit(out: Path, row: str) -> dict[str, list[rows.Row]]:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory) -> Path:
-    """Five parts of a unit each. The one that hangs has a quarter of what is left, about 10 s."""
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run five parts with one unit each. The one that hangs gets a quarter of the rest, 10 s."""
     out = tmp_path_factory.mktemp("gpu")
     shares = (1.0, 1.0, 1.0, 1.0, 3.0)
     parts = [units(name, share=share) for name, share in zip(UNITS, shares, strict=True)]
@@ -48,8 +48,8 @@ def ran(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    """All parts on a CPU, with time for a machine that has much else to do."""
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run all parts on a CPU, with enough time for a busy machine."""
     out = tmp_path_factory.mktemp("tiny") / "figures"
     command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--minutes", "30"]
     done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
@@ -59,7 +59,7 @@ def tiny(tmp_path_factory) -> Path:
 
 
 class TestRunner:
-    def test_whatever_a_unit_does_its_figures_and_the_others_are_there(self, ran):
+    def test_figures_of_all_units_survive_failures(self, ran: Path) -> None:
         figures = by_unit(ran, "figure")
         assert {unit: [r["value"] for r in found] for unit, found in figures.items()} == {
             "works": [1, "nan"],
@@ -70,7 +70,7 @@ class TestRunner:
         }
         assert all(r["part"] == unit for unit, found in figures.items() for r in found)
 
-    def test_how_each_ended_is_said(self, ran):
+    def test_the_end_of_each_unit_is_reported(self, ran: Path) -> None:
         ends = {unit: found[0] for unit, found in by_unit(ran, "unit").items()}
         assert {unit: end["status"] for unit, end in ends.items()} == {
             "works": "ended",
@@ -87,7 +87,7 @@ class TestRunner:
         assert "- raises: failed: MemoryError: there is no more" in text
         assert [unit for unit in UNITS if wrong(ends[unit])] == ["raises", "crashes", "hangs"]
 
-    def test_what_a_killed_unit_started_is_gone(self, ran):
+    def test_children_of_a_killed_unit_are_gone(self, ran: Path) -> None:
         (child,) = by_unit(ran, "child")["hangs"]
         assert child["scratch"] and not Path(child["scratch"]).exists()
         state = Path(f"/proc/{child['pid']}/stat")
@@ -99,7 +99,7 @@ class TestRunner:
         assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
-def test_without_time_every_unit_is_left_out_and_said_to_be(tmp_path):
+def test_without_time_every_unit_is_reported_as_left_out(tmp_path: Path) -> None:
     run_parts(
         [units("works"), units("works again", "raises")], Settings(tmp_path), 0.0, lambda: None
     )
@@ -109,10 +109,10 @@ def test_without_time_every_unit_is_left_out_and_said_to_be(tmp_path):
     ]
 
 
-def test_time_that_a_part_leaves_goes_to_the_later_ones(tmp_path, monkeypatch):
+def test_later_parts_get_unused_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
 
-    def run_unit(part, unit, settings, seconds):
+    def run_unit(part: Part, unit: str, settings: Settings, seconds: float) -> rows.Row:
         given.append((unit, round(seconds, 1)))
         return {"row": "unit", "status": "ended"}
 
@@ -123,17 +123,19 @@ def test_time_that_a_part_leaves_goes_to_the_later_ones(tmp_path, monkeypatch):
     assert given == [("a", 16.7), ("b", 16.7), ("c", 25.0), ("d", 100.0)]
 
 
-def test_no_unit_is_begun_without_its_floor(tmp_path, monkeypatch):
+def test_no_unit_starts_with_less_than_its_floor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begun = []
 
-    def started(command, said):
+    def started(command: list[str], said: BinaryIO) -> subprocess.Popen:
         begun.append((command[5], float(command[9]) + runner.GRACE_SECONDS))
         return subprocess.Popen([sys.executable, "-c", ""])
 
     monkeypatch.setattr(runner, "_started", started)
     few, many = (dataclasses.replace(units(*n), floor=f) for n, f in (("ab", 30), ("cd", 90)))
     run_parts([few, many], Settings(tmp_path), 100.0, lambda: None)
-    # of 100 s a and b have half, of which a has two thirds; of the rest c has its floor, not 67 s
+    # a and b get half of 100 s, and a two thirds of it; c gets its floor instead of 67 s
     assert [unit for unit, _ in begun] == ["a", "b", "c", "d"]
     assert [seconds for _, seconds in begun] == pytest.approx([33, 50, 90, 100], abs=5)
     begun.clear()
@@ -152,21 +154,25 @@ def test_no_unit_is_begun_without_its_floor(tmp_path, monkeypatch):
         (["--bfcl", "/nowhere"], "--bfcl /nowhere is no folder"),
     ],
 )
-def test_what_cannot_be_is_one_line_and_status_2(arguments, why, tmp_path, capsys):
+def test_bad_input_exits_with_one_line_and_status_2(
+    arguments: list[str], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*arguments, "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert why in said and said.count("\n") == 1
     assert not (tmp_path / rows.FIGURES).exists()
 
 
-def test_figures_of_another_run_are_not_added_to(tmp_path, capsys):
+def test_a_folder_with_figures_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows.add(tmp_path, {"part": "peak", "row": "product"})
     assert main(["--out", str(tmp_path)]) == 2
     assert "holds the figures of another run" in capsys.readouterr().err
     assert len(rows.read(tmp_path)) == 1
 
 
-def test_a_line_that_was_cut_short_costs_itself(tmp_path):
+def test_a_truncated_line_is_skipped(tmp_path: Path) -> None:
     rows.add(tmp_path, {"row": "a", "value": [1.5, float("inf")]})
     with (tmp_path / rows.FIGURES).open("a") as file:
         file.write('{"row": "b", "val\n')
@@ -174,7 +180,7 @@ def test_a_line_that_was_cut_short_costs_itself(tmp_path):
     assert rows.read(tmp_path) == [{"row": "a", "value": [1.5, "inf"]}, {"row": "c"}]
 
 
-def test_as_many_layers_as_leave_room_for_activations():
+def test_layers_are_cut_to_leave_room_for_activations() -> None:
     # 131 GiB x .6 / 16 bytes = 5.27e9 parameters, less 1.09e9 in the tables, over 233e6 a layer
     assert fitted(named("7B"), 131 * 2**30).layers == 17
     assert fitted(named("7B"), 74 * 2**30).layers == 8
@@ -183,13 +189,13 @@ def test_as_many_layers_as_leave_room_for_activations():
 
 
 class TestRollouts:
-    def test_the_default_lengths(self):
+    def test_the_default_lengths(self) -> None:
         lengths = rollouts.Lengths().draw()
         assert lengths[0] == [698, 395, 432, 86, 2048, 1499, 463, 1115]
         assert [max(group) for group in lengths] == [2048, 1312, 1177, 2048]
 
-    def test_they_are_packed_as_they_are_and_padding_is_counted_apart(self):
-        work = rollouts.packed(1000, rollouts.Lengths(), 50)
+    def test_groups_are_batched_and_padding_is_counted_separately(self) -> None:
+        work = rollouts.batched(1000, rollouts.Lengths(), 50)
         drawn = sorted(map(tuple, rollouts.Lengths().draw()))
         assert sorted(shape.completions for shape in work.real) == drawn
         assert {shape.prompt for shape in work.real} == {1000}
@@ -206,7 +212,7 @@ class TestRollouts:
 
 
 def distances(kernel: Kernel, case: attention.Case) -> rows.Row:
-    """From the definition in float32."""
+    """Compare a kernel with the definition in float32."""
     heads = attention.HEADS["tiny heads"]
     arrays, lengths, cotangent = attention.inputs(heads, case, jnp.bfloat16)
     exact = attention.exactly(arrays, lengths, cotangent)
@@ -217,12 +223,12 @@ def distances(kernel: Kernel, case: attention.Case) -> rows.Row:
 class TestAgreement:
     CASE = attention.TINY_CASES[0]
 
-    def test_a_kernel_agrees_with_the_definition(self):
+    def test_a_kernel_agrees_with_the_definition(self) -> None:
         row = distances(XLA, self.CASE)
         assert row["agrees"] and 0 < row["worst"] < 0.005
         assert set(row["differences"]) == {"output", "dq", "dk", "dv", "d_context_k", "d_context_v"}
 
-    def test_one_key_too_many_is_seen(self):
+    def test_one_key_too_many_is_found(self) -> None:
         more = lambda lengths: None if lengths is None else lengths + 1
         shifted = Kernel(
             "one key too many",
@@ -233,7 +239,7 @@ class TestAgreement:
         assert not row["agrees"]
         assert row["differences"]["d_context_v"] == np.inf  # the empty context has a gradient
 
-    def test_a_gradient_that_is_wrong_alone_is_seen(self):
+    def test_a_single_wrong_gradient_is_found(self) -> None:
         halved = Kernel(
             "half of dv", XLA.forward, lambda *a: (*XLA.backward(*a)[:2], XLA.backward(*a)[2] / 2)
         )
@@ -244,13 +250,20 @@ class TestAgreement:
         ]
         assert not row["agrees"]
 
-    def test_what_is_not_a_number_does_not_agree(self):
+    def test_nan_does_not_agree(self) -> None:
         exact = (jnp.ones((2, 3)), jnp.ones((2, 3)))
         row = attention.compared({}, (exact[0], exact[1].at[1, 2].set(jnp.nan)), exact)
         assert not row["agrees"] and np.isnan(row["worst"])
 
 
-def test_tests_are_counted_as_far_as_they_came():
+def test_the_units_of_the_part_tests_are_test_files() -> None:
+    (part,) = [part for part in PARTS if part.name == "tests"]
+    root = Path(__file__).parents[1]
+    missing = [u for u in (*part.units, *part.tiny_units) if not (root / f"{u}.py").is_file()]
+    assert len(part.units) == 11 and missing == []
+
+
+def test_finished_tests_are_counted() -> None:
     said = (
         "tests/test_a.py::test_b PASSED           [ 20%]\n"
         "tests/test_a.py::TestC::test_d[a b] FAILED [ 40%]\n"
@@ -263,14 +276,16 @@ def test_tests_are_counted_as_far_as_they_came():
 
 
 class TestDemo:
-    def test_without_the_package_it_is_the_procedural_environment(self, monkeypatch, tmp_path):
+    def test_without_the_package_the_procedural_environment_runs(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
         monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path))
         monkeypatch.setenv("PIP_NO_INDEX", "")
         config, settings, why = demo.chosen(None)
         assert (config, settings) == ("configs/procedural.py", ())
         assert why.startswith("BFCL's package is not here: pip could not fetch bfcl-eval")
 
-    def test_a_given_folder_is_used(self, monkeypatch, tmp_path):
+    def test_a_given_folder_is_used(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("PIP_NO_INDEX", "")
         (tmp_path / "data").mkdir()
         (tmp_path / "data" / "BFCL_v3_multi_turn_base.json").write_text("")
@@ -279,8 +294,7 @@ class TestDemo:
 
 
 def flops_by_hand(prompt: int, completions: list[int]) -> float:
-    """Forward and backward of a group of TINY: pairs counted one by one, a multiplication and an
-    addition each."""
+    """Count the FLOPs of forward and backward for a group of TINY, pair by pair."""
     m = TINY
     matrices = (
         m.hidden_size * m.head_dim * (2 * m.heads + 2 * m.kv_heads)
@@ -297,7 +311,7 @@ def flops_by_hand(prompt: int, completions: list[int]) -> float:
 
 @pytest.mark.slow
 class TestTiny:
-    def test_every_part_ends_in_order_and_has_figures(self, tiny):
+    def test_every_part_ends_in_order_and_has_figures(self, tiny: Path) -> None:
         found = rows.read(tiny)
         assert list(dict.fromkeys(r["part"] for r in found)) == [part.name for part in PARTS]
         assert {r["status"] for r in found if r["row"] == "unit"} == {"ended"}
@@ -320,7 +334,7 @@ class TestTiny:
             "no CUDA wheels of jax, or a device that tools/targets.py does not know",
         }
 
-    def test_figures_are_finite_and_positive(self, tiny):
+    def test_figures_are_finite_and_positive(self, tiny: Path) -> None:
         names = (
             "seconds",
             "tflops",
@@ -335,12 +349,12 @@ class TestTiny:
         assert all(isinstance(x, float) and 0 < x < 1e6 for x in figures)
         assert jax.__version__ == rows.read(tiny)[0]["packages"]["jax"]
 
-    def test_kernels_agree(self, tiny):
+    def test_kernels_agree(self, tiny: Path) -> None:
         found = [r for r in rows.read(tiny) if r["row"] == "agreement"]
         assert len(found) == len(attention.TINY_CASES) + 1
         assert all(r["agrees"] and r["worst"] < 0.02 for r in found)
 
-    def test_mfu_counts_real_tokens_over_the_measured_peak(self, tiny):
+    def test_mfu_counts_real_tokens_over_the_measured_peak(self, tiny: Path) -> None:
         found = rows.read(tiny)
         peak = max(r["tflops"] for r in found if r["row"] == "product")
         updates = {(r["remat"], r["prompt"]): r for r in found if r["row"] == "update"}
@@ -349,20 +363,20 @@ class TestTiny:
             counted = sum(flops_by_hand(prompt, group) for group in rollouts.TINY.draw())
             assert row["mfu"] * peak * 1e12 * row["seconds"] == pytest.approx(counted)
             assert row["real_fraction"] < 0.8 and row["mfu"] < row["mfu_padded"] < row["hardware"]
-            assert row["predicted_gib"] > 0 and row["peak_gib"] is None  # a CPU has no such figure
+            assert row["predicted_gib"] > 0 and row["peak_gib"] is None  # not available on a CPU
         padded = sum(flops_by_hand(512, [c] * 4) for c in (64, 64, 64))
         assert updates["none", 300]["mfu_padded"] * peak * 1e12 * updates["none", 300][
             "seconds"
         ] == pytest.approx(padded)
 
-    def test_the_sampler_played_all_rows(self, tiny):
+    def test_the_sampler_played_all_rows(self, tiny: Path) -> None:
         found = [r for r in rows.read(tiny) if r["part"] == "sampler" and r["row"] != "unit"]
         assert [(r["row"], r["prompt"], r.get("rows")) for r in found] == [
             ("decode", 96, 1), ("prefill", 96, None), ("prefill", 192, None), ("decode", 96, 4),
         ]  # fmt: skip
         assert found[3]["tokens_per_second"] == pytest.approx(4 * 1e3 / found[3]["step_ms"])
 
-    def test_the_demo_trained_and_the_tests_passed(self, tiny):
+    def test_the_demo_trained_and_the_tests_passed(self, tiny: Path) -> None:
         found = rows.read(tiny)
         (training,) = [r for r in found if r["row"] == "training"]
         (run,) = [r for r in found if r["row"] == "run"]

@@ -1,4 +1,4 @@
-"""A sample of the hostile actions of benchmarks/hostile.py, and that it finds what it is there to find."""
+"""Play a sample of hostile actions, and check that benchmarks/hostile.py finds escapes."""
 
 import dataclasses
 
@@ -9,11 +9,13 @@ from envs.bfcl import Bfcl
 from envs.bfcl.protocols import PROTOCOLS
 from envs.bfcl.source import RELEASES
 from envs.bfcl.tasks import CATEGORIES
+from jaxgrpo.environment import Environment, StepResult
+from jaxgrpo.types import Task
 
 
 @pytest.mark.parametrize("protocol", list(PROTOCOLS))
 @pytest.mark.parametrize("release", list(RELEASES))
-def test_nothing_that_a_policy_says_comes_out_of_the_environment(release, protocol):
+def test_no_hostile_action_escapes_the_environment(release: str, protocol: str) -> None:
     suite = Bfcl(
         release=release, categories=CATEGORIES, protocol=protocol, max_turns=99, reward="call_match"
     )
@@ -25,13 +27,13 @@ def test_nothing_that_a_policy_says_comes_out_of_the_environment(release, protoc
 
 @dataclasses.dataclass(frozen=True)
 class Brittle(Bfcl):
-    """Its steps raise for actions with a NUL in them."""
+    """A suite whose steps raise for actions with a NUL."""
 
-    def create(self, task):
+    def create(self, task: Task) -> Environment:
         environment = super().create(task)
         step = environment.step
 
-        def brittle(action):
+        def brittle(action: str) -> StepResult:
             if "\x00" in action:
                 raise KeyError("NUL")
             return step(action)
@@ -40,7 +42,7 @@ class Brittle(Bfcl):
         return environment
 
 
-def test_what_comes_out_is_listed_and_the_same_each_time():
+def test_escapes_are_listed_and_reproducible() -> None:
     once, again = (hostile.search(Brittle(), actions=200, seed=0, limit=20.0) for _ in range(2))
     assert once.escapes == again.escapes and (once.actions, once.calls) == (
         again.actions,
@@ -49,8 +51,8 @@ def test_what_comes_out_is_listed_and_the_same_each_time():
     assert once.escapes and all("KeyError: \"'NUL'\" (" in escape for escape in once.escapes)
 
 
-def test_what_does_not_come_back_is_given_up():
+def test_a_call_that_hangs_is_abandoned() -> None:
     import time
 
-    with pytest.raises(hostile.TooLongError, match=r"not back after 0\.05 seconds"):
+    with pytest.raises(hostile.TooLongError, match=r"no result after 0\.05 seconds"):
         hostile.timed(time.sleep, 1, limit=0.05)

@@ -1,4 +1,4 @@
-"""The benchmarks of the environment and of the embedded sampler run, on the tiny model, and say what they played."""
+"""Run the benchmarks of the environment and the embedded sampler on the tiny model."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 
 def run(module: str, *arguments: str) -> dict:
-    """The last line of a benchmark's output."""
+    """Return the last line of a benchmark's output."""
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=True
     )
@@ -16,7 +16,7 @@ def run(module: str, *arguments: str) -> dict:
 
 
 @pytest.mark.slow
-def test_env():
+def test_env() -> None:
     measured = run("benchmarks.env", "--rounds", "1", "--docs", "signatures", "--json")
     assert (measured["benchmark"], measured["episodes"], measured["user_turns"]) == ("env", 200, 1)
     assert all(
@@ -33,7 +33,7 @@ def test_env():
 
 
 @pytest.mark.slow
-def test_sampler():
+def test_sampler() -> None:
     measured = run(
         "benchmarks.sampler",
         "--rounds",

@@ -1,4 +1,7 @@
-"""The article's figure, played step by step: a flight from Los Angeles to New York, booked in business class at $2,400 (BFCL v3)."""
+"""Play the article's figure step by step: a flight from Los Angeles to New York (BFCL v3).
+
+It is booked in business class at $2,400.
+"""
 
 import pytest
 
@@ -41,8 +44,8 @@ def test_after_training_the_cost_is_looked_up_and_the_flight_booked(reward: str)
     assert (score.reward, score.passed) == (1.0, True)
 
 
-def test_before_training_the_cost_is_made_up() -> None:
-    """An untrained policy books at once, at a cost that it guesses: the booking is accepted, and it is the wrong one."""
+def test_before_training_the_cost_is_invented() -> None:
+    """An untrained policy books at once at a guessed cost. The booking is accepted, but wrong."""
     env = environment(TASK)
     booked = env.step(tool(("book_flight", {**CARD, **TRIP, "travel_cost": 1000.0})))
     assert booked.calls[0].ok

@@ -1,4 +1,4 @@
-"""One BFCL episode: protocols, turns, steps, rewards, and the traps of a policy's text."""
+"""Check one BFCL episode: protocols, turns and steps."""
 
 import json
 
@@ -7,13 +7,7 @@ import pytest
 from envs.bfcl import Bfcl
 from envs.bfcl.scoring import TurnVerdict, official_score
 from jaxgrpo.types import Message, StopReason
-from tests.bfcl_fixtures import all_tasks, environment, play, shown, task, tool
-
-SOLVED = tool(
-    ("cd", {"folder": "document"}),
-    ("mkdir", {"dir_name": "temp"}),
-    ("mv", {"source": "final_report.pdf", "destination": "temp"}),
-)
+from tests.bfcl_fixtures import SOLVED, all_tasks, environment, play, shown, task, tool
 
 
 @pytest.mark.parametrize("release", ["v3", "v4"])
@@ -206,7 +200,7 @@ def test_the_tenth_steps_calls_still_run() -> None:
         env.step("<TASK_FINISHED>")
 
 
-def test_the_tenth_steps_calls_may_be_left_out_as_in_the_articles_code() -> None:
+def test_the_tenth_steps_calls_can_be_left_out_as_in_the_articles_code() -> None:
     env = environment("base_0", run_last_step=False)
     assert play(env, ["what?"] * 9) is None
     last = env.step(SOLVED)
@@ -218,7 +212,7 @@ def test_the_tenth_steps_calls_may_be_left_out_as_in_the_articles_code() -> None
     assert ended.score().passed
 
 
-def test_fewer_steps_may_be_allowed() -> None:
+def test_the_number_of_steps_can_be_lowered() -> None:
     assert (
         environment("base_0", max_steps_per_turn=1).step("what?").stop_reason
         is StopReason.STEP_LIMIT
@@ -263,7 +257,7 @@ def test_a_lost_turn_ends_the_episode() -> None:
     )
 
 
-def test_a_lost_turn_may_be_played_on_and_stays_lost() -> None:
+def test_an_episode_can_continue_after_a_lost_turn() -> None:
     suite = Bfcl(max_turns=2, stop_at_lost_turn=False)
     env = suite.create(task("base_0", suite))
     assert env.step("<TASK_FINISHED>").observation is not None
@@ -273,7 +267,7 @@ def test_a_lost_turn_may_be_played_on_and_stays_lost() -> None:
 
 
 def test_results_of_earlier_turns_count_in_later_ones() -> None:
-    """The second turn's truth only reads. What was read in the first turn need not be read again; some call is needed."""
+    """The second turn's truth only reads. Earlier results count, but some call is needed."""
     there, search = (
         ("cd", {"folder": "temp"}),
         ("grep", {"file_name": "final_report.pdf", "pattern": "budget analysis"}),
@@ -288,14 +282,14 @@ def test_results_of_earlier_turns_count_in_later_ones() -> None:
     )
     assert early.score().parts["turns_passed"] == 1.0
     assert early.score().reward == 1.0
-    assert early.score().parts["calls_match"] == 0.5  # which counts the calls of each turn alone
+    assert early.score().parts["calls_match"] == 0.5  # it matches calls turn by turn
     play(never, [SOLVED, tool(there), "<TASK_FINISHED>", tool(("pwd", {})), "<TASK_FINISHED>"])
     assert never.score().parts["turns_passed"] == 0.5
     assert never.score().notes["turn 1"] == "expected results are missing"
 
 
-def test_where_the_truth_makes_no_call_nothing_is_compared_until_the_next_turn() -> None:
-    """The first turn of this task leaves out what it needs; the second one's truth lists the files."""
+def test_a_turn_without_ground_truth_is_not_compared() -> None:
+    """The first turn of this task lacks information. The second turn's truth lists the files."""
     changes, listing = tool(("mkdir", {"dir_name": "of_my_own"})), tool(("ls", {"a": True}))
     first, both = (
         environment("miss_param_11", categories=("miss_param",), max_turns=turns)
@@ -320,7 +314,7 @@ def test_turns_that_were_not_played_are_not_passed() -> None:
     assert (none.reward, none.parts["state"], none.parts["response"]) == (0.0, 0.0, 0.0)
 
 
-def test_the_calls_of_a_turn_that_was_cut_off_are_not_those_of_the_next() -> None:
+def test_calls_of_a_turn_that_was_cut_off_do_not_count_in_the_next() -> None:
     env = environment("base_0", max_turns=2)
     env.step(SOLVED)
     score = env.score()
@@ -334,7 +328,7 @@ def test_giving_up_ends_a_turn() -> None:
     assert env.score().notes["turn 0"] == "no call was made"
 
 
-def test_a_turn_that_nothing_can_be_done_in_and_the_tools_that_arrive() -> None:
+def test_withheld_tools_are_refused_and_then_announced() -> None:
     suite = Bfcl(categories=("miss_func",), max_turns=99, docs="signatures")
     env = suite.create(task("miss_func_127", suite))
     assert "get_watchlist" not in env.observe().messages[0].content
@@ -344,62 +338,6 @@ def test_a_turn_that_nothing_can_be_done_in_and_the_tools_that_arrive() -> None:
     assert announced.observation is not None
     assert "\nget_watchlist()\n" in announced.observation.messages[0].content
     assert env.step(tool(("get_watchlist", {}))).calls[0].ok
-
-
-def test_notes_say_what_differs() -> None:
-    env = environment("base_0")
-    play(
-        env,
-        [tool(("cd", {"folder": "document"}), ("mkdir", {"dir_name": "tmp"})), "<TASK_FINISHED>"],
-    )
-    score = env.score()
-    shares = {"state_match": 0.5, "calls_match": 0.0}
-    assert score.parts == {
-        "state": 0.0, "response": 0.0, "turns_passed": 0.0, "finished": 1.0, **shares,
-    }  # fmt: skip
-    assert (
-        "document/tmp: (empty), expected (absent)" in score.notes["turn 0: GorillaFileSystem.root"]
-    )
-    assert "moved to" in score.notes["turn 0: missing results"]
-
-
-def test_call_match_wants_the_calls_and_the_state() -> None:
-    solved = environment("base_0", reward="call_match")
-    play(solved, [SOLVED, "<TASK_FINISHED>"])
-    shares = {"state_match": 1.0, "calls_match": 1.0}
-    assert solved.score().parts == {
-        "state": 1.0, "calls": 1.0, "turns_passed": 1.0, "finished": 1.0, **shares,
-    }  # fmt: skip
-    other_way = environment("base_0", reward="call_match")
-    cd, mkdir = ("cd", {"folder": "document"}), ("mkdir", {"dir_name": "temp"})
-    play(
-        other_way,
-        [
-            tool(cd, mkdir, ("mv", {"destination": "temp", "source": "final_report.pdf"}), mkdir),
-            "<TASK_FINISHED>",
-        ],
-    )
-    assert other_way.score().passed  # the order of arguments, and a call that fails, do not matter
-    more = environment("base_0", reward="call_match")
-    play(more, [SOLVED, tool(("mkdir", {"dir_name": "of_my_own"})), "<TASK_FINISHED>"])
-    assert (more.score().reward, more.score().parts["calls"], more.score().parts["state"]) == (
-        0.0,
-        1.0,
-        0.0,
-    )
-    fewer = environment("base_0", reward="call_match")
-    play(fewer, [tool(("cd", {"folder": "document"})), "<TASK_FINISHED>"])
-    score = fewer.score()
-    assert (score.reward, score.parts["calls"]) == (0.0, 0.0)
-    assert score.notes["missing calls"].startswith("mkdir {'dir_name': 'temp'}")
-
-
-def test_the_rewards_differ_on_another_way_to_the_same_result() -> None:
-    texts = [SOLVED.replace('"document"', '"document/"'), "<TASK_FINISHED>"]
-    official, calls = environment("base_0"), environment("base_0", reward="call_match")
-    play(official, texts)
-    play(calls, texts)
-    assert (official.score().reward, calls.score().reward) == (1.0, 0.0)
 
 
 def test_a_long_result_is_shown_in_part_and_checked_whole() -> None:

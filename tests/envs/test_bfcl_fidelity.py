@@ -1,4 +1,4 @@
-"""What our simulators answer is what the official ones answer: mistyped arguments, and texts that hold sets."""
+"""Compare answers with the official simulators': mistyped arguments, and texts with sets."""
 
 import json
 import os
@@ -13,15 +13,19 @@ from envs.bfcl.source import open_package
 from envs.bfcl.stable_sets import StableSet
 from tests.bfcl_fixtures import run, session, task, tool
 
-HASH_SEEDS = ("0", "1")  # with which plain sets differ in both texts
+HASH_SEEDS = ("0", "1")  # with these, plain sets differ in both texts
 SETS = """
 from envs.bfcl import Bfcl
 from tests.bfcl_fixtures import run, session, task, tool
 suite = Bfcl(release="v4")
-booking = {"access_token": "abc123xyz", "card_id": "card_7629", "travel_date": "2024-04-15", "travel_from": "LAX", "travel_to": "JFK"}
-print(suite.create(task("base_177", suite)).step(tool(("book_flight", {**booking, "travel_class": "premium"}))).calls[0].result)
-tickets = session("TicketAPI", {"ticket_queue": [{"id": 1, "status": "Open", "created_by": "A"}], "current_user": "A"})
-print(run(tickets, "edit_ticket", ticket_id=1, updates={"owner": 1, "title": "t", "colour": 2, "age": 3}))
+booking = {"access_token": "abc123xyz", "card_id": "card_7629", "travel_date": "2024-04-15"}
+booking |= {"travel_from": "LAX", "travel_to": "JFK", "travel_class": "premium"}
+environment = suite.create(task("base_177", suite))
+print(environment.step(tool(("book_flight", booking))).calls[0].result)
+queue = [{"id": 1, "status": "Open", "created_by": "A"}]
+tickets = session("TicketAPI", {"ticket_queue": queue, "current_user": "A"})
+updates = {"owner": 1, "title": "t", "colour": 2, "age": 3}
+print(run(tickets, "edit_ticket", ticket_id=1, updates=updates))
 """
 
 
@@ -88,13 +92,16 @@ OFFICIAL = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from bfcl_eval.eval_checker.multi_turn_eval.multi_turn_utils import execute_multi_turn_func_call
-calls = json.loads(sys.argv[2])
-print(json.dumps([execute_multi_turn_func_call([call], {}, ["MathAPI"], "m", f"t{i}", False, True)[0][0] for i, call in enumerate(calls)]))
+results = [
+    execute_multi_turn_func_call([call], {}, ["MathAPI"], "m", f"t{i}", False, True)[0][0]
+    for i, call in enumerate(json.loads(sys.argv[2]))
+]
+print(json.dumps(results))
 """
 
 
 def test_mistyped_arguments_are_answered_as_officially() -> None:
-    """By the package's own executor, in a process of its own."""
+    """The package's own executor answers in a separate process."""
     texts = [
         f"{call.name}({', '.join(f'{k}={v!r}' for k, v in call.arguments.items())})"
         for call in MISTYPED
@@ -108,7 +115,7 @@ def test_mistyped_arguments_are_answered_as_officially() -> None:
     assert ours[0] == "{'result': mpf('1.3027')}"
 
 
-def test_a_text_that_is_no_number_leaves_pythons_limit_on_digits_alone() -> None:
+def test_a_text_that_is_no_number_leaves_pythons_limit_on_digits_unchanged() -> None:
     before = sys.get_int_max_str_digits()
     assert before > 0
     run(session("MathAPI"), "logarithm", value="x", base=10, precision=5)
@@ -135,13 +142,13 @@ def test_a_text_that_is_no_number_leaves_pythons_limit_on_digits_alone() -> None
         ),
     ],
 )
-def test_what_would_hang_is_refused(name: str, arguments: dict, text: str) -> None:
+def test_calls_that_would_hang_are_refused(name: str, arguments: dict, text: str) -> None:
     assert run(session("MathAPI"), name, **arguments) == f"Error during execution: {text}"
 
 
 @pytest.mark.parametrize("release", ["v3", "v4"])
 def test_a_precision_given_as_a_text_passes_as_it_does_officially(release: str) -> None:
-    """`mpmath` takes "2" for 2: the official check passes it."""
+    """`mpmath` accepts "2" as 2, so the official check passes it."""
     suite = Bfcl(release=release, categories=("miss_param",), max_turns=99)
     played = 0
     for each in (task("miss_param_49", suite), task("miss_param_48", suite)):

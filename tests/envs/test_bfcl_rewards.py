@@ -1,6 +1,7 @@
-"""The article's parts of BFCL's reward: what each treatment gives the same episodes."""
+"""Check the article's parts of BFCL's reward: how each treatment rewards the same episodes."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,7 @@ from envs.bfcl.execution import Call, CallResult
 from envs.bfcl.rewards import Correctness, Execution, Format, article_rewards
 from envs.bfcl.scoring import missing_calls, state_match
 from jaxgrpo.config.settings import ConfigError
-from jaxgrpo.rewards.base import RewardSettings
+from jaxgrpo.rewards.base import Function, RewardSettings
 from jaxgrpo.run.setup import check_rewards
 from jaxgrpo.types import Message, Score, StopReason, ToolCall, Trajectory
 from tests.bfcl_fixtures import all_tasks, task, tool
@@ -23,8 +24,8 @@ SOLVED, END = WHY + tool(CD, MKDIR, MV), WHY + "<TASK_FINISHED>"
 ALL = article_rewards(Execution(), Format(), Correctness())
 
 
-def played(name: str, *texts: str, **options) -> Trajectory:
-    """An episode of a base task with its environment's score: `played("base_0", SOLVED, END)`."""
+def played(name: str, *texts: str, **options: Any) -> Trajectory:
+    """Play an episode of a base task and score it, as in `played("base_0", SOLVED, END)`."""
     suite = Bfcl(**options)
     environment = suite.create(task(name, suite))
     messages, calls = list(environment.observe().messages), []
@@ -49,7 +50,7 @@ def parts(trajectory: Trajectory, rewards: RewardSettings = ALL) -> tuple[float,
 
 
 EPISODES = {
-    # what was played: execution, format, correctness, and the rewards of the treatments below
+    # (actions, (execution, format, correctness), rewards of the treatments below)
     "solved in form": ((SOLVED, END), (1.0, 1.0, 1.0), (1.4, 1.2, 1.0, 1.0)),
     "solved without reasoning": (
         (tool(CD, MKDIR, MV), "<TASK_FINISHED>"),
@@ -71,7 +72,7 @@ EPISODES = {
         (0.75, 1.0, 1.0),
         (1.35, 1.2, 1.0, 1.0),
     ),
-    "solved in another way": (  # the official check looks at state and results alone
+    "solved in another way": (  # the official check compares only state and results
         (WHY + tool(("cd", {"folder": "document/"}), MKDIR, MV), END),
         (1.0, 0.0, 0.0),
         (0.2, 0.0, 0.0, 1.0),
@@ -88,7 +89,7 @@ TREATMENTS = (
 
 
 @pytest.mark.parametrize("name", EPISODES)
-def test_each_treatment_rewards_the_episodes_otherwise(name):
+def test_treatments_reward_the_episodes_differently(name: str) -> None:
     texts, expected, rewards = EPISODES[name]
     trajectory = played("base_0", *texts)
     assert parts(trajectory) == expected
@@ -96,7 +97,7 @@ def test_each_treatment_rewards_the_episodes_otherwise(name):
     assert given == pytest.approx(rewards, abs=1e-12)
 
 
-def test_the_share_of_turns_in_form_is_an_option():
+def test_the_fraction_of_well_formed_turns_is_an_option() -> None:
     share = article_rewards(Execution(), Format(share=True), Correctness())
     assert parts(played("base_0", SOLVED, "<TASK_FINISHED>"), share) == (1.0, 0.5, 1.0)
     assert parts(played("base_0", tool(CD), "<TASK_FINISHED>"), share) == (1.0, 0.0, 0.0)
@@ -114,7 +115,9 @@ def test_the_share_of_turns_in_form_is_an_option():
         ("<TASK_FINISHED>", 0.0),
     ],
 )
-def test_the_form_is_closed_reasoning_and_closed_calls_or_an_end(text, kept):
+def test_a_well_formed_turn_has_closed_reasoning_and_calls_or_an_end(
+    text: str, kept: float
+) -> None:
     right = Score(0.0, False, {"state_match": 1.0, "calls_match": 1.0})
     said = dataclasses.replace(
         episode([1], [2], [1], 0.0),
@@ -124,7 +127,7 @@ def test_the_form_is_closed_reasoning_and_closed_calls_or_an_end(text, kept):
     assert Format()(said, right) == kept
 
 
-def test_a_call_succeeds_when_it_does_what_it_should_and_shows_no_error():
+def test_a_call_that_shows_an_error_did_not_succeed() -> None:
     calls = (
         ToolCall("ls", "{}", "two files", ok=True),
         ToolCall("cat", "{}", "An ERROR in the log", ok=True),
@@ -135,7 +138,7 @@ def test_a_call_succeeds_when_it_does_what_it_should_and_shows_no_error():
     assert Execution()(trajectory, trajectory.score) == 0.5
 
 
-def test_native_calls_that_cannot_be_read_are_attempts():
+def test_native_calls_that_cannot_be_read_are_attempts() -> None:
     texts = (
         "<tool_call>ls</tool_call>",
         '<tool_call>{"name": "ls", "arguments": {}}</tool_call>',
@@ -145,7 +148,7 @@ def test_native_calls_that_cannot_be_read_are_attempts():
     assert Execution()(trajectory, trajectory.score) == 0.5
 
 
-def test_the_state_counts_by_class_and_calls_by_user_turn():
+def test_the_state_counts_by_class_and_calls_by_user_turn() -> None:
     suite = Bfcl(max_turns=2, reward="call_match")
     turns = suite.demonstration(task("base_0", suite))
     right = played("base_0", *turns, max_turns=2, reward="call_match").score.parts
@@ -156,7 +159,7 @@ def test_the_state_counts_by_class_and_calls_by_user_turn():
     assert (half["state_match"], half["calls_match"]) == (0.5, 0.0)
 
 
-def test_a_call_in_the_wrong_user_turn_does_not_count():
+def test_a_call_in_the_wrong_user_turn_does_not_count() -> None:
     suite = Bfcl(max_turns=2, reward="call_match")
     first, end, second, _ = suite.demonstration(task("base_0", suite))
     late = played("base_0", end, first, second, end, max_turns=2, reward="call_match")
@@ -166,7 +169,7 @@ def test_a_call_in_the_wrong_user_turn_does_not_count():
     assert (early.score.reward, early.score.parts["calls_match"]) == (1.0, 0.5)
 
 
-def test_every_demonstration_is_correct():
+def test_every_demonstration_is_correct() -> None:
     suite = Bfcl(max_turns=99)
     wrong = []
     for each in all_tasks(suite):
@@ -180,18 +183,18 @@ def test_every_demonstration_is_correct():
 
 
 class Shelf:
-    def __init__(self, books, _secret=0):
+    def __init__(self, books: object, _secret: int = 0) -> None:
         self.books, self._secret = books, _secret
 
 
-def test_state_match_is_the_share_of_equal_simulators():
+def test_state_match_is_the_fraction_of_equal_simulators() -> None:
     policy = {"a": Shelf(["x"], 1), "b": Shelf([]), "c": Shelf(["y"]), "d": Shelf(1)}
     truth = {"a": Shelf(["x"], 2), "b": Shelf(["z"]), "c": Shelf(["y"]), "d": Shelf(2)}
     assert state_match(policy, truth) == 0.5
     assert state_match(policy, policy) == 1.0
 
 
-def test_calls_are_missing_as_a_multiset_of_successes():
+def test_calls_are_missing_as_a_multiset_of_successes() -> None:
     call, other = Call("add", {"a": 1, "b": [2]}), Call("add", {"b": [2], "a": 2})
     same = Call("add", {"b": [2], "a": 1})
     made = [CallResult(same, "3", ok=True), CallResult(other, "no", ok=False)]
@@ -207,7 +210,8 @@ def test_calls_are_missing_as_a_multiset_of_successes():
         (
             None,
             (Correctness(),),
-            "rewards.Correctness: it judges episodes of envs.bfcl.Bfcl, the environment is Letters",
+            "rewards.Correctness: it judges episodes of envs.bfcl.Bfcl, "
+            "but the environment is Letters",
         ),
         (
             Bfcl(protocol="native"),
@@ -216,7 +220,9 @@ def test_calls_are_missing_as_a_multiset_of_successes():
         ),
     ],
 )
-def test_what_does_not_fit_the_environment_is_refused(environment, functions, said):
+def test_rewards_that_do_not_fit_the_environment_are_refused(
+    environment: Bfcl | None, functions: tuple[Function, ...], said: str
+) -> None:
     config = small_config("m")
     config = dataclasses.replace(
         config, environment=environment or config.environment, rewards=article_rewards(*functions)
@@ -226,7 +232,7 @@ def test_what_does_not_fit_the_environment_is_refused(environment, functions, sa
     assert said in str(error.value)
 
 
-def test_the_parts_fit_bfcl():
+def test_the_parts_fit_bfcl() -> None:
     config = dataclasses.replace(small_config("m"), environment=Bfcl(), rewards=ALL)
     check_rewards(config)
     assert config.rewards.parts == {

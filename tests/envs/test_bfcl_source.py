@@ -1,4 +1,4 @@
-"""Where BFCL's files come from: the pinned wheel, checked; the cache; a given folder; isolation of what is loaded."""
+"""Check the sources of BFCL's files (wheel, cache, given folder) and their isolation."""
 
 import shutil
 import sys
@@ -58,11 +58,11 @@ def test_a_folder_of_the_other_release_is_refused_by_name() -> None:
 
 
 def copied(tmp_path: Path) -> Path:
-    """The fetched package, to be spoiled by a test."""
+    """Copy the package, for tests that damage it."""
     return Path(shutil.copytree(source.open_package().folder, tmp_path / "bfcl_eval"))
 
 
-def test_a_release_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
+def test_an_unknown_release_is_refused_by_name(tmp_path: Path) -> None:
     folder = copied(tmp_path)
     for file in folder.glob("data/BFCL_v3_*"):
         file.rename(file.with_name(file.name.replace("v3", "v9")))
@@ -103,14 +103,14 @@ def test_a_release_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
         ("data/multi_turn_func_doc/math_api.json", '{"name"', "{name", "JSONDecodeError"),
     ],
 )
-def test_data_that_are_not_understood_are_refused_by_name(
+def test_unexpected_data_are_refused_by_name(
     tmp_path: Path, file: str, old: str, new: str, message: str
 ) -> None:
     folder = copied(tmp_path)
     text = (folder / file).read_text("utf-8")
     assert old in text
     (folder / file).write_text(text.replace(old, new), "utf-8")
-    expected = f"the data in .* are not understood as those of BFCL v3 .*{message}.*known releases: 2025.6.8"
+    expected = f"the data in .* are not those of BFCL v3 .*{message}.*known releases: 2025.6.8"
     with pytest.raises(source.SourceError, match=expected):
         Bfcl(folder=str(folder)).tasks("train")
 
@@ -133,14 +133,14 @@ def test_a_category_with_a_task_too_few_is_refused_by_name(tmp_path: Path) -> No
         ("def logarithm(", "def logarithm(:", "SyntaxError"),
     ],
 )
-def test_simulators_that_are_not_understood_are_refused_by_name(
+def test_unexpected_simulators_are_refused_by_name(
     tmp_path: Path, old: str, new: str, message: str
 ) -> None:
     folder = copied(tmp_path)
     file = folder / "eval_checker" / "multi_turn_eval" / "func_source_code" / "math_api.py"
     file.write_text(file.read_text("utf-8").replace(old, new, 1), "utf-8")
     with pytest.raises(
-        source.SourceError, match=f"the simulators in .* are not understood .*{message}"
+        source.SourceError, match=f"the simulators in .* are not as expected .*{message}"
     ):
         Bfcl(folder=str(folder)).tasks("train")
 

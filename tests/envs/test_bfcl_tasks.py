@@ -1,4 +1,4 @@
-"""BFCL's data as tasks: the measured facts, the split, withheld and excluded tools, documents, and the suite's options."""
+"""Check BFCL's tasks: counts, split, withheld and excluded tools, documents, and options."""
 
 import collections
 import dataclasses
@@ -196,7 +196,7 @@ def test_the_curriculum_plays_few_turns_first_in_the_articles_order() -> None:
 
 
 def test_the_curriculums_order_by_an_independent_sort() -> None:
-    """As a stable sort of (turns + noise) over the copies of all turns in the data's order, the longer ones left out afterwards."""
+    """The order is a stable sort of all copies by turns + noise, without the longer ones."""
     train = {each.id for each in Bfcl().tasks("train")}
     rows = [
         (payload.id, count)
@@ -300,5 +300,5 @@ def test_refusals(options: dict, message: str) -> None:
 def test_the_suite_is_frozen_and_its_tasks_are_its_own() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Bfcl().docs = "full"  # type: ignore[misc]
-    with pytest.raises(TypeError, match="not one of this suite"):
+    with pytest.raises(TypeError, match="does not belong to this suite"):
         Bfcl().create(dataclasses.replace(task("base_0"), payload=None))

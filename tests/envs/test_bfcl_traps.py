@@ -1,4 +1,4 @@
-"""The simulators' traps: what leaks between episodes, what can be called, what would hang, what must not raise."""
+"""Check the simulators' traps: leaks between episodes, hidden methods, hangs and exceptions."""
 
 import decimal
 import json
@@ -12,7 +12,7 @@ import mpmath
 import pytest
 
 from envs.bfcl import Bfcl, guards, scoring
-from envs.bfcl.execution import Call, result_text
+from envs.bfcl.execution import Call, Session, result_text
 from tests.bfcl_fixtures import all_tasks, environment, library, play, run, session, task, tool
 
 
@@ -69,7 +69,7 @@ def test_arguments_stay_the_callers() -> None:
 
 
 def test_random_ids_are_an_episodes_own() -> None:
-    def login(on) -> str:
+    def login(on: Session) -> str:
         return json.loads(
             run(
                 on,
@@ -135,7 +135,7 @@ def test_ordinary_mathematics_is_official() -> None:
 
 @pytest.fixture
 def _hasty_threads() -> Iterator[None]:
-    """Threads take turns after a microsecond, so that what they share shows."""
+    """Switch threads every microsecond, so that races on shared state appear."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -194,7 +194,7 @@ def test_a_directory_cannot_hold_itself() -> None:
         run(on, "cp", source="a", destination="a")
         == "Error during execution: cannot copy 'a' into itself"
     )
-    run(on, "mv", source="a", destination="a")  # officially the directory is gone then
+    run(on, "mv", source="a", destination="a")  # officially, this removes the directory
     assert run(on, "find") == '{"matches": []}'
 
 
@@ -253,8 +253,11 @@ def test_no_arguments_make_any_tool_raise_or_hang() -> None:
     deep: list = []
     for _ in range(20):
         deep = [deep]
-    values = [0, -1, True, None, 10**4200, -(10**9), 10**18, 1e308, 5e-324, "", "a", "x" * 50_000, "1e999999999", "²", "..", "/" * 999,
-              [], [1], deep, {}, {"title": 1}, [[1, 2]], ["a"] * 999, ["driver"], "2024-02-30", "1/3"]  # fmt: skip
+    values = [
+        0, -1, True, None, 10**4200, -(10**9), 10**18, 1e308, 5e-324, "", "a", "x" * 50_000,
+        "1e999999999", "²", "..", "/" * 999, [], [1], deep, {}, {"title": 1}, [[1, 2]],
+        ["a"] * 999, ["driver"], "2024-02-30", "1/3",
+    ]  # fmt: skip
     source = random.Random(0)
     started = time.perf_counter()
     for category in ("base", "long_context"):

@@ -1,4 +1,4 @@
-"""The warehouse: generated tasks, their held-out split, and what the ledger rewards."""
+"""Check the warehouse: generated tasks, the held-out split, and the reward of the ledger."""
 
 import pytest
 
@@ -76,7 +76,10 @@ def test_a_failed_call_stops_its_list_and_earlier_ones_stand() -> None:
     result = env.step(tool_tags.write_calls([order, ("code_of", {"item": "moon"}), order]))
     assert [done.ok for done in result.calls] == [True, False]
     assert result.observation is not None
-    content = '<tool_result>["order succeeded: ordered", "code_of failed: no item moon (1 later call was not run)"]</tool_result>'
+    content = (
+        '<tool_result>["order succeeded: ordered", '
+        '"code_of failed: no item moon (1 later call was not run)"]</tool_result>'
+    )
     assert result.observation.messages[0].content == content
     assert env.score().passed
 
@@ -97,7 +100,7 @@ def test_giving_up_ends_the_episode() -> None:
     assert environment().step("<TASK_ERROR>").stop_reason is StopReason.GAVE_UP
 
 
-def test_splits_share_no_wish_and_the_seed_decides() -> None:
+def test_splits_are_disjoint_and_depend_on_the_seed() -> None:
     def wishes(suite: Warehouse, split: str) -> list[tuple]:
         return [
             (t.payload.kind, t.payload.item, t.payload.amount, t.payload.place)

@@ -1,4 +1,4 @@
-"""The tags protocol: what is read from a policy's text, and that nothing makes it raise."""
+"""Check the tags protocol: how a policy's text is parsed, and that no text raises."""
 
 import json
 
@@ -10,7 +10,10 @@ from jaxgrpo.types import Message
 
 
 def test_reads_calls_after_reasoning() -> None:
-    text = '<reasoning>First look.</reasoning>\n<tool>[{"name": "ls", "args": {}}, {"name": "cd", "args": {"folder": "a"}}]</tool>'
+    text = (
+        "<reasoning>First look.</reasoning>\n"
+        '<tool>[{"name": "ls", "args": {}}, {"name": "cd", "args": {"folder": "a"}}]</tool>'
+    )
     assert parse_action(text) == Action(
         requests=(ToolRequest("ls", {}), ToolRequest("cd", {"folder": "a"}))
     )
@@ -65,7 +68,7 @@ def test_the_first_mark_outside_the_reasoning_decides(text: str, action: Action)
         ("<tool>[" + ",".join(["{}"] * 201) + "]</tool>", "more than 200 calls"),
     ],
 )
-def test_what_cannot_be_read_is_said(text: str, what: str) -> None:
+def test_unreadable_actions_get_a_fault(text: str, what: str) -> None:
     action = parse_action(text)
     assert what in action.fault
     assert not action.requests and not action.finished and not action.gave_up
@@ -115,5 +118,8 @@ def test_results_are_a_json_list_of_texts() -> None:
         tool_tags.outcome("cd", "{}", ok=True),
         tool_tags.outcome("cat", "no such file", ok=False, left=2),
     ]
-    content = '<tool_result>["cd succeeded: {}", "cat failed: no such file (2 later calls were not run)"]</tool_result>'
+    content = (
+        '<tool_result>["cd succeeded: {}", '
+        '"cat failed: no such file (2 later calls were not run)"]</tool_result>'
+    )
     assert tool_tags.result_message(lines) == Message("system", content)

@@ -1,13 +1,17 @@
-"""Make qwen2_untied.npz and qwen2_tied.npz: tiny random Qwen2 models and what transformers computes with them, in float32 on a CPU.
+"""Create qwen2_untied.npz and qwen2_tied.npz: tiny random Qwen2 models with logits of transformers.
 
     python -m tests.golden.make_golden
 
-Made with torch 2.13.0 and transformers 5.23.0. Each file holds config (JSON), the weights by their Hugging Face names, and:
+They were created with torch 2.13.0 and transformers 5.23.0, in float32 on a CPU. Each file holds
+config (JSON), the weights by their Hugging Face names, and:
 
-    ids_BT, logits_BTV                             plain sequences
-    long_ids_T, long_positions_K, long_logits_KV   one sequence longer than a block of queries, at some positions
+    ids_BT, logits_BTV
+        plain sequences
+    long_ids_T, long_positions_K, long_logits_KV
+        one sequence longer than a block of queries, at some positions
     prompt_NP, prompt_lengths_N, completions_NGC, completion_lengths_NG, row_logits_NGCV
-        right-padded groups; row_logits at [n, g, c] predict completions[n, g, c], computed without padding; NaN at padding
+        right-padded groups; row_logits at [n, g, c] predict completions[n, g, c]; they are computed
+        without padding, and are NaN at padding
 """
 
 import json
@@ -45,7 +49,10 @@ CONFIGS = {
 
 
 def random_model(config: Qwen2Config, seed: int) -> Qwen2ForCausalLM:
-    """Weights large enough that attention is far from uniform; biases and norm scales that are not their initial zeros and ones."""
+    """Draw weights so large that attention is far from uniform.
+
+    Biases and norm scales differ from their initial zeros and ones.
+    """
     model = Qwen2ForCausalLM(config).eval().float()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
