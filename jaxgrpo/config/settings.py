@@ -336,3 +336,12 @@ class Config:
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     recording: RecordingSettings = RecordingSettings()
+
+
+def section_classes() -> dict[str, type]:
+    """Return the classes of a config's sections by name. The environment is not among them."""
+    return {
+        name: kind
+        for name, kind in typing.get_type_hints(Config).items()
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    }
