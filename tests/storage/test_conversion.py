@@ -289,7 +289,9 @@ class TestRefusals:
 
     def test_an_orbax_folder_is_not_converted_again(self, orbax_folder, tmp_path, refused):
         said = refused(convert_hf_to_orbax, orbax_folder, tmp_path / "out")
-        assert said.endswith("is already an orbax folder: tools.convert_orbax_to_hf converts it back\n")
+        assert said.endswith(
+            "is already an orbax folder: tools.convert_orbax_to_hf converts it back\n"
+        )
 
     def test_a_hf_folder_is_not_exported(self, hf_folder, tmp_path, refused):
         assert "is not an orbax folder" in refused(convert_orbax_to_hf, hf_folder, tmp_path / "out")
