@@ -211,11 +211,8 @@ def train_step(
     rows_NGC: Array,
     weights_NGC: Array,
 ) -> tuple[Params, Any, Array]:
-    """Take one step on the weighted mean of the next-token cross-entropy.
-
-    Return the new parameters and optimizer state, and the log-probability of the policy's tokens in
-    each row [N, G].
-    """
+    """One step on the weighted mean of next-token cross-entropy. Returns the log-probability of each row's own tokens [N, G] beside the new
+    state."""
     whole = Replicated(jnp.dtype(jnp.float32))
     head = Head((config.vocab_size, config.hidden_size), whole, 2048, 1.0)
     loader = dataclasses.replace(

@@ -64,7 +64,7 @@ def type_name(kind: Any) -> str:
         one.__name__ if isinstance(one, type) and not typing.get_args(one) else str(one)
         for one in alternatives
     ]
-    return re.sub(r"\w+\.", "", " or ".join(names).replace("NoneType", "None"))
+    return re.sub(r"[^\W\d]\w*\.", "", " or ".join(names).replace("NoneType", "None"))
 
 
 def bounds_of(annotation: Any) -> list[Bound]:

@@ -5,12 +5,11 @@ import ast
 import dataclasses
 import inspect
 import textwrap
-import typing
 from collections.abc import Iterator
 from typing import Any
 
 from jaxgrpo.config.annotations import bounds_of, choices_of, hints, plain, type_name
-from jaxgrpo.config.settings import Config
+from jaxgrpo.config.settings import Config, section_classes
 
 _PARAGRAPH = "\n\n"
 
@@ -42,14 +41,9 @@ class Section:
 
 def sections() -> list[Section]:
     """Return the sections of a config, the top level first."""
-    kinds = {
-        name: kind
-        for name, kind in typing.get_type_hints(Config).items()
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind)
-    }
-    return [_section("", Config, leave_out=tuple(kinds))] + [
-        _section(name, kind) for name, kind in kinds.items()
-    ]
+    kinds = section_classes()
+    first = _section("", Config, leave_out=tuple(kinds))
+    return [first, *(_section(name, kind) for name, kind in kinds.items())]
 
 
 def _section(name: str, kind: type, leave_out: tuple[str, ...] = ()) -> Section:

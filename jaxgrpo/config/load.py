@@ -5,7 +5,6 @@ import difflib
 import json
 import os
 import re
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from jaxgrpo.config.encoding import PLACE, decode, differences, encode, encode_f
 from jaxgrpo.config.files import add_import_folders, import_folders, located_errors, run_file
 from jaxgrpo.config.overrides import apply_overrides, convert_types, shown, suggestion
 from jaxgrpo.config.renamed import current_key, with_current_names
-from jaxgrpo.config.settings import Config, ConfigError, refuse
+from jaxgrpo.config.settings import Config, ConfigError, refuse, section_classes
 from jaxgrpo.paths import absolute
 
 MAY_CHANGE = (
@@ -119,7 +118,7 @@ def _read_json(path: Path) -> Config:
     folders = tree.pop(PLACE, [])
     if isinstance(folders, list):
         add_import_folders(folder for folder in folders if isinstance(folder, str))
-    sections, values, problems = _sections(), {}, []
+    sections, values, problems = section_classes(), {}, []
     known = {field.name: sections.get(field.name) for field in dataclasses.fields(Config)}
     for name, saved in tree.items():
         kind = known.get(name)
@@ -178,7 +177,7 @@ def _checked(config: Config, path: Path) -> Config:
     refuse(
         [
             f"{name} must be of type {kind.__name__}, got {shown(getattr(config, name))}"
-            for name, kind in _sections().items()
+            for name, kind in section_classes().items()
             if not isinstance(getattr(config, name), kind)
         ]
     )
@@ -193,19 +192,10 @@ def _checked(config: Config, path: Path) -> Config:
     return config
 
 
-def _sections() -> dict[str, type]:
-    """Return the classes of the sections, by name. The environment is not among them."""
-    return {
-        name: kind
-        for name, kind in typing.get_type_hints(Config).items()
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind)
-    }
-
-
 def _unexpected_argument(error: BaseException) -> str:
     """Return a hint for an argument that a section does not have: the new or a similar name."""
     found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    kinds = {kind.__name__: (f"{name}.", kind) for name, kind in _sections().items()}
+    kinds = {kind.__name__: (f"{name}.", kind) for name, kind in section_classes().items()}
     kinds["Config"] = ("", Config)
     if found is None or found[1] not in kinds:
         return ""
@@ -222,7 +212,7 @@ def to_json(config: Config, places: bool = False) -> str:
 
     With `places`, it also says where the user's modules are, so that it can be read in any folder.
     """
-    sections = _sections()
+    sections = section_classes()
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     tree = {
         name: encode_fields(value, places) if name in sections else encode(value, places)

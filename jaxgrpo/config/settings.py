@@ -132,7 +132,7 @@ class VllmSettings:
     servers: Annotated[int, AtLeast(1)] = 1
     """Servers to start. Each is tensor-parallel over its GPUs."""
     gpu_memory: Annotated[float, Above(0), AtMost(1)] = 0.9
-    """Fraction of each GPU's memory that vLLM may take. The default is vLLM's own."""
+    """Fraction of each GPU's memory that vLLM may take."""
     cache_bytes: Annotated[int, AtLeast(1), Int64] | None = None
     """Size of vLLM's key-value cache in bytes. None: what `gpu_memory` leaves."""
     arguments: tuple[str, ...] = ()
@@ -261,7 +261,7 @@ class TrainingSettings:
     groups_per_device: Annotated[int, AtLeast(1)] = 1
     """Groups per device in a micro-batch. More need more memory."""
     reference_every: Annotated[int, AtLeast(1)] | None = 100
-    """Optimizer steps after which the policy becomes the reference policy. None keeps the first."""
+    """The policy becomes the reference policy every so many steps. None keeps the initial one."""
     head_chunk: Annotated[int, AtLeast(1)] = 1024
     """Tokens that pass through the output head at once. Fewer need less memory."""
     attention: Attention = "auto"
@@ -277,7 +277,7 @@ class EvaluationSettings:
     """Evaluation during training."""
 
     every: Annotated[int, AtLeast(1)] | None = None
-    """Optimizer steps between evaluations. None evaluates only before and after training."""
+    """Optimizer steps between evaluations. None: no evaluation between first and last step."""
     before: bool = True
     """Evaluate before the first step."""
     after: bool = True
@@ -336,3 +336,12 @@ class Config:
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     recording: RecordingSettings = RecordingSettings()
+
+
+def section_classes() -> dict[str, type]:
+    """Return the classes of a config's sections by name. The environment is not among them."""
+    return {
+        name: kind
+        for name, kind in typing.get_type_hints(Config).items()
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    }
