@@ -214,7 +214,7 @@ def test_the_reference_is_the_base_until_it_is_replaced_by_the_adapters() -> Non
 
 @pytest.mark.slow
 def test_an_untied_model_without_a_reference() -> None:
-    """Its head is frozen too. On one and on two devices, a step changes adapters of q and up only."""
+    """Its head is frozen too. A step, on one or two devices, changes only adapters of q and up."""
     lora, norms = LoraSettings(rank=2, alpha=3.0, targets=("q", "up")), []
     for devices in (1, 2):
         mesh = make_mesh(jax.devices()[:devices])
