@@ -61,7 +61,7 @@ def run(chunk: int | None, answer: multiprocessing.connection.Connection) -> Non
 
 
 def in_a_process(chunk: int | None) -> tuple[int, float]:
-    """What `run` sends from a process of its own."""
+    """Execute `run` in a process of its own, and return what it sends."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=run, args=(chunk, theirs))

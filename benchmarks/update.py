@@ -217,7 +217,7 @@ def row(name: str, figures: Mapping[str, float]) -> str:
 
 
 def record(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """What is measured, for the line of JSON."""
+    """The measurements for the line of JSON."""
     update_ratios = ratios(measured["update"])
     return {
         **{f"ratio_{kind}": round(r["min"], 3) for kind, r in update_ratios.items()},

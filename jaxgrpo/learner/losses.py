@@ -189,7 +189,7 @@ class LossSums(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossInputs:
-    """What the loss of one micro-batch is computed from: float32, except the mask, which is bool.
+    """The inputs of the loss of one micro-batch: float32, except the mask, which is bool.
 
     - Log-probabilities of the tokens under the policy in training, the old policy, the reference
       policy (None if `kl_beta` is 0) and the sampler.

@@ -119,7 +119,7 @@ def test_bfloat16_weights_are_merged_in_float32_and_rounded_once(devices: int) -
         assert ours.dtype == rounded.dtype
         assert (
             np.mean(ours.view(np.uint16) != rounded.view(np.uint16)) < 1e-3
-        )  # one that lies between two may fall to either side
+        )  # a number halfway between two may round to either
     for value in jax.tree.leaves(update.merged(state)):
         assert value.sharding.num_devices == devices and not any(
             s.data.size * devices != value.size for s in value.addressable_shards
