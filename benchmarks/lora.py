@@ -42,7 +42,7 @@ class Side(Stepping):
         self.whole_step()  # compiles
 
     def whole_step(self) -> None:
-        """An optimizer step, the reference's log-probabilities included where there are some."""
+        """Take an optimizer step, after the pass for the reference if there is one."""
         self.step(self.update.reference_logprobs(self.state, [self.batch])[0])
 
     def flops(self) -> float:

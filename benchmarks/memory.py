@@ -3,8 +3,8 @@
     python -m benchmarks.memory [--json] [--chunks 64 256 1024]
 
 Two updates (forward, backward, AdamW) of a group of 4 rows of 256 completion tokens at vocabulary
-151,936 and width 64, two layers, float32, for each chunk size in tokens; 1,024 means no chunks. Each
-runs in a process of its own, whose peak resident memory
+151,936 and width 64, two layers, float32, for each chunk size in tokens; 1,024 means no chunks.
+Each runs in a process of its own, whose peak resident memory
 (ru_maxrss) is reported, beside that of a process that only holds the same weights and optimizer.
 """
 
@@ -61,7 +61,7 @@ def run(chunk: int | None, answer: multiprocessing.connection.Connection) -> Non
 
 
 def in_a_process(chunk: int | None) -> tuple[int, float]:
-    """What `run` sends from a process of its own."""
+    """Execute `run` in a process of its own, and return what it sends."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=run, args=(chunk, theirs))

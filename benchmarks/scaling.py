@@ -3,10 +3,10 @@
     python -m benchmarks.scaling [--json] [--repeats 5]
 
 Compares one optimizer step on a group that shares its prompt with one on the same rows as groups of
-one, which repeat it. Vocabulary 2,048, 4 layers of width 256 (4 heads, 2 key/value heads, F = 1024),
-float32. By tokens alone, repeating costs G (P + C) / (P + G C) times as much: `limit`. The measured
-ratio can exceed it, because the prompt's own attention, which grows with P^2, is computed once
-instead of G times.
+one, which repeat it. Vocabulary 2,048, 4 layers of width 256 (4 heads, 2 key/value heads,
+F = 1024), float32. By tokens alone, repeating costs G (P + C) / (P + G C) times as much: `limit`.
+The measured ratio can exceed it, because the prompt's own attention, which grows with P^2, is
+computed once instead of G times.
 """
 
 import argparse

@@ -10,12 +10,12 @@ process. Before anything is timed, they must agree in loss, gradient norm and cl
 
 - ours: `jaxgrpo.learner.update.Update`, for each value of `training.remat`.
 - repeated: ours on eight groups of one row, so that nothing is shared; attention's output is saved.
-- torch: transformers' Qwen2 with sdpa and fused AdamW (benchmarks/torch_update.py), without gradient
-  checkpointing and with it (TRL's default). Unlike ours and TRL, it computes no entropies.
+- torch: transformers' Qwen2 with sdpa and fused AdamW (benchmarks/torch_update.py), without
+  gradient checkpointing and with it (TRL's default). Unlike ours and TRL, it computes no entropies.
 
 `ratio_torch` and `ratio_repeated` compare the fastest of each kind, by minimum. The pass without
-gradients, for the log-probabilities of the reference and of the old policy, is timed too; ours needs
-none for the old policy, because the first step keeps its own. Needs torch.
+gradients, for the log-probabilities of the reference and of the old policy, is timed too. Ours
+needs none for the old policy, because the first step keeps its own. Needs torch.
 """
 
 import argparse
@@ -217,7 +217,7 @@ def row(name: str, figures: Mapping[str, float]) -> str:
 
 
 def record(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """What is measured, for the line of JSON."""
+    """The measurements for the line of JSON."""
     update_ratios = ratios(measured["update"])
     return {
         **{f"ratio_{kind}": round(r["min"], 3) for kind, r in update_ratios.items()},

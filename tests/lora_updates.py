@@ -26,7 +26,7 @@ def lora_update(devices: int, lora: LoraSettings = LORA, dtype: str = "float32")
 
 
 def adapters_of(lora: LoraSettings = LORA, seed: int = 3) -> Params:
-    """Adapters in which b is not zero any more."""
+    """Adapters whose b is not zero."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda s: rng.normal(0.0, 0.2, s.shape).astype(np.float32), trained_shapes(TINY, lora)

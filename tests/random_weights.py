@@ -1,4 +1,4 @@
-"""Random weights, and a model of sizes that nothing divides."""
+"""Random weights, and a model with odd sizes."""
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ ODD = ModelConfig(
 
 
 def random_params(config: ModelConfig = ODD, seed: int = 0, scale: float = 1.0) -> Params:
-    """Every weight normally distributed, of `scale`: attention, biases and norms all matter."""
+    """Normal weights with standard deviation `scale`, so that biases and norms matter too."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda s: rng.normal(0.0, scale, s.shape).astype(np.float32), param_shapes(config)

@@ -1,9 +1,10 @@
-"""Qwen2's logits in float64 NumPy, out of Hugging Face tensors, and how far float32 may be off.
+"""Qwen2's logits in float64 NumPy from Hugging Face tensors, and the error that float32 may have.
 
-Nothing is imported from the package. Float32 is off, in each step, by at most the number of its
-roundings times 2**-24 times the size of what is rounded; for a product that is the sum of the sizes
-of its terms (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). `float32_error`
-puts an error of just that size, of random sign, into every step, and sees how far the logits move.
+Nothing is imported from the package. The float32 error of one operation is at most its number of
+roundings x 2**-24 x the magnitude of what is rounded; for a product, that is the sum of the
+magnitudes of its terms (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
+`float32_error` adds an error of that size and random sign to each operation, and measures how far
+the logits move.
 """
 
 import functools
@@ -24,7 +25,7 @@ def _exactly(value: np.ndarray, size: np.ndarray, roundings: int) -> np.ndarray:
 def qwen2_logits(
     config: dict, tensors: Mapping[str, np.ndarray], ids_T: np.ndarray, off: Off = _exactly
 ) -> np.ndarray:
-    """Logits [T, V] of one sequence [T]; `off(value, size, roundings)` may change a step's."""
+    """Logits [T, V] of one sequence [T]. `off(value, size, roundings)` may change intermediates."""
     weights = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
     layer = functools.partial(_layer, config, weights, off, _rotation(config, len(ids_T), off))
     x = weights["model.embed_tokens.weight"][ids_T]
@@ -37,7 +38,7 @@ def qwen2_logits(
 
 
 def float32_error(config: dict, tensors: Mapping[str, np.ndarray], ids_T: np.ndarray) -> float:
-    """About the most that float32 may be off, anywhere in the logits: the least of a few draws."""
+    """About the largest error of any float32 logit: the minimum over a few draws."""
     exact = qwen2_logits(config, tensors, ids_T)
 
     def draw(seed: int) -> float:
@@ -62,7 +63,7 @@ def _norm(config: dict, off: Off, x: np.ndarray, scale: np.ndarray) -> np.ndarra
 
 
 def _rotation(config: dict, length: int, off: Off) -> np.ndarray:
-    """cos + i sin [T, 1, h / 2]; an angle is off by its own size, which grows with the position."""
+    """cos + i sin [T, 1, h / 2]. The error of an angle grows with the position."""
     half = config["hidden_size"] // config["num_attention_heads"] // 2
     angles = np.arange(length)[:, None, None] * float(config["rope_theta"]) ** (
         -np.arange(half) / half

@@ -206,13 +206,15 @@ def train_step(
     optimizer: optax.GradientTransformation,
     params: Params,
     opt_state: Any,
-    prompt_NP: Array,
-    prompt_lengths_N: Array,
-    rows_NGC: Array,
+    tokens: GroupTokens,
     weights_NGC: Array,
 ) -> tuple[Params, Any, Array]:
-    """One step on the weighted mean of next-token cross-entropy. Returns the log-probability of each row's own tokens [N, G] beside the new
-    state."""
+    """Take one step on the weighted mean of the next-token cross-entropy of the rows.
+
+    Returns the new weights and optimizer state, and the log-probability [N, G] of each row's own
+    tokens (those of weight 1).
+    """
+    rows_NGC = tokens.completions_NGC
     whole = Replicated(jnp.dtype(jnp.float32))
     head = Head((config.vocab_size, config.hidden_size), whole, 2048, 1.0)
     loader = dataclasses.replace(
@@ -221,9 +223,7 @@ def train_step(
     )
 
     def loss(p: Params) -> tuple[Array, Array]:
-        hidden = forward_shared_prompt(
-            config, p, GroupTokens(prompt_NP, prompt_lengths_N, rows_NGC), loader
-        )
+        hidden = forward_shared_prompt(config, p, tokens, loader)
         logprobs, _ = token_logprobs(
             hidden.reshape(-1, config.hidden_size), head_table(p), rows_NGC.reshape(-1), head
         )
@@ -287,15 +287,9 @@ def warm_start(
             g = groups[i]
             prompt = np.zeros((1, bucket(len(g.prompt_P), 256)), np.int32)
             prompt[0, : len(g.prompt_P)] = g.prompt_P
+            tokens = GroupTokens(prompt, np.array([len(g.prompt_P)]), g.rows_GC[None])
             params, opt_state, own_NG = train_step(
-                config,
-                optimizer,
-                params,
-                opt_state,
-                prompt,
-                np.array([len(g.prompt_P)]),
-                g.rows_GC[None],
-                g.weights_GC[None],
+                config, optimizer, params, opt_state, tokens, g.weights_GC[None]
             )
             own += np.asarray(own_NG)[0, g.weights_GC.any(axis=1)].tolist()
         probability = float(np.mean(np.exp(own)))

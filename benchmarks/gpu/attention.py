@@ -29,12 +29,12 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
-def _attend(kernel: Kernel, q: Array, k: Array, v: Array, *context: Array) -> Array:
+def attend_arrays(kernel: Kernel, q: Array, k: Array, v: Array, *context: Array) -> Array:
     """`attend` with the arrays of the context apart, as `dense` takes them."""
     return attend(kernel, q, k, v, SharedContext(*context) if context else None)
 
 
-_ATTEND = {name: functools.partial(_attend, kernel) for name, kernel in KERNELS.items()}
+_ATTEND = {name: functools.partial(attend_arrays, kernel) for name, kernel in KERNELS.items()}
 MOST_DIFFERENCE = 0.01
 """Between a kernel in bfloat16 and float32. Rounding changes an element by up to 0.4 %, and a
 gradient is rounded several times."""

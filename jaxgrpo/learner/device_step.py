@@ -1,7 +1,7 @@
-"""What each device computes for a micro-batch inside `jax.shard_map`: scores and gradients.
+"""Log-probabilities and gradients of a micro-batch, as each device computes them in `shard_map`.
 
-The old policy's log-probabilities of the first optimizer step are those of its own forward pass, so
-the importance ratio is 1 there and no extra pass is needed.
+The first optimizer step on a batch takes the log-probabilities of its own forward pass as the old
+policy's. Its importance ratio is 1, and no extra pass is needed.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ class StepInputs(NamedTuple):
 class DeviceStep:
     """The functions that run on each device, on its groups and its shards of the weights.
 
-    `layout` is that of the whole tree that the forward pass reads, frozen weights included.
+    `layout` describes the whole tree that the forward pass reads, frozen weights included.
     """
 
     config: ModelConfig

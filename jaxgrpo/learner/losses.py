@@ -117,9 +117,10 @@ token_logprobs.defvjp(_logprobs_forward, _logprobs_backward)
 def clipped_objective(ratio: Array, advantages: Array, clip_low: float, clip_high: float) -> Array:
     """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), to be maximized.
 
-    PPO (arXiv:1707.06347, eq. 7), with two bounds as in DAPO (arXiv:2503.14476, eq. 10). The arrays
-    have the same shape or broadcast.
+    PPO (arXiv:1707.06347, eq. 7), with two bounds as in DAPO (arXiv:2503.14476, eq. 10). Arrays of
+    the same shape.
     """
+    chex.assert_equal_shape([ratio, advantages])
     return jnp.minimum(
         ratio * advantages, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
     )
@@ -130,6 +131,7 @@ def k3_kl(train_logprobs: Array, reference_logprobs: Array) -> Array:
 
     GRPO (arXiv:2402.03300, eq. 4). Arrays of the same shape.
     """
+    chex.assert_equal_shape([train_logprobs, reference_logprobs])
     delta = reference_logprobs - train_logprobs
     return jnp.exp(delta) - delta - 1
 
@@ -138,8 +140,9 @@ def truncated_importance_weight(old_logprobs: Array, sampler_logprobs: Array, ca
     """min(pi_old / pi_sampler, cap), without gradients.
 
     Truncated importance sampling (Ionides 2008). It corrects for a sampler whose probabilities
-    differ from the trainer's.
+    differ from the trainer's. Arrays of the same shape.
     """
+    chex.assert_equal_shape([old_logprobs, sampler_logprobs])
     return jax.lax.stop_gradient(jnp.minimum(jnp.exp(old_logprobs - sampler_logprobs), cap))
 
 
@@ -186,7 +189,7 @@ class LossSums(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossInputs:
-    """What the loss of one micro-batch is computed from: float32, except the mask, which is bool.
+    """The inputs of the loss of one micro-batch: float32, except the mask, which is bool.
 
     - Log-probabilities of the tokens under the policy in training, the old policy, the reference
       policy (None if `kl_beta` is 0) and the sampler.

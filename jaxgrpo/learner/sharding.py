@@ -158,7 +158,7 @@ def _logical_on_devices(leaves: tuple[LeafLayout, ...], mesh: Mesh, dtype: Any) 
 
 
 class Storage(Protocol):
-    """How leaves of the parameter tree become weights, and gradients of weights those of leaves."""
+    """How to turn leaves of the parameter tree into weights, and gradients of weights back."""
 
     def gather(self, leaf: Any, shape: tuple[int, ...]) -> Array:
         """The weight of `shape` in the compute dtype, differentiable."""

@@ -73,8 +73,8 @@ class LoweredStep(NamedTuple):
 class Update:
     """The compiled functions of the train step for one model on one mesh.
 
-    Each new shape of a micro-batch is compiled when it first comes. `compilations` counts the
-    distinct shapes over all functions.
+    A new shape of micro-batches is compiled on its first use. `compilations` counts the distinct
+    shapes over all functions.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class Update:
         self._whole_layout = combine(self.layout, self.frozen_layout)
         self._optimizer_specs = optimizer_specs(self.optimizer, self.layout)
         self._shapes: set[tuple] = set()
-        self._compile_step(self._device_step(compute))
-        self._compile_state()
+        self._jit_step(self._device_step(compute))
+        self._jit_state()
 
     def _device_step(self, compute: ComputeOptions) -> DeviceStep:
         same = compute.served_dtype == self.compute_dtype
@@ -114,11 +114,11 @@ class Update:
     def _place(self, spec: Any) -> Any:
         return jax.tree.map(functools.partial(NamedSharding, self.mesh), spec)
 
-    def _compile_step(self, step: DeviceStep) -> None:
+    def _jit_step(self, step: DeviceStep) -> None:
         """Jit the functions of a step, with a sharding for each output.
 
-        The outputs of one function are inputs of the next. Without a named sharding, XLA would
-        choose one, and each choice would compile the next function once more.
+        The outputs of one function are inputs of the next. Without named shardings, zeros would be
+        whole on one device, and one shape would be compiled once for each layout that XLA chooses.
         """
         trained, frozen, whole = map(specs, (self.layout, self.frozen_layout, self._whole_layout))
         sums = LossSums._make([_REPLICATED] * len(LossSums._fields))
@@ -144,7 +144,7 @@ class Update:
         )
         self._finite = jax.jit(_finite, out_shardings=self._place(_REPLICATED))
 
-    def _compile_state(self) -> None:
+    def _jit_state(self) -> None:
         """Jit the functions that make parts of a state, each stored as its layout says."""
         params_at = self._place(specs(self.layout))
         dtype = self.compute_dtype

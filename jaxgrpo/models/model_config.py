@@ -1,5 +1,7 @@
-"""The sizes of a Qwen2 model, out of a Hugging Face config.json; what this port does not compute is
-refused by name."""
+"""The sizes of a Qwen2 model, read from a Hugging Face config.json.
+
+A setting that this port does not support is refused by name.
+"""
 
 import dataclasses
 import reprlib
@@ -21,7 +23,7 @@ _SIZES = (
 _OTHER_SIZES = ("num_key_value_heads", "head_dim")  # null counts as absent
 
 _REFUSED = {
-    "quantization_config": "quantised weights are not supported: dequantise the checkpoint first",
+    "quantization_config": "quantized weights are not supported: dequantize the checkpoint first",
     "per_layer_config": "layers of different sizes are not supported",
     "configuration_files": "transformers may read another file in its place: put its settings here",
 }
@@ -46,8 +48,11 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
-        """Read a `config.json` as transformers 5 reads it, its defaults included. Raises ValueError
-        by name for what it would not read, and for what this port does not compute."""
+        """Read a `config.json` as transformers 5 does, with its defaults.
+
+        Raises ValueError that names a setting which transformers refuses or this port does not
+        support.
+        """
         _refuse_unsupported(config)
         heads = config["num_attention_heads"]
         kv_heads = config.get("num_key_value_heads", 32)
@@ -80,8 +85,10 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
-        """Read `config.json` of a Hugging Face folder. Raises FileNotFoundError, or ValueError that
-        names the file."""
+        """Read the `config.json` of a Hugging Face folder.
+
+        Raises FileNotFoundError, or ValueError that names the file.
+        """
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(
@@ -96,8 +103,10 @@ class ModelConfig:
 
 
 def eos_token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """What `eos_token_id` of a config.json or generation_config.json names: no token, one, or
-    several. Raises ValueError for anything else."""
+    """The ids in `eos_token_id` of a config.json or generation_config.json: none, one or several.
+
+    Raises ValueError for anything else.
+    """
     given = config.get("eos_token_id")
     ids = given if isinstance(given, list) else [] if given is None else [given]
     if not all(type(token) is int for token in ids):
@@ -113,9 +122,7 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         )
     absent = [key for key in _SIZES if config.get(key) is None]
     if absent:
-        raise ValueError(
-            f"config.json has no {', '.join(absent)}: it is not the whole config of a model"
-        )
+        raise ValueError(f"config.json has no {', '.join(absent)}: it is incomplete")
     given = {
         key: config[key]
         for key in (*_SIZES, *_OTHER_SIZES, "max_position_embeddings")
@@ -131,29 +138,28 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         if config.get(key):
             raise ValueError(f"{key} is set: {why}")
     if config.get("use_sliding_window"):
-        raise ValueError(
-            "sliding-window attention is in use (use_sliding_window): it is not supported"
-        )
+        raise ValueError("sliding-window attention (use_sliding_window) is not supported")
     kinds, layers = config.get("layer_types"), config["num_hidden_layers"]
     plain = isinstance(kinds, list) and kinds.count("full_attention") == len(kinds) == layers
     if kinds is not None and not plain:
         raise ValueError(
-            "layer_types in config.json must be 'full_attention' once a layer (num_hidden_layers "
-            f"{layers}), without sliding windows, got {reprlib.repr(kinds)}"
+            "layer_types in config.json must be 'full_attention' once per layer "
+            f"(num_hidden_layers {layers}), without sliding windows, got {reprlib.repr(kinds)}"
         )
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act is {config['hidden_act']!r}; only 'silu' is supported")
 
 
 def _rope_theta(config: Mapping[str, Any]) -> float:
-    """The base of plain RoPE. transformers 5 takes `rope_scaling`, the old section, before
-    `rope_parameters`, `type` for `rope_type`, and what the section lacks from beside it.
-    Raises ValueError by name for anything but plain RoPE."""
+    """The base of plain RoPE, as transformers 5 reads it.
+
+    The older section `rope_scaling` comes before `rope_parameters`, `type` means `rope_type`, and
+    settings outside the section fill in what it lacks. Raises ValueError that names any setting
+    other than those of plain RoPE.
+    """
     for section in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(section), Mapping | None):
-            raise ValueError(
-                f"{section} in config.json must be settings by name, got {config[section]!r}"
-            )
+            raise ValueError(f"{section} in config.json must be an object, got {config[section]!r}")
     section = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(section) or {}
     nested = [
@@ -163,8 +169,8 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
     ]
     if nested:
         raise ValueError(
-            f"{section} has settings for a type of layers ({', '.join(nested)}): give one "
-            "rope_type and rope_theta for all"
+            f"{section} has settings for a type of layers ({', '.join(nested)}): set one "
+            "rope_type and rope_theta for all layers"
         )
     for key in ("rope_type", "type"):
         if rope.get(key, "default") != "default":
@@ -174,7 +180,9 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
             )
     factor = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if factor is not None and factor != 1:
-        raise ValueError(f"partial_rotary_factor is {factor!r}: only whole heads are rotated here")
+        raise ValueError(
+            f"partial_rotary_factor is {factor!r}: only rotation of whole heads (1) is supported"
+        )
     return _number("rope_theta", rope.get("rope_theta", config.get("rope_theta", 10000.0)))
 
 

@@ -21,7 +21,7 @@ from benchmarks.gpu.models import TINY, fitted, named
 from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.gpu.runner import Settings, run_parts
 from benchmarks.gpu.summary import summary, wrong
-from jaxgrpo.models.attention import XLA, Kernel, attend
+from jaxgrpo.models.attention import XLA, Kernel
 
 UNITS = ("works", "raises", "crashes", "hangs", "works again")
 
@@ -216,7 +216,9 @@ def distances(kernel: Kernel, case: attention.Case) -> rows.Row:
     heads = attention.HEADS["tiny heads"]
     arrays, lengths, cotangent = attention.inputs(heads, case, jnp.bfloat16)
     exact = attention.exactly(arrays, lengths, cotangent)
-    got = attention.gradients(functools.partial(attend, kernel), arrays, lengths, cotangent)
+    got = attention.gradients(
+        functools.partial(attention.attend_arrays, kernel), arrays, lengths, cotangent
+    )
     return attention.compared({"with": "float32"}, got, exact)
 
 

@@ -78,7 +78,7 @@ def test_no_second_copy_of_all_gradients_is_made(
 
 @pytest.mark.parametrize("remat", ["full", "attention"])
 def test_the_forward_loop_keeps_carries_and_not_the_stack_again(remat: str) -> None:
-    """In the traced program: XLA's CPU backend takes a second copy out by itself."""
+    """In the traced program, because XLA's CPU backend would remove a second copy by itself."""
     traced = jax.make_jaxpr(lambda *given: accumulated(*given, remat))(*arrays())
     forward, backward = (
         equation for equation in traced.jaxpr.eqns if equation.primitive.name == "scan"

@@ -240,7 +240,7 @@ def test_groups_of_like_size_share_a_micro_batch() -> None:
 def uneven_groups() -> list[Group]:
     """Five groups of three rows, the largest first; the second row of the third is overlong.
 
-    Each prompt begins with its group's number. No two rewards, masks or log-probabilities are equal.
+    Each prompt begins with its group's number. All rewards, masks and log-probabilities differ.
     """
     rng = np.random.default_rng(5)
     groups = []

@@ -119,7 +119,7 @@ def test_bfloat16_weights_are_merged_in_float32_and_rounded_once(devices: int) -
         assert ours.dtype == rounded.dtype
         assert (
             np.mean(ours.view(np.uint16) != rounded.view(np.uint16)) < 1e-3
-        )  # one that lies between two may fall to either side
+        )  # a number halfway between two may round to either
     for value in jax.tree.leaves(update.merged(state)):
         assert value.sharding.num_devices == devices and not any(
             s.data.size * devices != value.size for s in value.addressable_shards
@@ -214,7 +214,7 @@ def test_the_reference_is_the_base_until_it_is_replaced_by_the_adapters() -> Non
 
 @pytest.mark.slow
 def test_an_untied_model_without_a_reference() -> None:
-    """Its head is frozen too. On one and on two devices, a step changes adapters of q and up only."""
+    """Its head is frozen too. A step, on one or two devices, changes only adapters of q and up."""
     lora, norms = LoraSettings(rank=2, alpha=3.0, targets=("q", "up")), []
     for devices in (1, 2):
         mesh = make_mesh(jax.devices()[:devices])

@@ -222,8 +222,8 @@ def test_the_gradient_of_shared_prompts_equals_that_of_repeated_prompts() -> Non
 def test_the_gradient_is_that_of_the_right_groups_when_packing_reorders() -> None:
     """Groups of several padded shapes are packed in another order than they were sampled in.
 
-    Each token has a log-probability of its own under the sampler, so that a mix-up of groups or rows
-    shows in the gradient or in the mismatch.
+    Each token has a log-probability of its own under the sampler, so that a mix-up of groups or
+    rows shows in the gradient or in the mismatch.
     """
     rng = np.random.default_rng(6)
     groups = [

@@ -59,7 +59,7 @@ def test_an_unknown_way_of_rematerialising_is_refused() -> None:
 
 
 def test_every_pass_computes_the_prompt_of_a_group_once() -> None:
-    """The scoring pass, for the reference, and the training pass, which also serves the old policy."""
+    """The scoring pass (for the reference), and the training pass (also for the old policy)."""
     update, batch = update_of(1), packed(GROUPS, 4)[0]
     (n, g, c), p = batch.completions_NGC.shape, batch.prompt_NP.shape[1]
     stored = update.init(params_of(TINY)).params

@@ -191,7 +191,7 @@ def test_an_empty_context_changes_nothing() -> None:
 
 
 def test_the_context_is_never_copied_for_the_rows() -> None:
-    """No array of the program, gradient included, is as large as the context's keys once a row."""
+    """No array of the program, gradient included, is as large as a copy of the keys per row."""
     (q, k, v), (context_k, context_v, lengths) = own(6), context(5)
     text = (
         jax.jit(jax.grad(lambda *a: attend_xla(*a, lengths).sum(), argnums=(0, 3, 4)))

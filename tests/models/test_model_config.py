@@ -163,11 +163,11 @@ def test_every_spelling_of_rope() -> None:
         ),
         (
             {"rope_parameters": []},
-            r"rope_parameters in config.json must be settings by name, got \[\]",
+            r"rope_parameters in config.json must be an object, got \[\]",
         ),
         (
             {"rope_scaling": "yarn"},
-            "rope_scaling in config.json must be settings by name, got 'yarn'",
+            "rope_scaling in config.json must be an object, got 'yarn'",
         ),
         (
             {"rope_parameters": {"rope_theta": "1e6"}},
@@ -200,11 +200,11 @@ def test_every_spelling_of_rope() -> None:
         ),
         (
             {"layer_types": ["full_attention"]},
-            "layer_types in config.json must be 'full_attention' once a layer",
+            "layer_types in config.json must be 'full_attention' once per layer",
         ),
         (
             {"layer_types": "full_attention"},
-            "layer_types in config.json must be 'full_attention' once a layer",
+            "layer_types in config.json must be 'full_attention' once per layer",
         ),
         (
             {"layer_types": ["linear_attention", "full_attention"]},

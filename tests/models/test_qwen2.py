@@ -1,4 +1,4 @@
-"""Logits against transformers (golden values, and directly if torch is installed); sizes; refusals."""
+"""Logits against transformers (golden values, and directly with torch); sizes; refusals."""
 
 import dataclasses
 import functools
@@ -23,8 +23,8 @@ from jaxgrpo.models.qwen2 import (
 from jaxgrpo.storage import hf_mapping
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-# For float32 logits with a standard deviation of 1.6. On such models, transformers differs by up to
-# 1.5e-5 from its own float64, the port by up to 2.0e-5, and the two from each other by up to 2.5e-5.
+# For float32 logits with a standard deviation of 1.6. On such models, transformers differs from its
+# own float64 by up to 1.5e-5, the port by up to 2.0e-5, and the two differ by up to 2.5e-5.
 BOUND = 5e-5
 
 # Published sizes of Qwen2.5: vocab_size, hidden_size, layers, heads, kv_heads, intermediate_size,
@@ -292,7 +292,7 @@ class TestConfig:
             ),
             (
                 {"rope_parameters": 3},
-                "rope_parameters in config.json must be settings by name, got 3",
+                "rope_parameters in config.json must be an object, got 3",
             ),
         ],
     )
