@@ -102,13 +102,7 @@ class Rollout:
         episodes end, those of dropped groups included. Raises StuckCallsError if calls into the
         environment hang in too many threads.
         """
-        if group_size < 1:
-            raise ValueError(f"group_size must be at least 1, got {group_size}")
-        if len({task.id for task in tasks}) < len(tasks):
-            raise ValueError(
-                f"a task occurs twice in batch {batch!r}: its episodes would be the same; put it "
-                "into two batches"
-            )
+        _check_groups(tasks, group_size, batch)
         start = time.perf_counter()
         player = EpisodePlayer(
             self.sampler,
@@ -145,6 +139,16 @@ class Rollout:
                 )
             ),
             seconds=time.perf_counter() - start,
+        )
+
+
+def _check_groups(tasks: Sequence[Task], group_size: int, batch: str) -> None:
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1, got {group_size}")
+    if len({task.id for task in tasks}) < len(tasks):
+        raise ValueError(
+            f"a task occurs twice in batch {batch!r}: its episodes would be the same; put it into "
+            "two batches"
         )
 
 
