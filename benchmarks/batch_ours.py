@@ -173,7 +173,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         training = Batches(config, Path(folder), False, Processes(), stack)
         training.log.view.begin(0)
-        sections = ("native", "packing", "training")
+        sections = ("native", "batching", "training")
         line.send(
             {
                 "versions": {name: version(name) for name in ("jax", "jaxlib", "optax")},
