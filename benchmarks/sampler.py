@@ -38,7 +38,8 @@ from jaxgrpo.samplers.native.sampler import NativeSampler
 from jaxgrpo.samplers.vllm.client import VllmSampler
 from jaxgrpo.samplers.vllm.server import ServerPlan, VllmServer
 from jaxgrpo.storage.pretrained import load_params, load_tokenizer
-from jaxgrpo.storage.publish import WeightFolder, published_bytes
+from jaxgrpo.storage.publish import published_bytes
+from jaxgrpo.storage.weight_folder import WeightFolder
 from jaxgrpo.types import Message
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny-qwen2.5"

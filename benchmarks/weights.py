@@ -24,7 +24,7 @@ from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.samplers.vllm.http import Connection
 from jaxgrpo.samplers.vllm.server import ServerPlan, VllmServer
-from jaxgrpo.storage import publish
+from jaxgrpo.storage import weight_folder
 from jaxgrpo.storage.pretrained import load_params
 
 QUIET_SECONDS = 3.0
@@ -67,7 +67,7 @@ async def load(url: str, folder: Path, version: int) -> float:
 
 def serve(bench: Bench, server: VllmServer, root: Path, version: int) -> dict[str, float]:
     """The server's own figures for one version."""
-    stopped = asyncio.run(load(server.url, publish.version_folder(root, version), version))
+    stopped = asyncio.run(load(server.url, weight_folder.version_folder(root, version), version))
     stages = re.findall(
         r"read and checked in ([\d.]+) s, applied in ([\d.]+) s", server.log.read_text()
     )[-1]
@@ -114,7 +114,7 @@ def main() -> None:
         try:
             if server is not None:
                 server.wait(900)
-            for parent in args.root or [publish.SHARED_MEMORY, Path(tempfile.gettempdir())]:
+            for parent in args.root or [weight_folder.SHARED_MEMORY, Path(tempfile.gettempdir())]:
                 with tempfile.TemporaryDirectory(dir=parent) as root:
                     report(
                         parent,
@@ -136,7 +136,7 @@ def one_round(
     if server is not None:
         found |= serve(bench, server, root, version)
     if version > 1:
-        publish.retire_version(root, version - 1)
+        weight_folder.retire_version(root, version - 1)
     return found
 
 

@@ -16,7 +16,7 @@ from benchmarks.gpu.models import named, random_stored
 from benchmarks.gpu.rows import Context, Row, in_time
 from benchmarks.publishing import Held
 from jaxgrpo.learner.sharding import make_layout, make_mesh
-from jaxgrpo.storage import publish
+from jaxgrpo.storage import publish, weight_folder
 
 _VERSIONS = 4
 _SPARE_BYTES = 2**30  # left free beside two versions
@@ -41,7 +41,7 @@ def run(unit: str, context: Context) -> Iterator[Row]:
 def _round(held: Held, root: Path, row: Row) -> Iterator[Row]:
     found, version = held.round(root, row["version"]), row["version"]
     if version > 1:
-        publish.retire_version(root, version - 1)
+        weight_folder.retire_version(root, version - 1)
     rates = {
         f"{what}_gb_per_second": held.bytes / 1e9 / found[name]
         for what, name in (("write", "write"), ("read", "read and check"))

@@ -18,7 +18,8 @@ from jaxgrpo.samplers.native.sampler import NativeSampler
 from jaxgrpo.samplers.vllm.auth import KEY_VARIABLE
 from jaxgrpo.samplers.vllm.client import TokenizerProbe, VllmSampler
 from jaxgrpo.samplers.vllm.server import ServerPlan, VllmServer
-from jaxgrpo.storage.publish import WeightFolder, published_bytes
+from jaxgrpo.storage.publish import published_bytes
+from jaxgrpo.storage.weight_folder import WeightFolder
 
 _PROBE_TEXT = (
     'Call the tool: {"name": "añadir", "arguments": {"x": -12.5}}\n\n<tool_call> done 你好'

@@ -1,15 +1,14 @@
-"""The checksums of a checkpoint's files: a bit that flipped on the disk is noticed before anything
-is computed with it.
+"""The checksums of a checkpoint's files, so that a bit that flipped on disk is noticed.
 
     RUN/checkpoints/600/checksums.txt
 
-        jaxgrpo checksums 1 5d1f09aa                 the format; the CRC-32 of all that follows
-        crc32 9c0e77b1 3669 policy/_METADATA         of a file: its CRC-32, its bytes
-        crc32c 21aa4c0f 4100 policy/norm.scale/c/0   of a chunk: the CRC-32C it ends with, its bytes
+        jaxgrpo checksums 1 5d1f09aa                 format; CRC-32 of all that follows
+        crc32 9c0e77b1 3669 policy/_METADATA         of a file: CRC-32, bytes
+        crc32c 21aa4c0f 4100 policy/norm.scale/c/0   of a chunk: the CRC-32C at its end, bytes
 
-A chunk of an array is not read for this. zarr3's codec `crc32c` has put its checksum at its end,
-and whoever reads the values holds them against it. What stands here says that the chunk is the one
-that was saved: it is there, whole, and not another one's.
+Chunks of arrays are not read here. zarr3's codec `crc32c` puts the checksum of a chunk at its end,
+and verifies it when the values are read. The line of a chunk only says that the chunk is there,
+complete, and the one that was saved.
 """
 
 import json
@@ -19,18 +18,18 @@ from pathlib import Path
 
 CHECKSUMS = "checksums.txt"
 CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-"""How zarr says that a chunk is its bare values and, after them, their CRC-32C."""
+"""Zarr's codecs for chunks that hold values followed by their CRC-32C."""
 
 _HEADER = "jaxgrpo checksums 1 "
 _CODEC_BYTES = 4
 
 
 class DamageError(ValueError):
-    """A file is not what was written: says which one."""
+    """A file is not what was written. The message names it."""
 
 
 def write_checksums(folder: Path) -> None:
-    """Note down every file of a folder. The last thing that is written there."""
+    """Write the checksums of every file of a folder, after everything else in it."""
     chunked = {
         path.parent
         for path in folder.rglob("zarr.json")
@@ -42,11 +41,13 @@ def write_checksums(folder: Path) -> None:
 
 
 def verify(folder: Path, parts: Iterable[str]) -> None:
-    """Hold the files under `parts` of a folder against what was noted down, all but the values of
-    chunks. Raises DamageError that names the first one that differs, FileNotFoundError when nothing
-    was noted down."""
+    """Verify the files under `parts` of a folder, except the values of chunks.
+
+    Raise DamageError that names the first file that differs, FileNotFoundError if there are no
+    checksums.
+    """
     wanted = tuple(f"{part}/" for part in parts)
-    for kind, checksum, size, name in _noted(folder / CHECKSUMS):
+    for kind, checksum, size, name in _recorded(folder / CHECKSUMS):
         if name.startswith(wanted):
             _check(folder / name, kind, checksum, size)
 
@@ -57,7 +58,7 @@ def _line(folder: Path, path: Path, chunked: set[Path]) -> str:
     return f"{'crc32' if whole else 'crc32c'} {checksum:08x} {size} {path.relative_to(folder)}"
 
 
-def _noted(file: Path) -> Iterator[tuple[str, str, str, str]]:
+def _recorded(file: Path) -> Iterator[tuple[str, str, str, str]]:
     head, _, body = file.read_bytes().partition(b"\n")
     if head != f"{_HEADER}{zlib.crc32(body):08x}".encode():
         raise DamageError(f"{file} is damaged")
@@ -70,13 +71,11 @@ def _check(path: Path, kind: str, checksum: str, size: str) -> None:
     try:
         found, found_size = _whole(path) if kind == "crc32" else _last(path)
     except FileNotFoundError as error:
-        raise DamageError(f"{path} is not there") from error
+        raise DamageError(f"{path} is missing") from error
     if found_size != int(size):
         raise DamageError(f"{path} has {found_size} bytes, {size} were written")
     if f"{found:08x}" != checksum:
-        raise DamageError(
-            f"{path} is damaged: its checksum is {found:08x}, {checksum} was noted down"
-        )
+        raise DamageError(f"{path} is damaged: its checksum is {found:08x}, expected {checksum}")
 
 
 def _whole(path: Path) -> tuple[int, int]:
@@ -85,7 +84,7 @@ def _whole(path: Path) -> tuple[int, int]:
 
 
 def _last(path: Path) -> tuple[int, int]:
-    """The checksum that a chunk ends with, and its size."""
+    """The checksum at the end of a chunk, and the chunk's size in bytes."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - _CODEC_BYTES))

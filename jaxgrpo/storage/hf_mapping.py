@@ -1,6 +1,7 @@
-"""Hugging Face tensor names and shapes of Qwen2 <-> the logical parameter tree of `jaxgrpo.models.qwen2`, both ways. Pure.
+"""Maps Hugging Face tensors of Qwen2 to the logical parameter tree of `jaxgrpo.models.qwen2`.
 
-Ours stacks the layers on a leading axis L and keeps kernels as [in, out]; Hugging Face has one tensor a layer, as [out, in]:
+The tree stacks the layers on a leading axis L and keeps kernels as [in, out]. Hugging Face has one
+tensor per layer, as [out, in]:
 
     model.layers.3.mlp.up_proj.weight [F, D]  <->  layers/mlp/up/kernel[3] [D, F]
     model.embed_tokens.weight [V, D]          <->  embed/embedding [V, D]
@@ -23,14 +24,15 @@ HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
 _ROTARY_BUFFER = re.compile(r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq")
-_SHOWN = 8
+_SHOWN = 8  # names in an error message
 
 
 @dataclasses.dataclass(frozen=True)
 class HFTensor:
     """One Hugging Face tensor and its place in the logical tree.
 
-    `HFTensor("model.layers.3.mlp.up_proj.weight", (F, D), ("layers", "mlp", "up", "kernel"), layer=3, transposed=True)`
+    For example `HFTensor("model.layers.3.mlp.up_proj.weight", (F, D), ("layers", "mlp", "up",
+    "kernel"), layer=3, transposed=True)`.
     """
 
     name: str
@@ -45,12 +47,12 @@ class HFTensor:
         return self.shape[::-1] if self.transposed else self.shape
 
     def turn(self, array: Any) -> Any:
-        """From their layout to ours, or back: a transposition (which is its own inverse), or nothing."""
+        """Convert between the two layouts, in either direction: transpose, or do nothing."""
         return array.T if self.transposed else array
 
 
 def _layer_tensors(config: ModelConfig) -> list[tuple[str, Path, tuple[int, ...], bool]]:
-    """Their name within a layer, our path within `layers`, their shape, whether transposed."""
+    """Hugging Face name within a layer, path within `layers`, Hugging Face shape, transposed."""
     c = config
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     found: list[tuple[str, Path, tuple[int, ...], bool]] = [
@@ -87,7 +89,7 @@ def _layer_tensors(config: ModelConfig) -> list[tuple[str, Path, tuple[int, ...]
 
 
 def hf_tensors(config: ModelConfig) -> tuple[HFTensor, ...]:
-    """Every tensor of a checkpoint of this size, in the order of the forward pass; the head only when it is not tied."""
+    """Every tensor of a checkpoint, in the order of the forward pass; no head if it is tied."""
     table = (config.vocab_size, config.hidden_size)
     tensors = [HFTensor(EMBEDDING, table, ("embed", "embedding"), None, False)]
     for layer in range(config.layers):
@@ -119,14 +121,15 @@ def parameter_count(config: ModelConfig) -> int:
 
 
 def is_ignored(name: str) -> bool:
-    """True for what old checkpoints hold that is no weight: the rotary frequencies, which follow from the config."""
+    """Whether a tensor of old checkpoints is ignored: rotary frequencies follow from the config."""
     return _ROTARY_BUFFER.fullmatch(name) is not None
 
 
 def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], where: object) -> None:
-    """Raises ValueError naming every missing, extra or misshapen tensor among `found` (Hugging Face name -> shape).
+    """Raise ValueError that names all missing, extra or misshapen tensors.
 
-    A head beside tied embeddings passes here; whoever reads the values must compare it with the embedding.
+    `found` maps Hugging Face names to shapes. A head beside tied embeddings passes here: compare
+    its values with the embedding when they are read.
     """
     expected = {t.name: t.shape for t in hf_tensors(config)}
     allowed = {**expected, HEAD: (config.vocab_size, config.hidden_size)}
@@ -154,14 +157,14 @@ def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], wher
 
 
 def check_leaves(config: ModelConfig, found: Mapping[Path, tuple[int, ...]], where: object) -> None:
-    """Raises ValueError naming every missing, extra or misshapen leaf among `found` (path in the logical tree -> shape)."""
+    """Raise ValueError that names all missing, extra or misshapen leaves (path -> shape)."""
     check_paths(leaf_shapes(config), found, where)
 
 
 def check_paths(
     expected: Mapping[Path, tuple[int, ...]], found: Mapping[Path, tuple[int, ...]], where: object
 ) -> None:
-    """Raises ValueError naming every missing, extra or misshapen leaf among `found`; both are paths -> shapes."""
+    """Raise ValueError that names all leaves that differ from `expected` (path -> shape)."""
     missing = {"/".join(path) for path in expected.keys() - found.keys()}
     extra = {"/".join(path) for path in found.keys() - expected.keys()}
     problems = [f"missing: {_some(missing)}"] if missing else []
@@ -176,7 +179,7 @@ def check_paths(
 
 
 def flatten(params: Params, prefix: Path = ()) -> dict[Path, Any]:
-    """The leaves of a nested dict by their path."""
+    """The leaves of a nested dict, by path."""
     flat: dict[Path, Any] = {}
     for key, value in params.items():
         flat.update(
@@ -186,7 +189,7 @@ def flatten(params: Params, prefix: Path = ()) -> dict[Path, Any]:
 
 
 def unflatten(flat: Mapping[Path, Any]) -> Params:
-    """The nested dict of leaves by their path; the inverse of `flatten`."""
+    """The nested dict of leaves by path; the inverse of `flatten`."""
     params: Params = {}
     for path, leaf in flat.items():
         node = params
@@ -197,7 +200,10 @@ def unflatten(flat: Mapping[Path, Any]) -> Params:
 
 
 def params_from_hf(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Params:
-    """Whole models in memory: Hugging Face name -> tensor, to the logical tree. Raises ValueError as `check_shapes` does."""
+    """Convert a model in memory: Hugging Face name -> tensor, to the logical tree.
+
+    Raises what `check_shapes` raises.
+    """
     check_shapes(
         config, {name: tensor.shape for name, tensor in tensors.items()}, "the given state"
     )
@@ -216,20 +222,23 @@ def params_from_hf(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Pa
 
 
 def params_to_hf(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
-    """Whole models in memory: the logical tree to Hugging Face name -> tensor. Raises ValueError as `check_leaves` does."""
+    """Convert a model in memory: the logical tree, to Hugging Face name -> tensor.
+
+    Raises what `check_leaves` raises.
+    """
     flat = flatten(params)
     check_leaves(config, {path: leaf.shape for path, leaf in flat.items()}, "the given tree")
     return {t.name: hf_tensor_of(flat, t) for t in hf_tensors(config)}
 
 
 def hf_tensor_of(flat: Mapping[Path, Any], tensor: HFTensor) -> np.ndarray:
-    """One tensor, in their layout, out of the flattened logical tree (NumPy or JAX leaves)."""
+    """One Hugging Face tensor of the flattened logical tree (NumPy or JAX leaves)."""
     leaf = flat[tensor.path]
     return tensor.turn(np.asarray(leaf if tensor.layer is None else leaf[tensor.layer]))
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Equal shapes, types and bits: NaNs equal themselves, zeros of different sign differ."""
+    """Whether shapes, types and bits are equal. NaNs equal themselves; 0 and -0 differ."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     bits = np.dtype(f"u{a.dtype.itemsize}")
@@ -237,10 +246,11 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def differing_head(where: object) -> str:
-    """What to say when a tied checkpoint holds a head of its own."""
+    """The error for a tied checkpoint whose head differs from its embedding."""
     return (
-        f"{where} has {HEAD} although config.json ties the embeddings, and the two differ: set tie_word_embeddings to false in its "
-        f"config.json if the head is meant, or delete {HEAD} if it is not"
+        f"{where} has {HEAD} although config.json ties the embeddings, and the two differ: set"
+        " tie_word_embeddings to false in its config.json if the head is meant, or delete"
+        f" {HEAD} if it is not"
     )
 
 

@@ -1,5 +1,6 @@
-"""Files that say that a process uses what is beside them. The kernel forgets a lock when its holder
-ends, however it ends: what stands in the file is only for people to read.
+"""Lock files, which show that a process uses the files beside them.
+
+The kernel releases a lock when its holder ends in any way. The text in the file is only for people.
 """
 
 import contextlib
@@ -14,8 +15,10 @@ _held: set[TextIO] = set()
 
 
 def lock(path: Path) -> TextIO | None:
-    """The locked file, which is made where it is not there; None when another process holds it.
-    `release` gives it back; the file stays. Raises OSError where files cannot be locked."""
+    """Create and lock a file; return it, or None if another process holds the lock.
+
+    `release` gives it back; the file stays. Raise OSError where files cannot be locked.
+    """
     file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -31,22 +34,22 @@ def lock(path: Path) -> TextIO | None:
 
 
 def release(file: TextIO) -> None:
-    """Give a lock back. To be called again without harm."""
+    """Release a lock. Further calls do nothing."""
     _held.discard(file)
     file.close()
 
 
 def holder(path: Path) -> str:
-    """Who holds a lock, as a person is told."""
+    """Who holds a lock, for a message."""
     with contextlib.suppress(OSError):
         return path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
     return "another process"
 
 
-def _let_go() -> None:
-    """In a process that was forked: a lock is its parent's, and ends with it."""
+def _release_all() -> None:
+    """Close the parent's lock files in a forked process, so that the locks end with the parent."""
     for file in list(_held):
         release(file)
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_release_all)

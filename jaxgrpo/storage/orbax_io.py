@@ -1,9 +1,10 @@
-"""An orbax checkpoint of model weights, written and read piece by piece.
+"""Reads and writes an orbax checkpoint of model weights piece by piece.
 
-orbax wants whole leaves in memory, and a leaf stacked over the layers of a 72B model is tens of gigabytes. So the leaves that are saved are
-descriptions (`StreamedLeaf`), and a `TypeHandler`, which is orbax's documented way to save a leaf of one's own type, writes them as zarr3
-arrays through tensorstore, a chunk at a time. What results is an ordinary orbax checkpoint of NumPy leaves: orbax restores it without this
-module, whole or sharded, and reading one layer of a kernel touches that layer's chunks only.
+Orbax wants whole leaves in memory. A leaf stacked over the layers of a 72B model is tens of
+gigabytes. The leaves to save are therefore descriptions (`StreamedLeaf`), and a `TypeHandler`,
+orbax's documented extension point for other leaf types, writes them as zarr3 arrays chunk by chunk.
+The result is an ordinary orbax checkpoint of NumPy leaves. Orbax restores it without this module,
+whole or sharded. Reading one layer of a kernel touches only that layer's chunks.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ _SHOWN = 300
 
 @dataclasses.dataclass(frozen=True)
 class StreamedLeaf:
-    """A leaf to be saved. `read(start, stop)` gives its rows [start:stop] along the first axis when their turn comes."""
+    """A leaf to save. `read(start, stop)` gives its rows [start:stop] along the first axis."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -37,14 +38,18 @@ class StreamedLeaf:
 
     @property
     def chunk(self) -> tuple[int, ...]:
-        """Kernels [L, in, out] are cut by layer, then, like tables [V, D], by rows, to at most CHUNK_BYTES; norms and biases are whole."""
+        """The shape of a chunk, at most CHUNK_BYTES.
+
+        Kernels [L, in, out] are cut by layer and then, like tables [V, D], by rows. Norms and
+        biases are whole.
+        """
         lead = (1,) if len(self.shape) == 3 else ()
         rows, *rest = self.shape[len(lead) :]
         most = max(1, CHUNK_BYTES // (math.prod(rest) * self.dtype.itemsize))
         return (*lead, max(d for d in range(1, min(rows, most) + 1) if rows % d == 0), *rest)
 
     def pieces(self) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-        """Where, and the values there: each a whole chunk."""
+        """The leaf's chunks: their places and values."""
         chunk = self.chunk
         rows = chunk[-2] if len(self.shape) == 3 else chunk[0]
         if len(self.shape) == 3:
@@ -61,7 +66,8 @@ class StreamedLeaf:
 
 
 class WriteOnlyHandler(ocp.type_handlers.TypeHandler):
-    """Of leaves that are only written; restoring is the business of orbax's own NumPy handler, whose type name is recorded."""
+    """For leaves that are only written. Orbax's own NumPy handler, whose name is recorded, restores
+    them."""
 
     def typestr(self) -> str:
         return "np.ndarray"
@@ -86,7 +92,7 @@ class _StreamedLeafHandler(WriteOnlyHandler):
     ) -> Sequence[Any]:
         for value, info in zip(values, infos, strict=True):
             store = await ts.open(
-                # orbax records that zeros are stored too, and then takes a chunk that is not there for a loss
+                # Store zeros too: orbax records that it does, and treats missing chunks as lost.
                 {
                     "driver": "zarr3",
                     "kvstore": {"driver": "file", "path": f"{info.path}/"},
@@ -105,7 +111,10 @@ class _StreamedLeafHandler(WriteOnlyHandler):
 
 
 def write(folder: Path, leaves: dict[hf_mapping.Path, StreamedLeaf]) -> None:
-    """Write the leaves as an orbax checkpoint at `folder`, which must not exist. Peak memory: about one layer of the largest leaf."""
+    """Write the leaves as an orbax checkpoint at `folder`, which must not exist.
+
+    Peak memory: about one layer of the largest leaf.
+    """
     registry = ocp.type_handlers.create_type_handler_registry(
         (StreamedLeaf, _StreamedLeafHandler())
     )
@@ -117,14 +126,16 @@ def write(folder: Path, leaves: dict[hf_mapping.Path, StreamedLeaf]) -> None:
 
 
 def open_leaves(folder: Path) -> dict[hf_mapping.Path, ts.TensorStore]:
-    """The leaves of an orbax checkpoint of weights as tensorstores, nothing read yet.
+    """Open the leaves of an orbax checkpoint of weights as tensorstores, without reading them.
 
-    Raises ValueError when it is no orbax checkpoint, DamageError (a ValueError) when an array's
-    metadata cannot be read."""
+    Raise ValueError if it is not an orbax checkpoint, DamageError (a ValueError) if the metadata of
+    an array cannot be read.
+    """
     folder = folder.absolute()
     if (folder / "manifest.ocdbt").exists():
         raise ValueError(
-            f"{folder} is in orbax's OCDBT format: a model folder holds what tools.convert_hf_to_orbax writes"
+            f"{folder} is in orbax's OCDBT format, which is not supported: use"
+            " tools.convert_hf_to_orbax"
         )
     leaves: dict[hf_mapping.Path, ts.TensorStore] = {}
     for meta in sorted(folder.glob("*/zarr.json")):
@@ -133,7 +144,7 @@ def open_leaves(folder: Path) -> dict[hf_mapping.Path, ts.TensorStore]:
             "kvstore": {"driver": "file", "path": f"{meta.parent}/"},
             "fill_missing_data_reads": False,
         }
-        with _told(meta):
+        with _damage_named(meta):
             leaves[tuple(meta.parent.name.split("."))] = ts.open(spec, read=True).result()
     if not leaves:
         raise ValueError(f"{folder} holds no arrays")
@@ -141,16 +152,18 @@ def open_leaves(folder: Path) -> dict[hf_mapping.Path, ts.TensorStore]:
 
 
 def read_values(store: ts.TensorStore) -> np.ndarray:
-    """All of an array, or of a part of one. Raises DamageError when they are not what was written,
-    as far as the array has checksums."""
+    """Read an array or a part of one.
+
+    Raise DamageError if the values do not match the array's checksums, if it has any.
+    """
     assert store.kvstore is not None
-    with _told(store.kvstore.path):
+    with _damage_named(store.kvstore.path):
         return store.read().result()
 
 
 @contextlib.contextmanager
-def _told(place: str | Path) -> Iterator[None]:
-    """As DamageError, what tensorstore raises; it says so much that only the beginning is shown."""
+def _damage_named(place: str | Path) -> Iterator[None]:
+    """Turn tensorstore's errors into DamageError, shortened to their beginning."""
     try:
         yield
     except ValueError as error:
@@ -160,7 +173,7 @@ def _told(place: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_ocdbt_hint() -> Iterator[None]:
-    """At every save that is not in its OCDBT format, orbax warns that it merges nothing."""
+    """Drop orbax's warning that it merges nothing, which it logs at every save without OCDBT."""
 
     def wanted(record: logging.LogRecord) -> bool:
         return "Skipping merge of OCDBT" not in record.getMessage()

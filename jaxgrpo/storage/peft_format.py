@@ -1,9 +1,10 @@
-"""Adapters as a folder that Hugging Face's PEFT, and vLLM, load: adapter_config.json and adapter_model.safetensors.
+"""Writes adapters as a PEFT folder: adapter_config.json and adapter_model.safetensors.
 
-PEFT has one matrix of each kind a layer, B transposed, under the name of the linear layer that is adapted:
+Hugging Face's PEFT and vLLM load it. PEFT has one matrix of each kind per layer, B transposed,
+named after the adapted linear layer. Under `base_model.model.model.`:
 
-    base_model.model.model.layers.3.mlp.up_proj.lora_A.weight [r, D]  <->  layers/mlp/up/adapter/a[3] [r, D]
-    base_model.model.model.layers.3.mlp.up_proj.lora_B.weight [F, r]  <->  layers/mlp/up/adapter/b[3] [r, F]
+    layers.3.mlp.up_proj.lora_A.weight [r, D]  <->  layers/mlp/up/adapter/a[3] [r, D]
+    layers.3.mlp.up_proj.lora_B.weight [F, r]  <->  layers/mlp/up/adapter/b[3] [r, F]
 """
 
 import json
@@ -18,7 +19,7 @@ from jaxgrpo.models.lora import ADAPTER
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.storage import hf_mapping, safetensors_io
-from jaxgrpo.storage.pretrained import new_folder
+from jaxgrpo.storage.new_folder import new_folder
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -33,9 +34,9 @@ def save_adapter(
     revision: str | None,
     destination: str | Path,
 ) -> None:
-    """Write the logical tree of adapters (NumPy or JAX arrays, whole) as a PEFT adapter of the model named `base`, in float32.
+    """Write the logical tree of adapters (whole NumPy or JAX arrays) as a PEFT adapter in float32.
 
-    Raises FileExistsError when the destination is there.
+    `base` and `revision` name the base model. Raise FileExistsError if the destination exists.
     """
     with new_folder(destination) as folder:
         safetensors_io.write_file(folder / WEIGHTS, list(_tensors(adapters, config)))

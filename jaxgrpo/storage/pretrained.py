@@ -1,18 +1,14 @@
-"""Models on disk: find one, read its weights into the logical tree, write them as a Hugging Face folder or as an orbax folder.
+"""Finds models on disk, reads their weights into the logical tree, and writes them.
 
-Two kinds of folder hold a model, and what takes a model takes either. Both carry config.json, the tokenizer and its chat template:
+A model is a folder in one of two layouts, and everything that takes a model accepts either. Both
+have config.json, the tokenizer and its chat template:
 
     Hugging Face   model.safetensors, or shards and model.safetensors.index.json
     orbax          params/, an orbax checkpoint of the logical tree (tools/convert_hf_to_orbax.py)
-
-A destination appears under its name only when it is whole: it is written as `<name>.partial` beside it and then renamed.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,9 +23,9 @@ from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.paths import absolute
 from jaxgrpo.storage import hf_mapping, orbax_io, safetensors_io
 from jaxgrpo.storage.hf_mapping import HFTensor
+from jaxgrpo.storage.new_folder import UNFINISHED, new_folder
 
 ORBAX_SUBFOLDER = "params"
-_LOCK = ".jaxgrpo-unfinished"
 _COMPANION_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".md"}
 _HUB_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]
 _WEIGHT_PATTERNS = ["*.safetensors"]
@@ -44,24 +40,27 @@ _TOKENIZER_TEXTS = ("merges.txt", "chat_template.jinja")
 
 
 def locate(model: str | Path, revision: str | None = None, weights: bool = True) -> Path:
-    """The folder of a model that is named by its folder, or by its hub name and a revision (commit, tag or branch), which is then fetched;
-    without `weights` only its small files are. It is an absolute path.
+    """Find the folder of a model, or fetch the model from the hub; return an absolute path.
 
-    Raises FileNotFoundError that says what to put where when neither is to be had, ValueError for a revision of a folder.
+    `model` is a folder, or a hub name whose `revision` is a commit, tag or branch. Without
+    `weights`, only the small files are fetched. Raise FileNotFoundError that says what to put where
+    if there is no such model, ValueError for a revision of a folder.
     """
     folder = absolute(model)
     if folder.is_dir():
         if revision is not None:
             raise ValueError(
-                f"{folder} is a folder, and a folder has no revision: drop the revision {revision!r}"
+                f"{folder} is a folder, and folders have no revision: drop the revision"
+                f" {revision!r}"
             )
         return folder
     name = str(model)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(
-            f"no folder {name}: name a model by an existing folder, or by its hub name (Qwen/Qwen2.5-0.5B-Instruct)"
+            f"no folder {name}: name a model by an existing folder, or by its hub name"
+            " (Qwen/Qwen2.5-0.5B-Instruct)"
         )
-    import huggingface_hub  # only a hub name needs it, and importing it takes a second
+    import huggingface_hub  # takes a second, and only hub names need it
 
     try:
         patterns = [*_HUB_PATTERNS, *(_WEIGHT_PATTERNS if weights else ())]
@@ -74,19 +73,24 @@ def locate(model: str | Path, revision: str | None = None, weights: bool = True)
         huggingface_hub.errors.HFValidationError,
     ) as error:
         raise FileNotFoundError(
-            f"{name} (revision {revision or 'main'}) is no folder here, is not in the Hugging Face cache, and cannot be fetched "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0]}). Put config.json, the *.safetensors (with their index) and "
-            f"the tokenizer files into a folder and name the model by it, or run `hf download {name}` where the hub can be reached"
+            f"{name} (revision {revision or 'main'}) is not a folder, is not in the Hugging Face"
+            " cache, and cannot be fetched"
+            f" ({type(error).__name__}: {str(error).strip().splitlines()[0]}). Put config.json, the"
+            " *.safetensors (with their index) and the tokenizer files into a folder and name the"
+            f" model by it, or run `hf download {name}` where the hub can be reached"
         ) from error
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a model folder, through transformers. Raises FileNotFoundError that says
-    what is missing, ValueError that says what is damaged."""
+    """Load the tokenizer of a model folder through transformers.
+
+    Raise FileNotFoundError that says what is missing, ValueError that says what is damaged.
+    """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise FileNotFoundError(
-            f"no tokenizer in {folder}: put tokenizer.json and tokenizer_config.json (or vocab.json, merges.txt) there"
+            f"no tokenizer in {folder}: put tokenizer.json and tokenizer_config.json (or"
+            " vocab.json, merges.txt) there"
         )
     for name in _TOKENIZER_OBJECTS:
         if (folder / name).is_file():
@@ -101,21 +105,24 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        tokenizer.encode("text", add_special_tokens=False)  # some settings are looked at only here
-    except Exception as error:  # the edge to transformers and tokenizers, which raise anything for broken files, Exception itself included
+        tokenizer.encode("text", add_special_tokens=False)  # reads settings that loading does not
+    except Exception as error:  # tokenizers raises even plain Exception for broken files
         raise ValueError(
             f"the tokenizer files in {folder} cannot be read by transformers: {error}"
         ) from error
     if not tokenizer.chat_template:
         raise ValueError(
-            f"the tokenizer in {folder} has no chat template: take an Instruct model, or add chat_template.jinja there"
+            f"the tokenizer in {folder} has no chat template: use an Instruct model, or add"
+            " chat_template.jinja there"
         )
     return tokenizer
 
 
 def generation_ends(folder: str | Path) -> tuple[int, ...]:
-    """The tokens that end a generation by the folder's generation_config.json, where it has one: at
-    which transformers and vLLM stop. Raises ValueError that names the file."""
+    """The tokens at which transformers and vLLM end a generation, by generation_config.json.
+
+    Empty if the folder has no such file. Raise ValueError that names the file.
+    """
     path = Path(folder) / "generation_config.json"
     if not path.is_file():
         return ()
@@ -126,7 +133,7 @@ def generation_ends(folder: str | Path) -> tuple[int, ...]:
 
 
 class WeightSource(Protocol):
-    """The weights of a model folder, read a tensor at a time."""
+    """The weights of a model folder, read one tensor at a time."""
 
     @property
     def folder(self) -> Path:
@@ -134,18 +141,22 @@ class WeightSource(Protocol):
 
     @property
     def config(self) -> ModelConfig:
-        """The sizes that the weights were checked against."""
+        """The model config that the weights were checked against."""
 
     @property
     def dtypes(self) -> Mapping[hf_mapping.Path, np.dtype]:
         """The stored type of each leaf."""
 
     def read(self, tensor: HFTensor) -> np.ndarray:
-        """One tensor (one layer of a stacked leaf) in the layout of the logical tree."""
+        """One tensor, or one layer of a stacked leaf, in the layout of the logical tree."""
 
 
 class HFWeights:
-    """Weights in safetensors. Checked when opened: names, shapes, one type for each leaf, and a tied head equal to the embedding."""
+    """Weights in safetensors.
+
+    Opening checks names and shapes, that each leaf has one type, and that a tied head equals the
+    embedding.
+    """
 
     def __init__(self, folder: Path, config: ModelConfig):
         self.folder = folder
@@ -160,7 +171,8 @@ class HFWeights:
             if self.dtypes.setdefault(tensor.path, dtype) != dtype:
                 others = self.dtypes[tensor.path]
                 raise ValueError(
-                    f"{tensor.name} in {folder} is {dtype}, that of other layers is {others}: cast them to one type"
+                    f"{tensor.name} in {folder} is {dtype}, other layers have {others}: cast them"
+                    " to one type"
                 )
         if config.tied_embeddings and hf_mapping.HEAD in self._stored:
             head, table = self._stored[hf_mapping.HEAD], self._stored[hf_mapping.EMBEDDING]
@@ -172,7 +184,10 @@ class HFWeights:
 
 
 class OrbaxWeights:
-    """Weights in the orbax checkpoint of a folder that tools/convert_hf_to_orbax.py wrote. Checked when opened: names and shapes."""
+    """Weights in an orbax folder (tools/convert_hf_to_orbax.py).
+
+    Opening checks names and shapes.
+    """
 
     def __init__(self, folder: Path, config: ModelConfig):
         self.folder = folder
@@ -200,19 +215,21 @@ class OrbaxWeights:
 
 
 def is_orbax(folder: Path) -> bool:
-    """True for a folder that tools/convert_hf_to_orbax.py wrote."""
+    """Whether tools/convert_hf_to_orbax.py wrote this folder."""
     return (folder / ORBAX_SUBFOLDER / "_METADATA").is_file()
 
 
 def open_weights(folder: str | Path, config: ModelConfig | None = None) -> WeightSource:
-    """The weights of a folder of either kind; `config` defaults to the folder's own.
+    """Open the weights of a folder of either layout. `config` defaults to the folder's own.
 
-    Raises ValueError for an unfinished folder, for missing, extra or misshapen tensors; FileNotFoundError when there are no weights.
+    Raise ValueError for an unfinished folder and for missing, extra or misshapen tensors,
+    FileNotFoundError if there are no weights.
     """
     folder = Path(folder)
-    if (folder / _LOCK).exists():
+    if (folder / UNFINISHED).exists():
         raise ValueError(
-            f"{folder} is unfinished: what wrote it was interrupted, or is still at it. Run the conversion again"
+            f"{folder} is unfinished: its writer was interrupted, or is still at work. Run the"
+            " conversion again"
         )
     config = config or ModelConfig.from_folder(folder)
     return OrbaxWeights(folder, config) if is_orbax(folder) else HFWeights(folder, config)
@@ -221,9 +238,9 @@ def open_weights(folder: str | Path, config: ModelConfig | None = None) -> Weigh
 def read_leaves(
     source: WeightSource, dtype: Any = None
 ) -> Iterator[tuple[hf_mapping.Path, np.ndarray]]:
-    """The leaves of the logical tree one by one, stacked over the layers, as `dtype` (default: as stored).
+    """Read the leaves of the logical tree one by one, stacked over the layers.
 
-    Peak memory beyond what the caller keeps: one leaf and one tensor.
+    They are cast to `dtype` (default: as stored). Peak memory: one leaf and one tensor.
     """
     shapes = hf_mapping.leaf_shapes(source.config)
     tensors: dict[hf_mapping.Path, list[HFTensor]] = {}
@@ -237,12 +254,15 @@ def read_leaves(
 
 
 def load_params(folder: str | Path, config: ModelConfig | None = None, dtype: Any = None) -> Params:
-    """The logical tree of a model folder of either kind, as NumPy arrays of `dtype` (default: as stored). Errors as `open_weights`."""
+    """Load the logical tree of a folder of either layout as NumPy arrays.
+
+    They are cast to `dtype` (default: as stored). Raises what `open_weights` raises.
+    """
     return hf_mapping.unflatten(dict(read_leaves(open_weights(folder, config), dtype)))
 
 
 def _copy(target: np.ndarray, values: np.ndarray) -> None:
-    if target.dtype == values.dtype:  # as integers: much faster than ml_dtypes' own copy
+    if target.dtype == values.dtype:  # copying integers is much faster than ml_dtypes' own types
         bits = f"u{values.dtype.itemsize}"
         target.view(bits)[...] = values.view(bits)
     else:
@@ -250,7 +270,10 @@ def _copy(target: np.ndarray, values: np.ndarray) -> None:
 
 
 def write_orbax(source: WeightSource, destination: str | Path) -> None:
-    """Write a model folder of either kind as an orbax folder, bit for bit. Peak memory: about one layer of the largest leaf."""
+    """Write a model folder of either layout as an orbax folder, bit for bit.
+
+    Peak memory: about one layer of the largest leaf.
+    """
     by_place = {
         (tensor.path, tensor.layer): tensor for tensor in hf_mapping.hf_tensors(source.config)
     }
@@ -278,9 +301,10 @@ def write_hf(
     shard_bytes: int = safetensors_io.SHARD_BYTES,
     dtype_in_config: str | None = None,
 ) -> None:
-    """Write a model folder of either kind as a Hugging Face folder, bit for bit. Peak memory: about two tensors.
+    """Write a model folder of either layout as a Hugging Face folder, bit for bit.
 
-    config.json is copied as it is, except for its dtype when `dtype_in_config` is given.
+    config.json is copied; only its dtype is changed if `dtype_in_config` is given. Peak memory:
+    about two tensors.
     """
 
     def outgoing(tensor: HFTensor) -> safetensors_io.Outgoing:
@@ -302,7 +326,10 @@ def write_hf(
 
 @dataclasses.dataclass(frozen=True)
 class _TreeWeights:
-    """A tree in memory (NumPy or JAX arrays, sharded or not) as a source, cast to one type a layer at a time."""
+    """A tree in memory (NumPy or JAX arrays, sharded or not) as a source.
+
+    It is cast to one type, one layer at a time.
+    """
 
     folder: Path
     config: ModelConfig
@@ -325,9 +352,10 @@ def save_hf(
     dtype: Any = "bfloat16",
     shard_bytes: int = safetensors_io.SHARD_BYTES,
 ) -> None:
-    """Write a logical tree as a Hugging Face folder, with the config, tokenizer and chat template of `source_folder`.
+    """Write a logical tree as a Hugging Face folder.
 
-    Raises ValueError when the tree does not fit that config, FileExistsError when the destination is there.
+    The config, tokenizer and chat template are those of `source_folder`. Raise ValueError if the
+    tree does not fit that config, FileExistsError if the destination exists.
     """
     source_folder = Path(source_folder)
     config = ModelConfig.from_folder(source_folder)
@@ -340,8 +368,11 @@ def save_hf(
 
 
 def _write_dtype(path: Path, dtype: str) -> None:
-    """Say in config.json what type the weights have: transformers and vLLM load them as that.
-    Under the keys that are there, old and new: which one is read depends on the reader."""
+    """Write the type of the weights to config.json; transformers and vLLM load them as that type.
+
+    It is written under each of the old and the new key that is there, because readers differ in
+    which one they use.
+    """
     config = read_object(path)
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     said: dict[str, Any] = {**config, **dict.fromkeys(keys, dtype)}
@@ -350,7 +381,7 @@ def _write_dtype(path: Path, dtype: str) -> None:
 
 
 def copy_companions(source: Path, destination: Path) -> None:
-    """Copy what makes weights a model: config, tokenizer, chat template, generation config, licence."""
+    """Copy a model's files other than weights: config, tokenizer, chat template, license, ..."""
     for path in sorted(source.iterdir()):
         wanted = path.suffix in _COMPANION_SUFFIXES or path.name.startswith(("LICENSE", "NOTICE"))
         if (
@@ -364,53 +395,3 @@ def copy_companions(source: Path, destination: Path) -> None:
         shutil.copytree(
             source / "additional_chat_templates", destination / "additional_chat_templates"
         )
-
-
-@contextlib.contextmanager
-def new_folder(destination: str | Path) -> Iterator[Path]:
-    """A folder to fill, which gets the name `destination` when the block ends, and is removed when it raises.
-
-    What a killed process left behind is recognised (nobody holds its lock) and replaced. Raises FileExistsError when the destination is
-    there, when another process is writing it, or when `<destination>.partial` is not of this program's making.
-    """
-    destination = Path(destination)
-    partial = destination.with_name(destination.name + ".partial")
-    if destination.exists():
-        raise FileExistsError(f"{destination} exists: remove it, or give another destination")
-    if partial.exists():
-        _remove_leftover(partial)
-    partial.mkdir(parents=True)
-    with (partial / _LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield partial
-            (partial / _LOCK).unlink()
-            partial.rename(destination)
-        except BaseException:
-            shutil.rmtree(partial)
-            raise
-    _sync(destination.parent)
-
-
-def _remove_leftover(partial: Path) -> None:
-    if not (partial / _LOCK).is_file():
-        raise FileExistsError(
-            f"{partial} is in the way and was not made by this program: move it elsewhere"
-        )
-    with (partial / _LOCK).open() as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FileExistsError(
-                f"{partial} is being written by another process: wait for it, or stop it"
-            ) from error
-        shutil.rmtree(partial)
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename in `folder` outlive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,7 +1,9 @@
-"""Safetensors files, one tensor at a time: mapped when read, written as they come, so that memory holds a tensor and not a model.
+"""Reads and writes safetensors files, one tensor at a time.
 
-The format (https://huggingface.co/docs/safetensors): a 64-bit little-endian length, that much JSON (name -> dtype, shape, offsets into the
-data), the data. A sharded folder names the file of each tensor in `model.safetensors.index.json`.
+Reading maps the file, and writing takes tensors as they come, so that memory holds one tensor
+rather than a model. The format (https://huggingface.co/docs/safetensors) is a 64-bit little-endian
+length, JSON of that length (name -> dtype, shape, offsets into the data), and the data. A sharded
+folder names the file of each tensor in `model.safetensors.index.json`.
 """
 
 import dataclasses
@@ -34,7 +36,10 @@ _MAX_HEADER = 100 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: `Stored(Path("model.safetensors"), 1024, (896,), "BF16")`, the offset from the file's start."""
+    """A tensor in a file: `Stored(Path("model.safetensors"), 1024, (896,), "BF16")`.
+
+    The offset counts from the start of the file.
+    """
 
     file: Path
     offset: int
@@ -43,23 +48,27 @@ class Stored:
 
     @property
     def dtype(self) -> np.dtype:
-        """Raises ValueError for a type that is not read here."""
+        """The NumPy type. Raise ValueError if it is not supported."""
         if self.dtype_name not in _DTYPES:
             raise ValueError(
-                f"{self.file} holds tensors of type {self.dtype_name}; allowed are {sorted(_DTYPES)}: cast them first"
+                f"{self.file} holds tensors of type {self.dtype_name}; allowed are"
+                f" {sorted(_DTYPES)}: cast them first"
             )
         return _DTYPES[self.dtype_name]
 
     def map(self) -> np.ndarray:
-        """The tensor, read-only and mapped: its pages leave memory with the array."""
+        """Map the tensor, read-only. Its pages leave memory with the array."""
         if math.prod(self.shape) == 0:
             return np.zeros(self.shape, self.dtype)
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of one file. Raises ValueError that names the file when it is truncated, damaged
-    or no safetensors file: the tensors must fill what follows the header, one behind the other."""
+    """Read the header of one file.
+
+    Raise ValueError that names the file if it is truncated, damaged or not in the safetensors
+    format. The tensors must fill the data without gaps.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(64)
@@ -70,8 +79,8 @@ def read_header(file: Path) -> dict[str, Stored]:
             )
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise ValueError(
-                f"{file} is no whole safetensors file ({size} bytes, its header claims {length}): "
-                "fetch it again"
+                f"{file} is not a complete safetensors file ({size} bytes, its header claims"
+                f" {length}): fetch it again"
             )
         stream.seek(8)
         header = parse_object(stream.read(length), f"the header of {file}")
@@ -97,7 +106,7 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 
 def _place(file: Path, name: str, entry: Any) -> tuple[int, int]:
-    """Where in the data a tensor begins and ends. Raises ValueError for an entry that is none."""
+    """The bytes of the data where a tensor begins and ends. Raise ValueError for a bad entry."""
     whole = isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= entry.keys()
     if not whole or not isinstance(entry["dtype"], str):
         raise ValueError(
@@ -127,8 +136,11 @@ def _place(file: Path, name: str, entry: Any) -> tuple[int, int]:
 
 
 def read_folder(folder: Path) -> dict[str, Stored]:
-    """The tensors of a folder, sharded or not. Raises FileNotFoundError when weights are missing,
-    ValueError that names the file when the index or a file is damaged, or when the index lies."""
+    """Read the headers of a folder, sharded or not.
+
+    Raise FileNotFoundError if weights are missing, ValueError that names the file if the index or a
+    file is damaged, or if they contradict each other.
+    """
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
     if not (folder / INDEX).is_file():
@@ -165,13 +177,14 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     )
     if lost:
         raise ValueError(
-            f"{folder / INDEX} places tensors in shards that do not hold them: {', '.join(lost[:8])}"
+            f"{folder / INDEX} places tensors in shards that do not hold them:"
+            f" {', '.join(lost[:8])}"
         )
     return tensors
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> file of an index. Raises ValueError that names the index if it has no such map."""
+    """Read an index: tensor -> file. Raise ValueError that names the index if it is malformed."""
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(
@@ -189,7 +202,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Outgoing:
-    """A tensor to be written: its shape and type now, its values when its turn comes."""
+    """A tensor to write: its name, shape and type, and a function that gives its values."""
 
     name: str
     shape: tuple[int, ...]
@@ -204,7 +217,10 @@ class Outgoing:
 def write_folder(
     folder: Path, tensors: Iterable[Outgoing], shard_bytes: int = SHARD_BYTES
 ) -> list[Path]:
-    """Write the tensors in their order: one file, or shards of at most `shard_bytes` (more only for one larger tensor) and their index."""
+    """Write the tensors in order, as one file or as shards with an index.
+
+    A shard has at most `shard_bytes`, or one larger tensor.
+    """
     if shard_bytes <= 0:
         raise ValueError(f"the shard size must be positive, got {shard_bytes}")
     shards: list[list[Outgoing]] = [[]]
@@ -234,7 +250,7 @@ def write_folder(
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """A C-ordered copy where needed; as integers, because NumPy copies those several times faster than ml_dtypes' bfloat16."""
+    """Copy to C order if needed, as integers, which NumPy copies much faster than bfloat16."""
     return np.ascontiguousarray(array.view(f"u{array.dtype.itemsize}")).view(array.dtype)
 
 
@@ -244,7 +260,8 @@ def _header(tensors: Iterable[Outgoing]) -> bytes:
     for tensor in tensors:
         if tensor.dtype not in _NAMES:
             raise ValueError(
-                f"{tensor.name} is {tensor.dtype}; safetensors are written as one of {sorted(str(d) for d in _NAMES)}"
+                f"{tensor.name} is {tensor.dtype}; safetensors are written as one of"
+                f" {sorted(str(d) for d in _NAMES)}"
             )
         place = [offset, offset + tensor.nbytes]
         entries[tensor.name] = {
@@ -258,7 +275,7 @@ def _header(tensors: Iterable[Outgoing]) -> bytes:
 
 
 def write_file(file: Path, tensors: list[Outgoing]) -> None:
-    """Write one file of the tensors in their order."""
+    """Write the tensors to one file, in order."""
     header = _header(tensors)
     with file.open("wb") as stream:
         stream.write(len(header).to_bytes(8, "little"))
@@ -267,7 +284,8 @@ def write_file(file: Path, tensors: list[Outgoing]) -> None:
             values = tensor.values()
             if values.shape != tensor.shape or values.dtype != tensor.dtype:
                 raise ValueError(
-                    f"{tensor.name}: announced {tensor.shape} {tensor.dtype}, got {values.shape} {values.dtype}"
+                    f"{tensor.name}: announced {tensor.shape} {tensor.dtype}, got {values.shape}"
+                    f" {values.dtype}"
                 )
             stream.write(contiguous(values).reshape(-1).view(np.uint8).data)
         stream.flush()

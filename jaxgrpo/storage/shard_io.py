@@ -1,9 +1,10 @@
-"""Stored shards on disk, in a form that knows nothing of devices, written and read by each process for its own devices.
+"""Writes and reads stored shards, in a form that does not depend on the number of devices.
 
-A tensor of n elements (a layer) becomes a zarr3 array [L, n], or [n], of an ordinary orbax checkpoint: the values in their logical order,
-without the padding of any number of devices, its logical shape beside it as the attribute `logical_shape`. What a device holds is a
-contiguous piece of each row. Chunks end where the pieces do, so that no chunk is ever written by two processes; whoever reads, on however
-many devices, takes the ranges that it needs. Nothing is gathered, and no host holds more than a few chunks beyond its devices' shards.
+A tensor of n elements (per layer) becomes a zarr3 array [L, n] or [n] of an ordinary orbax
+checkpoint. The values are in logical order without padding, and the attribute `logical_shape` holds
+the logical shape. A device holds a contiguous piece of each row. Chunks end where these pieces end,
+so no chunk is written by two processes. Readers on any number of devices take the ranges that they
+need. Nothing is gathered, and a host holds only a few chunks beyond its devices' shards.
 """
 
 import asyncio
@@ -32,7 +33,7 @@ _WRITERS = 4
 
 @dataclasses.dataclass(frozen=True)
 class ShardedLeaf:
-    """A leaf to be saved: its stored shards, and how they lie."""
+    """A leaf to save: its stored shards and their layout."""
 
     value: Array
     layout: LeafLayout
@@ -44,28 +45,31 @@ class ShardedLeaf:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """On disk."""
+        """The shape on disk."""
         return (
             (self.layout.layers, self.layout.size) if self.layout.stacked else (self.layout.size,)
         )
 
     @property
     def chunk(self) -> tuple[int, int]:
-        """Rows and elements of a chunk."""
+        """Rows, and elements of a row, in one chunk."""
         return equal_parts(
             self.layout.layers, self.piece, max(1, CHUNK_BYTES // self.value.dtype.itemsize)
         )
 
     @property
     def starts(self) -> Iterator[tuple[int, int]]:
-        """Row and element, within one device's piece, at which each chunk begins."""
+        """Row and element, within one device's piece, where each chunk begins."""
         rows, elements = self.chunk
         return itertools.product(range(0, self.layout.layers, rows), range(0, self.piece, elements))
 
 
 def equal_parts(rows: int, elements: int, most: int) -> tuple[int, int]:
-    """Rows and elements of the equal parts that [rows, elements] is cut into, of at most `most` elements: whole rows where one fits, else
-    parts of one row. Without such parts of a quarter of `most` or more, a part is one row."""
+    """Cut [rows, elements] into equal parts of at most `most` elements; return the shape of a part.
+
+    A part is several whole rows if one row fits, otherwise a part of one row. If no such part has
+    at least a quarter of `most` elements, it is one whole row.
+    """
     if elements <= most:
         return _equal_part(rows, most // elements) or 1, elements
     return 1, _equal_part(elements, most) or elements
@@ -80,17 +84,19 @@ def _equal_part(number: int, most: int) -> int | None:
 
 
 class StoppedError(RuntimeError):
-    """A save was told to stop before its end."""
+    """A save was stopped before its end."""
 
 
 def checkpoint_handler(stop: threading.Event | None = None) -> ocp.PyTreeCheckpointHandler:
-    """Saves trees of ShardedLeafs and, by the first process, NumPy arrays. When `stop` is set no
-    more chunks are written: the save raises StoppedError."""
+    """A handler that saves trees of ShardedLeafs and, in the first process, NumPy arrays.
+
+    If `stop` is set, no more chunks are written, and the save raises StoppedError.
+    """
     handlers = (
         (ShardedLeaf, _ShardedLeafHandler(stop or threading.Event())),
         (np.ndarray, ocp.type_handlers.NumpyHandler()),
     )
-    # orbax asks the handler of arrays for a store of metadata, and warns when there is none
+    # orbax warns if no handler of arrays is registered, because it asks that for its metadata store
     registry = ocp.type_handlers.create_type_handler_registry(
         *handlers, (jax.Array, ocp.type_handlers.ArrayHandler())
     )
@@ -100,7 +106,10 @@ def checkpoint_handler(stop: threading.Event | None = None) -> ocp.PyTreeCheckpo
 
 
 def read_shards(store: ts.TensorStore, leaf: LeafLayout, mesh: Mesh) -> Array:
-    """Onto the mesh, in the dtype that is on disk; each process reads what its devices hold. Raises ValueError for another shape."""
+    """Read a leaf onto the mesh, in the stored dtype. Each process reads its own devices' parts.
+
+    Raise ValueError for another shape.
+    """
     check_shape(store, leaf.logical_shape)
     rows = store if leaf.stacked else store[ts.newaxis]
 
@@ -111,29 +120,30 @@ def read_shards(store: ts.TensorStore, leaf: LeafLayout, mesh: Mesh) -> Array:
 
 
 def read_whole(store: ts.TensorStore, logical_shape: tuple[int, ...]) -> np.ndarray:
-    """The logical array, on this host. Raises ValueError for another shape."""
+    """Read the logical array onto this host. Raise ValueError for another shape."""
     check_shape(store, logical_shape)
     return read_values(store).reshape(logical_shape)
 
 
 def check_shape(store: ts.TensorStore, logical_shape: tuple[int, ...]) -> None:
-    """Raises ValueError when what was saved had another logical shape."""
+    """Raise ValueError if the saved logical shape differs."""
     saved = saved_shape(store)
     if saved != tuple(logical_shape):
         assert store.kvstore is not None
         raise ValueError(
-            f"{store.kvstore.path} is of shape {saved}, the model's config says {tuple(logical_shape)}"
+            f"{store.kvstore.path} has shape {saved}, the model's config says"
+            f" {tuple(logical_shape)}"
         )
 
 
 def saved_shape(store: ts.TensorStore) -> tuple[int, ...]:
-    """The logical shape of what was saved: its own where the array says no other."""
+    """The logical shape of a saved array, by default its own."""
     attributes = store.spec().to_json()["metadata"].get("attributes", {})
     return tuple(attributes.get("logical_shape", store.shape))
 
 
 class _ShardedLeafHandler(WriteOnlyHandler):
-    """Saves the pieces that this process holds."""
+    """Saves this process's pieces."""
 
     def __init__(self, stop: threading.Event):
         self._stop = stop
@@ -169,7 +179,7 @@ def _spec(leaf: ShardedLeaf, path: Any, context: ts.Context) -> ts.Spec:
                 "attributes": {"logical_shape": list(leaf.layout.logical_shape)},
                 "codecs": CODECS,
             },
-            # orbax records that zeros are stored too, and then takes a chunk that is not there for a loss
+            # Store zeros too: orbax records that it does, and treats missing chunks as lost data.
             "store_data_equal_to_fill_value": True,
         }
     )
@@ -188,14 +198,14 @@ def _spec(leaf: ShardedLeaf, path: Any, context: ts.Context) -> ts.Spec:
 
 @functools.partial(jax.jit, static_argnames="shape")
 def _cut(piece: Array, starts: tuple[int, ...], shape: tuple[int, ...]) -> Array:
-    """On the device that holds it."""
+    """Cut a chunk on the device that holds the piece."""
     return jax.lax.dynamic_slice(piece, starts, shape)
 
 
 def _write_chunk(
     leaf: ShardedLeaf, shard: Any, row: int, element: int, store: ts.TensorStore
 ) -> None:
-    """One chunk of one device's piece, less the padding."""
+    """Write one chunk of one device's piece, without the padding."""
     rows, elements = leaf.chunk
     start = (shard.index[-1].start or 0) + element
     real = min(elements, leaf.layout.size - start)

@@ -120,7 +120,7 @@ def test_a_type_that_is_not_read(tmp_path, name) -> None:
 def test_a_file_that_was_cut(tmp_path, kept) -> None:
     file = write(tmp_path / "model.safetensors", {"a": A, "b": B})
     file.write_bytes(file.read_bytes()[:kept])
-    refused(safetensors_io.read_header, file, file, "is no whole safetensors file")
+    refused(safetensors_io.read_header, file, file, "is not a complete safetensors file")
 
 
 def test_a_pointer_in_place_of_a_file(tmp_path) -> None:

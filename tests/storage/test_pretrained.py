@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.storage import hf_mapping, pretrained, safetensors_io
+from jaxgrpo.storage.new_folder import new_folder
 from tests import model_folders
 from tests.byte_chat import byte_tokenizer
 from tests.model_folders import config_of, make_folder, random_tensors, read_safetensors
@@ -154,8 +155,8 @@ class TestSaveHF:
 
 HOLD = """
 import sys, time
-from jaxgrpo.storage import pretrained
-with pretrained.new_folder(sys.argv[1]) as folder:
+from jaxgrpo.storage.new_folder import new_folder
+with new_folder(sys.argv[1]) as folder:
     (folder / "half").write_text("half")
     print("writing", flush=True)
     time.sleep(60)
@@ -171,7 +172,7 @@ class TestUnfinished:
 
     def test_an_error_leaves_nothing(self, tmp_path) -> None:
         def fill_and_fail() -> None:
-            with pretrained.new_folder(tmp_path / "out") as folder:
+            with new_folder(tmp_path / "out") as folder:
                 (folder / "half").write_text("half")
                 assert not (tmp_path / "out").exists()
                 raise OSError("disk full")
@@ -181,7 +182,7 @@ class TestUnfinished:
         assert list(tmp_path.iterdir()) == []
 
     def test_success_leaves_what_was_written(self, tmp_path) -> None:
-        with pretrained.new_folder(tmp_path / "deep/out") as folder:
+        with new_folder(tmp_path / "deep/out") as folder:
             (folder / "whole").write_text("whole")
         assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == [
             "deep",
@@ -197,7 +198,7 @@ class TestUnfinished:
             assert process.stdout is not None and process.stdout.readline() == "writing\n"
             with (
                 pytest.raises(FileExistsError, match="being written by another process"),
-                pretrained.new_folder(tmp_path / "out"),
+                new_folder(tmp_path / "out"),
             ):
                 pass
             assert (tmp_path / "out.partial/half").is_file()
@@ -205,7 +206,7 @@ class TestUnfinished:
         assert not (tmp_path / "out").exists()
         with pytest.raises(ValueError, match="unfinished"):
             pretrained.open_weights(tmp_path / "out.partial")
-        with pretrained.new_folder(tmp_path / "out") as folder:
+        with new_folder(tmp_path / "out") as folder:
             (folder / "whole").write_text("whole")
         assert [p.name for p in (tmp_path / "out").iterdir()] == ["whole"]
         assert not (tmp_path / "out.partial").exists()
@@ -215,7 +216,7 @@ class TestUnfinished:
         (tmp_path / "out.partial/thesis.tex").write_text("\\section{}")
         with (
             pytest.raises(FileExistsError, match="was not made by this program"),
-            pretrained.new_folder(tmp_path / "out"),
+            new_folder(tmp_path / "out"),
         ):
             pass
         assert (tmp_path / "out.partial/thesis.tex").is_file()

@@ -1,11 +1,10 @@
-"""Publishing and reading weights, without vLLM: bits through the disk, each kind of damage, folders and what is left in them."""
+"""Publishing and reading weights without vLLM: their bits, and each kind of damage."""
 
 import dataclasses
 import json
 import mmap
 import os
 import shutil
-import stat
 import subprocess
 import sys
 import threading
@@ -21,7 +20,7 @@ import pytest
 
 from jaxgrpo.learner.sharding import Layout, LeafLayout, make_layout, make_mesh, store, store_leaf
 from jaxgrpo.models.model_config import ModelConfig
-from jaxgrpo.models.qwen2 import Params, init_params
+from jaxgrpo.models.qwen2 import init_params
 from jaxgrpo.storage import hf_mapping
 from jaxgrpo.storage import publish as weights
 from jaxgrpo.storage.pretrained import save_hf
@@ -32,48 +31,13 @@ from jaxgrpo.storage.published_manifest import (
     WeightError,
     read_manifest,
 )
-from jaxgrpo.storage.published_reader import check_fit, read_tensors
+from jaxgrpo.storage.published_reader import read_tensors
+from jaxgrpo.storage.weight_folder import retire_version
 from tests.publish_process import publish_by_processes
+from tests.published_weights import SHAPES, assert_same_bits, expected_tensors, publish, read
 from tests.random_weights import ODD, random_params
 from tests.training import CONFIG_JSON
 from tests.weight_damage import BIAS, DAMAGES
-
-SHAPES = {tensor.name: tensor.shape for tensor in hf_mapping.hf_tensors(ODD)}
-
-
-def expected_tensors(params: Params) -> dict[str, np.ndarray]:
-    return hf_mapping.params_to_hf(
-        ODD, jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), params)
-    )
-
-
-def publish(root: Path, params: Params, devices: int = 1, version: int = 7, **more: Any) -> Path:
-    mesh, layout = make_mesh(jax.devices()[:devices]), make_layout(ODD, devices)
-    return weights.publish_weights(
-        store(params, layout, mesh), layout, mesh, ODD, version, root, **more
-    )
-
-
-def read(folder: Path, version: int = 7) -> dict[str, np.ndarray]:
-    """What the plugin does with a folder, less torch."""
-    manifest = read_manifest(folder, version)
-    check_fit(manifest, SHAPES, "bfloat16")
-    found = {
-        name: array.view(ml_dtypes.bfloat16)
-        for name, (array, _) in read_tensors(folder, manifest).items()
-    }
-    return {
-        name: array.T if manifest.tensors[name].transposed else array
-        for name, array in found.items()
-    }
-
-
-def assert_same_bits(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert list(found) == list(expected)
-    for name, tensor in expected.items():
-        assert hf_mapping.same_bits(
-            np.ascontiguousarray(found[name]), np.ascontiguousarray(tensor)
-        ), name
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 4])
@@ -148,7 +112,7 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
     config = ModelConfig.from_hf(CONFIG_JSON)
     params = jax.tree.map(np.asarray, init_params(config, jax.random.key(0)))
     save_hf(params, skeleton, tmp_path / "model")
-    weights.retire_version(
+    retire_version(
         tmp_path / "two", int(publish_by_processes(2, tmp_path / "model", 6, tmp_path / "two").name)
     )
     (tmp_path / "two" / "spare" / "params" / BIAS / "c" / "0" / "0").write_bytes(b"another size")
@@ -256,11 +220,6 @@ def test_the_readers_modules_import_no_jax() -> None:
     )
 
 
-def weight_folder(tmp_path: Path, version_bytes: int = 1) -> weights.WeightFolder:
-    (tmp_path / "memory").mkdir(exist_ok=True)
-    return weights.WeightFolder(tmp_path / "run", version_bytes, tmp_path / "memory")
-
-
 READING_THREAD = """
 import os, sys
 from concurrent.futures import ThreadPoolExecutor
@@ -281,163 +240,6 @@ def test_the_reader_leaves_a_workers_core_but_not_those_of_its_server() -> None:
             json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             == allowed
         )
-
-
-def test_weights_are_in_shared_memory_when_there_is_room(tmp_path: Path) -> None:
-    folder = weight_folder(tmp_path)
-    assert folder.root.parent == tmp_path / "memory"
-    folder.close()
-    assert not folder.root.exists()
-    folder = weight_folder(tmp_path, 2**60)
-    assert folder.root == tmp_path / "run" / "weights"
-    folder.close()
-
-
-def test_several_processes_share_a_folder_that_was_named_and_no_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    folder = weight_folder(tmp_path)
-    assert folder.root.parent == tmp_path / "memory"
-    folder.close()
-    monkeypatch.setattr(weights, "SHARED_MEMORY", tmp_path / "memory")
-    folder = weight_folder(tmp_path)
-    assert folder.root == tmp_path / "run" / "weights"
-    folder.close()
-
-
-def test_old_versions_and_unfinished_ones_are_removed(tmp_path: Path) -> None:
-    folder = weight_folder(tmp_path)
-    publish(folder.root, random_params(), version=1)
-    publish(folder.root, random_params(seed=1), version=2)
-    (folder.root / "000003" / "params").mkdir(parents=True)
-    folder.keep_only({2})
-    assert [path.name for path in sorted(folder.root.glob("0*"))] == ["000002"]
-    assert_same_bits(read(folder.root / "000002", 2), expected_tensors(random_params(seed=1)))
-    weights.remove_version(folder.root, 2)
-    assert not (folder.root / "000002").exists()
-    folder.close()
-
-
-def stored_values(folder: Path) -> dict[Path, int]:
-    """The files of values in a version's folder, and their inodes."""
-    return {
-        path.relative_to(folder): path.stat().st_ino
-        for path in folder.glob("params/*/c/**/*")
-        if path.is_file()
-    }
-
-
-@pytest.mark.parametrize("devices", [1, 3])
-def test_a_version_is_written_over_the_files_of_the_one_retired_before_it(
-    tmp_path: Path, devices: int
-) -> None:
-    folder = weight_folder(tmp_path)
-    versions = [publish(folder.root, random_params(seed=seed), devices, seed) for seed in (0, 1)]
-    inodes = stored_values(versions[0])
-    folder.keep_only({1})
-    versions.append(publish(folder.root, random_params(seed=2), devices, 2))
-    assert stored_values(versions[2]) == inodes
-    for seed in (1, 2):
-        assert_same_bits(read(versions[seed], seed), expected_tensors(random_params(seed=seed)))
-    folder.close()
-
-
-def test_files_that_other_hosts_may_have_open_are_not_written_over(tmp_path: Path) -> None:
-    folder = weights.WeightFolder(tmp_path / "run", 1, tmp_path, elsewhere=True)
-    publish(folder.root, random_params(), version=1)
-    folder.keep_only({2})
-    assert list(folder.root.glob("[!.]*")) == []
-    folder.close()
-
-
-def test_files_of_another_size_are_not_written_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = weight_folder(tmp_path)
-    publish(folder.root, random_params(), version=1)
-    folder.keep_only({2})
-    monkeypatch.setattr(weights, "FILE_BYTES", 20)
-    assert_same_bits(
-        read(publish(folder.root, random_params(seed=1), version=2), 2),
-        expected_tensors(random_params(seed=1)),
-    )
-    folder.close()
-
-
-def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    (tmp_path / "memory").mkdir()
-    code = f"""
-import os, pathlib
-from jaxgrpo.storage import publish as weights
-root = weights.WeightFolder(pathlib.Path({str(tmp_path / "run")!r}), 1, pathlib.Path({str(tmp_path / "memory")!r})).root
-(root / "000004" / "params").mkdir(parents=True)
-os.kill(os.getpid(), 9)
-"""
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
-    (left,) = (tmp_path / "memory").iterdir()
-    assert (left / "000004").exists()
-    other = weights.WeightFolder(tmp_path / "other run", 1, tmp_path / "memory")
-    assert list((tmp_path / "memory").iterdir()) == [other.root]
-    other.close()
-
-
-def test_a_folder_in_shared_memory_is_this_users_alone(tmp_path: Path) -> None:
-    folder = weight_folder(tmp_path)
-    assert stat.S_IMODE(folder.root.stat().st_mode) == 0o700
-    folder.close()
-
-
-def made_by_others(root: Path, how: str, elsewhere: Path) -> None:
-    """A folder of versions under the name that a run would take, as another user could make it."""
-    (elsewhere / "000003").mkdir(parents=True)
-    (elsewhere / "000003" / "kept").touch()
-    (elsewhere / ".jaxgrpo-weights").touch()
-    if how == "a link":
-        root.symlink_to(elsewhere)
-        return
-    elsewhere.rename(root)
-    root.chmod(0o777)
-    if how == "of another user":
-        root.chmod(0o755)
-        os.chown(root, 12345, 12345)
-
-
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ("a link", "is a link"),
-        ("open to others", r"can be written to by others \(mode 777\)"),
-        pytest.param(
-            "of another user",
-            r"belongs to another user \(id 12345\)",
-            marks=pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away"),
-        ),
-    ],
-)
-def test_a_folder_that_others_can_change_is_refused_and_left_alone(
-    tmp_path: Path, how: str, said: str
-) -> None:
-    folder = weight_folder(tmp_path)
-    folder.close()
-    made_by_others(folder.root, how, tmp_path / "elsewhere")
-    with pytest.raises(PermissionError, match=said):
-        weight_folder(tmp_path)
-    assert (folder.root / "000003" / "kept").is_file()
-    weights.WeightFolder(
-        tmp_path / "other run", 1, tmp_path / "memory"
-    ).close()  # clears what was left behind
-    assert (folder.root / "000003" / "kept").is_file()
-
-
-def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
-    folder = weight_folder(tmp_path)
-    with pytest.raises(FileExistsError, match=f"is in use by process {os.getpid()} on "):
-        weight_folder(tmp_path)
-    assert folder.root.exists()
-    folder.close()
-    folder.close()
-    weight_folder(tmp_path).close()
 
 
 def test_publishing_beside_other_work(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_the_shape_is_known_though_the_values_are_flat(tmp_path: Path) -> None:
     store = open_leaves(tmp_path / "saved")[("w",)]
     np.testing.assert_array_equal(read_whole(store, (2, 3, 5)), value)
     with pytest.raises(
-        ValueError, match=r"is of shape \(2, 3, 5\), the model's config says \(2, 5, 3\)"
+        ValueError, match=r"has shape \(2, 3, 5\), the model's config says \(2, 5, 3\)"
     ):
         read_shards(store, LeafLayout((5, 3), True, 2, 1), make_mesh(jax.devices()[:1]))
 

@@ -43,7 +43,7 @@ class CachedGroup:
 
 
 class PageAllocator:
-    """Hands out the pool's pages; if none is free, takes them from caches that the caller offers."""
+    """Hands out the pool's pages, if necessary from caches that the caller offers."""
 
     def __init__(self, page_count: int):
         self.page_count = page_count

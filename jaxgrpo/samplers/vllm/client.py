@@ -40,7 +40,7 @@ class TokenizerProbe:
 class VersionFolder(Protocol):
     """Where weight versions are written for the servers, and removed when no longer needed.
 
-    jaxgrpo.storage.publish.WeightFolder implements it.
+    jaxgrpo.storage.weight_folder.WeightFolder implements it.
     """
 
     root: Path

@@ -30,7 +30,7 @@ from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError, Sampli
 from jaxgrpo.samplers.native.stops import StopFinder
 from jaxgrpo.samplers.vllm.client import TokenizerProbe, VllmSampler
 from jaxgrpo.samplers.vllm.server import VllmServer
-from jaxgrpo.storage.publish import WeightFolder
+from jaxgrpo.storage.weight_folder import WeightFolder
 from tests.vllm_serving import BOUND, CONTEXT, KEY, NEEDS_VLLM, POLICY, config, started_server
 
 pytestmark = NEEDS_VLLM
