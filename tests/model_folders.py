@@ -5,8 +5,10 @@ import re
 import struct
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
+import pytest
 import safetensors
 
 from jaxgrpo.models.model_config import ModelConfig
@@ -101,6 +103,6 @@ def make_folder(
     return folder
 
 
-def command(monkeypatch, module, *arguments) -> None:
+def command(monkeypatch: pytest.MonkeyPatch, module: ModuleType, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
     module.main()

@@ -4,6 +4,7 @@ import random
 import re
 import shutil
 from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,9 @@ import pytest
 
 from jaxgrpo.config.settings import LossSettings, OptimizerSettings
 from jaxgrpo.learner.sharding import logical_on_host, make_mesh
-from jaxgrpo.learner.update import TrainState, Update
+from jaxgrpo.learner.update import StepReport, TrainState, Update
 from jaxgrpo.models.model_config import ModelConfig
-from jaxgrpo.models.qwen2 import init_params
+from jaxgrpo.models.qwen2 import Params, init_params
 from jaxgrpo.storage import checksums
 from jaxgrpo.storage.checkpoint import Checkpoints, Progress, newest_step, read_policy
 from jaxgrpo.storage.checksums import DamageError
@@ -65,11 +66,11 @@ def batch() -> GroupBatch:
     )
 
 
-def fresh(update: Update):
+def fresh(update: Update) -> TrainState:
     return update.init(jax.device_get(init_params(update.config, jax.random.key(0))))
 
 
-def one_step(update: Update, state):
+def one_step(update: Update, state: TrainState) -> tuple[TrainState, StepReport]:
     batches = [batch()]
     state, _, report = update.optimizer_step(
         state, batches, None, update.reference_logprobs(state, batches)
@@ -77,18 +78,18 @@ def one_step(update: Update, state):
     return state, report
 
 
-def leaves(tree):
+def leaves(tree: Any) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def assert_equal_trees(a, b):
+def assert_equal_trees(a: Any, b: Any) -> None:
     for x, y in zip(leaves(a), leaves(b), strict=True):
         assert x.dtype == y.dtype
         np.testing.assert_array_equal(x, y)
 
 
 @pytest.fixture(scope="module")
-def on_three(tmp_path_factory):
+def on_three(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Params, StepReport]:
     """A state after one step on three devices, saved, and what the next step gives there."""
     folder = tmp_path_factory.mktemp("three")
     update = update_on(3)
@@ -102,7 +103,9 @@ def on_three(tmp_path_factory):
 
 
 @pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow), 4])
-def test_resumed_on_another_number_of_devices(on_three, devices) -> None:
+def test_resumed_on_another_number_of_devices(
+    on_three: tuple[Path, Params, StepReport], devices: int
+) -> None:
     folder, params, expected = on_three
     update = update_on(devices)
     checkpoints = Checkpoints(folder, 2)
@@ -134,7 +137,7 @@ def unlike(update: Update, kl_beta: float) -> TrainState:
 @pytest.mark.parametrize(
     ("kl_beta", "dtype"), [(0.001, "bfloat16"), (0.001, "float32"), (0.0, "float32")]
 )
-def test_every_array_comes_back_bit_for_bit(tmp_path, kl_beta, dtype) -> None:
+def test_every_array_comes_back_bit_for_bit(tmp_path: Path, kl_beta: float, dtype: str) -> None:
     update = update_on(2, kl_beta, compute_dtype=dtype)
     state = unlike(update, kl_beta)
     checkpoints = Checkpoints(tmp_path, 2)
@@ -147,7 +150,7 @@ def test_every_array_comes_back_bit_for_bit(tmp_path, kl_beta, dtype) -> None:
     assert (restored.reference is None) == (kl_beta == 0)
 
 
-def test_the_newest_are_kept_and_any_of_them_is_read(tmp_path) -> None:
+def test_the_newest_are_kept_and_any_of_them_is_read(tmp_path: Path) -> None:
     update = update_on(1)
     state = fresh(update)
     checkpoints = Checkpoints(tmp_path, keep=2)
@@ -168,7 +171,7 @@ def test_the_newest_are_kept_and_any_of_them_is_read(tmp_path) -> None:
     assert read_policy(tmp_path, MODEL)[1] == 6
 
 
-def test_the_policy_is_read_without_the_rest(tmp_path) -> None:
+def test_the_policy_is_read_without_the_rest(tmp_path: Path) -> None:
     update = update_on(1)
     checkpoints = Checkpoints(tmp_path, 1)
     checkpoints.save(fresh(update)._replace(step=2), Progress(1), update)
@@ -178,7 +181,7 @@ def test_the_policy_is_read_without_the_rest(tmp_path) -> None:
     assert_equal_trees(params, logical_on_host(fresh(update).params, update.layout))
 
 
-def test_what_a_killed_process_was_writing_never_counts(tmp_path) -> None:
+def test_what_a_killed_process_was_writing_never_counts(tmp_path: Path) -> None:
     update = update_on(1)
     checkpoints = Checkpoints(tmp_path, 2)
     checkpoints.save(fresh(update)._replace(step=2), Progress(1), update)
@@ -196,7 +199,7 @@ def test_what_a_killed_process_was_writing_never_counts(tmp_path) -> None:
     checkpoints.close()
 
 
-def test_another_model_is_refused(tmp_path) -> None:
+def test_another_model_is_refused(tmp_path: Path) -> None:
     update = update_on(1)
     checkpoints = Checkpoints(tmp_path, 2)
     checkpoints.save(fresh(update)._replace(step=2), Progress(1), update)
@@ -210,7 +213,7 @@ def test_another_model_is_refused(tmp_path) -> None:
             read_policy(tmp_path, ModelConfig.from_hf({**SMALL, **change}))
 
 
-def test_none_where_there_is_none(tmp_path) -> None:
+def test_none_where_there_is_none(tmp_path: Path) -> None:
     assert newest_step(tmp_path / "nowhere") is None
     with pytest.raises(FileNotFoundError, match="no checkpoints in"):
         read_policy(tmp_path / "nowhere", MODEL)
@@ -246,7 +249,7 @@ def saved(folder: Path, *steps: int) -> Update:
     return update
 
 
-def test_a_bit_in_any_file_is_noticed(tmp_path) -> None:
+def test_a_bit_in_any_file_is_noticed(tmp_path: Path) -> None:
     """In every array and in all that describes them, a random bit of each."""
     update, checkpoints = saved(tmp_path, 2), Checkpoints(tmp_path, 1)
     every, rng = files(tmp_path / "2"), random.Random(0)
@@ -269,7 +272,7 @@ def test_a_bit_in_any_file_is_noticed(tmp_path) -> None:
     checkpoints.close()
 
 
-def test_any_bit_of_the_checksums_themselves_and_of_an_arrays_description(tmp_path) -> None:
+def test_any_bit_of_the_checksums_themselves_and_of_an_arrays_description(tmp_path: Path) -> None:
     saved(tmp_path, 2)
     for name in ("checksums.txt", "policy/norm.scale/zarr.json"):
         path = tmp_path / "2" / name
@@ -285,7 +288,7 @@ def chunk(folder: Path, array: str) -> Path:
     return next(path for path in sorted((folder / array / "c").rglob("*")) if path.is_file())
 
 
-def test_a_chunk_that_grew_is_noticed_before_it_is_read(tmp_path) -> None:
+def test_a_chunk_that_grew_is_noticed_before_it_is_read(tmp_path: Path) -> None:
     """Its checksum is where it was, at the end."""
     saved(tmp_path, 2)
     path = chunk(tmp_path / "2", "policy/norm.scale")
@@ -321,7 +324,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_the_newest_that_is_whole_is_gone_on_from(tmp_path, damage, capsys) -> None:
+def test_the_newest_that_is_whole_is_gone_on_from(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     update = saved(tmp_path, 2, 4, 6)
     DAMAGES[damage](tmp_path / "6")
     checkpoints = Checkpoints(tmp_path, 3)
@@ -339,7 +344,9 @@ def test_the_newest_that_is_whole_is_gone_on_from(tmp_path, damage, capsys) -> N
     checkpoints.close()
 
 
-def test_a_reader_passes_over_what_it_reads_and_changes_nothing(tmp_path, capsys) -> None:
+def test_a_reader_passes_over_what_it_reads_and_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Evaluation reads the policy alone."""
     update = saved(tmp_path, 2, 4)
     chunk(tmp_path / "4", "training/opt_state.1.0.nu.norm.scale").unlink()
@@ -361,7 +368,7 @@ def test_a_reader_passes_over_what_it_reads_and_changes_nothing(tmp_path, capsys
         read_policy(tmp_path, MODEL, 4)
 
 
-def test_all_processes_take_the_step_that_is_whole_for_each_of_them(tmp_path) -> None:
+def test_all_processes_take_the_step_that_is_whole_for_each_of_them(tmp_path: Path) -> None:
     """Here the other one cannot read step 6, and says so."""
     update = saved(tmp_path, 2, 4, 6)
     checkpoints, heard = Checkpoints(tmp_path, 3), []
@@ -376,7 +383,9 @@ def test_all_processes_take_the_step_that_is_whole_for_each_of_them(tmp_path) ->
     checkpoints.close()
 
 
-def test_one_of_an_earlier_version_is_read_and_said_to_be_unchecked(tmp_path, capsys) -> None:
+def test_one_of_an_earlier_version_is_read_and_said_to_be_unchecked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     update = saved(tmp_path, 2)
     (tmp_path / "2" / "checksums.txt").unlink()
     for path in tmp_path.rglob("version"):
@@ -390,13 +399,15 @@ def test_one_of_an_earlier_version_is_read_and_said_to_be_unchecked(tmp_path, ca
     )
 
 
-def test_half_of_an_old_one_is_never_left_under_its_name(tmp_path, monkeypatch) -> None:
+def test_half_of_an_old_one_is_never_left_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is killed while it removes the one that is too many."""
     update = saved(tmp_path, 2)
     checkpoints = Checkpoints(tmp_path, 1)
     remove = shutil.rmtree
 
-    def killed(path, **options):
+    def killed(path: Path, **options: Any) -> NoReturn:
         remove(next(Path(path).glob("policy")))
         raise KeyboardInterrupt
 

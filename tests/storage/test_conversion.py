@@ -4,7 +4,9 @@ import json
 import re
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +29,14 @@ from tests.model_folders import (
 from tests.reference_model import float32_error, qwen2_logits
 from tools import convert_hf_to_orbax, convert_orbax_to_hf, verify_conversion
 
+Refused = Callable[..., str]
+
 
 @pytest.fixture
-def refused(monkeypatch, capsys):
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
     """What a tool says on stderr, ending with that status."""
 
-    def refused(module, *arguments, status: int = 2) -> str:
+    def refused(module: ModuleType, *arguments: object, status: int = 2) -> str:
         with pytest.raises(SystemExit) as end:
             command(monkeypatch, module, *arguments)
         assert end.value.code == status
@@ -44,7 +48,15 @@ def refused(monkeypatch, capsys):
 class TestRoundTrip:
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
     @pytest.mark.parametrize(("tied", "shards"), [(False, 1), (True, 1), (False, 3)])
-    def test_every_bit(self, monkeypatch, capsys, tmp_path, dtype, tied, shards) -> None:
+    def test_every_bit(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        tmp_path: Path,
+        dtype: str,
+        tied: bool,
+        shards: int,
+    ) -> None:
         source = make_folder(tmp_path / "hf", random_tensors(tied, dtype), tied=tied, shards=shards)
         command(monkeypatch, convert_hf_to_orbax, source, tmp_path / "orbax")
         command(monkeypatch, verify_conversion, source, tmp_path / "orbax")
@@ -54,7 +66,7 @@ class TestRoundTrip:
         assert read_safetensors(tmp_path / "back") == read_safetensors(source)
 
     def test_folders_named_by_way_of_the_folder_above(
-        self, hf_folder, monkeypatch, tmp_path
+        self, hf_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         """Orbax itself takes no path with `..`."""
         (tmp_path / "here").mkdir()
@@ -65,7 +77,7 @@ class TestRoundTrip:
         assert read_safetensors(tmp_path / "back") == read_safetensors(hf_folder)
 
     def test_the_export_needs_only_the_orbax_folder(
-        self, hf_folder, orbax_folder, tmp_path
+        self, hf_folder: Path, orbax_folder: Path, tmp_path: Path
     ) -> None:
         expected, files = read_safetensors(hf_folder), {p.name for p in hf_folder.iterdir()}
         originals = {
@@ -85,7 +97,9 @@ class TestRoundTrip:
         } <= files
         assert read_safetensors(tmp_path / "back") == expected
 
-    def test_shards_and_their_index(self, hf_folder, orbax_folder, tmp_path) -> None:
+    def test_shards_and_their_index(
+        self, hf_folder: Path, orbax_folder: Path, tmp_path: Path
+    ) -> None:
         pretrained.write_hf(
             pretrained.open_weights(orbax_folder), tmp_path / "back", shard_bytes=4300
         )
@@ -108,7 +122,9 @@ class TestRoundTrip:
         assert read_safetensors(tmp_path / "back") == expected
 
     @pytest.mark.torch
-    def test_transformers_loads_a_sharded_export(self, orbax_folder, hf_folder, tmp_path) -> None:
+    def test_transformers_loads_a_sharded_export(
+        self, orbax_folder: Path, hf_folder: Path, tmp_path: Path
+    ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -124,7 +140,7 @@ class TestRoundTrip:
 
 
 class TestOrbax:
-    def test_orbax_restores_it_unaided(self, hf_folder, orbax_folder) -> None:
+    def test_orbax_restores_it_unaided(self, hf_folder: Path, orbax_folder: Path) -> None:
         restored = ocp.StandardCheckpointer().restore((orbax_folder / "params").absolute())
         flat = hf_mapping.flatten(restored)
         config = ModelConfig.from_folder(hf_folder)
@@ -135,7 +151,7 @@ class TestOrbax:
             assert values.dtype == ml_dtypes.bfloat16
             assert np.ascontiguousarray(values).tobytes() == stored[tensor.name][2]
 
-    def test_orbax_restores_it_sharded(self, orbax_folder) -> None:
+    def test_orbax_restores_it_sharded(self, orbax_folder: Path) -> None:
         mesh = jax.make_mesh(
             (jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
         )
@@ -164,7 +180,7 @@ class TestOrbax:
             for path, leaf in hf_mapping.flatten(restored).items()
         )
 
-    def test_a_layer_is_a_chunk(self, orbax_folder) -> None:
+    def test_a_layer_is_a_chunk(self, orbax_folder: Path) -> None:
         meta = json.loads((orbax_folder / "params/layers.mlp.up.kernel/zarr.json").read_text())
         assert meta["shape"] == [3, 8, 12]
         assert meta["chunk_grid"]["configuration"]["chunk_shape"] == [1, 8, 12]
@@ -176,7 +192,7 @@ class TestOrbax:
         assert leaf((152064, 8192), bf16, np.zeros).chunk == (3456, 8192)
         assert leaf((80, 8192), bf16, np.zeros).chunk == (80, 8192)
 
-    def test_pieces_cover_a_leaf(self, monkeypatch) -> None:
+    def test_pieces_cover_a_leaf(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(pretrained.orbax_io, "CHUNK_BYTES", 4 * 3 * 5)
         for shape in [(2, 6, 5), (12, 5), (2, 7, 5)]:
             values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
@@ -192,12 +208,12 @@ class TestOrbax:
             assert np.array_equal(out, values)
             assert len(pieces) == {(2, 6, 5): 4, (12, 5): 4, (2, 7, 5): 14}[shape]
 
-    def test_a_lost_chunk_is_an_error(self, orbax_folder) -> None:
+    def test_a_lost_chunk_is_an_error(self, orbax_folder: Path) -> None:
         (orbax_folder / "params/layers.mlp.up.kernel/c/1/0/0").unlink()
         with pytest.raises(ValueError, match=r"layers\.mlp\.up\.kernel"):
             pretrained.load_params(orbax_folder)
 
-    def test_a_lost_leaf_is_named(self, orbax_folder) -> None:
+    def test_a_lost_leaf_is_named(self, orbax_folder: Path) -> None:
         (orbax_folder / "params/norm.scale/zarr.json").unlink()
         with pytest.raises(ValueError, match="missing: norm/scale"):
             pretrained.load_params(orbax_folder)
@@ -211,7 +227,7 @@ class TestRefusals:
             pretrained.write_orbax(pretrained.open_weights(folder), tmp_path / "out")
         assert not list(tmp_path.glob("out*"))
 
-    def test_missing_tensor(self, tmp_path) -> None:
+    def test_missing_tensor(self, tmp_path: Path) -> None:
         tensors = random_tensors(False, "bfloat16")
         del tensors["model.layers.1.mlp.up_proj.weight"]
         self.refused(
@@ -220,14 +236,14 @@ class TestRefusals:
             r"missing: model\.layers\.1\.mlp\.up_proj\.weight",
         )
 
-    def test_extra_tensor(self, tmp_path) -> None:
+    def test_extra_tensor(self, tmp_path: Path) -> None:
         tensors = {
             **random_tensors(False, "bfloat16"),
             "model.layers.0.self_attn.q_norm.weight": np.zeros(4, "bfloat16"),
         }
         self.refused(make_folder(tmp_path / "hf", tensors), tmp_path, r"q_norm")
 
-    def test_misshapen_tensor(self, tmp_path) -> None:
+    def test_misshapen_tensor(self, tmp_path: Path) -> None:
         tensors = {
             **random_tensors(False, "bfloat16"),
             "model.norm.weight": np.zeros(9, "bfloat16"),
@@ -236,11 +252,11 @@ class TestRefusals:
             make_folder(tmp_path / "hf", tensors), tmp_path, r"model\.norm\.weight has shape \(9,\)"
         )
 
-    def test_unsupported_type(self, tmp_path) -> None:
+    def test_unsupported_type(self, tmp_path: Path) -> None:
         tensors = {**random_tensors(False, "bfloat16"), "model.norm.weight": np.zeros(8, "int8")}
         self.refused(make_folder(tmp_path / "hf", tensors), tmp_path, "I8")
 
-    def test_layers_of_two_types(self, tmp_path) -> None:
+    def test_layers_of_two_types(self, tmp_path: Path) -> None:
         tensors = random_tensors(False, "bfloat16")
         tensors["model.layers.2.input_layernorm.weight"] = np.ones(8, np.float32)
         self.refused(
@@ -249,14 +265,14 @@ class TestRefusals:
             r"model\.layers\.2\.input_layernorm\.weight .*float32",
         )
 
-    def test_a_type_for_each_leaf_is_kept(self, tmp_path) -> None:
+    def test_a_type_for_each_leaf_is_kept(self, tmp_path: Path) -> None:
         tensors = {**random_tensors(False, "bfloat16"), "model.norm.weight": np.ones(8, np.float32)}
         source = make_folder(tmp_path / "hf", tensors)
         pretrained.write_orbax(pretrained.open_weights(source), tmp_path / "orbax")
         pretrained.write_hf(pretrained.open_weights(tmp_path / "orbax"), tmp_path / "back")
         assert read_safetensors(tmp_path / "back") == read_safetensors(source)
 
-    def test_no_weights(self, tmp_path) -> None:
+    def test_no_weights(self, tmp_path: Path) -> None:
         folder = make_folder(tmp_path / "hf", {})
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
         self.refused(
@@ -266,12 +282,12 @@ class TestRefusals:
             FileNotFoundError,
         )
 
-    def test_missing_shard(self, tmp_path) -> None:
+    def test_missing_shard(self, tmp_path: Path) -> None:
         folder = make_folder(tmp_path / "hf", random_tensors(False, "bfloat16"), shards=3)
         (folder / "model-00002-of-00003.safetensors").unlink()
         self.refused(folder, tmp_path, "model-00002-of-00003", FileNotFoundError)
 
-    def test_an_index_that_lies(self, tmp_path) -> None:
+    def test_an_index_that_lies(self, tmp_path: Path) -> None:
         folder = make_folder(tmp_path / "hf", random_tensors(False, "bfloat16"), shards=3)
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         index["weight_map"]["model.norm.weight"] = "model-00001-of-00003.safetensors"
@@ -280,35 +296,43 @@ class TestRefusals:
         self.refused(folder, tmp_path, r"model\.norm\.weight|lm_head\.weight")
 
     @pytest.mark.parametrize("kept", [0, 5, 100, -1])
-    def test_truncated_file(self, hf_folder, tmp_path, kept) -> None:
+    def test_truncated_file(self, hf_folder: Path, tmp_path: Path, kept: int) -> None:
         file = hf_folder / "model.safetensors"
         file.write_bytes(file.read_bytes()[:kept])
         self.refused(hf_folder, tmp_path, "fetch it again")
 
-    def test_a_file_that_is_a_pointer(self, hf_folder, tmp_path) -> None:
+    def test_a_file_that_is_a_pointer(self, hf_folder: Path, tmp_path: Path) -> None:
         (hf_folder / "model.safetensors").write_text(
             "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         )
         self.refused(hf_folder, tmp_path, "is a Git LFS pointer")
 
-    def test_an_orbax_folder_is_not_converted_again(self, orbax_folder, tmp_path, refused) -> None:
+    def test_an_orbax_folder_is_not_converted_again(
+        self, orbax_folder: Path, tmp_path: Path, refused: Refused
+    ) -> None:
         said = refused(convert_hf_to_orbax, orbax_folder, tmp_path / "out")
         assert said.endswith("orbax folder already: tools.convert_orbax_to_hf turns it back\n")
 
-    def test_a_hf_folder_is_not_exported(self, hf_folder, tmp_path, refused) -> None:
+    def test_a_hf_folder_is_not_exported(
+        self, hf_folder: Path, tmp_path: Path, refused: Refused
+    ) -> None:
         assert "is no orbax folder" in refused(convert_orbax_to_hf, hf_folder, tmp_path / "out")
 
-    def test_a_destination_that_is_there(self, hf_folder, refused) -> None:
+    def test_a_destination_that_is_there(self, hf_folder: Path, refused: Refused) -> None:
         said = refused(convert_hf_to_orbax, hf_folder, hf_folder)
         assert f"{hf_folder} exists: remove it" in said
 
     @pytest.mark.parametrize("size", ["0", "-1", "nan", "inf", "much"])
-    def test_a_shard_size_that_is_none(self, orbax_folder, tmp_path, refused, size) -> None:
+    def test_a_shard_size_that_is_none(
+        self, orbax_folder: Path, tmp_path: Path, refused: Refused, size: str
+    ) -> None:
         out = tmp_path / "out"
         said = refused(convert_orbax_to_hf, orbax_folder, out, f"--shard-gb={size}")
         assert f"argument --shard-gb: must be a number above 0, got {size!r}" in said
 
-    def test_a_disk_that_takes_no_more_ends_with_one(self, orbax_folder, tmp_path, refused) -> None:
+    def test_a_disk_that_takes_no_more_ends_with_one(
+        self, orbax_folder: Path, tmp_path: Path, refused: Refused
+    ) -> None:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
         try:
@@ -319,7 +343,7 @@ class TestRefusals:
 
 
 class TestTiedHead:
-    def test_the_same_bits_are_accepted_and_dropped(self, tmp_path) -> None:
+    def test_the_same_bits_are_accepted_and_dropped(self, tmp_path: Path) -> None:
         tensors = random_tensors(True, "bfloat16")
         folder = make_folder(
             tmp_path / "hf",
@@ -330,7 +354,7 @@ class TestTiedHead:
         pretrained.write_hf(pretrained.open_weights(tmp_path / "orbax"), tmp_path / "back")
         assert read_safetensors(tmp_path / "back").keys() == tensors.keys()
 
-    def test_one_different_bit_is_refused(self, tmp_path) -> None:
+    def test_one_different_bit_is_refused(self, tmp_path: Path) -> None:
         tensors = random_tensors(True, "bfloat16")
         head = tensors["model.embed_tokens.weight"].copy()
         head.view(np.uint16)[200, 7] ^= 1
@@ -339,7 +363,7 @@ class TestTiedHead:
             pretrained.open_weights(folder)
 
 
-def test_rotary_buffers_are_ignored(tmp_path) -> None:
+def test_rotary_buffers_are_ignored(tmp_path: Path) -> None:
     tensors = random_tensors(False, "bfloat16")
     buffers = {
         f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32) for i in range(3)
@@ -364,7 +388,12 @@ class TestVerify:
         ],
     )
     def test_one_bit_is_found_and_named(
-        self, hf_folder, orbax_folder, tmp_path, monkeypatch, name
+        self,
+        hf_folder: Path,
+        orbax_folder: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        name: str,
     ) -> None:
         tensors = random_tensors(False, "bfloat16")
         tensors[name].view(np.uint16).flat[-1] ^= 1
@@ -375,11 +404,13 @@ class TestVerify:
             command(monkeypatch, verify_conversion, hf_folder, orbax_folder)
         assert isinstance(error.value.code, str)  # a message: the process exits with 1
 
-    def test_another_size_is_refused(self, hf_folder, tmp_path, refused) -> None:
+    def test_another_size_is_refused(
+        self, hf_folder: Path, tmp_path: Path, refused: Refused
+    ) -> None:
         other = make_folder(tmp_path / "other", random_tensors(True, "bfloat16"), tied=True)
         assert "not models of one size" in refused(verify_conversion, hf_folder, other)
 
-    def test_another_type_is_different(self, hf_folder, tmp_path) -> None:
+    def test_another_type_is_different(self, hf_folder: Path, tmp_path: Path) -> None:
         other = make_folder(tmp_path / "other", random_tensors(False, "float32"))
         assert (
             len(
@@ -391,7 +422,7 @@ class TestVerify:
         )
 
     @pytest.fixture
-    def finite(self, hf_folder, tmp_path) -> tuple[Path, Path, np.ndarray, float]:
+    def finite(self, hf_folder: Path, tmp_path: Path) -> tuple[Path, Path, np.ndarray, float]:
         """One model without NaNs as a folder of either kind; its logits in float64, and how far
         float32 may be off."""
         found = random_tensors(False, "bfloat16").items()
@@ -405,13 +436,18 @@ class TestVerify:
             assert np.abs(wrong - exact).max() > at_least * error
         return hf_folder, tmp_path / "finite", exact, error
 
-    def test_our_logits(self, finite) -> None:
+    def test_our_logits(self, finite: tuple[Path, Path, np.ndarray, float]) -> None:
         _, folder, exact, error = finite
         ids_T = verify_conversion.prompt_ids(folder)
         assert np.abs(verify_conversion.our_logits(folder, ids_T) - exact).max() < error
 
     @pytest.mark.torch
-    def test_logits(self, finite, monkeypatch, capsys) -> None:
+    def test_logits(
+        self,
+        finite: tuple[Path, Path, np.ndarray, float],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
         folder, converted, exact, error = finite
         ids_T = verify_conversion.prompt_ids(folder)
         assert np.abs(verify_conversion.their_logits(folder, ids_T) - exact).max() < error
@@ -419,13 +455,15 @@ class TestVerify:
         command(monkeypatch, verify_conversion, folder, converted, *bound)
         assert "largest absolute difference" in capsys.readouterr().out
 
-    def test_logits_without_pytorch(self, hf_folder, orbax_folder, monkeypatch, refused) -> None:
+    def test_logits_without_pytorch(
+        self, hf_folder: Path, orbax_folder: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
+    ) -> None:
         monkeypatch.setitem(sys.modules, "torch", None)  # as where it is not installed
         said = refused(verify_conversion, hf_folder, orbax_folder, "--logits")
         assert said.startswith("error: --logits needs PyTorch, which is not installed")
 
     def test_logits_of_an_orbax_folder_are_not_asked_of_transformers(
-        self, hf_folder, orbax_folder, refused
+        self, hf_folder: Path, orbax_folder: Path, refused: Refused
     ) -> None:
         said = refused(verify_conversion, orbax_folder, hf_folder, "--logits")
         assert said.startswith("error: --logits has transformers load the first folder, but")

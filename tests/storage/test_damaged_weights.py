@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def write(file: Path, header: object, data: bytes = bytes(16)) -> Path:
     return file
 
 
-def refused(read, argument: Path, file: Path, said: str) -> None:
+def refused(read: Callable[[Path], object], argument: Path, file: Path, said: str) -> None:
     with pytest.raises(ValueError, match=said) as error:
         read(argument)
     assert str(file) in str(error.value)
@@ -83,7 +84,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("what", HEADERS)
-def test_a_damaged_header(tmp_path, what) -> None:
+def test_a_damaged_header(tmp_path: Path, what: str) -> None:
     header, said = HEADERS[what]
     file = write(tmp_path / "model.safetensors", header)
     with pytest.raises(
@@ -93,7 +94,7 @@ def test_a_damaged_header(tmp_path, what) -> None:
     refused(safetensors_io.read_header, file, file, said)
 
 
-def test_a_sound_file_is_read(tmp_path) -> None:
+def test_a_sound_file_is_read(tmp_path: Path) -> None:
     empty = {"dtype": "F16", "shape": [0, 3], "data_offsets": [8, 8]}
     file = write(
         tmp_path / "model.safetensors",
@@ -110,20 +111,20 @@ def test_a_sound_file_is_read(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", ["BF17", "F64", "I8", "f32"])
-def test_a_type_that_is_not_read(tmp_path, name) -> None:
+def test_a_type_that_is_not_read(tmp_path: Path, name: str) -> None:
     file = write(tmp_path / "model.safetensors", {"a": {**A, "dtype": name}}, bytes(8))
     tensor = safetensors_io.read_header(file)["a"]
     refused(lambda _: tensor.dtype, file, file, f"holds tensors of type {name}; allowed are")
 
 
 @pytest.mark.parametrize("kept", [0, 7, 8, 30])
-def test_a_file_that_was_cut(tmp_path, kept) -> None:
+def test_a_file_that_was_cut(tmp_path: Path, kept: int) -> None:
     file = write(tmp_path / "model.safetensors", {"a": A, "b": B})
     file.write_bytes(file.read_bytes()[:kept])
     refused(safetensors_io.read_header, file, file, "is not a complete safetensors file")
 
 
-def test_a_pointer_in_place_of_a_file(tmp_path) -> None:
+def test_a_pointer_in_place_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_text(POINTER)
     refused(safetensors_io.read_folder, tmp_path, file, "is a Git LFS pointer, not the file")
@@ -159,13 +160,13 @@ class TestIndex:
             ),
         ],
     )
-    def test_a_damaged_one(self, tmp_path, text, said) -> None:
+    def test_a_damaged_one(self, tmp_path: Path, text: str, said: str) -> None:
         write(tmp_path / "one.safetensors", {"a": A, "b": B})
         index = tmp_path / "model.safetensors.index.json"
         index.write_text(text)
         refused(safetensors_io.read_folder, tmp_path, index, said)
 
-    def test_one_name_in_two_shards(self, tmp_path) -> None:
+    def test_one_name_in_two_shards(self, tmp_path: Path) -> None:
         for name in ("one", "two"):
             write(tmp_path / f"{name}.safetensors", {"a": A, "b": B})
         places = {"a": "one.safetensors", "b": "two.safetensors"}
@@ -177,7 +178,7 @@ class TestIndex:
             "a is in two shards of .*: one.safetensors and two.safetensors",
         )
 
-    def test_shards_in_a_folder(self, tmp_path) -> None:
+    def test_shards_in_a_folder(self, tmp_path: Path) -> None:
         (tmp_path / "parts").mkdir()
         write(tmp_path / "parts/one.safetensors", {"a": A, "b": B})
         places = dict.fromkeys("ab", "parts/one.safetensors")
@@ -187,7 +188,7 @@ class TestIndex:
 
 class TestOrbax:
     @pytest.mark.parametrize("text", ["[1]", "null", '"x"', "{", "{}", POINTER])
-    def test_what_describes_a_leaf(self, orbax_folder, text) -> None:
+    def test_what_describes_a_leaf(self, orbax_folder: Path, text: str) -> None:
         file = orbax_folder / "params/norm.scale/zarr.json"
         file.write_text(text)
         refused(
@@ -198,7 +199,7 @@ class TestOrbax:
         ("name", "said"),
         [("uint16", "norm/scale in .* is uint16; allowed are"), ("bfloat17", "is damaged ")],
     )
-    def test_a_type_that_no_weight_has(self, orbax_folder, name, said) -> None:
+    def test_a_type_that_no_weight_has(self, orbax_folder: Path, name: str, said: str) -> None:
         file = orbax_folder / "params/norm.scale/zarr.json"
         file.write_text(
             json.dumps({**json.loads(file.read_text()), "data_type": name, "fill_value": 0})
@@ -214,7 +215,7 @@ class TestOrbax:
             lambda data: POINTER.encode(),
         ],
     )
-    def test_values(self, orbax_folder, change) -> None:
+    def test_values(self, orbax_folder: Path, change: Callable[[bytes], bytes]) -> None:
         file = orbax_folder / "params/norm.scale/c/0"
         file.write_bytes(change(file.read_bytes()))
         refused(pretrained.load_params, orbax_folder, file, "is damaged ")

@@ -113,7 +113,7 @@ def test_a_kernel_is_transposed() -> None:
 
 
 @pytest.mark.parametrize("config", [CONFIG, TIED])
-def test_there_and_back(config) -> None:
+def test_there_and_back(config: ModelConfig) -> None:
     given = tensors({t.name: t.shape for t in hf_mapping.hf_tensors(config)})
     back = hf_mapping.params_to_hf(config, hf_mapping.params_from_hf(config, given))
     assert back.keys() == given.keys()
@@ -200,7 +200,7 @@ class TestRefusals:
 @pytest.mark.parametrize(
     "name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"]
 )
-def test_rotary_buffers_are_ignored(name) -> None:
+def test_rotary_buffers_are_ignored(name: str) -> None:
     hf_mapping.check_shapes(CONFIG, {**SHAPES, name: (2,)}, "here")
     given = {**tensors(SHAPES), name: np.ones(2, np.float32)}
     assert ("norm", "scale") in hf_mapping.flatten(hf_mapping.params_from_hf(CONFIG, given))
@@ -214,7 +214,7 @@ def test_rotary_buffers_are_ignored(name) -> None:
         "model.layers.x.self_attn.rotary_emb.inv_freq",
     ],
 )
-def test_only_rotary_buffers_are_ignored(name) -> None:
+def test_only_rotary_buffers_are_ignored(name: str) -> None:
     assert not hf_mapping.is_ignored(name)
 
 

@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ from tests.model_folders import config_of, make_folder, random_tensors, read_saf
 
 
 class TestLoadParams:
-    def test_both_kinds_of_folder_give_the_same(self, hf_folder, orbax_folder) -> None:
+    def test_both_kinds_of_folder_give_the_same(self, hf_folder: Path, orbax_folder: Path) -> None:
         a, b = (
             hf_mapping.flatten(pretrained.load_params(hf_folder)),
             hf_mapping.flatten(pretrained.load_params(orbax_folder)),
@@ -32,7 +34,7 @@ class TestLoadParams:
         assert all(hf_mapping.same_bits(a[path], b[path]) for path in a)
 
     @pytest.mark.parametrize("dtype", ["float32", np.float32, jnp.bfloat16])
-    def test_dtype(self, hf_folder, dtype) -> None:
+    def test_dtype(self, hf_folder: Path, dtype: Any) -> None:
         flat = hf_mapping.flatten(pretrained.load_params(hf_folder, dtype=dtype))
         assert {leaf.dtype for leaf in flat.values()} == {np.dtype(dtype)}
         assert all(leaf.flags.c_contiguous and leaf.flags.writeable for leaf in flat.values())
@@ -43,12 +45,14 @@ class TestLoadParams:
             flat["layers", "mlp", "down", "kernel"][2], np.ascontiguousarray(expected)
         )
 
-    def test_another_config_is_refused(self, hf_folder) -> None:
+    def test_another_config_is_refused(self, hf_folder: Path) -> None:
         other = ModelConfig.from_hf({**config_of(False), "num_hidden_layers": 2})
         with pytest.raises(ValueError, match=r"model\.layers\.2\."):
             pretrained.load_params(hf_folder, other)
 
-    def test_memory_stays_near_a_tensor(self, tmp_path, monkeypatch) -> None:
+    def test_memory_stays_near_a_tensor(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         config = {
             **config_of(False),
             "num_hidden_layers": 24,
@@ -92,7 +96,9 @@ BOTH = {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
 class TestSaveHF:
     @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
     @pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
-    def test_float32_masters_as_bfloat16(self, hf_folder, tmp_path, as_array) -> None:
+    def test_float32_masters_as_bfloat16(
+        self, hf_folder: Path, tmp_path: Path, as_array: Callable[[Any], Any]
+    ) -> None:
         params = jax.tree.map(as_array, pretrained.load_params(hf_folder, dtype="float32"))
         pretrained.save_hf(params, hf_folder, tmp_path / "saved")
         saved = read_safetensors(tmp_path / "saved")
@@ -108,7 +114,7 @@ class TestSaveHF:
             hf_folder / "chat_template.jinja"
         ).read_text()
 
-    def test_dtype_goes_where_the_config_has_it(self, hf_folder, tmp_path) -> None:
+    def test_dtype_goes_where_the_config_has_it(self, hf_folder: Path, tmp_path: Path) -> None:
         (hf_folder / "config.json").write_text(
             json.dumps({**config_of(False), "torch_dtype": "bfloat16"})
         )
@@ -130,7 +136,7 @@ class TestSaveHF:
         ],
     )
     def test_transformers_reads_the_type_that_was_written(
-        self, hf_folder, tmp_path, said, expected
+        self, hf_folder: Path, tmp_path: Path, said: dict[str, str | None], expected: dict[str, str]
     ) -> None:
         (hf_folder / "config.json").write_text(json.dumps({**config_of(False), **said}))
         pretrained.save_hf(pretrained.load_params(hf_folder), hf_folder, tmp_path / "saved")
@@ -139,13 +145,13 @@ class TestSaveHF:
         read = AutoConfig.from_pretrained(tmp_path / "saved").dtype  # where PyTorch is, its type
         assert str(read).removeprefix("torch.") == "bfloat16"
 
-    def test_beside_an_orbax_source(self, orbax_folder, tmp_path) -> None:
+    def test_beside_an_orbax_source(self, orbax_folder: Path, tmp_path: Path) -> None:
         pretrained.save_hf(pretrained.load_params(orbax_folder), orbax_folder, tmp_path / "saved")
         assert pretrained.open_weights(tmp_path / "saved").config == ModelConfig.from_folder(
             orbax_folder
         )
 
-    def test_a_tree_that_does_not_fit(self, hf_folder, tmp_path) -> None:
+    def test_a_tree_that_does_not_fit(self, hf_folder: Path, tmp_path: Path) -> None:
         params = pretrained.load_params(hf_folder)
         del params["lm_head"]
         with pytest.raises(ValueError, match="missing: lm_head/embedding"):
@@ -164,13 +170,13 @@ with new_folder(sys.argv[1]) as folder:
 
 
 class TestUnfinished:
-    def test_an_existing_destination_is_kept(self, hf_folder, orbax_folder) -> None:
+    def test_an_existing_destination_is_kept(self, hf_folder: Path, orbax_folder: Path) -> None:
         before = sorted(p.name for p in orbax_folder.iterdir())
         with pytest.raises(FileExistsError, match="exists: remove it, or give another destination"):
             pretrained.write_orbax(pretrained.open_weights(hf_folder), orbax_folder)
         assert sorted(p.name for p in orbax_folder.iterdir()) == before
 
-    def test_an_error_leaves_nothing(self, tmp_path) -> None:
+    def test_an_error_leaves_nothing(self, tmp_path: Path) -> None:
         def fill_and_fail() -> None:
             with new_folder(tmp_path / "out") as folder:
                 (folder / "half").write_text("half")
@@ -181,7 +187,7 @@ class TestUnfinished:
             fill_and_fail()
         assert list(tmp_path.iterdir()) == []
 
-    def test_success_leaves_what_was_written(self, tmp_path) -> None:
+    def test_success_leaves_what_was_written(self, tmp_path: Path) -> None:
         with new_folder(tmp_path / "deep/out") as folder:
             (folder / "whole").write_text("whole")
         assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == [
@@ -190,7 +196,7 @@ class TestUnfinished:
             "deep/out/whole",
         ]
 
-    def test_a_killed_writer_is_recognised(self, tmp_path) -> None:
+    def test_a_killed_writer_is_recognised(self, tmp_path: Path) -> None:
         """While it lives its folder is refused; once it is dead the folder is refused as a model, and replaced by the next writer."""
         with subprocess.Popen(
             [sys.executable, "-c", HOLD, tmp_path / "out"], stdout=subprocess.PIPE, text=True
@@ -211,7 +217,7 @@ class TestUnfinished:
         assert [p.name for p in (tmp_path / "out").iterdir()] == ["whole"]
         assert not (tmp_path / "out.partial").exists()
 
-    def test_a_strangers_folder_is_kept(self, tmp_path) -> None:
+    def test_a_strangers_folder_is_kept(self, tmp_path: Path) -> None:
         (tmp_path / "out.partial").mkdir()
         (tmp_path / "out.partial/thesis.tex").write_text("\\section{}")
         with (
@@ -239,25 +245,25 @@ class TestLocate:
             check=False,
         )
 
-    def test_a_folder(self, hf_folder) -> None:
+    def test_a_folder(self, hf_folder: Path) -> None:
         assert pretrained.locate(str(hf_folder)) == hf_folder
 
-    def test_a_folder_has_no_revision(self, hf_folder) -> None:
+    def test_a_folder_has_no_revision(self, hf_folder: Path) -> None:
         with pytest.raises(ValueError, match="no revision"):
             pretrained.locate(hf_folder, "main")
 
     @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing/here", "nothing", "a/b/c"])
-    def test_no_such_folder(self, name) -> None:
+    def test_no_such_folder(self, name: str) -> None:
         with pytest.raises(FileNotFoundError, match=r"no folder .*hub name"):
             pretrained.locate(name)
 
-    def test_a_hub_name_offline(self, tmp_path) -> None:
+    def test_a_hub_name_offline(self, tmp_path: Path) -> None:
         done = self.offline(tmp_path, "Qwen/Qwen2.5-0.5B-Instruct", "abc123")
         assert done.returncode == 1
         assert "FileNotFoundError: Qwen/Qwen2.5-0.5B-Instruct (revision abc123)" in done.stderr
         assert "Put config.json, the *.safetensors" in done.stderr
 
-    def test_a_hub_name_in_the_cache(self, tmp_path) -> None:
+    def test_a_hub_name_in_the_cache(self, tmp_path: Path) -> None:
         commit = "0123456789abcdef0123456789abcdef01234567"
         snapshot = tmp_path / "models--Qwen--Tiny" / "snapshots" / commit
         snapshot.mkdir(parents=True)
@@ -267,13 +273,13 @@ class TestLocate:
 
 
 class TestTokenizer:
-    def test_loads_from_both_kinds_of_folder(self, hf_folder, orbax_folder) -> None:
+    def test_loads_from_both_kinds_of_folder(self, hf_folder: Path, orbax_folder: Path) -> None:
         for folder in (hf_folder, orbax_folder):
             tokenizer = pretrained.load_tokenizer(folder)
             assert tokenizer("ab")["input_ids"] == [256]
             assert tokenizer.chat_template == byte_tokenizer().chat_template
 
-    def test_none(self, tmp_path) -> None:
+    def test_none(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
             pretrained.load_tokenizer(tmp_path)
 
@@ -290,12 +296,14 @@ class TestTokenizer:
             (POINTER, "is a Git LFS pointer"),
         ],
     )
-    def test_a_damaged_file_is_named(self, hf_folder, name, text, said) -> None:
+    def test_a_damaged_file_is_named(
+        self, hf_folder: Path, name: str, text: str, said: str
+    ) -> None:
         (hf_folder / name).write_text(text)
         with pytest.raises(ValueError, match=f"{name} {said}"):
             pretrained.load_tokenizer(hf_folder)
 
-    def test_a_pointer_in_place_of_the_chat_template(self, hf_folder) -> None:
+    def test_a_pointer_in_place_of_the_chat_template(self, hf_folder: Path) -> None:
         (hf_folder / "chat_template.jinja").write_text(POINTER)
         with pytest.raises(ValueError, match=r"chat_template\.jinja is a Git LFS pointer"):
             pretrained.load_tokenizer(hf_folder)
@@ -303,13 +311,13 @@ class TestTokenizer:
     @pytest.mark.parametrize(
         "change", [{"pad_token": 3}, {"model_max_length": "long"}, {"added_tokens_decoder": [1]}]
     )
-    def test_settings_of_the_wrong_type(self, hf_folder, change) -> None:
+    def test_settings_of_the_wrong_type(self, hf_folder: Path, change: dict[str, Any]) -> None:
         file = hf_folder / "tokenizer_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
         with pytest.raises(ValueError, match="cannot be read by transformers"):
             pretrained.load_tokenizer(hf_folder)
 
-    def test_without_a_chat_template(self, hf_folder) -> None:
+    def test_without_a_chat_template(self, hf_folder: Path) -> None:
         (hf_folder / "chat_template.jinja").unlink()
         with pytest.raises(ValueError, match="no chat template"):
             pretrained.load_tokenizer(hf_folder)
@@ -320,7 +328,7 @@ class TestGenerationEnds:
         ("given", "ids"),
         [({}, ()), ({"eos_token_id": 3}, (3,)), ({"eos_token_id": [4, 3]}, (4, 3))],
     )
-    def test_read(self, tmp_path, given, ids) -> None:
+    def test_read(self, tmp_path: Path, given: dict[str, Any], ids: tuple[int, ...]) -> None:
         assert pretrained.generation_ends(tmp_path) == ()
         (tmp_path / "generation_config.json").write_text(json.dumps(given))
         assert pretrained.generation_ends(tmp_path) == ids
@@ -333,13 +341,13 @@ class TestGenerationEnds:
             (POINTER, "is a Git LFS pointer"),
         ],
     )
-    def test_refused(self, tmp_path, text, said) -> None:
+    def test_refused(self, tmp_path: Path, text: str, said: str) -> None:
         (tmp_path / "generation_config.json").write_text(text)
         with pytest.raises(ValueError, match=rf"generation_config\.json.*{said}"):
             pretrained.generation_ends(tmp_path)
 
 
-def test_our_files_are_read_by_the_library(tmp_path) -> None:
+def test_our_files_are_read_by_the_library(tmp_path: Path) -> None:
     arrays = {
         "scalar": np.float32(3).reshape(()),
         "empty": np.zeros((0, 4), np.float16),

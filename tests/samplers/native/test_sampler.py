@@ -2,6 +2,8 @@
 
 import asyncio
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from jaxgrpo.samplers.native import engine as engine_module
 from jaxgrpo.samplers.native.active import ActiveSequence
 from jaxgrpo.samplers.native.engine import Engine
 from jaxgrpo.samplers.native.sampler import NativeSampler
-from jaxgrpo.samplers.native.shapes import SparingShapeBook
+from jaxgrpo.samplers.native.shapes import Shape, SparingShapeBook
 from tests.native_samplers import (
     CONFIG,
     PARAMS,
@@ -125,9 +127,10 @@ def extensions(
     monkeypatch: pytest.MonkeyPatch, *requests: SamplingRequest
 ) -> tuple[list[tuple[int, int]], Engine, list[ActiveSequence]]:
     """One step of an engine with a context of 2,048 tokens: rows and width of each extension, the engine, and the sequences."""
-    made, extend_once = [], Engine._extend_once
+    made: list[tuple[int, int]] = []
+    extend_once = Engine._extend_once
 
-    def noted(self, batch, width):
+    def noted(self: Engine, batch: Sequence[Any], width: int) -> None:
         made.append((len(batch), width))
         extend_once(self, batch, width)
 
@@ -146,7 +149,7 @@ def extensions(
     return made, engine, sequences
 
 
-def test_a_long_context_takes_several_extensions(monkeypatch) -> None:
+def test_a_long_context_takes_several_extensions(monkeypatch: pytest.MonkeyPatch) -> None:
     """1,100 tokens after the prompt's last one, in pieces of up to 512, give the log-probabilities of the plain forward."""
     long = request(0, tail=np.arange(1100) % 261, max_tokens=6)
     made, engine, [sequence] = extensions(monkeypatch, long)
@@ -163,7 +166,7 @@ def test_a_long_context_takes_several_extensions(monkeypatch) -> None:
     )
 
 
-def test_many_long_rows_are_extended_a_few_at_a_time(monkeypatch) -> None:
+def test_many_long_rows_are_extended_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each extension computes 2,048 tokens at most: four rows of 512."""
     requests = [request(0, e, tail=(np.arange(400) + e) % 261, max_tokens=4) for e in range(5)]
     made, _, sequences = extensions(monkeypatch, *requests)
@@ -280,9 +283,10 @@ def test_an_engine_that_spares_programs_makes_the_same_tokens(
 
     plain = run(episodes, max_rows=16)
     monkeypatch.setattr(engine_module, "_spares_programs", lambda platform: True)
-    shapes, choose = [], SparingShapeBook.choose
+    shapes: list[tuple[str, int]] = []
+    choose = SparingShapeBook.choose
 
-    def noted(self, kind, exact):
+    def noted(self: SparingShapeBook, kind: str, exact: Shape) -> Shape:
         shapes.append((kind, exact.group_rows))
         return choose(self, kind, exact)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tests.vllm_clients import EOS, GENERATE, PROBE, Folder, Written, request, r
 
 
 @pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch):
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jaxgrpo.samplers.vllm.client._FIRST_WAIT", 0.01)
 
 
@@ -53,7 +54,9 @@ def test_what_is_asked_for() -> None:
         (choice([7, 8, 9, 10], "1", "length"), FinishReason.LENGTH),
     ],
 )
-def test_ids_log_probabilities_and_the_reason_of_the_end(answer, reason) -> None:
+def test_ids_log_probabilities_and_the_reason_of_the_end(
+    answer: dict[str, Any], reason: FinishReason
+) -> None:
     generation: Generation = run(
         lambda sampler: sampler.generate(request()), FakeVllm(lambda body: answer)
     )
@@ -95,14 +98,14 @@ def test_every_token_has_the_version_that_made_it() -> None:
         ({"finish_reason": "error"}, "ended a turn with 'error'"),
     ],
 )
-def test_an_answer_that_would_poison_a_batch_is_refused(change, said) -> None:
+def test_an_answer_that_would_poison_a_batch_is_refused(change: dict[str, Any], said: str) -> None:
     server = FakeVllm(lambda body: choice([7, 8], "1") | change)
     with pytest.raises(SamplerError, match=said):
         run(lambda sampler: sampler.generate(request()), server)
 
 
 @pytest.mark.parametrize("failure", [503, 500, "drop"])
-def test_a_turn_without_an_answer_is_asked_for_again(failure) -> None:
+def test_a_turn_without_an_answer_is_asked_for_again(failure: int | str) -> None:
     server = FakeVllm(served([7]), failures={GENERATE: [failure, failure]})
     assert run(lambda sampler: sampler.generate(request()), server).token_ids_T.tolist() == [7]
     assert server.counts[GENERATE] == 3
@@ -231,7 +234,7 @@ def test_a_turn_beyond_the_context_is_refused_before_it_is_sent() -> None:
         (FakeVllm(failures={"/version": [404]}), "answered 404"),
     ],
 )
-def test_a_server_that_cannot_serve_the_policy_is_refused(server, said) -> None:
+def test_a_server_that_cannot_serve_the_policy_is_refused(server: FakeVllm, said: str) -> None:
     with pytest.raises(SamplerError, match=said):
         run(lambda sampler: sampler.connect(PROBE), server, published=False)
 

@@ -101,7 +101,7 @@ def test_a_sampler_that_is_closed_amid_a_publish_waits_for_the_writing() -> None
     "error",
     [WeightError("norm holds values that are not finite"), OSError(28, "No space left on device")],
 )
-def test_weights_that_cannot_be_written_are_the_samplers_failure(error) -> None:
+def test_weights_that_cannot_be_written_are_the_samplers_failure(error: Exception) -> None:
     class Broken(Written):
         def write(self, version: int, root: Path) -> Path:
             raise error

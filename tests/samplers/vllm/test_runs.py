@@ -31,7 +31,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     yield from started_server(tmp_path_factory.mktemp("vllm"))
 
 
-def test_a_run_with_a_server_that_is_there(server, tmp_path, monkeypatch) -> None:
+def test_a_run_with_a_server_that_is_there(
+    server: VllmServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The main job, by URL: versions, the check after each publish, and the trained ids on file."""
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     run = config(urls=(server.url,), python=None)
@@ -69,14 +71,20 @@ class TestEvaluation:
         return evaluate(["--config", str(file), *options, *more])
 
     @pytest.mark.parametrize("rank", [0, 2])
-    def test_the_server_is_checked_first(self, server, tmp_path, monkeypatch, rank) -> None:
+    def test_the_server_is_checked_first(
+        self, server: VllmServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+    ) -> None:
         """A config of adapters included: what is evaluated are whole weights."""
         assert self.call(server.url, tmp_path, monkeypatch, "--set", f"lora.rank={rank}") == 0
         line = json.loads((tmp_path / "eval" / "metrics.jsonl").read_text())
         assert line["eval/tasks"] == 2 and 0 < line["check/mismatch_mean"] < BOUND
 
     def test_a_server_of_other_weights_is_not_evaluated(
-        self, server, tmp_path, monkeypatch, capsys
+        self,
+        server: VllmServer,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
         assert self.call(server.url, tmp_path, monkeypatch, "--set", "vllm.max_mismatch=1e-9") == 1
         assert (
@@ -86,7 +94,9 @@ class TestEvaluation:
         assert not (tmp_path / "eval" / "metrics.jsonl").exists()
 
 
-def test_a_run_with_rollouts_ahead(server, tmp_path, monkeypatch) -> None:
+def test_a_run_with_rollouts_ahead(
+    server: VllmServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Turns are in flight at publishes: each batch is within the bound, and what is served is the trainer's policy all the same."""
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     run, base = config(urls=(server.url,), python=None), vllm_cpu()
@@ -120,24 +130,28 @@ class TestBadInput:
         )
         return capsys.readouterr().err
 
-    def test_a_model_folder_that_is_not_there(self, capsys, tmp_path) -> None:
+    def test_a_model_folder_that_is_not_there(
+        self, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
         assert "model.source 'nowhere': no folder nowhere" in self.error(
             capsys, tmp_path, "model.source=nowhere"
         )
 
-    def test_an_interpreter_without_vllm(self, tmp_path) -> None:
+    def test_an_interpreter_without_vllm(self, tmp_path: Path) -> None:
         with pytest.raises(
             ConfigError, match=r"sampler 'vllm': .* has no vLLM: vllm.python names the interpreter"
         ):
             train(config(python=sys.executable), tmp_path / "run")
 
-    def test_nobody_at_the_url(self, tmp_path) -> None:
+    def test_nobody_at_the_url(self, tmp_path: Path) -> None:
         with pytest.raises(
             ConfigError, match=r"sampler 'vllm': http://127.0.0.1:9/version cannot be reached"
         ):
             train(config(urls=("http://127.0.0.1:9",)), tmp_path / "run")
 
-    def test_another_key(self, server, tmp_path, monkeypatch) -> None:
+    def test_another_key(
+        self, server: VllmServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setenv("VLLM_API_KEY", "another")
         with pytest.raises(
             ConfigError,
@@ -145,7 +159,9 @@ class TestBadInput:
         ):
             train(config(urls=(server.url,)), tmp_path / "run")
 
-    def test_a_server_with_too_little_context(self, server, tmp_path, monkeypatch) -> None:
+    def test_a_server_with_too_little_context(
+        self, server: VllmServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setenv("VLLM_API_KEY", KEY)
         run = config(urls=(server.url,))
         run = dataclasses.replace(
@@ -157,7 +173,7 @@ class TestBadInput:
             train(run, tmp_path / "run")
 
     @pytest.mark.slow
-    def test_a_model_that_the_server_does_not_know(self, tmp_path) -> None:
+    def test_a_model_that_the_server_does_not_know(self, tmp_path: Path) -> None:
         folder = shutil.copytree(POLICY.folder, tmp_path / "model")
         json_config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(
@@ -173,7 +189,9 @@ class TestBadInput:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_server_started_by_hand_serves_and_dies_with_whoever_started_it(tmp_path, how) -> None:
+def test_a_server_started_by_hand_serves_and_dies_with_whoever_started_it(
+    tmp_path: Path, how: signal.Signals
+) -> None:
     log = tmp_path / "vllm.log"
     command = [
         sys.executable,

@@ -136,7 +136,7 @@ def logprobs(params: Params, r: SamplingRequest, generation: Generation) -> np.n
 
 
 class TestEndsOfTurns:
-    def test_a_turn_ends_at_its_end_token_which_is_kept(self, client) -> None:
+    def test_a_turn_ends_at_its_end_token_which_is_kept(self, client: Client) -> None:
         [generation] = client(
             lambda sampler: asyncio.gather(
                 sampler.generate(request(temperature=0.0, max_tokens=200))
@@ -146,13 +146,13 @@ class TestEndsOfTurns:
         assert generation.token_ids_T[-1] in POLICY.chat.eos_ids
         assert not set(generation.token_ids_T[:-1].tolist()) & set(POLICY.chat.eos_ids)
 
-    def test_a_turn_is_cut_at_its_length(self, client) -> None:
+    def test_a_turn_is_cut_at_its_length(self, client: Client) -> None:
         generation = client(
             lambda sampler: sampler.generate(request(temperature=0.0, max_tokens=5))
         )
         assert (generation.finish_reason, len(generation.token_ids_T)) == (FinishReason.LENGTH, 5)
 
-    def test_a_stop_string_ends_a_turn_at_the_token_that_completes_it(self, client) -> None:
+    def test_a_stop_string_ends_a_turn_at_the_token_that_completes_it(self, client: Client) -> None:
         free = client(lambda sampler: sampler.generate(request(temperature=0.0, max_tokens=60)))
         text = POLICY.chat.text(free.token_ids_T)
         stops = sorted({text[i : i + 3] for i in range(3, len(text) - 3)}, key=text.index)[:12:3]
@@ -170,7 +170,9 @@ class TestEndsOfTurns:
             assert stopped.finish_reason is FinishReason.STOP
             assert stopped.token_ids_T.tolist() == free.token_ids_T[:end].tolist()
 
-    def test_the_same_seed_gives_the_same_turn_and_another_one_another(self, client) -> None:
+    def test_the_same_seed_gives_the_same_turn_and_another_one_another(
+        self, client: Client
+    ) -> None:
         seeds = (1, 1, 2)
 
         async def body(sampler: VllmSampler) -> list[Generation]:
@@ -181,7 +183,7 @@ class TestEndsOfTurns:
 
     @pytest.mark.parametrize("temperature", [1.0, 0.6])
     def test_log_probabilities_are_of_the_tempered_distribution(
-        self, client, params, temperature
+        self, client: Client, params: Params, temperature: float
     ) -> None:
         r = request(temperature=temperature)
         generation = client(lambda sampler: sampler.generate(r))
@@ -191,7 +193,7 @@ class TestEndsOfTurns:
 class Recording:
     """Passes turns on and keeps them."""
 
-    def __init__(self, sampler: VllmSampler):
+    def __init__(self, sampler: VllmSampler) -> None:
         self._sampler = sampler
         self.turns: dict[str, list[tuple[SamplingRequest, Generation]]] = {}
 
@@ -213,7 +215,9 @@ def with_room_for(run: Config, tokens: int) -> Config:
 @pytest.mark.parametrize(
     "run", [with_room_for(config(), 96), with_room_for(vllm_cpu(), 128)], ids=["warehouse", "bfcl"]
 )
-def test_tokens_in_are_tokens_out_at_every_turn_of_real_episodes(client, run) -> None:
+def test_tokens_in_are_tokens_out_at_every_turn_of_real_episodes(
+    client: Client, run: Config
+) -> None:
     async def body(sampler: VllmSampler) -> tuple[RolloutResult, Recording]:
         recording = Recording(sampler)
         rollout = setup.build_rollout(run, POLICY, recording, SamplingParams(1.0))
@@ -246,7 +250,7 @@ def test_tokens_in_are_tokens_out_at_every_turn_of_real_episodes(client, run) ->
 
 class TestPublishing:
     def test_what_is_published_is_served_and_going_back_is_bit_identical(
-        self, client, params, other
+        self, client: Client, params: Params, other: Params
     ) -> None:
         r = request(temperature=0.0, max_tokens=24)
 
@@ -270,7 +274,9 @@ class TestPublishing:
         np.testing.assert_array_equal(first.token_ids_T, back.token_ids_T)
         np.testing.assert_array_equal(first.logprobs_T, back.logprobs_T)
 
-    def test_turns_in_flight_go_on_under_the_new_weights(self, client, params, other) -> None:
+    def test_turns_in_flight_go_on_under_the_new_weights(
+        self, client: Client, params: Params, other: Params
+    ) -> None:
         client.eos = ()
         # Of different lengths: all that run at once would end at once, and the publish could fall between two turns.
         requests = [request(max_tokens=400 - 5 * seed, seed=seed) for seed in range(32)]
@@ -311,7 +317,7 @@ class TestPublishing:
                 assert differences_T[versions_T == version].mean() < 2 * BOUND
 
     def test_weights_of_another_model_are_refused_and_the_old_ones_serve(
-        self, client, params
+        self, client: Client, params: Params
     ) -> None:
         short = dataclasses.replace(POLICY.config, layers=2)
         cut = {**params, "layers": jax.tree.map(lambda leaf: leaf[:2], params["layers"])}
@@ -336,7 +342,12 @@ class TestAgreement:
         return AgreementCheck(update, prompt(), 1.0, BOUND), update
 
     def test_it_passes_the_served_weights_and_stops_on_others(
-        self, server, tmp_path, params, other, check
+        self,
+        server: VllmServer,
+        tmp_path: Path,
+        params: Params,
+        other: Params,
+        check: tuple[AgreementCheck, Any],
     ) -> None:
         agreement, update = check
         mine, wrong = (update.init(tree).params for tree in (params, other))
@@ -365,7 +376,7 @@ class TestAgreement:
             loop.call(sampler.close())
             versions.close()
 
-    def test_another_tokenizer(self, server, client) -> None:
+    def test_another_tokenizer(self, server: VllmServer, client: Client) -> None:
         probe = TokenizerProbe("hello", (1, 2, 3))
         with pytest.raises(
             SamplerError, match="has another tokenizer than the trainer: of 'hello' it makes"

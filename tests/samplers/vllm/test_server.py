@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,13 @@ class TestRefusals:
                 f"port {port} of 127.0.0.1 cannot be used (Address already in use): set vllm.port to another, or to 0"
             )
 
-    def test_no_gpu_where_one_is_asked_for(self, monkeypatch) -> None:
+    def test_no_gpu_where_one_is_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", "/nowhere")
         assert "vllm.gpus asks for GPU 3, but no GPU is visible" in self.refused(gpus=(3,))
 
-    def test_fewer_gpus_than_asked_for(self, tmp_path, monkeypatch) -> None:
+    def test_fewer_gpus_than_asked_for(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 0; echo 1\n")
         (tmp_path / "nvidia-smi").chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
@@ -137,7 +140,7 @@ class TestRefusals:
     def test_a_host_that_others_reach_without_a_key(self) -> None:
         assert "set the environment variable VLLM_API_KEY" in self.refused(host="0.0.0.0")
 
-    def test_the_interpreter(self, tmp_path) -> None:
+    def test_the_interpreter(self, tmp_path: Path) -> None:
         assert "/no/python cannot be run (FileNotFoundError" in self.refused(python="/no/python")
         assert "has no vLLM: vllm.python names the interpreter" in self.refused(
             python=self.interpreter(tmp_path, "[{}, []]")
@@ -154,7 +157,7 @@ class TestRefusals:
             in self.refused(python=stale)
         )
 
-    def test_an_interpreter_whose_package_has_other_folders(self, tmp_path) -> None:
+    def test_an_interpreter_whose_package_has_other_folders(self, tmp_path: Path) -> None:
         """As that of an earlier version has: a real interpreter, with as little as it takes."""
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True)
         (packages,) = tmp_path.glob("lib/python3.*/site-packages")
@@ -182,7 +185,7 @@ def gone(pid: int) -> bool:
         return True
 
 
-def wait_until(condition, seconds: float = 60.0) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
@@ -193,7 +196,7 @@ class TestNothingOutlivesTheTrainer:
     """A group with a process that ignores SIGTERM, and one that left the group, under a watchdog whose starter ends."""
 
     @pytest.fixture
-    def family(self, tmp_path):
+    def family(self, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
         """The starter, and the process ids of what it started."""
         pids = tmp_path / "pids"
         command = [sys.executable, "-I", str(WATCHDOG), sys.executable, "-c", STUBBORN, str(pids)]
@@ -215,7 +218,9 @@ class TestNothingOutlivesTheTrainer:
         trainer.wait()
 
     @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-    def test_however_it_ends(self, family, how) -> None:
+    def test_however_it_ends(
+        self, family: tuple[subprocess.Popen[bytes], list[int]], how: signal.Signals
+    ) -> None:
         trainer, started = family
         assert len(started) == 3 and not any(gone(pid) for pid in started)
         trainer.send_signal(how)
@@ -235,16 +240,19 @@ time.sleep(300)
 """
 
 
+Start = Callable[..., tuple["subprocess.Popen[bytes]", Path, list[int]]]
+
+
 class TestSharedMemoryIsGivenBack:
     """What a command's processes leave of it when they are killed, which cannot clean up."""
 
     @pytest.fixture
-    def start(self, tmp_path):
+    def start(self, tmp_path: Path) -> Iterator[Start]:
         """Starts a watchdog over a command that opens a block: the watchdog, the block, and the ids
         of all processes."""
         blocks, watchdogs = [], []
 
-        def started(script: str = SHARING):
+        def started(script: str = SHARING) -> tuple[subprocess.Popen[bytes], Path, list[int]]:
             said = tmp_path / f"said-{len(watchdogs)}"
             command = [sys.executable, "-I", str(WATCHDOG), sys.executable, "-c", script, str(said)]
             watchdogs.append(subprocess.Popen(command, stdin=subprocess.PIPE))
@@ -260,10 +268,10 @@ class TestSharedMemoryIsGivenBack:
         for block in blocks:
             block.unlink(missing_ok=True)
 
-    def notes(self, watchdog) -> Path:
+    def notes(self, watchdog: subprocess.Popen[bytes]) -> Path:
         return Path(f"/dev/shm/jaxgrpo-vllm-{os.getuid()}-{watchdog.pid}")
 
-    def test_by_the_watchdog_when_the_others_were_killed(self, start) -> None:
+    def test_by_the_watchdog_when_the_others_were_killed(self, start: Start) -> None:
         watchdog, block, (process, tracker) = start()
         wait_until(lambda: block.name in self.notes(watchdog).read_text())
         for pid in (tracker, process):
@@ -272,7 +280,7 @@ class TestSharedMemoryIsGivenBack:
         assert not block.exists() and not self.notes(watchdog).exists()
 
     def test_by_the_next_watchdog_when_all_were_killed_and_nothing_else_is_touched(
-        self, start
+        self, start: Start
     ) -> None:
         watchdog, block, (process, tracker) = start()
         wait_until(lambda: block.name in self.notes(watchdog).read_text())
@@ -295,7 +303,7 @@ class TestSharedMemoryIsGivenBack:
         other.close()
         other.unlink()
 
-    def test_notes_of_others_and_links_are_left_alone(self, start, tmp_path) -> None:
+    def test_notes_of_others_and_links_are_left_alone(self, start: Start, tmp_path: Path) -> None:
         _, block, _ = start()
         kept = tmp_path / "kept"
         kept.write_text(json.dumps({block.name: block.stat().st_ino}))
@@ -309,7 +317,7 @@ class TestSharedMemoryIsGivenBack:
 
 
 @pytest.fixture
-def _without_checks(monkeypatch):
+def _without_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_server, "check_plan", lambda plan, key: None)
 
 
@@ -321,7 +329,7 @@ class TestStart:
         path.chmod(0o755)
         return str(path)
 
-    def test_the_last_lines_are_shown_when_it_ends(self, tmp_path) -> None:
+    def test_the_last_lines_are_shown_when_it_ends(self, tmp_path: Path) -> None:
         server = VllmServer(
             plan(python=self.interpreter(tmp_path, "echo loading; echo no such model >&2; exit 3")),
             tmp_path / "vllm.log",
@@ -333,7 +341,7 @@ class TestStart:
             server.wait(60)
         server.close()
 
-    def test_a_deadline_for_the_start_ends_it(self, tmp_path) -> None:
+    def test_a_deadline_for_the_start_ends_it(self, tmp_path: Path) -> None:
         server = VllmServer(
             plan(python=self.interpreter(tmp_path, "echo loading; sleep 300")),
             tmp_path / "vllm.log",
@@ -345,7 +353,7 @@ class TestStart:
             server.wait(1)
         assert gone(server.pid)
 
-    def test_closing_twice(self, tmp_path) -> None:
+    def test_closing_twice(self, tmp_path: Path) -> None:
         server = VllmServer(
             plan(python=self.interpreter(tmp_path, "sleep 300")), tmp_path / "vllm.log"
         )
@@ -355,7 +363,9 @@ class TestStart:
 
 
 class TestKey:
-    def status(self, monkeypatch, key: str | None, path: str, authorization: str | None) -> int:
+    def status(
+        self, monkeypatch: pytest.MonkeyPatch, key: str | None, path: str, authorization: str | None
+    ) -> int:
         """What the guard answers for a request, 200 being the server behind it."""
         if key is None:
             monkeypatch.delenv("VLLM_API_KEY", raising=False)
@@ -363,17 +373,17 @@ class TestKey:
             monkeypatch.setenv("VLLM_API_KEY", key)
         sent = []
 
-        async def app(scope, receive, send):
+        async def app(scope: Any, receive: Any, send: Any) -> None:
             await send({"type": "http.response.start", "status": 200})
 
-        async def send(message):
+        async def send(message: dict[str, Any]) -> None:
             sent.append(message)
 
         headers = [] if authorization is None else [(b"authorization", authorization.encode())]
         asyncio.run(RequireKey(app)({"type": "http", "path": path, "headers": headers}, None, send))
         return sent[0]["status"]
 
-    def test_every_route_but_health_wants_the_key(self, monkeypatch) -> None:
+    def test_every_route_but_health_wants_the_key(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for path in (
             "/update_weights",
             "/pause",
