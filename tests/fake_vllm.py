@@ -1,4 +1,4 @@
-"""A small HTTP server with vLLM's routes, for the tests of the client: it counts, delays, fails and freezes as it is told."""
+"""A small HTTP server with vLLM's routes, which counts, delays, fails and pauses as tests ask."""
 
 import asyncio
 import dataclasses
@@ -29,7 +29,11 @@ def choice(
 
 @dataclasses.dataclass
 class FakeVllm:
-    """`answer` makes the choice of a request from its body; `failures` are statuses, or "drop", to give to a route's next requests."""
+    """A server with vLLM's routes.
+
+    `answer` makes the choice of a request from its body. `failures` are HTTP statuses, or "drop",
+    for the next requests to a route.
+    """
 
     answer: Callable[[Body], Body] = lambda body: choice([7, 8], stop="!")
     delay: float = 0.0
@@ -60,7 +64,7 @@ class FakeVllm:
         self._server.close()
 
     def routes(self) -> list[str]:
-        """What was asked for, in order."""
+        """The requested routes, in order."""
         return [route for route, _ in self.seen]
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

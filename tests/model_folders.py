@@ -1,4 +1,7 @@
-"""Small model folders in Hugging Face layout, written and read without the package's own readers and writers, and how a tool is run."""
+"""Shared by several tests: small model folders in Hugging Face layout, and running a tool.
+
+The folders are written and read without the package's own readers and writers.
+"""
 
 import json
 import re
@@ -42,7 +45,10 @@ def config_of(tied: bool) -> dict:
 
 
 def random_tensors(tied: bool, dtype: str, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random weights, with NaN payloads, a negative zero and a subnormal in the embedding, and biases of nothing but zeros in layer 1."""
+    """Random weights.
+
+    The embedding has NaN payloads, a negative zero and a subnormal. The biases of layer 1 are 0.
+    """
     rng = np.random.default_rng(seed)
     tensors = {}
     for tensor in hf_mapping.hf_tensors(ModelConfig.from_hf(config_of(tied))):
@@ -56,7 +62,10 @@ def random_tensors(tied: bool, dtype: str, seed: int = 0) -> dict[str, np.ndarra
 
 
 def write_safetensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Written out here, so that our reader is not tested by our writer (the library's NumPy side knows no bfloat16)."""
+    """Write a safetensors file without our writer, so that our reader is tested independently.
+
+    The library's NumPy side does not support bfloat16.
+    """
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, t in sorted(tensors.items()):
         header[name] = {
@@ -70,7 +79,10 @@ def write_safetensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def read_safetensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Name -> type, shape, bytes of all files of a folder, with the library, so that our writer is not tested by our reader."""
+    """Read all files of a folder with the library, so that our writer is tested independently.
+
+    Returns name -> type, shape, bytes.
+    """
     found = {}
     for file in folder.glob("*.safetensors"):
         for name, entry in safetensors.deserialize(file.read_bytes()):

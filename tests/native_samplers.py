@@ -1,5 +1,5 @@
-"""Shared by several tests: a small embedded sampler, requests to it, and the plain forward pass that
-its answers are compared with."""
+"""Shared by several tests: a small embedded sampler, requests, and the plain forward pass that the
+answers are compared with."""
 
 import asyncio
 import dataclasses
@@ -21,8 +21,8 @@ T = TypeVar("T")
 
 
 CONFIG = ModelConfig(261, 32, 2, 4, 2, 8, 48, 512, 1e4, 1e-6, True)
-# The weights are large, so that a token depends on the whole context and the distribution is neither
-# flat nor a spike.
+# The weights are large, so that a token depends on the whole context and the distribution is
+# neither flat nor a spike.
 PARAMS = jax.tree.map(
     lambda leaf: leaf * 5 if leaf.ndim > 1 else leaf, init_params(CONFIG, jax.random.key(1))
 )

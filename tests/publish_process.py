@@ -1,4 +1,7 @@
-"""Trainer processes of two devices each that publish the weights of a model folder: MODEL VERSION ROOT and the flags of jaxgrpo.train."""
+"""Trainer processes of two devices each, which publish the weights of a model folder.
+
+Arguments: MODEL VERSION ROOT, and the flags of jaxgrpo.train.
+"""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Shared by several tests: publishing and reading weights of a model whose sizes divide unevenly."""
+"""Shared by several tests: publishing and reading weights whose sizes divide unevenly."""
 
 from pathlib import Path
 

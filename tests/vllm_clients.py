@@ -1,5 +1,4 @@
-"""Shared by several tests: the vLLM sampler with small servers that have vLLM's routes, and requests
-to it."""
+"""Shared by several tests: the vLLM sampler, requests, and small servers with vLLM's routes."""
 
 import asyncio
 import dataclasses

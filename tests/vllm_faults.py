@@ -1,4 +1,7 @@
-"""Loaded into vLLM's workers by the tests (`--worker-extension-cls tests.vllm_faults.Faults`): failures that no message can cause."""
+"""Faults that no message can cause, loaded into vLLM's workers by tests.
+
+vllm ... --worker-extension-cls tests.vllm_faults.Faults
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,11 +14,11 @@ class Faults:
     rank: int
 
     def echo(self, value: str) -> str:
-        """What each worker answers to this very call, unless its answers lag behind."""
+        """Return the value: a worker whose answers lag behind returns something else."""
         return value
 
     def fail_in_next_apply(self, after: int, rank: int = 0) -> None:
-        """The worker `rank` fails when it has been given `after` tensors of the next version."""
+        """Make worker `rank` fail after it was given `after` tensors of the next version."""
         engine = self.weight_transfer_engine
         outgoing = engine._outgoing
 

@@ -1,4 +1,7 @@
-"""A real vLLM server of the tiny model (JAXGRPO_VLLM_PYTHON names its interpreter), and the config of runs with it, for several tests."""
+"""Shared by several tests: a real vLLM server of the tiny model, and a config of runs with it.
+
+JAXGRPO_VLLM_PYTHON names its interpreter.
+"""
 
 import dataclasses
 import os

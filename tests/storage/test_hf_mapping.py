@@ -153,7 +153,8 @@ class TestRefusals:
     def test_misshapen(self) -> None:
         with pytest.raises(
             ValueError,
-            match=r"model\.layers\.0\.mlp\.up_proj\.weight has shape \(4, 6\), config\.json says \(6, 4\)",
+            match=r"model\.layers\.0\.mlp\.up_proj\.weight has shape \(4, 6\),"
+            r" config\.json says \(6, 4\)",
         ):
             hf_mapping.check_shapes(
                 CONFIG, {**SHAPES, "model.layers.0.mlp.up_proj.weight": (4, 6)}, "here"
@@ -192,7 +193,8 @@ class TestRefusals:
         shapes["layers", "attention", "o", "bias"] = (2, 4)
         with pytest.raises(
             ValueError,
-            match=r"missing: norm/scale; .*layers/attention/o/bias; embed/embedding has shape \(6, 4\)",
+            match=r"missing: norm/scale; .*layers/attention/o/bias;"
+            r" embed/embedding has shape \(6, 4\)",
         ):
             hf_mapping.check_leaves(CONFIG, shapes, "here")
 

@@ -197,7 +197,8 @@ class TestUnfinished:
         ]
 
     def test_a_killed_writer_is_recognised(self, tmp_path: Path) -> None:
-        """While it lives its folder is refused; once it is dead the folder is refused as a model, and replaced by the next writer."""
+        """The folder is refused while the writer lives. After its death, the next writer replaces
+        it, and it is refused as a model."""
         with subprocess.Popen(
             [sys.executable, "-c", HOLD, tmp_path / "out"], stdout=subprocess.PIPE, text=True
         ) as process:

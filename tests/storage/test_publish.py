@@ -70,7 +70,7 @@ def test_files_and_blocks_of_any_size_hold_the_same(
 def cuts(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], layers: int, devices: int
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Rows and elements of a file, and of a block, when files may have 2,000 values and blocks 500."""
+    """Rows and elements of a file of at most 2,000 values, and of a block of at most 500."""
     monkeypatch.setattr(weights, "FILE_BYTES", 4000)
     monkeypatch.setattr(weights, "BLOCK_BYTES", 1000)
     layout = LeafLayout(shape, layers > 1, layers, devices)
@@ -211,7 +211,10 @@ def test_a_manifest_contradicts_itself() -> None:
 
 def test_the_readers_modules_import_no_jax() -> None:
     foreign = {"jax", "orbax", "flax", "torch", "tensorstore", "ml_dtypes"}
-    code = f"import sys, jaxgrpo.storage.published_reader; print(sorted({foreign} & sys.modules.keys()))"
+    code = (
+        "import sys, jaxgrpo.storage.published_reader;"
+        f" print(sorted({foreign} & sys.modules.keys()))"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -234,7 +237,10 @@ with ThreadPoolExecutor(1, initializer=_leave_bound_core) as pool:
 def test_the_reader_leaves_a_workers_core_but_not_those_of_its_server() -> None:
     given = sorted(os.sched_getaffinity(0))
     for allowed in (given, given[:1]):
-        start = f"import os, subprocess, sys; os.sched_setaffinity(0, {allowed}); subprocess.run(sys.argv[1:], check=True)"
+        start = (
+            f"import os, subprocess, sys; os.sched_setaffinity(0, {allowed});"
+            " subprocess.run(sys.argv[1:], check=True)"
+        )
         command = [sys.executable, "-c", start, sys.executable, "-c", READING_THREAD, str(given[0])]
         assert (
             json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

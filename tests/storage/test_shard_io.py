@@ -1,4 +1,4 @@
-"""Shards on disk: the logical values without padding, in chunks that no two processes share, read by ranges."""
+"""Shards on disk: logical values without padding, in chunks of one process, read by ranges."""
 
 from pathlib import Path
 

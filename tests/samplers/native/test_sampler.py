@@ -1,4 +1,4 @@
-"""What the embedded sampler generates, against the plain forward: alone and in company, over turns, to the end of a turn."""
+"""The embedded sampler's tokens and log-probabilities, against the plain forward pass."""
 
 import asyncio
 import dataclasses
@@ -126,7 +126,10 @@ def test_a_prompt_is_computed_once_for_its_group() -> None:
 def extensions(
     monkeypatch: pytest.MonkeyPatch, *requests: SamplingRequest
 ) -> tuple[list[tuple[int, int]], Engine, list[ActiveSequence]]:
-    """One step of an engine with a context of 2,048 tokens: rows and width of each extension, the engine, and the sequences."""
+    """Run one step of an engine with a context of 2,048 tokens.
+
+    Returns rows and width of each extension, the engine, and the sequences.
+    """
     made: list[tuple[int, int]] = []
     extend_once = Engine._extend_once
 
@@ -150,7 +153,7 @@ def extensions(
 
 
 def test_a_long_context_takes_several_extensions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """1,100 tokens after the prompt's last one, in pieces of up to 512, give the log-probabilities of the plain forward."""
+    """1,100 tokens after the prompt's last one are computed in pieces of up to 512."""
     long = request(0, tail=np.arange(1100) % 261, max_tokens=6)
     made, engine, [sequence] = extensions(monkeypatch, long)
     assert made == [

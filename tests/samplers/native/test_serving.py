@@ -1,4 +1,4 @@
-"""The embedded sampler at work: publishes, more requests than room, cancellations, failures, refusals."""
+"""The embedded sampler serves: publishing, waiting, cancellation, failures, refusals."""
 
 import asyncio
 import time
@@ -100,7 +100,7 @@ def test_more_requests_than_room_wait_and_finish_and_idle_caches_give_way() -> N
 
 
 def test_running_jobs_give_way_to_earlier_ones_and_finish() -> None:
-    """Three rows of 120 tokens over one prompt begin in a pool of four pages, one page each, and outgrow it."""
+    """Three rows of 120 tokens over one prompt start with one page each and outgrow four pages."""
     requests = [request(2, e, max_tokens=100) for e in range(3)]
 
     async def body(sampler: NativeSampler) -> tuple[list[Generation], int]:
@@ -127,7 +127,10 @@ def sequences_of(serving: Engine, *requests: SamplingRequest) -> list[ActiveSequ
 
 
 def test_the_cache_of_an_idle_episode_gives_way_before_that_of_one_that_waits() -> None:
-    """Four pages: one for the prompt, one each for an episode between its turns and one in its turn. A new one needs two."""
+    """Of four pages the prompt, an idle episode and a running one have one each.
+
+    A new episode needs two.
+    """
     serving = engine(max_rows=8, pages=4)
     idle, running, new = sequences_of(
         serving, request(0, 0, max_tokens=4), request(0, 1), request(0, 2, tail=range(100))

@@ -28,7 +28,8 @@ def test_shapes_are_few_and_follow_lasting_work() -> None:
 
 
 def test_a_rows_cost_by_hand() -> None:
-    # two layers of 32 x 8 x (8 + 4) + 3 x 32 x 48 and a head of 32 x 261, over a query and a key of 4 x 8 in two layers
+    # Two layers of 32 x 8 x (8 + 4) + 3 x 32 x 48, and a head of 32 x 261, over one query and one
+    # key of 4 x 8 in two layers.
     assert row_cost(CONFIG) == (2 * 7680 + 8352) / 128 == 185.25
 
 
@@ -41,7 +42,10 @@ def test_an_extension_of_many_tokens_is_not_padded_with_rows() -> None:
 
 
 def play_batch(book: ShapeBook, rng: np.random.Generator) -> None:
-    """The shapes that 64 episodes of one to three turns ask for, 8 a group: prompts of 350 to 760 tokens, turns of 26 on average."""
+    """The shapes that 64 episodes of one to three turns ask for, in groups of 8.
+
+    Prompts have 350 to 760 tokens, turns 26 on average.
+    """
     prompts = rng.integers(350, 760, 8).tolist()
     own = [0] * 64
     turns = [
@@ -107,8 +111,8 @@ class TestSparing:
         full, tight = Shape(64, 16, 8, 8, 1024, 1024), Shape(4, 16, 1, 4, 1024, 1024)
         assert book.choose("decode", Shape(40, 16, 8, 8, shared=1000, own=100)) == full
         few = Shape(rows=3, tokens=16, groups=1, group_rows=3, shared=900, own=70)
-        # 16 x 64 x (10 + 1024 + 1040) pairs in place of 16 x 4 x (10 + 1024 + 1040) are 1.99 s more,
-        # the second time 3.98 s in all, above the program's 2 s
+        # 16 x 64 x (10 + 1024 + 1040) pairs in place of 16 x 4 x (10 + 1024 + 1040) take 1.99 s
+        # more. The second time that is 3.98 s in all, more than the program's 2 s.
         assert [book.choose("decode", few) for _ in range(3)] == [full, tight, tight]
 
     def test_a_few_rows_that_come_first_make_room_for_all(self) -> None:

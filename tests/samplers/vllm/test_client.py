@@ -1,4 +1,4 @@
-"""The vLLM sampler's client against a small server with vLLM's routes: what it sends, how it maps answers, what it does about failures."""
+"""The vLLM sampler against a small server with vLLM's routes: requests, answers and failures."""
 
 import asyncio
 from pathlib import Path

@@ -1,192 +1,40 @@
-"""The weight-transfer backend inside a real vLLM server, whose interpreter JAXGRPO_VLLM_PYTHON names.
+"""The weight-transfer backend inside a real vLLM server (JAXGRPO_VLLM_PYTHON: its interpreter).
 
-What is compared: log-probabilities of tokens that the server samples, with the trainer's own float32 forward of the published (bfloat16)
-weights, and with themselves, bit by bit, when the same weights come back.
+The log-probabilities of sampled tokens are compared with the trainer's float32 forward pass of the
+published (bfloat16) weights. When the same weights come back, they must be bit-identical.
 """
 
-import asyncio
 import contextlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgrpo.config.settings import VllmSettings
-from jaxgrpo.learner.sharding import make_layout, make_mesh, store
-from jaxgrpo.models.model_config import ModelConfig
-from jaxgrpo.models.numerics import einsum_float32
-from jaxgrpo.models.qwen2 import Params, cast_to, forward, head_table, init_params
+from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.samplers.base import SamplerError
 from jaxgrpo.samplers.vllm.http import Connection
-from jaxgrpo.samplers.vllm.server import ServerPlan, VllmServer
-from jaxgrpo.storage import publish as weights
-from jaxgrpo.storage.pretrained import load_params, load_tokenizer, save_hf
-from tests.byte_chat import byte_tokenizer
+from jaxgrpo.storage.pretrained import load_params, load_tokenizer
+from tests.plugin_serving import BOUND, PYTHON, Serving
 from tests.publish_process import publish_by_processes
-from tests.training import CONFIG_JSON
 from tests.weight_damage import DAMAGES
 
-PYTHON = os.environ.get("JAXGRPO_VLLM_PYTHON", "")
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(not PYTHON, reason="JAXGRPO_VLLM_PYTHON names no interpreter"),
     pytest.mark.timeout(900),
 ]
 
-SIZES = {
-    "hidden_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}  # vLLM's CPU kernels want heads of 32 at least
-PROMPTS = [list(range(5, 45)), list(range(60, 90))]
-BOUND = 0.02
-"""Mean absolute difference of log-probabilities between the server, in bfloat16, and the trainer's forward of the same weights."""
-
-
-class Serving:
-    """A server of a tiny model, and what a test does with it."""
-
-    def __init__(self, folder: Path, tied: bool, *arguments: str, model: Path | None = None):
-        self.folder = folder
-        self.config = ModelConfig.from_folder(model) if model else self._make_model(tied)
-        ours = ("--worker-extension-cls", "tests.vllm_faults.Faults", "--enforce-eager")
-        settings = VllmSettings(
-            python=PYTHON, max_requests=4, cache_bytes=2**26, arguments=(*ours, *arguments)
-        )
-        plan = ServerPlan(settings, model or folder / "model", context_tokens=256)
-        self.server = VllmServer(plan, folder / "vllm.log")
-        self.published = 0
-        self.prompts = PROMPTS
-        self.tokens = 12
-
-    def _make_model(self, tied: bool) -> ModelConfig:
-        json_config = {**CONFIG_JSON, **SIZES, "tie_word_embeddings": tied}
-        self.config = ModelConfig.from_hf(json_config)
-        skeleton = self.folder / "skeleton"
-        skeleton.mkdir()
-        byte_tokenizer().save_pretrained(skeleton)
-        (skeleton / "config.json").write_text(json.dumps(json_config))
-        save_hf(self.params(0), skeleton, self.folder / "model")
-        return self.config
-
-    def params(self, seed: int) -> Params:
-        """Random weights, larger than usual, so that what is served shows in every log-probability."""
-        params = jax.tree.map(np.array, init_params(self.config, jax.random.key(seed)))
-        params["embed"]["embedding"] *= 4
-        for part in params["layers"].values():
-            for weights_of in part.values():
-                if isinstance(weights_of, dict):
-                    weights_of["kernel"] *= 4
-        return params
-
-    def publish(self, params: Params, devices: int = 1) -> Path:
-        """The next version, written but not loaded."""
-        self.published += 1
-        mesh, layout = make_mesh(jax.devices()[:devices]), make_layout(self.config, devices)
-        return weights.publish_weights(
-            store(params, layout, mesh),
-            layout,
-            mesh,
-            self.config,
-            self.published,
-            self.folder / "weights",
-        )
-
-    def talk(self, conversation: Callable[[Connection], Any]) -> Any:
-        async def talked() -> Any:
-            connection = Connection(self.server.url, None, 4)
-            try:
-                return await conversation(connection)
-            finally:
-                await connection.close()
-
-        return asyncio.run(talked())
-
-    def load(self, folder: Path, version: int | None = None) -> None:
-        """What the client does. Raises SamplerError when the server keeps its weights."""
-
-        async def conversation(connection: Connection) -> None:
-            await connection.pause(60)
-            await connection.update_weights(str(folder), version or int(folder.name), 120)
-
-        try:
-            self.talk(conversation)
-        finally:  # over a new connection: after an error vLLM closes the one that it came over
-            self.talk(lambda connection: connection.resume())
-
-    def sampled(self) -> list[dict[str, Any]]:
-        async def conversation(connection: Connection) -> list[dict[str, Any]]:
-            sampling = {
-                "temperature": 1.0,
-                "max_tokens": self.tokens,
-                "logprobs": 0,
-                "seed": 1,
-                "ignore_eos": True,
-            }
-            return [await connection.generate(prompt, sampling, 120) for prompt in self.prompts]
-
-        return self.talk(conversation)
-
-    def answers(self) -> list[tuple[list[int], list[float]]]:
-        """Sampled tokens and their log-probabilities: a function of the weights."""
-        return [
-            (choice["token_ids"], [entry["logprob"] for entry in choice["logprobs"]["content"]])
-            for choice in self.sampled()
-        ]
-
-    def version(self) -> str:
-        return self.talk(lambda connection: connection.weight_version())
-
-    def fail_in_next_apply(self, after: int, rank: int = 0) -> None:
-        body = {"method": "fail_in_next_apply", "kwargs": {"after": after, "rank": rank}}
-        self.talk(lambda connection: connection._call("POST", "/collective_rpc", body))
-
-    def echoes(self) -> list[str]:
-        body = {"method": "echo", "kwargs": {"value": "7"}}
-        return self.talk(lambda connection: connection._call("POST", "/collective_rpc", body))[
-            "results"
-        ]
-
-    def mismatch(
-        self,
-        params: Params,
-        answers: list[tuple[list[int], list[float]]] | None = None,
-        dtype: Any = jnp.float32,
-    ) -> float:
-        """Mean absolute difference between the server's log-probabilities and the trainer's, which computes in `dtype`."""
-        differences = []
-        for prompt, (tokens, logprobs) in zip(self.prompts, answers or self.answers(), strict=True):
-            ids = np.array(prompt + tokens)
-            trainer = trainer_logprobs(self.config, params, ids, dtype)[-len(tokens) :]
-            differences.append(np.abs(trainer - np.array(logprobs)))
-        return float(np.mean(differences))
-
-
-def trainer_logprobs(
-    config: ModelConfig, params: Params, ids_T: np.ndarray, dtype: Any
-) -> np.ndarray:
-    """Of each token after the first, by the weights as they are published; the head is summed in float32, as in an update."""
-    rounded = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.bfloat16), params)
-    hidden_TD = forward(config, rounded, ids_T[None], load=cast_to(dtype))[0]
-    logprobs_TV = jax.nn.log_softmax(
-        einsum_float32("td,vd->tv", hidden_TD, head_table(rounded).astype(dtype))
-    )
-    return np.asarray(logprobs_TV)[np.arange(len(ids_T) - 1), ids_T[1:]]
-
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    head = (
-        "--hf-overrides",
-        '{"head_dtype": "model"}',
-    )  # in bfloat16 vLLM's CPU build has a packed copy of the head, which can be stale
+    # In bfloat16, vLLM's CPU build has a packed copy of the head, which can be stale.
+    head = ("--hf-overrides", '{"head_dtype": "model"}')
     yield from serving(tmp_path_factory.mktemp("tied"), True, *head)
 
 
@@ -243,7 +91,8 @@ def test_new_weights_are_served_and_old_ones_come_back_bit_for_bit(
     )
     after = tied.mismatch(changed)
     print(
-        f"\n{change.__name__}: mismatch {mismatch:.4f}, changed {after:.4f}, of the other weights {tied.mismatch(first):.4f}"
+        f"\n{change.__name__}: mismatch {mismatch:.4f}, changed {after:.4f}, of the other weights"
+        f" {tied.mismatch(first):.4f}"
     )
     assert mismatch < BOUND and after < BOUND and tied.mismatch(first) > 5 * BOUND
     tied.load(tied.publish(first))
@@ -299,7 +148,8 @@ def test_damaged_weights_change_nothing(tied: Serving, name: str) -> None:
     with pytest.raises(SamplerError, match="version 7 is refused: ") as refusal:
         tied.load(named_seven, 7)
     print(
-        f"\n| {name} | {refusal.value} | version {tied.version()}, bit-identical {tied.answers() == before} |"
+        f"\n| {name} | {refusal.value} | version {tied.version()}, bit-identical"
+        f" {tied.answers() == before} |"
     )
     assert tied.answers() == before and tied.version() == version
     tied.load(tied.publish(tied.params(1)))
@@ -331,8 +181,11 @@ TEXTS = (
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL, reason="JAXGRPO_REAL_MODEL names no folder of a real model")
 def test_a_real_model(tmp_path: Path) -> None:
-    """As above, on a model of a useful size. Rounding alone is of the size of the bound there, in any forward in bfloat16: the trainer's is
-    computed in bfloat16 too, as on accelerators."""
+    """The same with a model of a useful size.
+
+    There, rounding alone reaches the bound in any bfloat16 forward pass. The trainer's therefore
+    computes in bfloat16 too, as on accelerators.
+    """
     serving = Serving(tmp_path, True, model=Path(REAL))
     first, tokenizer = load_params(REAL, dtype="float32"), load_tokenizer(REAL)
     serving.prompts, serving.tokens = [tokenizer.encode(text) for text in TEXTS], 32

@@ -1,4 +1,4 @@
-"""The vLLM sampler's client publishes: what it asks of the servers, and what it leaves behind when a publish fails or is cut off."""
+"""Publishing through the vLLM sampler: calls to the servers, and failed or cancelled publishes."""
 
 import asyncio
 import time
@@ -17,9 +17,14 @@ def test_a_publish_freezes_loads_and_goes_on() -> None:
     server = FakeVllm()
     stages = run(lambda sampler: sampler.publish(2, Written()), server)
     assert server.routes() == [
-        "/pause?mode=keep&clear_cache=true", "/start_weight_update", "/update_weights", "/finish_weight_update", "/weight_info", "/resume",
+        "/pause?mode=keep&clear_cache=true",
+        "/start_weight_update",
+        "/update_weights",
+        "/finish_weight_update",
+        "/weight_info",
+        "/resume",
         "/is_paused",
-    ]  # fmt: skip
+    ]
     assert server.seen[2][1] == {"update_info": {"path": "/weights/000002", "version": 2}}
     assert (server.weights, server.paused) == ("2", False)
     assert set(stages) == {"write", "pause", "load", "resume"} and all(

@@ -1,4 +1,4 @@
-"""Whole runs with a real vLLM server: training, evaluation, bad input, the lifetime of a server started by hand."""
+"""Whole runs with a real vLLM server: training, evaluation, bad input, a server started by hand."""
 
 import dataclasses
 import json
@@ -58,7 +58,8 @@ class TestEvaluation:
         monkeypatch.setenv("VLLM_API_KEY", KEY)
         file = tmp_path / "by_url.py"
         file.write_text(
-            f"from tests.vllm_serving import config\n\n\ndef get_config():\n    return config(urls=({url!r},), python=None)\n"
+            "from tests.vllm_serving import config\n\n\ndef get_config():\n"
+            f"    return config(urls=({url!r},), python=None)\n"
         )
         options = (
             "--set",
@@ -97,12 +98,13 @@ class TestEvaluation:
 def test_a_run_with_rollouts_ahead(
     server: VllmServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Turns are in flight at publishes: each batch is within the bound, and what is served is the trainer's policy all the same."""
+    """Turns are in flight while weights are published; every batch stays within the bound."""
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     run, base = config(urls=(server.url,), python=None), vllm_cpu()
     run = dataclasses.replace(
         run,
-        environment=base.environment,  # where it earns rewards: without any, its weights drift wherever rounding leads
+        # Here it earns rewards. Without any, rounding alone would decide how the weights change.
+        environment=base.environment,
         batching=base.batching,
         rollout=dataclasses.replace(base.rollout, tasks_per_step=4, max_completion_tokens=128),
         loss=dataclasses.replace(run.loss, tis_cap=2.0),

@@ -1,6 +1,6 @@
-"""A real vLLM server behind the sampler: ids, ends of turns, publishes, the check of what is served.
+"""The sampler with a real vLLM server: ids, ends of turns, publishes, the agreement check.
 
-Log-probabilities are compared with a float32 forward of the same bfloat16 weights.
+Log-probabilities are compared with a float32 forward pass of the same bfloat16 weights.
 """
 
 import asyncio
@@ -66,7 +66,7 @@ def settings_for(server: VllmServer) -> VllmSettings:
 
 @dataclasses.dataclass
 class Client:
-    """Runs coroutines on a sampler of the server; every client begins with the untouched policy as version 1."""
+    """Runs coroutines on a sampler of the server, always starting with version 1 of the policy."""
 
     server: VllmServer
     folder: Path
@@ -278,7 +278,8 @@ class TestPublishing:
         self, client: Client, params: Params, other: Params
     ) -> None:
         client.eos = ()
-        # Of different lengths: all that run at once would end at once, and the publish could fall between two turns.
+        # The lengths differ, so that the turns do not all end at once, which could let the publish
+        # fall between two turns.
         requests = [request(max_tokens=400 - 5 * seed, seed=seed) for seed in range(32)]
         before = generated_tokens(client.server)
 
@@ -365,12 +366,14 @@ class TestAgreement:
             assert 0 < figures["check/mismatch_mean"] < BOUND
             with pytest.raises(
                 MismatchError,
-                match=r"does not serve the trainer's weights of version 1: .* vllm.max_mismatch allows 0.02",
+                match=r"does not serve the trainer's weights of version 1: .*"
+                r" vllm.max_mismatch allows 0.02",
             ):
                 agreement.run(loop, sampler, wrong, 1)
             with pytest.raises(
                 MismatchError,
-                match=r"after publishing weights of version 2 the sampler answers with version \[1\]",
+                match=r"after publishing weights of version 2 the sampler answers with version"
+                r" \[1\]",
             ):
                 agreement.run(loop, sampler, mine, 2)
             loop.call(sampler.close())
