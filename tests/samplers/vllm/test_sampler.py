@@ -382,6 +382,6 @@ class TestAgreement:
     def test_another_tokenizer(self, server: VllmServer, client: Client) -> None:
         probe = TokenizerProbe("hello", (1, 2, 3))
         with pytest.raises(
-            SamplerError, match="has another tokenizer than the trainer: of 'hello' it makes"
+            SamplerError, match="has another tokenizer than the trainer: it encodes 'hello' as"
         ):
             client(lambda sampler: sampler.connect(probe))
