@@ -137,7 +137,7 @@ def _weight_folder(folder: Path, config: ModelConfig) -> WeightFolder:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """What the line of JSON says."""
-    config = ModelConfig.from_folder(args.model)
+    config = dataclasses.replace(ModelConfig.from_folder(args.model), eos_token_ids=())
     tokenizer = load_tokenizer(args.model)
     rows = max(args.batch)
     prompts = make_prompts(
@@ -155,11 +155,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         sides: dict[str, Sampler] = {}
         for dtype in args.dtype:
             sampler = NativeSampler(
-                dataclasses.replace(config, eos_token_ids=()),
-                params,
-                tokenizer,
-                settings,
-                compute_dtype=jnp.dtype(dtype),
+                config, params, tokenizer, settings, compute_dtype=jnp.dtype(dtype)
             )
             sides[f"embedded {dtype}"] = sampler
             stack.callback(lambda closing=sampler: loop.call(closing.close()))

@@ -50,7 +50,7 @@ def locate(model: str | Path, revision: str | None = None, weights: bool = True)
     if folder.is_dir():
         if revision is not None:
             raise ValueError(
-                f"{folder} is a folder, and folders have no revision: drop the revision"
+                f"{folder} is a folder, and a folder has no revision: drop the revision"
                 f" {revision!r}"
             )
         return folder
