@@ -65,7 +65,7 @@ AXES_CHECKED = {"learner", "models"}
 
 
 @pytest.fixture(autouse=True)
-def axes_are_as_named(request):
+def axes_are_as_named(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.path.parent.name not in AXES_CHECKED:
         yield
         return
