@@ -92,7 +92,7 @@ def test_another_base_other_settings_or_a_run_without_lora_are_refused(
         with pytest.raises(ValueError, match="trained on another base model"):
             read()
     with pytest.raises(
-        ValueError, match=r"of other settings: saved .*'alpha': 4.5.* now .*'alpha': 9"
+        ValueError, match=r"have other settings: saved .*'alpha': 4.5.* now .*'alpha': 9"
     ):
         restored(folder, lora_update(1, dataclasses.replace(LORA, alpha=9.0)), params_of(TINY))
     with pytest.raises(ValueError, match="holds adapters only"):
