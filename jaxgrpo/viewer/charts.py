@@ -72,7 +72,7 @@ def svg(chart: Chart, smoothing: float = 0.0, standalone: bool = False) -> Marku
     return Markup(
         f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" {size}role="img" tabindex="0" '
         f'aria-label="{escape(summary(chart))}" data-chart="{escape(json.dumps(data))}" data-target="{escape(chart.target)}">'
-        f'{style}{"".join(parts)}<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/></svg>'
+        f'{style}{"".join(parts)}<line class="cursor" visibility="hidden" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>'
     )
 
 

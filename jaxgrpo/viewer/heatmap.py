@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from jaxgrpo.viewer.queries import Cell
 
-COLUMNS = 40
+COLUMNS = 30
 """Steps that fit beside each other; more are put together."""
 
 SOLVED = {

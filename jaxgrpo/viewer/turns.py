@@ -198,6 +198,9 @@ def findings(episode: Episode) -> list[Finding]:
             rows.append(Finding(str(each.get("where", "")), str(each.get("actual", "")), str(each.get("expected", ""))))
     for name, note in episode.notes.items():
         for part in note.split("; "):
+            if name.endswith(("missing results", "missing calls")):
+                rows.append(Finding(name, "(missing)", part))
+                continue
             found = _DIFFERENCE.match(part)
             if found and found["where"] != "value":
                 rows.append(Finding(f"{name}: {found['where']}", found["actual"], found["expected"]))

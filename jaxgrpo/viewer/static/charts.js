@@ -23,6 +23,7 @@ function one(svg, tip) {
     const x = left + ((step - low) / (high - low)) * (right - left);
     cursor.setAttribute("x1", x);
     cursor.setAttribute("x2", x);
+    cursor.removeAttribute("visibility");
     const lines = data.curves.map((curve) => [curve, curve.points.find((point) => point[0] === step)]).filter(([, point]) => point);
     tip.textContent = [`step ${step}`, ...lines.map(([curve, point]) => `${shown(point[1], data.unit)}  ${curve.name}`)].join("\n") + (target ? "\nclick: its episodes" : "");
     tip.hidden = false;
@@ -34,8 +35,7 @@ function one(svg, tip) {
   const hide = () => {
     at = null;
     tip.hidden = true;
-    cursor.setAttribute("x1", -9);
-    cursor.setAttribute("x2", -9);
+    cursor.setAttribute("visibility", "hidden");
   };
   const open = () => {
     if (target && at !== null) location.href = target.replaceAll("STEP", at);
