@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from jaxgrpo.viewer import charts, queries, visible
 from jaxgrpo.viewer.failures import KINDS
@@ -15,6 +16,9 @@ from jaxgrpo.viewer.runs import Run
 
 HERE = Path(__file__).parent
 Link = Callable[..., str]
+ASSETS = """<link rel="icon" href="/static/icon.svg" type="image/svg+xml">
+<link rel="stylesheet" href="/static/style.css">
+<script type="module" src="/static/app.js"></script>"""
 
 
 class NotFoundError(Exception):
@@ -24,9 +28,10 @@ class NotFoundError(Exception):
 class Site:
     """The runs that are shown, and how a page is made of a template and what it shows."""
 
-    def __init__(self, runs: Sequence[Run], link: Link | None = None):
+    def __init__(self, runs: Sequence[Run], link: Link | None = None, layout: str = "base.html", assets: str = ASSETS):
         self.runs = runs
         self.link: Link = link or address
+        self.layout, self.assets = layout, Markup(assets)
         self.templates = Environment(
             loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
@@ -58,6 +63,7 @@ class Site:
         with self.opened(*([run] if run else [])) as opened:
             faults = [fault for db in opened for fault in queries.faults(db)]
         common = {"link": self.link, "page": page, "run": run, "runs": self.runs, "faults": faults, "live": self.link is address}
+        common |= {"layout": self.layout, "assets": self.assets}
         return self.templates.get_template(template).render(**common, **shown)
 
 
