@@ -105,6 +105,7 @@ def application(site: Site, watcher: Watcher, hosts: Sequence[str], token: str =
     routes += [Route(f"/{name}", of_all(page)) for name, page in (("overview", pages.overview), ("compare", pages.compare))]
     of_one = {"tasks": pages.tasks, "episodes": pages.episodes, "failures": pages.failures, "episode": one.episode, "task": one.task, "group": one.group}
     routes += [Route(f"/r/{{run}}/{name}", of_run(page)) for name, page in of_one.items()]
+    routes += [Route("/favicon.ico", lambda request: RedirectResponse("/static/icon.svg"))]
     routes += [Route("/r/{run}/raw", raw), Route("/curve.svg", curve), Route("/state", state), Route("/static/{name}", static)]
 
     def failed(request: Request, error: Exception) -> Response:

@@ -16,7 +16,7 @@ function one(svg, tip) {
   const [left, right] = data.box;
   const [low, high] = data.x;
   const cursor = svg.querySelector(".cursor");
-  const target = svg.dataset.target || svg.closest("[data-target]")?.dataset.target;
+  const target = svg.dataset.target || svg.parentElement.closest("[data-target]")?.dataset.target;
   let at = null;
   const show = (step) => {
     at = step;
