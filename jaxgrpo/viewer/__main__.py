@@ -1,7 +1,7 @@
 """See what the agent does, and why its reward moved: `python -m jaxgrpo.viewer RUN [RUN2 ...]`.
 
-Opens the folder of a run, while it goes on or after, as pages in the browser; or with --text in the terminal;
-or writes them with --export.
+Opens the folder of a run, while it goes on or after, as pages in the browser; or with --text in
+the terminal; or writes them with --export.
 """
 
 import argparse
@@ -23,9 +23,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.text:
         missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
         if missing:
-            return _refused(f"the pages need {', '.join(missing)}: pip install 'jaxgrpo[viewer]'; or use --text")
-    if (options.task or options.step is not None or options.against is not None) and not options.text:
-        return _refused("--task, --step and --against belong to --text; in the browser, search for the task")
+            return _refused(
+                f"the pages need {', '.join(missing)}: pip install 'jaxgrpo[viewer]'; or use --text"
+            )
+    if (
+        options.task or options.step is not None or options.against is not None
+    ) and not options.text:
+        return _refused(
+            "--task, --step and --against belong to --text; in the browser, search for the task"
+        )
     try:
         runs = open_runs([Path(path) for path in options.run])
         if options.text:
@@ -38,17 +44,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m jaxgrpo.viewer", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxgrpo.viewer", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("run", nargs="+", metavar="RUN", help="the folder of a run")
-    parser.add_argument("--host", default="127.0.0.1", help="where to listen; elsewhere than on this machine a token is asked for")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="where to listen; elsewhere than on this machine a token is asked for",
+    )
     parser.add_argument("--port", type=int, default=8777, help="0: any that is free")
-    parser.add_argument("--export", metavar="FILE.html|DIR", help="write one self-contained page, or a folder of pages, and end")
-    parser.add_argument("--text", action="store_true", help="show a summary in the terminal and end")
+    parser.add_argument(
+        "--export",
+        metavar="FILE.html|DIR",
+        help="write one self-contained page, or a folder of pages, and end",
+    )
+    parser.add_argument(
+        "--text", action="store_true", help="show a summary in the terminal and end"
+    )
     parser.add_argument("--task", metavar="ID", help="with --text: an episode of this task")
     parser.add_argument("--split", help="with --task: of this split")
     parser.add_argument("--step", type=int, help="with --task: at this step; the last by default")
     parser.add_argument("--sample", type=int, default=0, help="with --task: this sample")
-    parser.add_argument("--against", type=int, metavar="STEP", help="with --task: compared with this step")
+    parser.add_argument(
+        "--against", type=int, metavar="STEP", help="with --task: compared with this step"
+    )
     return parser
 
 
@@ -71,7 +91,8 @@ def _text(runs: Sequence[Run], options: argparse.Namespace) -> int:
             text.summary(run)
         return 0
     try:
-        text.episode(runs[0], options.task, options.split, options.step, options.sample, options.against)
+        steps = [options.step] if options.against is None else [options.against, options.step]
+        text.episode(runs[0], options.task, options.split, steps, options.sample)
     except LookupError as error:
         return _refused(str(error))
     return 0
@@ -91,9 +112,10 @@ def _export(runs: Sequence[Run], to: Path) -> int:
 def _serve(runs: Sequence[Run], host: str, port: int) -> int:
     import uvicorn
 
-    from jaxgrpo.viewer.app import Watcher, application
+    from jaxgrpo.viewer.app import application
     from jaxgrpo.viewer.guard import is_loopback
     from jaxgrpo.viewer.site import Site
+    from jaxgrpo.viewer.watcher import Watcher
 
     local = is_loopback(host)
     try:
@@ -101,8 +123,11 @@ def _serve(runs: Sequence[Run], host: str, port: int) -> int:
         listening = socket.socket(family)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
+        listening.listen(128)  # from here on whoever opens the address waits rather than fails
     except (OSError, OverflowError) as error:
-        return _refused(f"cannot listen on {host}:{port}: {error}; choose another with --port (0: any that is free)")
+        return _refused(
+            f"cannot listen on {host}:{port}: {error}; choose another with --port (0: any that is free)"
+        )
     port = listening.getsockname()[1]
     token = "" if local else secrets.token_urlsafe(24)
     hosts = ("127.0.0.1", "localhost", "::1", host) if local else ()
@@ -114,7 +139,9 @@ def _serve(runs: Sequence[Run], host: str, port: int) -> int:
     print(f"http://{shown}:{port}/{f'?token={token}' if token else ''}", flush=True)
     watcher.start()
     try:
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)).run(sockets=[listening])
+        uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
+        ).run(sockets=[listening])
     finally:
         watcher.stop()
     return 0

@@ -1,4 +1,5 @@
-"""Curves as SVG, drawn on the server: nothing to load, the same on the live page, in the export and in a file. Pure."""
+"""Curves as SVG, drawn on the server: nothing to load, the same on the live page, in the export
+and in a file. Pure."""
 
 import dataclasses
 import json
@@ -11,7 +12,8 @@ WIDTH, HEIGHT = 480, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 28
 MOST_POINTS = 600
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
-"""Of Okabe and Ito (2008): told apart by the colour-blind; on pages the style sheet has them, brighter in the dark."""
+"""Of Okabe and Ito (2008): told apart by the colour-blind; on pages the style sheet has them,
+brighter in the dark."""
 DASHES = ("", "6 3", "2 2", "8 3 2 3")
 
 Points = Sequence[tuple[int, float | None]]
@@ -19,7 +21,8 @@ Points = Sequence[tuple[int, float | None]]
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """One line: a name and its points (step, value); None interrupts it. `band` holds (step, low, high)."""
+    """One line: a name and its points (step, value); None interrupts it. `band` holds (step,
+    low, high)."""
 
     name: str
     points: Points
@@ -28,8 +31,8 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """Curves over one another. `unit` is "%" for shares. A click on a step opens `target` with the step put in
-    for `STEP`."""
+    """Curves over one another. `unit` is "%" for shares. A click on a step opens `target` with
+    the step put in for `STEP`."""
 
     title: str
     curves: Sequence[Curve]
@@ -38,7 +41,8 @@ class Chart:
 
 
 def smoothed(points: Points, weight: float) -> list[tuple[int, float | None]]:
-    """An exponential moving average that starts without bias: each value is a weighted mean of those before it."""
+    """An exponential moving average that starts without bias: each value is a weighted mean of
+    those before it."""
     shown, total, mass = list[tuple[int, float | None]](), 0.0, 0.0
     for step, value in points:
         if value is None:
@@ -53,7 +57,9 @@ def svg(chart: Chart, smoothing: float = 0.0, standalone: bool = False) -> Marku
     """The drawing. `standalone` brings its own colours, for a file of its own."""
     curves = [dataclasses.replace(curve, points=thinned(curve.points)) for curve in chart.curves]
     drawn = [smoothed(curve.points, smoothing) for curve in curves]
-    frame = Frame.around([p for points in drawn for p in points], [b for curve in curves for b in curve.band])
+    frame = Frame.around(
+        [p for points in drawn for p in points], [b for curve in curves for b in curve.band]
+    )
     parts = [frame.axes(chart.unit)]
     for place, (curve, points) in enumerate(zip(curves, drawn, strict=True)):
         if curve.band:
@@ -65,7 +71,10 @@ def svg(chart: Chart, smoothing: float = 0.0, standalone: bool = False) -> Marku
         "unit": chart.unit,
         "x": [frame.low_x, frame.high_x],
         "box": [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM],
-        "curves": [{"name": curve.name, "points": points} for curve, points in zip(curves, drawn, strict=True)],
+        "curves": [
+            {"name": curve.name, "points": points}
+            for curve, points in zip(curves, drawn, strict=True)
+        ],
     }
     style = f"<style>{_STYLE}</style>" if standalone else ""
     size = f'width="{WIDTH * 2}" height="{HEIGHT * 2}" ' if standalone else ""
@@ -83,7 +92,9 @@ def summary(chart: Chart) -> str:
         known = [(step, value) for step, value in curve.points if value is not None]
         if known:
             (first, a), (last, b) = known[0], known[-1]
-            said.append(f"{curve.name}: {shown(a, chart.unit)} at step {first}, {shown(b, chart.unit)} at step {last}")
+            said.append(
+                f"{curve.name}: {shown(a, chart.unit)} at step {first}, {shown(b, chart.unit)} at step {last}"
+            )
     return f"{chart.title}. " + "; ".join(said)
 
 
@@ -99,15 +110,16 @@ def shown(value: float | None, unit: str = "") -> str:
 
 
 def thinned(points: Points) -> Points:
-    """At most `MOST_POINTS` points: of each stretch the lowest and the highest, so that spikes stay."""
+    """At most `MOST_POINTS` points: of each stretch the lowest and the highest, so that spikes
+    stay."""
     if len(points) <= MOST_POINTS:
         return points
     kept = list[tuple[int, float | None]]()
     stretch = math.ceil(len(points) / (MOST_POINTS // 2))
     for start in range(0, len(points), stretch):
         some = points[start : start + stretch]
-        known = [point for point in some if point[1] is not None]
-        ends = {min(known, key=lambda p: p[1]), max(known, key=lambda p: p[1])} if known else {some[0]}  # type: ignore[arg-type, return-value]
+        known = [(value, step) for step, value in some if value is not None]
+        ends = {(s, v) for v, s in (min(known), max(known))} if known else {some[0]}
         kept += sorted(ends)
     return kept
 
@@ -137,7 +149,9 @@ class Frame:
     @classmethod
     def around(cls, points: Points, bands: Sequence[tuple[int, float, float]]) -> "Frame":
         xs = [step for step, _ in points] or [0]
-        ys = [value for _, value in points if value is not None] + [y for _, low, high in bands for y in (low, high)] or [0.0]
+        ys = [value for _, value in points if value is not None] + [
+            y for _, low, high in bands for y in (low, high)
+        ] or [0.0]
         low, high = min(ys), max(ys)
         if 0 <= low < 0.5 * high:
             low = 0.0
@@ -157,10 +171,14 @@ class Frame:
             y = self.y(value)
             label = escape(f"{value * 100:.3g}%" if unit == "%" else shown(value))
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-            parts.append(f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{float(y) + 3.5:.1f}">{label}</text>')
+            parts.append(
+                f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{float(y) + 3.5:.1f}">{label}</text>'
+            )
         for step in ticks(self.low_x, self.high_x, 5):
             if step == int(step):
-                parts.append(f'<text class="tick" text-anchor="middle" x="{self.x(step)}" y="{HEIGHT - 8}">{int(step)}</text>')
+                parts.append(
+                    f'<text class="tick" text-anchor="middle" x="{self.x(step)}" y="{HEIGHT - 8}">{int(step)}</text>'
+                )
         return "".join(parts)
 
     def line(self, points: Points, place: int, kind: str) -> str:
@@ -172,11 +190,16 @@ class Frame:
             path.append(f"{pen}{self.x(step)} {self.y(value)}")
             ends = n + 1 == len(points) or points[n + 1][1] is None
             if pen == "M" and ends:
-                alone.append(f'<circle class="c{place % len(COLOURS)} dot" cx="{self.x(step)}" cy="{self.y(value)}" r="3"/>')
+                alone.append(
+                    f'<circle class="c{place % len(COLOURS)} dot" cx="{self.x(step)}" cy="{self.y(value)}" r="3"/>'
+                )
             pen = "L"
         dash = DASHES[place // len(COLOURS) % len(DASHES)]
         dashed = f' stroke-dasharray="{dash}"' if dash else ""
-        return f'<path class="c{place % len(COLOURS)} {kind}"{dashed} d="{"".join(path)}"/>' + "".join(alone)
+        return (
+            f'<path class="c{place % len(COLOURS)} {kind}"{dashed} d="{"".join(path)}"/>'
+            + "".join(alone)
+        )
 
     def band(self, band: Sequence[tuple[int, float, float]], place: int) -> str:
         if len(band) == 1:
@@ -190,5 +213,8 @@ class Frame:
 _STYLE = (
     "svg{background:#fff;font:11px sans-serif}.grid{stroke:#ddd}.tick{fill:#444}.line{fill:none;stroke-width:2}"
     ".raw{fill:none;stroke-width:1;opacity:.3}.band{stroke:none;opacity:.18}.cursor{display:none}"
-    + "".join(f".c{n}.line,.c{n}.raw{{stroke:{c}}}.c{n}.band,.c{n}.dot{{fill:{c}}}" for n, c in enumerate(COLOURS))
+    + "".join(
+        f".c{n}.line,.c{n}.raw{{stroke:{c}}}.c{n}.band,.c{n}.dot{{fill:{c}}}"
+        for n, c in enumerate(COLOURS)
+    )
 )

@@ -1,4 +1,5 @@
-"""One recorded episode as the viewer shows it: every field has a value, whatever the line lacks or holds wrongly."""
+"""One recorded episode as the viewer shows it: every field has a value, whatever the line lacks
+or holds wrongly."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -37,8 +38,9 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Episode:
-    """A line of a record file. `figures` holds the per-token lists that are there, by their key; a value
-    that is no number is None. `check` is the environment's verdict in parts, where it is recorded."""
+    """A line of a record file. `figures` holds the per-token lists that are there, by their key;
+    a value that is no number is None. `check` is the environment's verdict in parts, where it is
+    recorded."""
 
     task: str
     split: str
@@ -65,8 +67,8 @@ class Episode:
 
     @property
     def opening(self) -> tuple[Message, ...]:
-        """The messages before the policy's first turn. Worked examples belong to it: the policy said the
-        last `turns` messages of role assistant."""
+        """The messages before the policy's first turn. Worked examples belong to it: the policy
+        said the last `turns` messages of role assistant."""
         return self.messages[: self._first_said]
 
     @property
@@ -76,7 +78,9 @@ class Episode:
 
     @property
     def policy_texts(self) -> tuple[str, ...]:
-        return tuple(message.content for message in self.conversation if message.role == "assistant")
+        return tuple(
+            message.content for message in self.conversation if message.role == "assistant"
+        )
 
     @property
     def _first_said(self) -> int:
@@ -98,7 +102,9 @@ def from_line(data: bytes) -> Episode:
 
 def from_fields(fields: Mapping[str, Any]) -> Episode:
     """An episode of the fields that are there."""
-    figures = {key: [number(v) for v in listed(fields.get(key))] for key in PER_TOKEN if key in fields}
+    figures = {
+        key: [number(v) for v in listed(fields.get(key))] for key in PER_TOKEN if key in fields
+    }
     passed = fields.get("passed")
     return Episode(
         task=text(fields.get("task")) or "(no task)",
@@ -110,7 +116,9 @@ def from_fields(fields: Mapping[str, Any]) -> Episode:
         turns=integer(fields.get("turns")),
         reward=number(fields.get("reward")),
         passed=passed if isinstance(passed, bool) else None,
-        parts={text(name): number(part) for name, part in mapping(fields.get("score_parts")).items()},
+        parts={
+            text(name): number(part) for name, part in mapping(fields.get("score_parts")).items()
+        },
         notes={text(name): text(note) for name, note in mapping(fields.get("score_notes")).items()},
         error=text(fields.get("error")),
         messages=tuple(_message(each) for each in listed(fields.get("messages"))),
@@ -136,4 +144,9 @@ def _message(value: object) -> Message:
 def _call(value: object) -> Call:
     fields = mapping(value)
     name = text(fields.get("name")) or "(no name)"
-    return Call(name, text(fields.get("arguments")), text(fields.get("result")), fields.get("ok") is not False)
+    return Call(
+        name,
+        text(fields.get("arguments")),
+        text(fields.get("result")),
+        fields.get("ok") is not False,
+    )

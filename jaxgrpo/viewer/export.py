@@ -1,4 +1,5 @@
-"""Pages that open from disk, without a server: one self-contained file, or a folder of all of a run's pages.
+"""Pages that open from disk, without a server: one self-contained file, or a folder of all of a
+run's pages.
 
 They are the live pages' templates with other links: what is not exported is named without one.
 """
@@ -19,15 +20,17 @@ from jaxgrpo.viewer.runs import Run
 from jaxgrpo.viewer.site import HERE, NotFoundError, Site
 
 GAINED, LOST, EXAMPLES = 8, 4, 2
-"""In one file: tasks gained and lost that are shown before and after, and examples of each kind of failure."""
+"""In one file: tasks gained and lost that are shown before and after, and examples of each kind
+of failure."""
 
 _SCRIPTS = ("keys.js", "charts.js", "tokens.js", "app.js")
 Key = tuple[str, str, tuple[tuple[str, str], ...]]
 
 
 def export(runs: Sequence[Run], to: Path) -> str:
-    """Write `to`: a name that ends in .html is one page, any other a folder. Returns what was written, in a sentence.
-    Raises FileExistsError for a folder that holds something else, and for a file where a folder should be."""
+    """Write `to`: a name that ends in .html is one page, any other a folder. Returns what was
+    written, in a sentence. Raises FileExistsError for a folder that holds something else, and
+    for a file where a folder should be."""
     if to.suffix == ".html":
         if to.is_dir():
             raise FileExistsError(f"{to} is a folder; name a file that ends in .html")
@@ -35,8 +38,12 @@ def export(runs: Sequence[Run], to: Path) -> str:
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_text(text, encoding="utf-8", errors="replace")
         return f"{to}: one page of {len(text) / 1e6:.1f} MB"
-    if to.exists() and (not to.is_dir() or (any(to.iterdir()) and not (to / "overview.html").exists())):
-        raise FileExistsError(f"{to} is there and is no export; name a new folder, or a file that ends in .html")
+    if to.exists() and (
+        not to.is_dir() or (any(to.iterdir()) and not (to / "overview.html").exists())
+    ):
+        raise FileExistsError(
+            f"{to} is there and is no export; name a new folder, or a file that ends in .html"
+        )
     count = Folder(runs, to).write()
     return f"{to / 'overview.html'}: {count:,} pages"
 
@@ -44,7 +51,10 @@ def export(runs: Sequence[Run], to: Path) -> str:
 def script() -> str:
     """All scripts as one, for pages on disk, where browsers load no modules."""
     parts = [(HERE / "static" / name).read_text() for name in _SCRIPTS]
-    joined = "\n".join(re.sub(r"^import .*\n", "", part, flags=re.MULTILINE).replace("export function", "function") for part in parts)
+    joined = "\n".join(
+        re.sub(r"^import .*\n", "", part, flags=re.MULTILINE).replace("export function", "function")
+        for part in parts
+    )
     return f'"use strict";(()=>{{\n{joined}}})();'
 
 
@@ -66,7 +76,11 @@ class Folder:
         self.runs, self.to = runs, to
         assets = '<link rel="stylesheet" href="style.css">\n<script defer src="viewer.js"></script>'
         policy = "default-src 'none'; style-src 'self' file:; script-src 'self' file:; base-uri 'none'; form-action 'none'"
-        self.site = Site(runs, self.link, assets=f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n{assets}')
+        self.site = Site(
+            runs,
+            self.link,
+            assets=f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n{assets}',
+        )
         self.names: dict[Key, str] = {}
         self.waiting: list[Key] = []
 
@@ -78,7 +92,9 @@ class Folder:
         self.link("overview")
         while self.waiting:
             key = self.waiting.pop()
-            (self.to / self.names[key]).write_text(self._page(key), encoding="utf-8", errors="replace")
+            (self.to / self.names[key]).write_text(
+                self._page(key), encoding="utf-8", errors="replace"
+            )
         with self.site.opened() as opened:
             named = [(run.name, db) for run, db in zip(self.runs, opened, strict=True)]
             for shown, chart in curves.headline(named):
@@ -105,7 +121,9 @@ class Folder:
         try:
             return render(self.site, page, name, dict(state))
         except NotFoundError as error:
-            return self.site.render("error.html", "", None, {"title": "Not found", "message": str(error)})
+            return self.site.render(
+                "error.html", "", None, {"title": "Not found", "message": str(error)}
+            )
 
 
 def exported(page: str, state: Mapping[str, object]) -> dict[str, str] | None:
@@ -143,18 +161,24 @@ def _file_name(key: Key) -> str:
     page, run, state = key
     if page in ("overview", "compare"):
         return f"{page}.html"
-    words = re.sub(r"[^A-Za-z0-9]+", "-", "-".join([run, *(value for _, value in state)])).strip("-")[:60]
+    words = re.sub(r"[^A-Za-z0-9]+", "-", "-".join([run, *(value for _, value in state)])).strip(
+        "-"
+    )[:60]
     return f"{page}-{words}-{hashlib.sha256(repr(key).encode('utf-8', 'surrogatepass')).hexdigest()[:8]}.html"
 
 
 def report(runs: Sequence[Run]) -> str:
-    """One page: curves, comparison, tasks, failures, the tasks that changed most before and after, and examples of
-    each kind of failure."""
+    """One page: curves, comparison, tasks, failures, the tasks that changed most before and
+    after, and examples of each kind of failure."""
     anchors: dict[Key, str] = {}
 
     def link(page: str, run: Run | str | None = None, /, **state: object) -> str:
         kept = exported(page, state)
-        key = (page, run.name if isinstance(run, Run) else run or "", tuple(sorted((kept or {}).items())))
+        key = (
+            page,
+            run.name if isinstance(run, Run) else run or "",
+            tuple(sorted((kept or {}).items())),
+        )
         return f"#{anchors[key]}" if kept is not None and key in anchors else ""
 
     chosen = list(_chosen(runs))
@@ -169,8 +193,16 @@ def report(runs: Sequence[Run]) -> str:
         except NotFoundError:
             continue  # it went while the page was written
     contents = [(anchors[key], title) for key, title in chosen if title]
-    return Site(runs, link).templates.get_template("report.html").render(
-        runs=runs, assets=Markup(inlined()), script=Markup(script()), contents=contents, parts=parts
+    return (
+        Site(runs, link)
+        .templates.get_template("report.html")
+        .render(
+            runs=runs,
+            assets=Markup(inlined()),
+            script=Markup(script()),
+            contents=contents,
+            parts=parts,
+        )
     )
 
 
@@ -188,9 +220,15 @@ def _chosen(runs: Sequence[Run]) -> Iterator[tuple[Key, str]]:
         for split in splits:
             yield ("failures", run.name, (("split", split),)), f"Failures{of_run}: {split}"
         for number, task in enumerate(_changed(run)):
-            yield ("task", run.name, (("task", task),)), f"Before and after{of_run}" if number == 0 else ""
+            yield (
+                ("task", run.name, (("task", task),)),
+                f"Before and after{of_run}" if number == 0 else "",
+            )
         for number, state in enumerate(_examples(run)):
-            yield ("episode", run.name, tuple(sorted(state.items()))), f"Examples{of_run}" if number == 0 else ""
+            yield (
+                ("episode", run.name, tuple(sorted(state.items()))),
+                f"Examples{of_run}" if number == 0 else "",
+            )
 
 
 def _evaluations(run: Run) -> bool:
@@ -205,8 +243,13 @@ def _changed(run: Run) -> list[str]:
         several = [split for split, steps in splits.items() if len(steps) > 1]
         if not several:
             return []
-        split = max(several, key=lambda name: (name.startswith("eval-train"), name.startswith("eval")))
-        result = paired(queries.evaluation(db, split, splits[split][0]), queries.evaluation(db, split, splits[split][-1]))
+        split = max(
+            several, key=lambda name: (name.startswith("eval-train"), name.startswith("eval"))
+        )
+        result = paired(
+            queries.evaluation(db, split, splits[split][0]),
+            queries.evaluation(db, split, splits[split][-1]),
+        )
     return [] if result is None else [*result.gained[:GAINED], *result.lost[:LOST]]
 
 

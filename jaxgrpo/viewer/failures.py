@@ -1,6 +1,7 @@
 """Why an episode did not pass, as one kind. Pure: from what is recorded alone.
 
-The first kind that fits is taken, in the order of `KINDS`: what ended the episode comes before what its verdict says.
+The first kind that fits is taken, in the order of `KINDS`: what ended the episode comes before
+what its verdict says.
 """
 
 import json
@@ -33,21 +34,26 @@ KINDS = {
 GIBBERISH_RATIO = 5.0
 """How many times smaller a text packs: ordinary reasoning stays below 4."""
 _LEAST_CHARS = 400
-_PAIRS = (("<reasoning>", "</reasoning>"), ("<tool>", "</tool>"), ("<tool_call>", "</tool_call>"), ("<think>", "</think>"))
+_PAIRS = (
+    ("<reasoning>", "</reasoning>"),
+    ("<tool>", "</tool>"),
+    ("<tool_call>", "</tool_call>"),
+    ("<think>", "</think>"),
+)
 _BODIES = re.compile(r"<(tool|tool_call)>(.*?)</\1>", re.DOTALL)
-_BAD_ARGUMENT = re.compile(r"argument|parameter|invalid|required|type ?error|must be|not found", re.IGNORECASE)
+_BAD_ARGUMENT = re.compile(
+    r"argument|parameter|invalid|required|type ?error|must be|not found", re.IGNORECASE
+)
 
 
 def repetition(texts: Sequence[str]) -> float:
-    """How many times smaller the words of the policy's texts pack (zlib): about 2 for prose, above 5 for a
-    loop. 1 for texts under 400 characters, which say nothing."""
-    most = 1.0
-    for said in texts:
-        if len(said) >= _LEAST_CHARS:
-            data = said[:20_000].encode("utf-8", "surrogatepass")
-            packer = zlib.compressobj(1, wbits=-12, memLevel=2)  # small: setting it up is most of the time
-            most = max(most, len(data) / (len(packer.compress(data)) + len(packer.flush())))
-    return round(most, 2)
+    """How many times smaller the policy's longest text packs (zlib): about 2 for prose, above 5
+    for a loop. 1 for texts under 400 characters, which say nothing."""
+    data = max(texts, key=len, default="")[:20_000].encode("utf-8", "surrogatepass")
+    if len(data) < _LEAST_CHARS:
+        return 1.0
+    packer = zlib.compressobj(1, wbits=-12, memLevel=2)  # small: setting it up is most of the time
+    return round(len(data) / (len(packer.compress(data)) + len(packer.flush())), 2)
 
 
 def failure(episode: Episode, repeated: float) -> str:

@@ -1,4 +1,5 @@
-"""What a person looks for, as it stands in the address: filters of episodes, and how SQLite is asked for them."""
+"""What a person looks for, as it stands in the address: filters of episodes, and how SQLite is
+asked for them."""
 
 import dataclasses
 import re
@@ -54,7 +55,11 @@ class Filter:
     def faults(self) -> list[str]:
         """What was typed where a number or a known kind belongs."""
         numbers = ("step_from", "step_to", "reward_from", "reward_to", "tokens_from")
-        wrong = [f"{name}: {value!r} is no number" for name in numbers if (value := getattr(self, name)) and _number(value) is None]
+        wrong = [
+            f"{name}: {value!r} is no number"
+            for name in numbers
+            if (value := getattr(self, name)) and _number(value) is None
+        ]
         if self.failure and self.failure not in (*KINDS, "any"):
             wrong.append(f"failure: {self.failure!r} is no kind; the kinds are {', '.join(KINDS)}")
         if self.q and not match(self.q):
@@ -69,7 +74,11 @@ class Filter:
             terms.append(term)
             values.extend(given)
 
-        for column, value in (("split", self.split), ("task", self.task), ("stop_reason", self.stop)):
+        for column, value in (
+            ("split", self.split),
+            ("task", self.task),
+            ("stop_reason", self.stop),
+        ):
             if value:
                 add(f"{column} = ?", value)
         for column, value in (("labels", self.label), ("tools", self.tool)):
@@ -97,8 +106,8 @@ class Filter:
 
 
 def match(typed: str) -> str:
-    """What was typed as a query of the full-text index: every word must be there, the last may be a word's
-    beginning; what stands in quotes must be there in one piece.
+    """What was typed as a query of the full-text index: every word must be there, the last may be a
+    word's beginning; what stands in quotes must be there in one piece.
 
     >>> match('get_watchlist "user name" err')
     '"get_watchlist" "user name" "err"*'

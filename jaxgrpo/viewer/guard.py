@@ -1,4 +1,5 @@
-"""Who may see the pages: requests to another host's name, from another site or without the token are refused."""
+"""Who may see the pages: requests to another host's name, from another site or without the token
+are refused."""
 
 import hmac
 import ipaddress
@@ -22,9 +23,9 @@ COOKIE = "jaxgrpo_viewer"
 
 
 class Guard:
-    """Stands before the application. `hosts` are the names by which it may be asked for (a port may follow them);
-    empty: any name, as when it listens to all addresses. `token` must come in the address once, then in a cookie;
-    empty: none is needed."""
+    """Stands before the application. `hosts` are the names by which it may be asked for (a port
+    may follow them); empty: any name, as when it listens to all addresses. `token` must come in
+    the address once, then in a cookie; empty: none is needed."""
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str], token: str = ""):
         self.app, self.hosts, self.token = app, {host.lower() for host in hosts}, token
@@ -47,11 +48,16 @@ class Guard:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         if self.hosts and host_name(host) not in self.hosts:
-            return PlainTextResponse("This address is not the viewer's; open the one that it printed.", 403)
+            return PlainTextResponse(
+                "This address is not the viewer's; open the one that it printed.", 403
+            )
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
             return PlainTextResponse("Requests from other sites are refused.", 403)
-        if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
+        if (
+            headers.get("sec-fetch-site") == "cross-site"
+            and headers.get("sec-fetch-mode") != "navigate"
+        ):
             return PlainTextResponse("Requests from other sites are refused.", 403)
         if scope["method"] not in ("GET", "HEAD"):
             return PlainTextResponse("The viewer only shows.", 405)
@@ -66,9 +72,13 @@ class Guard:
             answer = RedirectResponse(f"{path}?{rest}" if rest else path)
             answer.set_cookie(COOKIE, self.token, httponly=True, samesite="strict")
             return answer
-        if hmac.compare_digest(_cookie(headers.get("cookie", "")).encode("utf-8", "replace"), self.token.encode()):
+        if hmac.compare_digest(
+            _cookie(headers.get("cookie", "")).encode("utf-8", "replace"), self.token.encode()
+        ):
             return None
-        return PlainTextResponse("The token is missing; open the address that the viewer printed.", 403)
+        return PlainTextResponse(
+            "The token is missing; open the address that the viewer printed.", 403
+        )
 
 
 def _cookie(header: str) -> str:

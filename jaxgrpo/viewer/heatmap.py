@@ -15,7 +15,13 @@ SOLVED = {
     "gained": "newly solved",
     "lost": "newly lost",
 }
-SORTS = {"change": "change", "worst": "fell most", "rate": "pass rate", "hardest": "hardest first", "name": "name"}
+SORTS = {
+    "change": "change",
+    "worst": "fell most",
+    "rate": "pass rate",
+    "hardest": "hardest first",
+    "name": "name",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +38,8 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A task: its cells by column (None where it was not played), all its episodes, and by how much its pass rate
-    rose from its first column to its last."""
+    """A task: its cells by column (None where it was not played), all its episodes, and by how
+    much its pass rate rose from its first column to its last."""
 
     task: str
     cells: Sequence[Cell | None]
@@ -50,7 +56,10 @@ def columns(steps: Sequence[int], most: int = COLUMNS) -> list[Column]:
 
 
 def row(task: str, by_step: Mapping[int, Cell], over: Sequence[Column]) -> Row:
-    cells = [_together([cell for step, cell in by_step.items() if column.first <= step <= column.last]) for column in over]
+    cells = [
+        _together([cell for step, cell in by_step.items() if column.first <= step <= column.last])
+        for column in over
+    ]
     known = [cell for cell in cells if cell]
     whole = _together(known) or Cell(0, 0, None)
     change = known[-1].rate - known[0].rate if known else 0.0
@@ -58,8 +67,8 @@ def row(task: str, by_step: Mapping[int, Cell], over: Sequence[Column]) -> Row:
 
 
 def kind(known: Sequence[Cell]) -> str:
-    """Of a task's columns in order: always or never solved; newly solved when the first has none passed and the
-    last has, newly lost the other way round; else sometimes."""
+    """Of a task's columns in order: always or never solved; newly solved when the first has none
+    passed and the last has, newly lost the other way round; else sometimes."""
     if not known or not any(cell.passed for cell in known):
         return "never"
     if all(cell.passed == cell.n for cell in known):

@@ -1,7 +1,8 @@
-"""The index of a run: what can be asked of its episodes without reading them all, in a SQLite file of the user's cache.
+"""The index of a run: what can be asked of its episodes without reading them all, in a SQLite file
+of the user's cache.
 
-It never writes into the run. It grows with it: only files that are new or have changed are read. It can be
-thrown away at any time; the next start builds it again.
+It never writes into the run. It grows with it: only files that are new or have changed are read.
+It can be thrown away at any time; the next start builds it again.
 """
 
 import hashlib
@@ -29,12 +30,14 @@ Progress = Callable[[int, int], None]
 
 
 class Index:
-    """The index of one run folder. `refresh` brings it up to date; `connect` opens it for reading, at the
-    same time too."""
+    """The index of one run folder. `refresh` brings it up to date; `connect` opens it for
+    reading, at the same time too."""
 
     def __init__(self, run: Path, folder: Path | None = None):
         self.run = run
-        name = hashlib.sha256(str(run.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:20]
+        name = hashlib.sha256(str(run.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[
+            :20
+        ]
         self.path = (folder or cache_root() / "viewer") / f"{name}.sqlite"
         self._writing = threading.Lock()
         self.version = 0
@@ -77,13 +80,18 @@ class Index:
         return changed
 
     def _records(self, db: sqlite3.Connection, progress: Progress) -> bool:
-        known = {row[0]: row[1:] for row in db.execute("SELECT name, size, mtime, done, mark, id FROM files")}
+        known = {
+            row[0]: row[1:]
+            for row in db.execute("SELECT name, size, mtime, done, mark, id FROM files")
+        }
         found = record_files(self.run)
         gone = [known[name][4] for name in known.keys() - found.keys()]
         for file in gone:
             self._forget(db, file)
             db.execute("DELETE FROM files WHERE id = ?", (file,))
-        new = [(name, *stat) for name, stat in sorted(found.items()) if known.get(name, ())[:2] != stat]
+        new = [
+            (name, *stat) for name, stat in sorted(found.items()) if known.get(name, ())[:2] != stat
+        ]
         starts = {name: self._start(name, known.get(name)) for name, *_ in new}
         for count, (name, size, mtime, read) in enumerate(self._read(new, starts), 1):
             self._store(db, name, (size, mtime), read, starts[name])
@@ -93,7 +101,8 @@ class Index:
         return bool(new or gone)
 
     def _start(self, name: str, known: tuple | None) -> int:
-        """Where to read on: after what is known of a plain file that has only grown, else at its beginning."""
+        """Where to read on: after what is known of a plain file that has only grown, else at its
+        beginning."""
         if known is None or name.endswith(".gz"):
             return 0
         size, _, done, mark, _ = known
@@ -117,10 +126,16 @@ class Index:
                 waiting[place] = Future()  # its rows are not kept
                 yield name, size, mtime, result
 
-    def _store(self, db: sqlite3.Connection, name: str, stat: tuple[int, int], read: FileRows, start: int) -> None:
+    def _store(
+        self, db: sqlite3.Connection, name: str, stat: tuple[int, int], read: FileRows, start: int
+    ) -> None:
         row = db.execute("SELECT id FROM files WHERE name = ?", (name,)).fetchone()
         if row is None:
-            row = db.execute("INSERT INTO files VALUES (NULL, ?, 0, 0, 0, 0, 0, '')", (name,)).lastrowid,
+            row = (
+                db.execute(
+                    "INSERT INTO files VALUES (NULL, ?, 0, 0, 0, 0, 0, '')", (name,)
+                ).lastrowid,
+            )
         elif start == 0:
             self._forget(db, row[0])
         file = row[0]
@@ -128,8 +143,13 @@ class Index:
         first = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'episodes'").fetchone()
         first = first[0] + 1 if first else 1
         db.executemany(_INSERT, ((file, *r) for r in read.rows))
-        db.executemany("INSERT INTO said (rowid, words) VALUES (?, ?)", enumerate(read.words, first))
-        db.executemany("INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?)", ((k, *v) for k, v in read.tasks.items()))
+        db.executemany(
+            "INSERT INTO said (rowid, words) VALUES (?, ?)", enumerate(read.words, first)
+        )
+        db.executemany(
+            "INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?)",
+            ((k, *v) for k, v in read.tasks.items()),
+        )
         _sum_up(db, touched)
         mark = last_mark(self.run / name, read.done) if not name.endswith(".gz") else 0
         db.execute(
@@ -139,9 +159,11 @@ class Index:
         )
 
     def _forget(self, db: sqlite3.Connection, file: int) -> None:
-        """Leave out the episodes of a file that was replaced or is gone. Their words stay: numbers of rows are
-        never used again, so they find nothing."""
-        touched = set(db.execute("SELECT DISTINCT split, step FROM episodes WHERE file = ?", (file,)))
+        """Leave out the episodes of a file that was replaced or is gone. Their words stay:
+        numbers of rows are never used again, so they find nothing."""
+        touched = set(
+            db.execute("SELECT DISTINCT split, step FROM episodes WHERE file = ?", (file,))
+        )
         db.execute("DELETE FROM episodes WHERE file = ?", (file,))
         _sum_up(db, touched)
 
@@ -157,13 +179,16 @@ class Index:
         values, fault = read_metrics(path)
         db.execute("DELETE FROM metrics")
         db.executemany("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?, ?)", values)
-        db.executemany("INSERT OR REPLACE INTO state VALUES (?, ?)", [("metrics", stamp), ("metrics_fault", fault)])
+        db.executemany(
+            "INSERT OR REPLACE INTO state VALUES (?, ?)",
+            [("metrics", stamp), ("metrics_fault", fault)],
+        )
         return True
 
 
 def record_files(run: Path) -> dict[str, tuple[int, int]]:
-    """The record files of a run, by their path within it: size and time of change. Links that lead out of
-    the folder are left out."""
+    """The record files of a run, by their path within it: size and time of change. Links that
+    lead out of the folder are left out."""
     found: dict[str, tuple[int, int]] = {}
     inside = run.resolve()
     for path in (run / "trajectories").glob("*.jsonl*"):
@@ -179,15 +204,17 @@ def record_files(run: Path) -> dict[str, tuple[int, int]]:
 
 
 def last_mark(path: Path, end: int) -> int:
-    """A checksum of the bytes before `end`, by which a file that grew is told from one that was replaced."""
+    """A checksum of the bytes before `end`, by which a file that grew is told from one that was
+    replaced."""
     with path.open("rb") as file:
         file.seek(max(0, end - 4096))
         return int.from_bytes(hashlib.sha256(file.read(min(end, 4096))).digest()[:6], "big")
 
 
 def read_metrics(path: Path) -> tuple[list[tuple[str, str, int, float | None]], str]:
-    """The numbers of metrics.jsonl as (split of an evaluation or "", key, step, value), and what could not be
-    read. A value that is no number is left out; null, which stands for one that was not finite, is kept."""
+    """The numbers of metrics.jsonl as (split of an evaluation or "", key, step, value), and what
+    could not be read. A value that is no number is left out; null, which stands for one that was
+    not finite, is kept."""
     values, bad = [], 0
     lines = Lines(path)
     for line in lines:
@@ -206,7 +233,9 @@ def read_metrics(path: Path) -> tuple[list[tuple[str, str, int, float | None]], 
             elif isinstance(value, (int, float)) and not isinstance(value, bool):
                 values.append((split, key, integer(step), None))
     fault = f"{bad} lines of metrics.jsonl are not metrics" if bad else ""
-    return values, "; ".join(filter(None, (fault, f"metrics.jsonl: {lines.fault}" if lines.fault else "")))
+    return values, "; ".join(
+        filter(None, (fault, f"metrics.jsonl: {lines.fault}" if lines.fault else ""))
+    )
 
 
 def _sum_up(db: sqlite3.Connection, places: set[tuple[str, int]]) -> None:

@@ -1,7 +1,7 @@
 """What the pages of single episodes show: one episode, one task through the steps, one group."""
 
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxgrpo.viewer import queries, tokens, turns
@@ -29,7 +29,9 @@ def row_at(db: sqlite3.Connection, task: str, place: Place) -> sqlite3.Row:
     split, step, sample = place
     found = queries.episode(db, split, step, task, sample)
     if found is None:
-        raise NotFoundError(f"there is no episode of task {task!r} in {split or '(no split)'} at step {step}, sample {sample}")
+        raise NotFoundError(
+            f"there is no episode of task {task!r} in {split or '(no split)'} at step {step}, sample {sample}"
+        )
     return found
 
 
@@ -104,18 +106,30 @@ def _beside(there: Sequence[int], now: int, way: int) -> int | None:
 
 
 def task(site: Site, run: Run, query: Query) -> str:
-    """Two episodes of one task side by side, and the way through the steps. The left side is the first time that the task
-    was played, the right one the last, unless the address says otherwise."""
+    """Two episodes of one task side by side, and the way through the steps. The left side is the
+    first time that the task was played, the right one the last, unless the address says
+    otherwise."""
     name = query.get("task", "")
     other = site.run(query["a_run"]) if query.get("a_run") else run
     with site.opened(other, run) as (other_db, db):
         histories = queries.history(other_db, name), queries.history(db, name)
         if not histories[1]:
             raise NotFoundError(f"run {run.name!r} has no episode of task {name!r}")
-        right = place_of(query, "b_") if query.get("b_split") else _default(db, name, histories[1], last=True)
-        left = place_of(query, "a_") if query.get("a_split") else _default(other_db, name, histories[0], last=False, like=right[0])
+        right = (
+            place_of(query, "b_")
+            if query.get("b_split")
+            else _default(db, name, histories[1], last=True)
+        )
+        left = (
+            place_of(query, "a_")
+            if query.get("a_split")
+            else _default(other_db, name, histories[0], last=False, like=right[0])
+        )
         rows = row_at(other_db, name, left), row_at(db, name, right)
-        groups = queries.group(other_db, left[0], left[1], name), queries.group(db, right[0], right[1], name)
+        groups = (
+            queries.group(other_db, left[0], left[1], name),
+            queries.group(db, right[0], right[1], name),
+        )
         known = db.execute("SELECT * FROM tasks WHERE task = ?", (name,)).fetchone()
     sides = [_side(each, row) for each, row in zip((other, run), rows, strict=True)]
     pairs = turns.aligned(sides[0]["turns"], sides[1]["turns"])
@@ -135,12 +149,25 @@ def task(site: Site, run: Run, query: Query) -> str:
     return site.render("task.html", "tasks", run, context)
 
 
-def _default(db: sqlite3.Connection, name: str, history: Mapping[str, Mapping[int, Cell]], last: bool, like: str = "") -> Place:
-    """The first or last time that a task was played, and there a sample that shows the usual outcome: failed at first,
-    passed at last, where there is one. Of `like` and its evaluation, if it was played more than once."""
+def _default(
+    db: sqlite3.Connection,
+    name: str,
+    history: Mapping[str, Mapping[int, Cell]],
+    last: bool,
+    like: str = "",
+) -> Place:
+    """The first or last time that a task was played, and there a sample that shows the usual
+    outcome: failed at first, passed at last, where there is one. Of `like` and its evaluation,
+    if it was played more than once."""
     if not history:
         raise NotFoundError(f"the other run has no episode of task {name!r}")
-    split = like if like in history and len(history[like]) > 1 else max(history, key=lambda s: (len(history[s]) > 1, s.startswith("eval"), len(history[s])))
+    split = (
+        like
+        if like in history and len(history[like]) > 1
+        else max(
+            history, key=lambda s: (len(history[s]) > 1, s.startswith("eval"), len(history[s]))
+        )
+    )
     step = (max if last else min)(history[split])
     group = queries.group(db, split, step, name)
     wanted = [row["sample"] for row in group if bool(row["passed"]) == last]
@@ -149,17 +176,29 @@ def _default(db: sqlite3.Connection, name: str, history: Mapping[str, Mapping[in
 
 def _side(run: Run, row: sqlite3.Row) -> dict[str, Any]:
     shown = read(run, row)
-    return {"run": run, "row": row, "e": shown, "turns": turns.turns(shown), "findings": turns.findings(shown), "truth": truth_calls(shown.check)}
+    return {
+        "run": run,
+        "row": row,
+        "e": shown,
+        "turns": turns.turns(shown),
+        "findings": turns.findings(shown),
+        "truth": truth_calls(shown.check),
+    }
 
 
 def _state(name: str, other: Run | None, left: Place, right: Place) -> dict[str, Any]:
     state: dict[str, Any] = {"task": name, "a_run": other.name if other else ""}
     for side, place in (("a", left), ("b", right)):
-        state |= {f"{side}_{key}": value for key, value in zip(("split", "step", "sample"), place, strict=True)}
+        state |= {
+            f"{side}_{key}": value
+            for key, value in zip(("split", "step", "sample"), place, strict=True)
+        }
     return state
 
 
-def _moves(history: Mapping[str, Mapping[int, Cell]], place: Place) -> tuple[int | None, int | None]:
+def _moves(
+    history: Mapping[str, Mapping[int, Cell]], place: Place
+) -> tuple[int | None, int | None]:
     steps = sorted(history.get(place[0], {}))
     return _beside(steps, place[1], -1), _beside(steps, place[1], 1)
 
@@ -168,10 +207,17 @@ def _compared(pair: turns.Pair) -> dict[str, Any]:
     """A pair of turns with the texts and calls in parts, those that differ marked."""
     texts = [side.said if side else "" for side in (pair.left, pair.right)]
     both = pair.left is not None and pair.right is not None
-    said = turns.differences(*texts) if both else ([turns.Part(texts[0], False)], [turns.Part(texts[1], False)])
+    said = (
+        turns.differences(*texts)
+        if both
+        else ([turns.Part(texts[0], False)], [turns.Part(texts[1], False)])
+    )
     calls = [list(side.calls) if side else [] for side in (pair.left, pair.right)]
     others = [{call.signature for call in calls[1]}, {call.signature for call in calls[0]}]
-    marked = [[(call, both and call.signature not in other) for call in mine] for mine, other in zip(calls, others, strict=True)]
+    marked = [
+        [(call, both and call.signature not in other) for call in mine]
+        for mine, other in zip(calls, others, strict=True)
+    ]
     return {"pair": pair, "said": said, "calls": marked}
 
 
@@ -181,7 +227,9 @@ def group(site: Site, run: Run, query: Query) -> str:
         rows = queries.group(db, split, step, name)
         steps = sorted(queries.history(db, name).get(split, {}))
     if not rows:
-        raise NotFoundError(f"there is no group of task {name!r} in {split or '(no split)'} at step {step}")
+        raise NotFoundError(
+            f"there is no group of task {name!r} in {split or '(no split)'} at step {step}"
+        )
     members = [read(run, row) for row in rows[:64]]
     root = tree([member.completion_ids for member in members])
     rewards = [row["reward"] for row in rows]
@@ -200,9 +248,11 @@ def group(site: Site, run: Run, query: Query) -> str:
     return site.render("group.html", "group", run, context)
 
 
-def _laid_out(node: Node, members: Sequence[Episode], run: Run, depth: int = 0):
-    """The tree from top to bottom: each node with its depth, its text in stretches that the policy or the environment
-    wrote, and the places of its episodes."""
+def _laid_out(
+    node: Node, members: Sequence[Episode], run: Run, depth: int = 0
+) -> Iterator[dict[str, Any]]:
+    """The tree from top to bottom: each node with its depth, its text in stretches that the
+    policy or the environment wrote, and the places of its episodes."""
     first = members[node.members[0]]
     stretches, place = [], node.start
     while place < node.end:

@@ -1,5 +1,7 @@
-"""What each page of many episodes shows: overview, tasks, search, failures, comparison. Each takes the query of its address."""
+"""What each page of many episodes shows: overview, tasks, search, failures, comparison. Each
+takes the query of its address."""
 
+import sqlite3
 from collections.abc import Mapping
 
 from jaxgrpo.viewer import curves, heatmap, queries
@@ -21,17 +23,35 @@ def overview(site: Site, query: Query) -> str:
     with site.opened() as opened:
         named = [(run.name, db) for run, db in zip(site.runs, opened, strict=True)]
         shown = curves.headline(named)
-        sums = [(run, queries.totals(db), _latest(db)) for run, db in zip(site.runs, opened, strict=True)]
-        others = sorted({key for _, db in named for split, key in queries.metric_keys(db) if not split})
+        sums = [
+            (run, queries.totals(db), _latest(db))
+            for run, db in zip(site.runs, opened, strict=True)
+        ]
+        others = sorted(
+            {key for _, db in named for split, key in queries.metric_keys(db) if not split}
+        )
         more = query.get("metric", "")
         extra = curves.one(named, more) if more in others else None
     return site.render(
-        "overview.html", "overview", None, {"charts": shown, "sums": sums, "smooth": smooth, "smoothing": SMOOTHING, "others": others, "extra": extra}
+        "overview.html",
+        "overview",
+        None,
+        {
+            "charts": shown,
+            "sums": sums,
+            "smooth": smooth,
+            "smoothing": SMOOTHING,
+            "others": others,
+            "extra": extra,
+        },
     )
 
 
-def _latest(db) -> dict[str, float | None]:
-    found = {key: queries.series(db, f"train/{key}") for key in ("reward_mean", "pass_rate", "completion_tokens_mean")}
+def _latest(db: sqlite3.Connection) -> dict[str, float | None]:
+    found = {
+        key: queries.series(db, f"train/{key}")
+        for key in ("reward_mean", "pass_rate", "completion_tokens_mean")
+    }
     return {key: points[-1][1] for key, points in found.items() if points}
 
 
@@ -41,7 +61,9 @@ def tasks(site: Site, run: Run, query: Query) -> str:
         split = _one_of(query.get("split", ""), list(splits))
         over = heatmap.columns(splits.get(split, []))
         known = queries.tasks(db)
-        rows = [heatmap.row(task, by_step, over) for task, by_step in queries.cells(db, split).items()]
+        rows = [
+            heatmap.row(task, by_step, over) for task, by_step in queries.cells(db, split).items()
+        ]
         labels = queries.labels(db)
     counts = {kind: sum(row.kind == kind for row in rows) for kind in heatmap.SOLVED}
     wanted = {key: query.get(key, "") for key in ("q", "label", "solved", "truth", "sort")}
@@ -106,16 +128,28 @@ def failures(site: Site, run: Run, query: Query) -> str:
         splits = queries.splits(db)
         split = _one_of(query.get("split", ""), list(splits))
         by_step = queries.kinds(db, split)
-        totals = {kind: sum(counts.get(kind, 0) for counts in by_step.values()) for kind in ("", *KINDS)}
+        totals = {
+            kind: sum(counts.get(kind, 0) for counts in by_step.values()) for kind in ("", *KINDS)
+        }
         examples = {
-            kind: queries.episodes(db, Filter(split=split, failure=kind), 0, 3).rows for kind in KINDS if totals[kind]
+            kind: queries.episodes(db, Filter(split=split, failure=kind), 0, 3).rows
+            for kind in KINDS
+            if totals[kind]
         }
     present = sorted((kind for kind in KINDS if totals[kind]), key=lambda kind: -totals[kind])
     lines = [
-        Curve(kind.replace("_", " "), [(step, counts.get(kind, 0) / sum(counts.values())) for step, counts in by_step.items()])
+        Curve(
+            kind.replace("_", " "),
+            [
+                (step, counts.get(kind, 0) / sum(counts.values()))
+                for step, counts in by_step.items()
+            ],
+        )
         for kind in present
     ]
-    target = site.link("episodes", run, split=split, failure="any", step_from="STEP", step_to="STEP")
+    target = site.link(
+        "episodes", run, split=split, failure="any", step_from="STEP", step_to="STEP"
+    )
     chart = Chart("Failures, as shares of a step's episodes", lines, "%", target)
     first_last = (min(by_step), max(by_step)) if by_step else (0, 0)
     shown = {
@@ -134,7 +168,8 @@ def failures(site: Site, run: Run, query: Query) -> str:
 
 
 def compare(site: Site, query: Query) -> str:
-    """Two sides, each a run, a split and a step; at first the first and the last evaluation of what there is."""
+    """Two sides, each a run, a split and a step; at first the first and the last evaluation of
+    what there is."""
     sides = {}
     with site.opened() as opened:
         places = {run.name: queries.splits(db) for run, db in zip(site.runs, opened, strict=True)}
@@ -145,22 +180,37 @@ def compare(site: Site, query: Query) -> str:
             db = opened[[run.name for run in site.runs].index(name)]
             found.append(queries.evaluation(db, split, step))
     result = paired(*found)
-    shown = {"a": sides["a"], "b": sides["b"], "places": places, "result": result, "before": found[0], "after": found[1]}
+    shown = {
+        "a": sides["a"],
+        "b": sides["b"],
+        "places": places,
+        "result": result,
+        "before": found[0],
+        "after": found[1],
+    }
     return site.render("compare.html", "compare", None, shown)
 
 
-def _place(site: Site, query: Query, side: str, places: Mapping[str, Mapping[str, list[int]]]) -> tuple[str, str, int]:
-    """A side as run, split and step: as asked for, else the first (a) or last (b) evaluation of held-out tasks."""
+def _place(
+    site: Site, query: Query, side: str, places: Mapping[str, Mapping[str, list[int]]]
+) -> tuple[str, str, int]:
+    """A side as run, split and step: as asked for, else the first (a) or last (b) evaluation of
+    held-out tasks."""
     name = query.get(f"{side}_run", "") or site.runs[0 if side == "a" else -1].name
     if name not in places:
         raise NotFoundError(f"there is no run {name!r}; there are: {', '.join(places)}")
     if not places[name]:
         raise NotFoundError(f"run {name!r} has no episodes to compare yet")
     several = [split for split, steps in places[name].items() if split.startswith("eval")]
-    split = query.get(f"{side}_split", "") or (sorted(several, key=lambda s: "test" not in s) or list(places[name]))[0]
+    split = (
+        query.get(f"{side}_split", "")
+        or (sorted(several, key=lambda s: "test" not in s) or list(places[name]))[0]
+    )
     steps = places[name].get(split)
     if not steps:
-        raise NotFoundError(f"run {name!r} has no split {split!r}; it has: {', '.join(places[name])}")
+        raise NotFoundError(
+            f"run {name!r} has no split {split!r}; it has: {', '.join(places[name])}"
+        )
     step = int(number_of(query.get(f"{side}_step", ""), steps[0 if side == "a" else -1]))
     return name, split, step if step in steps else min(steps, key=lambda s: abs(s - step))
 

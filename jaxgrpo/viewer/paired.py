@@ -1,7 +1,7 @@
 """Two evaluations on the same tasks: is the difference more than chance? Pure.
 
-A task's samples are alike, and the same task is as hard for both sides: so the tasks are compared pairwise,
-each by the difference of its two pass rates.
+A task's samples are alike, and the same task is as hard for both sides: so the tasks are
+compared pairwise, each by the difference of its two pass rates.
 """
 
 import dataclasses
@@ -16,9 +16,10 @@ MOST_STATES = 2_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Paired:
-    """`difference` is the mean over `tasks` of rate B minus rate A; `low` to `high` its 95 % interval (Student's t
-    over tasks; None where fewer than two tasks or none differ), `p` of the exact sign-flip test (None where it would
-    take too long). `gained` and `lost` name the tasks whose rate rose or fell, the greatest change first."""
+    """`difference` is the mean over `tasks` of rate B minus rate A; `low` to `high` its 95 %
+    interval (Student's t over tasks; None where fewer than two tasks or none differ), `p` of the
+    exact sign-flip test (None where it would take too long). `gained` and `lost` name the tasks
+    whose rate rose or fell, the greatest change first."""
 
     tasks: int
     rate_a: float
@@ -55,7 +56,8 @@ def paired(a: Mapping[str, Cell], b: Mapping[str, Cell]) -> Paired | None:
 
 
 def interval(differences: Sequence[float]) -> tuple[float | None, float | None]:
-    """The mean's 95 % interval by Student's t, within [-1, 1]. (None, None) where the spread cannot be told."""
+    """The mean's 95 % interval by Student's t, within [-1, 1]. (None, None) where the spread
+    cannot be told."""
     n = len(differences)
     mean = sum(differences) / n
     squares = sum((d - mean) ** 2 for d in differences)
@@ -66,9 +68,10 @@ def interval(differences: Sequence[float]) -> tuple[float | None, float | None]:
 
 
 def sign_flip(differences: Sequence[Fraction]) -> float | None:
-    """The two-sided p-value of the exact sign-flip (permutation) test: were A and B alike, each task's difference
-    could as well have had the other sign. All sign patterns are counted, by adding up the distribution of the sum
-    task by task (Fisher 1935, "The Design of Experiments", section 21; Pagano and Tritchler 1983, JASA 78:435-440).
+    """The two-sided p-value of the exact sign-flip (permutation) test: were A and B alike, each
+    task's difference could as well have had the other sign. All sign patterns are counted, by
+    adding up the distribution of the sum task by task (Fisher 1935, "The Design of Experiments",
+    section 21; Pagano and Tritchler 1983, JASA 78:435-440).
 
     >>> sign_flip([Fraction(1)] * 5)
     0.0625
@@ -87,12 +90,14 @@ def sign_flip(differences: Sequence[Fraction]) -> float | None:
             for signed in (total - size, total + size):
                 grown[signed] = grown.get(signed, 0.0) + chance / 2
         chances = grown
-    return min(1.0, math.fsum(chance for total, chance in chances.items() if abs(total) >= observed))
+    return min(
+        1.0, math.fsum(chance for total, chance in chances.items() if abs(total) >= observed)
+    )
 
 
 def t_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, by Hill's expansion (1970, Algorithm 396, CACM 13:619-620); 1 and 2 degrees
-    are exact."""
+    """The 97.5 % quantile of Student's t, by Hill's expansion (1970, Algorithm 396, CACM
+    13:619-620); 1 and 2 degrees are exact."""
     p = 0.05
     if freedom == 1:
         return math.cos(p * math.pi / 2) / math.sin(p * math.pi / 2)
@@ -113,5 +118,7 @@ def t_quantile(freedom: int) -> float:
         y = (((((0.4 * y + 6.3) * y + 36) * y + 94.5) / c - y - 3) / b + 1) * x
         y = math.expm1(a * y * y)
     else:
-        y = ((1 / (((n + 6) / (n * y) - 0.089 * d - 0.822) * (n + 2) * 3) + 0.5 / (n + 4)) * y - 1) * (n + 1) / (n + 2) + 1 / y
+        y = (
+            (1 / (((n + 6) / (n * y) - 0.089 * d - 0.822) * (n + 2) * 3) + 0.5 / (n + 4)) * y - 1
+        ) * (n + 1) / (n + 2) + 1 / y
     return math.sqrt(n * y)

@@ -1,4 +1,5 @@
-"""A record file's lines as rows of the index. It is what costs time when indexing, so it can run in a process of its own."""
+"""A record file's lines as rows of the index. It is what costs time when indexing, so it can run
+in a process of its own."""
 
 import dataclasses
 import json
@@ -15,8 +16,8 @@ MOST_WORDS = 200_000
 
 @dataclasses.dataclass(frozen=True)
 class FileRows:
-    """What was read of a file: a row an episode, the words to search by, the tasks met; where reading ended
-    and what could not be read."""
+    """What was read of a file: a row an episode, the words to search by, the tasks met; where
+    reading ended and what could not be read."""
 
     rows: list[tuple[Any, ...]]
     words: list[str]
@@ -26,7 +27,8 @@ class FileRows:
 
 
 def read_rows(path: Path, start: int = 0) -> FileRows:
-    """The rows of a file's lines from `start` on. Lines that are no episodes are counted and left out."""
+    """The rows of a file's lines from `start` on. Lines that are no episodes are counted and
+    left out."""
     rows, words, tasks, faults = [], [], {}, []
     lines = Lines(path, start)
     for number, line in enumerate(lines, 1):
@@ -40,7 +42,9 @@ def read_rows(path: Path, start: int = 0) -> FileRows:
             continue
         episode = from_fields(fields)
         if episode.format != KNOWN_FORMAT:
-            faults.append(f"line {number} has format {episode.format!r}; this viewer knows {KNOWN_FORMAT}")
+            faults.append(
+                f"line {number} has format {episode.format!r}; this viewer knows {KNOWN_FORMAT}"
+            )
         rows.append(_row(line, episode, tokens))
         words.append(searched(episode))
         truth = len(truth_calls(episode.check)) if "ground_truth" in episode.check else None
@@ -52,8 +56,9 @@ def read_rows(path: Path, start: int = 0) -> FileRows:
 
 
 def searched(episode: Episode) -> str:
-    """The text by which an episode is found: what was said from the policy's first turn on, the request, the
-    task's id, errors and notes. The tools' documents are left out: they would find every episode."""
+    """The text by which an episode is found: what was said from the policy's first turn on, the
+    request, the task's id, errors and notes. The tools' documents are left out: they would find
+    every episode."""
     parts = [episode.task, episode.query, *(message.content for message in episode.conversation)]
     if not episode.conversation:  # an older or bare record: the calls are all there is
         parts += [f"{call.name} {call.arguments} {call.result}" for call in episode.calls]

@@ -85,7 +85,8 @@ class Tokens:
 
 
 def open_runs(paths: Sequence[Path], cache: Path | None = None) -> list[Run]:
-    """The runs of these folders. Raises RunError for what is no run folder, naming it and what is missing."""
+    """The runs of these folders. Raises RunError for what is no run folder, naming it and what
+    is missing."""
     runs: list[Run] = []
     for path in paths:
         check(path)
@@ -103,11 +104,15 @@ def check(path: Path) -> None:
     """Raise RunError unless this is a run folder."""
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
-        raise RunError(f"{path} {what}; give the folder of a run, as `--run-dir` of jaxgrpo.train names it")
+        raise RunError(
+            f"{path} {what}; give the folder of a run, as `--run-dir` of jaxgrpo.train names it"
+        )
     if not any((path / name).exists() for name in ("trajectories", "metrics.jsonl")):
         inside = sorted(child for child in path.glob("*/") if (child / "metrics.jsonl").exists())
         hint = f"; did you mean {inside[0]}?" if inside else ""
-        raise RunError(f"{path} is no run folder: it has neither trajectories/ nor metrics.jsonl{hint}")
+        raise RunError(
+            f"{path} is no run folder: it has neither trajectories/ nor metrics.jsonl{hint}"
+        )
 
 
 def _tokenizer_file(run: Path, config: dict[str, Any]) -> Path | None:
@@ -128,7 +133,9 @@ def _in_hub_cache(source: str, revision: object) -> Path | None:
     try:
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(source, "tokenizer.json", revision=revision if isinstance(revision, str) else None)
+        found = try_to_load_from_cache(
+            source, "tokenizer.json", revision=revision if isinstance(revision, str) else None
+        )
     except (ImportError, ValueError):
         return None
     return Path(found) if isinstance(found, str) else None

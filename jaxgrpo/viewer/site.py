@@ -1,4 +1,5 @@
-"""The pages, rendered: the same templates make the live pages and the exported ones; they differ in their links alone."""
+"""The pages, rendered: the same templates make the live pages and the exported ones; they differ
+in their links alone."""
 
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,12 +29,22 @@ class NotFoundError(Exception):
 class Site:
     """The runs that are shown, and how a page is made of a template and what it shows."""
 
-    def __init__(self, runs: Sequence[Run], link: Link | None = None, layout: str = "base.html", assets: str = ASSETS):
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        link: Link | None = None,
+        layout: str = "base.html",
+        assets: str = ASSETS,
+    ):
         self.runs = runs
         self.link: Link = link or address
         self.layout, self.assets = layout, Markup(assets)
         self.templates = Environment(
-            loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+            loader=FileSystemLoader(HERE / "templates"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
         )
         self.templates.filters.update(
             visible=visible.visible,
@@ -50,7 +61,9 @@ class Site:
         for run in self.runs:
             if run.name == name:
                 return run
-        raise NotFoundError(f"there is no run {name!r}; there are: {', '.join(run.name for run in self.runs)}")
+        raise NotFoundError(
+            f"there is no run {name!r}; there are: {', '.join(run.name for run in self.runs)}"
+        )
 
     @contextmanager
     def opened(self, *runs: Run) -> Iterator[list[sqlite3.Connection]]:
@@ -62,16 +75,27 @@ class Site:
         """The page. `page` and `run` say which entry of the navigation is the current one."""
         with self.opened(*([run] if run else [])) as opened:
             faults = [fault for db in opened for fault in queries.faults(db)]
-        common = {"link": self.link, "page": page, "run": run, "runs": self.runs, "faults": faults, "live": self.link is address}
+        common = {
+            "link": self.link,
+            "page": page,
+            "run": run,
+            "runs": self.runs,
+            "faults": faults,
+            "live": self.link is address,
+        }
         common |= {"layout": self.layout, "assets": self.assets}
         return self.templates.get_template(template).render(**common, **shown)
 
 
 def address(page: str, run: Run | str | None = None, /, **state: object) -> str:
-    """The address of a page; `state` is what it shows. The state stands in the query: an id may hold anything."""
+    """The address of a page; `state` is what it shows. The state stands in the query: an id may
+    hold anything."""
     name = run.name if isinstance(run, Run) else run
     path = f"/r/{quote(name, safe='')}/{page}" if name else f"/{page}"
-    query = urlencode({key: str(value) for key, value in state.items() if value not in (None, "")}, errors="replace")
+    query = urlencode(
+        {key: str(value) for key, value in state.items() if value not in (None, "")},
+        errors="replace",
+    )
     return f"{path}?{query}" if query else path
 
 

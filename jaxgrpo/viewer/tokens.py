@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jaxgrpo.viewer.episode import PER_TOKEN, Episode
 
@@ -26,8 +27,8 @@ COLOURS = {
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """A token: its place in the completion, id, text, shade (0 to 8; negative for values below zero of what has
-    two signs), whether it was sampled, and its figures by name."""
+    """A token: its place in the completion, id, text, shade (0 to 8; negative for values below
+    zero of what has two signs), whether it was sampled, and its figures by name."""
 
     place: int
     id: int
@@ -40,7 +41,11 @@ class Token:
 def available(episode: Episode) -> list[str]:
     """What this episode's tokens can be coloured by: what is recorded, and what follows from it."""
     has = episode.figures
-    known = {"mask": bool(episode.sampled), "weight_versions": bool(episode.weight_versions), "advantage": episode.advantage is not None}
+    known = {
+        "mask": bool(episode.sampled),
+        "weight_versions": bool(episode.weight_versions),
+        "advantage": episode.advantage is not None,
+    }
     known |= {key: key in has for key in PER_TOKEN}
     known["gap"] = "train_logprobs" in has and "sampler_logprobs" in has
     known["ratio"] = "train_logprobs" in has and "old_logprobs" in has
@@ -75,11 +80,15 @@ def figures(episode: Episode, place: int) -> dict[str, float | int | None]:
     old, reference = known.get("old_logprobs"), known.get("reference_logprobs")
     known["gap"] = None if train is None or sampler is None else train - sampler
     known["ratio"] = None if train is None or old is None else _exp(train - old)
-    known["kl"] = None if train is None or reference is None else _exp(reference - train) - (reference - train) - 1
+    known["kl"] = (
+        None
+        if train is None or reference is None
+        else _exp(reference - train) - (reference - train) - 1
+    )
     return {key: value for key, value in known.items() if value is not None}
 
 
-def at(values: Sequence, place: int):
+def at(values: Sequence[Any], place: int) -> Any:
     return values[place] if place < len(values) else None
 
 
@@ -88,8 +97,12 @@ def _exp(value: float) -> float:
 
 
 def shades(values: Sequence[float | int | None], by: str) -> list[int]:
-    """A shade for each value: of log-probabilities by the probability, of others by their share of the largest."""
-    return [0 if value is None else shade for value, shade in zip(values, map(_scale(values, by), values), strict=True)]
+    """A shade for each value: of log-probabilities by the probability, of others by their share
+    of the largest."""
+    return [
+        0 if value is None else shade
+        for value, shade in zip(values, map(_scale(values, by), values), strict=True)
+    ]
 
 
 def _scale(values: Sequence[float | int | None], by: str) -> Callable[[float | int | None], int]:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """Tokens `start` to `end` that the episodes of `members` (their places in the group) share; then it parts.
-    A node without branches is where its episodes end."""
+    """Tokens `start` to `end` that the episodes of `members` (their places in the group) share;
+    then it parts. A node without branches is where its episodes end."""
 
     start: int
     end: int
@@ -16,7 +16,8 @@ class Node:
 
 
 def tree(rows: Sequence[Sequence[int]]) -> Node:
-    """The tree of all rows of token ids. Its root may be empty, when the first tokens differ already.
+    """The tree of all rows of token ids. Its root may be empty, when the first tokens differ
+    already.
 
     >>> root = tree([[1, 2, 3], [1, 2, 4], [1, 5]])
     >>> root.end, [branch.members for branch in root.branches]

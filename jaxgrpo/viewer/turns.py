@@ -1,4 +1,5 @@
-"""A conversation laid out: the policy's turns in pieces, the calls of each, two of them beside each other. Pure."""
+"""A conversation laid out: the policy's turns in pieces, the calls of each, two of them beside
+each other. Pure."""
 
 import dataclasses
 import difflib
@@ -24,8 +25,8 @@ class Argument:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A call that the policy wrote: with `made`, what became of it; without, it was not carried out. A text that
-    is no call has `name` "" and stands in `raw`."""
+    """A call that the policy wrote: with `made`, what became of it; without, it was not carried
+    out. A text that is no call has `name` "" and stands in `raw`."""
 
     name: str
     arguments: tuple[Argument, ...] = ()
@@ -41,7 +42,8 @@ class Asked:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of what the policy said: `kind` is "reasoning", "calls" or "text"; `open` marks a tag that was not closed."""
+    """A part of what the policy said: `kind` is "reasoning", "calls" or "text"; `open` marks a
+    tag that was not closed."""
 
     kind: str
     text: str
@@ -64,8 +66,9 @@ class Turn:
 
 
 def turns(episode: Episode) -> list[Turn]:
-    """The turns of an episode, with the calls that the environment saw given to the turns that asked for them, in
-    order and by name. Calls that no turn's text asks for stand in a piece of their own in the last turn."""
+    """The turns of an episode, with the calls that the environment saw given to the turns that
+    asked for them, in order and by name. Calls that no turn's text asks for stand in a piece of
+    their own in the last turn."""
     blocks: list[tuple[str, list[Message]]] = []
     for message in episode.conversation:
         if message.role == "assistant" or not blocks:
@@ -73,7 +76,10 @@ def turns(episode: Episode) -> list[Turn]:
         if message.role != "assistant":
             blocks[-1][1].append(message)
     waiting = list(episode.calls)
-    found = [Turn(n, said, _pieces(said, waiting), tuple(answers)) for n, (said, answers) in enumerate(blocks, 1)]
+    found = [
+        Turn(n, said, _pieces(said, waiting), tuple(answers))
+        for n, (said, answers) in enumerate(blocks, 1)
+    ]
     if waiting:
         left = Piece("calls", "", tuple(from_call(call) for call in waiting))
         last = found.pop() if found else Turn(1, "", (), ())
@@ -129,7 +135,9 @@ def _arguments(given: str) -> tuple[tuple[Argument, ...], str]:
         return (), given
     if not isinstance(value, dict):
         return (), "" if value is None else given
-    return tuple(Argument(name, json.dumps(each, ensure_ascii=False)) for name, each in value.items()), ""
+    return tuple(
+        Argument(name, json.dumps(each, ensure_ascii=False)) for name, each in value.items()
+    ), ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,28 +164,39 @@ def differences(left: str, right: str) -> tuple[list[Part], list[Part]]:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """The turns of one number on both sides; a side that ended before has none. `same` when nothing differs,
-    `same_calls` when the calls and their results do not."""
+    """The turns of one number on both sides; a side that ended before has none. `same` when
+    nothing differs, `same_calls` when the calls and their results do not."""
 
     left: Turn | None
     right: Turn | None
 
     @property
     def same(self) -> bool:
-        return self.left is not None and self.right is not None and (self.left.said, self.left.answers) == (self.right.said, self.right.answers)
+        return (
+            self.left is not None
+            and self.right is not None
+            and (self.left.said, self.left.answers) == (self.right.said, self.right.answers)
+        )
 
     @property
     def same_calls(self) -> bool:
-        return self.left is not None and self.right is not None and self.left.calls == self.right.calls
+        return (
+            self.left is not None and self.right is not None and self.left.calls == self.right.calls
+        )
 
 
 def aligned(left: Sequence[Turn], right: Sequence[Turn]) -> list[Pair]:
     """Both sides' turns by their numbers."""
     longest = max(len(left), len(right))
-    return [Pair(left[n] if n < len(left) else None, right[n] if n < len(right) else None) for n in range(longest)]
+    return [
+        Pair(left[n] if n < len(left) else None, right[n] if n < len(right) else None)
+        for n in range(longest)
+    ]
 
 
-_DIFFERENCE = re.compile(r"^(?P<where>[^:]*): (?P<actual>.*), expected (?P<expected>.*)$", re.DOTALL)
+_DIFFERENCE = re.compile(
+    r"^(?P<where>[^:]*): (?P<actual>.*), expected (?P<expected>.*)$", re.DOTALL
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +214,13 @@ def findings(episode: Episode) -> list[Finding]:
     rows = []
     for each in episode.check.get("differences") or ():
         if isinstance(each, dict):
-            rows.append(Finding(str(each.get("where", "")), str(each.get("actual", "")), str(each.get("expected", ""))))
+            rows.append(
+                Finding(
+                    str(each.get("where", "")),
+                    str(each.get("actual", "")),
+                    str(each.get("expected", "")),
+                )
+            )
     for name, note in episode.notes.items():
         for part in note.split("; "):
             if name.endswith(("missing results", "missing calls")):
@@ -203,7 +228,9 @@ def findings(episode: Episode) -> list[Finding]:
                 continue
             found = _DIFFERENCE.match(part)
             if found and found["where"] != "value":
-                rows.append(Finding(f"{name}: {found['where']}", found["actual"], found["expected"]))
+                rows.append(
+                    Finding(f"{name}: {found['where']}", found["actual"], found["expected"])
+                )
             elif found:
                 rows.append(Finding(name, found["actual"], found["expected"]))
             else:

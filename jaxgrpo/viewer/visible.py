@@ -1,4 +1,5 @@
-"""Text of models and tools for a page or a terminal: as text, with what would hide or act made visible. Pure."""
+"""Text of models and tools for a page or a terminal: as text, with what would hide or act made
+visible. Pure."""
 
 import json
 import re
@@ -18,7 +19,8 @@ _HIDDEN = re.compile(
 
 
 def name_of(char: str) -> str:
-    """How a hidden character is written: the control pictures for the old ones, the code point for others."""
+    """How a hidden character is written: the control pictures for the old ones, the code point
+    for others."""
     code = ord(char)
     if code < 0x20:
         return chr(0x2400 + code)
@@ -27,7 +29,9 @@ def name_of(char: str) -> str:
 
 def plain(text: str) -> str:
     """For a terminal: hidden and control characters by their names."""
-    return _HIDDEN.sub(lambda found: f"<{name_of(found[0])}>" if ord(found[0]) > 0x7F else name_of(found[0]), text)
+    return _HIDDEN.sub(
+        lambda found: f"<{name_of(found[0])}>" if ord(found[0]) > 0x7F else name_of(found[0]), text
+    )
 
 
 def visible(text: str, most: int = MOST_SHOWN) -> Markup:
@@ -37,17 +41,28 @@ def visible(text: str, most: int = MOST_SHOWN) -> Markup:
     for found in _HIDDEN.finditer(shown):
         parts.append(escape(shown[place : found.start()]))
         title = unicodedata.name(found[0], "a control character").lower()
-        parts.append(Markup('<span class="hidden-char" title="{}">{}</span>').format(title, name_of(found[0])))
+        parts.append(
+            Markup('<span class="hidden-char" title="{}">{}</span>').format(
+                title, name_of(found[0])
+            )
+        )
         place = found.end()
     parts.append(escape(shown[place:]))
     if len(text) > most:
-        parts.append(Markup('<span class="cut">… {} more characters; the raw text has them</span>').format(f"{len(text) - most:,}"))
+        parts.append(
+            Markup('<span class="cut">… {} more characters; the raw text has them</span>').format(
+                f"{len(text) - most:,}"
+            )
+        )
     return Markup("").join(parts)
 
 
 def marked(parts: Iterable[Part]) -> Markup:
     """Parts of a compared text; what differs is marked."""
-    shown = [Markup("<mark>{}</mark>").format(visible(part.text)) if part.changed else visible(part.text) for part in parts]
+    shown = [
+        Markup("<mark>{}</mark>").format(visible(part.text)) if part.changed else visible(part.text)
+        for part in parts
+    ]
     return Markup("").join(shown)
 
 

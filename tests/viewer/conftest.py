@@ -2,6 +2,9 @@
 
 import contextlib
 import http.client
+import os
+import re
+import shutil
 import socket
 import threading
 import time
@@ -51,9 +54,10 @@ def serving(folders, cache, token="", every=0.2):
     """The server of these run folders, in a thread."""
     uvicorn = pytest.importorskip("uvicorn")
     pytest.importorskip("starlette")
-    from jaxgrpo.viewer.app import Watcher, application
+    from jaxgrpo.viewer.app import application
     from jaxgrpo.viewer.runs import open_runs
     from jaxgrpo.viewer.site import Site
+    from jaxgrpo.viewer.watcher import Watcher
 
     runs = open_runs(folders, cache)
     watcher = Watcher(runs, every)
@@ -72,3 +76,48 @@ def serving(folders, cache, token="", every=0.2):
         watcher.stop()
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = os.environ.get("JAXGRPO_CHROMIUM") or shutil.which("chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A page on which no script may fail and nothing may be fetched from elsewhere."""
+    context = browser.new_context(viewport={"width": 1440, "height": 900})
+    page = context.new_page()
+    wrong = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on(
+        "console", lambda message: wrong.append(message.text) if message.type == "error" else None
+    )
+    page.on(
+        "request",
+        lambda request: (
+            wrong.append(request.url)
+            if not re.match(r"http://127\.0\.0\.1:|file:|data:", request.url)
+            else None
+        ),
+    )
+    page.set_default_timeout(15_000)
+    yield page
+    context.close()
+    assert wrong == []
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    """Two runs of one demo: the second was cut off after training step 2."""
+    base = tmp_path_factory.mktemp("runs")
+    first, second = write_demo(base / "demo"), write_demo(base / "other")
+    for path in second.glob("trajectories/*000004*"):
+        path.unlink()
+    with serving([first, second], tmp_path_factory.mktemp("cache")) as server:
+        yield server

@@ -2,63 +2,22 @@
 
     python -m pytest -m browser tests/viewer/test_browser.py
 
-The run is tests/viewer/demo.py's; with JAXGRPO_DEMO_RUN naming the folder of a run of configs/cpu_demo.py, that one is opened
-too. JAXGRPO_CHROMIUM names the browser (default: `chromium` on the path, else Playwright's own), JAXGRPO_AXE the file
-axe.min.js of npm's axe-core.
+The run is tests/viewer/demo.py's; with JAXGRPO_DEMO_RUN naming the folder of a run of
+configs/cpu_demo.py, that one is opened too. JAXGRPO_CHROMIUM names the browser (default: `chromium`
+on the path, else Playwright's own).
 """
 
 import os
 import re
-import shutil
 from pathlib import Path
-from urllib.parse import quote
 
 import pytest
 
 from jaxgrpo.records import write_records
-from jaxgrpo.viewer.__main__ import main
 from tests.viewer.conftest import serving
-from tests.viewer.demo import ODD, record, with_content, write_demo
-from tests.viewer.test_server import HOSTILE
+from tests.viewer.demo import ODD, record, write_demo
 
 pytestmark = pytest.mark.browser
-WIDTHS = {"wide": (1440, 900), "laptop": (1024, 768), "phone": (390, 844)}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    path = os.environ.get("JAXGRPO_CHROMIUM") or shutil.which("chromium")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser):
-    """A page on which no script may fail and nothing may be fetched from elsewhere."""
-    context = browser.new_context(viewport={"width": 1440, "height": 900})
-    page = context.new_page()
-    wrong = []
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    page.on("request", lambda request: wrong.append(request.url) if not re.match(r"http://127\.0\.0\.1:|file:|data:", request.url) else None)
-    page.set_default_timeout(15_000)
-    yield page
-    context.close()
-    assert wrong == []
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Two runs of one demo: the second was cut off after training step 2."""
-    base = tmp_path_factory.mktemp("runs")
-    first, second = write_demo(base / "demo"), write_demo(base / "other")
-    for path in second.glob("trajectories/*000004*"):
-        path.unlink()
-    with serving([first, second], tmp_path_factory.mktemp("cache")) as server:
-        yield server
 
 
 def texts(page, selector):
@@ -68,7 +27,11 @@ def texts(page, selector):
 def test_the_overview_shows_values_on_hover_and_opens_a_steps_episodes(page, tmp_path):
     with serving([write_demo(tmp_path / "demo")], tmp_path / "cache") as server:
         page.goto(server.url)
-        assert texts(page, "figcaption h2")[:3] == ["Evaluations", "Reward", "Pass rate in training"]
+        assert texts(page, "figcaption h2")[:3] == [
+            "Evaluations",
+            "Reward",
+            "Pass rate in training",
+        ]
         reward = page.locator("#train-reward_mean svg.chart")
         box = reward.bounding_box()
         page.mouse.move(box["x"] + box["width"] - 16, box["y"] + 40)
@@ -78,8 +41,8 @@ def test_the_overview_shows_values_on_hover_and_opens_a_steps_episodes(page, tmp
         assert texts(page, "[role=status]") == ["16 episodes"]
 
 
-def test_runs_lie_over_one_another_and_are_smoothed(page, server):
-    page.goto(server.url + "/overview")
+def test_runs_lie_over_one_another_and_are_smoothed(page, two_runs):
+    page.goto(two_runs.url + "/overview")
     figure = page.locator("#train-reward_mean")
     assert texts(page, "#train-reward_mean .legend li") == ["demo", "other"]
     assert figure.locator("path.raw").count() == 0
@@ -96,13 +59,21 @@ def test_a_run_that_goes_on_appends_by_itself(page, tmp_path):
     with serving([folder], tmp_path / "cache", every=0.1) as server:
         page.goto(server.url)
         page.wait_for_selector("dd:text-is('64')")
-        write_records(folder / "trajectories" / "train-000006.jsonl.gz", [record("files_1", "train", 6, 0, True)])
+        write_records(
+            folder / "trajectories" / "train-000006.jsonl.gz",
+            [record("files_1", "train", 6, 0, True)],
+        )
         page.wait_for_selector("dd:text-is('65')")
 
 
-def test_the_heat_map_is_filtered_and_opens_before_and_after(page, server):
-    page.goto(server.url + "/r/demo/tasks?split=eval-train")
-    assert texts(page, "tbody th a") == ["files_1", "easy_4", "trading_2", ODD.replace("\u202e", "U+202E")]
+def test_the_heat_map_is_filtered_and_opens_before_and_after(page, two_runs):
+    page.goto(two_runs.url + "/r/demo/tasks?split=eval-train")
+    assert texts(page, "tbody th a") == [
+        "files_1",
+        "easy_4",
+        "trading_2",
+        ODD.replace("\u202e", "U+202E"),
+    ]
     assert texts(page, ".heat tbody tr:first-child .cell") == ["0", "100"]
     page.select_option("select[name=solved]", "lost")
     page.wait_for_url("**solved=lost**")
@@ -119,9 +90,12 @@ def test_the_heat_map_is_filtered_and_opens_before_and_after(page, server):
     assert page.locator("h1").inner_text().startswith("files_1")
 
 
-def test_before_and_after_stand_side_by_side_and_arrows_walk_the_steps(page, server):
-    page.goto(server.url + "/r/demo/task?task=files_1")
-    assert texts(page, ".side .where") == ["eval-train, step 0, sample 0", "eval-train, step 4, sample 0"]
+def test_before_and_after_stand_side_by_side_and_arrows_walk_the_steps(page, two_runs):
+    page.goto(two_runs.url + "/r/demo/task?task=files_1")
+    assert texts(page, ".side .where") == [
+        "eval-train, step 0, sample 0",
+        "eval-train, step 4, sample 0",
+    ]
     assert texts(page, ".side .verdict") == ["✗ failed", "✓ passed"]
     assert texts(page, ".turn >> nth=0 >> .line") == ["differs: ls(zeal=1)", "differs: ls(a=true)"]
     assert page.locator(".call.changed").count() == 2
@@ -143,20 +117,22 @@ def test_before_and_after_stand_side_by_side_and_arrows_walk_the_steps(page, ser
     page.wait_for_url("**a_split=train&a_step=4**")
 
 
-def test_two_runs_stand_side_by_side(page, server):
-    page.goto(server.url + "/r/demo/task?task=files_1")
+def test_two_runs_stand_side_by_side(page, two_runs):
+    page.goto(two_runs.url + "/r/demo/task?task=files_1")
     page.select_option("select[name=a_run]", "other")
     page.wait_for_url("**a_run=other**")
     assert texts(page, ".side h2") == ["Before other", "After demo"]
 
 
-def test_an_episode_is_read_as_turns_and_as_tokens(page, server):
-    page.goto(server.url + "/r/demo/episode?task=files_1&split=eval-train&step=4&sample=1")
+def test_an_episode_is_read_as_turns_and_as_tokens(page, two_runs):
+    page.goto(two_runs.url + "/r/demo/episode?task=files_1&split=eval-train&step=4&sample=1")
     assert texts(page, ".turn .line") == ["ls(a=true)"]
     assert '"files"' in page.locator(".result pre").inner_text()
     page.keyboard.press("t")
     page.wait_for_url("**view=tokens**")
-    assert "".join(page.locator(".tokens .t").all_inner_texts()).startswith("<reasoning>I call ls.</reasoning>")
+    assert "".join(page.locator(".tokens .t").all_inner_texts()).startswith(
+        "<reasoning>I call ls.</reasoning>"
+    )
     first = page.locator(".tokens .t").first
     first.hover()
     readout = page.locator("[data-readout]")
@@ -175,9 +151,11 @@ def test_an_episode_is_read_as_turns_and_as_tokens(page, server):
     page.wait_for_url("**step=0**")
 
 
-def test_ids_are_copied(page, server):
+def test_ids_are_copied(page, two_runs):
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    page.goto(server.url + "/r/demo/episode?task=files_1&split=eval-train&step=4&sample=1&view=tokens")
+    page.goto(
+        two_runs.url + "/r/demo/episode?task=files_1&split=eval-train&step=4&sample=1&view=tokens"
+    )
     page.click("text=Copy ids")
     page.wait_for_selector("text=Copied")
     copied = page.evaluate("navigator.clipboard.readText()")
@@ -185,35 +163,46 @@ def test_ids_are_copied(page, server):
     assert len(copied.split()) == page.locator(".tokens .t").count()
 
 
-def test_where_an_episode_was_cut_off_is_marked(page, server):
-    page.goto(server.url + "/r/demo/episode?task=files_1&split=eval-train&step=0&sample=3&view=tokens")
+def test_where_an_episode_was_cut_off_is_marked(page, two_runs):
+    page.goto(
+        two_runs.url + "/r/demo/episode?task=files_1&split=eval-train&step=0&sample=3&view=tokens"
+    )
     assert page.locator(".truncated").inner_text() == "▮ cut off here"
     assert "its completion tokens ran out" in page.locator("main").inner_text()
 
 
-def test_a_group_parts_where_its_tokens_differ(page, server):
-    page.goto(server.url + "/r/demo/group?task=files_1&split=train&step=2")
+def test_a_group_parts_where_its_tokens_differ(page, two_runs):
+    page.goto(two_runs.url + "/r/demo/group?task=files_1&split=train&step=2")
     assert texts(page, ".tree li:first-child .sample") == ["0✓", "1✗", "2✗", "3✗"]
     assert page.locator(".tree .leaf").count() == 4
     assert page.locator("text=No signal").count() == 0
-    page.goto(server.url + "/r/demo/group?task=easy_4&split=train&step=2")
+    page.goto(two_runs.url + "/r/demo/group?task=easy_4&split=train&step=2")
     assert "all rewards are 1" in page.locator(".warn").inner_text()
     assert page.locator(".tree .leaf").count() == 1
 
 
-def test_failures_open_their_examples(page, server):
-    page.goto(server.url + "/r/demo/failures?split=train")
-    assert texts(page, "tbody >> nth=0 >> th") == ["gibberish", "no call", "malformed json", "wrong arguments", "passed"]
+def test_failures_open_their_examples(page, two_runs):
+    page.goto(two_runs.url + "/r/demo/failures?split=train")
+    assert texts(page, "tbody >> nth=0 >> th") == [
+        "gibberish",
+        "no call",
+        "malformed json",
+        "wrong arguments",
+        "passed",
+    ]
     page.click("tbody th a:text-is('malformed json')")
     assert texts(page, "[role=status]") == ["4 episodes"]
     page.click("tbody tr:first-child a")
     assert "not a call:" in page.locator(".turn").first.inner_text()
 
 
-def test_two_evaluations_are_compared(page, server):
-    page.goto(server.url + "/compare?a_run=demo&b_run=demo")
+def test_two_evaluations_are_compared(page, two_runs):
+    page.goto(two_runs.url + "/compare?a_run=demo&b_run=demo")
     assert texts(page, ".big dd")[:2] == ["43.8 %", "50.0 %"]
-    assert [texts(page, f".beside section >> nth={n} >> td a") for n in (0, 1)] == [["files_1"], [ODD.replace("\u202e", "U+202E")]]
+    assert [texts(page, f".beside section >> nth={n} >> td a") for n in (0, 1)] == [
+        ["files_1"],
+        [ODD.replace("\u202e", "U+202E")],
+    ]
     page.select_option("select[name=a_split]", "train")
     page.wait_for_url("**a_split=train**")
     page.select_option("select[name=b_run]", "other")
@@ -222,8 +211,8 @@ def test_two_evaluations_are_compared(page, server):
     assert page.locator(".side").count() == 2
 
 
-def test_search_filters_and_the_address_hold_the_whole_state(page, server):
-    page.goto(server.url + "/r/demo/episodes")
+def test_search_filters_and_the_address_hold_the_whole_state(page, two_runs):
+    page.goto(two_runs.url + "/r/demo/episodes")
     page.keyboard.press("/")
     page.keyboard.type("zeal")
     page.keyboard.press("Enter")
@@ -248,8 +237,8 @@ def test_search_filters_and_the_address_hold_the_whole_state(page, server):
     assert texts(page, "[role=status]") == ["1 episode"]
 
 
-def test_keys_walk_rows_and_show_help(page, server):
-    page.goto(server.url + "/r/demo/episodes?task=easy_4")
+def test_keys_walk_rows_and_show_help(page, two_runs):
+    page.goto(two_runs.url + "/r/demo/episodes?task=easy_4")
     focused = lambda: page.evaluate("document.activeElement.closest('tr')?.rowIndex")
     for key, row in (("j", 1), ("j", 2), ("k", 1)):
         page.keyboard.press(key)
@@ -260,87 +249,10 @@ def test_keys_walk_rows_and_show_help(page, server):
     assert not page.locator("dialog").is_visible()
 
 
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hostile") / "demo"
-    base = record("files_1", "train", 2, 0, True)
-    names = [text.encode("utf-8", "replace").decode() for text in HOSTILE]
-    write_records(folder / "trajectories" / "train-000002.jsonl.gz", [with_content(base, text, name) for text, name in zip(HOSTILE, names, strict=True)])
-    with serving([folder], tmp_path_factory.mktemp("cache")) as server:
-        yield server
-
-
-@pytest.mark.parametrize("number", range(len(HOSTILE)))
-def test_no_script_of_an_episode_runs(page, hostile, number):
-    page.add_init_script("window.alert = () => { document.title = 'owned'; }")
-    name = quote(HOSTILE[number].encode("utf-8", "replace").decode())
-    place = f"task={name}&split=train&step=2&sample=0"
-    for path in (f"episode?{place}", f"episode?{place}&view=tokens", f"group?{place}", f"task?task={name}", "episodes", "tasks", f"raw?{place}"):
-        page.goto(f"{hostile.url}/r/demo/{path}")
-        assert page.title() != "owned"
-        assert page.locator("main img, main svg:not(.chart):not(.legend svg), main script:not([type='application/json'])").count() == 0
-        if path.startswith("episode?") and "view" not in path:
-            shown = page.locator("main > .message.user pre").inner_text()
-            assert HOSTILE[number][:8].replace("\x1b", "\u241b").replace("\ud800", "U+D800") in shown
-
-
-def test_the_exported_page_opens_from_disk(page, tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "cache"))
-    assert main([str(write_demo(tmp_path / "demo")), "--export", str(tmp_path / "out.html")]) == 0
-    page.goto((tmp_path / "out.html").as_uri())
-    assert page.locator("section.part").count() > 8
-    page.locator("svg.chart").nth(1).hover()
-    assert page.locator(".tip").inner_text().startswith("step ")
-    assert page.locator("text=differs: ").count() >= 2
-
-
-def test_the_exported_folder_opens_from_disk(page, tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "cache"))
-    assert main([str(write_demo(tmp_path / "demo")), "--export", str(tmp_path / "out")]) == 0
-    page.goto((tmp_path / "out" / "overview.html").as_uri())
-    page.click("nav a:text-is('Tasks')")
-    page.click("tbody th a:text-is('files_1')")
-    assert page.locator(".call.changed").count() == 2
-    page.click("text=the whole episode >> nth=1")
-    assert page.locator(".turn").count() == 2
-
-
-PAGES = {
-    "overview": "/overview",
-    "tasks": "/r/demo/tasks?split=eval-train",
-    "episodes": "/r/demo/episodes?q=zeal",
-    "task": "/r/demo/task?task=files_1",
-    "episode": "/r/demo/episode?task=files_1&split=eval-train&step=0&sample=3",
-    "tokens": "/r/demo/episode?task=files_1&split=eval-train&step=0&sample=0&view=tokens&by=sampler_logprobs",
-    "group": "/r/demo/group?task=files_1&split=train&step=2",
-    "failures": "/r/demo/failures",
-    "compare": "/compare?a_run=demo&b_run=demo",
-}
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-def test_no_page_is_wider_than_the_window(page, server, width):
-    page.set_viewport_size(dict(zip(("width", "height"), WIDTHS[width], strict=True)))
-    for path in PAGES.values():
-        page.goto(server.url + path)
-        assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS[width][0], path
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", PAGES)
-def test_nothing_serious_hinders_access(page, server, name, scheme):
-    axe = Path(os.environ.get("JAXGRPO_AXE", "node_modules/axe-core/axe.min.js"))
-    if not axe.exists():
-        pytest.skip("axe-core is not there: npm install axe-core, or name it in JAXGRPO_AXE")
-    page.emulate_media(color_scheme=scheme)
-    page.goto(server.url + PAGES[name])
-    page.evaluate(axe.read_text())  # the page's own policy would not load it
-    found = page.evaluate("axe.run({runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'best-practice']})")
-    serious = [v for v in found["violations"] if v["impact"] in ("serious", "critical")]
-    assert [(v["id"], [n["html"][:150] for n in v["nodes"][:4]]) for v in serious] == []
-
-
-@pytest.mark.skipif("JAXGRPO_DEMO_RUN" not in os.environ, reason="JAXGRPO_DEMO_RUN names no run of configs/cpu_demo.py")
+@pytest.mark.skipif(
+    "JAXGRPO_DEMO_RUN" not in os.environ,
+    reason="JAXGRPO_DEMO_RUN names no run of configs/cpu_demo.py",
+)
 def test_a_real_run_of_the_demo(page, tmp_path):
     folder = Path(os.environ["JAXGRPO_DEMO_RUN"])
     with serving([folder], tmp_path) as server:
@@ -357,7 +269,11 @@ def test_a_real_run_of_the_demo(page, tmp_path):
         page.wait_for_url("**/episode?**")
         page.keyboard.press("t")
         page.wait_for_url("**view=tokens**")
-        assert page.locator(".tokens .t").first.inner_text().strip() in ("<reasoning", "<reasoning>", "<")
+        assert page.locator(".tokens .t").first.inner_text().strip() in (
+            "<reasoning",
+            "<reasoning>",
+            "<",
+        )
         for name in ("Failures", "Compare", "Episodes"):
             page.click(f"nav a:text-is('{name}')")
             assert page.locator("h1").count() == 1

@@ -84,9 +84,17 @@ def test_filters(demo, wanted, count):
 
 def test_filters_agree_with_reading_all(demo):
     rows = found(demo).rows
-    for wanted in ({"failure": "no_call"}, {"stop": "finished"}, {"split": "train", "task": "files_1"}):
+    for wanted in (
+        {"failure": "no_call"},
+        {"stop": "finished"},
+        {"split": "train", "task": "files_1"},
+    ):
         columns = {"stop": "stop_reason"}
-        expected = [row["id"] for row in rows if all(row[columns.get(key, key)] == value for key, value in wanted.items())]
+        expected = [
+            row["id"]
+            for row in rows
+            if all(row[columns.get(key, key)] == value for key, value in wanted.items())
+        ]
         assert [row["id"] for row in found(demo, **wanted).rows] == expected
 
 
@@ -96,9 +104,15 @@ def test_only_what_is_new_is_read(folder, cache, monkeypatch):
     from jaxgrpo.viewer import index
 
     original = index.read_rows
-    monkeypatch.setattr(index, "read_rows", lambda path, start: read.append((path.name, start)) or original(path, start))
+    monkeypatch.setattr(
+        index,
+        "read_rows",
+        lambda path, start: read.append((path.name, start)) or original(path, start),
+    )
     assert not run.index.refresh()
-    write_records(folder / "trajectories" / "train-000006.jsonl.gz", [record("files_1", "train", 6, 0, True)])
+    write_records(
+        folder / "trajectories" / "train-000006.jsonl.gz", [record("files_1", "train", 6, 0, True)]
+    )
     assert run.index.refresh()
     assert read == [("train-000006.jsonl.gz", 0)]
     assert found(run, step_from="6").total == 1
@@ -113,7 +127,9 @@ def test_a_plain_file_that_grows_is_read_on(folder, cache, monkeypatch):
     from jaxgrpo.viewer import index
 
     original = index.read_rows
-    monkeypatch.setattr(index, "read_rows", lambda path, start: read.append(start) or original(path, start))
+    monkeypatch.setattr(
+        index, "read_rows", lambda path, start: read.append(start) or original(path, start)
+    )
     append_records(path, [record("files_1", "train", 8, 1, False)])
     with path.open("ab") as file:
         file.write(b'{"task": "half')
@@ -136,7 +152,9 @@ def test_a_plain_file_that_was_replaced_is_read_anew(folder, cache):
 
 def test_a_step_that_is_played_again_replaces_its_episodes(folder, cache):
     run = opened(folder, cache)
-    write_records(folder / "trajectories" / "train-000004.jsonl.gz", [record("files_1", "train", 4, 0, False)])
+    write_records(
+        folder / "trajectories" / "train-000004.jsonl.gz", [record("files_1", "train", 4, 0, False)]
+    )
     (folder / "trajectories" / "train-000002.jsonl.gz").unlink()
     run.index.refresh()
     assert found(run, split="train").total == 1
@@ -146,9 +164,15 @@ def test_a_step_that_is_played_again_replaces_its_episodes(folder, cache):
 
 
 def test_the_run_is_not_touched(folder, cache):
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in [folder, *folder.rglob("*")]}
+    before = {
+        path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in [folder, *folder.rglob("*")]
+    }
     opened(folder, cache)
-    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in [folder, *folder.rglob("*")]}
+    assert before == {
+        path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in [folder, *folder.rglob("*")]
+    }
 
 
 def test_it_can_be_thrown_away(folder, cache):
@@ -187,7 +211,9 @@ def test_links_out_of_the_run_are_not_followed(folder, cache, tmp_path):
 
 
 def test_a_long_message_is_indexed_and_read(folder, cache):
-    long = with_content(record("files_1", "train", 7, 0, True), "needle " + "hay " * 1_300_000, "long")
+    long = with_content(
+        record("files_1", "train", 7, 0, True), "needle " + "hay " * 1_300_000, "long"
+    )
     write_records(folder / "trajectories" / "train-000007.jsonl.gz", [long])
     run = opened(folder, cache)
     (row,) = found(run, q="needle").rows
@@ -222,9 +248,15 @@ def test_runs_of_one_name_are_told_apart(tmp_path, cache):
 
 @pytest.mark.parametrize(
     ("typed", "asked"),
-    [("", ""), ("  ", ""), ("?!", ""), ("ab", '"ab"*'), ('a "b c', '"a" "b" "c"*'), ('"b c"', '"b c"'), ("NEAR(a b) OR", '"NEAR(a" "b)" "OR"*')],
+    [
+        ("", ""),
+        ("  ", ""),
+        ("?!", ""),
+        ("ab", '"ab"*'),
+        ('a "b c', '"a" "b" "c"*'),
+        ('"b c"', '"b c"'),
+        ("NEAR(a b) OR", '"NEAR(a" "b)" "OR"*'),
+    ],
 )
 def test_what_is_typed_becomes_a_query(typed, asked):
     assert match(typed) == asked
-
-

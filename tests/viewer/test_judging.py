@@ -1,4 +1,5 @@
-"""Failures by kind, the paired test, the tree of a group, the heat map: pure functions with worked answers."""
+"""Failures by kind, the paired test, the tree of a group, the heat map: pure functions with
+worked answers."""
 
 import dataclasses
 import itertools
@@ -14,7 +15,17 @@ from jaxgrpo.viewer.queries import Cell
 from jaxgrpo.viewer.tree import tree
 
 LS = Call("ls", '{"a": true}', "x", True)
-BASE = Episode("t", "train", 1, 0, stop_reason="finished", passed=False, messages=(Message("assistant", "Hm."),), calls=(LS,), turns=1)
+BASE = Episode(
+    "t",
+    "train",
+    1,
+    0,
+    stop_reason="finished",
+    passed=False,
+    messages=(Message("assistant", "Hm."),),
+    calls=(LS,),
+    turns=1,
+)
 
 
 def truth(*calls):
@@ -24,7 +35,13 @@ def truth(*calls):
 CASES = [
     ("", {"passed": True, "stop_reason": "token_limit"}),
     ("environment_error", {"passed": None, "stop_reason": "environment_error"}),
-    ("gibberish", {"messages": (Message("assistant", "round and round " * 60),), "stop_reason": "token_limit"}),
+    (
+        "gibberish",
+        {
+            "messages": (Message("assistant", "round and round " * 60),),
+            "stop_reason": "token_limit",
+        },
+    ),
     ("gibberish", {"messages": (Message("assistant", "\ufffd\ufffd\ufffd\ufffd\ufffd"),)}),
     ("length_limit", {"stop_reason": "token_limit"}),
     ("length_limit", {"stop_reason": "context_limit"}),
@@ -38,9 +55,15 @@ CASES = [
     ("no_call", {"notes": {"turn 0": "no call was made"}}),
     ("missing_call", {"check": truth(("ls", {"a": True}), ("cd", {}))}),
     ("wrong_arguments", {"check": truth(("ls", {"a": False}))}),
-    ("extra_call", {"calls": (LS, Call("rm", "{}", "", True)), "check": truth(("ls", '{"a": true}'))}),
+    (
+        "extra_call",
+        {"calls": (LS, Call("rm", "{}", "", True)), "check": truth(("ls", '{"a": true}'))},
+    ),
     ("other", {"check": truth(("ls", {"a": True}))}),
-    ("wrong_arguments", {"calls": (Call("ls", "{}", "missing 1 required positional argument", False),)}),
+    (
+        "wrong_arguments",
+        {"calls": (Call("ls", "{}", "missing 1 required positional argument", False),)},
+    ),
     ("wrong_state", {"notes": {"turn 0": "the state differs"}}),
     ("missing_result", {"notes": {"turn 0": "expected results are missing"}}),
     ("other", {}),
@@ -69,15 +92,34 @@ def test_prose_is_not_repetitive():
 
 
 def test_the_sign_flip_test_counts_all_patterns():
-    for differences in ([1, 1, -1, 2], [0, 3, 1], [Fraction(1, 8), Fraction(-3, 8), Fraction(1, 2), Fraction(5, 8), Fraction(1, 8)]):
+    for differences in (
+        [1, 1, -1, 2],
+        [0, 3, 1],
+        [Fraction(1, 8), Fraction(-3, 8), Fraction(1, 2), Fraction(5, 8), Fraction(1, 8)],
+    ):
         observed = abs(sum(differences))
-        patterns = [abs(sum(s * d for s, d in zip(signs, differences, strict=True))) for signs in itertools.product((1, -1), repeat=len(differences))]
+        patterns = [
+            abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
+            for signs in itertools.product((1, -1), repeat=len(differences))
+        ]
         expected = sum(total >= observed for total in patterns) / len(patterns)
         assert sign_flip([Fraction(d) for d in differences]) == pytest.approx(expected, abs=1e-12)
     assert sign_flip([Fraction(0)] * 5) == 1.0
 
 
-@pytest.mark.parametrize(("freedom", "expected"), [(1, 12.706205), (2, 4.302653), (3, 3.182446), (4, 2.776445), (10, 2.228139), (37, 2.026192), (99, 1.984217), (1000, 1.962339)])
+@pytest.mark.parametrize(
+    ("freedom", "expected"),
+    [
+        (1, 12.706205),
+        (2, 4.302653),
+        (3, 3.182446),
+        (4, 2.776445),
+        (10, 2.228139),
+        (37, 2.026192),
+        (99, 1.984217),
+        (1000, 1.962339),
+    ],
+)
 def test_students_quantiles(freedom, expected):
     """Values of printed tables, to six places."""
     assert t_quantile(freedom) == pytest.approx(expected, abs=4e-6)
@@ -85,7 +127,10 @@ def test_students_quantiles(freedom, expected):
 
 def test_a_mean_and_its_interval():
     low, high = interval([0.1, 0.3, 0.2, 0.4])
-    assert (low, high) == (pytest.approx(0.25 - 3.182446 * 0.0645497, abs=1e-5), pytest.approx(0.25 + 3.182446 * 0.0645497, abs=1e-5))
+    assert (low, high) == (
+        pytest.approx(0.25 - 3.182446 * 0.0645497, abs=1e-5),
+        pytest.approx(0.25 + 3.182446 * 0.0645497, abs=1e-5),
+    )
     assert interval([0.5]) == interval([0.5, 0.5]) == (None, None)
 
 
@@ -105,7 +150,10 @@ def test_a_group_parts_where_its_tokens_differ():
     first, second = root.branches
     assert (first.start, first.end, first.members) == (0, 2, (0, 1, 2))
     assert [(b.start, b.end, b.members) for b in first.branches] == [(2, 2, (2,)), (2, 3, (0, 1))]
-    assert [(b.start, b.end, b.members) for b in first.branches[1].branches] == [(3, 4, (0,)), (3, 4, (1,))]
+    assert [(b.start, b.end, b.members) for b in first.branches[1].branches] == [
+        (3, 4, (0,)),
+        (3, 4, (1,)),
+    ]
     assert (second.start, second.end, second.members) == (0, 1, (3,))
     assert tree([[1, 2]] * 3).branches == ()
 
@@ -118,7 +166,16 @@ def test_many_steps_become_few_columns():
 
 
 @pytest.mark.parametrize(
-    ("passed", "kind"), [((0, 0), "never"), ((4, 4), "always"), ((0, 1), "gained"), ((2, 0), "lost"), ((1, 2), "sometimes"), ((0, 3, 0), "sometimes"), ((4, 1, 4), "sometimes")]
+    ("passed", "kind"),
+    [
+        ((0, 0), "never"),
+        ((4, 4), "always"),
+        ((0, 1), "gained"),
+        ((2, 0), "lost"),
+        ((1, 2), "sometimes"),
+        ((0, 3, 0), "sometimes"),
+        ((4, 1, 4), "sometimes"),
+    ],
 )
 def test_what_a_task_did(passed, kind):
     cells = {step: Cell(4, n, None) for step, n in enumerate(passed)}

@@ -12,6 +12,13 @@ from jaxgrpo.viewer.reader import Lines, Store, head
 from tests.viewer.demo import record, with_content
 
 
+@pytest.fixture(params=["zlib", "isal.isal_zlib"], autouse=True)
+def inflating(request, monkeypatch):
+    """Each test with both ways to inflate."""
+    module = pytest.importorskip(request.param)
+    monkeypatch.setattr("jaxgrpo.viewer.reader.fast_zlib", module)
+
+
 def line(content="Hello", task="t"):
     return to_line(with_content(record("files_1", "train", 2, 0, True), content, task)).encode()
 
@@ -72,7 +79,10 @@ def test_a_gzip_that_ends_too_early_is_named(tmp_path):
     assert "end too early" in lines.fault
 
 
-@pytest.mark.parametrize("content", ["Hello", ',"prompt_ids":[', '\\",\\"prompt_ids\\":[1]', 'x\\', '"],"completion_ids":[1,2,3]'])
+@pytest.mark.parametrize(
+    "content",
+    ["Hello", ',"prompt_ids":[', '\\",\\"prompt_ids\\":[1]', "x\\", '"],"completion_ids":[1,2,3]'],
+)
 def test_the_head_is_the_whole_line_without_its_lists(content):
     data = line(content)
     fields, tokens = head(data)
@@ -83,7 +93,9 @@ def test_the_head_is_the_whole_line_without_its_lists(content):
 
 
 def test_optional_fields_after_the_lists_are_found():
-    data = line()[:-1] + b',"advantage":0.5,"check":{"ground_truth":[{"name":"ls","arguments":{}}]}}'
+    data = (
+        line()[:-1] + b',"advantage":0.5,"check":{"ground_truth":[{"name":"ls","arguments":{}}]}}'
+    )
     fields, _ = head(data)
     assert fields["advantage"] == 0.5
     assert fields["check"]["ground_truth"][0]["name"] == "ls"
@@ -96,7 +108,16 @@ def test_what_is_no_object_is_refused(data):
 
 
 def test_wrong_types_become_values_that_can_be_shown():
-    odd = {"task": 7, "step": "x", "messages": [1, {"role": None}], "calls": ["x"], "reward": "high", "score_parts": 3, "completion_ids": ["a", 5], "sampled": None}
+    odd = {
+        "task": 7,
+        "step": "x",
+        "messages": [1, {"role": None}],
+        "calls": ["x"],
+        "reward": "high",
+        "score_parts": 3,
+        "completion_ids": ["a", 5],
+        "sampled": None,
+    }
     episode = from_line(json.dumps(odd).encode())
     assert (episode.task, episode.step, episode.reward, episode.passed) == ("7", 0, None, None)
     assert [message.role for message in episode.messages] == ["unknown", "unknown"]
@@ -105,7 +126,13 @@ def test_wrong_types_become_values_that_can_be_shown():
 
 def test_metrics_that_are_not_numbers_are_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    rows = ['{"step": 1, "a": NaN, "b": null, "c": "x", "d": 2, "e": true, "f": [1]}', "oops", '{"a": 1}', '{"step": 2, "d": 1e400}', '{"step": 3']
+    rows = [
+        '{"step": 1, "a": NaN, "b": null, "c": "x", "d": 2, "e": true, "f": [1]}',
+        "oops",
+        '{"a": 1}',
+        '{"step": 2, "d": 1e400}',
+        '{"step": 3',
+    ]
     path.write_text("\n".join(rows))
     values, fault = read_metrics(path)
     assert values == [("", "a", 1, None), ("", "b", 1, None), ("", "d", 1, 2.0), ("", "d", 2, None)]
@@ -114,7 +141,14 @@ def test_metrics_that_are_not_numbers_are_left_out(tmp_path):
 
 
 def test_the_policys_turns_are_told_from_worked_examples():
-    fields = {"task": "t", "turns": 1, "messages": [{"role": r, "content": c} for r, c in (("assistant", "example"), ("user", "now you"), ("assistant", "mine"))]}
+    fields = {
+        "task": "t",
+        "turns": 1,
+        "messages": [
+            {"role": r, "content": c}
+            for r, c in (("assistant", "example"), ("user", "now you"), ("assistant", "mine"))
+        ],
+    }
     episode = from_line(json.dumps(fields).encode())
     assert episode.policy_texts == ("mine",)
     assert [message.content for message in episode.opening] == ["example", "now you"]

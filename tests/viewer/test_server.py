@@ -1,4 +1,5 @@
-"""The server: every page answers, whoever should not ask is refused, and bad input is shown or named."""
+"""The server: every page answers, whoever should not ask is refused, and bad input is shown or
+named."""
 
 import gzip
 import json
@@ -82,13 +83,29 @@ def test_what_is_not_there_is_not_found(server, path):
     assert server.get(path).status == 404
 
 
-@pytest.mark.parametrize("query", ["step_from=1e999", "page=-5", "page=999999999999", "page=nan", "sort=x", "failure=x", "q=%22", "q=%00%ff", "reward_from=inf", "tool=%27"])
+@pytest.mark.parametrize(
+    "query",
+    [
+        "step_from=1e999",
+        "page=-5",
+        "page=999999999999",
+        "page=nan",
+        "sort=x",
+        "failure=x",
+        "q=%22",
+        "q=%00%ff",
+        "reward_from=inf",
+        "tool=%27",
+    ],
+)
 def test_odd_queries_are_answered(server, query):
     assert server.get(f"/r/demo/episodes?{query}").status == 200
     assert server.get(f"/r/demo/tasks?{query}").status == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "169.254.1.1"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "169.254.1.1"]
+)
 def test_another_hosts_name_is_refused(server, host):
     assert server.get("/overview", host=host).status == 403
 
@@ -96,7 +113,9 @@ def test_another_hosts_name_is_refused(server, host):
 def test_other_sites_and_other_methods_are_refused(server):
     assert server.get("/overview", origin="http://evil.example").status == 403
     assert server.get("/overview", origin="null").status == 403
-    assert server.get("/overview", sec_fetch_site="cross-site", sec_fetch_mode="no-cors").status == 403
+    assert (
+        server.get("/overview", sec_fetch_site="cross-site", sec_fetch_mode="no-cors").status == 403
+    )
     assert server.get("/overview", method="POST").status == 405
     assert server.get("/overview", origin=server.url).status == 200
     assert server.get("/overview", host=f"localhost:{server.port}").status == 200
@@ -130,18 +149,31 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """A run whose tasks are named after what their episodes say; a 5 MB message; broken UTF-8; a damaged member."""
+    """A run whose tasks are named after what their episodes say; a 5 MB message; broken UTF-8; a
+    damaged member."""
     folder = tmp_path_factory.mktemp("hostile") / "demo"
     base = record("files_1", "train", 2, 0, True)
     records = [with_content(base, text, f"task {n}") for n, text in enumerate(HOSTILE)]
     records.append(with_content(base, "long " * 1_000_000, "long"))
     write_records(folder / "trajectories" / "train-000002.jsonl.gz", records)
-    line = json.dumps({"format": 1, "task": "bytes", "split": "train", "step": 3, "messages": [{"role": "assistant", "content": "@@"}]})
+    line = json.dumps(
+        {
+            "format": 1,
+            "task": "bytes",
+            "split": "train",
+            "step": 3,
+            "messages": [{"role": "assistant", "content": "@@"}],
+        }
+    )
     bad = line.encode().replace(b"@@", b"\xff\xfe\xc0") + b"\n"
     (folder / "trajectories" / "train-000003.jsonl").write_bytes(bad + b'{"half')
-    (folder / "trajectories" / "train-000004.jsonl.gz").write_bytes(gzip.compress(bad) + b"\x1f\x8b\x08\x00junk")
+    (folder / "trajectories" / "train-000004.jsonl.gz").write_bytes(
+        gzip.compress(bad) + b"\x1f\x8b\x08\x00junk"
+    )
     (folder / "trajectories" / "train-000005.jsonl.gz").write_bytes(b"no gzip at all")
-    (folder / "metrics.jsonl").write_text('{"step": 1, "train/kl": NaN, "train/reward_mean": "high", "<b>": 1}\n{"step": 2, "train/kl": 1e999}\nx\n')
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 1, "train/kl": NaN, "train/reward_mean": "high", "<b>": 1}\n{"step": 2, "train/kl": 1e999}\nx\n'
+    )
     (folder / "config.json").write_text('{"model": {"source": 5')
     with serving([folder], tmp_path_factory.mktemp("cache")) as server:
         yield server
@@ -150,9 +182,20 @@ def hostile(tmp_path_factory):
 @pytest.mark.parametrize("number", range(len(HOSTILE)))
 @pytest.mark.parametrize("view", ["turns", "tokens"])
 def test_what_models_say_is_text(hostile, number, view):
-    answer = hostile.get(f"/r/demo/episode?task=task+{number}&split=train&step=2&sample=0&view={view}")
+    answer = hostile.get(
+        f"/r/demo/episode?task=task+{number}&split=train&step=2&sample=0&view={view}"
+    )
     assert answer.status == 200
-    for live in ("<script>document", "<img src=x", "<svg onload", "\x1b", "\u202e", "\x00", "1337", 'href="javascript:'):
+    for live in (
+        "<script>document",
+        "<img src=x",
+        "<svg onload",
+        "\x1b",
+        "\u202e",
+        "\x00",
+        "1337",
+        'href="javascript:',
+    ):
         assert live not in answer.text
 
 
@@ -166,7 +209,12 @@ def test_a_message_of_five_megabytes_opens(hostile):
 def test_damage_is_named_on_every_page(hostile):
     for page in ("/r/demo/tasks", "/r/demo/episodes", "/overview", "/r/demo/failures"):
         text = hostile.get(page).text
-        for name in ("train-000003.jsonl", "train-000004.jsonl.gz", "train-000005.jsonl.gz", "metrics.jsonl"):
+        for name in (
+            "train-000003.jsonl",
+            "train-000004.jsonl.gz",
+            "train-000005.jsonl.gz",
+            "metrics.jsonl",
+        ):
             assert name in text
     assert hostile.get("/r/demo/episode?task=bytes&split=train&step=3&sample=0").status == 200
 
@@ -175,7 +223,10 @@ def test_a_run_that_goes_on_is_followed(tmp_path):
     folder = write_demo(tmp_path / "demo")
     with serving([folder], tmp_path / "cache", every=0.05) as server:
         before = json.loads(server.get("/state").text)["version"]
-        write_records(folder / "trajectories" / "train-000006.jsonl.gz", [record("files_1", "train", 6, 0, True)])
+        write_records(
+            folder / "trajectories" / "train-000006.jsonl.gz",
+            [record("files_1", "train", 6, 0, True)],
+        )
         for _ in range(200):
             if json.loads(server.get("/state").text)["version"] > before:
                 break

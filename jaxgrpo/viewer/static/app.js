@@ -44,7 +44,8 @@ function live() {
   const look = async () => {
     try {
       const state = await (await fetch("/state")).json();
-      place.hidden = !state.reading;
+      place.hidden = !state.reading && !state.fault;
+      if (state.fault) place.textContent = state.fault;
       if (state.reading) place.textContent = `Reading: ${state.done} of ${state.total} files of ${state.reading}`;
       if (seen !== null && seen !== state.version) await renew();
       seen = state.version;
