@@ -125,11 +125,12 @@ def task(site: Site, run: Run, query: Query) -> str:
             if query.get("a_split")
             else _default(other_db, name, histories[0], last=False, like=right[0])
         )
+        groups = [
+            queries.group(each, place[0], place[1], name)
+            for each, place in ((other_db, left), (db, right))
+        ]
+        left, right = _there(left, groups[0]), _there(right, groups[1])
         rows = row_at(other_db, name, left), row_at(db, name, right)
-        groups = (
-            queries.group(other_db, left[0], left[1], name),
-            queries.group(db, right[0], right[1], name),
-        )
         known = db.execute("SELECT * FROM tasks WHERE task = ?", (name,)).fetchone()
     sides = [_side(each, row) for each, row in zip((other, run), rows, strict=True)]
     pairs = turns.aligned(sides[0]["turns"], sides[1]["turns"])
@@ -172,6 +173,13 @@ def _default(
     group = queries.group(db, split, step, name)
     wanted = [row["sample"] for row in group if bool(row["passed"]) == last]
     return split, step, (wanted or [row["sample"] for row in group])[0]
+
+
+def _there(place: Place, group: Sequence[sqlite3.Row]) -> Place:
+    """The same place with a sample that was played: on the way through the steps their number may
+    change."""
+    samples = [row["sample"] for row in group]
+    return place if place[2] in samples or not samples else (*place[:2], samples[0])
 
 
 def _side(run: Run, row: sqlite3.Row) -> dict[str, Any]:

@@ -7,13 +7,14 @@ configs/cpu_demo.py, that one is opened too. JAXGRPO_CHROMIUM names the browser 
 on the path, else Playwright's own).
 """
 
+import json
 import os
 import re
 from pathlib import Path
 
 import pytest
 
-from jaxgrpo.records import write_records
+from jaxgrpo.records import to_line, write_records
 from tests.viewer.conftest import serving
 from tests.viewer.demo import ODD, record, write_demo
 
@@ -247,6 +248,43 @@ def test_keys_walk_rows_and_show_help(page, two_runs):
     assert page.locator("dialog").is_visible()
     page.keyboard.press("Escape")
     assert not page.locator("dialog").is_visible()
+
+
+def test_what_is_recorded_later_is_shown(page, tmp_path):
+    fields = json.loads(to_line(record("files_1", "train", 8, 0, False)))
+    n = len(fields["completion_ids"])
+    due = {"name": "ls", "arguments": {"a": True}}
+    differs = {"where": "Bot.list", "actual": "[]", "expected": "['ZETA']"}
+    fields |= {"advantage": -1.25, "check": {"ground_truth": [due], "differences": [differs]}}
+    fields |= {key: [-0.5] * n for key in ("train_logprobs", "old_logprobs", "reference_logprobs")}
+    fields |= {"entropies": [0.7] * n, "loss_weights": [0.125] * n}
+    folder = write_demo(tmp_path / "demo")
+    (folder / "trajectories" / "train-000008.jsonl").write_text(json.dumps(fields) + "\n")
+    with serving([folder], tmp_path / "cache") as server:
+        page.goto(server.url + "/r/demo/tasks?truth=1")
+        assert texts(page, "tbody th a") == ["files_1"]
+        page.goto(server.url + "/r/demo/episode?task=files_1&split=train&step=8&sample=0")
+        assert texts(page, ".truth li") == ['ls({"a": true})']
+        assert texts(page, ".findings tbody tr:first-child > *") == ["Bot.list", "[]", "['ZETA']"]
+        assert "advantage -1.25" in texts(page, ".facts")[0]
+        page.click(".tabs a:text-is('Tokens')")
+        shown = page.locator("select[name=by] option")
+        assert shown.evaluate_all("all => all.map(one => one.value)") == [
+            "mask",
+            "sampler_logprobs",
+            "train_logprobs",
+            "ratio",
+            "kl",
+            "gap",
+            "entropies",
+            "advantage",
+            "loss_weights",
+            "weight_versions",
+        ]
+        page.locator(".tokens .t").first.hover()
+        readout = page.locator("[data-readout]").inner_text()
+        for figure in ("trainer log-probability -0.5", "ratio", "KL", "gap", "entropy 0.7"):
+            assert figure in readout
 
 
 @pytest.mark.skipif(

@@ -4,6 +4,8 @@ named."""
 import gzip
 import json
 import re
+import subprocess
+import sys
 from urllib.parse import quote
 
 import pytest
@@ -56,6 +58,17 @@ def test_a_page_has_no_inline_script_or_style(server):
         assert not re.search(r"<script(?![^>]*(src=|application/json))", text)
         assert not re.search(r"<[^>]*\s(style|on[a-z]+)=", text)
         assert "<style" not in text
+
+
+def test_a_sample_that_a_step_lacks_gives_way_to_one_that_it_has(server):
+    text = server.get("/r/demo/task?task=files_1&b_split=train&b_step=2&b_sample=77").text
+    assert "step <b>2</b>, sample <b>0</b>" in text
+
+
+def test_it_needs_no_jax():
+    modules = "__main__, app, export, text, watcher"
+    code = f"import sys; from jaxgrpo.viewer import {modules}; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 LOST = [
