@@ -105,9 +105,7 @@ class Index:
         beginning."""
         if known is None or name.endswith(".gz"):
             return 0
-        size, _, done, mark, _ = known
-        if done == 0 or (self.run / name).stat().st_size < size:
-            return 0
+        _, _, done, mark, _ = known
         return done if last_mark(self.run / name, done) == mark else 0
 
     def _read(self, new: list, starts: dict[str, int]) -> Iterator[tuple[str, int, int, FileRows]]:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from urllib.parse import quote
 
 import pytest
@@ -149,6 +150,7 @@ def test_elsewhere_a_token_is_asked_for(demo_folder, tmp_path):
 
 
 HOSTILE = [
+    "<script>document.title='owned'</script> before \x1b a mark",
     "<script>document.title='owned'</script>",
     "<img src=x onerror=\"document.title='owned'\">",
     '"><svg onload=alert(1)>',
@@ -240,9 +242,10 @@ def test_a_run_that_goes_on_is_followed(tmp_path):
             folder / "trajectories" / "train-000006.jsonl.gz",
             [record("files_1", "train", 6, 0, True)],
         )
-        for _ in range(200):
-            if json.loads(server.get("/state").text)["version"] > before:
-                break
+        deadline = time.monotonic() + 30
+        while json.loads(server.get("/state").text)["version"] == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         assert "1 episode<" in server.get("/r/demo/episodes?step_from=6").text
 
 
