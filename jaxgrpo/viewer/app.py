@@ -70,7 +70,8 @@ class _Answers:
         """The line of an episode, as it is recorded."""
         query, run = request.query_params, self.site.run(request.path_params["run"])
         with self.site.opened(run) as (db,):
-            row = one.row_at(db, query.get("task", ""), one.place_of(query))
+            place = one.place_of(query)
+            row = one.row_at(db, query.get("task", ""), place, one.attempt_of(query))
         try:
             return Response(run.line(row), media_type="text/plain; charset=utf-8")
         except LookupError as error:

@@ -115,7 +115,9 @@ def _held_out(runs: Sequence[tuple[str, sqlite3.Connection]]) -> tuple[Shown, Ch
                     if (a := low.get(s)) is not None and (b := high.get(s)) is not None
                 ]
                 curves.append(Curve(f"{name} {split}" if len(runs) > 1 else split, points, band))
-    says = "pass@1 of each evaluation with its 95 % interval; test: tasks that are never trained on."
+    says = (
+        "pass@1 of each evaluation with its 95 % interval; test: tasks that are never trained on."
+    )
     return Shown("eval/pass_rate", "Evaluations", "%", says), Chart("Evaluations", curves, "%")
 
 

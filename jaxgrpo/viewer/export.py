@@ -135,7 +135,7 @@ def exported(page: str, state: Mapping[str, object]) -> dict[str, str] | None:
         "failures": ("split",),
         "task": ("task",),
         "group": ("task", "split", "step"),
-        "episode": ("task", "split", "step", "sample"),
+        "episode": ("task", "split", "step", "sample", "attempt"),
     }
     if page not in keys or (page == "task" and "a_split" in state):
         return None

@@ -60,7 +60,7 @@ def row(task: str, by_step: Mapping[int, Cell], over: Sequence[Column]) -> Row:
         _together([cell for step, cell in by_step.items() if column.first <= step <= column.last])
         for column in over
     ]
-    known = [cell for cell in cells if cell]
+    known = [cell for cell in cells if cell and cell.n]
     whole = _together(known) or Cell(0, 0, None)
     change = known[-1].rate - known[0].rate if known else 0.0
     return Row(task, cells, whole, change, kind(known))

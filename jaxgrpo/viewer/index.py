@@ -20,7 +20,7 @@ from jaxgrpo.paths import cache_root
 from jaxgrpo.viewer.reader import Lines, integer, number, parsed, text
 from jaxgrpo.viewer.rows import FileRows, read_rows
 
-VERSION = 1
+VERSION = 2
 """Of the tables and of what is put into them; an index of another version is built again."""
 SEVERAL = 16 << 20
 """Bytes of new files from which on other processes help to read."""
@@ -109,7 +109,7 @@ class Index:
         return done if last_mark(self.run / name, done) == mark else 0
 
     def _read(self, new: list, starts: dict[str, int]) -> Iterator[tuple[str, int, int, FileRows]]:
-        workers = max(1, (os.cpu_count() or 2) - 1)
+        workers = min(4, os.cpu_count() or 1)  # four read as fast as one can store
         if sum(size for _, size, _ in new) < SEVERAL:
             for name, size, mtime in new:
                 yield name, size, mtime, read_rows(self.run / name, starts[name])
@@ -127,6 +127,8 @@ class Index:
     def _store(
         self, db: sqlite3.Connection, name: str, stat: tuple[int, int], read: FileRows, start: int
     ) -> None:
+        if not db.in_transaction:  # another viewer may be writing: from here on it waits
+            db.execute("BEGIN IMMEDIATE")
         row = db.execute("SELECT id FROM files WHERE name = ?", (name,)).fetchone()
         if row is None:
             row = (
@@ -242,7 +244,7 @@ def _sum_up(db: sqlite3.Connection, places: set[tuple[str, int]]) -> None:
         db.execute("DELETE FROM cells WHERE split = ? AND step = ?", place)
         db.execute("DELETE FROM kinds WHERE split = ? AND step = ?", place)
         db.execute(
-            "INSERT INTO cells SELECT split, task, step, count(*), total(passed), avg(reward) FROM episodes"
+            "INSERT INTO cells SELECT split, task, step, count(passed), total(passed), avg(reward) FROM episodes"
             " WHERE split = ? AND step = ? GROUP BY split, task, step",
             place,
         )

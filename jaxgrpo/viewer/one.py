@@ -24,10 +24,15 @@ def place_of(query: Query, prefix: str = "") -> Place:
     return query.get(f"{prefix}split", ""), step, sample
 
 
-def row_at(db: sqlite3.Connection, task: str, place: Place) -> sqlite3.Row:
+def attempt_of(query: Query) -> int:
+    """Which of several episodes of one place an address means."""
+    return max(0, int(number_of(query.get("attempt", ""), 0)))
+
+
+def row_at(db: sqlite3.Connection, task: str, place: Place, attempt: int = 0) -> sqlite3.Row:
     """The index row of an episode. Raises NotFoundError."""
     split, step, sample = place
-    found = queries.episode(db, split, step, task, sample)
+    found = queries.episode(db, split, step, task, sample, attempt)
     if found is None:
         raise NotFoundError(
             f"there is no episode of task {task!r} in {split or '(no split)'} at step {step}, sample {sample}"
@@ -46,12 +51,14 @@ def read(run: Run, row: sqlite3.Row) -> Episode:
 def episode(site: Site, run: Run, query: Query) -> str:
     task, place = query.get("task", ""), place_of(query)
     with site.opened(run) as (db,):
-        row = row_at(db, task, place)
+        row = row_at(db, task, place, attempt_of(query))
         members = queries.group(db, place[0], place[1], task)
         steps = sorted(queries.history(db, task).get(place[0], {}))
     shown = read(run, row)
     samples = list(dict.fromkeys(member["sample"] for member in members))
     here = {"task": task, "split": place[0], "step": place[1], "sample": place[2]}
+    if row["attempt"]:
+        here["attempt"] = row["attempt"]
     words = [word.strip('"*') for word in query.get("q", "").split()]
     context: dict[str, Any] = {
         "row": row,
@@ -240,7 +247,7 @@ def group(site: Site, run: Run, query: Query) -> str:
         )
     members = [read(run, row) for row in rows[:64]]
     root = tree([member.completion_ids for member in members])
-    rewards = [row["reward"] for row in rows]
+    rewards = [row["reward"] for row in rows if row["reward"] is not None]
     context = {
         "task": name,
         "split": split,

@@ -34,7 +34,7 @@ class Paired:
 
 def paired(a: Mapping[str, Cell], b: Mapping[str, Cell]) -> Paired | None:
     """Compare the tasks that both have; None when they share none."""
-    shared = sorted(a.keys() & b.keys())
+    shared = sorted(task for task in a.keys() & b.keys() if a[task].n and b[task].n)
     if not shared:
         return None
     rates = [(Fraction(a[t].passed, a[t].n), Fraction(b[t].passed, b[t].n)) for t in shared]

@@ -10,6 +10,15 @@ COUNTED = 10_000
 """Hits are counted up to here."""
 
 
+_ATTEMPT = """(
+    SELECT count(*) FROM episodes o
+    WHERE o.split = e.split AND o.step = e.step AND o.task = e.task AND o.sample = e.sample
+    AND (o.reward IS NULL, o.id) < (e.reward IS NULL, e.id)
+) AS attempt"""
+"""Which one of several episodes of one place: what has a reward comes first, in the order of the
+file. An episode that its environment failed is recorded beside the one that replaced it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Hits:
     """One page of episodes; `total` is at most `COUNTED` + 1, which stands for more."""
@@ -39,7 +48,7 @@ def episodes(db: sqlite3.Connection, wanted: Filter, offset: int, size: int) -> 
     ).fetchall()
     marks = ",".join("?" * len(ids))
     found = db.execute(
-        f"SELECT * FROM episodes WHERE id IN ({marks})", [row["id"] for row in ids]
+        f"SELECT *, {_ATTEMPT} FROM episodes e WHERE id IN ({marks})", [row["id"] for row in ids]
     ).fetchall()
     by_id = {row["id"]: row for row in found}
     counted = db.execute(
@@ -50,17 +59,21 @@ def episodes(db: sqlite3.Connection, wanted: Filter, offset: int, size: int) -> 
 
 
 def episode(
-    db: sqlite3.Connection, split: str, step: int, task: str, sample: int
+    db: sqlite3.Connection, split: str, step: int, task: str, sample: int, attempt: int = 0
 ) -> sqlite3.Row | None:
+    """An episode by its place. Where one was played again, `attempt` tells them apart."""
     return db.execute(
-        "SELECT * FROM episodes WHERE split = ? AND step = ? AND task = ? AND sample = ? ORDER BY id DESC LIMIT 1",
-        (split, step, task, sample),
+        f"SELECT *, {_ATTEMPT} FROM episodes e WHERE split = ? AND step = ? AND task = ?"
+        " AND sample = ? ORDER BY attempt LIMIT 1 OFFSET ?",
+        (split, step, task, sample, attempt),
     ).fetchone()
 
 
 def group(db: sqlite3.Connection, split: str, step: int, task: str) -> list[sqlite3.Row]:
+    """The episodes of a task at a step."""
     return db.execute(
-        "SELECT * FROM episodes WHERE split = ? AND step = ? AND task = ? ORDER BY sample, id",
+        f"SELECT *, {_ATTEMPT} FROM episodes e WHERE split = ? AND step = ? AND task = ?"
+        " ORDER BY sample, attempt",
         (split, step, task),
     ).fetchall()
 

@@ -96,7 +96,12 @@ def open_runs(paths: Sequence[Path], cache: Path | None = None) -> list[Run]:
             name, count = f"{base}-{count}", count + 1
         if any(run.path.resolve() == path.resolve() for run in runs):
             raise RunError(f"{path} is given twice; give each run folder once")
-        runs.append(Run(name, path, Index(path, cache)))
+        try:
+            runs.append(Run(name, path, Index(path, cache)))
+        except (OSError, sqlite3.Error) as error:
+            raise RunError(
+                f"the index of {path} cannot be kept: {error}; name a folder for it in JAXGRPO_CACHE"
+            ) from error
     return runs
 
 

@@ -234,6 +234,7 @@ def test_search_filters_and_the_address_hold_the_whole_state(page, two_runs):
     page.keyboard.press("Enter")
     page.wait_for_url("**/episode?**")
     assert "q=zeal" in page.url
+    assert "zeal" in texts(page, ".turn mark")
     page.go_back()
     assert texts(page, "[role=status]") == ["1 episode"]
 

@@ -1,12 +1,15 @@
 """The index: what it holds, that it grows with the run, and that it leaves the run alone."""
 
+import dataclasses
 import gzip
 import json
 import shutil
+import threading
 
 import pytest
 
 from jaxgrpo.records import append_records, write_records
+from jaxgrpo.types import StopReason
 from jaxgrpo.viewer import queries
 from jaxgrpo.viewer.filters import Filter, match
 from jaxgrpo.viewer.runs import RunError, open_runs
@@ -202,6 +205,33 @@ def test_bad_lines_and_other_formats_are_named(folder, cache):
     assert name == "trajectories/train-000009.jsonl.gz"
     for said in ("line 2 is not an episode", "line 3 names no task", "format 0", "1 more"):
         assert said in fault
+
+
+def test_an_episode_that_was_played_again_stands_beside_the_one_that_failed(folder, cache):
+    good = record("files_1", "train", 9, 0, True)
+    broken = dataclasses.replace(
+        good.trajectory, score=None, stop_reason=StopReason.ENVIRONMENT_ERROR, error="it broke"
+    )
+    records = [good, dataclasses.replace(good, trajectory=broken)]
+    write_records(folder / "trajectories" / "train-000009.jsonl.gz", records)
+    run = opened(folder, cache)
+    with run.index.connect() as db:
+        rows = [queries.episode(db, "train", 9, "files_1", 0, attempt) for attempt in range(3)]
+        assert queries.evaluation(db, "train", 9) == {"files_1": queries.Cell(1, 1, 1.0)}
+    assert [row and row["attempt"] for row in rows] == [0, 1, None]
+    assert [run.episode(row).error for row in rows[:2]] == ["", "it broke"]
+    assert [row["attempt"] for row in found(run, step_from="9").rows] == [1, 0]
+
+
+def test_two_viewers_of_one_run_agree(folder, cache):
+    both = [open_runs([folder], cache)[0] for _ in range(2)]
+    threads = [threading.Thread(target=run.index.refresh) for run in both]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found(run).total for run in both] == [64, 64]
+    assert found(both[0], q="zeal").total == 6
 
 
 def test_links_out_of_the_run_are_not_followed(folder, cache, tmp_path):

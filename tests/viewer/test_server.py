@@ -268,6 +268,13 @@ def test_wrong_commands_end_with_a_line(demo_folder, tmp_path, monkeypatch, caps
     assert said.count("\n") == 1
 
 
+def test_a_cache_that_cannot_be_written_is_named(demo_folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "file"))
+    assert main([str(demo_folder), "--text"]) == 2
+    assert "name a folder for it in JAXGRPO_CACHE" in capsys.readouterr().err
+
+
 def test_the_export_holds_no_link_to_a_server(demo_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "cache"))
     assert main([str(demo_folder), "--export", str(tmp_path / "out.html")]) == 0

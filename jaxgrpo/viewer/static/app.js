@@ -69,7 +69,16 @@ async function renew() {
   charts();
 }
 
+/** Go to the first word that was searched for. */
+function show() {
+  if (!new URLSearchParams(location.search).get("q")) return;
+  const mark = document.querySelector(".turn mark");
+  for (let fold = mark?.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+  mark?.scrollIntoView({ block: "center" });
+}
+
 forms();
+show();
 copying();
 keys();
 charts();
