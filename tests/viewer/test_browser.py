@@ -299,6 +299,7 @@ def test_a_real_run_of_the_demo(page, tmp_path):
         assert "Evaluations" in texts(page, "figcaption h2")
         page.click("nav a:text-is('Tasks')")
         page.click("nav a:text-is('eval-train')")
+        page.wait_for_url("**split=eval-train**")
         page.select_option("select[name=solved]", "gained")
         page.wait_for_url("**solved=gained**")
         page.click("tbody tr:first-child th a")
