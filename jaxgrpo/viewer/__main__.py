@@ -8,6 +8,7 @@ import argparse
 import importlib.util
 import secrets
 import socket
+import sqlite3
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _serve(runs, options.host, options.port)
     except RunError as error:
         return _refused(str(error))
+    except (OSError, sqlite3.Error) as error:
+        print(f"jaxgrpo.viewer: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,7 +108,7 @@ def _export(runs: Sequence[Run], to: Path) -> int:
     _refresh(runs)
     try:
         print(export.export(runs, to))
-    except FileExistsError as error:
+    except export.ExportError as error:
         return _refused(str(error))
     return 0
 

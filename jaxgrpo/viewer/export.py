@@ -27,13 +27,17 @@ _SCRIPTS = ("keys.js", "charts.js", "tokens.js", "app.js")
 Key = tuple[str, str, tuple[tuple[str, str], ...]]
 
 
+class ExportError(Exception):
+    """A place where no export can go; the message is for the person who named it."""
+
+
 def export(runs: Sequence[Run], to: Path) -> str:
     """Write `to`: a name that ends in .html is one page, any other a folder. Returns what was
-    written, in a sentence. Raises FileExistsError for a folder that holds something else, and
+    written, in a sentence. Raises ExportError for a folder that holds something else, and
     for a file where a folder should be."""
     if to.suffix == ".html":
         if to.is_dir():
-            raise FileExistsError(f"{to} is a folder; name a file that ends in .html")
+            raise ExportError(f"{to} is a folder; name a file that ends in .html")
         text = report(runs)
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_text(text, encoding="utf-8", errors="replace")
@@ -41,7 +45,7 @@ def export(runs: Sequence[Run], to: Path) -> str:
     if to.exists() and (
         not to.is_dir() or (any(to.iterdir()) and not (to / "overview.html").exists())
     ):
-        raise FileExistsError(
+        raise ExportError(
             f"{to} is there and is no export; name a new folder, or a file that ends in .html"
         )
     count = Folder(runs, to).write()

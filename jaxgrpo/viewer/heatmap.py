@@ -1,5 +1,6 @@
 """Tasks by steps: which are solved when, what was gained and lost. Pure."""
 
+import bisect
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -56,10 +57,12 @@ def columns(steps: Sequence[int], most: int = COLUMNS) -> list[Column]:
 
 
 def row(task: str, by_step: Mapping[int, Cell], over: Sequence[Column]) -> Row:
-    cells = [
-        _together([cell for step, cell in by_step.items() if column.first <= step <= column.last])
-        for column in over
-    ]
+    """The row of a task, of its cells by step, over these columns, which hold all its steps."""
+    found: list[list[Cell]] = [[] for _ in over]
+    ends = [column.last for column in over]
+    for step, cell in by_step.items():
+        found[bisect.bisect_left(ends, step)].append(cell)
+    cells = [_together(some) for some in found]
     known = [cell for cell in cells if cell and cell.n]
     whole = _together(known) or Cell(0, 0, None)
     change = known[-1].rate - known[0].rate if known else 0.0

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -89,7 +90,7 @@ class Store:
     """Lines by place, with the texts of the files used last kept in memory (at most `most` bytes)."""
 
     def __init__(self, most: int = 64 << 20):
-        self._most = most
+        self._most, self._lock = most, threading.Lock()
         self._texts: OrderedDict[tuple[Path, int, int], bytes] = OrderedDict()
 
     def line(self, path: Path, offset: int, length: int) -> bytes:
@@ -114,9 +115,10 @@ class Store:
     def _gzipped(self, path: Path, offset: int, length: int) -> bytes:
         found = path.stat()
         key = (path, found.st_size, found.st_mtime_ns)
-        text = self._texts.get(key)
-        if text is not None and len(text) >= offset + length:
-            self._texts.move_to_end(key)
+        with self._lock:
+            text = self._texts.pop(key, b"")
+            self._texts[key] = text
+        if len(text) >= offset + length:
             return text[offset : offset + length]
         kept = bytearray()
         try:
@@ -132,12 +134,10 @@ class Store:
         return text[offset : offset + length]
 
     def _keep(self, key: tuple[Path, int, int], text: bytes) -> None:
-        self._texts[key] = text
-        while len(self._texts) > 1 and sum(map(len, self._texts.values())) > self._most:
-            try:
+        with self._lock:
+            self._texts[key] = text
+            while len(self._texts) > 1 and sum(map(len, self._texts.values())) > self._most:
                 self._texts.popitem(last=False)
-            except KeyError:  # another thread took the last one
-                return
 
 
 def head(data: bytes) -> tuple[dict[str, Any], int]:

@@ -150,8 +150,11 @@ class Part:
 
 def differences(left: str, right: str) -> tuple[list[Part], list[Part]]:
     """Both texts in parts, word by word."""
+    longest = max(len(left), len(right))
+    if left == right or longest > 20 * MOST_COMPARED:
+        return [Part(left, False)], [Part(right, False)]
     a, b = _WORDS.findall(left), _WORDS.findall(right)
-    if left == right or len(a) > MOST_COMPARED or len(b) > MOST_COMPARED:
+    if len(a) > MOST_COMPARED or len(b) > MOST_COMPARED:
         return [Part(left, False)], [Part(right, False)]
     mine, others = [], []
     for tag, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():

@@ -268,6 +268,17 @@ def test_wrong_commands_end_with_a_line(demo_folder, tmp_path, monkeypatch, caps
     assert said.count("\n") == 1
 
 
+def test_an_export_that_cannot_be_written_ends_with_a_line(
+    demo_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path))
+    (tmp_path / "file").touch()
+    assert main([str(demo_folder), "--export", str(tmp_path / "file" / "x.html")]) == 1
+    said = capsys.readouterr().err
+    assert str(tmp_path / "file") in said
+    assert said.count("\n") == 1
+
+
 def test_a_cache_that_cannot_be_written_is_named(demo_folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "file"))
