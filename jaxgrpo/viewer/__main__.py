@@ -15,18 +15,13 @@ from pathlib import Path
 
 from jaxgrpo.viewer.runs import Run, RunError, open_runs
 
-NEEDED = ("starlette", "uvicorn", "jinja2")
+NEEDED = ("starlette", "uvicorn")
+"""What the server is made of, beyond what the project itself needs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     options = _parser().parse_args(arguments)
-    if not options.text:
-        missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-        if missing:
-            return _refused(
-                f"the pages need {', '.join(missing)}: pip install 'jaxgrpo[viewer]'; or use --text"
-            )
     if (
         options.task or options.step is not None or options.against is not None
     ) and not options.text:
@@ -114,6 +109,12 @@ def _export(runs: Sequence[Run], to: Path) -> int:
 
 
 def _serve(runs: Sequence[Run], host: str, port: int) -> int:
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        return _refused(
+            f"the server needs {', '.join(missing)}: pip install 'jaxgrpo[viewer]'; "
+            "--text and --export do without"
+        )
     import uvicorn
 
     from jaxgrpo.viewer.app import application

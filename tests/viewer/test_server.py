@@ -4,15 +4,12 @@ named."""
 import gzip
 import json
 import re
-import subprocess
-import sys
 import time
 from urllib.parse import quote
 
 import pytest
 
 from jaxgrpo.records import write_records
-from jaxgrpo.viewer.__main__ import main
 from tests.viewer.conftest import serving
 from tests.viewer.demo import ODD, record, with_content, write_demo
 
@@ -64,12 +61,6 @@ def test_a_page_has_no_inline_script_or_style(server):
 def test_a_sample_that_a_step_lacks_gives_way_to_one_that_it_has(server):
     text = server.get("/r/demo/task?task=files_1&b_split=train&b_step=2&b_sample=77").text
     assert "step <b>2</b>, sample <b>0</b>" in text
-
-
-def test_it_needs_no_jax():
-    modules = "__main__, app, export, text, watcher"
-    code = f"import sys; from jaxgrpo.viewer import {modules}; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 LOST = [
@@ -247,61 +238,3 @@ def test_a_run_that_goes_on_is_followed(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert "1 episode<" in server.get("/r/demo/episodes?step_from=6").text
-
-
-COMMANDS = [
-    (["/nonexistent"], "does not exist"),
-    (["{demo}", "{demo}"], "given twice"),
-    (["{demo}", "--task", "x"], "belong to --text"),
-    (["{demo}", "--text", "--task", "x"], "there is no task 'x'"),
-    (["{demo}", "--port", "99999"], "cannot listen"),
-    (["{demo}", "--export", "{demo}"], "is no export"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "why"), COMMANDS)
-def test_wrong_commands_end_with_a_line(demo_folder, tmp_path, monkeypatch, capsys, arguments, why):
-    monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path))
-    assert main([each.format(demo=demo_folder) for each in arguments]) == 2
-    said = capsys.readouterr().err
-    assert why in said
-    assert said.count("\n") == 1
-
-
-def test_an_export_that_cannot_be_written_ends_with_a_line(
-    demo_folder, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path))
-    (tmp_path / "file").touch()
-    assert main([str(demo_folder), "--export", str(tmp_path / "file" / "x.html")]) == 1
-    said = capsys.readouterr().err
-    assert str(tmp_path / "file") in said
-    assert said.count("\n") == 1
-
-
-def test_a_cache_that_cannot_be_written_is_named(demo_folder, tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "file"))
-    assert main([str(demo_folder), "--text"]) == 2
-    assert "name a folder for it in JAXGRPO_CACHE" in capsys.readouterr().err
-
-
-def test_the_export_holds_no_link_to_a_server(demo_folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "cache"))
-    assert main([str(demo_folder), "--export", str(tmp_path / "out.html")]) == 0
-    text = (tmp_path / "out.html").read_text()
-    assert re.findall(r'(?:href|src)="(?!#)[^"]*"', text) == []
-    for anchor in set(re.findall(r'href="#([^"]*)"', text)) - {"main"}:
-        assert f'id="{anchor}"' in text
-
-
-def test_a_folder_of_pages_links_only_what_is_there(demo_folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "cache"))
-    out = tmp_path / "out"
-    assert main([str(demo_folder), "--export", str(out)]) == 0
-    names = {path.name for path in out.iterdir()}
-    assert len([name for name in names if name.startswith("episode-")]) == 64
-    for path in out.glob("*.html"):
-        links = set(re.findall(r'(?:href|src)="([^"#]+)"', path.read_text()))
-        assert links <= names
-    assert {"curve-train-kl.svg", "overview.html", "compare.html"} <= names
