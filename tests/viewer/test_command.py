@@ -2,12 +2,15 @@
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from jaxgrpo.records import write_records
 from jaxgrpo.viewer.__main__ import NEEDED, main
+from tests.viewer.demo import record
 
 SERVES = all(importlib.util.find_spec(name) for name in NEEDED)
 
@@ -64,6 +67,16 @@ def test_the_export_holds_no_link_to_a_server(demo_folder, tmp_path, monkeypatch
     assert re.findall(r'(?:href|src)="(?!#)[^"]*"', text) == []
     for anchor in set(re.findall(r'href="#([^"]*)"', text)) - {"main"}:
         assert f'id="{anchor}"' in text
+
+
+def test_a_folder_holds_all_episodes_of_many_steps(demo_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "cache"))
+    run = shutil.copytree(demo_folder, tmp_path / "run")
+    for step in range(5, 45):
+        records = [record("easy_4", "train", step, 0, True)]
+        write_records(run / "trajectories" / f"train-{step:06d}.jsonl.gz", records)
+    assert main([str(run), "--export", str(tmp_path / "out")]) == 0
+    assert len(list((tmp_path / "out").glob("episode-*"))) == 64 + 40
 
 
 def test_a_folder_of_pages_links_only_what_is_there(demo_folder, tmp_path, monkeypatch):
