@@ -188,26 +188,21 @@ def report(runs: Sequence[Run]) -> str:
     chosen = list(_chosen(runs))
     for number, (key, _) in enumerate(chosen):
         anchors[key] = f"part-{number}"
-    parts = []
+    site, parts = Site(runs, link, layout="section.html"), []
     for key, _ in chosen:
-        site = Site(runs, link, layout="section.html")
-        site.templates.globals["anchor"] = anchors[key]
+        site.anchor = anchors[key]
         try:
             parts.append(Markup(render(site, key[0], key[1], dict(key[2]))))
         except NotFoundError:
             continue  # it went while the page was written
-    contents = [(anchors[key], title) for key, title in chosen if title]
-    return (
-        Site(runs, link)
-        .templates.get_template("report.html")
-        .render(
-            runs=runs,
-            assets=Markup(inlined()),
-            script=Markup(script()),
-            contents=contents,
-            parts=parts,
-        )
-    )
+    whole = {
+        "runs": runs,
+        "assets": Markup(inlined()),
+        "script": Markup(script()),
+        "contents": [(anchors[key], title) for key, title in chosen if title],
+        "parts": parts,
+    }
+    return site.templates.get_template("report.html").render(**whole)
 
 
 def _chosen(runs: Sequence[Run]) -> Iterator[tuple[Key, str]]:

@@ -147,7 +147,8 @@ class Index:
             "INSERT INTO said (rowid, words) VALUES (?, ?)", enumerate(read.words, first)
         )
         db.executemany(
-            "INSERT OR REPLACE INTO tasks VALUES (?, ?, ?, ?)",
+            "INSERT INTO tasks VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET labels = excluded.labels,"
+            " truth = coalesce(excluded.truth, truth), query = excluded.query",
             ((k, *v) for k, v in read.tasks.items()),
         )
         _sum_up(db, touched)

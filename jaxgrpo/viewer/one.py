@@ -35,7 +35,8 @@ def row_at(db: sqlite3.Connection, task: str, place: Place, attempt: int = 0) ->
     found = queries.episode(db, split, step, task, sample, attempt)
     if found is None:
         raise NotFoundError(
-            f"there is no episode of task {task!r} in {split or '(no split)'} at step {step}, sample {sample}"
+            f"there is no episode of task {task!r} in {split or '(no split)'}"
+            f" at step {step}, sample {sample}"
         )
     return found
 
@@ -49,6 +50,7 @@ def read(run: Run, row: sqlite3.Row) -> Episode:
 
 
 def episode(site: Site, run: Run, query: Query) -> str:
+    """One episode, as turns or as tokens. Raises NotFoundError, as the others here."""
     task, place = query.get("task", ""), place_of(query)
     with site.opened(run) as (db,):
         row = row_at(db, task, place, attempt_of(query))
@@ -237,6 +239,7 @@ def _compared(pair: turns.Pair) -> dict[str, Any]:
 
 
 def group(site: Site, run: Run, query: Query) -> str:
+    """The episodes of one task at one step, as a table and as a tree."""
     name, (split, step, _) = query.get("task", ""), place_of(query)
     with site.opened(run) as (db,):
         rows = queries.group(db, split, step, name)

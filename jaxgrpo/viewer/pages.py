@@ -14,11 +14,13 @@ from jaxgrpo.viewer.runs import Run
 from jaxgrpo.viewer.site import NotFoundError, Site
 
 Query = Mapping[str, str]
-PAGE = 50
+PAGE, TASKS = 50, 100
+"""Episodes and tasks on one page."""
 SMOOTHING = ("0", "0.6", "0.9")
 
 
 def overview(site: Site, query: Query) -> str:
+    """The curves of all runs."""
     smooth = query.get("smooth", "0") if query.get("smooth", "0") in SMOOTHING else "0"
     with site.opened() as opened:
         named = [(run.name, db) for run, db in zip(site.runs, opened, strict=True)]
@@ -56,6 +58,7 @@ def _latest(db: sqlite3.Connection) -> dict[str, float | None]:
 
 
 def tasks(site: Site, run: Run, query: Query) -> str:
+    """The heat map of a run's tasks."""
     with site.opened(run) as (db,):
         splits = queries.splits(db)
         split = _one_of(query.get("split", ""), list(splits))
@@ -70,8 +73,9 @@ def tasks(site: Site, run: Run, query: Query) -> str:
     kept = heatmap.ordered([row for row in rows if _wanted(row, known, wanted)], wanted["sort"])
     truths = sorted({row["truth"] for row in known.values() if row["truth"] is not None})
     page = max(1, int(number_of(query.get("page", ""), 1)))
+    size = TASKS if site.live else max(1, len(kept))
     shown = {
-        "rows": kept[(page - 1) * 100 : page * 100],
+        "rows": kept[(page - 1) * size : page * size],
         "total": len(kept),
         "of": len(rows),
         "columns": over,
@@ -84,7 +88,7 @@ def tasks(site: Site, run: Run, query: Query) -> str:
         "wanted": wanted,
         "state": {"split": split, **{key: value for key, value in wanted.items() if value}},
         "number": page,
-        "pages": -(-len(kept) // 100),
+        "pages": -(-len(kept) // size),
         "SOLVED": heatmap.SOLVED,
         "TASK_SORTS": heatmap.SORTS,
     }
@@ -104,6 +108,7 @@ def _wanted(row: heatmap.Row, known: Mapping, wanted: Query) -> bool:
 
 
 def episodes(site: Site, run: Run, query: Query) -> str:
+    """Search and filters."""
     wanted = Filter.of(query)
     page = min(max(1, int(number_of(query.get("page", ""), 1))), 10_000)
     with site.opened(run) as (db,):
@@ -124,6 +129,7 @@ def episodes(site: Site, run: Run, query: Query) -> str:
 
 
 def failures(site: Site, run: Run, query: Query) -> str:
+    """Failures by kind, over time and with examples."""
     with site.opened(run) as (db,):
         splits = queries.splits(db)
         split = _one_of(query.get("split", ""), list(splits))

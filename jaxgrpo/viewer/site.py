@@ -38,7 +38,7 @@ class Site:
     ):
         self.runs = runs
         self.link: Link = link or address
-        self.layout, self.assets = layout, Markup(assets)
+        self.layout, self.assets, self.anchor = layout, Markup(assets), ""
         self.templates = Environment(
             loader=FileSystemLoader(HERE / "templates"),
             autoescape=True,
@@ -55,6 +55,11 @@ class Site:
             count=lambda n: f"{n:,}",
         )
         self.templates.globals.update(KINDS=KINDS, svg=charts.svg, found=visible.found)
+
+    @property
+    def live(self) -> bool:
+        """Whether a server answers: only then can pages ask for others."""
+        return self.link is address
 
     def run(self, name: str) -> Run:
         """The run of this name. Raises NotFoundError."""
@@ -81,9 +86,11 @@ class Site:
             "run": run,
             "runs": self.runs,
             "faults": faults,
-            "live": self.link is address,
+            "live": self.live,
+            "layout": self.layout,
+            "assets": self.assets,
+            "anchor": self.anchor,
         }
-        common |= {"layout": self.layout, "assets": self.assets}
         return self.templates.get_template(template).render(**common, **shown)
 
 

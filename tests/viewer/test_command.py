@@ -69,6 +69,13 @@ def test_the_export_holds_no_link_to_a_server(demo_folder, tmp_path, monkeypatch
         assert f'id="{anchor}"' in text
 
 
+def test_an_export_holds_all_tasks(demo_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("jaxgrpo.viewer.pages.TASKS", 2)
+    assert main([str(demo_folder), "--export", str(tmp_path / "out")]) == 0
+    assert len(list((tmp_path / "out").glob("task-*"))) == 4
+
+
 def test_a_folder_holds_all_episodes_of_many_steps(demo_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "cache"))
     run = shutil.copytree(demo_folder, tmp_path / "run")
