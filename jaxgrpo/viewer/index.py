@@ -5,9 +5,11 @@ It never writes into the run. It grows with it: only files that are new or have 
 It can be thrown away at any time; the next start builds it again.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import signal
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -112,14 +114,16 @@ class Index:
         workers = min(4, os.cpu_count() or 1)  # four read as fast as one can store
         if sum(size for _, size, _ in new) < SEVERAL:
             for name, size, mtime in new:
-                yield name, size, mtime, read_rows(self.run / name, starts[name])
+                yield name, size, mtime, read_file(self.run / name, starts[name], size)
             return
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        to_them = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends this process, and it ends them
+        context = get_context("spawn")
+        with ProcessPoolExecutor(workers, context, signal.signal, to_them) as pool:
             waiting: list[Future[FileRows]] = []
             for place, (name, size, mtime) in enumerate(new):
                 while len(waiting) < len(new) and len(waiting) < place + 4 * workers:
-                    ahead = new[len(waiting)][0]
-                    waiting.append(pool.submit(read_rows, self.run / ahead, starts[ahead]))
+                    ahead, there, _ = new[len(waiting)]
+                    waiting.append(pool.submit(read_file, self.run / ahead, starts[ahead], there))
                 result = waiting[place].result()
                 waiting[place] = Future()  # its rows are not kept
                 yield name, size, mtime, result
@@ -152,7 +156,9 @@ class Index:
             ((k, *v) for k, v in read.tasks.items()),
         )
         _sum_up(db, touched)
-        mark = last_mark(self.run / name, read.done) if not name.endswith(".gz") else 0
+        mark = (
+            last_mark(self.run / name, read.done) if read.done and not name.endswith(".gz") else 0
+        )
         db.execute(
             "UPDATE files SET size = ?, mtime = ?, done = ?, mark = ?, fault = ?,"
             " episodes = (SELECT count(*) FROM episodes WHERE file = ?) WHERE id = ?",
@@ -188,20 +194,34 @@ class Index:
 
 
 def record_files(run: Path) -> dict[str, tuple[int, int]]:
-    """The record files of a run, by their path within it: size and time of change. Links that
-    lead out of the folder are left out."""
+    """The record files of a run, by their path within it: size and time of change. A link that
+    leads out of the folder has the size -1: it is named, not read."""
     found: dict[str, tuple[int, int]] = {}
-    inside = run.resolve()
-    for path in (run / "trajectories").glob("*.jsonl*"):
-        if path.name.startswith(".") or not path.name.endswith((".jsonl", ".jsonl.gz")):
-            continue
-        try:
-            if path.is_file() and path.resolve().is_relative_to(inside):
-                stat = path.stat()
-                found[f"trajectories/{path.name}"] = (stat.st_size, stat.st_mtime_ns)
-        except OSError:
-            continue  # it was removed meanwhile
+    inside, folder = run.resolve(), run / "trajectories"
+    if not folder.is_dir():
+        return found
+    linked = not folder.resolve().is_relative_to(inside)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") or not entry.name.endswith((".jsonl", ".jsonl.gz")):
+                continue
+            with contextlib.suppress(OSError):  # it was removed meanwhile
+                name, stat = f"trajectories/{entry.name}", entry.stat()
+                leads_out = linked or (
+                    entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(inside)
+                )
+                if leads_out:
+                    found[name] = (-1, 0)
+                elif entry.is_file():
+                    found[name] = (stat.st_size, stat.st_mtime_ns)
     return found
+
+
+def read_file(path: Path, start: int, size: int) -> FileRows:
+    """The rows of a record file; of a link out of the folder only that it is one."""
+    if size < 0:
+        return FileRows([], [], {}, 0, "it leads out of the run's folder and is not read")
+    return read_rows(path, start)
 
 
 def last_mark(path: Path, end: int) -> int:

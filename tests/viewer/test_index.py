@@ -223,6 +223,12 @@ def test_an_episode_that_was_played_again_stands_beside_the_one_that_failed(fold
     assert [row["attempt"] for row in found(run, step_from="9").rows] == [1, 0]
 
 
+def test_several_processes_read_the_same(demo, folder, cache, monkeypatch):
+    monkeypatch.setattr("jaxgrpo.viewer.index.SEVERAL", 0)
+    rows = [tuple(row)[1:] for row in found(opened(folder, cache)).rows]
+    assert rows == [tuple(row)[1:] for row in found(demo).rows]
+
+
 def test_two_viewers_of_one_run_agree(folder, cache):
     both = [open_runs([folder], cache)[0] for _ in range(2)]
     threads = [threading.Thread(target=run.index.refresh) for run in both]
@@ -237,7 +243,10 @@ def test_two_viewers_of_one_run_agree(folder, cache):
 def test_links_out_of_the_run_are_not_followed(folder, cache, tmp_path):
     write_records(tmp_path / "elsewhere.jsonl", [record("files_1", "train", 99, 0, True)])
     (folder / "trajectories" / "train-000099.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")
-    assert found(opened(folder, cache), step_from="99").total == 0
+    run = opened(folder, cache)
+    assert found(run, step_from="99").total == 0
+    with run.index.connect() as db:
+        assert "leads out of the run's folder" in queries.faults(db)[0][1]
 
 
 def test_a_long_message_is_indexed_and_read(folder, cache):
