@@ -7,6 +7,7 @@ the terminal; or writes them with --export.
 import argparse
 import importlib.util
 import secrets
+import signal
 import socket
 import sqlite3
 import sys
@@ -153,4 +154,13 @@ def _serve(runs: Sequence[Run], host: str, port: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    for _ending in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # both unwind, so that what was started ends too
+        signal.signal(_ending, signal.default_int_handler)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import closing, contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from jaxgrpo.paths import cache_root
@@ -116,9 +116,7 @@ class Index:
             for name, size, mtime in new:
                 yield name, size, mtime, read_file(self.run / name, starts[name], size)
             return
-        to_them = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends this process, and it ends them
-        context = get_context("spawn")
-        with ProcessPoolExecutor(workers, context, signal.signal, to_them) as pool:
+        with ProcessPoolExecutor(workers, get_context("spawn"), _as_helper) as pool:
             waiting: list[Future[FileRows]] = []
             for place, (name, size, mtime) in enumerate(new):
                 while len(waiting) < len(new) and len(waiting) < place + 4 * workers:
@@ -215,6 +213,19 @@ def record_files(run: Path) -> dict[str, tuple[int, int]]:
                 elif entry.is_file():
                     found[name] = (stat.st_size, stat.st_mtime_ns)
     return found
+
+
+def _as_helper() -> None:
+    """A process that helps to read: Ctrl-C is for the viewer, and it ends when the viewer does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    viewer = parent_process()
+
+    def follow() -> None:
+        if viewer is not None:
+            viewer.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def read_file(path: Path, start: int, size: int) -> FileRows:

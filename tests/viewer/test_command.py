@@ -1,10 +1,13 @@
 """The command line: what is refused and how, and what is exported."""
 
 import importlib.util
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 
@@ -96,3 +99,17 @@ def test_a_folder_of_pages_links_only_what_is_there(demo_folder, tmp_path, monke
         links = set(re.findall(r'(?:href|src)="([^"#]+)"', path.read_text()))
         assert links <= names
     assert {"curve-train-kl.svg", "overview.html", "compare.html"} <= names
+
+
+@pytest.mark.skipif(not SERVES, reason="the server's packages are not installed")
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_with_a_line(demo_folder, tmp_path, ending):
+    command = [sys.executable, "-m", "jaxgrpo.viewer", str(demo_folder), "--port", "0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"JAXGRPO_CACHE": str(tmp_path)}
+    with subprocess.Popen(command, env=environment, **pipes) as viewer:
+        address = viewer.stdout.readline().strip()
+        assert urllib.request.urlopen(address).status == 200
+        viewer.send_signal(ending)
+        _, said = viewer.communicate(timeout=30)
+    assert (viewer.returncode, said) == (130, "interrupted\n")
