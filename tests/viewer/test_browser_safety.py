@@ -64,6 +64,20 @@ def test_no_script_of_an_episode_runs(page, hostile, number):
             )
 
 
+def test_no_script_of_an_episode_runs_in_an_export(page, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "cache"))
+    page.add_init_script("window.alert = () => { document.title = 'owned'; }")
+    base = record("files_1", "train", 2, 0, False)
+    records = [with_content(base, text, f"task {n}") for n, text in enumerate(HOSTILE)]
+    write_records(tmp_path / "run" / "trajectories" / "train-000002.jsonl.gz", records)
+    for out in (tmp_path / "out.html", tmp_path / "out"):
+        assert main([str(tmp_path / "run"), "--export", str(out)]) == 0
+    for path in (tmp_path / "out.html", *(tmp_path / "out").glob("*.html")):
+        page.goto(path.as_uri())
+        assert page.title() != "owned"
+        assert page.locator("main img").count() == 0
+
+
 def test_the_exported_page_opens_from_disk(page, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "cache"))
     assert main([str(write_demo(tmp_path / "demo")), "--export", str(tmp_path / "out.html")]) == 0
