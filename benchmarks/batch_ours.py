@@ -10,28 +10,27 @@ from typing import Any
 
 from benchmarks.batch_work import Line, Work, refuse, reward
 from benchmarks.workload import product_rate
-from envs.base import Observation, StepResult
-from jaxgrpo.config import (
+from jaxgrpo.config.load import apply_override, check
+from jaxgrpo.config.settings import (
+    BatchingSettings,
     Config,
     ConfigError,
     EvaluationSettings,
+    LossSettings,
     ModelSettings,
     NativeSamplerSettings,
+    OptimizerSettings,
     RecordingSettings,
     RolloutSettings,
     TrainingSettings,
-    apply_override,
-    check,
 )
-from jaxgrpo.losses import LossSettings
-from jaxgrpo.packing import PackingSettings
-from jaxgrpo.processes import Processes
+from jaxgrpo.environment import Observation, StepResult
+from jaxgrpo.run.processes import Processes
+from jaxgrpo.run.setup import compute_dtype, enable_compilation_cache
 from jaxgrpo.samplers.base import FinishReason, Generation, Sampler, SamplingRequest
-from jaxgrpo.samplers.native import NativeSampler
-from jaxgrpo.setup import compute_dtype, keep_compiled
+from jaxgrpo.samplers.native.sampler import NativeSampler
 from jaxgrpo.train import Training
 from jaxgrpo.types import Message, Score, StopReason, Task
-from jaxgrpo.update import OptimizerSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +77,9 @@ class Batches(Training):
     def open_sampler(self, stack: ExitStack) -> Sampler:
         native = self.config.native
         sampler = FixedLengthSampler(
-            self.policy.config,
+            self.assets.config,
             self.weights.logical(),
-            self.policy.tokenizer,
+            self.assets.tokenizer,
             eos_token_ids=(),
             version=self.version,
             max_rows=native.max_rows,
@@ -143,7 +142,7 @@ def configured(work: Work) -> Config:
             max_completion_tokens=work.tokens,
         ),
         native=NativeSamplerSettings(max_rows=rows),
-        packing=PackingSettings(prompt_multiple=128, completion_multiple=work.tokens),
+        batching=BatchingSettings(prompt_multiple=128, completion_multiple=work.tokens),
         loss=LossSettings(clip_low=work.clip, clip_high=work.clip, kl_beta=work.kl_beta),
         optimizer=OptimizerSettings(
             work.learning_rate, 0, work.b1, work.b2, work.epsilon, max_grad_norm=work.max_grad_norm
@@ -172,7 +171,7 @@ def main() -> None:
         config = configured(Work(**line.receive()))
     except ConfigError as error:
         refuse(error)
-    keep_compiled(config)
+    enable_compilation_cache(config)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         training = Batches(config, Path(folder), False, Processes(), stack)
         training.view.begin(0)

@@ -18,7 +18,10 @@ from pathlib import Path
 
 @functools.cache
 def read(folder: Path, release: str, category: str) -> dict[str, dict]:
-    rows = [json.loads(line) for line in (folder / f"BFCL_{release}_{category}.json").read_text("utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (folder / f"BFCL_{release}_{category}.json").read_text("utf-8").splitlines()
+    ]
     return {row["id"]: row for row in rows}
 
 
@@ -38,12 +41,16 @@ def main(folder: Path, release: str) -> None:
     __import__("bfcl_eval.eval_checker.multi_turn_eval.multi_turn_checker")
     for module in ("gorilla_file_system", "math_api", "message_api", "posting_api", "ticket_api", "trading_bot", "travel_booking",
                    "vehicle_control"):  # fmt: skip
-        __import__(f"bfcl_eval.eval_checker.multi_turn_eval.func_source_code.{module}")  # once, before the forks
+        __import__(
+            f"bfcl_eval.eval_checker.multi_turn_eval.func_source_code.{module}"
+        )  # once, before the forks
     for line in sys.stdin:
         case = json.loads(line)
         data = folder / "bfcl_eval" / "data"
         entry = read(data, release, case["category"])[case["id"]]
-        truth = read(data / "possible_answer", release, case["category"])[case["id"]]["ground_truth"]
+        truth = read(data / "possible_answer", release, case["category"])[case["id"]][
+            "ground_truth"
+        ]
         sys.stdout.flush()
         child = os.fork()
         if child == 0:

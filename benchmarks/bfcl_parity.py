@@ -21,7 +21,15 @@ from envs.bfcl.scoring import check_calls
 from envs.bfcl.source import RELEASES, Package, open_package
 from envs.bfcl.tasks import CATEGORIES, BfclTask, Library, load_library
 
-VARIANTS = ("perfect", "empty", "reversed", "doubled", "truncated", "wrong_argument", "after_another")
+VARIANTS = (
+    "perfect",
+    "empty",
+    "reversed",
+    "doubled",
+    "truncated",
+    "wrong_argument",
+    "after_another",
+)
 SCOPES = ("first_turn", "all_turns")
 
 Turns = list[list[list[Call]]]  # turns of steps of calls
@@ -37,16 +45,24 @@ class Case:
     turns: Turns
 
 
-def cases(library: Library, categories: Sequence[str], variants: Sequence[str], tasks: int) -> Iterator[Case]:
+def cases(
+    library: Library, categories: Sequence[str], variants: Sequence[str], tasks: int
+) -> Iterator[Case]:
     """All cases of the first so many tasks of each category, in the data's order."""
     for category in categories:
         listed = list(library.tasks[category].values())
         for index, task in enumerate(listed[:tasks]):
-            other = next((t for t in listed[index + 1 :] + listed[:index] if t.involved == task.involved), task)
+            other = next(
+                (t for t in listed[index + 1 :] + listed[:index] if t.involved == task.involved),
+                task,
+            )
             for variant in variants:
                 for scope in SCOPES:
                     played = 1 if scope == "first_turn" else len(task.turns)
-                    turns = [_vary(variant, turn.truth, other.turns[0].truth) for turn in task.turns[:played]]
+                    turns = [
+                        _vary(variant, turn.truth, other.turns[0].truth)
+                        for turn in task.turns[:played]
+                    ]
                     yield Case(task, variant, scope, turns)
 
 
@@ -69,14 +85,18 @@ def _wrong(call: Call) -> Call:
     if not call.arguments:
         return Call(call.name, {"surplus": 1})
     name, value = next(iter(call.arguments.items()))
-    changed = value + 1 if isinstance(value, int | float) and not isinstance(value, bool) else f"{value}_"
+    changed = (
+        value + 1 if isinstance(value, int | float) and not isinstance(value, bool) else f"{value}_"
+    )
     return Call(call.name, {**call.arguments, name: changed})
 
 
 def ours(library: Library, case: Case) -> bool:
     """Our verdict."""
     truth = [turn.truth for turn in case.task.turns[: len(case.turns)]]
-    verdicts = check_calls(library.session(case.task), library.session(case.task), truth, case.turns)
+    verdicts = check_calls(
+        library.session(case.task), library.session(case.task), truth, case.turns
+    )
     return len(verdicts) == len(truth) and verdicts[-1].passed
 
 
@@ -90,28 +110,48 @@ def official(package: Package, listed: Sequence[Case]) -> list[bool]:
         })
         for case in listed
     ]  # fmt: skip
-    command = [sys.executable, str(Path(__file__).with_name("bfcl_official.py")), str(package.folder.parent), package.release.name]
-    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("bfcl_official.py")),
+        str(package.folder.parent),
+        package.release.name,
+    ]
+    done = subprocess.run(
+        command, input="\n".join(lines), capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         raise RuntimeError(f"the official checker failed: {done.stderr[-2000:]}")
     return [json.loads(line)["valid"] for line in done.stdout.splitlines()]
 
 
 def _text(call: Call) -> str:
-    return f"{call.name}({', '.join(f'{name}={value!r}' for name, value in call.arguments.items())})"
+    return (
+        f"{call.name}({', '.join(f'{name}={value!r}' for name, value in call.arguments.items())})"
+    )
 
 
-def compare(library: Library, package: Package, listed: Sequence[Case]) -> list[tuple[Case, bool, bool]]:
+def compare(
+    library: Library, package: Package, listed: Sequence[Case]
+) -> list[tuple[Case, bool, bool]]:
     """Each case with our verdict and the official one."""
     theirs = official(package, listed)
     if len(theirs) != len(listed):
         raise RuntimeError(f"the official checker answered {len(theirs)} of {len(listed)} cases")
-    return [(case, ours(library, case), verdict) for case, verdict in zip(listed, theirs, strict=True)]
+    return [
+        (case, ours(library, case), verdict) for case, verdict in zip(listed, theirs, strict=True)
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--release", default="v3", choices=list(RELEASES), help="whose data, simulators and checker (default: v3)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--release",
+        default="v3",
+        choices=list(RELEASES),
+        help="whose data, simulators and checker (default: v3)",
+    )
     parser.add_argument("--tasks", type=int, default=200, help="how many tasks of each category")
     parser.add_argument("--folder", help="an unpacked bfcl_eval instead of the fetched one")
     options = parser.parse_args()
@@ -122,11 +162,26 @@ def main() -> None:
     for category in CATEGORIES:
         for variant in VARIANTS:
             for scope in SCOPES:
-                rows = [r for r in compared if (r[0].task.category, r[0].variant, r[0].scope) == (category, variant, scope)]
-                agree, passed = sum(mine == theirs for _, mine, theirs in rows), sum(theirs for _, _, theirs in rows)
+                rows = [
+                    r
+                    for r in compared
+                    if (r[0].task.category, r[0].variant, r[0].scope) == (category, variant, scope)
+                ]
+                agree, passed = (
+                    sum(mine == theirs for _, mine, theirs in rows),
+                    sum(theirs for _, _, theirs in rows),
+                )
                 print(f"{category:14}{variant:16}{scope:12}{len(rows):6}{agree:7}{passed:8}")
-    differing = [f"{case.task.id}/{case.variant}/{case.scope}" for case, mine, theirs in compared if mine != theirs]
-    summary = {"release": package.release.version, "cases": len(compared), "agree": len(compared) - len(differing)}
+    differing = [
+        f"{case.task.id}/{case.variant}/{case.scope}"
+        for case, mine, theirs in compared
+        if mine != theirs
+    ]
+    summary = {
+        "release": package.release.version,
+        "cases": len(compared),
+        "agree": len(compared) - len(differing),
+    }
     print(json.dumps(summary | {"differing": differing}))
 
 

@@ -17,7 +17,7 @@ same mean reward and, at each optimizer step, the same norm of the gradient. `--
 are not counted: ours compiles in them. The prompts are those of the first tasks, in every batch.
 
 - rollout: generating and scoring; passes: those without gradients, for the reference's and the
-  behaviour's log-probabilities; update: all the rest of the batch's time. Medians.
+  the old policy's log-probabilities; update: all the rest of the batch's time. Medians.
 - cpu: the least processor seconds of a batch; others: how many of the cores somebody else had
   meanwhile, the median. Above 0.1 or so the times are those of a busy machine, which slows TRL
   more, whose threads wait for each other: then `--cores 1` and the processor time say more.
@@ -47,9 +47,9 @@ from typing import Any, Self
 from benchmarks.batch_work import REFUSED, Conversation, Work
 from benchmarks.processor import busy_seconds, described, processor
 from configs.cpu_demo import CLASSES
-from envs.base import TaskSuite
 from envs.bfcl import Bfcl
 from envs.procedural import Warehouse
+from jaxgrpo.environment import TaskSuite
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "assets" / "tiny-qwen2.5"

@@ -19,14 +19,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from envs.base import Environment
 from envs.bfcl import Bfcl
 from envs.bfcl.scoring import judge_turn
 from envs.bfcl.source import open_package
 from envs.bfcl.tasks import BfclTask, Library, load_library
-from jaxgrpo.background import BlockingCalls
-from jaxgrpo.chat import Chat
-from jaxgrpo.pretrained import load_tokenizer
+from jaxgrpo.environment import Environment
+from jaxgrpo.rollout.background import BlockingCalls
+from jaxgrpo.rollout.chat import Chat
+from jaxgrpo.storage.pretrained import load_tokenizer
 from jaxgrpo.types import Task
 
 T = TypeVar("T")
@@ -56,7 +56,11 @@ def simulator_seconds(library: Library, tasks: Sequence[BfclTask]) -> dict[str, 
         if not verdict.passed:
             raise RuntimeError(f"the ground truth of {task.id} does not pass: {verdict.reason}")
         checks.append(seconds)
-    return {"build": statistics.median(builds), "call": statistics.median(calls), "check": statistics.median(checks)}
+    return {
+        "build": statistics.median(builds),
+        "call": statistics.median(calls),
+        "check": statistics.median(checks),
+    }
 
 
 def play(suite: Bfcl, chat: Chat, task: Task) -> tuple[float, int, int, int]:
@@ -92,17 +96,29 @@ async def play_in_threads(suite: Bfcl, tasks: Sequence[Task], threads: int) -> N
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """What the line of JSON says: milliseconds, microseconds and rates by name."""
-    suite = Bfcl(release=args.release, categories=tuple(args.categories), docs=args.docs, max_turns=args.turns)
+    suite = Bfcl(
+        release=args.release,
+        categories=tuple(args.categories),
+        docs=args.docs,
+        max_turns=args.turns,
+    )
     loading, library = timed(load_library, open_package(args.release))
     chat = Chat(load_tokenizer(args.model))
     tasks = [*suite.tasks("train"), *suite.tasks("test")]
     payloads = [task.payload for task in tasks if isinstance(task.payload, BfclTask)]
     parts = [simulator_seconds(library, payloads) for _ in range(args.rounds)]
     best = {name: min(found[name] for found in parts) for name in parts[0]}
-    rounds = [timed(lambda: [play(suite, chat, task) for task in tasks]) for _ in range(args.rounds)]
+    rounds = [
+        timed(lambda: [play(suite, chat, task) for task in tasks]) for _ in range(args.rounds)
+    ]
     seconds, episodes = min(rounds, key=lambda found: found[0])
-    threaded = min(timed(asyncio.run, play_in_threads(suite, tasks, args.threads))[0] for _ in range(args.rounds))
-    rendering, prompts, answers, turns = (np.array(column) for column in zip(*episodes, strict=True))
+    threaded = min(
+        timed(asyncio.run, play_in_threads(suite, tasks, args.threads))[0]
+        for _ in range(args.rounds)
+    )
+    rendering, prompts, answers, turns = (
+        np.array(column) for column in zip(*episodes, strict=True)
+    )
     return {
         "benchmark": "env",
         "model": args.model.name,
@@ -142,12 +158,16 @@ def table(measured: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?", type=Path, default=TINY)
     parser.add_argument("--release", default="v3", help="v3 or v4")
     parser.add_argument("--categories", nargs="+", default=["base"])
     parser.add_argument("--docs", default="full", help="full, without_response or signatures")
-    parser.add_argument("--turns", type=int, default=1, help="user turns of each task that are played")
+    parser.add_argument(
+        "--turns", type=int, default=1, help="user turns of each task that are played"
+    )
     parser.add_argument("--threads", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="the line of JSON alone")

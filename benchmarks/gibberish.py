@@ -21,8 +21,8 @@ import numpy as np
 
 from envs.bfcl import Bfcl
 from envs.bfcl.tasks import CATEGORIES, BfclTask
-from jaxgrpo.penalties import LocalGibberish
-from jaxgrpo.pretrained import load_tokenizer
+from jaxgrpo.rewards.penalties import LocalGibberish
+from jaxgrpo.storage.pretrained import load_tokenizer
 from jaxgrpo.types import Task
 
 Episodes = Sequence[Sequence[str]]

@@ -18,14 +18,21 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.workload import SMALL_MODEL, Sizes, Stepping, random_groups
-from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import init_params
-from jaxgrpo.sharding import make_mesh
-from jaxgrpo.update import OptimizerSettings, Update
+from jaxgrpo.config.settings import LossSettings, OptimizerSettings
+from jaxgrpo.learner.sharding import make_mesh
+from jaxgrpo.learner.update import Update
+from jaxgrpo.models.qwen2 import init_params
 
 SIZES = Sizes(P=64, C=256, G=4)
 CONFIG = dataclasses.replace(
-    SMALL_MODEL, vocab_size=151_936, width=64, layers=2, head_size=16, mlp_width=256, context_length=SIZES.P + SIZES.C, tied_embeddings=True
+    SMALL_MODEL,
+    vocab_size=151_936,
+    hidden_size=64,
+    layers=2,
+    head_dim=16,
+    intermediate_size=256,
+    context_length=SIZES.P + SIZES.C,
+    tied_embeddings=True,
 )
 
 
@@ -39,9 +46,15 @@ def run(chunk: int | None, answer: multiprocessing.connection.Connection) -> Non
         compute_dtype=jnp.float32,
         head_chunk=chunk or 1,
     )
-    stepping = Stepping(update, update.init(init_params(CONFIG, jax.random.key(0))), random_groups(CONFIG.vocab_size, SIZES))
+    stepping = Stepping(
+        update,
+        update.init(init_params(CONFIG, jax.random.key(0))),
+        random_groups(CONFIG.vocab_size, SIZES),
+    )
     norms = [stepping.step().grad_norm for _ in range(2 if chunk else 0)]
-    answer.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, norms[-1] if norms else 0.0))
+    answer.send(
+        (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, norms[-1] if norms else 0.0)
+    )
 
 
 def in_a_process(chunk: int | None) -> tuple[int, float]:
@@ -57,9 +70,13 @@ def in_a_process(chunk: int | None) -> tuple[int, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[64, 256, SIZES.G * SIZES.C], help="tokens a chunk")
+    parser.add_argument(
+        "--chunks", type=int, nargs="+", default=[64, 256, SIZES.G * SIZES.C], help="tokens a chunk"
+    )
     args = parser.parse_args()
     idle, _ = in_a_process(None)
     print(f"{'chunk':>8} {'peak GB':>8} {'gradient':>12}\n{'no step':>8} {idle / 1e9:8.3f}")
@@ -69,7 +86,10 @@ def main() -> None:
         print(f"{chunk:>8} {peaks[chunk] / 1e9:8.3f} {norm:12.6f}", flush=True)
     if args.json:
         sizes = dataclasses.asdict(SIZES) | dataclasses.asdict(CONFIG)
-        record = {"peak_gb": {str(chunk): round(peak / 1e9, 3) for chunk, peak in peaks.items()}, "no_step_gb": round(idle / 1e9, 3)}
+        record = {
+            "peak_gb": {str(chunk): round(peak / 1e9, 3) for chunk, peak in peaks.items()},
+            "no_step_gb": round(idle / 1e9, 3),
+        }
         print(json.dumps(record | {"sizes": sizes, "jax": jax.__version__}))
 
 

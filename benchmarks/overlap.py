@@ -24,8 +24,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxgrpo.config import Config, EvaluationSettings, RecordingSettings, check, load_config
-from jaxgrpo.processes import Processes
+from jaxgrpo.config.load import check, load_config
+from jaxgrpo.config.settings import Config, EvaluationSettings, RecordingSettings
+from jaxgrpo.run.processes import Processes
 from jaxgrpo.samplers.base import FinishReason, Generation, PolicyWeights, Sampler, SamplingRequest
 from jaxgrpo.train import Training
 
@@ -54,7 +55,9 @@ class PacedSampler:
         made_T = start + np.arange(1, length + 1) / self._rate
         times, versions = zip(*self._published)
         versions_T = np.asarray(versions)[np.searchsorted(times, made_T) - 1]
-        return Generation(ids_T, np.full(length, -np.log(self._vocab), np.float32), versions_T, FinishReason.EOS)
+        return Generation(
+            ids_T, np.full(length, -np.log(self._vocab), np.float32), versions_T, FinishReason.EOS
+        )
 
     async def release(self, episode_id: str) -> None:
         pass
@@ -74,7 +77,13 @@ class PacedTraining(Training):
     streams: int
 
     def open_sampler(self, stack: ExitStack) -> Sampler:
-        return PacedSampler(self.rate, self.streams, self.policy.chat.eos_ids[0], self.policy.config.vocab_size, self.version)
+        return PacedSampler(
+            self.rate,
+            self.streams,
+            self.assets.chat.eos_ids[0],
+            self.assets.config.vocab_size,
+            self.version,
+        )
 
 
 class PinnedTraining(Training):
@@ -102,12 +111,17 @@ def configured(args: argparse.Namespace, staleness: int, batches: int) -> Config
     changed = dataclasses.replace(
         config,
         loss=dataclasses.replace(config.loss, tis_cap=2.0),
-        packing=dataclasses.replace(
-            config.packing, masked_stop_reasons=(), prompt_multiple=r.max_prompt_tokens, completion_multiple=r.max_completion_tokens
+        batching=dataclasses.replace(
+            config.batching,
+            masked_stop_reasons=(),
+            prompt_multiple=r.max_prompt_tokens,
+            completion_multiple=r.max_completion_tokens,
         ),
         training=dataclasses.replace(t, steps=batches * t.iterations, max_staleness=staleness),
         evaluation=EvaluationSettings(before=False, after=False),
-        recording=RecordingSettings(checkpoint_every=None, trajectories=False, export_hf=False, tensorboard=False),
+        recording=RecordingSettings(
+            checkpoint_every=None, trajectories=False, export_hf=False, tensorboard=False
+        ),
     )
     check(changed)
     return changed
@@ -121,7 +135,13 @@ def run(args: argparse.Namespace, staleness: int, batches: int, rate: float) -> 
         PacedTraining.rate, PacedTraining.streams = rate, args.streams
     with tempfile.TemporaryDirectory() as folder:
         with ExitStack() as stack:
-            kind(configured(args, staleness, args.warm + batches + staleness), Path(folder), False, Processes(), stack).run()
+            kind(
+                configured(args, staleness, args.warm + batches + staleness),
+                Path(folder),
+                False,
+                Processes(),
+                stack,
+            ).run()
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines][args.warm : args.warm + batches]
 
@@ -130,7 +150,9 @@ def balanced_rate(args: argparse.Namespace) -> float:
     """Tokens a second at which a batch's rollouts take `--balance` times as long as what the trainer does with them, now."""
     lines = run(args, 0, 2, _FIRST_RATE)
     rollout = statistics.median(line["time/rollout_seconds"] for line in lines)
-    trainer = statistics.median(line["time/batch_seconds"] - line["time/wait_seconds"] for line in lines)
+    trainer = statistics.median(
+        line["time/batch_seconds"] - line["time/wait_seconds"] for line in lines
+    )
     return _FIRST_RATE * rollout / (args.balance * trainer)
 
 
@@ -139,11 +161,18 @@ def summed_up(lines: Sequence[dict]) -> dict[str, float]:
     median = lambda name: round(statistics.median(line[name] for line in lines), 4)
     return {
         "batch_seconds": median("time/batch_seconds"),
-        "batch_seconds_mean": round(statistics.fmean(line["time/batch_seconds"] for line in lines), 4),
+        "batch_seconds_mean": round(
+            statistics.fmean(line["time/batch_seconds"] for line in lines), 4
+        ),
         "rollout_seconds": median("time/rollout_seconds"),
-        "trainer_seconds": round(statistics.median(line["time/batch_seconds"] - line["time/wait_seconds"] for line in lines), 4),
-        "trainer_idle_share": median("time/trainer_idle_share"),
-        "sampler_idle_share": median("time/sampler_idle_share"),
+        "trainer_seconds": round(
+            statistics.median(
+                line["time/batch_seconds"] - line["time/wait_seconds"] for line in lines
+            ),
+            4,
+        ),
+        "trainer_idle_fraction": median("time/trainer_idle_fraction"),
+        "sampler_idle_fraction": median("time/sampler_idle_fraction"),
         "staleness_mean": median("train/staleness_mean"),
         "staleness_max": max(line["train/staleness_max"] for line in lines),
         "batches": len(lines),
@@ -151,12 +180,14 @@ def summed_up(lines: Sequence[dict]) -> dict[str, float]:
 
 
 def show(results: Mapping[str, Mapping[str, float]]) -> None:
-    print(f"{'schedule':<18}{'s a batch':>10}{'rollout s':>10}{'trainer s':>10}{'trainer idle':>13}{'sampler idle':>13}{'staleness':>16}")
+    print(
+        f"{'schedule':<18}{'s a batch':>10}{'rollout s':>10}{'trainer s':>10}{'trainer idle':>13}{'sampler idle':>13}{'staleness':>16}"
+    )
     for name, r in results.items():
         staleness = f"{r['staleness_mean']:.2f}, at most {r['staleness_max']}"
         print(
-            f"{name:<18}{r['batch_seconds']:>10.2f}{r['rollout_seconds']:>10.2f}{r['trainer_seconds']:>10.2f}{r['trainer_idle_share']:>13.0%}"
-            f"{r['sampler_idle_share']:>13.0%}{staleness:>16}"
+            f"{name:<18}{r['batch_seconds']:>10.2f}{r['rollout_seconds']:>10.2f}{r['trainer_seconds']:>10.2f}{r['trainer_idle_fraction']:>13.0%}"
+            f"{r['sampler_idle_fraction']:>13.0%}{staleness:>16}"
         )
 
 
@@ -167,23 +198,43 @@ def compared(args: argparse.Namespace) -> tuple[dict[str, dict[str, float]], flo
         rate = 0.0 if args.own_sampler else balanced_rate(args)
         for staleness, of_all_runs in lines.items():
             of_all_runs += run(args, staleness, args.batches, rate)
-        results = {f"max_staleness {staleness}": summed_up(of_all_runs) for staleness, of_all_runs in lines.items()}
+        results = {
+            f"max_staleness {staleness}": summed_up(of_all_runs)
+            for staleness, of_all_runs in lines.items()
+        }
         show(results)
     return results, rate
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="configs/procedural.py")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting"
+    )
     parser.add_argument("--staleness", type=int, default=1)
     parser.add_argument("--batches", type=int, default=6, help="counted batches of a run")
     parser.add_argument("--warm", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--streams", type=int, default=64, help="of the sampler that sleeps")
-    parser.add_argument("--balance", type=float, default=1.0, help="seconds of rollouts for one second of the trainer")
-    parser.add_argument("--own-sampler", action="store_true", help="the config's sampler instead of the one that sleeps")
-    parser.add_argument("--pin", action="store_true", help="with --own-sampler: half of the cores for the server, half for the trainer")
+    parser.add_argument(
+        "--balance",
+        type=float,
+        default=1.0,
+        help="seconds of rollouts for one second of the trainer",
+    )
+    parser.add_argument(
+        "--own-sampler",
+        action="store_true",
+        help="the config's sampler instead of the one that sleeps",
+    )
+    parser.add_argument(
+        "--pin",
+        action="store_true",
+        help="with --own-sampler: half of the cores for the server, half for the trainer",
+    )
     args = parser.parse_args()
     if args.pin and not args.own_sampler:
         parser.error("--pin is for a server: give --own-sampler too")
@@ -199,17 +250,25 @@ def main() -> None:
     ratio = synchronous["batch_seconds"] / ahead["batch_seconds"]
     halves = synchronous["rollout_seconds"], synchronous["trainer_seconds"]
     possible = sum(halves) / max(halves)
-    print(f"{ratio:.2f} times as many batches in the same time; {possible:.2f} if the halves of the synchronous schedule overlapped wholly")
+    print(
+        f"{ratio:.2f} times as many batches in the same time; {possible:.2f} if the halves of the synchronous schedule overlapped wholly"
+    )
     config = configured(args, args.staleness, args.batches)
     about = {
         "benchmark": "overlap",
         "config": args.config,
-        "sampler": config.sampler if args.own_sampler else f"sleeping, {args.streams} streams, {rate:.0f} tokens/s each at last",
+        "sampler": config.sampler
+        if args.own_sampler
+        else f"sleeping, {args.streams} streams, {rate:.0f} tokens/s each at last",
         "pinned": args.pin,
         "device": f"{jax.devices()[0].device_kind} x{len(jax.devices())}, {os.cpu_count()} CPU cores",
         "rollouts": config.rollout.tasks_per_step * config.rollout.group_size,
     }
-    print(json.dumps(about | {"ratio": round(ratio, 3), "possible": round(possible, 3), "results": results}))
+    print(
+        json.dumps(
+            about | {"ratio": round(ratio, 3), "possible": round(possible, 3), "results": results}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -22,10 +22,18 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from jaxgrpo import pretrained
-from jaxgrpo.model import ModelConfig, Params, cast_to, default_embed, forward, forward_shared_prompt, head_table
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import (
+    Params,
+    cast_to,
+    default_embed,
+    forward,
+    forward_shared_prompt,
+    head_table,
+)
 from jaxgrpo.samplers.base import Generation, SamplingRequest
-from jaxgrpo.samplers.native import NativeSampler
+from jaxgrpo.samplers.native.sampler import NativeSampler
+from jaxgrpo.storage import pretrained
 
 CHATS = (
     "Write a function that returns the n-th Fibonacci number.",
@@ -40,7 +48,9 @@ class Transformers:
     """The reference, in float32."""
 
     def __init__(self, folder: Path):
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True
+        ).eval()
 
     @torch.no_grad()
     def greedy(self, prompt_P: np.ndarray, length: int) -> np.ndarray:
@@ -60,22 +70,41 @@ class Transformers:
 
 def plain_logits(config: ModelConfig, params: Params, ids_T: np.ndarray) -> np.ndarray:
     """[T] -> [T, V] through `forward`."""
-    return np.asarray(forward(config, params, jnp.asarray(ids_T)[None], load=LOAD)[0] @ head_table(params).T)
+    return np.asarray(
+        forward(config, params, jnp.asarray(ids_T)[None], load=LOAD)[0] @ head_table(params).T
+    )
 
 
-def shared_logits(config: ModelConfig, params: Params, prompts: list[np.ndarray], completions_NGC: np.ndarray) -> np.ndarray:
+def shared_logits(
+    config: ModelConfig, params: Params, prompts: list[np.ndarray], completions_NGC: np.ndarray
+) -> np.ndarray:
     """N prompts of any lengths and their completions -> [N, G, C, V] through `forward_shared_prompt`."""
     lengths_N = np.array([len(p) for p in prompts])
     prompt_NP = np.stack([np.pad(p, (0, lengths_N.max() - len(p))) for p in prompts])
     embed = functools.partial(default_embed, load=LOAD)
     arrays = map(jnp.asarray, (prompt_NP, lengths_N, completions_NGC))
-    return np.asarray(forward_shared_prompt(config, params, *arrays, load=LOAD, embed=embed) @ head_table(params).T)
+    return np.asarray(
+        forward_shared_prompt(config, params, *arrays, load=LOAD, embed=embed)
+        @ head_table(params).T
+    )
 
 
-async def sampled(config: ModelConfig, params: Params, tokenizer: Any, prompts: list[np.ndarray], length: int) -> list[Generation]:
+async def sampled(
+    config: ModelConfig, params: Params, tokenizer: Any, prompts: list[np.ndarray], length: int
+) -> list[Generation]:
     """Greedy generations of the embedded sampler (prefill and decode over its caches), all prompts in one batch."""
-    sampler = NativeSampler(config, params, tokenizer, eos_token_ids=(), max_cache_tokens=4096, compute_dtype=jnp.float32)
-    requests = [SamplingRequest(f"group {i}", f"episode {i}", p, len(p), length, seed=0, temperature=0.0) for i, p in enumerate(prompts)]
+    sampler = NativeSampler(
+        config,
+        params,
+        tokenizer,
+        eos_token_ids=(),
+        max_cache_tokens=4096,
+        compute_dtype=jnp.float32,
+    )
+    requests = [
+        SamplingRequest(f"group {i}", f"episode {i}", p, len(p), length, seed=0, temperature=0.0)
+        for i, p in enumerate(prompts)
+    ]
     try:
         return list(await asyncio.gather(*map(sampler.generate, requests)))
     finally:
@@ -101,7 +130,12 @@ def measure(folder: Path, length: int) -> tuple[dict[str, float], dict[str, int]
     tokenizer = pretrained.load_tokenizer(folder)
     reference = Transformers(folder)
     prompts = [
-        np.array(tokenizer.apply_chat_template([{"role": "user", "content": c}], add_generation_prompt=True)["input_ids"], np.int32)
+        np.array(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": c}], add_generation_prompt=True
+            )["input_ids"],
+            np.int32,
+        )
         for c in CHATS
     ]
     greedy_NC = np.stack([reference.greedy(prompt, length) for prompt in prompts])
@@ -109,7 +143,9 @@ def measure(folder: Path, length: int) -> tuple[dict[str, float], dict[str, int]
     params = jax.tree.map(jnp.asarray, pretrained.load_params(folder, config, np.float32))
     shared_NGCV = shared_logits(config, params, prompts, completions_NGC)
     generations = asyncio.run(sampled(config, params, tokenizer, prompts, length))
-    differences = dict.fromkeys(("plain logits", "shared-prompt logits", "sampler log-probabilities"), 0.0)
+    differences = dict.fromkeys(
+        ("plain logits", "shared-prompt logits", "sampler log-probabilities"), 0.0
+    )
     wrong = dict.fromkeys(("plain", "shared-prompt", "sampler"), 0)
     margins = []
     for n, prompt in enumerate(prompts):
@@ -117,28 +153,47 @@ def measure(folder: Path, length: int) -> tuple[dict[str, float], dict[str, int]
         for g in (0, 1):
             theirs_TV = reference.logits(np.concatenate([prompt, completions_NGC[n, g]]))
             shared_difference = np.abs(shared_NGCV[n, g] - theirs_TV[predicting]).max()
-            differences["shared-prompt logits"] = max(differences["shared-prompt logits"], float(shared_difference))
+            differences["shared-prompt logits"] = max(
+                differences["shared-prompt logits"], float(shared_difference)
+            )
             if g == 0:
                 ours_TV = plain_logits(config, params, np.concatenate([prompt, greedy_NC[n]]))
-                differences["plain logits"] = max(differences["plain logits"], float(np.abs(ours_TV - theirs_TV).max()))
+                differences["plain logits"] = max(
+                    differences["plain logits"], float(np.abs(ours_TV - theirs_TV).max())
+                )
                 margins.append(margin(theirs_TV[predicting]))
                 wrong["plain"] += int((ours_TV[predicting].argmax(-1) != greedy_NC[n]).sum())
                 logprobs_C = log_softmax_at(theirs_TV[predicting], greedy_NC[n])
                 off = float(np.abs(generations[n].logprobs_T - logprobs_C).max())
-                differences["sampler log-probabilities"] = max(differences["sampler log-probabilities"], off)
+                differences["sampler log-probabilities"] = max(
+                    differences["sampler log-probabilities"], off
+                )
         wrong["shared-prompt"] += int((shared_NGCV[n, 0].argmax(-1) != greedy_NC[n]).sum())
         wrong["sampler"] += int((generations[n].token_ids_T != greedy_NC[n]).sum())
-    print(f"{len(prompts)} prompts of {[len(p) for p in prompts]} tokens, {length} greedy tokens each")
-    print(f"largest logit {np.abs(shared_NGCV).max():.1f}; smallest margin of a greedy choice {min(margins):.3g}")
+    print(
+        f"{len(prompts)} prompts of {[len(p) for p in prompts]} tokens, {length} greedy tokens each"
+    )
+    print(
+        f"largest logit {np.abs(shared_NGCV).max():.1f}; smallest margin of a greedy choice {min(margins):.3g}"
+    )
     return differences, wrong
 
 
 def main() -> None:
     """Read the arguments, measure, judge."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="a Hugging Face folder")
-    parser.add_argument("--tokens", type=int, default=64, help="greedy tokens for each prompt (default: 64)")
-    parser.add_argument("--bound", type=float, default=1e-3, help="largest difference of logits that passes (default: 0.001)")
+    parser.add_argument(
+        "--tokens", type=int, default=64, help="greedy tokens for each prompt (default: 64)"
+    )
+    parser.add_argument(
+        "--bound",
+        type=float,
+        default=1e-3,
+        help="largest difference of logits that passes (default: 0.001)",
+    )
     args = parser.parse_args()
     jax.config.update("jax_default_matmul_precision", "highest")
     started = time.monotonic()

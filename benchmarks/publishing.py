@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxgrpo import weights
-from jaxgrpo.model import ModelConfig, Params
-from jaxgrpo.sharding import Layout
-from jaxgrpo.weight_manifest import read_manifest
-from jaxgrpo.weight_reader import read_tensors
+from jaxgrpo.learner.sharding import Layout
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import Params
+from jaxgrpo.storage import publish as weights
+from jaxgrpo.storage.published_manifest import read_manifest
+from jaxgrpo.storage.published_reader import read_tensors
 
 
 def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:

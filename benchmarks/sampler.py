@@ -26,18 +26,19 @@ import numpy as np
 
 from benchmarks.turns import Turn, play, release
 from envs.bfcl import Bfcl
-from jaxgrpo.background import EventLoopThread
-from jaxgrpo.chat import Chat
-from jaxgrpo.model import ModelConfig, Params
-from jaxgrpo.pretrained import load_params, load_tokenizer
+from jaxgrpo.learner.sharding import make_layout
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import Params
+from jaxgrpo.rollout.background import EventLoopThread
+from jaxgrpo.rollout.chat import Chat
+from jaxgrpo.run.weights import WholeWeights
 from jaxgrpo.samplers.base import Sampler
-from jaxgrpo.samplers.native import NativeSampler
-from jaxgrpo.samplers.vllm import VllmLimits, VllmSampler
-from jaxgrpo.samplers.vllm_server import ServerPlan, VllmServer
-from jaxgrpo.serving import WholeWeights
-from jaxgrpo.sharding import make_layout
+from jaxgrpo.samplers.native.sampler import NativeSampler
+from jaxgrpo.samplers.vllm.client import VllmLimits, VllmSampler
+from jaxgrpo.samplers.vllm.server import ServerPlan, VllmServer
+from jaxgrpo.storage.pretrained import load_params, load_tokenizer
+from jaxgrpo.storage.publish import WeightFolder, published_bytes
 from jaxgrpo.types import Message
-from jaxgrpo.weights import WeightFolder, published_bytes
 
 TINY = Path(__file__).parent.parent / "assets" / "tiny-qwen2.5"
 QUESTION = "Answer in one paragraph: {}"
@@ -51,7 +52,9 @@ class Prompts:
     short: tuple[np.ndarray, ...]
 
 
-def make_prompts(chat: Chat, docs: str, batches: Sequence[int], rounds: int, room: int) -> list[Prompts]:
+def make_prompts(
+    chat: Chat, docs: str, batches: Sequence[int], rounds: int, room: int
+) -> list[Prompts]:
     """`rounds` rounds; the shared prompts of neighbouring lengths, the longest first: later rounds need no further shape."""
     suite = Bfcl(docs=docs)
     tasks = [*suite.tasks("train"), *suite.tasks("test")]
@@ -59,16 +62,22 @@ def make_prompts(chat: Chat, docs: str, batches: Sequence[int], rounds: int, roo
     rendered = sorted((chat.opening(o.messages, o.tools) for o in openings), key=len)
     fitting = [ids for ids in rendered if len(ids) <= room]
     if len(fitting) < rounds:
-        raise SystemExit(f"{room} tokens of context are left for a prompt, the shortest has {len(rendered[0])}: try --docs signatures")
+        raise SystemExit(
+            f"{room} tokens of context are left for a prompt, the shortest has {len(rendered[0])}: try --docs signatures"
+        )
     middle = (len(fitting) - rounds) // 2
     queries = [QUESTION.format(o.messages[-1].content) for o in openings]
     short = [chat.opening((Message("user", query),)) for query in queries]
     widest = max(batches)
     pick = lambda r: tuple(short[(r * widest + i) % len(short)] for i in range(widest))
-    return [Prompts(shared, pick(r)) for r, shared in enumerate(fitting[middle : middle + rounds][::-1])]
+    return [
+        Prompts(shared, pick(r)) for r, shared in enumerate(fitting[middle : middle + rounds][::-1])
+    ]
 
 
-async def play_round(sides: dict[str, Sampler], prompts: Prompts, name: str, batches: Sequence[int], tokens: int) -> dict[tuple, float]:
+async def play_round(
+    sides: dict[str, Sampler], prompts: Prompts, name: str, batches: Sequence[int], tokens: int
+) -> dict[tuple, float]:
     """Tokens a second by (workload, batch, side); those of `prefill` are prompt tokens."""
     rates = {}
     first = Turn(f"{name}-shared", 0, prompts.shared, 1)
@@ -76,7 +85,9 @@ async def play_round(sides: dict[str, Sampler], prompts: Prompts, name: str, bat
         rates["prefill", 1, side] = len(prompts.shared) / await play(sampler, [first])
     for batch in batches:
         shared = [Turn(first.group, 1000 * batch + i, prompts.shared, tokens) for i in range(batch)]
-        short = [Turn(f"{name}-short-{batch}-{i}", i, prompts.short[i], tokens) for i in range(batch)]
+        short = [
+            Turn(f"{name}-short-{batch}-{i}", i, prompts.short[i], tokens) for i in range(batch)
+        ]
         for workload, turns in (("short", short), ("shared", shared)):
             for side, sampler in sides.items():
                 rates[workload, batch, side] = batch * tokens / await play(sampler, turns)
@@ -87,14 +98,23 @@ async def play_round(sides: dict[str, Sampler], prompts: Prompts, name: str, bat
 
 
 @contextlib.contextmanager
-def serve_vllm(python: str, model: Path, config: ModelConfig, params: Params, context: int, rows: int) -> Iterator[VllmSampler]:
+def serve_vllm(
+    python: str, model: Path, config: ModelConfig, params: Params, context: int, rows: int
+) -> Iterator[VllmSampler]:
     """vLLM on this machine, with the same weights by the ordinary publish."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.closing(_weight_folder(Path(folder), config)) as versions:
-        server = VllmServer(ServerPlan(python, model, context, rows, cache_bytes=2**30), Path(folder) / "vllm.log")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.closing(_weight_folder(Path(folder), config)) as versions,
+    ):
+        server = VllmServer(
+            ServerPlan(python, model, context, rows, cache_bytes=2**30), Path(folder) / "vllm.log"
+        )
         try:
             server.wait(900)
             limits = VllmLimits(rows, context, request_seconds=900, publish_seconds=900, retries=0)
-            sampler = VllmSampler((server.url,), limits, eos_token_ids=(), versions=versions, failure=server.failure)
+            sampler = VllmSampler(
+                (server.url,), limits, eos_token_ids=(), versions=versions, failure=server.failure
+            )
             yield sampler
         finally:
             server.close()
@@ -109,7 +129,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     config = ModelConfig.from_folder(args.model)
     tokenizer = load_tokenizer(args.model)
     rows = max(args.batch)
-    prompts = make_prompts(Chat(tokenizer), args.docs, args.batch, args.rounds + 1, config.context_length - args.tokens)
+    prompts = make_prompts(
+        Chat(tokenizer), args.docs, args.batch, args.rounds + 1, config.context_length - args.tokens
+    )
     context = len(prompts[0].shared) + args.tokens
     params = load_params(args.model, config, np.float32)
     rates: dict[tuple, list[float]] = defaultdict(list)
@@ -124,26 +146,42 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             sides[f"embedded {dtype}"] = sampler
             stack.callback(lambda closing=sampler: loop.call(closing.close()))
         if args.python:
-            vllm = stack.enter_context(serve_vllm(args.python, args.model, config, params, max(context, 2048), rows))
+            vllm = stack.enter_context(
+                serve_vllm(args.python, args.model, config, params, max(context, 2048), rows)
+            )
             stack.callback(lambda: loop.call(vllm.close()))
             loop.call(vllm.publish(0, WholeWeights(params, config)))
             sides["vllm bfloat16"] = vllm
         del params
         for number, round_prompts in enumerate(prompts):
-            found = loop.call(play_round(sides, round_prompts, f"round-{number}", args.batch, args.tokens))
+            found = loop.call(
+                play_round(sides, round_prompts, f"round-{number}", args.batch, args.tokens)
+            )
             for key, rate in found.items() if number else ():
                 rates[key].append(rate)
-        compiled = {side: sampler.compilations for side, sampler in sides.items() if isinstance(sampler, NativeSampler)}
+        compiled = {
+            side: sampler.compilations
+            for side, sampler in sides.items()
+            if isinstance(sampler, NativeSampler)
+        }
     return {
         "benchmark": "sampler",
         "model": args.model.name,
         "device": f"{jax.devices()[0].device_kind} x1, {os.cpu_count()} CPU cores",
-        "prompt_tokens": {"shared": len(prompts[-1].shared), "short": round(statistics.mean(map(len, prompts[-1].short)))},
+        "prompt_tokens": {
+            "shared": len(prompts[-1].shared),
+            "short": round(statistics.mean(map(len, prompts[-1].short))),
+        },
         "tokens": args.tokens,
         "rounds": args.rounds,
         "compilations": compiled,
         "results": [
-            {"workload": workload, "batch": batch, "side": side, "tokens_per_second": round(statistics.median(found), 1)}
+            {
+                "workload": workload,
+                "batch": batch,
+                "side": side,
+                "tokens_per_second": round(statistics.median(found), 1),
+            }
             for (workload, batch, side), found in rates.items()
         ],
     }
@@ -153,23 +191,41 @@ def table(measured: dict[str, Any]) -> str:
     """One line a workload and batch, one column a side."""
     results = measured["results"]
     sides = list(dict.fromkeys(result["side"] for result in results))
-    rates = {(result["workload"], result["batch"], result["side"]): result["tokens_per_second"] for result in results}
+    rates = {
+        (result["workload"], result["batch"], result["side"]): result["tokens_per_second"]
+        for result in results
+    }
     lines = ["tokens/s".ljust(16) + "".join(side.rjust(20) for side in sides)]
-    for workload, batch in sorted({key[:2] for key in rates}, key=lambda key: (key[0] != "prefill", key)):
-        lines.append(f"{workload} x {batch}".ljust(16) + "".join(f"{rates[workload, batch, side]:20.1f}" for side in sides))
+    for workload, batch in sorted(
+        {key[:2] for key in rates}, key=lambda key: (key[0] != "prefill", key)
+    ):
+        lines.append(
+            f"{workload} x {batch}".ljust(16)
+            + "".join(f"{rates[workload, batch, side]:20.1f}" for side in sides)
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?", type=Path, default=TINY)
     parser.add_argument("--python", help="the interpreter of vLLM's environment")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--docs", default="signatures", help="full, without_response or signatures: how long the shared prompt is")
-    parser.add_argument("--chunk", type=int, default=16, help="decode_chunk of the embedded sampler")
-    parser.add_argument("--dtype", nargs="+", default=["float32" if jax.default_backend() == "cpu" else "bfloat16"])
+    parser.add_argument(
+        "--docs",
+        default="signatures",
+        help="full, without_response or signatures: how long the shared prompt is",
+    )
+    parser.add_argument(
+        "--chunk", type=int, default=16, help="decode_chunk of the embedded sampler"
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", default=["float32" if jax.default_backend() == "cpu" else "bfloat16"]
+    )
     parser.add_argument("--json", action="store_true", help="the line of JSON alone")
     args = parser.parse_args()
     measured = measure(args)

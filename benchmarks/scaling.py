@@ -14,13 +14,22 @@ import json
 import jax
 import jax.numpy as jnp
 
-from benchmarks.workload import SMALL_MODEL, Sizes, Stepping, interleaved, one_row_each, random_groups
-from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import init_params
-from jaxgrpo.sharding import make_mesh
-from jaxgrpo.update import OptimizerSettings, Update
+from benchmarks.workload import (
+    SMALL_MODEL,
+    Sizes,
+    Stepping,
+    interleaved,
+    one_row_each,
+    random_groups,
+)
+from jaxgrpo.config.settings import LossSettings, OptimizerSettings
+from jaxgrpo.learner.sharding import make_mesh
+from jaxgrpo.learner.update import Update
+from jaxgrpo.models.qwen2 import init_params
 
-CONFIG = dataclasses.replace(SMALL_MODEL, vocab_size=2048, context_length=8192, tied_embeddings=True)
+CONFIG = dataclasses.replace(
+    SMALL_MODEL, vocab_size=2048, context_length=8192, tied_embeddings=True
+)
 BASE = Sizes(P=512, C=64, G=8)
 GRID = (
     *(Sizes(BASE.P, BASE.C, g) for g in (1, 2, 4, 8, 16)),
@@ -45,15 +54,25 @@ def measure(sizes: Sizes, repeats: int) -> dict[str, float]:
         compute_dtype=jnp.float32,
         remat="attention",
     )
-    sides = {"shared": Stepping(update, update.init(params), batch), "repeated": Stepping(update, update.init(params), one_row_each(batch))}
+    sides = {
+        "shared": Stepping(update, update.init(params), batch),
+        "repeated": Stepping(update, update.init(params), one_row_each(batch)),
+    }
     for side in sides.values():
         side.step()  # compiles
-    seconds = {name: t["min"] for name, t in interleaved({name: side.step for name, side in sides.items()}, repeats).items()}
+    seconds = {
+        name: t["min"]
+        for name, t in interleaved(
+            {name: side.step for name, side in sides.items()}, repeats
+        ).items()
+    }
     return seconds | {"ratio": seconds["repeated"] / seconds["shared"], "limit": limit(sizes)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side")
     args = parser.parse_args()
@@ -61,9 +80,21 @@ def main() -> None:
     print(f"{'':20} {'shared s':>9} {'repeated s':>11} {'ratio':>6} {'limit':>6}")
     for sizes in GRID:
         row = rows[sizes.label] = measure(sizes, args.repeats)
-        print(f"{sizes.label:20} {row['shared']:9.3f} {row['repeated']:11.3f} {row['ratio']:6.2f} {row['limit']:6.2f}", flush=True)
+        print(
+            f"{sizes.label:20} {row['shared']:9.3f} {row['repeated']:11.3f} {row['ratio']:6.2f} {row['limit']:6.2f}",
+            flush=True,
+        )
     if args.json:
-        print(json.dumps({"results": rows, "repeats": args.repeats, "device": jax.devices()[0].device_kind, "jax": jax.__version__}))
+        print(
+            json.dumps(
+                {
+                    "results": rows,
+                    "repeats": args.repeats,
+                    "device": jax.devices()[0].device_kind,
+                    "jax": jax.__version__,
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

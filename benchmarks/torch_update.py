@@ -6,11 +6,11 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.processor import PRODUCT, product_gflops
-from jaxgrpo.hf_mapping import params_from_hf, params_to_hf
-from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import ModelConfig, Params
+from jaxgrpo.config.settings import LossSettings, OptimizerSettings
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import Params
+from jaxgrpo.storage.hf_mapping import params_from_hf, params_to_hf
 from jaxgrpo.types import GroupBatch
-from jaxgrpo.update import OptimizerSettings
 
 
 def causal_lm(config: ModelConfig, params: Params) -> Qwen2ForCausalLM:
@@ -18,8 +18,8 @@ def causal_lm(config: ModelConfig, params: Params) -> Qwen2ForCausalLM:
     model = Qwen2ForCausalLM._from_config(
         Qwen2Config(
             vocab_size=config.vocab_size,
-            hidden_size=config.width,
-            intermediate_size=config.mlp_width,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             num_key_value_heads=config.kv_heads,
@@ -30,7 +30,10 @@ def causal_lm(config: ModelConfig, params: Params) -> Qwen2ForCausalLM:
         ),
         attn_implementation="sdpa",
     )
-    state = {name: torch.tensor(np.asarray(tensor)) for name, tensor in params_to_hf(config, params).items()}
+    state = {
+        name: torch.tensor(np.asarray(tensor))
+        for name, tensor in params_to_hf(config, params).items()
+    }
     model.load_state_dict(state, strict=not config.tied_embeddings)
     return model.train()
 
@@ -46,7 +49,13 @@ class TorchUpdate:
     """One group's update and its passes without gradients. `checkpointing` is transformers' gradient checkpointing, TRL's default."""
 
     def __init__(
-        self, config: ModelConfig, params: Params, loss: LossSettings, optimizer: OptimizerSettings, batch: GroupBatch, checkpointing: bool
+        self,
+        config: ModelConfig,
+        params: Params,
+        loss: LossSettings,
+        optimizer: OptimizerSettings,
+        batch: GroupBatch,
+        checkpointing: bool,
     ):
         self.config, self.loss, self.max_grad_norm = config, loss, optimizer.max_grad_norm
         self.model = causal_lm(config, params)
@@ -70,11 +79,15 @@ class TorchUpdate:
     def logprobs(self) -> torch.Tensor:
         """Log-probabilities of the completions [G, C]."""
         kept = self.completions.shape[1]
-        logits = self.model(self.ids, attention_mask=self.mask, logits_to_keep=kept + 1, use_cache=False).logits[:, :-1]
-        return logits.gather(-1, self.completions[..., None])[..., 0] - torch.logsumexp(logits, dim=-1)
+        logits = self.model(
+            self.ids, attention_mask=self.mask, logits_to_keep=kept + 1, use_cache=False
+        ).logits[:, :-1]
+        return logits.gather(-1, self.completions[..., None])[..., 0] - torch.logsumexp(
+            logits, dim=-1
+        )
 
     def score(self) -> np.ndarray:
-        """The same without gradients: the reference or the behaviour pass."""
+        """The same without gradients: the reference's or the old policy's pass."""
         with torch.no_grad():
             return self.logprobs().numpy()
 
@@ -95,5 +108,7 @@ class TorchUpdate:
 
     def gradients(self) -> Params:
         """The clipped gradients of the last step in the logical tree."""
-        tensors = {name: p.grad.numpy() for name, p in self.model.named_parameters() if p.grad is not None}
+        tensors = {
+            name: p.grad.numpy() for name, p in self.model.named_parameters() if p.grad is not None
+        }
         return params_from_hf(self.config, tensors)

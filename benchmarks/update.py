@@ -7,13 +7,13 @@ F = 1024, untied: 8.1 million parameters), float32, two threads on both sides. A
 to a reference whose log-probabilities are given. All sides have the same weights and tokens, take turns in one process, and must agree in
 loss, gradient norm and clipped gradients before anything is timed.
 
-- ours: `jaxgrpo.update.Update`, for each way of rematerialising (`training.remat`).
+- ours: `jaxgrpo.learner.update.Update`, for each way of rematerialising (`training.remat`).
 - repeated: the same on eight groups of one row, so that nothing is shared; attention's output is saved.
 - torch: transformers' Qwen2 with sdpa and fused AdamW (benchmarks/torch_update.py), without gradient checkpointing and with it (TRL's
   default). Unlike ours and TRL it takes no entropies.
 
 `ratio_torch` and `ratio_repeated` compare the fastest of each kind, by minimum. The passes without gradients, for the reference's and the
-behaviour's log-probabilities, are timed too; ours needs no behaviour pass, since the first step keeps its own. Needs torch.
+the old policy's log-probabilities, are timed too; ours needs no pass for the old policy, since the first step keeps its own. Needs torch.
 """
 
 import argparse
@@ -40,11 +40,11 @@ from benchmarks.workload import (
     product_rate,
     random_groups,
 )
-from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import REMAT, Params, init_params
-from jaxgrpo.sharding import logical_on_host, make_mesh
+from jaxgrpo.config.settings import REMAT, LossSettings, OptimizerSettings
+from jaxgrpo.learner.sharding import logical_on_host, make_mesh
+from jaxgrpo.learner.update import Update
+from jaxgrpo.models.qwen2 import Params, init_params
 from jaxgrpo.types import GroupBatch
-from jaxgrpo.update import OptimizerSettings, Update
 
 LOSS = LossSettings(kl_beta=0.001)
 OPTIMIZER = OptimizerSettings(warmup_steps=0)
@@ -54,26 +54,45 @@ class OurUpdate:
     """The package's update on one batch, in the shape of TorchUpdate."""
 
     def __init__(self, params: Params, batch: GroupBatch, remat: str):
-        update = Update(SMALL_MODEL, make_mesh(jax.devices()[:1]), LOSS, OPTIMIZER, compute_dtype=jnp.float32, remat=remat)
+        update = Update(
+            SMALL_MODEL,
+            make_mesh(jax.devices()[:1]),
+            LOSS,
+            OPTIMIZER,
+            compute_dtype=jnp.float32,
+            remat=remat,
+        )
         self._stepping = Stepping(update, update.init(params), batch)
         self.score = self._stepping.score
 
     def step(self, reference_GC: np.ndarray) -> tuple[float, float]:
-        report = self._stepping.step(jnp.asarray(reference_GC.reshape(self._stepping.batch.completions_NGC.shape)))
+        report = self._stepping.step(
+            jnp.asarray(reference_GC.reshape(self._stepping.batch.completions_NGC.shape))
+        )
         return report.sums.loss, report.grad_norm
 
     def gradients(self) -> Params:
         """The clipped gradients of the first step: Adam's first moment after it is (1 - b1) of them."""
         moments = optax.tree_utils.tree_get(self._stepping.state.opt_state, "mu")
-        return jax.tree.map(lambda m: m / (1 - OPTIMIZER.b1), logical_on_host(moments, self._stepping.update.layout))
+        return jax.tree.map(
+            lambda m: m / (1 - OPTIMIZER.b1), logical_on_host(moments, self._stepping.update.layout)
+        )
 
 
 def worst_difference(got: Params, expected: Params) -> float:
     """The largest difference in a tensor over the largest entry of that tensor, over all tensors."""
-    return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.max(np.abs(a - b)) / np.max(np.abs(b))), got, expected)))
+    return max(
+        jax.tree.leaves(
+            jax.tree.map(
+                lambda a, b: float(np.max(np.abs(a - b)) / np.max(np.abs(b))), got, expected
+            )
+        )
+    )
 
 
-def check_agreement(sides: Mapping[str, OurUpdate | TorchUpdate], reference_GC: np.ndarray) -> dict[str, float]:
+def check_agreement(
+    sides: Mapping[str, OurUpdate | TorchUpdate], reference_GC: np.ndarray
+) -> dict[str, float]:
     """Every side takes its first step. The largest difference from torch: of the loss (absolute, since it sums advantages of unit size that
     all but cancel), the norm and the clipped gradients (both relative). Raises SystemExit where they are not those of float32."""
     steps = {name: side.step(reference_of(side, reference_GC)) for name, side in sides.items()}
@@ -81,27 +100,45 @@ def check_agreement(sides: Mapping[str, OurUpdate | TorchUpdate], reference_GC: 
     differences = {}
     for name, side in sides.items():
         (loss, norm), (expected_loss, expected_norm) = steps[name], expected
-        apart = abs(loss - expected_loss), abs(norm / expected_norm - 1), worst_difference(side.gradients(), expected_gradients)
+        apart = (
+            abs(loss - expected_loss),
+            abs(norm / expected_norm - 1),
+            worst_difference(side.gradients(), expected_gradients),
+        )
         differences[name] = max(apart)
         if max(apart) > 1e-4:
-            raise SystemExit(f"{name} is not the same update as torch: loss, norm and gradients differ by {apart}")
+            raise SystemExit(
+                f"{name} is not the same update as torch: loss, norm and gradients differ by {apart}"
+            )
     return differences
 
 
-def reference_of(side: OurUpdate | TorchUpdate, reference_GC: np.ndarray) -> np.ndarray | torch.Tensor:
+def reference_of(
+    side: OurUpdate | TorchUpdate, reference_GC: np.ndarray
+) -> np.ndarray | torch.Tensor:
     return torch.tensor(reference_GC) if isinstance(side, TorchUpdate) else reference_GC
 
 
 def ratios(seconds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """How many times faster the fastest of ours is than the fastest of each other kind."""
-    best = lambda kind, key: min(s[key] for name, s in seconds.items() if name.split(",")[0] == kind)
-    return {kind: {key: best(kind, key) / best("ours", key) for key in ("min", "median", "cpu")} for kind in ("torch", "repeated")}
+    best = lambda kind, key: min(
+        s[key] for name, s in seconds.items() if name.split(",")[0] == kind
+    )
+    return {
+        kind: {key: best(kind, key) / best("ours", key) for key in ("min", "median", "cpu")}
+        for kind in ("torch", "repeated")
+    }
 
 
 def measure(repeats: int) -> dict[str, object]:
-    batch, params = random_groups(SMALL_MODEL.vocab_size, SMALL), jax.tree.map(np.asarray, init_params(SMALL_MODEL, jax.random.key(0)))
+    batch, params = (
+        random_groups(SMALL_MODEL.vocab_size, SMALL),
+        jax.tree.map(np.asarray, init_params(SMALL_MODEL, jax.random.key(0))),
+    )
     reference_GC = np.random.default_rng(1).normal(-9, 0.1, (SMALL.G, SMALL.C)).astype(np.float32)
-    torch_side = lambda checkpointing: TorchUpdate(SMALL_MODEL, params, LOSS, OPTIMIZER, batch, checkpointing)
+    torch_side = lambda checkpointing: TorchUpdate(
+        SMALL_MODEL, params, LOSS, OPTIMIZER, batch, checkpointing
+    )
     sides: dict[str, OurUpdate | TorchUpdate] = {
         **{f"ours, remat {remat}": OurUpdate(params, batch, remat) for remat in REMAT},
         "repeated": OurUpdate(params, one_row_each(batch), "attention"),
@@ -109,8 +146,18 @@ def measure(repeats: int) -> dict[str, object]:
         "torch, checkpointed": torch_side(True),
     }
     differences = check_agreement(sides, reference_GC)
-    updates = interleaved({name: lambda s=side: s.step(reference_of(s, reference_GC)) for name, side in sides.items()}, repeats)
-    scored = {"ours": sides["ours, remat full"], "repeated": sides["repeated"], "torch": sides["torch"]}
+    updates = interleaved(
+        {
+            name: lambda s=side: s.step(reference_of(s, reference_GC))
+            for name, side in sides.items()
+        },
+        repeats,
+    )
+    scored = {
+        "ours": sides["ours, remat full"],
+        "repeated": sides["repeated"],
+        "torch": sides["torch"],
+    }
     for side in scored.values():
         side.score()
     scores = interleaved({name: side.score for name, side in scored.items()}, repeats)
@@ -118,9 +165,16 @@ def measure(repeats: int) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each side (at least 5 for a figure worth quoting)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=7,
+        help="timed runs of each side (at least 5 for a figure worth quoting)",
+    )
     args = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))[:2]
     os.sched_setaffinity(0, cores)  # XLA makes as many threads, at its first use
@@ -131,21 +185,44 @@ def main() -> None:
     print(f"{'update':24} {'min s':>8} {'median s':>9} {'cpu s':>8} {'difference':>11}")
     for name, figures in measured["update"].items():
         difference = measured["differences"][name]
-        print(f"{name:24} {figures['min']:8.3f} {figures['median']:9.3f} {figures['cpu']:8.3f} {difference:11.1g}")
+        print(
+            f"{name:24} {figures['min']:8.3f} {figures['median']:9.3f} {figures['cpu']:8.3f} {difference:11.1g}"
+        )
     print(f"{'pass without gradients':24}")
     for name, figures in measured["score"].items():
         print(f"{name:24} {figures['min']:8.3f} {figures['median']:9.3f} {figures['cpu']:8.3f}")
     update_ratios, score_ratios = ratios(measured["update"]), ratios(measured["score"])
     for kind in ("torch", "repeated"):
         u, s = update_ratios[kind], score_ratios[kind]
-        print(f"{kind} / ours: update {u['min']:.2f} (median {u['median']:.2f}), pass {s['min']:.2f} (median {s['median']:.2f})")
+        print(
+            f"{kind} / ours: update {u['min']:.2f} (median {u['median']:.2f}), pass {s['min']:.2f} (median {s['median']:.2f})"
+        )
     if args.json:
         sizes = dataclasses.asdict(SMALL) | dataclasses.asdict(SMALL_MODEL)
         record = {f"ratio_{kind}": round(r["min"], 3) for kind, r in update_ratios.items()}
-        record |= {"ratios": update_ratios, "ratios_score": score_ratios, "seconds": measured["update"], "seconds_score": measured["score"]}
-        record |= {"differences": measured["differences"], "repeats": args.repeats, "threads": len(cores), "sizes": sizes}
+        record |= {
+            "ratios": update_ratios,
+            "ratios_score": score_ratios,
+            "seconds": measured["update"],
+            "seconds_score": measured["score"],
+        }
+        record |= {
+            "differences": measured["differences"],
+            "repeats": args.repeats,
+            "threads": len(cores),
+            "sizes": sizes,
+        }
         record |= {"processor": processor(), "product_gflops": products}
-        print(json.dumps(record | {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "torch": torch.__version__}))
+        print(
+            json.dumps(
+                record
+                | {
+                    "device": jax.devices()[0].device_kind,
+                    "jax": jax.__version__,
+                    "torch": torch.__version__,
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

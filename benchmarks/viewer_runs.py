@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxgrpo.metrics import Recorder
-from jaxgrpo.records import TrajectoryRecord, write_records
+from jaxgrpo.run.metrics import Recorder
+from jaxgrpo.run.records import TrajectoryRecord, write_records
 from jaxgrpo.types import Message, Score, StopReason, ToolCall, Trajectory
 
 GROUP = 8
@@ -78,7 +78,7 @@ class Writer:
             completion_ids_C=np.minimum(self.numbers.zipf(1.3, self.tokens), 151_000).astype(
                 np.int32
             ),
-            sampled_C=sampled_C,
+            action_mask_C=sampled_C,
             sampler_logprobs_C=np.where(sampled_C, logprobs_C, 0).astype(np.float32),
             weight_versions_C=np.where(sampled_C, 3, -1).astype(np.int32),
             messages=messages,

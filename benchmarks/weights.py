@@ -18,12 +18,13 @@ import jax
 import numpy as np
 
 from benchmarks.publishing import Held, timed
-from jaxgrpo import weights
-from jaxgrpo.model import ModelConfig, Params
-from jaxgrpo.pretrained import load_params
-from jaxgrpo.samplers.vllm_http import Connection
-from jaxgrpo.samplers.vllm_server import ServerPlan, VllmServer
-from jaxgrpo.sharding import make_layout, make_mesh, store
+from jaxgrpo.learner.sharding import make_layout, make_mesh, store
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import Params
+from jaxgrpo.samplers.vllm.http import Connection
+from jaxgrpo.samplers.vllm.server import ServerPlan, VllmServer
+from jaxgrpo.storage import publish
+from jaxgrpo.storage.pretrained import load_params
 
 QUIET_SECONDS = 3.0
 """vLLM's processes poll for some time after an update, and take the cores from whatever is measured next."""
@@ -35,7 +36,9 @@ class Bench:
     def __init__(self, model: Path, devices: int):
         config, mesh = ModelConfig.from_folder(model), make_mesh(jax.devices()[:devices])
         layout = make_layout(config, devices)
-        params: Params = jax.block_until_ready(store(load_params(model, dtype="float32"), layout, mesh))
+        params: Params = jax.block_until_ready(
+            store(load_params(model, dtype="float32"), layout, mesh)
+        )
         self.held = Held(config, params, layout, mesh)
 
     def round(self, root: Path, version: int) -> dict[str, float]:
@@ -63,46 +66,77 @@ async def load(url: str, folder: Path, version: int) -> float:
 
 def serve(bench: Bench, server: VllmServer, root: Path, version: int) -> dict[str, float]:
     """The server's own figures for one version."""
-    stopped = asyncio.run(load(server.url, weights.version_folder(root, version), version))
-    stages = re.findall(r"read and checked in ([\d.]+) s, applied in ([\d.]+) s", server.log.read_text())[-1]
-    return {"server: read and check": float(stages[0]), "server: apply": float(stages[1]), "server: frozen": stopped}
+    stopped = asyncio.run(load(server.url, publish.version_folder(root, version), version))
+    stages = re.findall(
+        r"read and checked in ([\d.]+) s, applied in ([\d.]+) s", server.log.read_text()
+    )[-1]
+    return {
+        "server: read and check": float(stages[0]),
+        "server: apply": float(stages[1]),
+        "server: frozen": stopped,
+    }
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.weights", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.weights", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--python", help="the interpreter of vLLM's environment")
-    parser.add_argument("--root", type=Path, action="append", help="default: shared memory, and the temporary folder")
+    parser.add_argument(
+        "--root",
+        type=Path,
+        action="append",
+        help="default: shared memory, and the temporary folder",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--devices", type=int, default=1)
     args = parser.parse_args()
     bench = Bench(args.model, args.devices)
-    print(f"{bench.held.bytes / 1e9:.3f} GB in bfloat16, {args.devices} device(s), median of {args.rounds} rounds")
+    print(
+        f"{bench.held.bytes / 1e9:.3f} GB in bfloat16, {args.devices} device(s), median of {args.rounds} rounds"
+    )
     with tempfile.TemporaryDirectory() as logs:
         server = None
         if args.python:
             server = VllmServer(
-                ServerPlan(args.python, args.model, 512, 4, cache_bytes=2**26, arguments=("--enforce-eager",)), Path(logs) / "vllm.log"
+                ServerPlan(
+                    args.python,
+                    args.model,
+                    512,
+                    4,
+                    cache_bytes=2**26,
+                    arguments=("--enforce-eager",),
+                ),
+                Path(logs) / "vllm.log",
             )
         try:
             if server is not None:
                 server.wait(900)
-            for parent in args.root or [weights.SHARED_MEMORY, Path(tempfile.gettempdir())]:
+            for parent in args.root or [publish.SHARED_MEMORY, Path(tempfile.gettempdir())]:
                 with tempfile.TemporaryDirectory(dir=parent) as root:
-                    report(parent, [one_round(bench, server, Path(root), version) for version in range(1, args.rounds + 1)])
+                    report(
+                        parent,
+                        [
+                            one_round(bench, server, Path(root), version)
+                            for version in range(1, args.rounds + 1)
+                        ],
+                    )
         finally:
             if server is not None:
                 server.close()
 
 
-def one_round(bench: Bench, server: VllmServer | None, root: Path, version: int) -> dict[str, float]:
+def one_round(
+    bench: Bench, server: VllmServer | None, root: Path, version: int
+) -> dict[str, float]:
     time.sleep(QUIET_SECONDS if server is not None else 0)
     found = bench.round(root, version)
     if server is not None:
         found |= serve(bench, server, root, version)
     if version > 1:
-        weights.retire_version(root, version - 1)
+        publish.retire_version(root, version - 1)
     return found
 
 
@@ -112,7 +146,9 @@ def report(parent: Path, rounds: list[dict[str, float]]) -> None:
     print(f"\n{parent}")
     for name, seconds in median.items():
         print(f"  {name:32s} {seconds:6.2f} s")
-    print(f"  {'(write + read and check) / copy':32s} {(median['write'] + read) / median['copy']:6.2f}")
+    print(
+        f"  {'(write + read and check) / copy':32s} {(median['write'] + read) / median['copy']:6.2f}"
+    )
 
 
 if __name__ == "__main__":

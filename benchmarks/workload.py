@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.processor import PRODUCT, product_gflops
-from jaxgrpo.model import ModelConfig
+from jaxgrpo.learner.update import StepReport, TrainState, Update
+from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.types import GroupBatch
-from jaxgrpo.update import StepReport, TrainState, Update
 
 SETTLE = 0.3  # seconds between two runs, so that the threads of one library no longer spin when the other is timed
 
@@ -36,12 +36,12 @@ class Sizes:
 SMALL = Sizes(P=1024, C=128, G=8)
 SMALL_MODEL = ModelConfig(
     vocab_size=8192,
-    width=256,
+    hidden_size=256,
     layers=4,
     heads=4,
     kv_heads=2,
-    head_size=64,
-    mlp_width=1024,
+    head_dim=64,
+    intermediate_size=1024,
     context_length=SMALL.P + SMALL.C,
     rope_theta=10000.0,
     norm_epsilon=1e-6,
@@ -62,7 +62,7 @@ def random_groups(vocab: int, sizes: Sizes, seed: int = 0) -> GroupBatch:
         prompt_lengths_N=np.full(n, sizes.P, np.int32),
         completions_NGC=ids(*shape),
         completion_lengths_NG=np.full(shape[:2], sizes.C, np.int32),
-        sampled_NGC=np.ones(shape, bool),
+        action_mask_NGC=np.ones(shape, bool),
         loss_weights_NGC=np.full(shape, 1 / np.prod(shape), np.float32),
         advantages_NG=advantages.astype(np.float32),
         sampler_logprobs_NGC=np.zeros(shape, np.float32),
@@ -73,8 +73,16 @@ def one_row_each(batch: GroupBatch) -> GroupBatch:
     """The rows as groups of their own, each with its copy of the prompt: nothing is shared."""
     n, g = batch.advantages_NG.shape
     arrays = dataclasses.asdict(batch)
-    split = {name: x.reshape(n * g, 1, *x.shape[2:]) for name, x in arrays.items() if name.endswith(("_NGC", "_NG"))}
-    return GroupBatch(**split, prompt_NP=np.repeat(batch.prompt_NP, g, 0), prompt_lengths_N=np.repeat(batch.prompt_lengths_N, g))
+    split = {
+        name: x.reshape(n * g, 1, *x.shape[2:])
+        for name, x in arrays.items()
+        if name.endswith(("_NGC", "_NG"))
+    }
+    return GroupBatch(
+        **split,
+        prompt_NP=np.repeat(batch.prompt_NP, g, 0),
+        prompt_lengths_N=np.repeat(batch.prompt_lengths_N, g),
+    )
 
 
 class Stepping:
@@ -89,12 +97,16 @@ class Stepping:
 
     def step(self, reference_NGC: Any = None) -> StepReport:
         """An on-policy optimizer step, waited for."""
-        self.state, _, report = self.update.optimizer_step(self.state, [self.batch], None, [reference_NGC])
+        self.state, _, report = self.update.optimizer_step(
+            self.state, [self.batch], None, [reference_NGC]
+        )
         jax.block_until_ready(self.state.params)
         return report
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], repeats: int
+) -> dict[str, dict[str, float]]:
     """Minimum and median seconds of each, and the least processor seconds, all taking turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     cpu: dict[str, list[float]] = {name: [] for name in runs}

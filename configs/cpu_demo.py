@@ -10,19 +10,27 @@ over tokens, and overlong episodes keep their loss: otherwise what a tiny model 
 """
 
 from envs.bfcl import Bfcl
-from jaxgrpo.config import (
+from jaxgrpo.config.settings import (
+    BatchingSettings,
     Config,
     EvaluationSettings,
     ModelSettings,
     NativeSamplerSettings,
+    OptimizerSettings,
     RecordingSettings,
     RolloutSettings,
     TrainingSettings,
 )
-from jaxgrpo.packing import PackingSettings
-from jaxgrpo.update import OptimizerSettings
 
-CLASSES = ("GorillaFileSystem", "MathAPI", "MessageAPI", "TicketAPI", "TradingBot", "TwitterAPI", "VehicleControlAPI")
+CLASSES = (
+    "GorillaFileSystem",
+    "MathAPI",
+    "MessageAPI",
+    "TicketAPI",
+    "TradingBot",
+    "TwitterAPI",
+    "VehicleControlAPI",
+)
 
 
 def get_config() -> Config:
@@ -30,11 +38,24 @@ def get_config() -> Config:
         name="cpu_demo",
         model=ModelSettings(source="assets/tiny-qwen2.5"),
         environment=Bfcl(docs="signatures", max_calls=1, classes=CLASSES),
-        rollout=RolloutSettings(group_size=8, tasks_per_step=8, max_prompt_tokens=1024, max_completion_tokens=256, max_turns=3),
+        rollout=RolloutSettings(
+            group_size=8,
+            tasks_per_step=8,
+            max_prompt_tokens=1024,
+            max_completion_tokens=256,
+            max_turns=3,
+        ),
         native=NativeSamplerSettings(max_rows=64, decode_chunk=16),
-        packing=PackingSettings(aggregation="sequence", masked_stop_reasons=(), prompt_multiple=256, completion_multiple=128),
+        batching=BatchingSettings(
+            aggregation="sequence",
+            masked_stop_reasons=(),
+            prompt_multiple=256,
+            completion_multiple=128,
+        ),
         optimizer=OptimizerSettings(learning_rate=1.5e-4, warmup_steps=4, max_grad_norm=1.0),
-        training=TrainingSettings(steps=120, iterations=2, reference_every=20, attention="xla", remat="attention"),
+        training=TrainingSettings(
+            steps=120, iterations=2, reference_every=20, attention="xla", remat="attention"
+        ),
         evaluation=EvaluationSettings(samples=8, splits=("train", "test")),
         recording=RecordingSettings(checkpoint_every=40),
     )

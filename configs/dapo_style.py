@@ -9,9 +9,7 @@ Result     not measured
 import dataclasses
 
 from configs.h200x4 import get_config as article
-from jaxgrpo.config import Config
-from jaxgrpo.losses import LossSettings
-from jaxgrpo.packing import PackingSettings
+from jaxgrpo.config.settings import BatchingSettings, Config, LossSettings
 
 
 def get_config() -> Config:
@@ -20,6 +18,6 @@ def get_config() -> Config:
         config,
         name="dapo_style",
         loss=LossSettings(clip_high=0.28, kl_beta=0.0, tis_cap=2.0),
-        packing=PackingSettings(aggregation="sequence", masked_stop_reasons=()),
+        batching=BatchingSettings(aggregation="sequence", masked_stop_reasons=()),
         training=dataclasses.replace(config.training, reference_every=None),
     )

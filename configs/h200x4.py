@@ -18,13 +18,22 @@ no loss on episodes that ran out of tokens. docs/fidelity.md compares every ingr
 """
 
 from envs.bfcl import Bfcl
-from jaxgrpo.config import Config, EvaluationSettings, ModelSettings, RolloutSettings, TrainingSettings, VllmSettings
+from jaxgrpo.config.settings import (
+    Config,
+    EvaluationSettings,
+    ModelSettings,
+    RolloutSettings,
+    TrainingSettings,
+    VllmSettings,
+)
 
 
 def get_config() -> Config:
     return Config(
         name="h200x4",
-        model=ModelSettings(source="Qwen/Qwen2.5-7B-Instruct", revision="a09a35458c702b33eeacc393d103063234e8bc28"),
+        model=ModelSettings(
+            source="Qwen/Qwen2.5-7B-Instruct", revision="a09a35458c702b33eeacc393d103063234e8bc28"
+        ),
         environment=Bfcl(release="v3", docs="article", run_last_step=False),
         sampler="vllm",
         rollout=RolloutSettings(
@@ -36,6 +45,13 @@ def get_config() -> Config:
             temperature=1.0,  # the article is silent; 0.9 was its trainer's default
         ),
         vllm=VllmSettings(gpus=(3,)),
-        training=TrainingSettings(steps=1600, iterations=2, devices=3, gpus=(0, 1, 2), reference_every=100, remat="attention"),
+        training=TrainingSettings(
+            steps=1600,
+            iterations=2,
+            devices=3,
+            gpus=(0, 1, 2),
+            reference_every=100,
+            remat="attention",
+        ),
         evaluation=EvaluationSettings(every=100, samples=1, splits=("test",)),
     )

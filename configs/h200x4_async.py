@@ -14,8 +14,7 @@ KL term. Runs do not repeat to the last bit: which version a token is of follows
 import dataclasses
 
 from configs.h200x4 import get_config as article
-from jaxgrpo.config import Config
-from jaxgrpo.losses import LossSettings
+from jaxgrpo.config.settings import Config, LossSettings
 
 
 def get_config() -> Config:

@@ -13,7 +13,7 @@ with vllm.servers=1.
 import dataclasses
 
 from configs.h200x4 import get_config as article
-from jaxgrpo.config import Config
+from jaxgrpo.config.settings import Config
 
 
 def get_config() -> Config:

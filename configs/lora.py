@@ -12,8 +12,7 @@ Departures from the article: a learning rate ten times higher, as low-rank adapt
 import dataclasses
 
 from configs.h200x4 import get_config as article
-from jaxgrpo.config import Config
-from jaxgrpo.lora import LoraSettings
+from jaxgrpo.config.settings import Config, LoraSettings
 
 
 def get_config() -> Config:

@@ -14,7 +14,7 @@ import dataclasses
 import os
 
 from configs.h200x4 import get_config as article
-from jaxgrpo.config import Config
+from jaxgrpo.config.settings import Config
 
 URLS = os.environ.get("JAXGRPO_VLLM_URLS", "http://rollout:8000")
 

@@ -8,10 +8,12 @@ Result     not measured
 import dataclasses
 
 from configs.h200x4 import get_config as article
-from jaxgrpo.config import Config
+from jaxgrpo.config.settings import Config
 
 
 def get_config() -> Config:
     config = article()
-    environment = dataclasses.replace(config.environment, protocol="native", docs="without_response", result_limit=4000)
+    environment = dataclasses.replace(
+        config.environment, protocol="native", docs="without_response", result_limit=4000
+    )
     return dataclasses.replace(config, name="native_tools", environment=environment)

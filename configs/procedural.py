@@ -5,9 +5,16 @@ Hardware   two CPU cores
 """
 
 from envs.procedural import Warehouse
-from jaxgrpo.config import Config, EvaluationSettings, ModelSettings, RecordingSettings, RolloutSettings, TrainingSettings
-from jaxgrpo.packing import PackingSettings
-from jaxgrpo.update import OptimizerSettings
+from jaxgrpo.config.settings import (
+    BatchingSettings,
+    Config,
+    EvaluationSettings,
+    ModelSettings,
+    OptimizerSettings,
+    RecordingSettings,
+    RolloutSettings,
+    TrainingSettings,
+)
 
 
 def get_config() -> Config:
@@ -15,8 +22,14 @@ def get_config() -> Config:
         name="procedural",
         model=ModelSettings(source="assets/tiny-qwen2.5"),
         environment=Warehouse(),
-        rollout=RolloutSettings(group_size=4, tasks_per_step=4, max_prompt_tokens=512, max_completion_tokens=256, max_turns=4),
-        packing=PackingSettings(prompt_multiple=128, completion_multiple=64),
+        rollout=RolloutSettings(
+            group_size=4,
+            tasks_per_step=4,
+            max_prompt_tokens=512,
+            max_completion_tokens=256,
+            max_turns=4,
+        ),
+        batching=BatchingSettings(prompt_multiple=128, completion_multiple=64),
         optimizer=OptimizerSettings(learning_rate=2e-4, warmup_steps=4, max_grad_norm=1.0),
         training=TrainingSettings(steps=20, iterations=2, reference_every=None, remat="none"),
         evaluation=EvaluationSettings(samples=1, before=False),

@@ -9,26 +9,34 @@ The interpreter of vLLM's environment is `vllm.python`: .venv-vllm/bin/python, o
 import os
 
 from envs.bfcl import Bfcl
-from jaxgrpo.config import (
+from jaxgrpo.config.settings import (
+    BatchingSettings,
     Config,
     EvaluationSettings,
     ModelSettings,
     NativeSamplerSettings,
+    OptimizerSettings,
     RecordingSettings,
     RolloutSettings,
     TrainingSettings,
     VllmSettings,
 )
-from jaxgrpo.packing import PackingSettings
-from jaxgrpo.update import OptimizerSettings
 
 
 def get_config() -> Config:
     return Config(
         name="qwen05_cpu",
-        model=ModelSettings(source="Qwen/Qwen2.5-0.5B-Instruct", revision="7ae557604adf67be50417f59c2c2f167def9a775"),
+        model=ModelSettings(
+            source="Qwen/Qwen2.5-0.5B-Instruct", revision="7ae557604adf67be50417f59c2c2f167def9a775"
+        ),
         environment=Bfcl(docs="signatures", examples=1),
-        rollout=RolloutSettings(group_size=4, tasks_per_step=2, max_prompt_tokens=2048, max_completion_tokens=256, max_turns=3),
+        rollout=RolloutSettings(
+            group_size=4,
+            tasks_per_step=2,
+            max_prompt_tokens=2048,
+            max_completion_tokens=256,
+            max_turns=3,
+        ),
         native=NativeSamplerSettings(max_rows=8, decode_chunk=32),
         vllm=VllmSettings(
             python=os.environ.get("JAXGRPO_VLLM_PYTHON", ".venv-vllm/bin/python"),
@@ -37,7 +45,7 @@ def get_config() -> Config:
             float32_logits=False,  # with 152k words in the vocabulary vLLM's CPU build would be ten times slower
             arguments=("--enforce-eager",),
         ),
-        packing=PackingSettings(prompt_multiple=256, completion_multiple=64),
+        batching=BatchingSettings(prompt_multiple=256, completion_multiple=64),
         optimizer=OptimizerSettings(warmup_steps=0),
         training=TrainingSettings(steps=1, iterations=1, reference_every=None),
         evaluation=EvaluationSettings(before=False, after=False),

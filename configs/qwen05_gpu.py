@@ -9,27 +9,37 @@ reward (`call_match`), which a small model gets a share of before it solves anyt
 """
 
 from envs.bfcl import Bfcl
-from jaxgrpo.config import (
+from jaxgrpo.config.settings import (
+    BatchingSettings,
     Config,
     EvaluationSettings,
     ModelSettings,
     NativeSamplerSettings,
+    OptimizerSettings,
     RecordingSettings,
     RolloutSettings,
     TrainingSettings,
 )
-from jaxgrpo.packing import PackingSettings
-from jaxgrpo.update import OptimizerSettings
 
 
 def get_config() -> Config:
     return Config(
         name="qwen05_gpu",
-        model=ModelSettings(source="Qwen/Qwen2.5-0.5B-Instruct", revision="7ae557604adf67be50417f59c2c2f167def9a775"),
+        model=ModelSettings(
+            source="Qwen/Qwen2.5-0.5B-Instruct", revision="7ae557604adf67be50417f59c2c2f167def9a775"
+        ),
         environment=Bfcl(docs="signatures", examples=1, max_calls=1, reward="call_match"),
-        rollout=RolloutSettings(group_size=8, tasks_per_step=8, max_prompt_tokens=2048, max_completion_tokens=512, max_turns=4),
+        rollout=RolloutSettings(
+            group_size=8,
+            tasks_per_step=8,
+            max_prompt_tokens=2048,
+            max_completion_tokens=512,
+            max_turns=4,
+        ),
         native=NativeSamplerSettings(max_rows=64, decode_chunk=32),
-        packing=PackingSettings(prompt_multiple=1024, completion_multiple=512),  # one shape: a program takes long to compile
+        batching=BatchingSettings(
+            prompt_multiple=1024, completion_multiple=512
+        ),  # one shape: a program takes long to compile
         optimizer=OptimizerSettings(learning_rate=1e-5, warmup_steps=4, max_grad_norm=1.0),
         training=TrainingSettings(steps=200, iterations=2, reference_every=None, remat="attention"),
         evaluation=EvaluationSettings(samples=2, splits=("train",)),

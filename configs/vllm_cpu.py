@@ -11,7 +11,7 @@ import dataclasses
 import os
 
 from configs.cpu_demo import get_config as demo
-from jaxgrpo.config import Config, EvaluationSettings, VllmSettings
+from jaxgrpo.config.settings import Config, EvaluationSettings, VllmSettings
 
 
 def get_config() -> Config:

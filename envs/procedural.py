@@ -13,12 +13,25 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 from envs import tool_tags
-from envs.base import Observation, StepResult
 from envs.tool_tags import ToolRequest
+from jaxgrpo.environment import Observation, StepResult
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall
 
 KINDS = ("order", "ship", "refill")
-ITEMS = ("lamp", "chair", "rope", "vase", "drum", "kite", "bell", "comb", "sled", "tent", "fork", "mask")
+ITEMS = (
+    "lamp",
+    "chair",
+    "rope",
+    "vase",
+    "drum",
+    "kite",
+    "bell",
+    "comb",
+    "sled",
+    "tent",
+    "fork",
+    "mask",
+)
 PLACES = ("Oslo", "Lima", "Cairo", "Quito", "Delhi", "Porto", "Kyoto", "Accra")
 AMOUNTS = range(20, 40)
 STOCKED = 3  # items in the warehouse of one task
@@ -59,7 +72,10 @@ class Errand:
         count_up: tuple[str, dict[str, object]] = ("stock_of", {"code": code})
         if self.kind == "order":
             return look_up, ("order", {"code": code, "count": self.amount})
-        last: tuple[str, dict[str, object]] = ("order", {"code": code, "count": self.amount - count})
+        last: tuple[str, dict[str, object]] = (
+            "order",
+            {"code": code, "count": self.amount - count},
+        )
         if self.kind == "ship":
             last = ("ship", {"code": code, "count": count, "to": self.place})
         return look_up, count_up, last
@@ -85,19 +101,27 @@ class Warehouse:
     def __post_init__(self) -> None:
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if isinstance(self.kinds, str) or unknown or not self.kinds:
-            raise ValueError(f"kinds must be a tuple of any of {', '.join(KINDS)}, got {self.kinds!r}")
+            raise ValueError(
+                f"kinds must be a tuple of any of {', '.join(KINDS)}, got {self.kinds!r}"
+            )
         if min(self.train_size, self.test_size, self.max_steps) < 1:
             raise ValueError("train_size, test_size and max_steps must be at least 1")
         available = len(_wishes(self.kinds))
         if self.train_size + self.test_size > available:
-            raise ValueError(f"train_size + test_size is {self.train_size + self.test_size}, these kinds have {available} tasks")
+            raise ValueError(
+                f"train_size + test_size is {self.train_size + self.test_size}, these kinds have {available} tasks"
+            )
 
     def tasks(self, split: str) -> Sequence[Task]:
         if split not in ("train", "test"):
             raise ValueError(f"no split {split!r}: a split is 'train' or 'test'")
         wishes = _wishes(self.kinds)
         random.Random(f"warehouse/{self.seed}").shuffle(wishes)
-        chosen = wishes[: self.test_size] if split == "test" else wishes[self.test_size :][: self.train_size]
+        chosen = (
+            wishes[: self.test_size]
+            if split == "test"
+            else wishes[self.test_size :][: self.train_size]
+        )
         return [self._task(split, index, wish) for index, wish in enumerate(chosen)]
 
     def create(self, task: Task) -> "WarehouseEnvironment":
@@ -106,16 +130,29 @@ class Warehouse:
     def demonstration(self, task: Task) -> tuple[str, ...]:
         """Policy turns that solve the task: a call each, then the end."""
         solution = _errand(task).solution
-        return (*(tool_tags.write_calls([call], f"I call {call[0]}.") for call in solution), tool_tags.write_end())
+        return (
+            *(tool_tags.write_calls([call], f"I call {call[0]}.") for call in solution),
+            tool_tags.write_end(),
+        )
 
     def _task(self, split: str, index: int, wish: tuple[str, str, int, str]) -> Task:
         kind, item, amount, place = wish
         source = random.Random(f"warehouse/{self.seed}/{split}/{index}")
         items = [item, *source.sample([other for other in ITEMS if other != item], STOCKED - 1)]
         source.shuffle(items)
-        codes = source.sample([f"{letter}{digit}" for letter in "ABCDEFGHKLMNPRSTUVWX" for digit in range(1, 10)], STOCKED)
-        stock = tuple((name, code, source.randrange(2, min(AMOUNTS))) for name, code in zip(items, codes, strict=True))
-        return Task(f"warehouse_{split}_{index}", labels=(kind,), payload=Errand(kind, item, amount, place, stock))
+        codes = source.sample(
+            [f"{letter}{digit}" for letter in "ABCDEFGHKLMNPRSTUVWX" for digit in range(1, 10)],
+            STOCKED,
+        )
+        stock = tuple(
+            (name, code, source.randrange(2, min(AMOUNTS)))
+            for name, code in zip(items, codes, strict=True)
+        )
+        return Task(
+            f"warehouse_{split}_{index}",
+            labels=(kind,),
+            payload=Errand(kind, item, amount, place, stock),
+        )
 
 
 class WarehouseEnvironment:
@@ -130,7 +167,10 @@ class WarehouseEnvironment:
 
     def observe(self) -> Observation:
         system = f"{tool_tags.INSTRUCTIONS}\nTools:\n" + "\n".join(TOOLS)
-        return Observation((Message("system", system), Message("user", self._errand.request)), stop_strings=tool_tags.STOP_STRINGS)
+        return Observation(
+            (Message("system", system), Message("user", self._errand.request)),
+            stop_strings=tool_tags.STOP_STRINGS,
+        )
 
     def step(self, action: str) -> StepResult:
         if self._stop_reason is not None:
@@ -149,13 +189,22 @@ class WarehouseEnvironment:
             self._stop_reason = StopReason.STEP_LIMIT
         if self._stop_reason is not None:
             return StepResult(stop_reason=self._stop_reason, calls=calls)
-        return StepResult(observation=Observation((tool_tags.result_message(lines),), stop_strings=tool_tags.STOP_STRINGS), calls=calls)
+        return StepResult(
+            observation=Observation(
+                (tool_tags.result_message(lines),), stop_strings=tool_tags.STOP_STRINGS
+            ),
+            calls=calls,
+        )
 
     def _run(self, requests: Sequence[ToolRequest]) -> tuple[ToolCall, ...]:
         """Run a list of calls up to the first that fails; what ran before it stands."""
         shown: list[ToolCall] = []
         for request in requests:
-            text, ok = (request.fault, False) if request.fault else self._call(request.name, request.arguments)
+            text, ok = (
+                (request.fault, False)
+                if request.fault
+                else self._call(request.name, request.arguments)
+            )
             shown.append(ToolCall(request.name[:40], json.dumps(dict(request.arguments)), text, ok))
             if not ok:
                 break
@@ -172,7 +221,10 @@ class WarehouseEnvironment:
             return f"there is no tool named {name[:40]}", False
         tool, wanted = tools[name]
         if {key: type(value) for key, value in arguments.items()} != wanted:
-            return f"the arguments are {', '.join(f'{key}: {kind.__name__}' for key, kind in wanted.items())}", False
+            return (
+                f"the arguments are {', '.join(f'{key}: {kind.__name__}' for key, kind in wanted.items())}",
+                False,
+            )
         return tool(**arguments)
 
     def _code_of(self, item: str) -> tuple[str, bool]:
@@ -200,17 +252,32 @@ class WarehouseEnvironment:
         wanted = [self._errand.solution[-1]]
         passed = self._ledger == wanted
         notes = {} if passed else {"ledger": f"{self._ledger[:4]}, expected {wanted}"[:500]}
-        return Score(float(passed), passed, {"finished": float(self._stop_reason is StopReason.FINISHED)}, notes)
+        return Score(
+            float(passed),
+            passed,
+            {"finished": float(self._stop_reason is StopReason.FINISHED)},
+            notes,
+        )
 
 
 def _wishes(kinds: Sequence[str]) -> list[tuple[str, str, int, str]]:
     """Everything that can be asked for: (kind, item, amount, place)."""
-    amounts = [(kind, item, amount, "") for kind, item, amount in itertools.product(("order", "refill"), ITEMS, AMOUNTS) if kind in kinds]
-    shipments = [("ship", item, 0, place) for item, place in itertools.product(ITEMS, PLACES) if "ship" in kinds]
+    amounts = [
+        (kind, item, amount, "")
+        for kind, item, amount in itertools.product(("order", "refill"), ITEMS, AMOUNTS)
+        if kind in kinds
+    ]
+    shipments = [
+        ("ship", item, 0, place)
+        for item, place in itertools.product(ITEMS, PLACES)
+        if "ship" in kinds
+    ]
     return amounts + shipments
 
 
 def _errand(task: Task) -> Errand:
     if not isinstance(task.payload, Errand):
-        raise TypeError(f"task {task.id!r} is not one of this suite: its payload is a {type(task.payload).__name__}")
+        raise TypeError(
+            f"task {task.id!r} is not one of this suite: its payload is a {type(task.payload).__name__}"
+        )
     return task.payload

@@ -60,10 +60,14 @@ def parse_action(text: str) -> Action:
     """
     outside = without_reasoning(text)
     if outside is None:
-        return Action(fault="The reasoning was not closed with </reasoning> before the turn ended; nothing was done.")
+        return Action(
+            fault="The reasoning was not closed with </reasoning> before the turn ended; nothing was done."
+        )
     marks = [(outside.find(mark), mark) for mark in STOP_STRINGS if mark in outside]
     if not marks:
-        return Action(fault="There was no <tool>...</tool> and no <TASK_FINISHED> or <TASK_ERROR>; nothing was done.")
+        return Action(
+            fault="There was no <tool>...</tool> and no <TASK_FINISHED> or <TASK_ERROR>; nothing was done."
+        )
     position, mark = min(marks)
     start = outside.find("<tool>", 0, position)
     if mark != "</tool>":
@@ -123,7 +127,9 @@ def read_json(text: str) -> tuple[object, str]:
     if len(text) > MAX_JSON_CHARS:
         return None, f"it is longer than {MAX_JSON_CHARS} characters"
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique)
+        value = json.loads(
+            text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique
+        )
     except RecursionError:
         return None, "it is nested too deeply"
     except ValueError as error:  # JSONDecodeError, and integers of more digits than Python reads
@@ -165,13 +171,20 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _deeper_than(value: object, depth: int) -> bool:
     level = [value]
     for _ in range(depth):
-        level = [child for item in level if isinstance(item, dict | list) for child in (item.values() if isinstance(item, dict) else item)]
+        level = [
+            child
+            for item in level
+            if isinstance(item, dict | list)
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
     return bool(level)
 
 
 def write_calls(calls: Sequence[tuple[str, Mapping[str, object]]], reasoning: str = "") -> str:
     """The text of a policy turn that makes these calls: the inverse of `parse_action`."""
-    listed = json.dumps([{"name": name, "args": dict(arguments)} for name, arguments in calls], ensure_ascii=False)
+    listed = json.dumps(
+        [{"name": name, "args": dict(arguments)} for name, arguments in calls], ensure_ascii=False
+    )
     return f"{write_reasoning(reasoning)}<tool>{listed}</tool>"
 
 
@@ -186,7 +199,9 @@ def write_reasoning(reasoning: str) -> str:
 
 def result_message(lines: Sequence[str]) -> Message:
     """The results of one policy turn, a text for each call that was tried."""
-    return Message("system", f"<tool_result>{json.dumps(list(lines), ensure_ascii=False)}</tool_result>")
+    return Message(
+        "system", f"<tool_result>{json.dumps(list(lines), ensure_ascii=False)}</tool_result>"
+    )
 
 
 def outcome(name: str, text: str, ok: bool, left: int = 0) -> str:

@@ -1,4 +1,4 @@
-"""Checks of what users' code gives, made where it enters: in the records of `types.py` and `envs/base.py`.
+"""Checks of what users' code gives, made where it enters: in the records of `types.py` and `jaxgrpo/environment.py`.
 
 Each function returns the value, of exactly the built-in type that it names, or raises TypeError or
 ValueError with one line. What is sound is made plain: a NumPy number, a list, a text of a class of

@@ -11,36 +11,40 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxgrpo import records
-from jaxgrpo.background import EventLoopThread, interruptible, run_program
-from jaxgrpo.checkpoint import read_policy
-from jaxgrpo.config import Config, ConfigError, load_config
-from jaxgrpo.config_checks import SPLITS
-from jaxgrpo.lora import NO_LORA
-from jaxgrpo.metrics import Recorder, TerminalView
-from jaxgrpo.model import Params
+from jaxgrpo.config.load import load_config
+from jaxgrpo.config.settings import NO_LORA, SPLITS, Config, ConfigError
+from jaxgrpo.interruptions import interruptible, run_program
+from jaxgrpo.learner.sharding import store
+from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.paths import absolute
-from jaxgrpo.rollout import Decoding, Rollout, RolloutResult
-from jaxgrpo.run_folder import held
-from jaxgrpo.samplers.base import Sampler, SamplerError
-from jaxgrpo.serving import WholeWeights, agreement_check, open_sampler
-from jaxgrpo.setup import (
-    Policy,
+from jaxgrpo.rollout.background import EventLoopThread
+from jaxgrpo.rollout.episode import SamplingParams
+from jaxgrpo.rollout.rollout import Rollout, RolloutResult
+from jaxgrpo.run import records
+from jaxgrpo.run.agreement import agreement_check
+from jaxgrpo.run.folder import held
+from jaxgrpo.run.metrics import Recorder, TerminalView
+from jaxgrpo.run.pass_rates import mean_pass_at_k, pass_rate, pass_rates_by_label
+from jaxgrpo.run.samplers import open_sampler
+from jaxgrpo.run.setup import (
+    ModelAssets,
     build_rollout,
     build_update,
     check_episodes,
     check_rewards,
     compute_dtype,
+    enable_compilation_cache,
     initial_params,
-    keep_compiled,
     make_run_folder,
-    open_policy,
+    open_model_assets,
     open_tasks,
+    restrict_gpus,
     run_folder,
-    take_gpus,
 )
-from jaxgrpo.sharding import store
-from jaxgrpo.statistics import mean_pass_at_k, pass_rate, pass_rates_by_label
+from jaxgrpo.run.skipping import NothingLeftError
+from jaxgrpo.run.weights import WholeWeights
+from jaxgrpo.samplers.base import Sampler, SamplerError
+from jaxgrpo.storage.checkpoint import read_policy
 from jaxgrpo.types import Task
 
 
@@ -60,18 +64,13 @@ class Evaluation:
         )
 
 
-class NothingLeftError(RuntimeError):
-    """Every group was dropped because of its environment; the message ends with the last error."""
-
-    def __init__(self, what: str, result: RolloutResult):
-        super().__init__(f"every group of {what} was dropped; the last error:\n{result.dropped[-1].error.rstrip()}")
-
-
 def split_tasks(config: Config, split: str) -> Sequence[Task]:
     """The tasks of a split that evaluation looks at. Raises ConfigError when there are none."""
     tasks = open_tasks(config, split)[: config.evaluation.tasks]
     if not tasks:
-        raise ConfigError(f"the {split} split of the environment is empty: there is nothing to evaluate")
+        raise ConfigError(
+            f"the {split} split of the environment is empty: there is nothing to evaluate"
+        )
     return tasks
 
 
@@ -91,7 +90,9 @@ def evaluate(
     result = loop.call(rollout.groups(tasks, samples, seed, f"{name}/{split}", progress))
     if not result.groups:
         raise NothingLeftError(f"the {split} split", result)
-    passed_NK = np.array([[t.score is not None and t.score.passed for t in g.trajectories] for g in result.groups])
+    passed_NK = np.array(
+        [[t.score is not None and t.score.passed for t in g.trajectories] for g in result.groups]
+    )
     rate = pass_rate(passed_NK)
     trajectories = [t for g in result.groups for t in g.trajectories]
     metrics: dict[str, float | int | str] = {
@@ -103,14 +104,18 @@ def evaluate(
         "eval/tasks": len(result.groups),
         "eval/samples": samples,
         "eval/dropped_groups": len(result.dropped),
-        "eval/overlong_share": float(np.mean([t.overlong for t in trajectories])),
-        "eval/completion_tokens_mean": float(np.mean([len(t.completion_ids_C) for t in trajectories])),
+        "eval/overlong_fraction": float(np.mean([t.overlong for t in trajectories])),
+        "eval/completion_tokens_mean": float(
+            np.mean([len(t.completion_ids_C) for t in trajectories])
+        ),
     }
     k = 2
     while k <= samples:
         metrics[f"eval/pass_at_{k}"] = mean_pass_at_k(passed_NK, k)
         k *= 2
-    for label, value in pass_rates_by_label(passed_NK, [g.task.labels for g in result.groups]).items():
+    for label, value in pass_rates_by_label(
+        passed_NK, [g.task.labels for g in result.groups]
+    ).items():
         metrics[f"eval/pass_rate/{label}"] = value.rate
     return Evaluation(metrics, result)
 
@@ -120,18 +125,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jaxgrpo.evaluate", description=__doc__)
     of_config = "a Python file with get_config(), or the config.json of a run"
     parser.add_argument("--config", required=True, help=of_config)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. evaluation.temperature=0")
-    parser.add_argument("--checkpoint", metavar="RUN", help="a run's folder; without it the config's own model is evaluated")
-    parser.add_argument("--step", type=int, help="which of the run's checkpoints (default: the newest)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a setting, e.g. evaluation.temperature=0",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="RUN",
+        help="a run's folder; without it the config's own model is evaluated",
+    )
+    parser.add_argument(
+        "--step", type=int, help="which of the run's checkpoints (default: the newest)"
+    )
     parser.add_argument("--split", default="test", help=f"{' or '.join(SPLITS)} (default: test)")
-    parser.add_argument("--samples", type=int, help="episodes a task (default: the config's evaluation.samples)")
+    parser.add_argument(
+        "--samples", type=int, help="episodes a task (default: the config's evaluation.samples)"
+    )
     parser.add_argument("--run-dir", help="where to record (default: runs/NAME-eval-SPLIT)")
     args = parser.parse_args(arguments)
     start = Path.cwd()  # now: a config file or an environment may change it
     try:
         config = load_config(args.config, args.set)
-        take_gpus(config)
-        keep_compiled(config)
+        restrict_gpus(config)
+        enable_compilation_cache(config)
         samples = config.evaluation.samples if args.samples is None else args.samples
         _check_arguments(args.split, samples, args.checkpoint, args.step)
         folder = run_folder(args.run_dir, f"{config.name}-eval-{args.split}", start)
@@ -157,37 +176,47 @@ def _check_arguments(split: str, samples: int, checkpoint: str | None, step: int
     if not 1 <= samples < 2**31:
         problems.append(f"--samples must be from 1 to {2**31 - 1}, got {samples}")
     if step is not None and checkpoint is None:
-        problems.append(f"--step {step} names one of a run's checkpoints: give the run's folder with --checkpoint")
+        problems.append(
+            f"--step {step} names one of a run's checkpoints: give the run's folder with --checkpoint"
+        )
     if problems:
         raise ConfigError("; ".join(problems))
 
 
 def _read_weights(
-    config: Config, policy: Policy, checkpoint: Path | None, step: int | None
+    config: Config, assets: ModelAssets, checkpoint: Path | None, step: int | None
 ) -> tuple[Params, int]:
     """The weights to evaluate in the logical tree, and the step they are of: a checkpoint's, or the config's own model at step 0."""
     dtype = compute_dtype(config)
     if checkpoint is None:
-        return initial_params(policy, dtype), 0
+        return initial_params(assets, dtype), 0
     try:
-        base = functools.partial(initial_params, policy, dtype)
-        params, at_step = read_policy(checkpoint / "checkpoints", policy.config, step, base)
+        base = functools.partial(initial_params, assets, dtype)
+        params, at_step = read_policy(checkpoint / "checkpoints", assets.config, step, base)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"--checkpoint {checkpoint}: {error}") from error
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params), at_step
 
 
 def _check_sampler(
-    config: Config, policy: Policy, params: Params, version: int, tasks: Sequence[Task], loop: EventLoopThread, sampler: Sampler
+    config: Config,
+    assets: ModelAssets,
+    params: Params,
+    version: int,
+    prompt_ids_P: np.ndarray,
+    loop: EventLoopThread,
+    sampler: Sampler,
 ) -> dict[str, float]:
     """As training does, on one device and with whole weights: adapters have been merged. Raises MismatchError when the sampler serves
     other weights than those to be evaluated."""
     on_one = dataclasses.replace(config.training, devices=1, groups_per_device=1)
-    update = build_update(dataclasses.replace(config, training=on_one, lora=NO_LORA), policy.config)
-    check = agreement_check(config, policy, update, tasks)
+    update = build_update(dataclasses.replace(config, training=on_one, lora=NO_LORA), assets.config)
+    check = agreement_check(config, update, prompt_ids_P)
     if check is None:
         return {}
-    return check.run(loop, sampler, store(params, update.layout, update.mesh, update.compute_dtype), version)
+    return check.run(
+        loop, sampler, store(params, update.layout, update.mesh, update.compute_dtype), version
+    )
 
 
 def _evaluate_once(
@@ -199,19 +228,32 @@ def _evaluate_once(
     folder: Path,
 ) -> None:
     check_rewards(config)
-    policy = open_policy(config)
+    assets = open_model_assets(config)
     tasks = split_tasks(config, split)
-    check_episodes(config, policy, tasks)
-    params, at_step = _read_weights(config, policy, checkpoint, step)
+    prompts = check_episodes(config, assets, tasks)
+    params, at_step = _read_weights(config, assets, checkpoint, step)
     make_run_folder(folder)
-    decoding = Decoding(config.evaluation.temperature, config.evaluation.top_p)
-    with EventLoopThread() as loop, TerminalView(len(tasks) * samples, unit="episode") as view, ExitStack() as stack:
+    sampling = SamplingParams(config.evaluation.temperature, config.evaluation.top_p)
+    with (
+        EventLoopThread() as loop,
+        TerminalView(len(tasks) * samples, unit="episode") as view,
+        ExitStack() as stack,
+    ):
         version = at_step // config.training.iterations
-        sampler = open_sampler(config, policy, WholeWeights(params, policy.config), version, loop, folder, stack)
-        check = _check_sampler(config, policy, params, version, tasks, loop, sampler)
-        rollout = build_rollout(config, policy, sampler, decoding)
+        sampler = open_sampler(
+            config, assets, WholeWeights(params, assets.config), version, loop, folder, stack
+        )
+        check = _check_sampler(config, assets, params, version, prompts.first_P, loop, sampler)
+        rollout = build_rollout(config, assets, sampler, sampling)
         outcome = evaluate(
-            rollout, loop, tasks, split=split, samples=samples, seed=config.seed, name=f"eval-{at_step}", progress=view.advance
+            rollout,
+            loop,
+            tasks,
+            split=split,
+            samples=samples,
+            seed=config.seed,
+            name=f"eval-{at_step}",
+            progress=view.advance,
         )
     recorder = Recorder(folder, tensorboard=False, wandb_project=None, name=config.name)
     recorder.record(at_step, outcome.metrics | check)

@@ -1,6 +1,6 @@
 """Ctrl-C while a program of this package is being imported, which takes seconds and leaves nothing
-to clean up: one line, and the status of an interruption. `run_program` (jaxgrpo.background) takes
-over. """
+to clean up: one line, and the status of an interruption. `run_program` (jaxgrpo.interruptions) takes
+over."""
 
 import os
 import signal

@@ -6,7 +6,7 @@ T any token axis, L layers, D width, H query heads, K key/value heads, h head si
 Example: `completion_ids_C` is one row of token ids, `loss_weights_NGC` is one weight for each completion token of a batch.
 
 Log-probabilities carry the name of who computed them: `train_` (the policy inside the update), `sampler_` (who generated the token),
-`reference_` (the KL anchor), `behaviour_` (the policy at the first iteration on a batch).
+`reference_` (the KL anchor), `old_` (the policy at the first iteration on a batch).
 """
 
 import dataclasses
@@ -68,7 +68,9 @@ class Message:
             close = difflib.get_close_matches(role.lower(), ROLES, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             given = checked.shown(role)
-            raise ValueError(f"a message's role must be one of {', '.join(ROLES)}, got {given}{hint}")
+            raise ValueError(
+                f"a message's role must be one of {', '.join(ROLES)}, got {given}{hint}"
+            )
         object.__setattr__(self, "role", role)
         object.__setattr__(self, "content", checked.text(self.content, "a message's content"))
 
@@ -145,7 +147,7 @@ class Trajectory:
     template between turns) put there. For a two-turn episode, with s a sampled token and e one of the environment's:
 
         completion_ids_C      [17, 4, 9, 80, 81, 82, 5, 2]
-        sampled_C             [ s, s, s,  e,  e,  e, s, s] = [1, 1, 1, 0, 0, 0, 1, 1]
+        action_mask_C             [ s, s, s,  e,  e,  e, s, s] = [1, 1, 1, 0, 0, 0, 1, 1]
         sampler_logprobs_C    [-.1, -2., -.3, 0, 0, 0, -.5, -.1]      zero where not sampled
         weight_versions_C     [3, 3, 3, -1, -1, -1, 4, 4]             -1 where not sampled
     """
@@ -154,7 +156,7 @@ class Trajectory:
     sample_index: int
     prompt_ids_P: np.ndarray
     completion_ids_C: np.ndarray
-    sampled_C: np.ndarray
+    action_mask_C: np.ndarray
     sampler_logprobs_C: np.ndarray
     weight_versions_C: np.ndarray
     messages: tuple[Message, ...]
@@ -165,13 +167,23 @@ class Trajectory:
     error: str = ""
 
     def __post_init__(self) -> None:
-        lengths = {name: len(getattr(self, name)) for name in ("completion_ids_C", "sampled_C", "sampler_logprobs_C", "weight_versions_C")}
+        lengths = {
+            name: len(getattr(self, name))
+            for name in (
+                "completion_ids_C",
+                "action_mask_C",
+                "sampler_logprobs_C",
+                "weight_versions_C",
+            )
+        }
         if len(set(lengths.values())) != 1:
             raise ValueError(f"a trajectory's token arrays must be of one length, got {lengths}")
         if len(self.prompt_ids_P) == 0:
             raise ValueError(f"the prompt of task {self.task_id!r} is empty")
         if self.score is None and self.stop_reason is not StopReason.ENVIRONMENT_ERROR:
-            raise ValueError(f"only an environment error leaves an episode without a score, not {self.stop_reason}")
+            raise ValueError(
+                f"only an environment error leaves an episode without a score, not {self.stop_reason}"
+            )
 
     @property
     def overlong(self) -> bool:
@@ -200,7 +212,9 @@ class Group:
             if not np.array_equal(trajectory.prompt_ids_P, first):
                 raise ValueError(f"the episodes of task {self.task.id!r} do not share one prompt")
             if trajectory.score is None:
-                raise ValueError(f"an episode of task {self.task.id!r} has no score: drop its group instead")
+                raise ValueError(
+                    f"an episode of task {self.task.id!r} has no score: drop its group instead"
+                )
 
     @property
     def prompt_ids_P(self) -> np.ndarray:
@@ -208,7 +222,9 @@ class Group:
 
     @property
     def rewards_G(self) -> np.ndarray:
-        return np.array([t.score.reward for t in self.trajectories if t.score is not None], np.float64)
+        return np.array(
+            [t.score.reward for t in self.trajectories if t.score is not None], np.float64
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +245,7 @@ class GroupBatch:
     prompt_lengths_N: AnyArray
     completions_NGC: AnyArray
     completion_lengths_NG: AnyArray
-    sampled_NGC: AnyArray
+    action_mask_NGC: AnyArray
     loss_weights_NGC: AnyArray
     advantages_NG: AnyArray
     sampler_logprobs_NGC: AnyArray
@@ -240,11 +256,13 @@ class GroupBatch:
             "prompt_NP": (n, self.prompt_NP.shape[-1]),
             "prompt_lengths_N": (n,),
             "completion_lengths_NG": (n, g),
-            "sampled_NGC": (n, g, c),
+            "action_mask_NGC": (n, g, c),
             "loss_weights_NGC": (n, g, c),
             "advantages_NG": (n, g),
             "sampler_logprobs_NGC": (n, g, c),
         }
         for name, shape in expected.items():
             if getattr(self, name).shape != shape:
-                raise ValueError(f"{name} has shape {getattr(self, name).shape}, the batch's axes say {shape}")
+                raise ValueError(
+                    f"{name} has shape {getattr(self, name).shape}, the batch's axes say {shape}"
+                )

@@ -40,10 +40,14 @@ def play(env, texts) -> StopReason | None:
     return None
 
 
-def session(owner: str, scenario: dict | None = None, long_context: bool = False, release: str = "v3") -> Session:
+def session(
+    owner: str, scenario: dict | None = None, long_context: bool = False, release: str = "v3"
+) -> Session:
     """A session on one simulator, from a scenario made up by a test."""
     shared = library(release)
-    instances = create_instances(shared.classes, [owner], json.dumps({owner: scenario or {}}), long_context)
+    instances = create_instances(
+        shared.classes, [owner], json.dumps({owner: scenario or {}}), long_context
+    )
     return Session(instances, list(shared.documents[owner]))
 
 

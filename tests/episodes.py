@@ -24,7 +24,7 @@ def episode(
         sample_index=0,
         prompt_ids_P=np.array(prompt, np.int32),
         completion_ids_C=np.array(completion, np.int32),
-        sampled_C=mask_C,
+        action_mask_C=mask_C,
         sampler_logprobs_C=np.where(mask_C, sampler_logprob, 0.0).astype(np.float32),
         weight_versions_C=np.where(mask_C, 0, -1).astype(np.int32),
         messages=(),
@@ -39,7 +39,9 @@ def group(*trajectories: Trajectory) -> Group:
     return Group(Task(trajectories[0].task_id), trajectories)
 
 
-def random_groups(seed: int, count: int, size: int, vocab: int, longest_prompt: int, longest_completion: int) -> list[Group]:
+def random_groups(
+    seed: int, count: int, size: int, vocab: int, longest_prompt: int, longest_completion: int
+) -> list[Group]:
     """Multi-turn groups of uneven lengths, from a prompt of one token up. Every third group has an overlong row, the fourth group is
     overlong throughout and the fifth has equal rewards."""
     rng = np.random.default_rng(seed)
@@ -48,7 +50,11 @@ def random_groups(seed: int, count: int, size: int, vocab: int, longest_prompt: 
         prompt = rng.integers(0, vocab, 1 + n % longest_prompt)
         rows = []
         for g in range(size):
-            length = longest_completion if (n, g) == (0, 0) else int(rng.integers(1, longest_completion + 1))
+            length = (
+                longest_completion
+                if (n, g) == (0, 0)
+                else int(rng.integers(1, longest_completion + 1))
+            )
             sampled = rng.random(length) < 0.7
             sampled[0] = True
             overlong = n == 3 or (n % 3 == 0 and g == 0)

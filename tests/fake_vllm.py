@@ -10,9 +10,13 @@ from typing import Any
 Body = dict[str, Any]
 
 
-def choice(token_ids: list[int], version: str = "0", finish: str = "stop", stop: Any = None) -> Body:
+def choice(
+    token_ids: list[int], version: str = "0", finish: str = "stop", stop: Any = None
+) -> Body:
     """One choice of an answer; its log-probabilities are minus an eighth of the position."""
-    content = [{"token_id": token, "logprob": -(i + 1) / 8, "rank": 1} for i, token in enumerate(token_ids)]
+    content = [
+        {"token_id": token, "logprob": -(i + 1) / 8, "rank": 1} for i, token in enumerate(token_ids)
+    ]
     return {
         "index": 0,
         "token_ids": token_ids,
@@ -72,7 +76,10 @@ class FakeVllm:
                 if status == "drop":
                     break
                 content = json.dumps(body).encode()
-                writer.write(f"HTTP/1.1 {status} X\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content)
+                writer.write(
+                    f"HTTP/1.1 {status} X\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+                    + content
+                )
                 await writer.drain()
         except (ConnectionError, asyncio.IncompleteReadError):
             pass

@@ -4,8 +4,8 @@ import sys
 
 import jax
 
+from jaxgrpo.learner.update import Update
 from jaxgrpo.train import main
-from jaxgrpo.update import Update
 
 if __name__ == "__main__":
     take = Update.optimizer_step

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
-from jaxgrpo import hf_mapping
-from jaxgrpo.model import ModelConfig
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.storage import hf_mapping
 from tests.byte_chat import byte_tokenizer
 
 SIZES = {
@@ -22,11 +22,21 @@ SIZES = {
     "intermediate_size": 12,
 }
 TYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int8": "I8"}
-INFINITIES_AND_NANS = {2: [0x7FC1, 0xFF81, 0x8000, 0x0001], 4: [0x7FC00001, 0xFF800001, 0x80000000, 0x00000001]}
+INFINITIES_AND_NANS = {
+    2: [0x7FC1, 0xFF81, 0x8000, 0x0001],
+    4: [0x7FC00001, 0xFF800001, 0x80000000, 0x00000001],
+}
 
 
 def config_of(tied: bool) -> dict:
-    return {"model_type": "qwen2", "tie_word_embeddings": tied, "hidden_act": "silu", "rope_theta": 1e4, "rms_norm_eps": 1e-6, **SIZES}
+    return {
+        "model_type": "qwen2",
+        "tie_word_embeddings": tied,
+        "hidden_act": "silu",
+        "rope_theta": 1e4,
+        "rms_norm_eps": 1e-6,
+        **SIZES,
+    }
 
 
 def random_tensors(tied: bool, dtype: str, seed: int = 0) -> dict[str, np.ndarray]:
@@ -35,7 +45,9 @@ def random_tensors(tied: bool, dtype: str, seed: int = 0) -> dict[str, np.ndarra
     tensors = {}
     for tensor in hf_mapping.hf_tensors(ModelConfig.from_hf(config_of(tied))):
         values = rng.standard_normal(tensor.shape).astype(dtype)
-        tensors[tensor.name] = np.zeros_like(values) if re.search(r"layers\.1\..*bias", tensor.name) else values
+        tensors[tensor.name] = (
+            np.zeros_like(values) if re.search(r"layers\.1\..*bias", tensor.name) else values
+        )
     bits = tensors["model.embed_tokens.weight"].view(f"u{np.dtype(dtype).itemsize}")
     bits[0, :4] = INFINITIES_AND_NANS[bits.itemsize]
     return tensors
@@ -45,7 +57,11 @@ def write_safetensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
     """Written out here, so that our reader is not tested by our writer (the library's NumPy side knows no bfloat16)."""
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, t in sorted(tensors.items()):
-        header[name] = {"dtype": TYPES[t.dtype.name], "shape": t.shape, "data_offsets": [len(data), len(data) + t.nbytes]}
+        header[name] = {
+            "dtype": TYPES[t.dtype.name],
+            "shape": t.shape,
+            "data_offsets": [len(data), len(data) + t.nbytes],
+        }
         data += t.tobytes()
     text = json.dumps(header).encode()
     file.write_bytes(struct.pack("<Q", len(text)) + text + data)
@@ -60,7 +76,9 @@ def read_safetensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], byte
     return found
 
 
-def make_folder(folder: Path, tensors: dict[str, np.ndarray], *, tied: bool = False, shards: int = 1) -> Path:
+def make_folder(
+    folder: Path, tensors: dict[str, np.ndarray], *, tied: bool = False, shards: int = 1
+) -> Path:
     """A Hugging Face folder with config, tokenizer and weights in as many shards."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config_of(tied)))
@@ -69,10 +87,17 @@ def make_folder(folder: Path, tensors: dict[str, np.ndarray], *, tied: bool = Fa
     if shards == 1:
         write_safetensors(folder / "model.safetensors", tensors)
         return folder
-    weight_map = {name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(tensors)}
+    weight_map = {
+        name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors"
+        for i, name in enumerate(tensors)
+    }
     for file in set(weight_map.values()):
-        write_safetensors(folder / file, {name: tensors[name] for name in tensors if weight_map[name] == file})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        write_safetensors(
+            folder / file, {name: tensors[name] for name in tensors if weight_map[name] == file}
+        )
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return folder
 
 

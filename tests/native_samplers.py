@@ -8,33 +8,47 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrpo.model import ModelConfig, cast_to, forward, head_table, init_params
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import cast_to, forward, head_table, init_params
 from jaxgrpo.samplers.base import Generation, SamplingRequest
-from jaxgrpo.samplers.native import NativeSampler
-from tests.test_stops import TOKENIZER
+from jaxgrpo.samplers.native.sampler import NativeSampler
+from tests.samplers.native.test_stops import TOKENIZER
 
 T = TypeVar("T")
 
 
 CONFIG = ModelConfig(261, 32, 2, 4, 2, 8, 48, 512, 1e4, 1e-6, True)
 # Weights large enough that a token depends on the whole context and the distribution is neither flat nor a spike.
-PARAMS = jax.tree.map(lambda leaf: leaf * 5 if leaf.ndim > 1 else leaf, init_params(CONFIG, jax.random.key(1)))
-OTHER = jax.tree.map(lambda leaf: leaf * 5 if leaf.ndim > 1 else leaf, init_params(CONFIG, jax.random.key(2)))
+PARAMS = jax.tree.map(
+    lambda leaf: leaf * 5 if leaf.ndim > 1 else leaf, init_params(CONFIG, jax.random.key(1))
+)
+OTHER = jax.tree.map(
+    lambda leaf: leaf * 5 if leaf.ndim > 1 else leaf, init_params(CONFIG, jax.random.key(2))
+)
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 261, n).astype(np.int32) for n in (40, 90, 20)]
 
 
 def make(**options: Any) -> NativeSampler:
     sizes = {"max_rows": 8, "decode_chunk": 4, "max_cache_tokens": 2048}
-    return NativeSampler(CONFIG, PARAMS, TOKENIZER, **(sizes | {"compute_dtype": jnp.float32, "eos_token_ids": ()} | options))
+    return NativeSampler(
+        CONFIG,
+        PARAMS,
+        TOKENIZER,
+        **(sizes | {"compute_dtype": jnp.float32, "eos_token_ids": ()} | options),
+    )
 
 
-def request(group: int = 0, episode: int = 0, *, tail: Any = (), max_tokens: int = 10, **options: Any) -> SamplingRequest:
+def request(
+    group: int = 0, episode: int = 0, *, tail: Any = (), max_tokens: int = 10, **options: Any
+) -> SamplingRequest:
     """A turn of episode `episode` of group `group`, whose context is the group's prompt and `tail`."""
     prompt = PROMPTS[group]
     context = np.concatenate([prompt, np.asarray(tail, np.int32)])
     options = {"seed": 100 * group + episode} | options
-    return SamplingRequest(f"g{group}", f"g{group}e{episode}", context, len(prompt), max_tokens, **options)
+    return SamplingRequest(
+        f"g{group}", f"g{group}e{episode}", context, len(prompt), max_tokens, **options
+    )
 
 
 def run(body: Callable[[NativeSampler], Awaitable[T]], **options: Any) -> T:
@@ -59,7 +73,9 @@ def generate(*requests: SamplingRequest, **options: Any) -> list[Generation]:
     return run(body, **options)
 
 
-def plain_logits(r: SamplingRequest, generation: Generation, params: Any = PARAMS, length: int = 128) -> np.ndarray:
+def plain_logits(
+    r: SamplingRequest, generation: Generation, params: Any = PARAMS, length: int = 128
+) -> np.ndarray:
     """Logits [T, V] that the plain forward, fed with the produced ids padded to `length`, has for each produced token."""
     ids = np.concatenate([r.context_ids, generation.token_ids_T])
     padded = np.zeros((1, length), np.int32)

@@ -20,15 +20,26 @@ def start(command: Sequence[str], devices: int, variables: Mapping[str, str]) ->
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     environment, pipe = {**os.environ, "XLA_FLAGS": flags, **variables}, subprocess.PIPE
     return subprocess.Popen(
-        [sys.executable, "-m", *command], cwd=Path(__file__).parents[1], env=environment, stdout=pipe, stderr=pipe, text=True
+        [sys.executable, "-m", *command],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
     )
 
 
 def start_processes(commands: Sequence[Sequence[str]], devices: int) -> list[subprocess.Popen]:
     """One process for each command, that finds the others by its arguments."""
     at, count = coordinator(), len(commands)
-    where = [("--coordinator", at, "--processes", str(count), "--process-id", str(i)) for i in range(count)]
-    return [start((*command, *flags), devices, {}) for command, flags in zip(commands, where, strict=True)]
+    where = [
+        ("--coordinator", at, "--processes", str(count), "--process-id", str(i))
+        for i in range(count)
+    ]
+    return [
+        start((*command, *flags), devices, {})
+        for command, flags in zip(commands, where, strict=True)
+    ]
 
 
 def outcomes(started: Sequence[subprocess.Popen], seconds: float = 300) -> list[tuple[int, str]]:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import jax
 
-from jaxgrpo.model import ModelConfig
-from jaxgrpo.pretrained import load_params
-from jaxgrpo.processes import ClusterFlags, add_flags, join
-from jaxgrpo.sharding import make_layout, make_mesh, store
-from jaxgrpo.weights import publish_weights
+from jaxgrpo.learner.sharding import make_layout, make_mesh, store
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.run.processes import ClusterFlags, add_flags, join
+from jaxgrpo.storage.pretrained import load_params
+from jaxgrpo.storage.publish import publish_weights
 from tests.processes import run_processes
 
 
@@ -24,7 +24,14 @@ def main(model: Path, version: int, root: Path) -> None:
     assert len(devices) == 2 * jax.process_count() and len(jax.local_devices()) == 2
     config = ModelConfig.from_folder(model)
     mesh, layout = make_mesh(devices), make_layout(config, len(devices))
-    folder = publish_weights(store(load_params(model, dtype="float32"), layout, mesh), layout, mesh, config, version, root)
+    folder = publish_weights(
+        store(load_params(model, dtype="float32"), layout, mesh),
+        layout,
+        mesh,
+        config,
+        version,
+        root,
+    )
     assert (folder / "manifest.json").is_file()
 
 

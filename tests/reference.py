@@ -7,7 +7,7 @@ import numpy as np
 
 def grpo_loss(
     train: np.ndarray,
-    behaviour: np.ndarray,
+    old: np.ndarray,
     reference: np.ndarray | None,
     sampler: np.ndarray,
     advantages: np.ndarray,
@@ -21,10 +21,14 @@ def grpo_loss(
     """The loss, and its analytic gradient with respect to `train` [N, G, C]."""
     loss, gradient = 0.0, np.zeros(train.shape, np.float64)
     for n, g, c in np.ndindex(train.shape):
-        weight, advantage, logprob = float(weights[n, g, c]), float(advantages[n, g]), float(train[n, g, c])
+        weight, advantage, logprob = (
+            float(weights[n, g, c]),
+            float(advantages[n, g]),
+            float(train[n, g, c]),
+        )
         if weight == 0:
             continue
-        ratio = math.exp(logprob - float(behaviour[n, g, c]))
+        ratio = math.exp(logprob - float(old[n, g, c]))
         if advantage > 0 and ratio > 1 + clip_high:
             objective, slope = (1 + clip_high) * advantage, 0.0
         elif advantage < 0 and ratio < 1 - clip_low:
@@ -33,7 +37,7 @@ def grpo_loss(
             objective, slope = ratio * advantage, ratio * advantage
         correction = 1.0
         if tis_cap is not None:
-            correction = min(math.exp(float(behaviour[n, g, c]) - float(sampler[n, g, c])), tis_cap)
+            correction = min(math.exp(float(old[n, g, c]) - float(sampler[n, g, c])), tis_cap)
         token, token_slope = -correction * objective, -correction * slope
         if reference is not None:
             delta = float(reference[n, g, c]) - logprob
@@ -45,7 +49,11 @@ def grpo_loss(
 
 
 def token_logprobs(
-    hidden: np.ndarray, table: np.ndarray, targets: np.ndarray, cotangents: np.ndarray, temperature: float
+    hidden: np.ndarray,
+    table: np.ndarray,
+    targets: np.ndarray,
+    cotangents: np.ndarray,
+    temperature: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Log-probabilities [T], entropies [T], and the gradients of sum(cotangents * logprobs) for hidden [T, D] and table [V, D]."""
     hidden, table = hidden.astype(np.float64), table.astype(np.float64)
@@ -57,7 +65,12 @@ def token_logprobs(
     dlogits = -probabilities * cotangents[:, None]
     dlogits[rows, targets] += cotangents
     dlogits /= temperature
-    return log_probabilities[rows, targets], -(probabilities * log_probabilities).sum(axis=1), dlogits @ table, dlogits.T @ hidden
+    return (
+        log_probabilities[rows, targets],
+        -(probabilities * log_probabilities).sum(axis=1),
+        dlogits @ table,
+        dlogits.T @ hidden,
+    )
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -76,7 +89,9 @@ def rope(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
     """x [T, heads, h]: dimension i and i + h/2 are one complex number, turned by position * theta ** (-2i / h)."""
     half = x.shape[-1] // 2
     turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(
-        1j * positions[:, None, None] * np.array([theta ** (-2 * i / x.shape[-1]) for i in range(half)])
+        1j
+        * positions[:, None, None]
+        * np.array([theta ** (-2 * i / x.shape[-1]) for i in range(half)])
     )
     return np.concatenate([turned.real, turned.imag], axis=-1)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from envs.base import Observation, StepResult
+from jaxgrpo.environment import Observation, StepResult
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplingRequest
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall
 from tests.byte_chat import END
@@ -30,13 +30,19 @@ class Say:
         if len(ids) > max_tokens or finish is FinishReason.LENGTH:
             ids, finish = ids[:max_tokens], FinishReason.LENGTH
         logprobs = -np.arange(1, len(ids) + 1, dtype=np.float32) / 8
-        return Generation(np.array(ids, np.int32), logprobs, np.full(len(ids), self.version, np.int32), finish)
+        return Generation(
+            np.array(ids, np.int32), logprobs, np.full(len(ids), self.version, np.int32), finish
+        )
 
 
 class ScriptedSampler:
     """Gives each episode its scripted turns, and refuses a context that is not what it was given before plus what it sampled."""
 
-    def __init__(self, script: Sequence[Say] | Callable[[SamplingRequest], Sequence[Say]], jitter: bool = False):
+    def __init__(
+        self,
+        script: Sequence[Say] | Callable[[SamplingRequest], Sequence[Say]],
+        jitter: bool = False,
+    ):
         self._script = script if callable(script) else lambda request: script
         self._jitter = jitter
         self._turns: dict[str, int] = defaultdict(int)
@@ -90,7 +96,10 @@ class VersionedSampler:
     async def generate(self, request: SamplingRequest) -> Generation:
         await asyncio.sleep(0)
         return Generation(
-            np.array([97 + request.seed % 60], np.int32), np.array([-5.0], np.float32), np.array([self.version]), FinishReason.STOP
+            np.array([97 + request.seed % 60], np.int32),
+            np.array([-5.0], np.float32),
+            np.array([self.version]),
+            FinishReason.STOP,
         )
 
     async def release(self, episode_id: str) -> None:
@@ -115,7 +124,11 @@ class EchoEnvironment:
         return OPENING
 
     def step(self, action: str) -> StepResult:
-        stops = {"done": StopReason.FINISHED, "cannot": StopReason.GAVE_UP, "broken": StopReason.FAILED}
+        stops = {
+            "done": StopReason.FINISHED,
+            "cannot": StopReason.GAVE_UP,
+            "broken": StopReason.FAILED,
+        }
         for word, reason in stops.items():
             if word in action:
                 self._finished = word == "done"

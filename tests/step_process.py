@@ -6,16 +6,18 @@ from pathlib import Path
 
 import jax
 
-from jaxgrpo.checkpoint import Checkpoints, Progress
-from jaxgrpo.processes import ClusterFlags, add_flags, join
-from jaxgrpo.update import StepReport, TrainState, Update
+from jaxgrpo.learner.update import StepReport, TrainState, Update
+from jaxgrpo.run.processes import ClusterFlags, add_flags, join
+from jaxgrpo.storage.checkpoint import Checkpoints, Progress
 from tests.updates import GROUPS, packed, update_of
 
 
 def step(update: Update, state: TrainState) -> tuple[TrainState, StepReport]:
     """On twelve groups in one micro-batch."""
     batches = packed(GROUPS, 12)
-    state, _, report = update.optimizer_step(state, batches, None, update.reference_logprobs(state, batches))
+    state, _, report = update.optimizer_step(
+        state, batches, None, update.reference_logprobs(state, batches)
+    )
     return state, report
 
 

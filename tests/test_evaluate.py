@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxgrpo import records
-from jaxgrpo.checkpoint import read_policy
 from jaxgrpo.evaluate import main
-from jaxgrpo.model import ModelConfig, Params, cast_to, forward, head_table
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import Params, cast_to, forward, head_table
+from jaxgrpo.run import records
+from jaxgrpo.storage.checkpoint import read_policy
 from jaxgrpo.train import train
 from tests.training import changed, make_model, metric_lines, write_config
 
@@ -39,7 +40,15 @@ def run(model, tmp_path_factory):
 @pytest.fixture
 def call(model, tmp_path, capsys):
     def call(*arguments):
-        status = main(["--config", str(write_config(tmp_path, model)), "--run-dir", str(tmp_path / "eval"), *map(str, arguments)])
+        status = main(
+            [
+                "--config",
+                str(write_config(tmp_path, model)),
+                "--run-dir",
+                str(tmp_path / "eval"),
+                *map(str, arguments),
+            ]
+        )
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -52,14 +61,32 @@ def test_the_configs_own_model(call, tmp_path):
     (line,) = metric_lines(tmp_path / "eval")
     assert line["step"] == 0 and line["eval/split"] == "train"
     assert (line["eval/tasks"], line["eval/samples"]) == (6, 4)
-    assert 0 <= line["eval/pass_rate_low"] <= line["eval/pass_rate"] <= line["eval/pass_rate_high"] <= 1
+    assert (
+        0
+        <= line["eval/pass_rate_low"]
+        <= line["eval/pass_rate"]
+        <= line["eval/pass_rate_high"]
+        <= 1
+    )
     assert line["eval/pass_at_4"] >= line["eval/pass_at_2"] >= line["eval/pass_rate"]
-    assert line["eval/pass_rate"] == pytest.approx((line["eval/pass_rate/even"] + line["eval/pass_rate/odd"]) / 2)
-    for part in ("eval/pass_at_4", "eval/pass_rate/odd", "train: pass@1", "over 6 tasks x 4 samples", "["):
+    assert line["eval/pass_rate"] == pytest.approx(
+        (line["eval/pass_rate/even"] + line["eval/pass_rate/odd"]) / 2
+    )
+    for part in (
+        "eval/pass_at_4",
+        "eval/pass_rate/odd",
+        "train: pass@1",
+        "over 6 tasks x 4 samples",
+        "[",
+    ):
         assert part in out
-    episodes = records.read_records(tmp_path / "eval" / "trajectories" / "eval-train-000000.jsonl.gz").records
+    episodes = records.read_records(
+        tmp_path / "eval" / "trajectories" / "eval-train-000000.jsonl.gz"
+    ).records
     assert len(episodes) == 24
-    assert sum(r.trajectory.score.passed for r in episodes) / 24 == pytest.approx(line["eval/pass_rate"])
+    assert sum(r.trajectory.score.passed for r in episodes) / 24 == pytest.approx(
+        line["eval/pass_rate"]
+    )
 
 
 def test_a_checkpoint_gives_what_the_run_itself_measured(call, run, tmp_path):
@@ -88,14 +115,18 @@ def apart(model: Path, weights: Params, file: Path) -> float:
     for trajectory in (record.trajectory for record in records.read_records(file).records):
         hidden = forward(config, weights, trajectory.prompt_ids_P[None], load=cast_to(np.float32))
         logprobs = jax.nn.log_softmax(hidden[0, -1] @ head_table(weights).T)
-        differences.append(abs(float(logprobs[trajectory.completion_ids_C[0]]) - trajectory.sampler_logprobs_C[0]))
+        differences.append(
+            abs(float(logprobs[trajectory.completion_ids_C[0]]) - trajectory.sampler_logprobs_C[0])
+        )
     return max(differences)
 
 
 def test_the_steps_own_weights_are_evaluated(call, run, model, tmp_path):
     """Not the newest ones. Which weights are those of step 2, the batch says that they played in training."""
     played = run / "trajectories" / "train-000004.jsonl.gz"
-    second, newest = (read_policy(run / "checkpoints", ModelConfig.from_folder(model), step)[0] for step in (2, 4))
+    second, newest = (
+        read_policy(run / "checkpoints", ModelConfig.from_folder(model), step)[0] for step in (2, 4)
+    )
     assert apart(model, second, played) < 1e-5
     assert apart(model, newest, played) > 1e-2
     assert call("--checkpoint", run, "--step", "2")[0] == 0
@@ -105,17 +136,31 @@ def test_the_steps_own_weights_are_evaluated(call, run, model, tmp_path):
 
 
 def test_evaluation_options(call, tmp_path):
-    assert call("--set", "evaluation.temperature=0", "--set", "evaluation.tasks=3", "--samples", "2")[0] == 0
+    assert (
+        call("--set", "evaluation.temperature=0", "--set", "evaluation.tasks=3", "--samples", "2")[
+            0
+        ]
+        == 0
+    )
     (line,) = metric_lines(tmp_path / "eval")
     assert line["eval/tasks"] == 3
-    episodes = records.read_records(tmp_path / "eval" / "trajectories" / "eval-test-000000.jsonl.gz").records
+    episodes = records.read_records(
+        tmp_path / "eval" / "trajectories" / "eval-test-000000.jsonl.gz"
+    ).records
     for first, second in zip(episodes[::2], episodes[1::2], strict=True):
-        assert json.dumps(first.trajectory.completion_ids_C.tolist()) == json.dumps(second.trajectory.completion_ids_C.tolist())
+        assert json.dumps(first.trajectory.completion_ids_C.tolist()) == json.dumps(
+            second.trajectory.completion_ids_C.tolist()
+        )
 
 
 def test_a_small_nucleus_is_as_good_as_greedy(call, tmp_path):
-    assert call("--set", "evaluation.top_p=0.0001", "--samples", "3", "--set", "evaluation.tasks=2")[0] == 0
-    episodes = records.read_records(tmp_path / "eval" / "trajectories" / "eval-test-000000.jsonl.gz").records
+    assert (
+        call("--set", "evaluation.top_p=0.0001", "--samples", "3", "--set", "evaluation.tasks=2")[0]
+        == 0
+    )
+    episodes = records.read_records(
+        tmp_path / "eval" / "trajectories" / "eval-test-000000.jsonl.gz"
+    ).records
     assert len({tuple(r.trajectory.completion_ids_C) for r in episodes[:3]}) == 1
 
 
@@ -126,7 +171,10 @@ def test_a_small_nucleus_is_as_good_as_greedy(call, tmp_path):
         (("--samples", "0"), "--samples must be from 1 to 2147483647, got 0"),
         (("--samples", "2147483648"), "--samples must be from 1 to 2147483647"),
         (("--step", "4"), "give the run's folder with --checkpoint"),
-        (("--checkpoint", "/no/such/run"), "--checkpoint /no/such/run: there are no checkpoints in"),
+        (
+            ("--checkpoint", "/no/such/run"),
+            "--checkpoint /no/such/run: there are no checkpoints in",
+        ),
         (("--set", "rollout.max_prompt_tokens=4"), "has 40 tokens"),
         (("--set", "model.source=/no/such/folder"), "no folder /no/such/folder"),
     ],
@@ -145,7 +193,9 @@ def test_a_step_that_was_not_saved_and_another_model_are_refused(call, run, tmp_
     other.mkdir()
     for path in records.Path(config).iterdir():
         text = path.read_bytes()
-        (other / path.name).write_bytes(text.replace(b'"intermediate_size": 64', b'"intermediate_size": 48'))
+        (other / path.name).write_bytes(
+            text.replace(b'"intermediate_size": 64', b'"intermediate_size": 48')
+        )
     status, _, err = call("--checkpoint", run, "--set", f"model.source={other}")
     assert status == 2 and "has shape" in err and "the config says" in err
 
@@ -178,4 +228,8 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_episodes_are_playe
 
 def test_environments_that_all_fail_end_with_one(call, tmp_path):
     status, _, err = call("--set", "environment.broken_test=True", "--set", "rollout.max_retries=0")
-    assert status == 1 and "every group of the test split was dropped" in err and "the letters are lost" in err
+    assert (
+        status == 1
+        and "every group of the test split was dropped" in err
+        and "the letters are lost" in err
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxgrpo.records import read_records
+from jaxgrpo.run.records import read_records
 from tests.training import make_model, metric_lines, write_config
 
 KILLS = 20

@@ -10,13 +10,20 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxgrpo import evaluate
-from jaxgrpo.config import ConfigError, load_config
-from jaxgrpo.model import ModelConfig, cast_to, forward, head_table, init_params
-from jaxgrpo.pretrained import load_params, save_hf
+from jaxgrpo.config.load import load_config
+from jaxgrpo.config.settings import ConfigError
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import cast_to, forward, head_table, init_params
+from jaxgrpo.storage.pretrained import load_params, save_hf
 from jaxgrpo.train import main, train
 from tests.training import CONFIG_JSON, changed, make_model, metric_lines, write_config
 
-LORA = ("lora.rank=4", "lora.alpha=6", "optimizer.learning_rate=3e-2", "recording.checkpoint_every=2")
+LORA = (
+    "lora.rank=4",
+    "lora.alpha=6",
+    "optimizer.learning_rate=3e-2",
+    "recording.checkpoint_every=2",
+)
 EVALUATED = ("evaluation.after=True", "evaluation.samples=4")
 
 
@@ -31,7 +38,9 @@ def run(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     options = (*LORA, *EVALUATED, "recording.export_hf=True")
     state = train(changed(folder, model, *options), folder / "run")
-    train(changed(folder, model, *options, "lora.export=adapter"), folder / "run", resume=True)  # nothing is left to do but that
+    train(
+        changed(folder, model, *options, "lora.export=adapter"), folder / "run", resume=True
+    )  # nothing is left to do but that
     return folder / "run", state
 
 
@@ -43,7 +52,14 @@ def test_the_sampler_serves_the_merged_policy(run):
 
 
 def test_evaluating_a_checkpoint_gives_what_the_run_itself_measured(run, model, tmp_path, capsys):
-    arguments = ["--config", str(write_config(tmp_path, model)), "--checkpoint", str(run[0]), "--run-dir", str(tmp_path / "eval")]
+    arguments = [
+        "--config",
+        str(write_config(tmp_path, model)),
+        "--checkpoint",
+        str(run[0]),
+        "--run-dir",
+        str(tmp_path / "eval"),
+    ]
     assert evaluate.main([*arguments, "--samples", "4"]) == 0, capsys.readouterr().err
     (line,) = metric_lines(tmp_path / "eval")
     own = next(line for line in metric_lines(run[0]) if "eval/split" in line)
@@ -57,13 +73,19 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(run, model, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
     resumed = train(changed(tmp_path, model, *LORA, *EVALUATED), tmp_path / "run", resume=True)
     assert resumed.step == 6
-    for ours, theirs in zip(jax.tree.leaves(resumed.params), jax.tree.leaves(state.params), strict=True):
+    for ours, theirs in zip(
+        jax.tree.leaves(resumed.params), jax.tree.leaves(state.params), strict=True
+    ):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
 def test_going_on_with_another_base_is_refused(run, model, tmp_path):
     other = tmp_path / "other"
-    save_hf(jax.tree.map(np.asarray, init_params(ModelConfig.from_hf(CONFIG_JSON), jax.random.key(1))), model, other)
+    save_hf(
+        jax.tree.map(np.asarray, init_params(ModelConfig.from_hf(CONFIG_JSON), jax.random.key(1))),
+        model,
+        other,
+    )
     folder = shutil.copytree(run[0], tmp_path / "run")
     shutil.rmtree(folder / "checkpoints" / "6")
     config = json.loads((folder / "config.json").read_text())
@@ -78,10 +100,26 @@ def test_going_on_with_another_base_is_refused(run, model, tmp_path):
 def test_the_adapter_folder_read_by_hand_gives_the_merged_folder(run, model):
     folder = run[0]
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["peft_type"], config["base_model_name_or_path"]) == (4, 6.0, "LORA", str(model))
-    assert config["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert (
+        config["r"],
+        config["lora_alpha"],
+        config["peft_type"],
+        config["base_model_name_or_path"],
+    ) == (4, 6.0, "LORA", str(model))
+    assert config["target_modules"] == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
-    base, merged = load_file(model / "model.safetensors"), load_file(folder / "hf" / "model.safetensors")
+    base, merged = (
+        load_file(model / "model.safetensors"),
+        load_file(folder / "hf" / "model.safetensors"),
+    )
     assert len(adapter) == 2 * 7 * 2 and base.keys() == merged.keys()
     for name, weight in base.items():
         a = adapter.pop(f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight", None)
@@ -116,15 +154,24 @@ def test_peft_computes_the_same_with_the_adapter(run, model):
         if "adapter" in adapters:
             a, b = (np.asarray(adapters["adapter"][x]).reshape(2, 4, -1) for x in ("a", "b"))
             return {**tree, "kernel": tree["kernel"] + 1.5 * np.einsum("lri,lro->lio", a, b)}
-        return {key: merged(value, adapters[key]) if key in adapters else value for key, value in tree.items()}
+        return {
+            key: merged(value, adapters[key]) if key in adapters else value
+            for key, value in tree.items()
+        }
 
     params = merged(base, state.params)
-    ours = np.asarray(forward(sizes, params, jnp.asarray(ids_BT), load=cast_to(jnp.float32)) @ head_table(params).T)
+    ours = np.asarray(
+        forward(sizes, params, jnp.asarray(ids_BT), load=cast_to(jnp.float32))
+        @ head_table(params).T
+    )
     with torch.no_grad():
         theirs = adapted(torch.tensor(ids_BT)).logits.numpy()
         with adapted.disable_adapter():
             unadapted = adapted(torch.tensor(ids_BT)).logits.numpy()
-    difference, effect = float(np.max(np.abs(ours - theirs))), float(np.max(np.abs(unadapted - theirs)))
+    difference, effect = (
+        float(np.max(np.abs(ours - theirs))),
+        float(np.max(np.abs(unadapted - theirs))),
+    )
     print(f"logits differ by {difference:.2e} at most; the adapter changes them by {effect:.2e}")
     assert effect > 0.1 and difference < 1e-5
 
@@ -137,7 +184,13 @@ def test_it_learns_what_is_rewarded(model, tmp_path):
     for linear in (*base["layers"]["attention"].values(), *base["layers"]["mlp"].values()):
         linear["kernel"] = linear["kernel"] * 8
     save_hf(base, model, tmp_path / "base")
-    options = ("training.steps=40", "training.reference_every=None", "rollout.group_size=16", "optimizer.learning_rate=2e-2", "seed=1")
+    options = (
+        "training.steps=40",
+        "training.reference_every=None",
+        "rollout.group_size=16",
+        "optimizer.learning_rate=2e-2",
+        "seed=1",
+    )
     train(changed(tmp_path, tmp_path / "base", *options, "lora.rank=8"), tmp_path / "run")
     rewards = [line["train/reward_mean"] for line in metric_lines(tmp_path / "run")]
     assert len(rewards) == 20
@@ -146,11 +199,21 @@ def test_it_learns_what_is_rewarded(model, tmp_path):
 
 
 def test_dry_run_says_how_much_is_trained(model, tmp_path, capsys):
-    arguments = ["--config", str(write_config(tmp_path, model)), "--dry-run", "--set", "lora.rank=2", "--set", "lora.targets=q,v"]
+    arguments = [
+        "--config",
+        str(write_config(tmp_path, model)),
+        "--dry-run",
+        "--set",
+        "lora.rank=2",
+        "--set",
+        "lora.targets=q,v",
+    ]
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "parameters              27,040 (2 layers of width 32)" in out
-    assert "trained parameters      448 (LoRA of rank 2 on q, v)" in out  # 2 layers x 2 x ((32 + 32) + (32 + 16))
+    assert (
+        "trained parameters      448 (LoRA of rank 2 on q, v)" in out
+    )  # 2 layers x 2 x ((32 + 32) + (32 + 16))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxgrpo.paths import absolute, write_whole
-from jaxgrpo.setup import run_folder
+from jaxgrpo.run.setup import run_folder
 
 
 def test_a_path_is_absolute_and_without_dots(tmp_path, monkeypatch):

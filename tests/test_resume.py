@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxgrpo.config import ConfigError, to_json
+from jaxgrpo.config.load import to_json
+from jaxgrpo.config.settings import ConfigError
 from jaxgrpo.train import check_resumable, main
 from tests.training import make_model, metric_lines, small_config
 

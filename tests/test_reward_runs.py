@@ -8,13 +8,13 @@ import time
 import numpy as np
 import pytest
 
-from envs.base import Observation
-from jaxgrpo import records
-from jaxgrpo.chat import Chat
-from jaxgrpo.episode import Limits
+from jaxgrpo.environment import Observation
 from jaxgrpo.evaluate import main as evaluate_main
-from jaxgrpo.rewards import RewardSettings
-from jaxgrpo.rollout import Execution, Rollout, RolloutResult
+from jaxgrpo.rewards.base import RewardSettings
+from jaxgrpo.rollout.chat import Chat
+from jaxgrpo.rollout.episode import Limits
+from jaxgrpo.rollout.rollout import Execution, Rollout, RolloutResult
+from jaxgrpo.run import records
 from jaxgrpo.train import main as train_main
 from jaxgrpo.types import Message, Score, StopReason, Task
 from tests.byte_chat import byte_tokenizer
@@ -142,8 +142,8 @@ def letters(trajectory, score):
 
 CONFIG = """
 import dataclasses
-from jaxgrpo.judge import GibberishJudge
-from jaxgrpo.rewards import RewardSettings
+from jaxgrpo.rewards.judge import GibberishJudge
+from jaxgrpo.rewards.base import RewardSettings
 from tests.training import small_config
 
 

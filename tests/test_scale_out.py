@@ -7,16 +7,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxgrpo.config import load_config
+from jaxgrpo.config.load import load_config
 from jaxgrpo.train import main
 
 PAGE = Path("docs/scale-out.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-MANIFESTS = [manifest for kind, text in BLOCKS if kind == "yaml" for manifest in yaml.safe_load_all(text)]
+MANIFESTS = [
+    manifest for kind, text in BLOCKS if kind == "yaml" for manifest in yaml.safe_load_all(text)
+]
 
 
 def container(kind: str) -> dict:
-    return next(m for m in MANIFESTS if m["kind"] == kind)["spec"]["template"]["spec"]["containers"][0]
+    return next(m for m in MANIFESTS if m["kind"] == kind)["spec"]["template"]["spec"][
+        "containers"
+    ][0]
 
 
 @pytest.mark.parametrize("script", [text for kind, text in BLOCKS if kind == "sh"])
@@ -44,10 +48,19 @@ def test_the_trainers_flags_are_those_of_the_command(capsys: pytest.CaptureFixtu
 def test_the_servers_overrides_fit_the_config(where: str) -> None:
     """The config names servers that are there and GPUs to train on; one that serves has neither, but a GPU of its own."""
     if where == "Kubernetes":
-        overrides = [a.removeprefix("--set=") for a in container("StatefulSet")["args"] if a.startswith("--set=")]
+        overrides = [
+            a.removeprefix("--set=")
+            for a in container("StatefulSet")["args"]
+            if a.startswith("--set=")
+        ]
     else:
-        script = next(text for kind, text in BLOCKS if "vllm_server" in text and kind == "sh").replace("$((8000 + SLURM_LOCALID))", "8000")
-        overrides = [quoted or plain for quoted, plain in re.findall(r'--set (?:"([^"]*)"|([^\s\']+))', script)]
+        script = next(
+            text for kind, text in BLOCKS if "serve_vllm" in text and kind == "sh"
+        ).replace("$((8000 + SLURM_LOCALID))", "8000")
+        overrides = [
+            quoted or plain
+            for quoted, plain in re.findall(r'--set (?:"([^"]*)"|([^\s\']+))', script)
+        ]
     config = load_config("configs/multi_host.py", overrides)
     assert (config.vllm.urls, config.vllm.gpus, config.training.gpus) == ((), (0,), ())
     assert (config.vllm.host, config.vllm.port) == ("0.0.0.0", 8000)

@@ -13,14 +13,17 @@ import huggingface_hub
 import jax
 import pytest
 
-from jaxgrpo import records, serving, setup
 from jaxgrpo import train as train_module
-from jaxgrpo.attention import XLA
-from jaxgrpo.background import EventLoopThread
-from jaxgrpo.config import ConfigError
-from jaxgrpo.lora import LoraSettings
-from jaxgrpo.rollout import Decoding, Execution, Limits
-from jaxgrpo.train import main, passed, task_batch, train
+from jaxgrpo.config.settings import ConfigError, LoraSettings
+from jaxgrpo.models.attention import XLA
+from jaxgrpo.rollout.background import EventLoopThread
+from jaxgrpo.rollout.episode import Limits, SamplingParams
+from jaxgrpo.rollout.prefetch import task_batch
+from jaxgrpo.rollout.rollout import Execution
+from jaxgrpo.run import records, samplers, setup
+from jaxgrpo.run.learner import crossed_interval
+from jaxgrpo.run.weights import WholeWeights
+from jaxgrpo.train import main, train
 from jaxgrpo.types import Task
 from tests.training import changed, make_model, metric_lines, small_config, write_config
 
@@ -37,13 +40,31 @@ class TestOptions:
         state = train(changed(folder, model, "training.steps=2", *options), folder / "run")
         return metric_lines(folder / "run"), state
 
-    def test_temperature_zero_in_evaluation_is_greedy_and_seeds_matter_in_training(self, model, tmp_path):
-        greedy = ("evaluation.before=True", "evaluation.temperature=0", "evaluation.samples=3", "evaluation.tasks=2")
+    def test_temperature_zero_in_evaluation_is_greedy_and_seeds_matter_in_training(
+        self, model, tmp_path
+    ):
+        greedy = (
+            "evaluation.before=True",
+            "evaluation.temperature=0",
+            "evaluation.samples=3",
+            "evaluation.tasks=2",
+        )
         lines, _ = self.run(tmp_path, model, *greedy)
         assert lines[0]["eval/tasks"] == 2
-        read = records.read_records(tmp_path / "run" / "trajectories" / "eval-test-000000.jsonl.gz").records
+        read = records.read_records(
+            tmp_path / "run" / "trajectories" / "eval-test-000000.jsonl.gz"
+        ).records
         for task in ("test_0", "test_1"):
-            assert len({tuple(r.trajectory.completion_ids_C) for r in read if r.trajectory.task_id == task}) == 1
+            assert (
+                len(
+                    {
+                        tuple(r.trajectory.completion_ids_C)
+                        for r in read
+                        if r.trajectory.task_id == task
+                    }
+                )
+                == 1
+            )
 
     def test_a_low_temperature_narrows_what_is_sampled_and_trained(self, model, tmp_path):
         lines, _ = self.run(tmp_path, model, "rollout.temperature=0.25")
@@ -60,41 +81,88 @@ class TestOptions:
         ]
 
     def test_so_many_checkpoints_stay(self, model, tmp_path):
-        train(changed(tmp_path, model, "recording.checkpoint_every=2", "recording.keep=1"), tmp_path / "run")
-        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdecimal()] == ["6"]
+        train(
+            changed(tmp_path, model, "recording.checkpoint_every=2", "recording.keep=1"),
+            tmp_path / "run",
+        )
+        assert [
+            path.name
+            for path in (tmp_path / "run" / "checkpoints").iterdir()
+            if path.name.isdecimal()
+        ] == ["6"]
 
     def test_limits_and_patience_reach_the_rollout(self, model, tmp_path):
         options = {
             "max_prompt_tokens": 90, "max_completion_tokens": 7, "max_turns": 3, "max_in_flight": 5, "environment_threads": 2,
             "environment_deadline": 1.5, "max_retries": 4,
         }  # fmt: skip
-        config = changed(tmp_path, model, *(f"rollout.{key}={value}" for key, value in options.items()))
-        rollout = setup.build_rollout(config, setup.open_policy(config), None, Decoding(0.5, 0.9))
-        assert rollout.limits == Limits(max_completion_tokens=7, max_turns=3, max_prompt_tokens=90, context_length=1024)
-        assert rollout.execution == Execution(episodes_in_flight=5, environment_threads=2, step_deadline_seconds=1.5, max_retries=4)
-        assert (rollout.decoding, rollout.suite) == (Decoding(0.5, 0.9), config.environment)
+        config = changed(
+            tmp_path, model, *(f"rollout.{key}={value}" for key, value in options.items())
+        )
+        rollout = setup.build_rollout(
+            config, setup.open_model_assets(config), None, SamplingParams(0.5, 0.9)
+        )
+        assert rollout.limits == Limits(
+            max_completion_tokens=7, max_turns=3, max_prompt_tokens=90, context_length=1024
+        )
+        assert rollout.execution == Execution(
+            episodes_in_flight=5, environment_threads=2, step_deadline_seconds=1.5, max_retries=4
+        )
+        assert (rollout.sampling, rollout.suite) == (SamplingParams(0.5, 0.9), config.environment)
 
     def test_sizes_reach_the_sampler_and_the_update(self, model, tmp_path, monkeypatch):
         given = {}
-        monkeypatch.setattr(serving, "NativeSampler", lambda *args, **options: given.update(sampler=options))
-        monkeypatch.setattr(setup, "Update", lambda *args, **options: given.update(update=options, devices=args[1].size))
+        monkeypatch.setattr(
+            samplers, "NativeSampler", lambda *args, **options: given.update(sampler=options)
+        )
+        monkeypatch.setattr(
+            setup,
+            "Update",
+            lambda *args, **options: given.update(update=options, devices=args[1].size),
+        )
         native = ("native.max_rows=3", "native.decode_chunk=5", "native.max_cache_tokens=4096")
-        update = ("training.head_chunk=32", "rollout.temperature=0.5", "model.compute_dtype=bfloat16", "training.devices=2", "lora.rank=2")
-        config = changed(tmp_path, model, *native, *update, "training.remat=none", "training.attention=xla")
-        policy = setup.open_policy(config)
+        update = (
+            "training.head_chunk=32",
+            "rollout.temperature=0.5",
+            "model.compute_dtype=bfloat16",
+            "training.devices=2",
+            "lora.rank=2",
+        )
+        config = changed(
+            tmp_path, model, *native, *update, "training.remat=none", "training.attention=xla"
+        )
+        policy = setup.open_model_assets(config)
         with EventLoopThread() as loop:
-            serving.open_sampler(config, policy, serving.WholeWeights({}, policy.config), 3, loop, tmp_path, ExitStack())
+            samplers.open_sampler(
+                config, policy, WholeWeights({}, policy.config), 3, loop, tmp_path, ExitStack()
+            )
         setup.build_update(config, policy.config)
-        sampler = {"version": 3, "max_rows": 3, "decode_chunk": 5, "max_cache_tokens": 4096, "compute_dtype": "bfloat16"}
+        sampler = {
+            "version": 3,
+            "max_rows": 3,
+            "decode_chunk": 5,
+            "max_cache_tokens": 4096,
+            "compute_dtype": "bfloat16",
+        }
         assert {key: given["sampler"][key] for key in sampler} == sampler
-        update = {"head_chunk": 32, "temperature": 0.5, "compute_dtype": "bfloat16", "remat": "none", "kernel": XLA, "served_dtype": None}
+        update = {
+            "head_chunk": 32,
+            "temperature": 0.5,
+            "compute_dtype": "bfloat16",
+            "remat": "none",
+            "kernel": XLA,
+            "served_dtype": None,
+        }
         assert given["update"] == {**update, "lora": LoraSettings(2)}
         assert given["devices"] == 2
 
     def test_the_reference_follows_the_policy_every_so_many_steps(self, model, tmp_path):
         kls = {}
         for every in ("2", "None"):
-            train(changed(tmp_path, model, f"training.reference_every={every}", "training.steps=4"), tmp_path / every)
+            train(
+                changed(tmp_path, model, f"training.reference_every={every}", "training.steps=4"),
+                tmp_path / every,
+            )
             kls[every] = metric_lines(tmp_path / every)[1]["train/kl"]
         assert kls["2"] == 0 and kls["None"] > 0
 
@@ -106,7 +174,11 @@ class TestOptions:
     @pytest.mark.slow
     def test_devices_and_groups_per_device_leave_the_result_as_it_is(self, model, tmp_path):
         losses = []
-        for options in (("training.devices=1",), ("training.devices=2",), ("training.devices=1", "training.groups_per_device=2")):
+        for options in (
+            ("training.devices=1",),
+            ("training.devices=2",),
+            ("training.devices=1", "training.groups_per_device=2"),
+        ):
             folder = tmp_path / str(len(losses))
             state = train(changed(tmp_path, model, "training.steps=2", *options), folder)
             losses.append((metric_lines(folder)[0]["train/loss"], state))
@@ -117,7 +189,9 @@ class TestOptions:
 
 def test_every_epoch_is_a_fresh_shuffle_into_whole_batches():
     tasks = [Task(str(i)) for i in range(7)]
-    epochs = [[t.id for i in (2 * e, 2 * e + 1) for t in task_batch(tasks, 3, 5, i)] for e in (0, 1)]
+    epochs = [
+        [t.id for i in (2 * e, 2 * e + 1) for t in task_batch(tasks, 3, 5, i)] for e in (0, 1)
+    ]
     assert all(len(set(epoch)) == 6 for epoch in epochs)
     assert epochs[0] != epochs[1]
     assert [t.id for t in task_batch(tasks, 3, 5, 0)] == epochs[0][:3]
@@ -133,8 +207,14 @@ def test_tasks_in_the_given_order_are_the_same_in_every_epoch() -> None:
 
 
 def test_passed_a_multiple():
-    assert [passed(4, step, 3) for step in (3, 6, 9, 12, 15)] == [False, True, True, True, False]
-    assert passed(2, 7, 3) and not passed(None, 4, 2)
+    assert [crossed_interval(4, step, 3) for step in (3, 6, 9, 12, 15)] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert crossed_interval(2, 7, 3) and not crossed_interval(None, 4, 2)
 
 
 class TestCommandLine:
@@ -146,7 +226,14 @@ class TestCommandLine:
     def test_dry_run_needs_no_weights(self, model, tmp_path, capsys):
         bare = tmp_path / "bare"
         shutil.copytree(model, bare, ignore=shutil.ignore_patterns("*.safetensors"))
-        status, out, err = self.call(capsys, "--config", write_config(tmp_path, bare), "--dry-run", "--run-dir", tmp_path / "run")
+        status, out, err = self.call(
+            capsys,
+            "--config",
+            write_config(tmp_path, bare),
+            "--dry-run",
+            "--run-dir",
+            tmp_path / "run",
+        )
         assert (status, err) == (0, "")
         assert not (tmp_path / "run").exists()
         for line in (
@@ -158,12 +245,18 @@ class TestCommandLine:
             "parameters              27,040 (2 layers of width 32)",
         ):
             assert line in out
-        status, _, err = self.call(capsys, "--config", write_config(tmp_path, bare), "--run-dir", tmp_path / "run")
+        status, _, err = self.call(
+            capsys, "--config", write_config(tmp_path, bare), "--run-dir", tmp_path / "run"
+        )
         assert status == 2 and "the weights in" in err
 
     def test_a_dry_run_needs_no_devices_and_a_run_does(self, model, tmp_path, capsys):
         arguments = ["--config", write_config(tmp_path, model), "--run-dir", tmp_path / "run"]
-        for setting in ("training.devices=64", "rollout.tasks_per_step=64", "environment.train_size=64"):
+        for setting in (
+            "training.devices=64",
+            "rollout.tasks_per_step=64",
+            "environment.train_size=64",
+        ):
             arguments += ["--set", setting]
         status, out, _ = self.call(capsys, *arguments, "--dry-run")
         assert status == 0 and "devices                 64: this machine has 4 of kind cpu" in out
@@ -171,18 +264,36 @@ class TestCommandLine:
         status, _, err = self.call(capsys, *arguments)
         assert status == 2 and "training.devices is 64, but jax sees 4 device(s)" in err
 
-    def test_a_dry_run_fetches_a_models_small_files_only(self, model, tmp_path, capsys, monkeypatch):
+    def test_a_dry_run_fetches_a_models_small_files_only(
+        self, model, tmp_path, capsys, monkeypatch
+    ):
         fetched = []
 
         def snapshot_download(name, revision, allow_patterns):
-            fetched.append([path.name for path in model.iterdir() if any(fnmatch(path.name, pattern) for pattern in allow_patterns)])
+            fetched.append(
+                [
+                    path.name
+                    for path in model.iterdir()
+                    if any(fnmatch(path.name, pattern) for pattern in allow_patterns)
+                ]
+            )
             return str(model)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-        arguments = ("--config", write_config(tmp_path, model), "--set", "model.source=Qwen/Tiny", "--run-dir", tmp_path / "run")
+        arguments = (
+            "--config",
+            write_config(tmp_path, model),
+            "--set",
+            "model.source=Qwen/Tiny",
+            "--run-dir",
+            tmp_path / "run",
+        )
         assert self.call(capsys, *arguments, "--dry-run")[0] == 0
         assert self.call(capsys, *arguments, "--set", "training.steps=2")[0] == 0
-        assert [("config.json" in names, "model.safetensors" in names) for names in fetched] == [(True, False), (True, True)]
+        assert [("config.json" in names, "model.safetensors" in names) for names in fetched] == [
+            (True, False),
+            (True, True),
+        ]
 
     @pytest.mark.parametrize(
         ("options", "said"),
@@ -194,7 +305,10 @@ class TestCommandLine:
             (("rollout.tasks_per_step=64",), "the train split holds 6 tasks"),
             (("training.devices=None",), "must be a multiple of the 4 groups of a micro-batch"),
             (("environment.train_size=0",), "the train split holds 0 tasks"),
-            (("evaluation.before=True", "environment.test_size=0"), "the test split of the environment is empty"),
+            (
+                ("evaluation.before=True", "environment.test_size=0"),
+                "the test split of the environment is empty",
+            ),
             (("trainingsteps=3",), "Did you mean 'training.steps'?"),
         ],
     )
@@ -202,7 +316,9 @@ class TestCommandLine:
         config = write_config(tmp_path, model)
         sets = [part for option in options for part in ("--set", option)]
         for more in ((), ("--dry-run",)):
-            status, _, err = self.call(capsys, "--config", config, *sets, "--run-dir", tmp_path / "run", *more)
+            status, _, err = self.call(
+                capsys, "--config", config, *sets, "--run-dir", tmp_path / "run", *more
+            )
             assert status == 2 and err.startswith("error: ") and said in err
             assert "Traceback" not in err
         assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -227,13 +343,21 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("method", "said"),
         [
-            ("tasks(self, split): raise KeyError('lost')", "error: KeyError: 'lost' ({file}, line 6, in tasks): tasks('train') failed"),
+            (
+                "tasks(self, split): raise KeyError('lost')",
+                "error: KeyError: 'lost' ({file}, line 6, in tasks): tasks('train') failed",
+            ),
             ("tasks(self, split): return None", "must be a list of jaxgrpo.types.Task, got None"),
-            ("tasks(self, split): return ['a', 'b']", "must be a list of jaxgrpo.types.Task, got ['a', 'b']"),
+            (
+                "tasks(self, split): return ['a', 'b']",
+                "must be a list of jaxgrpo.types.Task, got ['a', 'b']",
+            ),
             ("tasks(self, split): return [Task('a')] * 4", "tasks('train') gives task 'a' twice"),
         ],
     )
-    def test_an_environment_whose_tasks_are_none_is_refused(self, model, tmp_path, capsys, method, said):
+    def test_an_environment_whose_tasks_are_none_is_refused(
+        self, model, tmp_path, capsys, method, said
+    ):
         config = write_config(tmp_path, model)
         imports = "import dataclasses\nfrom jaxgrpo.types import Task\nfrom tests.training import Letters, small_config\n"
         suite = f"@dataclasses.dataclass(frozen=True)\nclass Mine(Letters):\n    def {method}\n\n\n"
@@ -241,7 +365,10 @@ class TestCommandLine:
         config.write_text(imports + suite + made)
         status, _, err = self.call(capsys, "--config", config, "--dry-run")
         assert status == 2 and err.startswith("error: ") and err.count("\n") == 1
-        assert said.format(file=config) in err and "the environment gives no tasks of the train split" in err
+        assert (
+            said.format(file=config) in err
+            and "the environment gives no tasks of the train split" in err
+        )
 
     @pytest.mark.parametrize("more", [(), ("--dry-run",)])
     def test_an_environment_that_observes_nonsense_is_refused(self, model, tmp_path, capsys, more):
@@ -255,20 +382,34 @@ class TestCommandLine:
         status, _, err = self.call(capsys, "--config", config, "--run-dir", tmp_path / "run", *more)
         place = f"({config}, line 4)"
         assert (status, err) == (
-            2, f"error: observe() of task 'train_0' returned str, not Observation {place}; of 6 tasks none opens\n"
+            2,
+            f"error: observe() of task 'train_0' returned str, not Observation {place}; of 6 tasks none opens\n",
         )
 
     def test_a_run_folder_that_cannot_be_written_to_is_refused(self, model, tmp_path, capsys):
         (tmp_path / "file").write_text("")
         for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-            status, _, err = self.call(capsys, "--config", write_config(tmp_path, model), "--run-dir", folder)
-            assert status == 2 and f"the run folder {folder} cannot be written to (" in err and "--run-dir" in err
+            status, _, err = self.call(
+                capsys, "--config", write_config(tmp_path, model), "--run-dir", folder
+            )
+            assert (
+                status == 2
+                and f"the run folder {folder} cannot be written to (" in err
+                and "--run-dir" in err
+            )
 
-    def test_a_run_that_ended_before_its_first_checkpoint_is_not_written_over_unasked(self, model, tmp_path, capsys):
+    def test_a_run_that_ended_before_its_first_checkpoint_is_not_written_over_unasked(
+        self, model, tmp_path, capsys
+    ):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "eval/split": "test"}\n')
-        status, _, err = self.call(capsys, "--config", write_config(tmp_path, model), "--run-dir", tmp_path / "run")
-        assert status == 2 and "ended before its first checkpoint: pass --resume to begin it again" in err
+        status, _, err = self.call(
+            capsys, "--config", write_config(tmp_path, model), "--run-dir", tmp_path / "run"
+        )
+        assert (
+            status == 2
+            and "ended before its first checkpoint: pass --resume to begin it again" in err
+        )
 
     @pytest.mark.parametrize(
         ("file", "said"),
@@ -279,7 +420,13 @@ class TestCommandLine:
         ],
     )
     def test_a_run_that_was_damaged_is_not_gone_on_with(self, model, tmp_path, capsys, file, said):
-        arguments = ("--config", write_config(tmp_path, model), "--run-dir", tmp_path / "run", "--set")
+        arguments = (
+            "--config",
+            write_config(tmp_path, model),
+            "--run-dir",
+            tmp_path / "run",
+            "--set",
+        )
         assert self.call(capsys, *arguments, "training.steps=2")[0] == 0
         (tmp_path / "run" / file).write_text("{")
         status, _, err = self.call(capsys, *arguments, "training.steps=4", "--resume")
@@ -287,11 +434,19 @@ class TestCommandLine:
 
     @pytest.mark.parametrize(
         ("before", "at", "said"),
-        [("pack", 2, "File too large"), ("evaluate_if_due", 4, "the checkpoint of step 4 cannot be written: ")],
+        [
+            ("pack", 2, "File too large"),
+            ("evaluate_if_due", 4, "the checkpoint of step 4 cannot be written: "),
+        ],
     )
-    def test_a_disk_that_takes_no_more_ends_the_run_and_what_was_saved_stays(self, model, tmp_path, capsys, monkeypatch, before, at, said):
+    def test_a_disk_that_takes_no_more_ends_the_run_and_what_was_saved_stays(
+        self, model, tmp_path, capsys, monkeypatch, before, at, said
+    ):
         """A limit on the size of files stands for a full disk: first the metrics, then the checkpoint do not fit."""
-        limits, method = resource.getrlimit(resource.RLIMIT_FSIZE), getattr(train_module.Training, before)
+        limits, method = (
+            resource.getrlimit(resource.RLIMIT_FSIZE),
+            getattr(train_module.Training, before),
+        )
 
         def fill(self, *arguments):
             if self.state.step == at:
@@ -299,7 +454,14 @@ class TestCommandLine:
             return method(self, *arguments)
 
         monkeypatch.setattr(train_module.Training, before, fill)
-        arguments = ("--config", write_config(tmp_path, model), "--set", "recording.checkpoint_every=2", "--run-dir", tmp_path / "run")
+        arguments = (
+            "--config",
+            write_config(tmp_path, model),
+            "--set",
+            "recording.checkpoint_every=2",
+            "--run-dir",
+            tmp_path / "run",
+        )
         try:
             status, _, err = self.call(capsys, *arguments)
         finally:
@@ -309,13 +471,23 @@ class TestCommandLine:
         assert self.call(capsys, *arguments, "--resume")[0] == 0
         assert [line["step"] for line in metric_lines(tmp_path / "run")] == [2, 4, 6]
 
-    def test_memory_that_runs_out_is_told_with_what_needs_less(self, model, tmp_path, capsys, monkeypatch):
+    def test_memory_that_runs_out_is_told_with_what_needs_less(
+        self, model, tmp_path, capsys, monkeypatch
+    ):
         def grow(self, batches):
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.\nBufferAssignment: ...")
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.\nBufferAssignment: ..."
+            )
 
         monkeypatch.setattr(train_module.Training, "learn", grow)
-        status, _, err = self.call(capsys, "--config", write_config(tmp_path, model), "--run-dir", tmp_path / "run")
-        assert status == 1 and "error: out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.; no check" in err
+        status, _, err = self.call(
+            capsys, "--config", write_config(tmp_path, model), "--run-dir", tmp_path / "run"
+        )
+        assert (
+            status == 1
+            and "error: out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.; no check"
+            in err
+        )
         assert "tools.plan_memory" in err and "BufferAssignment" not in err
 
     def test_sigterm_ends_the_run_and_says_how_to_go_on(self, model, tmp_path, capsys, monkeypatch):
@@ -324,7 +496,14 @@ class TestCommandLine:
                 signal.raise_signal(signal.SIGTERM)
 
         monkeypatch.setattr(train_module.Training, "evaluate_if_due", stop)
-        arguments = ("--config", write_config(tmp_path, model), "--set", "recording.checkpoint_every=2", "--run-dir", tmp_path / "run")
+        arguments = (
+            "--config",
+            write_config(tmp_path, model),
+            "--set",
+            "recording.checkpoint_every=2",
+            "--run-dir",
+            tmp_path / "run",
+        )
         before, threads = signal.getsignal(signal.SIGTERM), threading.active_count()
         status, _, err = self.call(capsys, *arguments)
         assert status == 130
@@ -341,19 +520,27 @@ def test_compiled_programs_are_kept_in_the_projects_cache_when_so_set(model, tmp
     given = {}
     monkeypatch.setattr(setup.jax.config, "update", given.__setitem__)
     monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path))
-    setup.keep_compiled(small_config(model))
+    setup.enable_compilation_cache(small_config(model))
     assert given == {}  # the user's own folder stands: the tests have one
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    setup.keep_compiled(changed(tmp_path, model, "training.compilation_cache=False"))
+    setup.enable_compilation_cache(changed(tmp_path, model, "training.compilation_cache=False"))
     assert given == {}
-    setup.keep_compiled(small_config(model))
+    setup.enable_compilation_cache(small_config(model))
     folder = given["jax_compilation_cache_dir"]
     assert re.fullmatch(re.escape(f"{tmp_path}/xla/{platform.machine()}-") + "[0-9a-f]{8}", folder)
 
 
-def test_cudnn_on_a_cpu_is_refused_and_a_dry_run_says_what_computes_attention(model, tmp_path, capsys):
+def test_cudnn_on_a_cpu_is_refused_and_a_dry_run_says_what_computes_attention(
+    model, tmp_path, capsys
+):
     arguments = ["--config", str(write_config(tmp_path, model)), "--dry-run", "--set"]
     assert main([*arguments, "training.attention=cudnn"]) == 2
-    assert "training.attention is 'cudnn', but it needs an NVIDIA GPU, and jax computes on cpu" in capsys.readouterr().err
+    assert (
+        "training.attention is 'cudnn', but it needs an NVIDIA GPU, and jax computes on cpu"
+        in capsys.readouterr().err
+    )
     assert main([*arguments, "training.attention=auto"]) == 0
-    assert "attention               plain XLA and not cuDNN: it needs an NVIDIA GPU" in capsys.readouterr().out
+    assert (
+        "attention               plain XLA and not cuDNN: it needs an NVIDIA GPU"
+        in capsys.readouterr().out
+    )

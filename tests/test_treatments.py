@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from configs.cpu_demo import get_config as demo
-from jaxgrpo import records
-from jaxgrpo.config import Config, load_config
+from jaxgrpo.config.load import load_config
+from jaxgrpo.config.settings import Config
+from jaxgrpo.run import records
 from jaxgrpo.train import train
 from jaxgrpo.types import Trajectory
 from tests.judge_service import KEY, Handler, completion, serving
@@ -19,7 +20,7 @@ ON_TWO_CORES = (
     "model.source=assets/tiny-qwen2.5", "model.revision=None", "sampler=native", "training.devices=1", "training.gpus=None",
     "vllm.gpus=()", "rollout.tasks_per_step=2", "rollout.max_prompt_tokens=1024", "rollout.max_completion_tokens=256",
     "rollout.max_turns=3", "environment.docs=signatures", "environment.max_calls=1", "optimizer.learning_rate=1.5e-4",
-    "optimizer.warmup_steps=0", "packing.prompt_multiple=512", "packing.completion_multiple=256",
+    "optimizer.warmup_steps=0", "batching.prompt_multiple=512", "batching.completion_multiple=256",
     "evaluation.before=False", "evaluation.after=False",
     "evaluation.every=None", "recording.export_hf=False", "recording.tensorboard=False", "recording.checkpoint_every=None",
 )  # fmt: skip
@@ -45,7 +46,9 @@ class Runs:
             folder = self._folder / "-".join((name, *overrides)).replace("/", "_")
             train(small(name, *overrides), folder)
             files = sorted((folder / "trajectories").glob("train-*.jsonl.gz"))
-            episodes = [record.trajectory for file in files for record in records.read_records(file).records]
+            episodes = [
+                record.trajectory for file in files for record in records.read_records(file).records
+            ]
             self._made[name, overrides] = metric_lines(folder), episodes
         return self._made[name, overrides]
 
@@ -66,7 +69,9 @@ class TestTreatments:
         assert [line["step"] for line in metrics] == [2, 4, 6]
         assert len(episodes) == 3 * 2 * 8
         assert max(line["train/grad_norm"] for line in metrics) > 0
-        assert [line["train/kl"] for line in metrics] == pytest.approx([0, 0, 0], abs=1e-6)  # the reference is each batch's first policy
+        assert [line["train/kl"] for line in metrics] == pytest.approx(
+            [0, 0, 0], abs=1e-6
+        )  # the reference is each batch's first policy
 
     def test_fixed_reference(self, run: Runs) -> None:
         metrics, _ = run("fixed_reference")
@@ -83,18 +88,26 @@ class TestTreatments:
         (_, low, *_), _ = run("fixed_reference")
         (_, high, *_), _ = run("kl_0_04", fixed)
         assert high["train/kl"] > 1e-5
-        assert high["train/loss"] != low["train/loss"]  # after the first batch, where the KL is zero
+        assert (
+            high["train/loss"] != low["train/loss"]
+        )  # after the first batch, where the KL is zero
 
     def test_dr_grpo(self, run: Runs) -> None:
         (ours, *_), _ = run("dr_grpo", EVERY_BATCH)
         (theirs, *_), _ = run("final", EVERY_BATCH)
         assert ours["train/reward_mean"] == theirs["train/reward_mean"]  # the same episodes
-        assert 0 < ours["train/grad_norm"] < 0.5 * theirs["train/grad_norm"]  # divided by 256 a row, not by its tokens
+        assert (
+            0 < ours["train/grad_norm"] < 0.5 * theirs["train/grad_norm"]
+        )  # divided by 256 a row, not by its tokens
 
     def test_mu_1(self, run: Runs) -> None:
         metrics, _ = run("mu_1")
         assert [line["step"] for line in metrics] == [1, 2, 3]
-        assert [line["train/clip_share"] for line in metrics] == [0, 0, 0]  # every step is on-policy
+        assert [line["train/clip_fraction"] for line in metrics] == [
+            0,
+            0,
+            0,
+        ]  # every step is on-policy
 
     def test_own_rubric(self, run: Runs) -> None:
         _, episodes = run("own_rubric")
@@ -116,22 +129,34 @@ class TestTreatments:
             handler.answer(completion("yes" if len(body["messages"][-1]["content"]) % 2 else "no"))
 
         with serving(odd) as service:
-            metrics, episodes = run("gibberish_penalty", f"rewards.GibberishJudge.url={service.url}")
+            metrics, episodes = run(
+                "gibberish_penalty", f"rewards.GibberishJudge.url={service.url}"
+            )
         scores = [e.score for e in episodes if e.score is not None]
         assert {score.reward for score in scores if score.parts["gibberish_judge"]} == {-1.0}
-        assert all(score.reward == score.parts["environment"] for score in scores if not score.parts["gibberish_judge"])
+        assert all(
+            score.reward == score.parts["environment"]
+            for score in scores
+            if not score.parts["gibberish_judge"]
+        )
         assert 0 < sum(score.parts["gibberish_judge"] < 0 for score in scores) < len(scores)
         assert [line["reward/gibberish_judge"] < 0 for line in metrics] == [True] * 3
 
-    @pytest.mark.parametrize("name", ["correctness", "format_correctness", "execution_format_correctness"])
+    @pytest.mark.parametrize(
+        "name", ["correctness", "format_correctness", "execution_format_correctness"]
+    )
     def test_rewards_in_parts(self, run: Runs, name: str) -> None:
         metrics, episodes = run(name)
         weights = {"correctness": 1.0, "format": 0.2, "execution": 0.2}
         used = [part for part in weights if part in name]
         for score in (e.score for e in episodes):
             assert score is not None
-            assert score.reward == pytest.approx(sum(weights[part] * score.parts[part] for part in used))
+            assert score.reward == pytest.approx(
+                sum(weights[part] * score.parts[part] for part in used)
+            )
             assert set(weights) & set(score.parts) == set(used)
         for line in metrics:
-            assert line["train/reward_mean"] == pytest.approx(sum(weights[part] * line[f"reward/{part}"] for part in used))
+            assert line["train/reward_mean"] == pytest.approx(
+                sum(weights[part] * line[f"reward/{part}"] for part in used)
+            )
         assert np.ptp([e.score.reward for e in episodes if e.score is not None]) > 0

@@ -11,10 +11,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from envs.base import StepResult
-from jaxgrpo import evaluate, records
+from jaxgrpo import evaluate
 from jaxgrpo import train as train_module
-from jaxgrpo.config import load_config
+from jaxgrpo.config.load import load_config
+from jaxgrpo.environment import StepResult
+from jaxgrpo.run import records
 from jaxgrpo.types import Score, StopReason, Task, ToolCall
 from tests.training import (
     Letters,

@@ -13,28 +13,30 @@ import jax
 import pytest
 
 from envs.bfcl.rewards import Correctness, Execution, Format
-from jaxgrpo.config import load_config
-from jaxgrpo.config_json import encode
-from jaxgrpo.judge import GibberishJudge
-from jaxgrpo.overrides import leaves
+from jaxgrpo.config.encoding import encode
+from jaxgrpo.config.load import load_config
+from jaxgrpo.config.overrides import leaves
+from jaxgrpo.rewards.judge import GibberishJudge
 from jaxgrpo.train import main
 
 CONFIGS = sorted(
-    path.relative_to("configs").with_suffix("").as_posix() for path in Path("configs").rglob("*.py") if path.stem != "__init__"
+    path.relative_to("configs").with_suffix("").as_posix()
+    for path in Path("configs").rglob("*.py")
+    if path.stem != "__init__"
 )
 IDENTITY = {"name", "model.source", "model.revision"}
 DIFFERENCES: dict[str, dict] = {
     "article/final": {},
     "article/dr_grpo": {
-        "packing.advantage_normalization": "none",
-        "packing.aggregation": "constant",
+        "batching.advantage_normalization": "none",
+        "batching.aggregation": "constant",
     },
     "dapo_style": {
         "loss.clip_high": 0.28,
         "loss.kl_beta": 0.0,
         "loss.tis_cap": 2.0,
-        "packing.aggregation": "sequence",
-        "packing.masked_stop_reasons": (),
+        "batching.aggregation": "sequence",
+        "batching.masked_stop_reasons": (),
         "training.reference_every": None,
     },
     "article/no_kl": {"loss.kl_beta": 0.0, "training.reference_every": None},
@@ -55,7 +57,9 @@ DIFFERENCES: dict[str, dict] = {
         "vllm.gpus": (1,),
     },
     "article/gibberish_penalty": {
-        "rewards.functions": (GibberishJudge(url="https://api.openai.com/v1", model="gpt-4o-mini"),),
+        "rewards.functions": (
+            GibberishJudge(url="https://api.openai.com/v1", model="gpt-4o-mini"),
+        ),
     },
     "article/correctness": {
         "rewards.functions": (Correctness(),),
@@ -109,7 +113,9 @@ def test_it_loads_and_its_docstring_gives_its_command(name: str) -> None:
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_a_variant_differs_from_the_article_only_in_what_it_says(name: str) -> None:
     article, variant = settings("h200x4"), settings(name)
-    assert {key: variant[key] for key in article if variant[key] != article[key] and key not in IDENTITY} == DIFFERENCES[name]
+    assert {
+        key: variant[key] for key in article if variant[key] != article[key] and key not in IDENTITY
+    } == DIFFERENCES[name]
 
 
 def test_the_articles_recipe():
@@ -118,8 +124,8 @@ def test_the_articles_recipe():
     expected = {
         "training.iterations": 2, "training.reference_every": 100, "loss.clip_low": 0.2, "loss.clip_high": 0.2, "loss.kl_beta": 0.001,
         "optimizer.learning_rate": 1e-6, "optimizer.warmup_steps": 20, "optimizer.b1": 0.9, "optimizer.b2": 0.99,
-        "optimizer.max_grad_norm": 0.2, "packing.advantage_normalization": "std",
-        "packing.masked_stop_reasons": ("token_limit", "context_limit"),
+        "optimizer.max_grad_norm": 0.2, "batching.advantage_normalization": "std",
+        "batching.masked_stop_reasons": ("token_limit", "context_limit"),
         "rollout.max_completion_tokens": 2048, "rollout.max_turns": 10, "rollout.temperature": 1.0,
         "environment.release": "v3", "environment.categories": ("base",), "environment.max_turns": 1, "environment.docs": "article",
         "environment.run_last_step": False, "environment.reward": "official", "training.steps": 1600,
@@ -156,7 +162,10 @@ SAID: dict[str, dict[str, str]] = {
         "an epoch": "336 tasks = 28 batches = 56 steps",
         "the run": "1600 steps = 800 batches = 28.6 epochs",
     },
-    "h200x8": {"devices": "6: this machine has 4 of kind cpu, where the run would be refused", "micro-batches a step": "2 of 6 groups"},
+    "h200x8": {
+        "devices": "6: this machine has 4 of kind cpu, where the run would be refused",
+        "micro-batches a step": "2 of 6 groups",
+    },
     "lora": {
         # rank 32 on q, k, v, o, gate, up, down of three layers: 3 x 32 x (512 + 384 + 384 + 512 + 3 x 896)
         "trained parameters": "430,080 (LoRA of rank 32 on q, k, v, o, gate, up, down)",
@@ -179,6 +188,13 @@ SAID: dict[str, dict[str, str]] = {
         "optimizer steps a batch": "1",
         "an epoch": "100 tasks = 50 batches = 50 steps",
         "the run": "1 steps = 1 batches = 0.0 epochs",
+    },
+    "qwen05_gpu": {
+        "devices": "4, compute in float32",
+        "rollouts a batch": "8 tasks x 8 samples = 64",
+        "micro-batches a step": "2 of 4 groups",
+        "an epoch": "52 tasks = 6 batches = 12 steps",
+        "the run": "200 steps = 100 batches = 16.7 epochs",
     },
     "procedural": {
         "devices": "4, compute in float32",
@@ -208,7 +224,9 @@ def dry_run(name: str) -> tuple[dict, dict[str, str]]:
             if file.suffix != ".safetensors":
                 shutil.copy(file, folder)
         sizes = json.loads((Path(folder) / "config.json").read_text())
-        (Path(folder) / "config.json").write_text(json.dumps(sizes | {"max_position_embeddings": 16384}))
+        (Path(folder) / "config.json").write_text(
+            json.dumps(sizes | {"max_position_embeddings": 16384})
+        )
         overrides = [f"model.source={folder}", "model.revision=None", "evaluation.tasks=2"]
         if load_config(f"configs/{name}.py").rollout.max_prompt_tokens > 2048:
             overrides.append("rollout.max_prompt_tokens=12000")
@@ -217,7 +235,19 @@ def dry_run(name: str) -> tuple[dict, dict[str, str]]:
         arguments = [part for override in overrides for part in ("--set", override)]
         run, printed = Path(folder) / "run", io.StringIO()
         with contextlib.redirect_stdout(printed):
-            assert main(["--config", f"configs/{name}.py", *arguments, "--dry-run", "--run-dir", str(run)]) == 0
+            assert (
+                main(
+                    [
+                        "--config",
+                        f"configs/{name}.py",
+                        *arguments,
+                        "--dry-run",
+                        "--run-dir",
+                        str(run),
+                    ]
+                )
+                == 0
+            )
         assert not run.exists()
     config, end, lines = printed.getvalue().partition("\n}\n")
     return json.loads(config + end), {line[:24].strip(): line[24:] for line in lines.splitlines()}
@@ -227,7 +257,11 @@ def flat(tree: dict, prefix: str = "") -> dict:
     """Nested dicts as one, with dotted keys; lists are tuples."""
     found: dict = {}
     for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": _tuples(value)}
+        found |= (
+            flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": _tuples(value)}
+        )
     return found
 
 
@@ -246,7 +280,9 @@ def test_a_dry_run_on_the_configs_own_tasks_says_what_would_run(name: str) -> No
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_a_dry_run_prints_the_variants_own_settings(name: str) -> None:
     article, variant = flat(dry_run("h200x4")[0]), flat(dry_run(name)[0])
-    differences = {key: variant[key] for key in article if variant[key] != article[key] and key not in IDENTITY}
+    differences = {
+        key: variant[key] for key in article if variant[key] != article[key] and key not in IDENTITY
+    }
     assert differences == {key: _tuples(encode(value)) for key, value in DIFFERENCES[name].items()}
     assert variant["name"] == name.replace("/", "_")
 
@@ -254,9 +290,21 @@ def test_a_dry_run_prints_the_variants_own_settings(name: str) -> None:
 def test_the_longest_prompt_is_that_of_the_configs_own_tool_documents() -> None:
     """Whole documents as in the article, without what tools return, and one line a tool. The curriculum's first turns are the article's."""
     longest = {}
-    for name in ("h200x4", "article/curriculum", "native_tools", "qwen05_cpu", "cpu_demo", "procedural"):
+    for name in (
+        "h200x4",
+        "article/curriculum",
+        "native_tools",
+        "qwen05_cpu",
+        "cpu_demo",
+        "procedural",
+    ):
         count, limit = dry_run(name)[1]["longest prompt"].split(" tokens of at most ")
         assert int(limit) == dry_run(name)[0]["rollout"]["max_prompt_tokens"]
         longest[name] = int(count)
-    assert longest["h200x4"] == longest["article/curriculum"] > longest["native_tools"] > 2 * longest["qwen05_cpu"]
+    assert (
+        longest["h200x4"]
+        == longest["article/curriculum"]
+        > longest["native_tools"]
+        > 2 * longest["qwen05_cpu"]
+    )
     assert longest["qwen05_cpu"] > longest["cpu_demo"] > longest["procedural"] > 100

@@ -9,13 +9,22 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from envs.base import Observation, StepResult
-from jaxgrpo.config import Config, EvaluationSettings, ModelSettings, RecordingSettings, RolloutSettings, TrainingSettings, load_config
-from jaxgrpo.model import ModelConfig, init_params
-from jaxgrpo.packing import PackingSettings
-from jaxgrpo.pretrained import save_hf
+from jaxgrpo.config.load import load_config
+from jaxgrpo.config.settings import (
+    BatchingSettings,
+    Config,
+    EvaluationSettings,
+    ModelSettings,
+    OptimizerSettings,
+    RecordingSettings,
+    RolloutSettings,
+    TrainingSettings,
+)
+from jaxgrpo.environment import Observation, StepResult
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import init_params
+from jaxgrpo.storage.pretrained import save_hf
 from jaxgrpo.types import Message, Score, StopReason, Task
-from jaxgrpo.update import OptimizerSettings
 from tests.byte_chat import END, END_OF_TEXT, byte_tokenizer
 
 EVERY_CHARACTER = (*map(chr, range(128)), "\ufffd")
@@ -52,7 +61,10 @@ class Letters:
 
     def tasks(self, split: str) -> Sequence[Task]:
         size = self.train_size if split == "train" else self.test_size
-        return [Task(f"{split}_{i}", ("even" if i % 2 == 0 else "odd",), (split, i)) for i in range(size)]
+        return [
+            Task(f"{split}_{i}", ("even" if i % 2 == 0 else "odd",), (split, i))
+            for i in range(size)
+        ]
 
     def create(self, task: Task) -> "LettersEnvironment":
         split, index = task.payload  # type: ignore[misc]
@@ -84,10 +96,18 @@ def small_config(model: Path | str) -> Config:
         name="small",
         model=ModelSettings(source=str(model)),
         environment=Letters(),
-        rollout=RolloutSettings(group_size=4, tasks_per_step=2, max_prompt_tokens=96, max_completion_tokens=8, max_turns=2),
-        packing=PackingSettings(prompt_multiple=64, completion_multiple=8),
+        rollout=RolloutSettings(
+            group_size=4,
+            tasks_per_step=2,
+            max_prompt_tokens=96,
+            max_completion_tokens=8,
+            max_turns=2,
+        ),
+        batching=BatchingSettings(prompt_multiple=64, completion_multiple=8),
         optimizer=OptimizerSettings(learning_rate=1e-3, warmup_steps=0, max_grad_norm=1.0),
-        training=TrainingSettings(steps=6, iterations=2, devices=1, reference_every=4, head_chunk=64),
+        training=TrainingSettings(
+            steps=6, iterations=2, devices=1, reference_every=4, head_chunk=64
+        ),
         evaluation=EvaluationSettings(before=False, after=False),
         recording=RecordingSettings(checkpoint_every=None, tensorboard=False, export_hf=False),
     )
@@ -96,7 +116,9 @@ def small_config(model: Path | str) -> Config:
 def write_config(folder: Path, model: Path) -> Path:
     """A config file as a user writes one."""
     path = folder / "small.py"
-    path.write_text(f"from tests.training import small_config\n\n\ndef get_config():\n    return small_config({str(model)!r})\n")
+    path.write_text(
+        f"from tests.training import small_config\n\n\ndef get_config():\n    return small_config({str(model)!r})\n"
+    )
     return path
 
 

@@ -14,23 +14,24 @@ import numpy as np
 import optax
 import pytest
 
-from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import ModelConfig, Params
-from jaxgrpo.packing import PackingSettings, pack
-from jaxgrpo.sharding import logical_on_host, make_mesh
+from jaxgrpo.config.settings import BatchingSettings, LossSettings, OptimizerSettings
+from jaxgrpo.learner.batching import pack
+from jaxgrpo.learner.sharding import logical_on_host, make_mesh
+from jaxgrpo.learner.update import StepReport, TrainState, Update
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.types import Group, GroupBatch
-from jaxgrpo.update import OptimizerSettings, StepReport, TrainState, Update
 from tests.episodes import random_groups
 from tests.random_weights import random_params
 
 TINY = ModelConfig(
     vocab_size=97,
-    width=33,
+    hidden_size=33,
     layers=2,
     heads=4,
     kv_heads=2,
-    head_size=8,
-    mlp_width=45,
+    head_dim=8,
+    intermediate_size=45,
     context_length=64,
     rope_theta=10000.0,
     norm_epsilon=1e-6,
@@ -39,7 +40,15 @@ TINY = ModelConfig(
 UNTIED = dataclasses.replace(TINY, tied_embeddings=False)
 LOSS = LossSettings(clip_low=0.2, clip_high=0.28, kl_beta=0.05, tis_cap=1.5)
 NO_KL = LossSettings(clip_low=0.2, clip_high=0.2, kl_beta=0.0)
-ADAM = OptimizerSettings(learning_rate=0.05, warmup_steps=1, b1=0.9, b2=0.99, epsilon=1e-3, weight_decay=0.01, max_grad_norm=0.1)
+ADAM = OptimizerSettings(
+    learning_rate=0.05,
+    warmup_steps=1,
+    b1=0.9,
+    b2=0.99,
+    epsilon=1e-3,
+    weight_decay=0.01,
+    max_grad_norm=0.1,
+)
 TEMPERATURE = 1.3
 LONGEST = 8
 GROUPS = random_groups(0, 12, 3, TINY.vocab_size, LONGEST, LONGEST)
@@ -50,16 +59,34 @@ def params_of(config: ModelConfig) -> Params:
 
 
 def packed(groups: Sequence[Group], micro_batch_groups: int) -> list[GroupBatch]:
-    return pack(groups, micro_batch_groups, LONGEST, PackingSettings(prompt_multiple=LONGEST, completion_multiple=LONGEST))
+    return pack(
+        groups,
+        micro_batch_groups,
+        LONGEST,
+        BatchingSettings(prompt_multiple=LONGEST, completion_multiple=LONGEST),
+    )
 
 
 @functools.cache
 def update_of(
-    devices: int, config: ModelConfig = TINY, loss: LossSettings = LOSS, dtype: Any = jnp.float32, served_dtype: Any = None
+    devices: int,
+    config: ModelConfig = TINY,
+    loss: LossSettings = LOSS,
+    dtype: Any = jnp.float32,
+    served_dtype: Any = None,
 ) -> Update:
     """One Update for all tests that need it: compiling takes longer than anything else here."""
     mesh = make_mesh(jax.devices()[:devices])
-    return Update(config, mesh, loss, ADAM, compute_dtype=dtype, served_dtype=served_dtype, temperature=TEMPERATURE, head_chunk=16)
+    return Update(
+        config,
+        mesh,
+        loss,
+        ADAM,
+        compute_dtype=dtype,
+        served_dtype=served_dtype,
+        temperature=TEMPERATURE,
+        head_chunk=16,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +100,9 @@ class Run:
 
 
 def changed(before: Params, after: Params) -> Params:
-    return jax.tree.map(lambda a, b: np.asarray(b, np.float64) - np.asarray(a, np.float64), before, after)
+    return jax.tree.map(
+        lambda a, b: np.asarray(b, np.float64) - np.asarray(a, np.float64), before, after
+    )
 
 
 def clipped_gradient(update: Update, state: TrainState) -> Params:
@@ -88,9 +117,9 @@ def two_steps(update: Update, batches: Sequence[GroupBatch], params: Params) -> 
     other = update.init(params)
     state = other._replace(reference=state.reference)
     anchors = update.reference_logprobs(state, batches)
-    state, behaviour, first = update.optimizer_step(state, batches, None, anchors)
+    state, old, first = update.optimizer_step(state, batches, None, anchors)
     gradient, middle = clipped_gradient(update, state), logical_on_host(state.params, update.layout)
-    state, _, second = update.optimizer_step(state, batches, behaviour, anchors)
+    state, _, second = update.optimizer_step(state, batches, old, anchors)
     after = logical_on_host(state.params, update.layout)
     return Run(gradient, changed(params, middle), changed(middle, after), (first, second))
 
@@ -102,14 +131,20 @@ def run_of(devices: int, micro_batch_groups: int = 12) -> Run:
 
 def worst_error(got: Params, expected: Params) -> float:
     """The largest difference in a tensor over the largest entry of that tensor, over all tensors."""
-    errors = jax.tree.map(lambda a, b: float(np.max(np.abs(np.asarray(a, np.float64) - b)) / np.max(np.abs(b))), got, expected)
+    errors = jax.tree.map(
+        lambda a, b: float(np.max(np.abs(np.asarray(a, np.float64) - b)) / np.max(np.abs(b))),
+        got,
+        expected,
+    )
     return max(jax.tree.leaves(errors))
 
 
 def change_error(got: Params, expected: Params) -> float:
     """The largest difference of the weights' changes over the largest change. (A change is as exact as the weight's own last digit.)"""
     pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True))
-    return max(float(np.max(np.abs(a - b))) for a, b in pairs) / max(float(np.max(np.abs(b))) for _, b in pairs)
+    return max(float(np.max(np.abs(a - b))) for a, b in pairs) / max(
+        float(np.max(np.abs(b))) for _, b in pairs
+    )
 
 
 def assert_same_run(got: Run, expected: Run) -> None:
@@ -125,4 +160,6 @@ def accumulate_text(update: Update, batch: GroupBatch) -> str:
     """The program of a micro-batch's forward and backward."""
     state, placed = update.init(params_of(TINY)), update._put(batch)
     given = placed.sampler_logprobs_NGC
-    return update._accumulate.lower(state.params, state.params, placed, given, given, True, None).as_text()
+    return update._accumulate.lower(
+        state.params, state.params, placed, given, given, True, None
+    ).as_text()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxgrpo.samplers.base import SamplingRequest
-from jaxgrpo.samplers.vllm import TokenizerProbe, VllmLimits, VllmSampler
+from jaxgrpo.samplers.vllm.client import TokenizerProbe, VllmLimits, VllmSampler
 from tests.fake_vllm import FakeVllm, choice
 
 EOS = 2
@@ -44,17 +44,33 @@ def request(episode: str = "e", **options: Any) -> SamplingRequest:
 
 
 def run(
-    body: Callable[[VllmSampler], Awaitable[Any]], *servers: FakeVllm, published: bool = True, api_key: str | None = None, **limits: Any
+    body: Callable[[VllmSampler], Awaitable[Any]],
+    *servers: FakeVllm,
+    published: bool = True,
+    api_key: str | None = None,
+    **limits: Any,
 ) -> Any:
     """Run `body` on a client of the servers, which have taken weights of version 1 if `published`."""
 
     async def main() -> Any:
         for server in servers:
             await server.__aenter__()
-        sizes = {"max_requests": 4, "context_tokens": 64, "request_seconds": 5.0, "publish_seconds": 5.0, "retries": 2}
+        sizes = {
+            "max_requests": 4,
+            "context_tokens": 64,
+            "request_seconds": 5.0,
+            "publish_seconds": 5.0,
+            "retries": 2,
+        }
         folder = Folder(Path("/weights"))
         urls = [server.url for server in servers]
-        sampler = VllmSampler(urls, VllmLimits(**(sizes | limits)), eos_token_ids=(EOS,), versions=folder, api_key=api_key)
+        sampler = VllmSampler(
+            urls,
+            VllmLimits(**(sizes | limits)),
+            eos_token_ids=(EOS,),
+            versions=folder,
+            api_key=api_key,
+        )
         try:
             if published:
                 await sampler.publish(1, Written())

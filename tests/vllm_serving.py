@@ -10,14 +10,17 @@ import pytest
 
 from configs.vllm_cpu import get_config as vllm_cpu
 from envs.procedural import Warehouse
-from jaxgrpo import setup
-from jaxgrpo.config import Config, EvaluationSettings
-from jaxgrpo.packing import PackingSettings
-from jaxgrpo.samplers.vllm_server import VllmServer
-from jaxgrpo.serving import server_plan
+from jaxgrpo.config.settings import BatchingSettings, Config, EvaluationSettings
+from jaxgrpo.run import setup
+from jaxgrpo.run.samplers import server_plan
+from jaxgrpo.samplers.vllm.server import VllmServer
 
 PYTHON = os.environ.get("JAXGRPO_VLLM_PYTHON", "")
-NEEDS_VLLM = [pytest.mark.vllm, pytest.mark.skipif(not PYTHON, reason="JAXGRPO_VLLM_PYTHON names no interpreter"), pytest.mark.timeout(900)]
+NEEDS_VLLM = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(not PYTHON, reason="JAXGRPO_VLLM_PYTHON names no interpreter"),
+    pytest.mark.timeout(900),
+]
 
 BOUND = 0.02
 KEY = "the key of these tests"
@@ -27,20 +30,30 @@ CONTEXT = 1152
 def config(**vllm: Any) -> Config:
     """The tiny model on the warehouse."""
     base = vllm_cpu()
-    rollout = dataclasses.replace(base.rollout, group_size=4, tasks_per_step=4, max_prompt_tokens=512, max_completion_tokens=160)
+    rollout = dataclasses.replace(
+        base.rollout,
+        group_size=4,
+        tasks_per_step=4,
+        max_prompt_tokens=512,
+        max_completion_tokens=160,
+    )
     return dataclasses.replace(
         base,
         environment=Warehouse(),
         rollout=rollout,
-        packing=PackingSettings(prompt_multiple=128, completion_multiple=64),
-        training=dataclasses.replace(base.training, steps=2, iterations=1, devices=1, reference_every=None),
+        batching=BatchingSettings(prompt_multiple=128, completion_multiple=64),
+        training=dataclasses.replace(
+            base.training, steps=2, iterations=1, devices=1, reference_every=None
+        ),
         evaluation=EvaluationSettings(before=False, after=False),
-        recording=dataclasses.replace(base.recording, checkpoint_every=None, tensorboard=False, export_hf=False),
+        recording=dataclasses.replace(
+            base.recording, checkpoint_every=None, tensorboard=False, export_hf=False
+        ),
         vllm=dataclasses.replace(base.vllm, cache_bytes=64 * 2**20, **vllm),
     )
 
 
-POLICY = setup.open_policy(vllm_cpu())
+POLICY = setup.open_model_assets(vllm_cpu())
 
 
 def started_server(folder: Path) -> Iterator[VllmServer]:

@@ -9,29 +9,42 @@ import argparse
 import resource
 import time
 
-from jaxgrpo import hf_mapping, pretrained
 from jaxgrpo.paths import absolute
+from jaxgrpo.storage import hf_mapping, pretrained
 from tools.arguments import failed, positive_number
 
 
 def main() -> None:
     """Read the arguments, convert, say what was written. Exits with the reason when it cannot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=absolute, help="an orbax folder")
-    parser.add_argument("destination", type=absolute, help="the Hugging Face folder to make; it must not exist")
-    parser.add_argument("--shard-gb", type=positive_number, default=5.0, help="largest weights file, in 10^9 bytes (default: 5)")
+    parser.add_argument(
+        "destination", type=absolute, help="the Hugging Face folder to make; it must not exist"
+    )
+    parser.add_argument(
+        "--shard-gb",
+        type=positive_number,
+        default=5.0,
+        help="largest weights file, in 10^9 bytes (default: 5)",
+    )
     args = parser.parse_args()
     started = time.monotonic()
     try:
         if not pretrained.is_orbax(args.source):
-            raise ValueError(f"{args.source} is no orbax folder: it has no {pretrained.ORBAX_SUBFOLDER}/_METADATA")
+            raise ValueError(
+                f"{args.source} is no orbax folder: it has no {pretrained.ORBAX_SUBFOLDER}/_METADATA"
+            )
         source = pretrained.open_weights(args.source)
         pretrained.write_hf(source, args.destination, max(round(args.shard_gb * 1e9), 1))
     except (OSError, ValueError) as error:
         raise failed(error) from error
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     count = hf_mapping.parameter_count(source.config)
-    print(f"{args.destination}: {count:,} parameters in {time.monotonic() - started:.1f} s, peak memory {peak:.2f} GiB")
+    print(
+        f"{args.destination}: {count:,} parameters in {time.monotonic() - started:.1f} s, peak memory {peak:.2f} GiB"
+    )
 
 
 if __name__ == "__main__":

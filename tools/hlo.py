@@ -12,11 +12,21 @@ import math
 import re
 from collections.abc import Iterator
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast", "ragged-all-to-all")
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+    "ragged-all-to-all",
+)
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+)(?: .*)?\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\(")
-_CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+)
 _CALLED_LISTS = re.compile(r"\b(?:branch_computations|called_computations|calls)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b(pred|bf16|[usfc]\d+\w*)\[([\d,]*)\]")
@@ -75,15 +85,26 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
             computations[current] = []
             entry = current if heading[1] else entry
         elif (found := _INSTRUCTION.match(line)) and current:
-            names = [*_CALLED.findall(line), *(n.strip().lstrip("%") for group in _CALLED_LISTS.findall(line) for n in group.split(","))]
+            names = [
+                *_CALLED.findall(line),
+                *(
+                    n.strip().lstrip("%")
+                    for group in _CALLED_LISTS.findall(line)
+                    for n in group.split(",")
+                ),
+            ]
             trips = _TRIPS.search(line)
-            computations[current].append(_Instruction(found[1], found[2], tuple(names), int(trips[1]) if trips else None))
+            computations[current].append(
+                _Instruction(found[1], found[2], tuple(names), int(trips[1]) if trips else None)
+            )
     if not entry:
         raise ValueError("the text has no ENTRY computation: it is not a module of HLO")
     return computations, entry
 
 
-def _walk(computations: dict[str, list[_Instruction]], name: str, inside_loop: bool, times: int | None) -> Iterator[Collective]:
+def _walk(
+    computations: dict[str, list[_Instruction]], name: str, inside_loop: bool, times: int | None
+) -> Iterator[Collective]:
     for instruction in computations[name]:
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
@@ -91,7 +112,13 @@ def _walk(computations: dict[str, list[_Instruction]], name: str, inside_loop: b
                 yield Collective(kind, dtype, shape, inside_loop, times)
             continue  # what it calls adds two numbers up
         loops = instruction.opcode == "while"
-        product = times if not loops else None if times is None or instruction.trips is None else times * instruction.trips
+        product = (
+            times
+            if not loops
+            else None
+            if times is None or instruction.trips is None
+            else times * instruction.trips
+        )
         for called in instruction.called:
             if called in computations:
                 yield from _walk(computations, called, inside_loop or loops, product)
@@ -99,9 +126,16 @@ def _walk(computations: dict[str, list[_Instruction]], name: str, inside_loop: b
 
 def _arrays(instruction: _Instruction) -> list[tuple[str, tuple[int, ...]]]:
     """What the collective gives. The start of an asynchronous one gives its operands first, a permutation's two contexts at the end."""
-    found = [(dtype, tuple(int(n) for n in shape.split(",") if n)) for dtype, shape in _ARRAY.findall(instruction.result)]
+    found = [
+        (dtype, tuple(int(n) for n in shape.split(",") if n))
+        for dtype, shape in _ARRAY.findall(instruction.result)
+    ]
     if instruction.opcode == "collective-permute-start":
         return found[1:2]
-    if instruction.opcode in ("all-gather-start", "reduce-scatter-start", "collective-broadcast-start"):
+    if instruction.opcode in (
+        "all-gather-start",
+        "reduce-scatter-start",
+        "collective-broadcast-start",
+    ):
         return found[len(found) // 2 :]
     return found

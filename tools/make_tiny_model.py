@@ -25,20 +25,27 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from envs.bfcl import Bfcl
-from jaxgrpo.chat import Chat
-from jaxgrpo.losses import Head, token_logprobs
-from jaxgrpo.model import ModelConfig, Params, cast_to, forward_shared_prompt, head_table, init_params
-from jaxgrpo.packing import bucket
+from jaxgrpo.learner.batching import bucket
+from jaxgrpo.learner.losses import Head, token_logprobs
+from jaxgrpo.learner.sharding import Replicated, embed
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import Params, cast_to, forward_shared_prompt, head_table, init_params
 from jaxgrpo.paths import absolute
-from jaxgrpo.pretrained import load_tokenizer, save_hf
-from jaxgrpo.sharding import Whole, embed
+from jaxgrpo.rollout.chat import Chat
+from jaxgrpo.storage.pretrained import load_tokenizer, save_hf
 from jaxgrpo.types import Task
 from tools.arguments import failed, positive_integer, positive_number
 
 WORDS = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+")
 CONTEXT = 4096
 ROW_CONTEXT = 160  # prompt tokens at most that the demonstrations of a family may have of their own
-SIZES = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 CHAT_TEMPLATE = """\
 {%- if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set rest = messages[1:] %}
@@ -75,7 +82,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     """A byte-level BPE of `vocab_size` tokens with Qwen's special tokens; tokens are at most 16 bytes, digits stand alone."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(WORDS, behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     plain = ["<tool_call>", "</tool_call>"]
@@ -86,15 +95,21 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in special]
+    )
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     fast.chat_template = CHAT_TEMPLATE
     fast.model_max_length = CONTEXT
     return fast
 
 
-def demonstration_ids(suite: Bfcl, task: Task, tokenizer: Any, chat: Chat) -> tuple[np.ndarray, np.ndarray]:
+def demonstration_ids(
+    suite: Bfcl, task: Task, tokenizer: Any, chat: Chat
+) -> tuple[np.ndarray, np.ndarray]:
     """A whole demonstrated episode in token ids [T], and which of them the policy says [T]."""
     environment = suite.create(task)
     opening = environment.observe()
@@ -133,7 +148,9 @@ class Family:
     weights_GC: np.ndarray
 
 
-def families(episodes: Sequence[tuple[np.ndarray, np.ndarray]], rows: int, context_weight: float) -> list[Family]:
+def families(
+    episodes: Sequence[tuple[np.ndarray, np.ndarray]], rows: int, context_weight: float
+) -> list[Family]:
     """Episodes (ids, which are the policy's) -> groups of at most `rows` episodes whose prompts differ only near the end."""
     groups: list[list[tuple[np.ndarray, np.ndarray]]] = []
     for episode in sorted(episodes, key=lambda episode: episode[0].tolist()):
@@ -151,8 +168,13 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
     return int(np.argmin(np.append(a[:n] == b[:n], False)))
 
 
-def _family(group: Sequence[tuple[np.ndarray, np.ndarray]], rows: int, context_weight: float) -> Family:
-    shared = min([_common(group[0][0], ids) for ids, _ in group[1:]], default=int(np.argmax(group[0][1])) - ROW_CONTEXT)
+def _family(
+    group: Sequence[tuple[np.ndarray, np.ndarray]], rows: int, context_weight: float
+) -> Family:
+    shared = min(
+        [_common(group[0][0], ids) for ids, _ in group[1:]],
+        default=int(np.argmax(group[0][1])) - ROW_CONTEXT,
+    )
     length = bucket(max(len(ids) for ids, _ in group) - shared, 128)
     rows_GC, weights_GC = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.float32)
     for i, (ids, ours) in enumerate(group):
@@ -174,8 +196,8 @@ def train_step(
 ) -> tuple[Params, Any, Array]:
     """One step on the weighted mean of next-token cross-entropy. Returns the log-probability of each row's own tokens [N, G] beside the new
     state."""
-    whole = Whole(jnp.dtype(jnp.float32))
-    head = Head((config.vocab_size, config.width), whole, 2048, 1.0)
+    whole = Replicated(jnp.dtype(jnp.float32))
+    head = Head((config.vocab_size, config.hidden_size), whole, 2048, 1.0)
 
     def loss(p: Params) -> tuple[Array, Array]:
         hidden = forward_shared_prompt(
@@ -187,9 +209,13 @@ def train_step(
             load=cast_to(jnp.float32),
             embed=lambda tree, ids: embed(tree["embed"]["embedding"], ids, head.shape, whole),
         )
-        logprobs, _ = token_logprobs(hidden.reshape(-1, config.width), head_table(p), rows_NGC.reshape(-1), head)
+        logprobs, _ = token_logprobs(
+            hidden.reshape(-1, config.hidden_size), head_table(p), rows_NGC.reshape(-1), head
+        )
         logprobs_NGC = logprobs.reshape(rows_NGC.shape)
-        return -jnp.sum(weights_NGC * logprobs_NGC) / jnp.sum(weights_NGC), jnp.sum(logprobs_NGC * (weights_NGC == 1), axis=-1)
+        return -jnp.sum(weights_NGC * logprobs_NGC) / jnp.sum(weights_NGC), jnp.sum(
+            logprobs_NGC * (weights_NGC == 1), axis=-1
+        )
 
     (_, own_NG), gradients = jax.value_and_grad(loss, has_aux=True)(params)
     updates, opt_state = optimizer.update(gradients, opt_state, params)
@@ -227,12 +253,16 @@ def write_skeleton(folder: Path, texts: Sequence[str], vocab_size: int) -> Model
     return ModelConfig.from_hf(config)
 
 
-def warm_start(config: ModelConfig, episodes: Sequence[tuple[np.ndarray, np.ndarray]], args: argparse.Namespace) -> Params:
+def warm_start(
+    config: ModelConfig, episodes: Sequence[tuple[np.ndarray, np.ndarray]], args: argparse.Namespace
+) -> Params:
     """Random weights, then passes over the demonstrations until their mean probability, which is about the share of tasks that the model
     solves, reaches `args.until`."""
     params = init_params(config, jax.random.key(args.seed))
     schedule = optax.linear_schedule(0.0, args.learning_rate, 50)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, 0.9, 0.98, weight_decay=0.05))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, 0.9, 0.98, weight_decay=0.05)
+    )
     opt_state = optimizer.init(params)
     rng = np.random.default_rng(args.seed)
     groups = families(episodes, args.rows, args.context_weight)
@@ -243,27 +273,53 @@ def warm_start(config: ModelConfig, episodes: Sequence[tuple[np.ndarray, np.ndar
             prompt = np.zeros((1, bucket(len(g.prompt_P), 256)), np.int32)
             prompt[0, : len(g.prompt_P)] = g.prompt_P
             params, opt_state, own_NG = train_step(
-                config, optimizer, params, opt_state, prompt, np.array([len(g.prompt_P)]), g.rows_GC[None], g.weights_GC[None]
+                config,
+                optimizer,
+                params,
+                opt_state,
+                prompt,
+                np.array([len(g.prompt_P)]),
+                g.rows_GC[None],
+                g.weights_GC[None],
             )
             own += np.asarray(own_NG)[0, g.weights_GC.any(axis=1)].tolist()
         probability = float(np.mean(np.exp(own)))
         seconds = time.perf_counter() - start
-        print(f"epoch {epoch + 1}  log-probability {np.mean(own):.2f}  probability {probability:.3f}  {seconds:.1f} s", flush=True)
+        print(
+            f"epoch {epoch + 1}  log-probability {np.mean(own):.2f}  probability {probability:.3f}  {seconds:.1f} s",
+            flush=True,
+        )
         if probability >= args.until:
             return params
-    raise RuntimeError(f"the demonstrations' probability did not reach {args.until} within {args.max_epochs} epochs")
+    raise RuntimeError(
+        f"the demonstrations' probability did not reach {args.until} within {args.max_epochs} epochs"
+    )
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tools.make_tiny_model", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.make_tiny_model", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("destination", type=absolute)
-    parser.add_argument("--until", type=positive_number, default=0.1, help="stop when the demonstrations' mean probability is this")
+    parser.add_argument(
+        "--until",
+        type=positive_number,
+        default=0.1,
+        help="stop when the demonstrations' mean probability is this",
+    )
     parser.add_argument("--max-epochs", type=positive_integer, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rows", type=positive_integer, default=4, help="demonstrations a training step")
+    parser.add_argument(
+        "--rows", type=positive_integer, default=4, help="demonstrations a training step"
+    )
     parser.add_argument("--learning-rate", type=positive_number, default=1e-3)
-    parser.add_argument("--context-weight", type=float, default=0.1, help="weight of tokens that the policy does not say")
+    parser.add_argument(
+        "--context-weight",
+        type=float,
+        default=0.1,
+        help="weight of tokens that the policy does not say",
+    )
     parser.add_argument("--vocab", type=positive_integer, default=2048)
     args = parser.parse_args()
     if args.destination.exists():  # now, and not when the model is trained
@@ -277,7 +333,9 @@ def main() -> None:
         chat = Chat(tokenizer)
         episodes = [demonstration_ids(suite, task, tokenizer, chat) for task in tasks]
         lengths = [len(ids) for ids, _ in episodes]
-        print(f"{len(episodes)} episodes of {np.median(lengths):.0f} tokens (median; longest {max(lengths)})")
+        print(
+            f"{len(episodes)} episodes of {np.median(lengths):.0f} tokens (median; longest {max(lengths)})"
+        )
         params = warm_start(config, episodes, args)
         save_hf(jax.device_get(params), skeleton, args.destination)
 

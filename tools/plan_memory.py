@@ -22,17 +22,34 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxgrpo.config import Config, ConfigError, load_config
-from jaxgrpo.model import ModelConfig
-from jaxgrpo.model_sizes import known_size
-from jaxgrpo.packing import bucket
-from jaxgrpo.planning import Cluster, Forecast, GroupShape, Work, forecast, hardware_flops, state_bytes
-from jaxgrpo.pretrained import locate
-from jaxgrpo.setup import micro_batches, open_tasks, parameter_count, update_on
-from jaxgrpo.sharding import make_mesh
+from jaxgrpo.config.load import load_config
+from jaxgrpo.config.settings import Config, ConfigError
+from jaxgrpo.learner.batching import bucket
+from jaxgrpo.learner.sharding import make_mesh
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.run.setup import micro_batches, open_tasks, parameter_count, update_on
+from jaxgrpo.storage.pretrained import locate
 from tools.arguments import positive_integer, positive_number
+from tools.model_sizes import known_size
+from tools.planning import (
+    Cluster,
+    Forecast,
+    GroupShape,
+    Work,
+    forecast,
+    hardware_flops,
+    state_bytes,
+)
 from tools.step_memory import StepMemory, describe_collectives, measure
-from tools.targets import GIB, TARGETS, Target, can_compile_for_gpus, described_gpus, simulate, simulated_devices
+from tools.targets import (
+    GIB,
+    TARGETS,
+    Target,
+    can_compile_for_gpus,
+    described_gpus,
+    simulate,
+    simulated_devices,
+)
 
 TABLE_GPUS = (4, 8, 64, 512)
 _JAX_SHARE = 0.75  # of a GPU's memory that jax takes unless XLA_CLIENT_MEM_FRACTION says otherwise
@@ -64,9 +81,13 @@ class Planner:
         self.target: Target = TARGETS[args.target]
         self.gpu = can_compile_for_gpus() if args.compiler == "auto" else args.compiler == "gpu"
         if self.gpu and not can_compile_for_gpus():
-            raise ConfigError("--compiler gpu needs jax's CUDA wheels: pip install 'jax[cuda12]', or leave the option out")
+            raise ConfigError(
+                "--compiler gpu needs jax's CUDA wheels: pip install 'jax[cuda12]', or leave the option out"
+            )
         if self.config.model.compute_dtype == "float32":
-            raise ConfigError("model.compute_dtype is float32; what is planned is a GPU's bfloat16: set it to auto or bfloat16")
+            raise ConfigError(
+                "model.compute_dtype is float32; what is planned is a GPU's bfloat16: set it to auto or bfloat16"
+            )
         self.shape = self._shape()
         training = self.config.training
         self.devices: int = args.devices or training.devices or len(training.gpus or (0,))
@@ -74,7 +95,7 @@ class Planner:
 
     def _shape(self) -> GroupShape:
         """The config's limits, or the lengths that were asked for, in their buckets."""
-        r, p = self.config.rollout, self.config.packing
+        r, p = self.config.rollout, self.config.batching
         prompt = bucket(self.args.prompt or r.max_prompt_tokens, p.prompt_multiple)
         completion = bucket(self.args.completion or r.max_completion_tokens, p.completion_multiple)
         return GroupShape.of(prompt, r.group_size, completion)
@@ -83,10 +104,18 @@ class Planner:
         """Compile the step for so many training devices and a batch of so many groups. Raises ConfigError when they do not divide."""
         per_device, rows = self.config.training.groups_per_device, self.config.rollout.group_size
         micro_batches(groups, devices=devices, groups_per_device=per_device)
-        given = described_gpus(self.target, devices, per_host) if self.gpu else simulated_devices(devices)
+        given = (
+            described_gpus(self.target, devices, per_host)
+            if self.gpu
+            else simulated_devices(devices)
+        )
         update = update_on(make_mesh(given), self.config, self.model, jnp.bfloat16)
-        lowered = update.lower(devices * per_device, rows, self.shape.prompt, max(self.shape.completions))
-        state = state_bytes(self.model, devices, reference=bool(self.config.loss.kl_beta), lora=self.config.lora)
+        lowered = update.lower(
+            devices * per_device, rows, self.shape.prompt, max(self.shape.completions)
+        )
+        state = state_bytes(
+            self.model, devices, reference=bool(self.config.loss.kl_beta), lora=self.config.lora
+        )
         return self.plan_of(measure(lowered, state, gpu=self.gpu), devices, groups, per_host)
 
     def plan_of(self, memory: StepMemory, devices: int, groups: int, per_host: int) -> Plan:
@@ -94,9 +123,24 @@ class Planner:
         training, args = self.config.training, self.args
         count = micro_batches(groups, devices=devices, groups_per_device=training.groups_per_device)
         reference, lora = bool(self.config.loss.kl_beta), self.config.lora
-        work = Work(self.shape, groups, count, training.iterations, training.steps, reference, lora, training.remat)
+        work = Work(
+            self.shape,
+            groups,
+            count,
+            training.iterations,
+            training.steps,
+            reference,
+            lora,
+            training.remat,
+        )
         cluster = Cluster(devices, per_host, args.link * 1e9, args.network * 1e9)
-        expected = forecast(self.model, work, cluster, args.mfu * self.target.peak_flops, args.rollout_tokens_per_second)
+        expected = forecast(
+            self.model,
+            work,
+            cluster,
+            args.mfu * self.target.peak_flops,
+            args.rollout_tokens_per_second,
+        )
         return Plan(self.model, cluster, devices + self.samplers, work, memory, expected)
 
     def main_plan(self) -> Plan:
@@ -107,7 +151,7 @@ class Planner:
     def shortened(self, divisor: int) -> "Planner":
         """The same for episodes whose prompt and completion are so many times shorter."""
         shorter = copy.copy(self)
-        p, shape = self.config.packing, self.shape
+        p, shape = self.config.batching, self.shape
         prompt = bucket(-(-shape.prompt // divisor), p.prompt_multiple)
         completion = bucket(-(-max(shape.completions) // divisor), p.completion_multiple)
         shorter.shape = GroupShape.of(prompt, len(shape.completions), completion)
@@ -128,7 +172,9 @@ def model_sizes(config: Config) -> ModelConfig:
     source = config.model.source
     try:
         known = None if Path(source).is_dir() else known_size(source)
-        return known or ModelConfig.from_folder(locate(source, config.model.revision, weights=False))
+        return known or ModelConfig.from_folder(
+            locate(source, config.model.revision, weights=False)
+        )
     except (ValueError, OSError) as error:
         raise ConfigError(f"model.source {source!r}: {error}") from error
 
@@ -140,7 +186,7 @@ def gib(size: float) -> str:
 def describe(planner: Planner, plan: Plan) -> Iterator[str]:
     """The whole plan, readable."""
     shape, target = plan.work.shape, planner.target
-    yield f"model       {parameter_count(plan.model):,} parameters, {plan.model.layers} layers of width {plan.model.width}"
+    yield f"model       {parameter_count(plan.model):,} parameters, {plan.model.layers} layers of width {plan.model.hidden_size}"
     yield f"group       {shape.prompt} prompt tokens, {len(shape.completions)} completions of {max(shape.completions)}"
     yield f"devices     {plan.cluster.devices} x {target.name} train, {plan.gpus - plan.cluster.devices} sample"
     yield from describe_memory(planner, plan)
@@ -178,7 +224,9 @@ def describe_work(planner: Planner, plan: Plan) -> Iterator[str]:
     """Operations, seconds, the run."""
     work, cluster, expected, args = plan.work, plan.cluster, plan.forecast, planner.args
     step, reference = work.step_flops(plan.model), work.reference_flops(plan.model)
-    hardware = hardware_flops(plan.model, work.shape, planner.config.training.remat, work.lora).times(work.groups)
+    hardware = hardware_flops(
+        plan.model, work.shape, planner.config.training.remat, work.lora
+    ).times(work.groups)
     traffic = work.step_traffic(plan.model, cluster.devices)
     yield ""
     yield f"an optimizer step of {work.groups} groups in {work.micro_batches} micro-batches"
@@ -197,7 +245,10 @@ def describe_work(planner: Planner, plan: Plan) -> Iterator[str]:
     yield epoch(planner.config, work)
     yield f"the run               {work.steps} steps = {work.batches} batches = {work.batches * work.rollouts:,} rollouts"
     yield f"  time                {expected.run_seconds(work) / 3600:.2f} h, {plan.gpu_hours:.1f} GPU-hours on {plan.gpus} GPUs"
-    checkpoint, keep = plan.memory.state.saved * plan.cluster.devices / 1e9, planner.config.recording.keep
+    checkpoint, keep = (
+        plan.memory.state.saved * plan.cluster.devices / 1e9,
+        planner.config.recording.keep,
+    )
     disk = f"a checkpoint has {checkpoint:.1f} GB; {checkpoint * (keep + 1):.0f} GB with the {keep} kept and one being written"
     yield f"  disk                {disk}"
     if args.gpu_hour_price is not None:
@@ -228,14 +279,26 @@ def refusal(planner: Planner, plan: Plan) -> list[str]:
     state = memory.state
     whole = state.total
     rest = memory.peak - whole
-    lines = [f"the step needs {gib(memory.peak)} GiB a device; an {target.name} has {gib(target.usable_bytes)} usable. What helps:"]
+    lines = [
+        f"the step needs {gib(memory.peak)} GiB a device; an {target.name} has {gib(target.usable_bytes)} usable. What helps:"
+    ]
     if rest < target.usable_bytes:
-        enough = next(n for n in range(plan.cluster.devices + 1, 10**6) if whole * plan.cluster.devices / n + rest <= target.usable_bytes)
-        lines.append(f"- training.devices (or --devices) of {enough} or more: the state's {gib(whole)} GiB are split over them")
+        enough = next(
+            n
+            for n in range(plan.cluster.devices + 1, 10**6)
+            if whole * plan.cluster.devices / n + rest <= target.usable_bytes
+        )
+        lines.append(
+            f"- training.devices (or --devices) of {enough} or more: the state's {gib(whole)} GiB are split over them"
+        )
     if state.reference:
-        lines.append(f"- loss.kl_beta=0: the reference's {gib(state.reference)} GiB are not needed then")
+        lines.append(
+            f"- loss.kl_beta=0: the reference's {gib(state.reference)} GiB are not needed then"
+        )
     if not config.lora.rank:
-        lines.append("- lora.rank above 0: the model is frozen in bfloat16 then, and only adapters have gradients and moments")
+        lines.append(
+            "- lora.rank above 0: the model is frozen in bfloat16 then, and only adapters have gradients and moments"
+        )
     if over > rest / 2:
         return lines  # activations are not what is in the way
     if config.training.groups_per_device > 1:
@@ -269,7 +332,12 @@ def notes(planner: Planner, plan: Plan) -> Iterator[str]:
 
 def table(plans: Sequence[Plan]) -> Iterator[str]:
     """How a step grows with GPUs, in Markdown."""
-    columns = ("GPUs (train + sample)", "groups a batch", "peak GiB a device", "GB received a device and step")
+    columns = (
+        "GPUs (train + sample)",
+        "groups a batch",
+        "peak GiB a device",
+        "GB received a device and step",
+    )
     yield f"| {' | '.join((*columns, 'computation s', 'communication s', 'step s'))} |"
     yield "|---|---|---|---|---|---|---|"
     for plan in plans:
@@ -301,32 +369,76 @@ def as_json(planner: Planner, plan: Plan, plans: Sequence[Plan]) -> dict[str, An
         | {"batch": memory.batch / GIB, "temporaries": memory.accumulate.temporaries / GIB}
         | {f"peak_{name}": program.total / GIB for name, program in memory.programs()},
         "model_flops": work.step_flops(plan.model).total,
-        "hardware_flops": hardware_flops(plan.model, work.shape, planner.config.training.remat, work.lora).times(work.groups).total,
+        "hardware_flops": hardware_flops(
+            plan.model, work.shape, planner.config.training.remat, work.lora
+        )
+        .times(work.groups)
+        .total,
         "seconds": dataclasses.asdict(plan.forecast) | {"run": plan.forecast.run_seconds(work)},
         "gpu_hours": plan.gpu_hours,
         "checkpoint_gb": plan.memory.state.saved * plan.cluster.devices / 1e9,
         "collectives": describe_collectives(memory.collectives),
-        "table": [{"gpus": p.gpus, "devices": p.cluster.devices, "peak_gib": round(p.memory.peak / GIB, 3)} for p in plans],
+        "table": [
+            {
+                "gpus": p.gpus,
+                "devices": p.cluster.devices,
+                "peak_gib": round(p.memory.peak / GIB, 3),
+            }
+            for p in plans
+        ],
     }
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     of_config = "a Python file with get_config(), or the config.json of a run"
     parser.add_argument("--config", required=True, help=of_config)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
-    parser.add_argument("--devices", type=positive_integer, help="training devices (default: the config's)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting"
+    )
+    parser.add_argument(
+        "--devices", type=positive_integer, help="training devices (default: the config's)"
+    )
     parser.add_argument("--target", choices=sorted(TARGETS), default="h200")
-    parser.add_argument("--compiler", choices=("auto", "gpu", "cpu"), default="auto", help="auto: gpu with jax's CUDA wheels, else cpu")
-    parser.add_argument("--prompt", type=positive_integer, help="prompt tokens of a group (default: rollout.max_prompt_tokens)")
-    parser.add_argument("--completion", type=positive_integer, help="tokens of a completion (default: rollout.max_completion_tokens)")
-    parser.add_argument("--mfu", type=positive_number, default=0.4, help="model FLOPs utilisation that is expected (default: 0.4)")
-    parser.add_argument("--rollout-tokens-per-second", type=positive_number, help="over all samplers")
+    parser.add_argument(
+        "--compiler",
+        choices=("auto", "gpu", "cpu"),
+        default="auto",
+        help="auto: gpu with jax's CUDA wheels, else cpu",
+    )
+    parser.add_argument(
+        "--prompt",
+        type=positive_integer,
+        help="prompt tokens of a group (default: rollout.max_prompt_tokens)",
+    )
+    parser.add_argument(
+        "--completion",
+        type=positive_integer,
+        help="tokens of a completion (default: rollout.max_completion_tokens)",
+    )
+    parser.add_argument(
+        "--mfu",
+        type=positive_number,
+        default=0.4,
+        help="model FLOPs utilisation that is expected (default: 0.4)",
+    )
+    parser.add_argument(
+        "--rollout-tokens-per-second", type=positive_number, help="over all samplers"
+    )
     parser.add_argument("--gpu-hour-price", type=positive_number)
-    parser.add_argument("--link", type=positive_number, metavar="GB/S", help="a GPU's NVLink, one direction (default: the target's)")
+    parser.add_argument(
+        "--link",
+        type=positive_number,
+        metavar="GB/S",
+        help="a GPU's NVLink, one direction (default: the target's)",
+    )
     network = "a GPU's share of InfiniBand, one direction (default: the target's)"
     parser.add_argument("--network", type=positive_number, metavar="GB/S", help=network)
-    parser.add_argument("--table", action="store_true", help=f"also plan for {', '.join(map(str, TABLE_GPUS))} GPUs")
+    parser.add_argument(
+        "--table", action="store_true", help=f"also plan for {', '.join(map(str, TABLE_GPUS))} GPUs"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(arguments)
     args.link = args.link or TARGETS[args.target].link / 1e9

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from jax.stages import Compiled
 
-from jaxgrpo.planning import StateBytes
-from jaxgrpo.update import LoweredStep
+from jaxgrpo.learner.update import LoweredStep
 from tools.hlo import Collective, collectives
+from tools.planning import StateBytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,9 @@ def measure(lowered: LoweredStep, state: StateBytes, *, gpu: bool) -> StepMemory
     return StepMemory(
         state,
         batch=accumulate.arguments - state.parameters - state.gradients - state.frozen,
-        score=_memory(lowered.score.compile(), state.parameters + state.optimizer, gpu) if lowered.score else None,
+        score=_memory(lowered.score.compile(), state.parameters + state.optimizer, gpu)
+        if lowered.score
+        else None,
         accumulate=accumulate,
         apply=_memory(lowered.apply.compile(), state.reference + state.frozen, gpu),
         collectives=tuple(collectives(compiled.as_text() or "")),
@@ -66,8 +68,18 @@ def measure(lowered: LoweredStep, state: StateBytes, *, gpu: bool) -> StepMemory
 def _memory(compiled: Compiled, beside: int, gpu: bool) -> ProgramMemory:
     m = compiled.memory_analysis()
     assert m is not None  # of XLA's backends, all have one
-    everything = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
-    return ProgramMemory(m.argument_size_in_bytes, m.temp_size_in_bytes, m.peak_memory_in_bytes if gpu else everything, beside)
+    everything = (
+        m.argument_size_in_bytes
+        + m.output_size_in_bytes
+        + m.temp_size_in_bytes
+        - m.alias_size_in_bytes
+    )
+    return ProgramMemory(
+        m.argument_size_in_bytes,
+        m.temp_size_in_bytes,
+        m.peak_memory_in_bytes if gpu else everything,
+        beside,
+    )
 
 
 def describe_collectives(found: tuple[Collective, ...]) -> list[str]:
@@ -76,7 +88,11 @@ def describe_collectives(found: tuple[Collective, ...]) -> list[str]:
     lines = []
     for key, count in sorted(kinds.items(), key=lambda item: str(item[0])):
         inside, kind, dtype, times = key
-        size = sum(c.bytes * (c.times or 1) for c in found if (c.inside_loop, c.kind, c.dtype, c.times) == key)
+        size = sum(
+            c.bytes * (c.times or 1)
+            for c in found
+            if (c.inside_loop, c.kind, c.dtype, c.times) == key
+        )
         where = f"in the layer loops, {times} times" if inside else "outside the loops"
         lines.append(f"{count} x {kind} {dtype}, {where}: {size / 2**30:.2f} GiB")
     return lines

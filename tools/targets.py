@@ -72,11 +72,17 @@ def can_compile_for_gpus() -> bool:
 def described_gpus(target: Target, count: int, per_host: int) -> Sequence[Any]:
     """`count` devices of that kind, in hosts of `per_host`, to compile for. Nothing can run on them. Needs jax's CUDA wheels."""
     hosts = -(-count // per_host)
-    description = _HOPPER.format(bandwidth=target.memory_bandwidth, memory=target.memory_bytes, name=target.name)
+    description = _HOPPER.format(
+        bandwidth=target.memory_bandwidth, memory=target.memory_bytes, name=target.name
+    )
     shape = f"1x{hosts}x{min(count, per_host)}"
-    devices = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=description, topology=shape).devices
+    devices = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=description, topology=shape
+    ).devices
     if len(devices) != count:
-        raise ValueError(f"{count} devices do not fill hosts of {per_host}: give a multiple of {per_host}")
+        raise ValueError(
+            f"{count} devices do not fill hosts of {per_host}: give a multiple of {per_host}"
+        )
     return devices
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxgrpo import hf_mapping, pretrained
-from jaxgrpo.model import ModelConfig
+from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.paths import absolute
+from jaxgrpo.storage import hf_mapping, pretrained
 from tools.arguments import failed
 
 _PROMPTS = ("def quicksort(items):", "The capital of France is", "1 2 3 5 8 13 21")
@@ -25,17 +25,23 @@ _SHOWN = 20
 def differing_tensors(first: pretrained.WeightSource, second: pretrained.WeightSource) -> list[str]:
     """The Hugging Face names of the tensors that are not the same bits in both. Raises ValueError when the models differ in size."""
     if hf_mapping.leaf_shapes(first.config) != hf_mapping.leaf_shapes(second.config):
-        raise ValueError(f"{first.folder} and {second.folder} are not models of one size: {first.config} and {second.config}")
+        raise ValueError(
+            f"{first.folder} and {second.folder} are not models of one size: {first.config} and {second.config}"
+        )
     tensors = hf_mapping.hf_tensors(first.config)
-    return [tensor.name for tensor in tensors if not hf_mapping.same_bits(first.read(tensor), second.read(tensor))]
+    return [
+        tensor.name
+        for tensor in tensors
+        if not hf_mapping.same_bits(first.read(tensor), second.read(tensor))
+    ]
 
 
 def our_logits(folder: Path, ids_T: np.ndarray) -> np.ndarray:
-    """Float32 logits [T, V] of one sequence through `jaxgrpo.model.forward`."""
+    """Float32 logits [T, V] of one sequence through `jaxgrpo.models.qwen2.forward`."""
     import jax
     import jax.numpy as jnp
 
-    from jaxgrpo.model import cast_to, forward, head_table
+    from jaxgrpo.models.qwen2 import cast_to, forward, head_table
 
     config = ModelConfig.from_folder(folder)
     params = jax.tree.map(jnp.asarray, pretrained.load_params(folder, config, np.float32))
@@ -49,7 +55,9 @@ def their_logits(folder: Path, ids_T: np.ndarray) -> np.ndarray:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    ).eval()
     with torch.no_grad():
         return model(torch.tensor(ids_T, dtype=torch.long)[None]).logits[0].numpy()
 
@@ -67,16 +75,27 @@ def compare_logits(hf_folder: Path, folder: Path) -> float:
 
 def main() -> None:
     """Read the arguments, compare, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("first", type=absolute, help="a Hugging Face folder (or an orbax folder)")
     parser.add_argument("second", type=absolute, help="an orbax folder (or a Hugging Face folder)")
-    parser.add_argument("--logits", action="store_true", help="compare logits with transformers too (needs torch)")
-    parser.add_argument("--logits-bound", type=float, default=1e-2, help="largest difference that passes (default: 0.01)")
+    parser.add_argument(
+        "--logits", action="store_true", help="compare logits with transformers too (needs torch)"
+    )
+    parser.add_argument(
+        "--logits-bound",
+        type=float,
+        default=1e-2,
+        help="largest difference that passes (default: 0.01)",
+    )
     args = parser.parse_args()
     try:
         first, second = pretrained.open_weights(args.first), pretrained.open_weights(args.second)
         if args.logits and pretrained.is_orbax(args.first):
-            raise ValueError(f"--logits has transformers load the first folder, but {args.first} is an orbax folder: name it second")
+            raise ValueError(
+                f"--logits has transformers load the first folder, but {args.first} is an orbax folder: name it second"
+            )
         if args.logits and importlib.util.find_spec("torch") is None:
             raise ValueError("--logits needs PyTorch, which is not installed")
         differing = differing_tensors(first, second)
@@ -85,11 +104,17 @@ def main() -> None:
     count = len(hf_mapping.hf_tensors(first.config))
     if differing:
         more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
-        raise SystemExit(f"{len(differing)} of {count} tensors differ: {', '.join(differing[:_SHOWN])}{more}")
-    print(f"{count} tensors, {hf_mapping.parameter_count(first.config):,} parameters: every bit is the same")
+        raise SystemExit(
+            f"{len(differing)} of {count} tensors differ: {', '.join(differing[:_SHOWN])}{more}"
+        )
+    print(
+        f"{count} tensors, {hf_mapping.parameter_count(first.config):,} parameters: every bit is the same"
+    )
     if args.logits:
         difference = compare_logits(args.first, args.second)
-        print(f"logits: largest absolute difference from transformers in float32 is {difference:.3g}")
+        print(
+            f"logits: largest absolute difference from transformers in float32 is {difference:.3g}"
+        )
         if not difference <= args.logits_bound:
             raise SystemExit(f"the logits differ by more than {args.logits_bound}")
 

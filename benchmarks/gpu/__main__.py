@@ -1,15 +1,16 @@
 """All that is to be known of one GPU, in minutes: `python -m benchmarks.gpu --minutes 9 --out DIR`
 
-The parts, in their order: device (versions), attention (the kernels against each other and against
-float32), peak (bfloat16 products), mfu (the update on real tokens, and its memory), sampler (the
-embedded one's rates), publishing (weights to shared memory and back), demo (configs/cpu_demo.py),
-tests. docs/gpu.md says what they need and how they are read.
+The parts, in their order, what is least known first: device (versions), attention (the kernels
+against each other and against float32), peak (bfloat16 products), torch (the update in PyTorch),
+sampler (the embedded one's rates), demo (configs/cpu_demo.py), mfu (the update on real tokens, and
+its memory), model (the kernels through a whole update), publishing (weights to shared memory and
+back), tests. docs/gpu.md says what they need and how they are read.
 
 Every unit of a part is a process of its own with a deadline of its own: a crash, a hang, or memory
-that does not suffice costs that unit alone. A figure is in DIR/figures.jsonl, one JSON object a
-line, as soon as it is known; DIR/summary.md has tables, written anew after each unit; DIR/logs what
-the units said. Ends with status 0 when everything that was begun worked, 1 when something did
-not.
+that does not suffice costs that unit alone. None is begun for which the time left is too short. A
+figure is in DIR/figures.jsonl, one JSON object a line, as soon as it is known; DIR/summary.md has
+tables, written anew after each unit; DIR/logs what the units said. Ends with status 0 when
+everything that was begun worked, 1 when something did not.
 """
 
 import argparse

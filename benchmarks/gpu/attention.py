@@ -1,10 +1,9 @@
-"""Part 2: attention's kernels against float32 and against each other, forward and gradient; and how
-fast each is.
+"""Part "attention": the kernels against float32 and against each other, forward and gradient; and
+how fast each is.
 
-Geometries are those of the 7B and of the 0.5B; contexts are full, short, of one token and empty,
+Geometries are those of the 0.5B and of the 7B; contexts are full, short, of one token and empty,
 lengths are even and odd. A difference is relative (Frobenius) and the worst of all groups, so that
-one wrong group is not lost among many. "through a model" compares a whole update on packed, uneven
-groups: log-probabilities and gradients.
+one wrong group is not lost among many. What is exact is computed on the host, in float32.
 """
 
 import dataclasses
@@ -18,15 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from benchmarks.gpu.measuring import attempted, timed
+from benchmarks.gpu.measuring import attempted, timed, untuned
 from benchmarks.gpu.rows import Context, Row, in_time
-from jaxgrpo.attention import XLA, Kernel, attend
-from jaxgrpo.cudnn import CUDNN, unusable
+from jaxgrpo.models.attention import XLA, Kernel, attend
+from jaxgrpo.models.cudnn import CUDNN, unusable
 
 KERNELS: dict[str, Kernel] = {
-    "xla": XLA,
     "cudnn": CUDNN,
-}  # in this order: what is known to work comes first
+    "xla": XLA,
+}
 _ATTEND = {name: functools.partial(attend, kernel) for name, kernel in KERNELS.items()}
 MOST_DIFFERENCE = 0.01
 """Between a kernel in bfloat16 and float32: an element is rounded by up to 0.4 %, and a gradient is
@@ -78,26 +77,29 @@ TINY_TIMED = (Case("rows", G=4, C=32, P=64, lengths=(63,)), Case("prompt", G=1, 
 
 
 def run(unit: str, context: Context) -> Iterator[Row]:
-    if unit == "through a model":
-        from benchmarks.gpu import whole_model  # needs flax, which the rest does without
+    names = ("tiny heads",) if context.tiny else ("0.5B heads", "7B heads")
+    usable: dict[str, list[str]] = {}
+    for name in names:
+        why_not = unusable(jnp.dtype(jnp.bfloat16), HEADS[name].size, _platform(unit))
+        usable[name] = [kernel for kernel in KERNELS if kernel != "cudnn" or not why_not]
+        if why_not:
+            yield {"row": "left out", "heads": name, "kernel": "cudnn", "why": why_not}
+    if unit == "agreement":
+        for case, name in itertools.product(TINY_CASES if context.tiny else CASES, names):
+            what = {"heads": name, "case": case.name}
+            yield from in_time(context, agreement(what, usable[name], HEADS[name], case), what)
+        return
+    for name, case in itertools.product(names, TINY_TIMED if context.tiny else TIMED):
+        for kernel in usable[name]:
+            what = {"heads": name, "kernel": kernel, "case": case.name}
+            yield from in_time(context, attempted(what, _speed(what, kernel, case)), what)
 
-        yield from whole_model.run(context)
-        return
-    geometry, _, speed = unit.partition(", ")
-    heads, kernels = HEADS[geometry], list(KERNELS)
-    why_not = unusable(jnp.dtype(jnp.bfloat16), heads.size, jax.devices()[0].platform)
-    if why_not:
-        kernels.remove("cudnn")
-        yield {"row": "left out", "kernel": "cudnn", "why": why_not}
-    if speed:
-        for case, kernel in itertools.product(
-            TINY_TIMED if context.tiny else TIMED, reversed(kernels)
-        ):
-            what = {"kernel": kernel, "case": case.name}
-            yield from in_time(context, attempted(what, _speed(kernel, heads, case)), what)
-        return
-    for case in TINY_CASES if context.tiny else CASES:
-        yield from in_time(context, agreement(kernels, heads, case), {"case": case.name})
+
+def _platform(unit: str) -> str:
+    """Of the device, on jax's first use of it."""
+    if unit == "agreement":
+        untuned()
+    return jax.devices()[0].platform
 
 
 def inputs(heads: Heads, case: Case, dtype: Any) -> tuple[list[Array], Array | None, Array]:
@@ -116,7 +118,7 @@ def inputs(heads: Heads, case: Case, dtype: Any) -> tuple[list[Array], Array | N
 
 
 def dense(q: Array, k: Array, v: Array, *context: Array) -> Array:
-    """`jaxgrpo.attention.attend` as its definition says, with all scores at once, to be
+    """`jaxgrpo.models.attention.attend` as its definition says, with all scores at once, to be
     differentiated by jax; `context` holds keys, values and lengths, or nothing."""
     repeat, c = q.shape[3] // k.shape[3], q.shape[2]
     spread = lambda x: jnp.repeat(x, repeat, axis=-2)
@@ -145,26 +147,32 @@ def gradients(
     return output, *pull(cotangent)
 
 
-def agreement(kernels: Sequence[str], heads: Heads, case: Case) -> Iterator[Row]:
+def agreement(what: Row, kernels: Sequence[str], heads: Heads, case: Case) -> Iterator[Row]:
     """Each kernel in bfloat16 from the definition in float32 (the same inputs, exact products), and
-    cuDNN's from XLA's."""
+    cuDNN's from XLA's; each row as soon as it is known."""
     arrays, lengths, cotangent = inputs(heads, case, jnp.bfloat16)
-    wide = [x.astype(jnp.float32) for x in (*arrays, cotangent)]
-    with jax.default_matmul_precision("highest"):
-        exact = gradients(dense, wide[:-1], lengths, wide[-1])
+    exact = exactly(arrays, lengths, cotangent)
     found = {}
     for name in kernels:
-        what = {"kernel": name, "case": case.name}
+        of_kernel = {**what, "kernel": name}
 
-        def compare(name: str = name, what: Row = what) -> Iterator[Row]:
+        def compare(name: str = name, of_kernel: Row = of_kernel) -> Iterator[Row]:
             found[name] = gradients(_ATTEND[name], arrays, lengths, cotangent)
-            yield compared(what | {"with": "float32"}, found[name], exact)
+            yield compared(of_kernel | {"with": "float32"}, found[name], exact)
 
-        yield from attempted(what, compare())
+        yield from attempted(of_kernel, compare())
     if len(found) == 2:
-        yield compared(
-            {"kernel": "cudnn", "case": case.name, "with": "xla"}, found["cudnn"], found["xla"]
-        )
+        yield compared({**what, "kernel": "cudnn", "with": "xla"}, found["cudnn"], found["xla"])
+
+
+def exactly(arrays: list[Array], lengths: Array | None, cotangent: Array) -> tuple[Array, ...]:
+    """The definition's output and gradients in float32, on the host: no kernel of a GPU has a part
+    in it, and it compiles fast."""
+    host = jax.devices("cpu")[0]
+    wide = [jax.device_put(x, host).astype(jnp.float32) for x in (*arrays, cotangent)]
+    lengths = None if lengths is None else jax.device_put(lengths, host)
+    with jax.default_matmul_precision("highest"):
+        return gradients(dense, wide[:-1], lengths, wide[-1])
 
 
 def compared(what: Row, got: Sequence[Array], expected: Sequence[Array]) -> Row:
@@ -184,14 +192,16 @@ def compared(what: Row, got: Sequence[Array], expected: Sequence[Array]) -> Row:
 def _distance(got: Array, expected: Array) -> float:
     """Of the worst group: relative to what is expected; infinite where zero is expected and
     something else found."""
-    flat = lambda x: x.astype(jnp.float32).reshape(x.shape[0], -1)
-    norm = jnp.linalg.norm(flat(expected), axis=1)
-    apart = jnp.linalg.norm(flat(got) - flat(expected), axis=1)
-    return float(jnp.max(jnp.where(apart == 0, 0.0, apart / norm)))
+    flat = lambda x: np.asarray(x).astype(np.float32).reshape(x.shape[0], -1)
+    norm = np.linalg.norm(flat(expected), axis=1)
+    apart = np.linalg.norm(flat(got) - flat(expected), axis=1)
+    with np.errstate(divide="ignore"):
+        return float(np.max(np.where(apart == 0, 0.0, apart / np.where(apart == 0, 1.0, norm))))
 
 
-def _speed(name: str, heads: Heads, case: Case) -> Iterator[Row]:
+def _speed(what: Row, name: str, case: Case) -> Iterator[Row]:
     """Forward alone, and forward with backward, of one layer."""
+    heads = HEADS[what["heads"]]
     attention, (arrays, lengths, cotangent) = _ATTEND[name], inputs(heads, case, jnp.bfloat16)
     context = sum(case.lengths)
     pairs = case.G * (case.C * context + case.C * (case.C + 1) // 2)
@@ -200,14 +210,13 @@ def _speed(name: str, heads: Heads, case: Case) -> Iterator[Row]:
         "forward": (1, lambda: forward(*arrays)),
         "with backward": (3, lambda: gradients(attention, arrays, lengths, cotangent)),
     }
-    for what, (factor, call) in runs.items():
+    for direction, (factor, call) in runs.items():
         timing = timed(call)
         flops = factor * 4 * heads.query * heads.size * pairs
         yield {
             "row": "speed",
-            "kernel": name,
-            "case": case.name,
-            "what": what,
+            **what,
+            "what": direction,
             **timing.row,
             "tflops": flops / timing.fastest / 1e12,
         }

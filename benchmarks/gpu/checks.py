@@ -1,4 +1,4 @@
-"""Part 9: the quick tests that make sense on one GPU, a file a unit.
+"""Part "tests": the quick tests that make sense on one GPU, a file a unit.
 
 They were written for CPUs. tests/conftest.py asks for the CPU and for four devices unless the
 environment says otherwise: here it does. The tests hold arithmetic to float32, so products are

@@ -1,5 +1,5 @@
-"""Part 8: `configs/cpu_demo.py` as a user runs it: seconds and pass rates. Without BFCL's package,
-`configs/procedural.py` in its place.
+"""Part "demo": `configs/cpu_demo.py` as a user runs it: seconds and pass rates. Without BFCL's
+package, `configs/procedural.py` in its place.
 
 Nothing is fetched: the package is the folder that is given, an installed one, or the cache's
 (JAXGRPO_CACHE).

@@ -1,4 +1,4 @@
-"""Part 1: versions and the device."""
+"""Part "device": versions and the device."""
 
 import importlib.metadata
 import os

@@ -1,6 +1,7 @@
 """Timing on a device, and what a device refuses."""
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -55,6 +56,13 @@ def attempted(what: Row, rows: Iterator[Row], *more: type[Exception]) -> Iterato
         yield from rows
     except (jax.errors.JaxRuntimeError, *more) as error:
         yield {**what, "row": "failed", "why": str(error).splitlines()[0][:300]}
+
+
+def untuned() -> None:
+    """Compile without trying kernels out, which takes longer than all else where a program runs
+    once. To be called before jax's first use of a device."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()
 
 
 def memory(key: str) -> int | None:

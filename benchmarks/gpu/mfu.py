@@ -1,9 +1,9 @@
-"""Part 4: model FLOPs utilisation of the update on real tokens, and its memory beside what is
+"""Part "mfu": model FLOPs utilisation of the update on real tokens, and its memory beside what is
 predicted.
 
 A row is an optimizer step (forward, backward, clipping, AdamW; no KL) on four groups of eight
 uneven completions, packed as training packs them, in bfloat16. `mfu` counts the FLOPs that the
-mathematics asks for (jaxgrpo.planning): real tokens, pairs that causal attention and lengths allow,
+mathematics asks for (tools.planning): real tokens, pairs that causal attention and lengths allow,
 nothing computed again; over the median time and the measured peak. `mfu_padded` counts padding as
 if it were real, `hardware` also what the backward pass computes again.
 
@@ -25,13 +25,14 @@ from benchmarks.gpu.models import fitted, named, random_stored
 from benchmarks.gpu.peak import best_tflops
 from benchmarks.gpu.rollouts import TINY, Lengths, Packed, packed
 from benchmarks.gpu.rows import Context, Row, in_time
-from jaxgrpo.attention import XLA, Kernel
-from jaxgrpo.cudnn import CUDNN, unusable
-from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import ModelConfig, Params
-from jaxgrpo.planning import GroupShape, forward_flops, hardware_flops, model_flops, state_bytes
-from jaxgrpo.sharding import make_mesh
-from jaxgrpo.update import OptimizerSettings, TrainState, Update
+from jaxgrpo.config.settings import LossSettings, OptimizerSettings
+from jaxgrpo.learner.sharding import make_mesh
+from jaxgrpo.learner.update import TrainState, Update
+from jaxgrpo.models.attention import XLA, Kernel
+from jaxgrpo.models.cudnn import CUDNN, unusable
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import Params
+from tools.planning import GroupShape, forward_flops, hardware_flops, model_flops, state_bytes
 from tools.step_memory import measure
 from tools.targets import TARGETS, Target, can_compile_for_gpus, described_gpus
 
@@ -84,7 +85,7 @@ def run(unit: str, context: Context) -> Iterator[Row]:
         yield from _planned(context)
         return
     plan = plan_of(unit)
-    why_not = unusable(jnp.dtype(jnp.bfloat16), plan.model.head_size, jax.devices()[0].platform)
+    why_not = unusable(jnp.dtype(jnp.bfloat16), plan.model.head_dim, jax.devices()[0].platform)
     if plan.kernel == "cudnn" and why_not:
         yield {"row": "left out", **plan.row, "why": why_not}
         return

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from jaxgrpo.model import ModelConfig, Params, param_shapes
-from jaxgrpo.model_sizes import QWEN2_5
-from jaxgrpo.planning import MASTER_BYTES, layer_matrix_parameters
-from jaxgrpo.sharding import Layout
+from jaxgrpo.learner.sharding import Layout
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import Params, param_shapes
+from tools.model_sizes import QWEN2_5
+from tools.planning import MASTER_BYTES, layer_matrix_parameters
 
 TINY = ModelConfig(512, 64, 2, 4, 2, 16, 128, 4096, 1e6, 1e-6, True)
 _STATE_BYTES = 4 * MASTER_BYTES  # a parameter: weight, two moments and gradient
@@ -27,14 +28,14 @@ def named(name: str) -> ModelConfig:
 
 def fitted(model: ModelConfig, memory: int) -> ModelConfig:
     """With as many layers as leave enough of `memory` bytes for activations when it is trained."""
-    tables = model.vocab_size * model.width * (1 if model.tied_embeddings else 2)
+    tables = model.vocab_size * model.hidden_size * (1 if model.tied_embeddings else 2)
     room = memory * _STATE_SHARE / _STATE_BYTES - tables
     layers = max(1, min(model.layers, int(room // layer_matrix_parameters(model))))
     return dataclasses.replace(model, layers=layers)
 
 
 def random_logical(model: ModelConfig, dtype: Any) -> Params:
-    """The logical tree in `dtype`, as jaxgrpo.model.init_params has it but made leaf by leaf: that
+    """The logical tree in `dtype`, as jaxgrpo.models.qwen2.init_params has it but made leaf by leaf: that
     takes less memory."""
     return _random(param_shapes(model), lambda leaf: _Place(leaf.shape, dtype))
 

@@ -1,4 +1,4 @@
-"""Part 3: the rate of bfloat16 products, measured: what MFU is measured against."""
+"""Part "peak": the rate of bfloat16 products, measured: what MFU is measured against."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Part 7: publishing: weights written as orbax shards into shared memory, and read with all checks,
+"""Part "publishing": weights written as orbax shards into shared memory, and read with all checks,
 as a sampler's process does.
 
 The weights lie on the device in float32 and are cast there to bfloat16. The first two versions are
@@ -15,8 +15,8 @@ from benchmarks.gpu.measuring import GIB, attempted
 from benchmarks.gpu.models import named, random_stored
 from benchmarks.gpu.rows import Context, Row, in_time
 from benchmarks.publishing import Held
-from jaxgrpo import weights
-from jaxgrpo.sharding import make_layout, make_mesh
+from jaxgrpo.learner.sharding import make_layout, make_mesh
+from jaxgrpo.storage import publish
 
 _VERSIONS = 4
 _SPARE_BYTES = 2**30  # left free beside two versions
@@ -25,7 +25,7 @@ _SPARE_BYTES = 2**30  # left free beside two versions
 def run(unit: str, context: Context) -> Iterator[Row]:
     model = named(unit)
     mesh, layout = make_mesh(jax.devices()[:1]), make_layout(model, 1)
-    size = weights.published_bytes(layout)
+    size = publish.published_bytes(layout)
     what = {"row": "publish", "model": unit, "layers": model.layers, "gib": size / GIB}
     room = shutil.disk_usage(context.scratch).free
     if room < 2 * size + _SPARE_BYTES:
@@ -41,7 +41,7 @@ def run(unit: str, context: Context) -> Iterator[Row]:
 def _round(held: Held, root: Path, row: Row) -> Iterator[Row]:
     found, version = held.round(root, row["version"]), row["version"]
     if version > 1:
-        weights.retire_version(root, version - 1)
+        publish.retire_version(root, version - 1)
     rates = {
         f"{what}_gb_per_second": held.bytes / 1e9 / found[name]
         for what, name in (("write", "write"), ("read", "read and check"))

@@ -4,9 +4,10 @@ import dataclasses
 
 import numpy as np
 
-from jaxgrpo.packing import PackingSettings, pack
-from jaxgrpo.planning import GroupShape
+from jaxgrpo.config.settings import BatchingSettings
+from jaxgrpo.learner.batching import pack
 from jaxgrpo.types import Group, GroupBatch, Message, Score, StopReason, Task, Trajectory
+from tools.planning import GroupShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ def _episode(
         sample_index=number,
         prompt_ids_P=prompt_ids,
         completion_ids_C=completion_ids,
-        sampled_C=np.ones(c, bool),
+        action_mask_C=np.ones(c, bool),
         sampler_logprobs_C=np.zeros(c, np.float32),
         weight_versions_C=np.zeros(c, np.int64),
         messages=(Message("user", task),),
@@ -100,13 +101,13 @@ class Packed:
             "arrays_PGC": shapes,
             "real_tokens": real,
             "padded_tokens": padded,
-            "real_share": real / padded,
+            "real_fraction": real / padded,
         }
 
 
 def packed(prompt: int, lengths: Lengths, vocab: int) -> Packed:
     """As a training run packs them."""
-    batches = pack(episodes(prompt, lengths.draw(), vocab), 1, lengths.cap, PackingSettings())
+    batches = pack(episodes(prompt, lengths.draw(), vocab), 1, lengths.cap, BatchingSettings())
     real = [
         GroupShape(int(b.prompt_lengths_N[0]), tuple(b.completion_lengths_NG[0].tolist()))
         for b in batches

@@ -18,7 +18,7 @@ from benchmarks.gpu.parts import Part
 
 GRACE_SECONDS = 3.0  # between the deadline that a unit knows and its end
 MOST_OF_A_PART = 2 / 3  # of what a part has left, for a unit that is not its last
-LEAST_SECONDS = 5.0  # less is not worth a process
+LEAST_SECONDS = 5.0  # less is not worth a process, whatever its floor
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -38,29 +38,35 @@ class Settings:
         units = part.tiny_units or part.units if self.tiny else part.units
         return [unit for unit in units if self.only in unit]
 
+    def floor(self, part: Part) -> float:
+        """Seconds below which none of its units is begun."""
+        return LEAST_SECONDS if self.tiny else max(LEAST_SECONDS, part.floor)
+
 
 def run_parts(
     parts: Sequence[Part], settings: Settings, seconds: float, after_unit: Callable[[], object]
 ) -> None:
-    """All parts in order within `seconds`. Time that a part does not use goes to the later ones by
-    their shares. Whatever a unit does, the next one runs; `after_unit` is called after each."""
+    """All parts in order within `seconds`, no unit with less than its part's floor. Time that a part
+    does not use goes to the later ones by their shares. Whatever a unit does, the next one runs;
+    `after_unit` is called after each."""
     end = time.monotonic() + seconds
     work = [(part, units) for part in parts if (units := settings.units(part))]
     for i, (part, units) in enumerate(work):
-        now = time.monotonic()
+        now, floor = time.monotonic(), settings.floor(part)
         share = part.share / sum(later.share for later, _ in work[i:])
-        part_end = now + (end - now) * share
+        part_end = min(end, now + max(floor, (end - now) * share))
         for number, unit in enumerate(units):
             left = part_end - time.monotonic()
             last = number == len(units) - 1
-            status = run_unit(part, unit, settings, left if last else left * MOST_OF_A_PART)
+            given = left if last else max(left * MOST_OF_A_PART, min(left, floor))
+            status = run_unit(part, unit, settings, given)
             rows.add(settings.out, {"part": part.name, "unit": unit, **status})
             after_unit()
 
 
 def run_unit(part: Part, unit: str, settings: Settings, seconds: float) -> rows.Row:
     """One unit for at most `seconds`; a row that says how it ended."""
-    if seconds < LEAST_SECONDS:
+    if seconds < settings.floor(part) - 1:  # what the units before it took to be started
         return {"row": "unit", "status": "left out", "why": "no time left"}
     log = settings.out / "logs" / f"{part.name}-{unit.replace(' ', '-')}.log"
     log.parent.mkdir(exist_ok=True)
@@ -113,6 +119,8 @@ def environment() -> dict[str, str]:
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}  # what a killed process said is in its log
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in env:  # its older name
         env.setdefault("XLA_CLIENT_MEM_FRACTION", "0.93")
+    if env.get("JAX_PLATFORMS") in ("cuda", "gpu"):
+        env["JAX_PLATFORMS"] = "cuda,cpu"  # what is exact is computed on the host
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     return env
 

@@ -1,11 +1,13 @@
-"""Part 6: tokens a second of the embedded sampler with random weights, all layers: prefill, and
-decoding over a shared prompt.
+"""Part "sampler": tokens a second of the embedded sampler with random weights, all layers: prefill,
+and decoding over a shared prompt.
 
 Every episode is one turn at temperature 1 without an end token, log-probabilities included, as in
 benchmarks.sampler. Medians.
 """
 
+import contextlib
 import dataclasses
+import gc
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -18,29 +20,29 @@ from benchmarks.gpu.models import named, random_logical
 from benchmarks.gpu.rollouts import token_ids
 from benchmarks.gpu.rows import Context, Row, in_time
 from benchmarks.turns import Turn, play, release
-from jaxgrpo.background import EventLoopThread
-from jaxgrpo.decode import PAGE
-from jaxgrpo.model import ModelConfig
+from jaxgrpo.config.settings import PAGE
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.samplers.base import SamplerError
-from jaxgrpo.samplers.native import NativeSampler
+from jaxgrpo.samplers.native.sampler import NativeSampler
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Prompts whose prefill is timed, of which rows share the first; rows at once; tokens a turn;
-    timed rounds."""
+    """Prompts whose prefill is timed, so many at once, of which rows share the first; rows at once;
+    tokens a turn; timed rounds."""
 
     prompts: tuple[int, ...] = (1024, 4096)
-    rows: tuple[int, ...] = (1, 8, 64, 256)
+    at_once: int = 8
+    rows: tuple[int, ...] = (64, 256, 8, 1)
     tokens: int = 64
     rounds: int = 3
 
-    @property
-    def cache_tokens(self) -> int:
-        return max(self.rows) * (self.tokens + PAGE) + 4 * max(self.prompts)
+    def cache_tokens(self, rows: int) -> int:
+        return rows * (self.tokens + PAGE) + (self.at_once + 1) * max(self.prompts)
 
 
-TINY = Sizes(prompts=(96, 192), rows=(1, 4), tokens=16, rounds=2)
+TINY = Sizes(prompts=(96, 192), at_once=2, rows=(1, 4), tokens=16, rounds=2)
 
 
 class NoText:
@@ -57,60 +59,71 @@ class NoText:
 
 
 def run(unit: str, context: Context) -> Iterator[Row]:
-    model, sizes = named(unit), TINY if context.tiny else Sizes()
+    """A unit is one or more models. The first figure is the one worth most: of 64 rows."""
+    sizes = TINY if context.tiny else Sizes()
     with ExitStack() as stack:
         loop = stack.enter_context(EventLoopThread())
-        bench = _Bench(unit, model, sizes, loop)
-        stack.callback(bench.close)
-        short, *longer = sizes.prompts
-        plan: list[tuple[Row, Callable[[Row], Iterator[Row]]]] = [
-            ({"row": "prefill", "prompt": short}, bench.prefill)
-        ]
-        plan += [
-            ({"row": "decode", "prompt": short, "rows": rows}, bench.decode) for rows in sizes.rows
-        ]
-        plan += [({"row": "prefill", "prompt": prompt}, bench.prefill) for prompt in longer]
-        for what, measure in plan:
-            named_row = {**what, "model": unit, "layers": model.layers}
-            yield from in_time(
-                context, attempted(named_row, measure(named_row), SamplerError), named_row
-            )
+        for name in unit.split(", "):
+            model = named(name)
+            bench = _Bench(model, sizes, loop)
+            plan: list[tuple[Row, Callable[[Row], Iterator[Row]]]] = [
+                ({"row": "decode", "prompt": sizes.prompts[0], "rows": rows}, bench.decode)
+                for rows in sizes.rows
+            ]
+            plan[1:1] = [
+                ({"row": "prefill", "prompt": prompt, "prompts": sizes.at_once}, bench.prefill)
+                for prompt in sizes.prompts
+            ]
+            for what, measure in plan:
+                row = {**what, "model": name, "layers": model.layers}
+                yield from in_time(context, attempted(row, measure(row), SamplerError), row)
 
 
 class _Bench:
-    """A sampler, and one prompt of each length."""
+    """Random weights of a model, and a sampler for as many rows as are asked for: on an accelerator
+    its programs are made for all of them."""
 
-    def __init__(self, name: str, model: ModelConfig, sizes: Sizes, loop: EventLoopThread):
-        self.vocab, self.sizes, self.loop = model.vocab_size, sizes, loop
-        dtype, rows = jnp.bfloat16, max(sizes.rows)
-        self.sampler = NativeSampler(
-            model, random_logical(model, dtype), NoText(), eos_token_ids=(), max_rows=rows,
-            max_cache_tokens=sizes.cache_tokens, compute_dtype=dtype,
+    def __init__(self, model: ModelConfig, sizes: Sizes, loop: EventLoopThread):
+        self.model, self.sizes, self.loop = model, sizes, loop
+        self.params = random_logical(model, jnp.bfloat16)
+
+    @contextlib.contextmanager
+    def sampler(self, rows: int) -> Iterator[NativeSampler]:
+        sampler = NativeSampler(
+            self.model, self.params, NoText(), eos_token_ids=(), max_rows=rows,
+            max_cache_tokens=self.sizes.cache_tokens(rows), compute_dtype=jnp.bfloat16,
         )  # fmt: skip
+        try:
+            yield sampler
+        finally:
+            self.loop.call(sampler.close())
+            gc.collect()  # its weights and its pool go before the next one's come
 
     def prefill(self, what: Row) -> Iterator[Row]:
-        """Prompts that nobody shares, one after the other, each with its first token."""
-        seconds = []
-        for i in range(self.sizes.rounds + 1):
-            ids = token_ids(np.random.default_rng(1000 + i), what["prompt"], self.vocab)
-            turn = [Turn(f"prefill-{what['prompt']}-{i}", 0, ids, 1)]
-            seconds.append(self.loop.call(play(self.sampler, turn)))
-            self.loop.call(release(self.sampler, turn))
-        yield self.rated(what, seconds, what["prompt"])
+        """Prompts that nobody shares, all at once, each with its first token."""
+        seconds, count, length = [], what["prompts"], what["prompt"]
+        with self.sampler(count) as sampler:
+            for i in range(self.sizes.rounds + 1):
+                ids = token_ids(np.random.default_rng(i), count * length, self.model.vocab_size)
+                turns = [
+                    Turn(f"prefill-{i}-{n}", 0, ids[n * length : (n + 1) * length], 1)
+                    for n in range(count)
+                ]
+                seconds.append(self.loop.call(play(sampler, turns)))
+                self.loop.call(release(sampler, turns))
+        yield self.rated(what, seconds, count * length)
 
     def decode(self, what: Row) -> Iterator[Row]:
         """Rows over one prompt, which is computed before the clock starts."""
         rows, tokens = what["rows"], self.sizes.tokens
-        ids = token_ids(np.random.default_rng(0), what["prompt"], self.vocab)
-        group = f"decode-{rows}"
-        first = [Turn(group, 0, ids, 1)]
-        self.loop.call(play(self.sampler, first))
-        seconds = []
-        for i in range(self.sizes.rounds + 1):
-            turns = [Turn(group, 1 + i * rows + g, ids, tokens) for g in range(rows)]
-            seconds.append(self.loop.call(play(self.sampler, turns)))
-            self.loop.call(release(self.sampler, turns))
-        self.loop.call(release(self.sampler, first))
+        ids = token_ids(np.random.default_rng(0), what["prompt"], self.model.vocab_size)
+        first, seconds = [Turn("decode", 0, ids, 1)], []
+        with self.sampler(rows) as sampler:
+            self.loop.call(play(sampler, first))
+            for i in range(self.sizes.rounds + 1):
+                turns = [Turn("decode", 1 + i * rows + g, ids, tokens) for g in range(rows)]
+                seconds.append(self.loop.call(play(sampler, turns)))
+                self.loop.call(release(sampler, turns))
         yield self.rated(what, seconds, rows * tokens) | {
             "step_ms": statistics.median(seconds[1:]) / tokens * 1e3
         }
@@ -124,6 +137,3 @@ class _Bench:
             "first_seconds": seconds[0],
         }
         return {**what, **rates, "peak_gib": None if used is None else used / GIB}
-
-    def close(self) -> None:
-        self.loop.call(self.sampler.close())

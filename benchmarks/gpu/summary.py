@@ -7,12 +7,13 @@ from benchmarks.gpu.rows import Row
 _COLUMNS = {
     "device": "row kind memory_gib driver platform_version cores shared_memory_free_gib python "
     "packages",
-    "attention": "unit case kernel with agrees worst what seconds tflops",
+    "attention": "heads case kernel with agrees worst what seconds tflops",
+    "model": "case kernel with agrees worst",
     "peak": "size tflops tflops_median seconds",
-    "mfu": "row model layers kernel remat prompt real_share seconds compile_seconds tflops mfu "
+    "mfu": "row model layers kernel remat prompt real_fraction seconds compile_seconds tflops mfu "
     "mfu_padded hardware mfu_of_data_sheet peak_gib predicted_gib",
     "torch": "model prompt mask checkpointing seconds first_seconds peak_gib",
-    "sampler": "row model prompt rows tokens_per_second step_ms first_seconds peak_gib",
+    "sampler": "row model prompt prompts rows tokens_per_second step_ms first_seconds peak_gib",
     "publishing": "model gib version write_seconds read_seconds write_gb_per_second "
     "read_gb_per_second",
     "demo": "row config step split pass_rate pass_rate_low pass_rate_high seconds batch_seconds "
@@ -20,7 +21,7 @@ _COLUMNS = {
     "tests": "file passed skipped failed whole",
 }
 _SHARES = (
-    "real_share",
+    "real_fraction",
     "mfu",
     "mfu_padded",
     "hardware",
@@ -72,6 +73,7 @@ def problem(row: Row) -> str:
         "prompt",
         "mask",
         "checkpointing",
+        "heads",
         "rows",
         "case",
         "size",

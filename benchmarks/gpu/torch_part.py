@@ -1,4 +1,4 @@
-"""Part 5: the same optimizer step in PyTorch (torch_step.py), where PyTorch is installed."""
+"""Part "torch": the same optimizer step in PyTorch (torch_step.py), where PyTorch is installed."""
 
 import importlib.util
 from collections.abc import Iterator

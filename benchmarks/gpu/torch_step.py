@@ -1,11 +1,11 @@
-"""The optimizer step of part 4 in PyTorch, on the same groups, as TRL's GRPOTrainer makes it.
+"""The optimizer step of part "mfu" in PyTorch, on the same groups, as TRL's GRPOTrainer makes it.
 
 The prompt is in every row, rows are padded to the longest of their group, float32 weights under
 bfloat16 autocast, logits for the completions alone, one group a micro-batch, fused AdamW; no KL, as
-in part 4. A unit is a model. Attention is PyTorch's sdpa: "padded" with the mask of padding that
-TRL hands over, "causal" without one (padding is on the right, so nothing that counts sees it),
-which lets PyTorch take its flash kernel. Each with gradient checkpointing (TRL's default) and
-without it.
+in part "mfu". A unit is one or more models. Attention is PyTorch's sdpa: "padded" with the mask of
+padding that TRL hands over, "causal" without one (padding is on the right, so nothing that counts
+sees it), which lets PyTorch take its flash kernel. Each with gradient checkpointing (TRL's default)
+and without it.
 """
 
 import gc
@@ -19,10 +19,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.gpu.rollouts import TINY, Lengths
 from benchmarks.gpu.rows import Context, Row, in_time
-from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import ModelConfig
-from jaxgrpo.model_sizes import QWEN2_5
-from jaxgrpo.update import OptimizerSettings
+from jaxgrpo.config.settings import LossSettings, OptimizerSettings
+from jaxgrpo.models.model_config import ModelConfig
+from tools.model_sizes import QWEN2_5
 
 _PROMPTS, _TINY_PROMPTS = (1024, 4096), (64,)
 _TINY_MODEL = ModelConfig(512, 64, 2, 4, 2, 16, 128, 4096, 1e6, 1e-6, True)
@@ -34,11 +33,12 @@ def run(unit: str, context: Context) -> Iterator[Row]:
     if device.type == "cpu" and not context.tiny:
         yield {"row": "left out", "why": "this PyTorch sees no GPU"}
         return
-    model = _TINY_MODEL if context.tiny else QWEN2_5[unit]
     prompts = _TINY_PROMPTS if context.tiny else _PROMPTS
     lengths = (TINY if context.tiny else Lengths()).draw()
-    for checkpointing, prompt, masked in itertools.product((True, False), prompts, (True, False)):
-        what: Row = {"row": "step", "model": unit, "prompt": prompt}
+    plan = itertools.product(unit.split(", "), (True, False), prompts, (True, False))
+    for name, checkpointing, prompt, masked in plan:
+        model = _TINY_MODEL if context.tiny else QWEN2_5[name]
+        what: Row = {"row": "step", "model": name, "prompt": prompt}
         what |= {"mask": "padded" if masked else "causal", "checkpointing": checkpointing}
         yield from in_time(context, _rows(what, model, lengths, device), what)
 
@@ -91,8 +91,8 @@ def causal_lm(model: ModelConfig, device: torch.device, checkpointing: bool) -> 
         policy = Qwen2ForCausalLM._from_config(
             Qwen2Config(
                 vocab_size=model.vocab_size,
-                hidden_size=model.width,
-                intermediate_size=model.mlp_width,
+                hidden_size=model.hidden_size,
+                intermediate_size=model.intermediate_size,
                 num_hidden_layers=model.layers,
                 num_attention_heads=model.heads,
                 num_key_value_heads=model.kv_heads,

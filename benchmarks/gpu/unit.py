@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--bfcl")
     args = parser.parse_args()
-    # Before jax's first use; as jaxgrpo.setup.keep_compiled.
+    # Before jax's first use; as jaxgrpo.run.setup.enable_compilation_cache.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_root() / "xla" / machine()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     context = rows.Context(

@@ -11,16 +11,17 @@ import numpy as np
 import optax
 
 from benchmarks.gpu.attention import KERNELS
-from benchmarks.gpu.measuring import attempted
+from benchmarks.gpu.measuring import attempted, untuned
 from benchmarks.gpu.models import named, random_stored
 from benchmarks.gpu.rollouts import TINY, Lengths, Packed, packed
 from benchmarks.gpu.rows import Context, Row
-from jaxgrpo.attention import Kernel
-from jaxgrpo.cudnn import unusable
-from jaxgrpo.losses import LossSettings
-from jaxgrpo.model import ModelConfig, Params
-from jaxgrpo.sharding import make_mesh
-from jaxgrpo.update import OptimizerSettings, TrainState, Update
+from jaxgrpo.config.settings import LossSettings, OptimizerSettings
+from jaxgrpo.learner.sharding import make_mesh
+from jaxgrpo.learner.update import TrainState, Update
+from jaxgrpo.models.attention import Kernel
+from jaxgrpo.models.cudnn import unusable
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import Params
 
 MOST_DIFFERENCE = {"logprobs": 0.02, "gradients": 0.03}
 """Of log-probabilities the mean absolute difference of a real token, of gradients the relative one
@@ -36,14 +37,15 @@ class Step:
     gradients: Params
 
 
-def run(context: Context) -> Iterator[Row]:
+def run(unit: str, context: Context) -> Iterator[Row]:
     """Four layers of the 0.5B with a small vocabulary; prompts that do not fill their arrays."""
+    untuned()
     if context.tiny:
         model, work = named("tiny"), packed(60, TINY, named("tiny").vocab_size)
     else:
         model = dataclasses.replace(named("0.5B"), layers=4, vocab_size=8192)
         work = packed(1000, Lengths(median=200, cap=512, groups=2), model.vocab_size)
-    why_not = unusable(jnp.dtype(jnp.bfloat16), model.head_size, jax.devices()[0].platform)
+    why_not = unusable(jnp.dtype(jnp.bfloat16), model.head_dim, jax.devices()[0].platform)
     with jax.default_matmul_precision("highest"):
         exact = first_step(model, KERNELS["xla"], jnp.float32, work)
     found: dict[str, Step] = {}
@@ -75,7 +77,8 @@ def first_step(model: ModelConfig, kernel: Kernel, dtype: Any, work: Packed) -> 
         state, work.batches, None, [None] * len(work.batches)
     )
     real = [
-        np.asarray(x)[batch.sampled_NGC] for x, batch in zip(logprobs, work.batches, strict=True)
+        np.asarray(x)[batch.action_mask_NGC]
+        for x, batch in zip(logprobs, work.batches, strict=True)
     ]
     moments = optax.tree_utils.tree_get(
         state.opt_state, "mu"

@@ -13,7 +13,7 @@ import dataclasses
 
 from configs.h200x4 import get_config as article
 from envs.bfcl.rewards import Correctness, article_rewards
-from jaxgrpo.config import Config
+from jaxgrpo.config.settings import Config
 
 
 def get_config() -> Config:

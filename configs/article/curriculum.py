@@ -14,7 +14,7 @@ The article's code sorts its tasks like this, but its trainer's sampler then shu
 import dataclasses
 
 from configs.h200x4 import get_config as article
-from jaxgrpo.config import Config
+from jaxgrpo.config.settings import Config
 
 
 def get_config() -> Config:
@@ -22,6 +22,8 @@ def get_config() -> Config:
     return dataclasses.replace(
         config,
         name="article_curriculum",
-        environment=dataclasses.replace(config.environment, curriculum=True, max_turns=4, stop_at_lost_turn=False),
+        environment=dataclasses.replace(
+            config.environment, curriculum=True, max_turns=4, stop_at_lost_turn=False
+        ),
         rollout=dataclasses.replace(config.rollout, task_order="as_given", max_turns=40),
     )

@@ -9,10 +9,9 @@ Result     not measured here
 import dataclasses
 
 from configs.h200x4 import get_config as article
-from jaxgrpo.config import Config
-from jaxgrpo.packing import PackingSettings
+from jaxgrpo.config.settings import BatchingSettings, Config
 
 
 def get_config() -> Config:
-    packing = PackingSettings(advantage_normalization="none", aggregation="constant")
-    return dataclasses.replace(article(), name="article_dr_grpo", packing=packing)
+    batching = BatchingSettings(advantage_normalization="none", aggregation="constant")
+    return dataclasses.replace(article(), name="article_dr_grpo", batching=batching)

@@ -12,9 +12,11 @@ import dataclasses
 
 from configs.h200x4 import get_config as article
 from envs.bfcl.rewards import Correctness, Execution, Format, article_rewards
-from jaxgrpo.config import Config
+from jaxgrpo.config.settings import Config
 
 
 def get_config() -> Config:
     rewards = article_rewards(Execution(), Format(), Correctness())
-    return dataclasses.replace(article(), name="article_execution_format_correctness", rewards=rewards)
+    return dataclasses.replace(
+        article(), name="article_execution_format_correctness", rewards=rewards
+    )

@@ -9,7 +9,7 @@ import dataclasses
 
 from configs.h200x4 import get_config as article
 from envs.bfcl.rewards import Correctness, Format, article_rewards
-from jaxgrpo.config import Config
+from jaxgrpo.config.settings import Config
 
 
 def get_config() -> Config:

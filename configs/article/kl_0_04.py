@@ -11,8 +11,7 @@ with `--set training.reference_every=None`.
 import dataclasses
 
 from configs.h200x4 import get_config as article
-from jaxgrpo.config import Config
-from jaxgrpo.losses import LossSettings
+from jaxgrpo.config.settings import Config, LossSettings
 
 
 def get_config() -> Config:

@@ -8,8 +8,7 @@ Result     not measured here
 import dataclasses
 
 from configs.h200x4 import get_config as article
-from jaxgrpo.config import Config
-from jaxgrpo.losses import LossSettings
+from jaxgrpo.config.settings import Config, LossSettings
 
 
 def get_config() -> Config:

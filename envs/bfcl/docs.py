@@ -10,7 +10,15 @@ from collections.abc import Sequence
 DETAILS = ("full", "article", "without_response", "signatures")
 _REPEATED = "Tool description: "
 
-_PYTHON_TYPES = {"string": "str", "integer": "int", "float": "float", "number": "float", "boolean": "bool", "array": "list", "dict": "dict"}
+_PYTHON_TYPES = {
+    "string": "str",
+    "integer": "int",
+    "float": "float",
+    "number": "float",
+    "boolean": "bool",
+    "array": "list",
+    "dict": "dict",
+}
 _SCHEMA_TYPES = {"dict": "object", "float": "number", "tuple": "array"}
 
 
@@ -21,7 +29,10 @@ def describe(documents: Sequence[dict], detail: str) -> str:
     if detail == "article":
         return "\n".join(json.dumps(_trimmed(document, detail)) for document in documents)
     # Compact separators: a sixth fewer tokens.
-    return "\n".join(json.dumps(_trimmed(document, detail), ensure_ascii=False, separators=(",", ":")) for document in documents)
+    return "\n".join(
+        json.dumps(_trimmed(document, detail), ensure_ascii=False, separators=(",", ":"))
+        for document in documents
+    )
 
 
 def signature(document: dict) -> str:
@@ -41,7 +52,9 @@ def schema(document: dict, detail: str) -> dict:
     function = {"name": document["name"]}
     if detail != "signatures":
         function["description"] = document["description"]
-    function["parameters"] = _json_schema(document["parameters"], descriptions=detail != "signatures")
+    function["parameters"] = _json_schema(
+        document["parameters"], descriptions=detail != "signatures"
+    )
     if detail in ("full", "article"):
         function["response"] = _json_schema(document["response"], descriptions=True)
     return {"type": "function", "function": function}
@@ -50,7 +63,11 @@ def schema(document: dict, detail: str) -> dict:
 def _trimmed(document: dict, detail: str) -> dict:
     if detail == "article":
         return {**document, "description": document["description"].rpartition(_REPEATED)[2]}
-    return {key: value for key, value in document.items() if key != "response"} if detail == "without_response" else document
+    return (
+        {key: value for key, value in document.items() if key != "response"}
+        if detail == "without_response"
+        else document
+    )
 
 
 def _python_type(schema: dict) -> str:
@@ -73,7 +90,9 @@ def _json_schema(schema: dict, descriptions: bool) -> dict:
             if value != "any":
                 converted["type"] = _SCHEMA_TYPES.get(value, value)
         elif key == "properties":
-            converted["properties"] = {name: _json_schema(child, descriptions) for name, child in value.items()}
+            converted["properties"] = {
+                name: _json_schema(child, descriptions) for name, child in value.items()
+            }
         elif key == "items" and isinstance(value, dict):
             converted["items"] = _json_schema(value, descriptions)
         elif (key == "description" and not descriptions) or (key == "default" and value == "None"):

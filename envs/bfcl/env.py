@@ -4,13 +4,13 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from envs.base import Observation, StepResult
 from envs.bfcl import docs, protocols, scoring
 from envs.bfcl.execution import Call, CallResult, Session
 from envs.bfcl.protocols import Protocol
 from envs.bfcl.scoring import TurnVerdict
 from envs.bfcl.tasks import BfclTask, BfclTurn, Library
 from envs.tool_tags import Action, ToolRequest
+from jaxgrpo.environment import Observation, StepResult
 from jaxgrpo.types import Score, StopReason, ToolCall
 
 
@@ -56,11 +56,15 @@ class BfclEnvironment:
     def observe(self) -> Observation:
         documents = [self._library.document(self._task, name) for name in self._task.tools]
         query = turn_text(self._library, self._task, self._turns[0], self._options.docs)
-        return self._options.protocol.opening(documents, self._options.docs, self._options.examples, query)
+        return self._options.protocol.opening(
+            documents, self._options.docs, self._options.examples, query
+        )
 
     def step(self, action: str) -> StepResult:
         if self._over:
-            raise RuntimeError(f"the episode of task {self._task.id!r} is over: create a new environment")
+            raise RuntimeError(
+                f"the episode of task {self._task.id!r} is over: create a new environment"
+            )
         self._policy_turns += 1
         parsed = self._options.protocol.parse(action)
         if parsed.finished or parsed.gave_up:
@@ -71,7 +75,9 @@ class BfclEnvironment:
             self._over = True
             return StepResult(stop_reason=StopReason.STEP_LIMIT)
         calls = self._run(parsed.requests)
-        return self._answer(self._options.protocol.results(calls, len(parsed.requests) - len(calls)), calls)
+        return self._answer(
+            self._options.protocol.results(calls, len(parsed.requests) - len(calls)), calls
+        )
 
     def _answer(self, observation: Observation, calls: tuple[ToolCall, ...]) -> StepResult:
         """Go on, or stop where the turn's steps are used up."""
@@ -104,35 +110,65 @@ class BfclEnvironment:
         if request.name in self._offered:
             result = self._policy.run(call)
         else:
-            result = CallResult(call, f"Error during execution: there is no tool named '{request.name[:100]}'", ok=False)
+            result = CallResult(
+                call,
+                f"Error during execution: there is no tool named '{request.name[:100]}'",
+                ok=False,
+            )
         self._results.append(result)
         return ToolCall(request.name[:100], arguments, self._shown(result.text), result.ok)
 
     def _shown(self, text: str) -> str:
         """The result as the policy sees it; the check uses the whole of it."""
         limit = self._options.result_limit
-        return text if not limit or len(text) <= limit else f"{text[:limit]}... ({len(text) - limit} characters left out)"
+        return (
+            text
+            if not limit or len(text) <= limit
+            else f"{text[:limit]}... ({len(text) - limit} characters left out)"
+        )
 
     def _end_turn(self, parsed: Action) -> StepResult:
         self._judge_turn()
         self._start_turn()
         verdict = self._verdicts[-1]
         last = self._turn == len(self._turns)
-        lost = self._options.stop_at_lost_turn and self._options.reward == "official" and not verdict.passed
+        lost = (
+            self._options.stop_at_lost_turn
+            and self._options.reward == "official"
+            and not verdict.passed
+        )
         if last or lost:
             self._over = True
-            reason = StopReason.GAVE_UP if parsed.gave_up else StopReason.FINISHED if last else StopReason.FAILED
+            reason = (
+                StopReason.GAVE_UP
+                if parsed.gave_up
+                else StopReason.FINISHED
+                if last
+                else StopReason.FAILED
+            )
             return StepResult(stop_reason=reason)
         turn = self._turns[self._turn]
         self._offered.update(turn.new_tools)
-        return StepResult(observation=self._options.protocol.query(turn_text(self._library, self._task, turn, self._options.docs)))
+        return StepResult(
+            observation=self._options.protocol.query(
+                turn_text(self._library, self._task, turn, self._options.docs)
+            )
+        )
 
     def _judge_turn(self) -> None:
         truth = self._turns[self._turn].truth
         expected = [self._truth.run(call).text for call in truth]
         so_far = [result.text for result in self._results]
         self._verdicts.append(
-            scoring.judge_turn(self._turn, self._policy, self._truth, expected, so_far, self._calls_made, self._call_steps)
+            scoring.judge_turn(
+                self._turn,
+                self._policy,
+                self._truth,
+                expected,
+                so_far,
+                self._calls_made,
+                self._call_steps,
+            )
         )
         made = self._results[len(self._results) - self._calls_made :]
         self._turns_matched += not scoring.missing_calls(truth, made)
@@ -155,7 +191,9 @@ class BfclEnvironment:
             return scoring.official_score(self._verdicts, len(self._turns), finished)
         differences = scoring.state_differences(self._policy.instances, self._truth.instances)
         expected = [call for turn in self._turns for call in turn.truth]
-        return scoring.call_match_score(self._verdicts, len(self._turns), finished, differences, self._results, expected)
+        return scoring.call_match_score(
+            self._verdicts, len(self._turns), finished, differences, self._results, expected
+        )
 
 
 def turn_text(library: Library, task: BfclTask, turn: BfclTurn, detail: str) -> str:

@@ -44,13 +44,22 @@ class Session:
 
     def __init__(self, instances: Mapping[str, object], documented: Sequence[str]) -> None:
         self.instances = instances
-        self._owners = {name: instance for name in documented for instance in instances.values() if hasattr(type(instance), name)}
+        self._owners = {
+            name: instance
+            for name in documented
+            for instance in instances.values()
+            if hasattr(type(instance), name)
+        }
 
     def run(self, call: Call) -> CallResult:
         """Run one call. Whatever a simulator raises is a result too: official semantics, and the only place that catches everything."""
         instance = self._owners.get(call.name)
         if instance is None:
-            return CallResult(call, f"Error during execution: there is no tool named '{call.name[:100]}'", ok=False)
+            return CallResult(
+                call,
+                f"Error during execution: there is no tool named '{call.name[:100]}'",
+                ok=False,
+            )
         refused = guards.refusal(call.name, call.arguments, instance)
         if refused is not None:
             return CallResult(call, f"Error during execution: {refused}", ok=False)
@@ -65,7 +74,9 @@ def _invoke(method: Callable[..., object], arguments: dict[str, object]) -> tupl
     """Call and word the result while the call's number precision is still in force; leave no trace outside the instance."""
     for parameter in inspect.signature(method).parameters.values():
         if isinstance(parameter.default, list | dict) and parameter.name not in arguments:
-            arguments[parameter.name] = copy.deepcopy(parameter.default)  # else all instances share one default
+            arguments[parameter.name] = copy.deepcopy(
+                parameter.default
+            )  # else all instances share one default
     shared = _shared_state() if method.__name__ in _SHARED_STATE else contextlib.nullcontext()
     with shared, decimal.localcontext():
         result = method(**arguments)
@@ -101,7 +112,9 @@ def _says_error(result: object) -> bool:
     if isinstance(result, dict):
         return "error" in result
     if isinstance(result, list) and len(result) == 1:
-        return _says_error(result[0]) or (isinstance(result[0], str) and result[0].startswith("Error: "))
+        return _says_error(result[0]) or (
+            isinstance(result[0], str) and result[0].startswith("Error: ")
+        )
     return False
 
 
@@ -115,7 +128,9 @@ def parse_call(text: str, signatures: Mapping[str, inspect.Signature]) -> Call:
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         raise ValueError(f"not a tool call: {text!r}")
     names = [name for name in signatures[node.func.id].parameters if name != "self"]
-    arguments = {name: ast.literal_eval(value) for name, value in zip(names, node.args, strict=False)}
+    arguments = {
+        name: ast.literal_eval(value) for name, value in zip(names, node.args, strict=False)
+    }
     for keyword in node.keywords:
         if keyword.arg is None:
             raise ValueError(f"a call with ** cannot be read: {text!r}")

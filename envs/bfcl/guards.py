@@ -23,7 +23,12 @@ def refusal(name: str, arguments: Mapping[str, object], instance: object) -> str
 
 def _power(arguments: Mapping[str, object], instance: object) -> str | None:
     base, exponent = arguments.get("base"), arguments.get("exponent")
-    if not isinstance(base, int) or not isinstance(exponent, int) or abs(base) <= 1 or exponent <= 0:
+    if (
+        not isinstance(base, int)
+        or not isinstance(exponent, int)
+        or abs(base) <= 1
+        or exponent <= 0
+    ):
         return None  # floats overflow at once
     return "the result is too large" if base.bit_length() * exponent > MAX_POWER_BITS else None
 
@@ -41,7 +46,9 @@ def _logarithm(arguments: Mapping[str, object], instance: object) -> str | None:
 
 
 def _has_large_exponent(text: str) -> bool:
-    return any(abs(int(exponent)) > MAX_EXPONENT for exponent in re.findall(r"[eEpP]([+-]?\d{1,20})", text))
+    return any(
+        abs(int(exponent)) > MAX_EXPONENT for exponent in re.findall(r"[eEpP]([+-]?\d{1,20})", text)
+    )
 
 
 def _whole(number: str | float) -> int:
@@ -54,12 +61,20 @@ def _whole(number: str | float) -> int:
 
 def _square_root(arguments: Mapping[str, object], instance: object) -> str | None:
     precision = arguments.get("precision")
-    return f"precision must be at most {MAX_DIGITS}" if isinstance(precision, int) and precision > MAX_DIGITS else None
+    return (
+        f"precision must be at most {MAX_DIGITS}"
+        if isinstance(precision, int) and precision > MAX_DIGITS
+        else None
+    )
 
 
 def _round_number(arguments: Mapping[str, object], instance: object) -> str | None:
     places = arguments.get("decimal_places")
-    return f"decimal_places must be at least -{MAX_DIGITS}" if isinstance(places, int) and places < -MAX_DIGITS else None
+    return (
+        f"decimal_places must be at least -{MAX_DIGITS}"
+        if isinstance(places, int) and places < -MAX_DIGITS
+        else None
+    )
 
 
 def _copy(arguments: Mapping[str, object], instance: object) -> str | None:

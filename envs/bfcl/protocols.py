@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Protocol as TypingProtocol
 
 from envs import tool_tags
-from envs.base import Observation
 from envs.bfcl import docs
 from envs.bfcl.execution import Call
 from envs.tool_tags import Action
+from jaxgrpo.environment import Observation
 from jaxgrpo.types import Message, ToolCall
 
 NATIVE_INSTRUCTIONS = "Fulfil the user's request with the tools. When nothing is left to do, answer without a tool call."
@@ -29,7 +29,9 @@ EXAMPLES = (
 class Protocol(TypingProtocol):
     """How to open an episode, read a policy turn, and answer it."""
 
-    def opening(self, documents: Sequence[dict], detail: str, examples: int, query: str) -> Observation: ...
+    def opening(
+        self, documents: Sequence[dict], detail: str, examples: int, query: str
+    ) -> Observation: ...
     def parse(self, text: str) -> Action: ...
     def results(self, calls: Sequence[ToolCall], left: int) -> Observation: ...
     def fault(self, text: str) -> Observation: ...
@@ -41,9 +43,15 @@ class Protocol(TypingProtocol):
 class Tags:
     """Plain text with tags; see envs/tool_tags.py."""
 
-    def opening(self, documents: Sequence[dict], detail: str, examples: int, query: str) -> Observation:
+    def opening(
+        self, documents: Sequence[dict], detail: str, examples: int, query: str
+    ) -> Observation:
         system = f"{tool_tags.INSTRUCTIONS}\nTools:\n{docs.describe(documents, detail)}"
-        messages = [Message("system", system), *_example_messages(self, examples), Message("user", query)]
+        messages = [
+            Message("system", system),
+            *_example_messages(self, examples),
+            Message("user", query),
+        ]
         return self._observation(*messages)
 
     def parse(self, text: str) -> Action:
@@ -72,9 +80,17 @@ class Tags:
 class Native:
     """The chat template's own form. A reply without a tool call ends the turn; there is no way to give up."""
 
-    def opening(self, documents: Sequence[dict], detail: str, examples: int, query: str) -> Observation:
-        messages = [Message("system", NATIVE_INSTRUCTIONS), *_example_messages(self, examples), Message("user", query)]
-        return Observation(tuple(messages), tools=tuple(docs.schema(document, detail) for document in documents))
+    def opening(
+        self, documents: Sequence[dict], detail: str, examples: int, query: str
+    ) -> Observation:
+        messages = [
+            Message("system", NATIVE_INSTRUCTIONS),
+            *_example_messages(self, examples),
+            Message("user", query),
+        ]
+        return Observation(
+            tuple(messages), tools=tuple(docs.schema(document, detail) for document in documents)
+        )
 
     def parse(self, text: str) -> Action:
         requests, position = [], 0
@@ -82,19 +98,25 @@ class Native:
             start += len("<tool_call>")
             end = text.find("</tool_call>", start)
             if end < 0:
-                return Action(fault="The tool call was not closed with </tool_call>; nothing was done.")
+                return Action(
+                    fault="The tool call was not closed with </tool_call>; nothing was done."
+                )
             value, fault = tool_tags.read_json(text[start:end])
             if fault:
                 return Action(fault=f"The tool call could not be read: {fault}; nothing was done.")
             requests.append(tool_tags.request(value, "arguments"))
             position = end
             if len(requests) > tool_tags.MAX_CALLS:
-                return Action(fault=f"There were more than {tool_tags.MAX_CALLS} tool calls; nothing was done.")
+                return Action(
+                    fault=f"There were more than {tool_tags.MAX_CALLS} tool calls; nothing was done."
+                )
         return Action(requests=tuple(requests), finished=not requests)
 
     def results(self, calls: Sequence[ToolCall], left: int) -> Observation:
         skipped = ["not run: an earlier call failed"] * left
-        return Observation(tuple(Message("tool", text) for text in [*(call.result for call in calls), *skipped]))
+        return Observation(
+            tuple(Message("tool", text) for text in [*(call.result for call in calls), *skipped])
+        )
 
     def fault(self, text: str) -> Observation:
         return Observation((Message("tool", text),))
@@ -103,8 +125,16 @@ class Native:
         return Observation((Message("user", text),))
 
     def write_calls(self, calls: Sequence[Call], reasoning: str) -> str:
-        blocks = [json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False) for call in calls]
-        return "\n".join([*([reasoning] if reasoning else []), *(f"<tool_call>\n{block}\n</tool_call>" for block in blocks)])
+        blocks = [
+            json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
+            for call in calls
+        ]
+        return "\n".join(
+            [
+                *([reasoning] if reasoning else []),
+                *(f"<tool_call>\n{block}\n</tool_call>" for block in blocks),
+            ]
+        )
 
     def write_end(self, gave_up: bool, reasoning: str) -> str:
         return reasoning or ("That cannot be done." if gave_up else "Done.")
@@ -120,6 +150,10 @@ def _example_messages(protocol: Protocol, count: int) -> list[Message]:
         call = Call(tool.split("(")[0], arguments)
         messages.append(Message("user", f"(Example, with one more tool: {tool})\n{request}"))
         messages.append(Message("assistant", protocol.write_calls([call], reasoning)))
-        messages.extend(protocol.results([ToolCall(call.name, json.dumps(arguments), result, ok=True)], 0).messages)
+        messages.extend(
+            protocol.results(
+                [ToolCall(call.name, json.dumps(arguments), result, ok=True)], 0
+            ).messages
+        )
         messages.append(Message("assistant", protocol.write_end(False, "")))
     return messages

@@ -9,7 +9,7 @@ In place of the environment's own reward, an episode then earns
 
 Source: Bespoke Labs' fork of verifiers, commit 1f4a267, `rubrics/bfcl_rubric.py`. At that commit
 the addition of the format is commented out, as are the penalties for gibberish and for tool results
-of the policy's own (`jaxgrpo/judge.py`, `jaxgrpo/gibberish.py`).
+of the policy's own (`jaxgrpo/rewards/judge.py`, `jaxgrpo/rewards/penalties.py`).
 
 Departures: an expected call with positional arguments has their names, and a user turn in which the
 ground truth calls nothing is matched (there it never is).
@@ -18,16 +18,14 @@ ground truth calls nothing is matched (there it never is).
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from envs import tool_tags
 from envs.bfcl.protocols import PROTOCOLS
 from envs.bfcl.suite import Bfcl
-from jaxgrpo.rewards import ENVIRONMENT, Function, RewardFunction, RewardSettings, parts_of
+from jaxgrpo.config.settings import Config
+from jaxgrpo.rewards.base import ENVIRONMENT, Function, RewardFunction, RewardSettings, parts_of
 from jaxgrpo.types import Score, Trajectory
-
-if TYPE_CHECKING:
-    from jaxgrpo.config import Config
 
 ARTICLE_WEIGHTS = {"execution": 0.2, "format": 0.2, "correctness": 1.0}
 _REASONED = re.compile(r"<reasoning>.*?</reasoning>", re.DOTALL)
@@ -46,7 +44,7 @@ def article_rewards(*functions: Function) -> RewardSettings:
 class _OfBfcl(RewardFunction):
     """A function that only BFCL's episodes can be given to."""
 
-    def problems(self, config: "Config") -> Sequence[str]:
+    def problems(self, config: Config) -> Sequence[str]:
         if isinstance(config.environment, Bfcl):
             return ()
         kind = type(config.environment).__name__
@@ -90,7 +88,7 @@ class Format(_OfBfcl):
         kept = [_keeps_the_form(text) for text in trajectory.policy_texts]
         return sum(kept) / len(kept) if self.share else float(all(kept))
 
-    def problems(self, config: "Config") -> Sequence[str]:
+    def problems(self, config: Config) -> Sequence[str]:
         environment = config.environment
         if isinstance(environment, Bfcl) and environment.protocol != "tags":
             return (f"it is about the protocol 'tags', not {environment.protocol!r}: leave it out",)

@@ -69,7 +69,10 @@ def judge_turn(
 
 
 def check_calls(
-    policy: Session, truth: Session, truth_turns: Sequence[Sequence[Call]], policy_turns: Sequence[Sequence[Sequence[Call]]]
+    policy: Session,
+    truth: Session,
+    truth_turns: Sequence[Sequence[Call]],
+    policy_turns: Sequence[Sequence[Sequence[Call]]],
 ) -> list[TurnVerdict]:
     """The official check of recorded calls (turns of steps of calls) on two fresh sessions; stops after the first turn that fails."""
     verdicts: list[TurnVerdict] = []
@@ -117,7 +120,9 @@ def state_match(policy: Mapping[str, object], truth: Mapping[str, object]) -> fl
 def official_score(verdicts: Sequence[TurnVerdict], turns: int, finished: bool) -> Score:
     """1 when all turns passed, else 0. `verdicts` may end early, at the first turn that failed or where a limit ended the episode."""
     passed = len(verdicts) == turns and all(verdict.passed for verdict in verdicts)
-    return _score(passed, verdicts, turns, finished, {"response": float(_all(v.response for v in verdicts))})
+    return _score(
+        passed, verdicts, turns, finished, {"response": float(_all(v.response for v in verdicts))}
+    )
 
 
 def call_match_score(
@@ -132,15 +137,25 @@ def call_match_score(
     all be among the successful calls, as a multiset. Departure: positional ground-truth arguments have got their names (without, 13 of
     the base tasks could never pass)."""
     missing = missing_calls(expected, made)
-    score = _score(not differences and not missing, verdicts, turns, finished, {"calls": float(not missing)})
+    score = _score(
+        not differences and not missing, verdicts, turns, finished, {"calls": float(not missing)}
+    )
     parts = {**score.parts, "state": float(not differences)}
     notes = {**score.notes, **{f"end: {where}": what for where, what in differences.items()}}
     if missing:
-        notes["missing calls"] = _shorten("; ".join(f"{name} {arguments}" for name, arguments in missing))
+        notes["missing calls"] = _shorten(
+            "; ".join(f"{name} {arguments}" for name, arguments in missing)
+        )
     return dataclasses.replace(score, parts=parts, notes=notes)
 
 
-def _score(passed: bool, verdicts: Sequence[TurnVerdict], turns: int, finished: bool, parts: Mapping[str, float]) -> Score:
+def _score(
+    passed: bool,
+    verdicts: Sequence[TurnVerdict],
+    turns: int,
+    finished: bool,
+    parts: Mapping[str, float],
+) -> Score:
     common = {
         "state": float(_all(v.state for v in verdicts)),
         "turns_passed": sum(verdict.passed for verdict in verdicts) / turns,
@@ -150,7 +165,9 @@ def _score(passed: bool, verdicts: Sequence[TurnVerdict], turns: int, finished: 
     for verdict in verdicts:
         if verdict.reason:
             notes[f"turn {verdict.turn}"] = verdict.reason
-        notes.update({f"turn {verdict.turn}: {where}": what for where, what in verdict.notes.items()})
+        notes.update(
+            {f"turn {verdict.turn}: {where}": what for where, what in verdict.notes.items()}
+        )
     return Score(float(passed), passed, {**common, **parts}, notes)
 
 
@@ -188,7 +205,11 @@ def _equal(policy: object, truth: object) -> bool:
 def _describe(policy: object, truth: object) -> str:
     """The first differing leaves of two values, as `path: policy's, expected the truth's`."""
     given, expected = dict(_leaves(policy)), dict(_leaves(truth))
-    paths = [path for path in {**expected, **given} if given.get(path, _ABSENT) != expected.get(path, _ABSENT)]
+    paths = [
+        path
+        for path in {**expected, **given}
+        if given.get(path, _ABSENT) != expected.get(path, _ABSENT)
+    ]
     lines = [
         f"{path or 'value'}: {_shorten(given.get(path, _ABSENT))}, expected {_shorten(expected.get(path, _ABSENT))}"
         for path in paths[:MAX_NOTES]
@@ -210,7 +231,9 @@ def _leaves(value: object, limit: int = 20_000) -> Iterable[tuple[str, str]]:
         elif not children:
             yield path, "(empty)"
         else:
-            stack.extend((f"{path}/{key}" if path else str(key), child) for key, child in reversed(children))
+            stack.extend(
+                (f"{path}/{key}" if path else str(key), child) for key, child in reversed(children)
+            )
 
 
 def _children(item: object) -> list[tuple[object, object]] | None:
@@ -226,4 +249,8 @@ def _children(item: object) -> list[tuple[object, object]] | None:
 
 
 def _shorten(text: str) -> str:
-    return text if len(text) <= MAX_NOTE_CHARS else f"{text[:MAX_NOTE_CHARS]}… ({len(text)} characters)"
+    return (
+        text
+        if len(text) <= MAX_NOTE_CHARS
+        else f"{text[:MAX_NOTE_CHARS]}… ({len(text)} characters)"
+    )

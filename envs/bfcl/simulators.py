@@ -81,11 +81,15 @@ def _load_all(package: Package) -> Mapping[str, type]:
     return types.MappingProxyType({name: getattr(module, name) for name, module in loaded.items()})
 
 
-def _load_module(name: str, folder: Path, siblings: Mapping[str, types.ModuleType]) -> types.ModuleType:
+def _load_module(
+    name: str, folder: Path, siblings: Mapping[str, types.ModuleType]
+) -> types.ModuleType:
     """Execute one file as a module of its own. Its imports of sibling files are answered from `siblings`."""
 
     def private_import(target: str, *rest: Any, **named: Any) -> types.ModuleType:
-        return siblings[target] if target in siblings else builtins.__import__(target, *rest, **named)
+        return (
+            siblings[target] if target in siblings else builtins.__import__(target, *rest, **named)
+        )
 
     file = folder / f"{name}.py"
     module = types.ModuleType(f"{__package__}.isolated.{name}")
@@ -95,7 +99,9 @@ def _load_module(name: str, folder: Path, siblings: Mapping[str, types.ModuleTyp
     return module
 
 
-def create_instances(classes: Mapping[str, type], involved: Sequence[str], config: str, long_context: bool) -> dict[str, object]:
+def create_instances(
+    classes: Mapping[str, type], involved: Sequence[str], config: str, long_context: bool
+) -> dict[str, object]:
     """Fresh private instances of the involved classes, from the JSON text of the initial configuration (which they mutate)."""
     scenario = json.loads(config)
     instances = {}

@@ -116,12 +116,23 @@ def _given_folder(folder: Path, release: Release) -> Path:
     for candidate in (folder, folder / PACKAGE):
         if (candidate / release.probe).is_file():
             return candidate
-        found = [re.fullmatch(r"BFCL_(\w+)_multi_turn_base\.json", file.name) for file in (candidate / "data").glob("BFCL_*.json")]
+        found = [
+            re.fullmatch(r"BFCL_(\w+)_multi_turn_base\.json", file.name)
+            for file in (candidate / "data").glob("BFCL_*.json")
+        ]
         others = sorted(match[1] for match in found if match)
         if others:
-            hint = f"set release={others[0]!r}" if others[0] in RELEASES else f"known are {', '.join(RELEASES)}"
-            raise SourceError(f"{str(folder)!r} holds the data of BFCL {others[0]}, and release is {release.name!r}: {hint}")
-    raise SourceError(f"no unpacked bfcl_eval in {str(folder)!r}: there is no {release.probe} in it or in its folder {PACKAGE!r}")
+            hint = (
+                f"set release={others[0]!r}"
+                if others[0] in RELEASES
+                else f"known are {', '.join(RELEASES)}"
+            )
+            raise SourceError(
+                f"{str(folder)!r} holds the data of BFCL {others[0]}, and release is {release.name!r}: {hint}"
+            )
+    raise SourceError(
+        f"no unpacked bfcl_eval in {str(folder)!r}: there is no {release.probe} in it or in its folder {PACKAGE!r}"
+    )
 
 
 def _installed_folder(release: Release) -> Path | None:
@@ -130,12 +141,22 @@ def _installed_folder(release: Release) -> Path | None:
     except importlib.metadata.PackageNotFoundError:
         return None
     folder = Path(str(distribution.locate_file(PACKAGE)))
-    return folder if distribution.version == release.version and (folder / release.probe).is_file() else None
+    return (
+        folder
+        if distribution.version == release.version and (folder / release.probe).is_file()
+        else None
+    )
 
 
 def _download(scratch: Path, release: Release) -> Path:
     requirement = f"bfcl-eval=={release.version}"
-    arguments = ["download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet"]
+    arguments = [
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+        "--quiet",
+    ]
     command = [sys.executable, "-m", "pip", *arguments, "--dest", str(scratch), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = scratch / release.wheel

@@ -4,13 +4,21 @@ import dataclasses
 import difflib
 from collections.abc import Collection, Sequence
 
-from envs.base import Environment
 from envs.bfcl.docs import DETAILS
 from envs.bfcl.env import BfclEnvironment, EpisodeOptions
 from envs.bfcl.protocols import EXAMPLES, PROTOCOLS
 from envs.bfcl.simulators import MODULES
 from envs.bfcl.source import RELEASES, open_package
-from envs.bfcl.tasks import CATEGORIES, BfclTask, Library, as_task, curriculum, load_library, split_ids
+from envs.bfcl.tasks import (
+    CATEGORIES,
+    BfclTask,
+    Library,
+    as_task,
+    curriculum,
+    load_library,
+    split_ids,
+)
+from jaxgrpo.environment import Environment
 from jaxgrpo.types import Task
 
 REWARDS = ("official", "call_match")
@@ -62,7 +70,9 @@ class Bfcl:
     def __post_init__(self) -> None:
         _require("release", self.release, RELEASES)
         if isinstance(self.categories, str) or not self.categories:
-            raise ValueError(f'categories must be a tuple such as ("base",), got {self.categories!r}')
+            raise ValueError(
+                f'categories must be a tuple such as ("base",), got {self.categories!r}'
+            )
         for category in self.categories:
             _require("category", category, CATEGORIES)
         if len(set(self.categories)) != len(self.categories):
@@ -85,11 +95,15 @@ class Bfcl:
         ):
             value = getattr(self, name)
             if type(value) is not int or value < low or (high is not None and value > high):
-                raise ValueError(f"{name} must be a whole number from {low}{'' if high is None else f' to {high}'}, got {value!r}")
+                raise ValueError(
+                    f"{name} must be a whole number from {low}{'' if high is None else f' to {high}'}, got {value!r}"
+                )
 
     def tasks(self, split: str) -> Sequence[Task]:
         """The split's tasks, category after category, each in the article's order."""
-        tasks = [task for category in self.categories for task in self._category_split(category, split)]
+        tasks = [
+            task for category in self.categories for task in self._category_split(category, split)
+        ]
         if split != "train":
             return tasks
         if self.task_ids:
@@ -100,7 +114,12 @@ class Bfcl:
         if self.classes:
             tasks = [task for task in tasks if set(task.labels) <= set(self.classes)]
         if self.max_calls:
-            tasks = [task for task in tasks if sum(len(turn.truth) for turn in _payload(task).turns[: self.max_turns]) <= self.max_calls]
+            tasks = [
+                task
+                for task in tasks
+                if sum(len(turn.truth) for turn in _payload(task).turns[: self.max_turns])
+                <= self.max_calls
+            ]
         return tasks[: self.train_limit] if self.train_limit else tasks
 
     def create(self, task: Task) -> Environment:
@@ -148,7 +167,9 @@ class Bfcl:
 
 def _payload(task: Task) -> BfclTask:
     if not isinstance(task.payload, BfclTask):
-        raise TypeError(f"task {task.id!r} is not one of this suite: its payload is a {type(task.payload).__name__}")
+        raise TypeError(
+            f"task {task.id!r} is not one of this suite: its payload is a {type(task.payload).__name__}"
+        )
     return task.payload
 
 
@@ -158,4 +179,6 @@ def _require(what: str, given: str, allowed: Collection[str]) -> None:
         return
     near = difflib.get_close_matches(str(given), allowed, n=1, cutoff=0.3)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"unknown {what} {given!r}: {hint}allowed: {', '.join(list(allowed)[:12])}{' ...' if len(allowed) > 12 else ''}")
+    raise ValueError(
+        f"unknown {what} {given!r}: {hint}allowed: {', '.join(list(allowed)[:12])}{' ...' if len(allowed) > 12 else ''}"
+    )

@@ -62,12 +62,18 @@ class Library:
 
     def document(self, task: BfclTask, name: str) -> dict:
         """The document of one tool of the task's classes."""
-        return next(self.documents[owner][name] for owner in task.involved if name in self.documents[owner])
+        return next(
+            self.documents[owner][name] for owner in task.involved if name in self.documents[owner]
+        )
 
     def session(self, task: BfclTask) -> Session:
         """A fresh session on the task's initial state, where every documented method of its classes may be called."""
-        instances = simulators.create_instances(self.classes, task.involved, task.initial_config, task.long_context)
-        return Session(instances, [name for owner in task.involved for name in self.documents[owner]])
+        instances = simulators.create_instances(
+            self.classes, task.involved, task.initial_config, task.long_context
+        )
+        return Session(
+            instances, [name for owner in task.involved for name in self.documents[owner]]
+        )
 
 
 def load_library(package: Package) -> Library:
@@ -81,11 +87,21 @@ def _load_library(package: Package) -> Library:
     classes = simulators.load_classes(package)
     try:
         documents = {
-            owner: {doc["name"]: doc for doc in _read_lines(package.folder / "data" / "multi_turn_func_doc" / file)}
+            owner: {
+                doc["name"]: doc
+                for doc in _read_lines(package.folder / "data" / "multi_turn_func_doc" / file)
+            }
             for owner, file in simulators.DOCS.items()
         }
-        signatures = {name: inspect.signature(getattr(classes[owner], name)) for owner, docs in documents.items() for name in docs}
-        tasks = {category: _read_category(package, category, documents, signatures) for category in CATEGORIES}
+        signatures = {
+            name: inspect.signature(getattr(classes[owner], name))
+            for owner, docs in documents.items()
+            for name in docs
+        }
+        tasks = {
+            category: _read_category(package, category, documents, signatures)
+            for category in CATEGORIES
+        }
     except (OSError, LookupError, ValueError, TypeError, AttributeError, SyntaxError) as error:
         raise SourceError(
             f"the data in {package.folder} are not understood as those of BFCL {package.release.name} "
@@ -99,10 +115,16 @@ def _read_lines(path: Path) -> list[dict]:
 
 
 def _read_category(
-    package: Package, category: str, documents: Mapping[str, Mapping[str, dict]], signatures: Mapping[str, inspect.Signature]
+    package: Package,
+    category: str,
+    documents: Mapping[str, Mapping[str, dict]],
+    signatures: Mapping[str, inspect.Signature],
 ) -> dict[str, BfclTask]:
     name = package.release.data_file(category)
-    truths = {row["id"]: row["ground_truth"] for row in _read_lines(package.folder / "data" / "possible_answer" / name)}
+    truths = {
+        row["id"]: row["ground_truth"]
+        for row in _read_lines(package.folder / "data" / "possible_answer" / name)
+    }
     tasks = {}
     for row in _read_lines(package.folder / "data" / name):
         truth = [tuple(parse_call(text, signatures) for text in turn) for turn in truths[row["id"]]]
@@ -112,15 +134,26 @@ def _read_category(
     return tasks
 
 
-def _task(row: dict, category: str, truth: Sequence[tuple[Call, ...]], documents: Mapping[str, Mapping[str, dict]]) -> BfclTask:
+def _task(
+    row: dict,
+    category: str,
+    truth: Sequence[tuple[Call, ...]],
+    documents: Mapping[str, Mapping[str, dict]],
+) -> BfclTask:
     """One task; tools that are excluded are never offered, withheld ones (`missed_function`) from the turn that the data says.
 
     A withheld tool that the ground truth needs earlier is not withheld: else the task could not be solved (`tail` in miss_func_49).
     """
     excluded = set(row.get("excluded_function", ()))
     withheld = {
-        turn: tuple(name for name in names if not any(call.name == name for calls in truth[:turn] for call in calls))
-        for turn, names in ((int(turn), names) for turn, names in row.get("missed_function", {}).items())
+        turn: tuple(
+            name
+            for name in names
+            if not any(call.name == name for calls in truth[:turn] for call in calls)
+        )
+        for turn, names in (
+            (int(turn), names) for turn, names in row.get("missed_function", {}).items()
+        )
     }
     hidden = excluded.union(*withheld.values())
     turns = tuple(
@@ -137,14 +170,21 @@ def _task(row: dict, category: str, truth: Sequence[tuple[Call, ...]], documents
         involved=tuple(row["involved_classes"]),
         initial_config=json.dumps(row["initial_config"]),
         turns=turns,
-        tools=tuple(name for owner in row["involved_classes"] for name in documents[owner] if name not in hidden),
+        tools=tuple(
+            name
+            for owner in row["involved_classes"]
+            for name in documents[owner]
+            if name not in hidden
+        ),
     )
 
 
 def split_ids(ids: Sequence[str], split: str) -> list[str]:
     """The article's split: sorted ids, permuted with seed 42; the first 100 are "test", the last 100 "train", both in permuted order."""
     ordered = sorted(ids)
-    permuted = [ordered[index] for index in np.random.RandomState(SPLIT_SEED).permutation(len(ordered))]
+    permuted = [
+        ordered[index] for index in np.random.RandomState(SPLIT_SEED).permutation(len(ordered))
+    ]
     if split == "test":
         return permuted[:SPLIT_SIZE]
     if split == "train":
@@ -158,7 +198,11 @@ def curriculum(tasks: Sequence[BfclTask], max_turns: int) -> list[BfclTask]:
 
     The article's code sorts by turns + u, u uniform in [0, 0.1) from RandomState(42), before it leaves out the longer ones.
     """
-    copies = [dataclasses.replace(task, turns=task.turns[:count]) for task in tasks for count in range(1, len(task.turns) + 1)]
+    copies = [
+        dataclasses.replace(task, turns=task.turns[:count])
+        for task in tasks
+        for count in range(1, len(task.turns) + 1)
+    ]
     noise = np.random.RandomState(CURRICULUM_SEED).random_sample(len(copies)) * 0.1
     keys = [len(copy.turns) + shift for copy, shift in zip(copies, noise, strict=True)]
     ordered = [copies[index] for index in np.argsort(keys, kind="stable")]

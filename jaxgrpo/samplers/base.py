@@ -42,11 +42,15 @@ class SamplingRequest:
 
     def __post_init__(self) -> None:
         if not 0 < self.prompt_length <= len(self.context_ids):
-            raise ValueError(f"prompt_length {self.prompt_length} is outside the context of {len(self.context_ids)} tokens")
+            raise ValueError(
+                f"prompt_length {self.prompt_length} is outside the context of {len(self.context_ids)} tokens"
+            )
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"temperature must be >= 0 and top_p in (0, 1], got {self.temperature} and {self.top_p}")
+            raise ValueError(
+                f"temperature must be >= 0 and top_p in (0, 1], got {self.temperature} and {self.top_p}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +67,16 @@ class Generation:
 
     def __post_init__(self) -> None:
         if not len(self.token_ids_T) == len(self.logprobs_T) == len(self.weight_versions_T):
-            raise ValueError("token ids, log-probabilities and weight versions must be of one length")
+            raise ValueError(
+                "token ids, log-probabilities and weight versions must be of one length"
+            )
 
 
 class PolicyWeights(Protocol):
     """The policy's weights, however they lie: each sampler takes them in the form that it serves."""
 
     def logical(self) -> Any:
-        """The logical parameter tree of jaxgrpo.model, whole: for computing in this process."""
+        """The logical parameter tree of jaxgrpo.models.qwen2, whole: for computing in this process."""
 
     def write(self, version: int, root: Path) -> Path:
         """A new folder of shards under `root`, whole when this returns: for another process to read."""

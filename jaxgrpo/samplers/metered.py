@@ -35,9 +35,11 @@ class MeteredSampler:
     async def close(self) -> None:
         await self._sampler.close()
 
-    async def take_idle_share(self) -> float:
+    async def take_idle_fraction(self) -> float:
         """The share of the time without a request in flight, since this was asked last."""
         now = self._clock()
-        share = (self._idle + (now - self._since if self._running == 0 else 0.0)) / (now - self._asked)
+        share = (self._idle + (now - self._since if self._running == 0 else 0.0)) / (
+            now - self._asked
+        )
         self._idle, self._asked, self._since = 0.0, now, now
         return share

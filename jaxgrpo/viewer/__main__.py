@@ -7,13 +7,13 @@ the terminal; or writes them with --export.
 import argparse
 import importlib.util
 import secrets
-import signal
 import socket
 import sqlite3
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxgrpo.interruptions import interruptible, run_program
 from jaxgrpo.viewer.runs import Run, RunError, open_runs
 
 NEEDED = ("starlette", "uvicorn")
@@ -144,23 +144,14 @@ def _serve(runs: Sequence[Run], host: str, port: int) -> int:
         shown = socket.gethostname()
     print(f"http://{shown}:{port}/{f'?token={token}' if token else ''}", flush=True)
     watcher.start()
-    try:
-        uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
-        ).run(sockets=[listening])
-    finally:
-        watcher.stop()
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
+    with interruptible():
+        try:
+            uvicorn.Server(config).run(sockets=[listening])
+        finally:
+            watcher.stop()
     return 0
 
 
 if __name__ == "__main__":
-    for _ending in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # both unwind, so that what was started ends too
-        signal.signal(_ending, signal.default_int_handler)
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    run_program(main)

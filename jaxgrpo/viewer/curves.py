@@ -19,6 +19,11 @@ class Shown:
     unit: str
     says: str
 
+    def series(self, db: sqlite3.Connection) -> list[tuple[int, float | None]]:
+        """Its values. In runs of before November 2026 fractions were called shares."""
+        former = self.key.replace("_fraction", "_share")
+        return queries.series(db, self.key) or queries.series(db, former)
+
 
 SHOWN = (
     Shown("train/reward_mean", "Reward", "", "The mean reward of a batch's episodes."),
@@ -41,7 +46,7 @@ SHOWN = (
         "How far the policy is from the reference: the mean over trained tokens.",
     ),
     Shown(
-        "train/clip_share",
+        "train/clip_fraction",
         "Clip fraction",
         "%",
         "The share of trained tokens whose probability ratio was clipped.",
@@ -52,9 +57,9 @@ SHOWN = (
         "",
         "How open the policy's choice is, in nats a token; near zero nothing is explored.",
     ),
-    Shown("train/overlong_share", "Overlong episodes", "%", "The share that ran out of tokens."),
+    Shown("train/overlong_fraction", "Overlong episodes", "%", "The share that ran out of tokens."),
     Shown(
-        "train/no_signal_share",
+        "train/no_signal_fraction",
         "Groups without signal",
         "%",
         "The share of groups in which all rewards are alike: they teach nothing.",
@@ -79,7 +84,7 @@ SHOWN = (
     ),
 )
 
-_PHASES = ("rollout", "reference", "update", "publish", "check", "record", "checkpoint")
+_PHASES = ("rollout", "reference", "update", "probe", "publish", "check", "record", "checkpoint")
 
 
 def headline(runs: Sequence[tuple[str, sqlite3.Connection]]) -> list[tuple[Shown, Chart]]:
@@ -91,7 +96,7 @@ def headline(runs: Sequence[tuple[str, sqlite3.Connection]]) -> list[tuple[Shown
         curves = [
             Curve(name if several else shown.title, points)
             for name, db in runs
-            if (points := queries.series(db, shown.key))
+            if (points := shown.series(db))
         ]
         if curves:
             found.append((shown, Chart(shown.title, curves, shown.unit)))

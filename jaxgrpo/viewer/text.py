@@ -66,7 +66,7 @@ def _curves(console: Console, db: sqlite3.Connection) -> None:
     for title, side in (("metric", "left"), ("first", "right"), ("last", "right"), ("", "left")):
         table.add_column(title, justify=side, no_wrap=True)  # type: ignore[arg-type]
     for shown in SHOWN:
-        values = [value for _, value in queries.series(db, shown.key) if value is not None]
+        values = [value for _, value in shown.series(db) if value is not None]
         if values:
             first, last = charts.shown(values[0], shown.unit), charts.shown(values[-1], shown.unit)
             table.add_row(shown.title, first, last, sparkline(values))

@@ -18,10 +18,29 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 HERE = Path(__file__).parent
-_SIZES = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 3, "intermediate_size": 24, "num_attention_heads": 4}
+_SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+}
 CONFIGS = {
-    "qwen2_untied": {**_SIZES, "num_key_value_heads": 2, "tie_word_embeddings": False, "rope_theta": 1e6, "rms_norm_eps": 1e-6},
-    "qwen2_tied": {**_SIZES, "num_key_value_heads": 1, "head_dim": 6, "tie_word_embeddings": True, "rope_theta": 1e4, "rms_norm_eps": 1e-3},
+    "qwen2_untied": {
+        **_SIZES,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-6,
+    },
+    "qwen2_tied": {
+        **_SIZES,
+        "num_key_value_heads": 1,
+        "head_dim": 6,
+        "tie_word_embeddings": True,
+        "rope_theta": 1e4,
+        "rms_norm_eps": 1e-3,
+    },
 }
 
 
@@ -49,7 +68,9 @@ def make(name: str, seed: int) -> None:
     config = Qwen2Config(**CONFIGS[name], max_position_embeddings=1024, attn_implementation="eager")
     model = random_model(config, seed)
     weights = {
-        key: value.numpy() for key, value in model.state_dict().items() if not (config.tie_word_embeddings and key == "lm_head.weight")
+        key: value.numpy()
+        for key, value in model.state_dict().items()
+        if not (config.tie_word_embeddings and key == "lm_head.weight")
     }
     ids_BT = rng.integers(0, 64, (2, 12)).astype(np.int32)
     long_ids_T = rng.integers(0, 64, 600).astype(np.int32)

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxgrpo.metrics import Recorder
-from jaxgrpo.records import TrajectoryRecord, write_records
+from jaxgrpo.run.metrics import Recorder
+from jaxgrpo.run.records import TrajectoryRecord, write_records
 from jaxgrpo.types import Message, Score, StopReason, ToolCall, Trajectory
 
 MODEL = Path(__file__).parents[2] / "assets" / "tiny-qwen2.5"
@@ -158,7 +158,7 @@ def _played(
             np.int32,
         ),
         completion_ids_C=np.array(ids, np.int32),
-        sampled_C=sampled_C,
+        action_mask_C=sampled_C,
         sampler_logprobs_C=logprobs_C,
         weight_versions_C=np.where(sampled_C, 1, -1).astype(np.int32),
         messages=tuple(messages),

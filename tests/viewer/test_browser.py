@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxgrpo.records import to_line, write_records
+from jaxgrpo.run.records import to_line, write_records
 from tests.viewer.conftest import serving
 from tests.viewer.demo import ODD, record, write_demo
 

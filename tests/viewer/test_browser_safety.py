@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import pytest
 
-from jaxgrpo.records import write_records
+from jaxgrpo.run.records import write_records
 from jaxgrpo.viewer.__main__ import main
 from tests.viewer.conftest import serving
 from tests.viewer.demo import record, with_content, write_demo

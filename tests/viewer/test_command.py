@@ -11,7 +11,7 @@ import urllib.request
 
 import pytest
 
-from jaxgrpo.records import write_records
+from jaxgrpo.run.records import write_records
 from jaxgrpo.viewer.__main__ import NEEDED, main
 from tests.viewer.demo import record
 

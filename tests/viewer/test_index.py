@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from jaxgrpo.records import append_records, write_records
+from jaxgrpo.run.records import append_records, write_records
 from jaxgrpo.types import StopReason
 from jaxgrpo.viewer import queries
 from jaxgrpo.viewer.filters import Filter, match
@@ -192,7 +192,7 @@ def test_a_damaged_index_is_built_again(folder, cache):
 
 def test_bad_lines_and_other_formats_are_named(folder, cache):
     good = made.record("files_1", "train", 9, 0, True)
-    from jaxgrpo.records import to_line
+    from jaxgrpo.run.records import to_line
 
     older = json.loads(to_line(good)) | {"format": 0}
     del older["weight_versions"], older["messages"]

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from jaxgrpo.records import to_line
+from jaxgrpo.run.records import to_line
 from jaxgrpo.viewer.episode import from_line
 from jaxgrpo.viewer.index import read_metrics
 from jaxgrpo.viewer.reader import Lines, Store, head

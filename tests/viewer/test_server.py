@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import pytest
 
-from jaxgrpo.records import write_records
+from jaxgrpo.run.records import write_records
 from tests.viewer.conftest import serving
 from tests.viewer.demo import ODD, record, with_content, write_demo
 

@@ -8,8 +8,10 @@ import xml.etree.ElementTree as ET
 import pytest
 from rich.console import Console
 
-from jaxgrpo.viewer import charts, text, tokens, turns
+from jaxgrpo.viewer import charts, curves, text, tokens, turns
 from jaxgrpo.viewer.episode import Call, Episode, Message
+from jaxgrpo.viewer.runs import open_runs
+from jaxgrpo.viewer.site import Site
 from jaxgrpo.viewer.visible import found, plain, visible
 from tests.viewer.demo import ODD
 
@@ -258,3 +260,19 @@ def test_hostile_names_do_not_reach_the_terminal(demo):
 def test_what_is_not_there_is_answered_with_what_is(demo, arguments, why):
     with pytest.raises(LookupError, match=why):
         text.episode(demo, *arguments)
+
+
+def test_curves_of_a_former_version_are_found(tmp_path):
+    for name, key in (("now", "train/clip_fraction"), ("before", "train/clip_share")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(f'{{"step": 1, "{key}": 0.25}}\n')
+    runs = open_runs([tmp_path / "now", tmp_path / "before"], tmp_path / "cache")
+    for run in runs:
+        run.index.refresh()
+    with Site(runs).opened() as opened:
+        named = list(zip(("now", "before"), opened, strict=True))
+        ((_, chart),) = curves.headline(named)
+    assert [(each.name, each.points) for each in chart.curves] == [
+        ("now", [(1, 0.25)]),
+        ("before", [(1, 0.25)]),
+    ]

@@ -1,0 +1,35 @@
+"""Group rewards -> advantages. Pure NumPy."""
+
+import chex
+import numpy as np
+
+from jaxgrpo.checked import MAX_MAGNITUDE
+from jaxgrpo.config.settings import NORMALIZATIONS
+
+EPSILON = 1e-4
+
+
+def group_advantages(rewards_NG: np.ndarray, normalization: str = "std") -> np.ndarray:
+    """A_ng = (r_ng - mean_g r) / (std_g r + 1e-4), the standard deviation with G - 1 in its denominator (GRPO, arXiv:2402.03300, 4.1.2;
+    epsilon and denominator as TRL has them). With "none" the division is left out (Dr. GRPO, arXiv:2503.20783).
+
+    rewards_NG [N, G] with G >= 2 -> float32 [N, G]. A group of equal rewards has zero advantages. Raises ValueError for G < 2, and for
+    rewards that are not finite or beyond `checked.MAX_MAGNITUDE`, whose squares may be infinite: then all advantages would be zero.
+    """
+    chex.assert_rank(rewards_NG, 2)
+    if rewards_NG.shape[1] < 2:
+        raise ValueError("a group needs at least 2 episodes: with one, every advantage is zero")
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
+    rewards = np.asarray(rewards_NG, np.float64)
+    if not (np.abs(rewards) <= MAX_MAGNITUDE).all():
+        raise ValueError(
+            f"rewards must be finite and at most {MAX_MAGNITUDE:g} either way, got {rewards.tolist()}"
+        )
+    centred = rewards - rewards.mean(axis=1, keepdims=True)
+    centred[np.ptp(rewards, axis=1) == 0] = (
+        0.0  # exactly: the mean of equal rewards may differ from them in the last digit
+    )
+    if normalization == "std":
+        centred = centred / (rewards.std(axis=1, ddof=1, keepdims=True) + EPSILON)
+    return centred.astype(np.float32)

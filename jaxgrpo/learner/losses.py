@@ -1,0 +1,224 @@
+"""Token log-probabilities, the clipped policy objective, KL, and what is measured along the way. Pure functions.
+
+Departures from the textbook: the head never makes a [tokens, V] array for a whole sequence; the loss is a plain sum over weights that
+already hold the global denominator (`jaxgrpo.learner.batching.loss_weights`), so that micro-batches and devices add up
+to one batch exactly.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxgrpo.config.settings import LossSettings
+from jaxgrpo.learner.sharding import Storage
+from jaxgrpo.models.numerics import einsum_float32
+from jaxgrpo.types import AnyArray
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """How log-probabilities are computed: the table's shape [V, D], its storage, the tokens a chunk, and the sampling temperature. A table
+    that is not `trained` gets no gradient, and none is computed."""
+
+    shape: tuple[int, int]
+    storage: Storage
+    chunk: int
+    temperature: float
+    trained: bool = True
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def token_logprobs(hidden: Array, table: Array, targets: Array, head: Head) -> tuple[Array, Array]:
+    """log softmax(hidden @ table.T / temperature) at the targets, and the entropy of each distribution, in float32, chunk by chunk.
+
+    hidden [T, D], table a stored leaf of [V, D], targets [T] -> (logprobs [T], entropies [T]). No gradient flows through the entropies.
+    The gradient of the table is accumulated in float32 over all chunks.
+    """
+    return _logprobs_forward(hidden, table, targets, head)[0]
+
+
+def _logits(hidden: Array, weight: Array, temperature: float) -> Array:
+    logits = einsum_float32("td,vd->tv", hidden, weight)
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def _chunked(x: Array, chunk: int) -> Array:
+    """[T, ...] -> [ceil(T / chunk), chunk, ...], zero-padded."""
+    padded = jnp.pad(x, [(0, -x.shape[0] % chunk)] + [(0, 0)] * (x.ndim - 1))
+    return padded.reshape(-1, chunk, *x.shape[1:])
+
+
+def _logprobs_forward(
+    hidden: Array, table: Array, targets: Array, head: Head
+) -> tuple[tuple[Array, Array], tuple]:
+    weight = head.storage.load(table, head.shape)
+    tokens = hidden.shape[0]
+    chunk = min(head.chunk, tokens)
+
+    def one(_: None, args: tuple[Array, Array]) -> tuple[None, tuple[Array, Array, Array]]:
+        logits = _logits(args[0], weight, head.temperature)
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(logits - top)  # once, for the normalizer and for the entropy
+        total = jnp.sum(weights, axis=-1)
+        log_normalizer = top[:, 0] + jnp.log(total)
+        chosen = jnp.take_along_axis(logits, args[1][:, None], axis=-1)[:, 0]
+        mean_logit = jnp.sum(weights * logits, axis=-1) / total
+        return None, (chosen - log_normalizer, log_normalizer - mean_logit, log_normalizer)
+
+    _, outs = jax.lax.scan(one, None, (_chunked(hidden, chunk), _chunked(targets, chunk)))
+    logprobs, entropies, log_normalizers = (x.reshape(-1)[:tokens] for x in outs)
+    return (logprobs, entropies), (hidden, table, targets, log_normalizers)
+
+
+def _logprobs_backward(
+    head: Head, residuals: tuple, cotangents: tuple[Array, Array]
+) -> tuple[Array, Array | None, None]:
+    hidden, table, targets, log_normalizers = residuals
+    weight = head.storage.load(table, head.shape)
+    tokens = hidden.shape[0]
+    chunk = min(head.chunk, tokens)
+
+    def one(gradient: Array | None, args: tuple[Array, ...]) -> tuple[Array | None, Array]:
+        h, y, log_normalizer, cotangent = args
+        probabilities = jnp.exp(_logits(h, weight, head.temperature) - log_normalizer[:, None])
+        one_hot = jnp.arange(head.shape[0])[None] == y[:, None]
+        dlogits = ((one_hot - probabilities) * (cotangent / head.temperature)[:, None]).astype(
+            h.dtype
+        )
+        if gradient is not None:
+            gradient = gradient + einsum_float32("tv,td->vd", dlogits, h)
+        return gradient, jnp.einsum("tv,vd->td", dlogits, weight)
+
+    chunks = tuple(_chunked(x, chunk) for x in (hidden, targets, log_normalizers, cotangents[0]))
+    gradient, dhidden = jax.lax.scan(
+        one, head.storage.zeros(head.shape) if head.trained else None, chunks
+    )
+    dtable = None if gradient is None else head.storage.reduce(gradient, head.shape)
+    return dhidden.reshape(-1, hidden.shape[1])[:tokens], dtable, None
+
+
+token_logprobs.defvjp(_logprobs_forward, _logprobs_backward)
+
+
+def clipped_objective(ratio: Array, advantages: Array, clip_low: float, clip_high: float) -> Array:
+    """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), to be maximised (PPO, arXiv:1707.06347, eq. 7; two bounds as in DAPO,
+    arXiv:2503.14476, eq. 10). Arrays of one shape, or broadcastable."""
+    return jnp.minimum(
+        ratio * advantages, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
+    )
+
+
+def k3_kl(train_logprobs: Array, reference_logprobs: Array) -> Array:
+    """The k3 estimate of KL(train || reference) a token: exp(d) - d - 1 with d = reference - train (GRPO, arXiv:2402.03300, eq. 4)."""
+    delta = reference_logprobs - train_logprobs
+    return jnp.exp(delta) - delta - 1
+
+
+def truncated_importance_weight(old_logprobs: Array, sampler_logprobs: Array, cap: float) -> Array:
+    """min(pi_old / pi_sampler, cap): corrects for a sampler whose numerics differ from the trainer's (truncated importance
+    sampling; Ionides 2008). A weight, not a path for gradients."""
+    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(old_logprobs - sampler_logprobs), cap))
+
+
+class LossSums(NamedTuple):
+    """Sums over the tokens of a micro-batch; `summary` divides them once all micro-batches have been added up.
+
+    `loss` is already over the global denominator. `loss_tokens` counts the tokens with loss, `sampled_tokens` all that the sampler made.
+    """
+
+    loss: Array | float
+    loss_tokens: Array | float
+    sampled_tokens: Array | float
+    kl: Array | float
+    clipped: Array | float
+    entropy: Array | float
+    mismatch: Array | float
+    mismatch_kl: Array | float
+    mismatch_outside: Array | float
+    mismatch_max: Array | float
+
+    def add(self, other: "LossSums") -> "LossSums":
+        added = [a + b for a, b in zip(self, other, strict=True)]
+        return LossSums._make([*added[:-1], max(self.mismatch_max, other.mismatch_max)])
+
+    def summary(self) -> dict[str, float]:
+        """Flat metrics: means over tokens with loss (KL, clip share, entropy) or over sampled tokens (mismatch)."""
+        loss_tokens = max(float(self.loss_tokens), 1.0)
+        sampled = max(float(self.sampled_tokens), 1.0)
+        return {
+            "loss": float(self.loss),
+            "kl": float(self.kl) / loss_tokens,
+            "clip_fraction": float(self.clipped) / loss_tokens,
+            "entropy": float(self.entropy) / loss_tokens,
+            "loss_tokens": float(self.loss_tokens),
+            "mismatch_mean": float(self.mismatch) / sampled,
+            "mismatch_max": float(self.mismatch_max),
+            "mismatch_kl": float(self.mismatch_kl) / sampled,
+            "mismatch_outside_fraction": float(self.mismatch_outside) / sampled,
+        }
+
+
+def grpo_loss(
+    train_logprobs_NGC: AnyArray,
+    old_logprobs_NGC: AnyArray,
+    reference_logprobs_NGC: AnyArray | None,
+    sampler_logprobs_NGC: AnyArray,
+    entropies_NGC: AnyArray,
+    advantages_NG: AnyArray,
+    loss_weights_NGC: AnyArray,
+    action_mask_NGC: AnyArray,
+    settings: LossSettings,
+) -> tuple[Array, LossSums]:
+    """sum of w (beta KL - min(r A, clip(r) A)) with r = exp(train - old) (GRPO, arXiv:2402.03300, eq. 3).
+
+    All arrays float32; `reference_logprobs_NGC` is None exactly when `kl_beta` is 0. Tokens of zero weight contribute nothing, whatever
+    they hold. Returns the loss of this micro-batch and its sums.
+    """
+    chex.assert_equal_shape(
+        [
+            train_logprobs_NGC,
+            old_logprobs_NGC,
+            sampler_logprobs_NGC,
+            loss_weights_NGC,
+            action_mask_NGC,
+        ]
+    )
+    chex.assert_rank([train_logprobs_NGC, advantages_NG], [3, 2])
+    has_loss = loss_weights_NGC > 0
+    sampled = action_mask_NGC.astype(jnp.float32)
+    train = jnp.where(has_loss, train_logprobs_NGC, 0.0)
+    old = jnp.where(has_loss, old_logprobs_NGC, 0.0)
+    sampler = jnp.where(has_loss, sampler_logprobs_NGC, 0.0)
+    advantages = jnp.where(has_loss, advantages_NG[:, :, None], 0.0)
+    ratio = jnp.exp(train - old)
+    objective = clipped_objective(ratio, advantages, settings.clip_low, settings.clip_high)
+    if settings.tis_cap is not None:
+        objective = objective * truncated_importance_weight(old, sampler, settings.tis_cap)
+    kl = jnp.zeros_like(train)
+    if reference_logprobs_NGC is not None:
+        kl = k3_kl(train, jnp.where(has_loss, reference_logprobs_NGC, 0.0))
+    loss = jnp.sum(loss_weights_NGC * (settings.kl_beta * kl - objective))
+    clipped = ((ratio < 1 - settings.clip_low) & (advantages < 0)) | (
+        (ratio > 1 + settings.clip_high) & (advantages > 0)
+    )
+    delta = jnp.where(
+        action_mask_NGC, jax.lax.stop_gradient(train_logprobs_NGC) - sampler_logprobs_NGC, 0.0
+    )
+    sums = LossSums(
+        loss=loss,
+        loss_tokens=jnp.sum(has_loss),
+        sampled_tokens=jnp.sum(sampled),
+        kl=jnp.sum(kl),
+        clipped=jnp.sum(clipped & has_loss),
+        entropy=jnp.sum(jnp.where(has_loss, entropies_NGC, 0.0)),
+        mismatch=jnp.sum(jnp.abs(delta)),
+        mismatch_kl=jnp.sum(jnp.exp(delta) - delta - 1),
+        mismatch_outside=jnp.sum((jnp.abs(jnp.exp(delta) - 1) > 0.1) & (sampled > 0)),
+        mismatch_max=jnp.max(jnp.abs(delta)),
+    )
+    return loss, jax.tree.map(lambda x: jax.lax.stop_gradient(x.astype(jnp.float32)), sums)

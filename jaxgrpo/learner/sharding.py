@@ -1,0 +1,245 @@
+"""Flat ZeRO-3 shards: one storage layout and one code path for any number of devices, one included.
+
+A layer-stacked tensor [L, *shape] is stored as [L, ceil(n/D)*D] and any other tensor as [ceil(n/D)*D], n the number of its elements (a
+layer), zero-padded at the end and split over the mesh's one axis. Nothing needs to divide by D. Inside `jax.shard_map`, `Sharded.load`
+gathers one weight in the compute dtype; its backward pass scatters the float32 gradient back (ZeRO-3, arXiv:1910.02054, with the gather
+inside the layer loop).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxgrpo.models.model_config import ModelConfig
+from jaxgrpo.models.qwen2 import Params, param_shapes
+
+AXIS = "data"
+A = TypeVar("A", Array, np.ndarray)
+
+
+def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
+    """One axis over the devices: groups are data-parallel over it, weights are sharded over it."""
+    return Mesh(np.array(devices), (AXIS,))
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafLayout:
+    """How one tensor is stored: `shape` is its logical shape (of one layer when `stacked`), `layers` the length of the stack."""
+
+    shape: tuple[int, ...]
+    stacked: bool
+    layers: int
+    devices: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def padded(self) -> int:
+        return -(-self.size // self.devices) * self.devices
+
+    @property
+    def logical_shape(self) -> tuple[int, ...]:
+        return (self.layers, *self.shape) if self.stacked else self.shape
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return (self.layers, self.padded) if self.stacked else (self.padded,)
+
+    @property
+    def spec(self) -> PartitionSpec:
+        return PartitionSpec(None, AXIS) if self.stacked else PartitionSpec(AXIS)
+
+
+Layout = Any  # the parameter tree with a LeafLayout for each tensor
+
+
+def make_layout(config: ModelConfig, devices: int) -> Layout:
+    """The layout of a model's whole parameter tree."""
+    return layout_of(param_shapes(config), devices)
+
+
+def layout_of(shapes: Params, devices: int) -> Layout:
+    """The layout of a logical tree, or of a part of it, of which the shapes are given."""
+
+    def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> LeafLayout:
+        if path[0].key == "layers":
+            return LeafLayout(shape.shape[1:], True, shape.shape[0], devices)
+        return LeafLayout(shape.shape, False, 1, devices)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def specs(layout: Layout) -> Any:
+    """The PartitionSpec of each stored leaf."""
+    return jax.tree.map(lambda leaf: leaf.spec, layout)
+
+
+def store_leaf(value: Any, leaf: LeafLayout, mesh: Mesh, dtype: Any = jnp.float32) -> Array:
+    """One logical array (NumPy or jax, whole) as stored shards. Each device is handed its slice only."""
+    value = np.asarray(value)
+    if value.shape != leaf.logical_shape:
+        raise ValueError(
+            f"a tensor has shape {value.shape}, the model's config says {leaf.logical_shape}"
+        )
+    flat = value.reshape(leaf.layers, leaf.size)
+    return store_rows(lambda start, stop: flat[:, start:stop], leaf, mesh, dtype)
+
+
+def store_rows(
+    read: Callable[[int, int], np.ndarray], leaf: LeafLayout, mesh: Mesh, dtype: Any
+) -> Array:
+    """Stored shards of what `read(start, stop)` gives: elements of each layer's flat values, [layers, stop - start]. Asked for what the
+    devices of this process hold, and no more."""
+
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        start, stop, _ = index[-1].indices(leaf.padded)
+        piece = np.zeros((leaf.layers, stop - start), dtype)
+        real = max(0, min(stop, leaf.size) - start)
+        if real:
+            piece[:, :real] = read(start, start + real)
+        return piece if leaf.stacked else piece[0]
+
+    return jax.make_array_from_callback(leaf.stored_shape, NamedSharding(mesh, leaf.spec), shard)
+
+
+def store(params: Params, layout: Layout, mesh: Mesh, dtype: Any = jnp.float32) -> Params:
+    """The logical tree as stored shards."""
+    return jax.tree.map(lambda leaf, value: store_leaf(value, leaf, mesh, dtype), layout, params)
+
+
+def logical_leaf(stored: A, leaf: LeafLayout) -> A:
+    """One stored array (whole, not a shard) back in its logical shape."""
+    return stored[..., : leaf.size].reshape(leaf.logical_shape)
+
+
+def logical_on_host(stored: Params, layout: Layout) -> Params:
+    """The logical tree as NumPy arrays."""
+    return jax.tree.map(lambda leaf, value: logical_leaf(np.asarray(value), leaf), layout, stored)
+
+
+def logical_on_devices(stored: Params, layout: Layout, mesh: Mesh, dtype: Any) -> Params:
+    """The logical tree in `dtype`, whole on every device of the mesh: what an embedded sampler computes with."""
+    return _logical_on_devices(tuple(jax.tree.leaves(layout)), mesh, jnp.dtype(dtype))(stored)
+
+
+@functools.cache
+def _logical_on_devices(leaves: tuple[LeafLayout, ...], mesh: Mesh, dtype: Any) -> Any:
+    def convert(stored: Params) -> Params:
+        flat, tree = jax.tree.flatten(stored)
+        return jax.tree.unflatten(
+            tree,
+            [
+                logical_leaf(value.astype(dtype), leaf)
+                for value, leaf in zip(flat, leaves, strict=True)
+            ],
+        )
+
+    return jax.jit(convert, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+class Storage(Protocol):
+    """How a leaf of the parameter tree becomes a weight, and a weight's float32 gradient a leaf's."""
+
+    def load(self, leaf: Any, shape: tuple[int, ...]) -> Array:
+        """The weight of `shape` in the compute dtype, differentiable."""
+
+    def reduce(self, gradient: Array, shape: tuple[int, ...]) -> Array:
+        """The float32 gradient of a whole weight as the gradient of the leaf."""
+
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        """A float32 accumulator for this device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Replicated:
+    """Leaves are whole weights."""
+
+    dtype: Any
+
+    def load(self, leaf: Array, shape: tuple[int, ...]) -> Array:
+        return leaf.astype(self.dtype)
+
+    def reduce(self, gradient: Array, shape: tuple[int, ...]) -> Array:
+        return gradient
+
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        return jnp.zeros(shape, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharded:
+    """Leaves are this device's flat shards; to be used inside `jax.shard_map` over AXIS.
+
+    Weights are rounded to what `rounded_to` can hold, when that is given, and then computed with in `dtype`; gradients know nothing of it,
+    as they know nothing of the cast."""
+
+    devices: int
+    dtype: Any
+    rounded_to: Any = None
+
+    def load(self, leaf: Array, shape: tuple[int, ...]) -> Array:
+        return _gather(leaf, shape, self)
+
+    def reduce(self, gradient: Array, shape: tuple[int, ...]) -> Array:
+        flat = gradient.reshape(-1).astype(jnp.float32)
+        flat = jnp.pad(flat, (0, -flat.size % self.devices))
+        return lax.psum_scatter(flat, AXIS, scatter_dimension=0, tiled=True)
+
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        return lax.pcast(jnp.zeros(shape, jnp.float32), AXIS, to="varying")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(shard: Array, shape: tuple[int, ...], storage: Sharded) -> Array:
+    """All-gather in the compute dtype; plain autodiff would also reduce-scatter in it, hence the custom rule."""
+    if storage.rounded_to is not None:  # two casts in a row would be taken out by XLA
+        bits = jnp.finfo(storage.rounded_to)
+        shard = lax.reduce_precision(shard, bits.nexp, bits.nmant)
+    whole = lax.all_gather(shard.astype(storage.dtype), AXIS, tiled=True)
+    return whole[: math.prod(shape)].reshape(shape)
+
+
+def _gather_forward(shard: Array, shape: tuple[int, ...], storage: Sharded) -> tuple[Array, None]:
+    return _gather(shard, shape, storage), None
+
+
+def _gather_backward(
+    shape: tuple[int, ...], storage: Sharded, _: None, cotangent: Array
+) -> tuple[Array]:
+    return (storage.reduce(cotangent, shape),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def embed(leaf: Array, ids: Array, shape: tuple[int, int], storage: Storage) -> Array:
+    """Look ids [...] up in the table [V, D] -> [..., D]. The table's gradient is accumulated in float32."""
+    return storage.load(leaf, shape)[ids]
+
+
+def _embed_forward(
+    leaf: Array, ids: Array, shape: tuple[int, int], storage: Storage
+) -> tuple[Array, Array]:
+    return embed(leaf, ids, shape, storage), ids
+
+
+def _embed_backward(
+    shape: tuple[int, int], storage: Storage, ids: Array, cotangent: Array
+) -> tuple[Array, None]:
+    gradient = storage.zeros(shape).at[ids].add(cotangent.astype(jnp.float32))
+    return storage.reduce(gradient, shape), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)

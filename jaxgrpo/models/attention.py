@@ -1,0 +1,299 @@
+"""Rotary positions and grouped-query attention of a row over its own tokens and the context that its group shares.
+
+The softmax over a row's own keys and the shared context's is computed in two parts, each by a kernel that knows nothing of the other, and
+merged by their log-sum-exps. The gradient is written by hand: each part's backward pass runs with the merged output and log-sum-exp
+(FlashAttention-2, arXiv:2307.08691, section 3.1; the parts of ring attention, arXiv:2310.01889), which a kernel cannot tell from its own.
+Scores exist for a block of queries at a time and are computed again in the backward pass.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxgrpo.models.numerics import einsum_float32
+
+MASKED = -1e30  # finite, so that a part with nothing to attend weighs nothing, and is not NaN
+_QUERY_BLOCK = 256  # queries a block: their scores fit a CPU's cache
+_CAUSAL_SEGMENTS = (
+    8  # a causal row is cut into so many runs of queries at most; each leaves out the keys after it
+)
+
+OUTPUT_NAMES = ("attention_output", "attention_logsumexp")
+"""What a rematerialisation policy may save, so that the backward pass does not compute attention's forward pass again."""
+
+
+def apply_rope(x: Array, positions: Array, theta: float) -> Array:
+    """Rotate x [..., T, heads, h] by its positions [..., T] (arXiv:2104.09864, the half-split form of Qwen); angles in float32."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """How one part of attention is computed: q [B, T, H, h] over k and v [B, S, K, h].
+
+    With `lengths` [B] every query attends to the first of so many keys; without (None), T equals S and attention is causal.
+    `forward(q, k, v, lengths)` returns the output [B, T, H, h] and the log-sum-exp of the scores [B, T, H] in float32, which is about
+    -1e30 where there is no key. `backward(q, k, v, lengths, output, logsumexp, d_output)` returns the gradients of q, k and v, given the
+    output and log-sum-exp of the whole softmax, of which this part may be only some.
+    """
+
+    name: str
+    forward: Callable[[Array, Array, Array, Array | None], tuple[Array, Array]]
+    backward: Callable[
+        [Array, Array, Array, Array | None, Array, Array, Array], tuple[Array, Array, Array]
+    ]
+
+
+def attend(
+    kernel: Kernel,
+    q: Array,
+    k: Array,
+    v: Array,
+    context_k: Array | None = None,
+    context_v: Array | None = None,
+    context_lengths: Array | None = None,
+) -> Array:
+    """Causal softmax attention of rows over themselves and, where given, over the context that their group shares.
+
+    q [N, G, T, H, h], k and v [N, G, T, K, h]; context_k and context_v [N, P, K, h], of which the first context_lengths [N] are real,
+    or none. Returns [N, G, T, H, h]. Softmax in float32. The context is never copied for the rows of a group.
+    """
+    return _attend(kernel, q, k, v, context_k, context_v, context_lengths)
+
+
+_Inputs = tuple[Array, Array, Array, Array | None, Array | None, Array | None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(kernel: Kernel, *inputs: *_Inputs) -> Array:
+    return _attend_forward(kernel, *inputs)[0]
+
+
+def _each_row(x: Array) -> Array:
+    """[N, G, T, ...] -> [N * G, T, ...]: a row's queries meet its own keys."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _whole_group(x: Array) -> Array:
+    """[N, G, T, ...] -> [N, G * T, ...]: all queries of a group meet its context at once."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _attend_forward(kernel: Kernel, *inputs: *_Inputs) -> tuple[Array, tuple]:
+    q, k, v, context_k, context_v, context_lengths = inputs
+    output, logsumexp = kernel.forward(_each_row(q), _each_row(k), _each_row(v), None)
+    output, logsumexp = output.reshape(q.shape), logsumexp.reshape(q.shape[:-1])
+    if context_k is not None:
+        assert context_v is not None and context_lengths is not None
+        theirs, their_logsumexp = kernel.forward(
+            _whole_group(q), context_k, context_v, context_lengths
+        )
+        theirs, their_logsumexp = theirs.reshape(q.shape), their_logsumexp.reshape(logsumexp.shape)
+        merged = jnp.logaddexp(logsumexp, their_logsumexp)
+        share, their_share = jnp.exp(logsumexp - merged), jnp.exp(their_logsumexp - merged)
+        output = (output * share[..., None] + theirs * their_share[..., None]).astype(q.dtype)
+        logsumexp = merged
+    output, logsumexp = (
+        checkpoint_name(x, name) for x, name in zip((output, logsumexp), OUTPUT_NAMES, strict=True)
+    )
+    return output, (inputs, output, logsumexp)
+
+
+def _attend_backward(kernel: Kernel, residuals: tuple, d_output: Array) -> tuple[Array | None, ...]:
+    (q, k, v, context_k, context_v, context_lengths), output, logsumexp = residuals
+    whole = (output, logsumexp, d_output)
+    dq, dk, dv = kernel.backward(
+        _each_row(q), _each_row(k), _each_row(v), None, *map(_each_row, whole)
+    )
+    dq, dk, dv = dq.reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
+    if context_k is None:
+        return dq, dk, dv, None, None, None
+    more, *d_context = kernel.backward(
+        _whole_group(q), context_k, context_v, context_lengths, *map(_whole_group, whole)
+    )
+    return dq + more.reshape(q.shape), dk, dv, *d_context, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+# The kernel in plain XLA. Inside: B batch, K key/value heads, M = queries of the query heads of one of them, in the order (query, head),
+# S keys. Scores are [B, K, M, S] throughout, as they leave their product, and no product below has to transpose them on its way in.
+# (XLA's CPU backend does that in a plain loop; measured in docs/log.md.)
+
+
+def _split_heads(x: Array, kv_heads: int) -> Array:
+    """[B, T, H, ...] -> [B, K, M, ...]."""
+    b, t, heads = x.shape[:3]
+    return jnp.moveaxis(x.reshape(b, t, kv_heads, heads // kv_heads, *x.shape[3:]), 2, 1).reshape(
+        b, kv_heads, -1, *x.shape[3:]
+    )
+
+
+def _join_heads(x: Array, shape: tuple[int, ...]) -> Array:
+    """[B, K, M, ...] -> `shape` [B, T, H, ...]."""
+    b, kv_heads = x.shape[:2]
+    return jnp.moveaxis(
+        x.reshape(b, kv_heads, shape[1], shape[2] // kv_heads, *shape[3:]), 1, 2
+    ).reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Segment:
+    """A run of queries, cut into blocks, and the number of keys that any of them may attend."""
+
+    start: int
+    blocks: int
+    block: int
+    keys: int
+
+
+def _segments(queries: int, keys: int, causal: bool) -> list[_Segment]:
+    """Runs of whole blocks that together cover the queries, padded at the end."""
+    block = min(queries, _QUERY_BLOCK)
+    blocks = math.ceil(queries / block)
+    each = math.ceil(blocks / _CAUSAL_SEGMENTS) if causal else blocks
+    firsts = range(0, blocks, each)
+    return [
+        _Segment(
+            i * block,
+            min(each, blocks - i),
+            block,
+            min(keys, (i + each) * block) if causal else keys,
+        )
+        for i in firsts
+    ]
+
+
+def _blocks(x: Array, segment: _Segment, heads: int) -> Array:
+    """x [B, K, M, ...] padded at its end -> the segment's blocks [blocks, B, K, block * heads, ...]."""
+    part = x[:, :, segment.start * heads :][:, :, : segment.blocks * segment.block * heads]
+    return jnp.moveaxis(part.reshape(*part.shape[:2], segment.blocks, -1, *part.shape[3:]), 2, 0)
+
+
+def _padded(x: Array, segments: list[_Segment], queries: int, heads: int) -> Array:
+    """x [B, K, M, ...] with zeros for the queries that fill up the last block."""
+    missing = segments[-1].start + segments[-1].blocks * segments[-1].block - queries
+    return (
+        x
+        if missing == 0
+        else jnp.pad(x, [(0, 0), (0, 0), (0, missing * heads)] + [(0, 0)] * (x.ndim - 3))
+    )
+
+
+def _scores(q: Array, k: Array, first: Array, heads: int, lengths: Array | None) -> Array:
+    """Scaled scores [B, K, M, S] of a block whose first query is `first`, `MASKED` where a query may not attend."""
+    keys = jnp.arange(k.shape[2])
+    scores = einsum_float32("bkmh,bksh->bkms", q, k) * q.shape[-1] ** -0.5
+    if lengths is None:
+        allowed = keys <= (first + jnp.arange(q.shape[2]) // heads)[:, None]
+    else:
+        allowed = keys < lengths[:, None, None, None]
+    return jnp.where(allowed, scores, MASKED)
+
+
+def _forward(q: Array, k: Array, v: Array, lengths: Array | None) -> tuple[Array, Array]:
+    queries, heads, kv_heads = q.shape[1], q.shape[2] // k.shape[2], k.shape[2]
+    segments = _segments(queries, k.shape[1], lengths is None)
+    rows = _padded(_split_heads(q, kv_heads), segments, queries, heads)
+    keys, values = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
+    outputs, logsumexps = [], []
+    for segment in segments:
+
+        def one(args: tuple[Array, Array], segment: _Segment = segment) -> tuple[Array, Array]:
+            block, first = args
+            scores = _scores(block, keys[:, :, : segment.keys], first, heads, lengths)
+            top = jnp.max(scores, axis=-1, keepdims=True)
+            weights = jnp.exp(scores - top)
+            total = jnp.sum(weights, axis=-1, keepdims=True)
+            output = (
+                einsum_float32(
+                    "bkms,bksh->bkmh", weights.astype(v.dtype), values[:, :, : segment.keys]
+                )
+                / total
+            )
+            return output.astype(q.dtype), (top + jnp.log(total))[..., 0]
+
+        output, logsumexp = lax.map(one, (_blocks(rows, segment, heads), _firsts(segment)))
+        outputs.append(_unblocked(output))
+        logsumexps.append(_unblocked(logsumexp))
+    join = lambda parts, shape: _join_heads(
+        jnp.concatenate(parts, axis=2)[:, :, : queries * heads], shape
+    )
+    return join(outputs, q.shape), join(logsumexps, q.shape[:-1])
+
+
+def _firsts(segment: _Segment) -> Array:
+    return segment.start + segment.block * jnp.arange(segment.blocks)
+
+
+def _unblocked(x: Array) -> Array:
+    """[blocks, B, K, M of a block, ...] -> [B, K, M, ...]."""
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+def _backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    lengths: Array | None,
+    output: Array,
+    logsumexp: Array,
+    d_output: Array,
+) -> tuple[Array, Array, Array]:
+    """With p = exp(scores - logsumexp): dv = p' do, dscores = p (do v' - sum(do output)); sums over queries in float32."""
+    queries, heads, kv_heads = q.shape[1], q.shape[2] // k.shape[2], k.shape[2]
+    segments = _segments(queries, k.shape[1], lengths is None)
+    centre = jnp.sum(d_output.astype(jnp.float32) * output.astype(jnp.float32), axis=-1)
+    rows = tuple(
+        _padded(_split_heads(x, kv_heads), segments, queries, heads)
+        for x in (q, d_output, logsumexp, centre)
+    )
+    keys, values = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
+    scale = q.shape[-1] ** -0.5
+    dqs = []
+    # [B, K, h, S] each. Zeros made of k and v vary over the mesh as they do, which the carry of a scan has to.
+    total = tuple(jnp.where(False, x.mT.astype(jnp.float32), 0.0) for x in (keys, values))
+    for segment in segments:
+        seen_keys, seen_values = keys[:, :, : segment.keys], values[:, :, : segment.keys]
+
+        def one(
+            sums: tuple[Array, ...],
+            args: tuple,
+            seen: tuple[Array, Array] = (seen_keys, seen_values),
+        ) -> tuple[tuple[Array, ...], Array]:
+            (block, d_block, block_logsumexp, block_centre), first = args
+            weights = jnp.exp(
+                _scores(block, seen[0], first, heads, lengths) - block_logsumexp[..., None]
+            )
+            d_weights = einsum_float32("bkmh,bksh->bkms", d_block, seen[1])
+            d_scores = (weights * (d_weights - block_centre[..., None]) * scale).astype(q.dtype)
+            dk = sums[0] + einsum_float32("bkmh,bkms->bkhs", block, d_scores)
+            dv = sums[1] + einsum_float32("bkmh,bkms->bkhs", d_block, weights.astype(v.dtype))
+            return (dk, dv), einsum_float32("bkms,bksh->bkmh", d_scores, seen[0]).astype(q.dtype)
+
+        start = tuple(x[..., : segment.keys] for x in total)
+        sums, dq = lax.scan(
+            one, start, (tuple(_blocks(x, segment, heads) for x in rows), _firsts(segment))
+        )
+        total = tuple(x.at[..., : segment.keys].set(s) for x, s in zip(total, sums, strict=True))
+        dqs.append(_unblocked(dq))
+    dq = _join_heads(jnp.concatenate(dqs, axis=2)[:, :, : queries * heads], q.shape)
+    # Without the barrier XLA turns the last product and this transposition into one product with transposed scores.
+    dk, dv = (jnp.moveaxis(x, (2, 3), (3, 1)) for x in lax.optimization_barrier(total))
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+XLA = Kernel("xla", _forward, _backward)

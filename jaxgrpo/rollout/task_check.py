@@ -1,0 +1,174 @@
+"""The tasks of a run, listed and opened once before anything is loaded.
+
+What an environment cannot do is found out here: within deadlines, with a line now and then while it
+takes long, and told as the user's own error.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from jaxgrpo import checked
+from jaxgrpo.config.settings import ConfigError
+from jaxgrpo.environment import TaskSuite
+from jaxgrpo.rollout.background import (
+    BlockingCalls,
+    EventLoopThread,
+    StuckCallsError,
+    all_or_none,
+    say_aside,
+    streams_kept,
+)
+from jaxgrpo.rollout.chat import Chat
+from jaxgrpo.rollout.openings import Openings, opens_differently
+from jaxgrpo.rollout.user_code import BrokenContractError, FaultyEnvironmentError, LateError, ask
+from jaxgrpo.types import Task
+
+T = TypeVar("T")
+
+LISTING_DEADLINES = 10
+"""A suite has so many deadlines to list its tasks: it may have to fetch them."""
+
+ENOUGH_LATE = 4
+"""So many tasks that do not open within the deadline, while none does, are enough."""
+
+SAY_EVERY_SECONDS = 5.0
+
+Found = Mapping[str, int | FaultyEnvironmentError]
+"""By a task's id, in the tasks' order, the tokens of its prompt, or what went wrong."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What came of opening tasks, and the prompt [P] of the first one that opens, if one does."""
+
+    found: Found
+    prompt_ids_P: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskCheck:
+    """Lists and opens tasks, in `threads` threads; a call into the suite may take `deadline` seconds.
+    `say` gets a line every few seconds while that takes longer.
+
+    Methods raise ConfigError for what a run could not outlive, with one line.
+    """
+
+    suite: TaskSuite
+    threads: int
+    deadline: float
+    say: Callable[[str], None] = say_aside
+
+    def listed(self, split: str) -> list[Task]:
+        """The suite's tasks of a split."""
+        calls = BlockingCalls(1, LISTING_DEADLINES * self.deadline, _in_silence)
+        asked = ask(calls, f"tasks({split!r})", _tasks, self.suite.tasks, split)
+        try:
+            return self._run(
+                asked, calls, lambda: f"the tasks of the {split} split are being listed"
+            )
+        except LateError as error:
+            limit = f"{LISTING_DEADLINES} x rollout.environment_deadline"
+            raise ConfigError(f"{error}; {limit} is the limit for listing tasks") from None
+        except FaultyEnvironmentError as error:
+            raise ConfigError(
+                f"{error}: the environment gives no tasks of the {split} split"
+            ) from None
+
+    def opened(self, chat: Chat, max_prompt_tokens: int, tasks: Sequence[Task]) -> Opened:
+        """Open each task once, and one of them twice more: its episodes share a prompt."""
+        calls = BlockingCalls(self.threads, self.deadline, _in_silence)
+        openings = Openings(self.suite, chat, max_prompt_tokens, calls)
+        found: dict[str, int | FaultyEnvironmentError] = {}
+        order = {task.id: i for i, task in enumerate(tasks)}
+        prompts: dict[int, np.ndarray] = {}  # the earliest one's so far
+
+        async def open_one(task: Task) -> None:
+            try:
+                prompt_ids_P = (await openings.open(task)).prompt_ids_P
+                found[task.id] = len(prompt_ids_P)
+                if order[task.id] < min(prompts, default=len(tasks)):
+                    prompts.clear()
+                    prompts[order[task.id]] = prompt_ids_P
+            except FaultyEnvironmentError as error:
+                found[task.id] = error
+                if _hopeless(found):
+                    raise ConfigError(f"{error}; none of {len(tasks)} tasks has opened") from None
+
+        async def open_all() -> None:
+            await all_or_none([open_one(task) for task in tasks])
+            first = next((task for task in tasks if task.id in _that_open(found)), None)
+            if first is not None:
+                await _open_twice(openings, first)
+
+        def progress() -> str:
+            failed = len(found) - len(_that_open(found))
+            failing = f", {failed} of them in vain" if failed else ""
+            return f"{len(found)} of {len(tasks)} tasks have been opened{failing}"
+
+        self._run(open_all(), calls, progress)
+        in_order = {task.id: found[task.id] for task in tasks}
+        return Opened(in_order, next(iter(prompts.values()), None))
+
+    def _run(
+        self, work: Coroutine[Any, Any, T], calls: BlockingCalls, progress: Callable[[], str]
+    ) -> T:
+        """The outcome of `work`, which makes `calls`; says how it is getting on."""
+
+        async def watched() -> T:
+            task = asyncio.ensure_future(work)
+            try:
+                while not (await asyncio.wait([task], timeout=SAY_EVERY_SECONDS))[0]:
+                    waiting = calls.oldest()
+                    self.say(f"{progress()}{f'; under way: {waiting}' if waiting else ''}")
+                return task.result()
+            finally:
+                task.cancel()
+
+        with streams_kept(), EventLoopThread() as loop:
+            try:
+                return loop.call(watched())
+            except StuckCallsError as error:
+                raise ConfigError(str(error)) from None
+
+
+def _in_silence(line: str) -> None:
+    """Calls that hang are told of in the end."""
+
+
+def _hopeless(found: Found) -> bool:
+    """A whole deadline has gone by, for several tasks, and nothing is open."""
+    late = [error for error in found.values() if isinstance(error, LateError)]
+    return len(late) >= ENOUGH_LATE and not _that_open(found)
+
+
+def _that_open(found: Found) -> list[str]:
+    return [task for task, tokens in found.items() if isinstance(tokens, int)]
+
+
+async def _open_twice(openings: Openings, task: Task) -> None:
+    """Raises ConfigError when the task's episodes do not all open the same."""
+    with contextlib.suppress(FaultyEnvironmentError):  # it opened before: the rollout will count it
+        observations = [(await openings.begin(task))[1] for _ in range(2)]
+        fault = opens_differently(task, *observations)
+        if fault:
+            raise ConfigError(fault)
+
+
+def _tasks(value: object) -> list[Task]:
+    """A check of what a suite lists: tasks with ids of their own."""
+    tasks = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
+    if tasks is None or not all(isinstance(task, Task) for task in tasks):
+        given = checked.shown(value)
+        raise BrokenContractError(f"must be a list of jaxgrpo.types.Task, got {given}")
+    for task in tasks:
+        checked.record(task, Task, "a task")
+    repeated = [name for name, times in Counter(task.id for task in tasks).items() if times > 1]
+    if repeated:
+        raise BrokenContractError(f"gives task {repeated[0]!r} twice: each needs an id of its own")
+    return tasks

@@ -1,0 +1,115 @@
+"""One batch's episodes and optimizer steps -> flat metrics. Pure."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxgrpo.learner.update import StepReport
+from jaxgrpo.rollout.rollout import RolloutResult
+from jaxgrpo.types import GroupBatch, StopReason
+
+
+def rollout_metrics(
+    result: RolloutResult, skipped: Sequence[RolloutResult], version: int
+) -> dict[str, float | int | str]:
+    """What the episodes of a batch came to, and the batches `skipped` before it, whose faults are
+    counted here.
+
+    `version` is that of the weights about to be trained; a token's staleness is how many versions older it is.
+    """
+    trajectories = [t for group in result.groups for t in group.trajectories]
+    staleness = version - result.sampled_versions_T
+    tokens = np.array([len(t.completion_ids_C) for t in trajectories])
+    metrics: dict[str, float | int | str] = {
+        "train/reward_mean": float(np.mean([g.rewards_G.mean() for g in result.groups])),
+        "train/pass_rate": float(
+            np.mean([t.score is not None and t.score.passed for t in trajectories])
+        ),
+        "train/no_signal_fraction": float(
+            np.mean([np.ptp(g.rewards_G) == 0 for g in result.groups])
+        ),
+        "train/groups": len(result.groups),
+        "train/skipped_batches": len(skipped),
+        "train/dropped_groups": sum(len(r.dropped) for r in (*skipped, result)),
+        "train/environment_errors": sum(len(r.failures) for r in (*skipped, result)),
+        "train/completion_tokens_mean": float(tokens.mean()),
+        "train/completion_tokens_max": int(tokens.max()),
+        "train/prompt_tokens_mean": float(np.mean([len(g.prompt_ids_P) for g in result.groups])),
+        "train/turns_mean": float(np.mean([t.turns for t in trajectories])),
+        "train/tool_calls_mean": float(np.mean([len(t.calls) for t in trajectories])),
+        "train/overlong_fraction": float(np.mean([t.overlong for t in trajectories])),
+        "train/staleness_mean": float(np.mean(staleness)),
+        "train/staleness_max": int(np.max(staleness)),
+        "time/rollout_seconds": result.seconds,
+        "speed/sampled_tokens_per_second": len(staleness) / result.seconds,
+    }
+    for reason in StopReason:
+        metrics[f"stop/{reason}"] = float(np.mean([t.stop_reason is reason for t in trajectories]))
+    for part in sorted({name for t in trajectories if t.score for name in t.score.parts}):
+        metrics[f"reward/{part}"] = float(
+            np.mean([t.score.parts.get(part, 0.0) for t in trajectories if t.score])
+        )
+    return metrics
+
+
+def update_metrics(
+    batches: Sequence[GroupBatch],
+    reports: Sequence[StepReport],
+    compilations: int,
+    seconds: Mapping[str, float],
+) -> dict[str, float | int | str]:
+    """What the optimizer steps on a batch came to; those that were not taken
+    (jaxgrpo.learner.update.StepReport) are counted.
+
+    Loss, KL, entropy and the sampler's mismatch are those of the first, on-policy step; the clip share is the last step's (the first one's
+    is zero by construction); the gradient norm is the mean over the steps. Of what passed through the layers, padding included, the
+    share that is real tokens, and how many positions it was for each completion token; `prompt_sharing` is how many times as many real
+    tokens there would be with the prompt in every row.
+    """
+    taken = [report for report in reports if report.taken]
+    first = taken[0].sums.summary()
+    completions = sum(int(b.completion_lengths_NG.sum()) for b in batches)
+    real = completions + sum(
+        int(b.prompt_lengths_N[b.completion_lengths_NG.any(axis=1)].sum()) for b in batches
+    )
+    computed = sum(b.prompt_NP.size + b.completions_NGC.size for b in batches)
+    repeated = sum(
+        int(
+            (
+                b.completion_lengths_NG
+                + b.prompt_lengths_N[:, None] * (b.completion_lengths_NG > 0)
+            ).sum()
+        )
+        for b in batches
+    )
+    return {
+        **{f"train/{key}": value for key, value in first.items()},
+        "train/clip_fraction": taken[-1].sums.summary()["clip_fraction"],
+        "train/grad_norm": float(np.mean([r.grad_norm for r in taken])),
+        "train/skipped_steps": len(reports) - len(taken),
+        "train/real_token_fraction": real / computed,
+        "train/forwarded_per_completion_token": computed / completions,
+        "train/prompt_sharing": repeated / real,
+        "train/compilations": compilations,
+        "time/reference_seconds": seconds["reference"],
+        "time/update_seconds": seconds["update"],
+        "time/probe_seconds": seconds["probe"],
+        "time/publish_seconds": seconds["publish"],
+        "speed/trained_tokens_per_second": real * len(reports) / seconds["update"],
+    }
+
+
+def schedule_metrics(
+    seconds: Mapping[str, float], sampler_idle_fraction: float
+) -> dict[str, float | int | str]:
+    """How long a batch took in all, less evaluations, and for which share of it each side was idle: the trainer while it waited for
+    rollouts, the sampler while no request was in flight. Recording and a checkpoint are those of the batch before."""
+    whole = seconds["all"] - seconds.get("evaluate", 0.0)
+    return {
+        "time/batch_seconds": whole,
+        "time/wait_seconds": seconds["wait"],
+        "time/record_seconds": seconds.get("record", 0.0),
+        "time/checkpoint_seconds": seconds.get("checkpoint", 0.0),
+        "time/trainer_idle_fraction": seconds["wait"] / whole,
+        "time/sampler_idle_fraction": sampler_idle_fraction,
+    }

@@ -1,0 +1,247 @@
+"""Trajectories as JSON lines, one episode a line, plain or gzipped (a name that ends in .gz).
+
+What is written reads back equal, log-probabilities to the last bit. A file is written whole or not at all (`write_records`) or grows
+(`append_records`); a line that a killed process tore off is left out when reading, and reported.
+"""
+
+import dataclasses
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxgrpo.rollout.rollout import RolloutResult
+from jaxgrpo.types import Message, Score, StopReason, ToolCall, Trajectory
+
+FORMAT = 1
+"""The version of the line format; it grows when a reader of the former could misread a line."""
+_SHOWN = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class TrajectoryRecord:
+    """A trajectory and where it comes from: `TrajectoryRecord(trajectory, split="train", step=3, labels=("Files",))`."""
+
+    trajectory: Trajectory
+    split: str
+    step: int
+    labels: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordFile:
+    """What a file holds: its whole records, and in `torn` what is known of a torn end ("" when there is none)."""
+
+    records: tuple[TrajectoryRecord, ...]
+    torn: str = ""
+
+
+def write(path: Path, result: RolloutResult, split: str, step: int) -> list[str]:
+    """Write what a rollout led to: the episodes of its groups, then those that their environments
+    ended with an error. What cannot be written of them is left out; returned is what, and why, one
+    text an episode."""
+    lines, faults = to_lines(result, split, step)
+    write_lines(path, lines)
+    return faults
+
+
+def to_lines(result: RolloutResult, split: str, step: int) -> tuple[list[str], list[str]]:
+    """A rollout's episodes as lines, and the faults of those of which a part cannot be written,
+    because of what their environment gave."""
+    tasks = [group.task for group in result.groups] + [dropped.task for dropped in result.dropped]
+    labels = {task.id: task.labels for task in tasks}
+    trajectories = [trajectory for group in result.groups for trajectory in group.trajectories]
+    lines, faults = [], []
+    for t in [*trajectories, *result.failures]:
+        record = TrajectoryRecord(t, split, step, labels[t.task_id])
+        try:
+            lines.append(to_line(record))
+        except Exception as error:  # the edge to a user's environment: it gave calls and scores
+            why = f"{type(error).__name__}: {_shown(str, error)}"
+            faults.append(f"an episode of task {t.task_id!r} cannot be recorded: {why}")
+            lines.append(to_line(_without_what_was_given(record, faults[-1])))
+    return lines, faults
+
+
+def _without_what_was_given(record: TrajectoryRecord, fault: str) -> TrajectoryRecord:
+    """The tokens of an episode, and in words what else is known of it."""
+    t = record.trajectory
+    score, calls = _shown(repr, t.score), _shown(repr, t.calls)
+    error = f"{fault}; it ended as {t.stop_reason}, its score was {score}, its calls were {calls}"
+    bare = dataclasses.replace(
+        t, messages=(), calls=(), score=None, stop_reason=StopReason.ENVIRONMENT_ERROR, error=error
+    )
+    return dataclasses.replace(record, trajectory=bare, labels=())
+
+
+def _shown(how: Callable[[Any], str], value: Any) -> str:
+    try:
+        return how(value)[:_SHOWN]
+    except Exception:  # the edge to a user's environment
+        return f"(a {type(value).__name__} that cannot be shown)"
+
+
+def write_records(path: Path, records: Iterable[TrajectoryRecord]) -> None:
+    """Write a file whole: it is there complete, or as it was before. A step that is run again after a resume replaces its own file."""
+    write_lines(path, map(to_line, records))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """As `write_records`, of records that are lines already."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    data = "".join(f"{line}\n" for line in lines).encode("ascii")
+    with unfinished.open("wb") as file:
+        file.write(gzip.compress(data, compresslevel=6, mtime=0) if path.suffix == ".gz" else data)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what killed processes were writing into a folder that nobody writes into now."""
+    for path in folder.glob(".*.jsonl*"):
+        if path.name.rpartition(".")[2].isdecimal():
+            path.unlink(missing_ok=True)
+
+
+def append_records(path: Path, records: Iterable[TrajectoryRecord]) -> None:
+    """Add to the end of a plain file, after cutting off a line that was torn there."""
+    if path.suffix == ".gz":
+        raise ValueError(
+            f"cannot append to {path}: gzipped files are written whole, with write_records"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = "".join(f"{to_line(record)}\n" for record in records).encode("ascii")
+    with path.open("ab+") as file:
+        file.truncate(_whole_lines(file, file.seek(0, os.SEEK_END)))
+        file.write(data)
+
+
+def read_records(path: Path) -> RecordFile:
+    """Read a file of either kind. Raises ValueError for a damaged line that is not a torn end, and for another format version."""
+    data, torn = _read_bytes(path)
+    *lines, rest = data.split(b"\n")
+    if rest:
+        torn = torn or f"{path}: the last line is torn after {len(rest)} bytes; it is left out"
+    return RecordFile(tuple(_parsed(path, lines)), torn)
+
+
+def to_line(record: TrajectoryRecord) -> str:
+    """One line of JSON, ASCII only: lone surrogates in a tool's result survive as escapes."""
+    trajectory = record.trajectory
+    score = trajectory.score
+    fields = {
+        "format": FORMAT,
+        "task": trajectory.task_id,
+        "labels": record.labels,
+        "split": record.split,
+        "step": record.step,
+        "sample": trajectory.sample_index,
+        "stop_reason": trajectory.stop_reason.value,
+        "turns": trajectory.turns,
+        "reward": None if score is None else float(score.reward),
+        "passed": None if score is None else bool(score.passed),
+        "score_parts": None
+        if score is None
+        else {name: float(part) for name, part in score.parts.items()},
+        "score_notes": None if score is None else dict(score.notes),
+        "error": trajectory.error,
+        "messages": [dataclasses.asdict(message) for message in trajectory.messages],
+        "calls": [dataclasses.asdict(call) for call in trajectory.calls],
+        "prompt_ids": trajectory.prompt_ids_P.tolist(),
+        "completion_ids": trajectory.completion_ids_C.tolist(),
+        "sampled": trajectory.action_mask_C.astype(int).tolist(),
+        "sampler_logprobs": _shortest(trajectory.sampler_logprobs_C),
+        "weight_versions": trajectory.weight_versions_C.tolist(),
+    }
+    return json.dumps(fields, separators=(",", ":"), allow_nan=False)
+
+
+def from_line(line: str | bytes) -> TrajectoryRecord:
+    """The record of one line. Raises ValueError when it has another format version, KeyError when something is missing."""
+    fields = json.loads(line)
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        found = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
+        raise ValueError(
+            f"the line has format {found!r}, this program reads format {FORMAT}: read it with the version that wrote it"
+        )
+    trajectory = Trajectory(
+        task_id=fields["task"],
+        sample_index=fields["sample"],
+        prompt_ids_P=np.array(fields["prompt_ids"], np.int32),
+        completion_ids_C=np.array(fields["completion_ids"], np.int32),
+        action_mask_C=np.array(fields["sampled"], bool),
+        sampler_logprobs_C=np.array(fields["sampler_logprobs"], np.float64).astype(np.float32),
+        weight_versions_C=np.array(fields["weight_versions"], np.int32),
+        messages=tuple(Message(**message) for message in fields["messages"]),
+        calls=tuple(ToolCall(**call) for call in fields["calls"]),
+        turns=fields["turns"],
+        stop_reason=StopReason(fields["stop_reason"]),
+        score=_score(fields),
+        error=fields["error"],
+    )
+    return TrajectoryRecord(trajectory, fields["split"], fields["step"], tuple(fields["labels"]))
+
+
+def _score(fields: Mapping[str, Any]) -> Score | None:
+    if fields["reward"] is None:
+        return None
+    return Score(fields["reward"], fields["passed"], fields["score_parts"], fields["score_notes"])
+
+
+def _shortest(values_T: np.ndarray) -> list[float]:
+    """Float32 values as the floats that print shortest and still round to them: -0.1, not -0.10000000149011612."""
+    exact_T = values_T.astype(np.float64)
+    short_T = values_T.astype(np.float32).astype(str).astype(np.float64)
+    return np.where(short_T.astype(np.float32) == values_T, short_T, exact_T).tolist()
+
+
+def _whole_lines(file: Any, size: int) -> int:
+    """Where the last whole line of a file of `size` bytes ends."""
+    block = 1 << 16
+    end = size
+    while end > 0:
+        start = max(0, end - block)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+def _read_bytes(path: Path) -> tuple[bytes, str]:
+    """The file's bytes, uncompressed; of a gzipped file that ends too early, what can be had of it."""
+    data = path.read_bytes()
+    if path.suffix != ".gz":
+        return data, ""
+    text = b""
+    while data:  # one turn for each gzip member: files that were joined are one file
+        inflate = zlib.decompressobj(wbits=31)
+        try:
+            text += inflate.decompress(data)
+        except zlib.error as error:
+            raise ValueError(f"{path} is not a gzip file, or it is damaged: {error}") from error
+        if not inflate.eof:
+            return (
+                text,
+                f"{path}: the gzipped data end too early; their whole lines up to there were read",
+            )
+        data = inflate.unused_data
+    return text, ""
+
+
+def _parsed(path: Path, lines: Iterable[bytes]) -> Iterator[TrajectoryRecord]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield from_line(line)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"line {number} of {path} is not a trajectory: {type(error).__name__}: {error}"
+            ) from error

@@ -1,0 +1,162 @@
+"""Config files as modules: annotations, pickling, what lies beside them, and folders of users that
+have this project's names."""
+
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxgrpo.config.files import same_label
+from jaxgrpo.config.load import load_config
+from jaxgrpo.config.overrides import leaves
+from jaxgrpo.config.settings import ConfigError
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """from __future__ import annotations
+
+import dataclasses
+import typing
+
+from tests.training import Letters, small_config
+
+if typing.TYPE_CHECKING:
+    from collections import OrderedDict
+
+Size = int
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine(Letters):
+    size: Size = 3
+    only_for_type_checkers: OrderedDict | None = None
+
+    def twice(self) -> int:
+        return 2 * self.size
+
+
+def get_config():
+    return dataclasses.replace(small_config("m"), environment=Mine(), name="here")
+"""
+
+
+def config_in(folder: Path, text: str = CONFIG, name: str = "mine_to_test.py") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def test_annotations_that_are_texts_are_read(tmp_path):
+    path = config_in(tmp_path)
+    environment = load_config(path, ["environment.size=5", "environment.good=xyz"]).environment
+    assert (environment.size, environment.good, environment.twice()) == (5, "xyz", 10)
+    with pytest.raises(ConfigError, match=r"environment.size must be of type int, got 'many'"):
+        load_config(path, ["environment.size=many"])
+
+
+def test_each_of_two_files_of_one_name_keeps_its_own_names(tmp_path):
+    first = load_config(config_in(tmp_path / "a"))
+    second = load_config(config_in(tmp_path / "b", CONFIG.replace("Size = int", "Size = float")))
+    kinds = [{key: kind for key, _, kind in leaves(c)} for c in (first, second)]
+    assert [kind["environment.size"] for kind in kinds] == [int, float]
+
+
+def test_what_is_of_a_config_file_can_be_pickled_also_for_another_process(tmp_path):
+    config = load_config(config_in(tmp_path, name="spawned-to-test.py"))
+    assert pickle.loads(pickle.dumps(config)) == config
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(config.environment.twice) == 6
+
+
+def test_modules_beside_the_file_and_in_its_package_are_found_from_anywhere(tmp_path):
+    config_in(tmp_path / "plain", "SIZE = 7\n", "helper_to_test.py")
+    text = CONFIG.replace("Size = int", "Size = int\nfrom helper_to_test import SIZE")
+    path = config_in(tmp_path / "plain", text.replace("= 3", "= SIZE"), "beside_to_test.py")
+    assert load_config(path).environment.size == 7
+
+    package = tmp_path / "within" / "package_to_test"
+    config_in(package, "", "__init__.py")
+    config_in(package, "SIZE = 8\n", "sizes.py")
+    text = CONFIG.replace("Size = int", "Size = int\nfrom .sizes import SIZE")
+    assert load_config(config_in(package, text.replace("= 3", "= SIZE"))).environment.size == 8
+
+
+def test_a_file_knows_its_place_and_is_read_anew_within_a_second(tmp_path):
+    """Bytecode on disk is taken for a source of the same size and second."""
+    path = config_in(tmp_path, CONFIG.replace('name="here"', 'name=__file__[-4:-3] + "1"'), "a.py")
+    os.utime(path, (1e9, 1e9))
+    assert load_config(path).name == "a1"
+    path.write_text(path.read_text().replace('"1"', '"2"'))
+    os.utime(path, (1e9, 1e9))
+    assert load_config(path).name == "a2"
+
+
+def test_a_file_that_fails_leaves_nothing_behind(tmp_path):
+    path = config_in(tmp_path, "x = 1\n1 / 0\n", "failing_to_test.py")
+    with pytest.raises(ConfigError, match=r"failing_to_test.py, line 2: ZeroDivisionError"):
+        load_config(path)
+    assert "failing_to_test" not in sys.modules
+    config_in(tmp_path, CONFIG, "failing_to_test.py")
+    assert load_config(path).environment.size == 3
+
+
+@pytest.mark.parametrize("name", ["json", "envs", "random"])
+def test_a_file_with_the_name_of_another_module_takes_nothing_away(tmp_path, name):
+    before = sys.modules[name]
+    assert load_config(config_in(tmp_path, name=f"{name}.py")).environment.twice() == 6
+    assert sys.modules[name] is before
+
+
+def test_names_of_classes_do_not_hold_the_name_of_the_config_file():
+    assert same_label("<config>:Mine", "<config>:Mine")
+    assert same_label("jaxgrpo_config_small.Mine", "<config>:Mine")  # of version 0.1.0
+    assert same_label("envs.bfcl.suite.Bfcl", "envs.bfcl.suite:Bfcl")
+    assert same_label("guess:Game", "<config>:Game") and same_label("<config>:Game", "guess:Game")
+    assert not same_label("guess:Game", "<config>:ame")
+    assert not same_label("guess:Game", "other:Game")
+    assert not same_label("<config>:Game", "<config>:Other")
+
+
+# Folders of users, in the folder that the program is started in.
+
+# as from a wheel: setuptools' finder of editable installs looks in this project's packages even
+# where another's have their names
+AS_INSTALLED = """
+import runpy, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+module, sys.argv = sys.argv[1], sys.argv[1:]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+OF_BOTH = """from envs.of_user import Mine
+from tools.of_user import Size
+from tests.training import small_config
+
+
+def get_config():
+    import dataclasses
+
+    return dataclasses.replace(small_config("m"), environment=Mine(size=Size(4)))
+"""
+
+
+@pytest.mark.parametrize("regular", [True, False])
+@pytest.mark.parametrize("command", ["jaxgrpo.train", "jaxgrpo.evaluate"])
+def test_a_users_own_envs_and_tools_are_in_nobodys_way(tmp_path, command, regular):
+    """The config is read to its end: what is missing then is the model."""
+    for name in ("envs", "tools"):
+        config_in(tmp_path / name, CONFIG, "of_user.py")
+        if regular:
+            (tmp_path / name / "__init__.py").touch()
+    path = config_in(tmp_path / "elsewhere", OF_BOTH)
+    done = subprocess.run(
+        [sys.executable, "-c", AS_INSTALLED, command, "--config", str(path)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert "error: model.source 'm': no folder m" in done.stderr
+    assert done.returncode == 2
