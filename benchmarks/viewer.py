@@ -68,7 +68,7 @@ def measure_index(folder: Path, cache: Path) -> Index:
     show(
         "index all",
         took,
-        f"{count} episodes, {count / took:,.0f} a second; processor {processor:.1f} s, {count / processor:,.0f} a second of it",
+        f"{count} episodes, {count / took:,.0f} per second; processor {processor:.1f} s, {count / processor:,.0f} per second of it",
     )
     files[0].touch()
     began = time.perf_counter()

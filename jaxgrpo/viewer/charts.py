@@ -11,8 +11,8 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 480, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 28
 MOST_POINTS = 600
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
-"""Of Okabe and Ito (2008): told apart by the colour-blind; on pages the style sheet has them,
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
+"""Of Okabe and Ito (2008): told apart by the color-blind; on pages the style sheet has them,
 brighter in the dark."""
 DASHES = ("", "6 3", "2 2", "8 3 2 3")
 
@@ -54,7 +54,7 @@ def smoothed(points: Points, weight: float) -> list[tuple[int, float | None]]:
 
 
 def svg(chart: Chart, smoothing: float = 0.0, standalone: bool = False) -> Markup:
-    """The drawing. `standalone` brings its own colours, for a file of its own."""
+    """The drawing. `standalone` brings its own colors, for a file of its own."""
     curves = [dataclasses.replace(curve, points=thinned(curve.points)) for curve in chart.curves]
     drawn = [smoothed(curve.points, smoothing) for curve in curves]
     frame = Frame.around(
@@ -191,23 +191,23 @@ class Frame:
             ends = n + 1 == len(points) or points[n + 1][1] is None
             if pen == "M" and ends:
                 alone.append(
-                    f'<circle class="c{place % len(COLOURS)} dot" cx="{self.x(step)}" cy="{self.y(value)}" r="3"/>'
+                    f'<circle class="c{place % len(COLORS)} dot" cx="{self.x(step)}" cy="{self.y(value)}" r="3"/>'
                 )
             pen = "L"
-        dash = DASHES[place // len(COLOURS) % len(DASHES)]
+        dash = DASHES[place // len(COLORS) % len(DASHES)]
         dashed = f' stroke-dasharray="{dash}"' if dash else ""
         return (
-            f'<path class="c{place % len(COLOURS)} {kind}"{dashed} d="{"".join(path)}"/>'
+            f'<path class="c{place % len(COLORS)} {kind}"{dashed} d="{"".join(path)}"/>'
             + "".join(alone)
         )
 
     def band(self, band: Sequence[tuple[int, float, float]], place: int) -> str:
         if len(band) == 1:
             step, low, high = band[0]
-            return f'<path class="c{place % len(COLOURS)} line" d="M{self.x(step)} {self.y(low)}V{self.y(high)}"/>'
+            return f'<path class="c{place % len(COLORS)} line" d="M{self.x(step)} {self.y(low)}V{self.y(high)}"/>'
         there = [f"{self.x(step)} {self.y(high)}" for step, _, high in band]
         back = [f"{self.x(step)} {self.y(low)}" for step, low, _ in reversed(band)]
-        return f'<path class="c{place % len(COLOURS)} band" d="M{"L".join(there + back)}Z"/>'
+        return f'<path class="c{place % len(COLORS)} band" d="M{"L".join(there + back)}Z"/>'
 
 
 _STYLE = (
@@ -215,6 +215,6 @@ _STYLE = (
     ".raw{fill:none;stroke-width:1;opacity:.3}.band{stroke:none;opacity:.18}.cursor{display:none}"
     + "".join(
         f".c{n}.line,.c{n}.raw{{stroke:{c}}}.c{n}.band,.c{n}.dot{{fill:{c}}}"
-        for n, c in enumerate(COLOURS)
+        for n, c in enumerate(COLORS)
     )
 )

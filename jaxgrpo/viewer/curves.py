@@ -55,7 +55,7 @@ SHOWN = (
         "train/entropy",
         "Entropy",
         "",
-        "How open the policy's choice is, in nats a token; near zero nothing is explored.",
+        "How open the policy's choice is, in nats per token; near zero nothing is explored.",
     ),
     Shown("train/overlong_fraction", "Overlong episodes", "%", "The share that ran out of tokens."),
     Shown(
@@ -77,10 +77,16 @@ SHOWN = (
         "Before clipping, the mean over a batch's optimizer steps.",
     ),
     Shown(
-        "speed/sampled_tokens_per_second", "Sampled tokens a second", "", "How fast the sampler is."
+        "speed/sampled_tokens_per_second",
+        "Sampled tokens per second",
+        "",
+        "How fast the sampler is.",
     ),
     Shown(
-        "speed/trained_tokens_per_second", "Trained tokens a second", "", "How fast the update is."
+        "speed/trained_tokens_per_second",
+        "Trained tokens per second",
+        "",
+        "How fast the update is.",
     ),
 )
 
@@ -137,8 +143,7 @@ def _phases(runs: Sequence[tuple[str, sqlite3.Connection]]) -> tuple[Shown, Char
 
 def one(runs: Sequence[tuple[str, sqlite3.Connection]], key: str, split: str = "") -> Chart:
     """Any metric, of all runs that have it."""
-    known = next((shown for shown in SHOWN if shown.key == key), None)
-    curves = [
-        Curve(name, points) for name, db in runs if (points := queries.series(db, key, split))
-    ]
-    return Chart(known.title if known else key, curves, known.unit if known else "")
+    known = next((shown for shown in SHOWN if shown.key == key), Shown(key, key, "", ""))
+    found = [(name, queries.series(db, key, split) or known.series(db)) for name, db in runs]
+    curves = [Curve(name, points) for name, points in found if points]
+    return Chart(known.title, curves, known.unit)

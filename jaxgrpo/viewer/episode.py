@@ -10,7 +10,7 @@ from jaxgrpo.viewer.reader import integer, listed, mapping, number, parsed, text
 PER_TOKEN = {
     "sampler_logprobs": "sampler log-probability",
     "train_logprobs": "trainer log-probability",
-    "old_logprobs": "log-probability at the first iteration",
+    "old_logprobs": "old policy's log-probability",
     "reference_logprobs": "reference log-probability",
     "entropies": "entropy",
     "loss_weights": "loss weight",

@@ -94,14 +94,14 @@ def _tokens(run: Run, shown: Episode, query: Query) -> dict[str, Any]:
         "completion_text": run.tokenizer.text(shown.completion_ids),
         "by": by,
         "available": available,
-        "COLOURS": tokens.COLOURS,
+        "COLORS": tokens.COLORS,
         "tokens": listed,
         "start": start,
         "end": start + len(ids),
         "whole": len(shown.completion_ids),
         "prompt": run.tokenizer.text(shown.prompt_ids),
         "why": run.tokenizer.why,
-        "names": tokens.COLOURS | PER_TOKEN,
+        "names": tokens.COLORS | PER_TOKEN,
         "TOKENS": TOKENS,
     }
 

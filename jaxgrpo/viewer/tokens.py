@@ -1,4 +1,4 @@
-"""The tokens of an episode with what is known of each, and their colours. Pure."""
+"""The tokens of an episode with what is known of each, and their colors. Pure."""
 
 import dataclasses
 import math
@@ -8,13 +8,13 @@ from typing import Any
 from jaxgrpo.viewer.episode import PER_TOKEN, Episode
 
 STEPS = 9
-"""Shades of a colour: 0 is none, 8 the strongest."""
+"""Shades of a color: 0 is none, 8 the strongest."""
 
-COLOURS = {
+COLORS = {
     "mask": "loss mask: which tokens the policy sampled",
     "sampler_logprobs": "sampler log-probability",
     "train_logprobs": "trainer log-probability",
-    "ratio": "ratio of the trainer's probability to that of the first iteration",
+    "ratio": "ratio of the trainer's probability to the old policy's",
     "kl": "KL to the reference, one token's estimate",
     "gap": "gap between trainer and sampler",
     "entropies": "entropy",
@@ -22,7 +22,7 @@ COLOURS = {
     "loss_weights": "loss weight",
     "weight_versions": "version of the weights",
 }
-"""What tokens can be coloured by."""
+"""What tokens can be colored by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Token:
 
 
 def available(episode: Episode) -> list[str]:
-    """What this episode's tokens can be coloured by: what is recorded, and what follows from it."""
+    """What this episode's tokens can be colored by: what is recorded, and what follows from it."""
     has = episode.figures
     known = {
         "mask": bool(episode.sampled),
@@ -50,7 +50,7 @@ def available(episode: Episode) -> list[str]:
     known["gap"] = "train_logprobs" in has and "sampler_logprobs" in has
     known["ratio"] = "train_logprobs" in has and "old_logprobs" in has
     known["kl"] = "train_logprobs" in has and "reference_logprobs" in has
-    return [key for key in COLOURS if known[key]]
+    return [key for key in COLORS if known[key]]
 
 
 def tokens(episode: Episode, pieces: Sequence[str], by: str, start: int = 0) -> list[Token]:
@@ -58,10 +58,10 @@ def tokens(episode: Episode, pieces: Sequence[str], by: str, start: int = 0) -> 
     shown = []
     values = [figures(episode, place) for place in range(start, start + len(pieces))]
     shade = shades([value.get(by) for value in values], by)
-    for offset, (piece, value, colour) in enumerate(zip(pieces, values, shade, strict=True)):
+    for offset, (piece, value, color) in enumerate(zip(pieces, values, shade, strict=True)):
         place = start + offset
         sampled = bool(at(episode.sampled, place))
-        shown.append(Token(place, episode.completion_ids[place], piece, colour, sampled, value))
+        shown.append(Token(place, episode.completion_ids[place], piece, color, sampled, value))
     return shown
 
 
