@@ -15,6 +15,7 @@ PARTS = ("jaxgrpo", "envs", "tools", "configs", "benchmarks", "tests")
 
 FLOORS = (
     ("jaxgrpo.commands", "jaxgrpo.train", "jaxgrpo.evaluate"),
+    ("jaxgrpo.viewer",),
     ("jaxgrpo.run",),
     ("jaxgrpo.rollout",),
     ("jaxgrpo.samplers.native", "jaxgrpo.samplers.vllm"),

@@ -1,0 +1,102 @@
+"""A record file's lines as rows of the index. It is what costs time when indexing, so it can run
+in a process of its own."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxgrpo.viewer.episode import Episode, from_fields
+from jaxgrpo.viewer.failures import failure, repetition, truth_calls
+from jaxgrpo.viewer.reader import KNOWN_FORMAT, Line, Lines, head
+
+MOST_WORDS = 200_000
+"""Characters of an episode that can be searched; what is beyond is shown, not found."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRows:
+    """What was read of a file: a row an episode, the words to search by, the tasks met; where
+    reading ended and what could not be read."""
+
+    rows: list[tuple[Any, ...]]
+    words: list[str]
+    tasks: dict[str, tuple[str, int | None, str]]
+    done: int
+    fault: str
+
+
+def read_rows(path: Path, start: int = 0) -> FileRows:
+    """The rows of a file's lines from `start` on. Lines that are no episodes are counted and
+    left out."""
+    rows, words, tasks, faults = [], [], {}, []
+    lines = Lines(path, start)
+    for number, line in enumerate(lines, 1):
+        try:
+            fields, tokens = head(line.data)
+        except ValueError as error:
+            faults.append(f"line {number} is not an episode: {error}")
+            continue
+        if "task" not in fields:
+            faults.append(f"line {number} names no task")
+            continue
+        episode = from_fields(fields)
+        if episode.format != KNOWN_FORMAT:
+            faults.append(
+                f"line {number} has format {episode.format!r}; this viewer knows {KNOWN_FORMAT}"
+            )
+        rows.append(_row(line, episode, tokens))
+        words.append(searched(episode))
+        truth = len(truth_calls(episode.check)) if "ground_truth" in episode.check else None
+        tasks[episode.task] = (",".join(episode.labels), truth, _short(episode.query, 2000))
+    if lines.fault:
+        faults.append(lines.fault)
+    fault = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
+    return FileRows(rows, words, tasks, lines.end, fault)
+
+
+def searched(episode: Episode) -> str:
+    """The text by which an episode is found: what was said from the policy's first turn on, the
+    request, the task's id, errors and notes. The tools' documents are left out: they would find
+    every episode."""
+    parts = [episode.task, episode.query, *(message.content for message in episode.conversation)]
+    if not episode.conversation:  # an older or bare record: the calls are all there is
+        parts += [f"{call.name} {call.arguments} {call.result}" for call in episode.calls]
+    parts += [episode.error, *episode.notes.values()]
+    return "\n".join(parts)[:MOST_WORDS].encode("utf-8", "replace").decode()
+
+
+def _row(line: Line, episode: Episode, tokens: int) -> tuple[Any, ...]:
+    repeated = repetition(episode.policy_texts)
+    tools = dict.fromkeys(_word(call.name) for call in episode.calls)
+    said = episode.policy_texts
+    return (
+        line.offset,
+        len(line.data),
+        _word(episode.split),
+        episode.step,
+        _word(episode.task),
+        episode.sample,
+        f",{','.join(map(_word, episode.labels))},",
+        episode.reward,
+        episode.passed,
+        _word(episode.stop_reason),
+        failure(episode, repeated),
+        episode.turns,
+        tokens,
+        len(episode.calls),
+        f",{','.join(tools)},",
+        episode.advantage,
+        repeated,
+        json.dumps(episode.parts),
+        _short(" ".join(said[0].split()) if said else episode.error, 160),
+    )
+
+
+def _word(value: str) -> str:
+    """A text that SQLite takes: half a surrogate pair is none."""
+    return value.encode("utf-8", "replace").decode()
+
+
+def _short(value: str, most: int) -> str:
+    return _word(value[:most])
