@@ -270,7 +270,7 @@ def dry_run(name: str) -> tuple[dict, dict[str, str]]:
             )
         assert not run.exists()
     config, end, lines = printed.getvalue().partition("\n}\n")
-    return json.loads(config + end), {line[:24].strip(): line[24:] for line in lines.splitlines()}
+    return json.loads(config + end), {line[:26].strip(): line[26:] for line in lines.splitlines()}
 
 
 def flat(tree: dict, prefix: str = "") -> dict:
