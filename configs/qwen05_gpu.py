@@ -4,14 +4,12 @@ Command    python -m jaxgrpo.train --config configs/qwen05_gpu.py
            from a folder: --set model.source=FOLDER --set model.revision=None
 Hardware   one H100 or H200
 Tasks      those of BFCL v3's train split whose first query takes one call, also for evaluation
-Result     not measured
+Result     not measured; Qwen2.5-Coder-0.5B-Instruct passes 2 of the first 16 tasks before training
 
 Departures from the article's recipe:
 
 - The model is small, episodes are short, and the learning rate is higher.
 - Prompts have one line per tool, and one worked example.
-- The reward is the article's graded one (`call_match`): a small model gets some of it before it
-  solves anything.
 """
 
 from envs.bfcl import Bfcl
@@ -34,7 +32,7 @@ def get_config() -> Config:
         model=ModelSettings(
             source="Qwen/Qwen2.5-0.5B-Instruct", revision="7ae557604adf67be50417f59c2c2f167def9a775"
         ),
-        environment=Bfcl(docs="signatures", examples=1, max_calls=1, reward="call_match"),
+        environment=Bfcl(docs="signatures", examples=1, max_calls=1),
         rollout=RolloutSettings(
             group_size=8,
             tasks_per_step=8,
