@@ -7,7 +7,7 @@ import sys
 import pytest
 
 
-def test_it_measures_a_small_run(tmp_path):
+def test_it_measures_a_small_run(tmp_path) -> None:
     pytest.importorskip("uvicorn")
     command = [sys.executable, "-m", "benchmarks.viewer", "--episodes", "96"]
     environment = os.environ | {"TMPDIR": str(tmp_path)}

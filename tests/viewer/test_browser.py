@@ -25,7 +25,7 @@ def texts(page, selector):
     return [" ".join(text.split()) for text in page.locator(selector).all_inner_texts()]
 
 
-def test_the_overview_shows_values_on_hover_and_opens_a_steps_episodes(page, tmp_path):
+def test_the_overview_shows_values_on_hover_and_opens_a_steps_episodes(page, tmp_path) -> None:
     with serving([write_demo(tmp_path / "demo")], tmp_path / "cache") as server:
         page.goto(server.url)
         assert texts(page, "figcaption h2")[:3] == [
@@ -42,7 +42,7 @@ def test_the_overview_shows_values_on_hover_and_opens_a_steps_episodes(page, tmp
         assert texts(page, "[role=status]") == ["16 episodes"]
 
 
-def test_runs_lie_over_one_another_and_are_smoothed(page, two_runs):
+def test_runs_lie_over_one_another_and_are_smoothed(page, two_runs) -> None:
     page.goto(two_runs.url + "/overview")
     figure = page.locator("#train-reward_mean")
     assert texts(page, "#train-reward_mean .legend li") == ["demo", "other"]
@@ -55,7 +55,7 @@ def test_runs_lie_over_one_another_and_are_smoothed(page, two_runs):
     assert page.locator("figure h2").first.inner_text() == "KL to the reference"
 
 
-def test_a_run_that_goes_on_appends_by_itself(page, tmp_path):
+def test_a_run_that_goes_on_appends_by_itself(page, tmp_path) -> None:
     folder = write_demo(tmp_path / "demo")
     with serving([folder], tmp_path / "cache", every=0.1) as server:
         page.goto(server.url)
@@ -67,7 +67,7 @@ def test_a_run_that_goes_on_appends_by_itself(page, tmp_path):
         page.wait_for_selector("dd:text-is('65')")
 
 
-def test_the_heat_map_is_filtered_and_opens_before_and_after(page, two_runs):
+def test_the_heat_map_is_filtered_and_opens_before_and_after(page, two_runs) -> None:
     page.goto(two_runs.url + "/r/demo/tasks?split=eval-train")
     assert texts(page, "tbody th a") == [
         "files_1",
@@ -91,7 +91,7 @@ def test_the_heat_map_is_filtered_and_opens_before_and_after(page, two_runs):
     assert page.locator("h1").inner_text().startswith("files_1")
 
 
-def test_before_and_after_stand_side_by_side_and_arrows_walk_the_steps(page, two_runs):
+def test_before_and_after_stand_side_by_side_and_arrows_walk_the_steps(page, two_runs) -> None:
     page.goto(two_runs.url + "/r/demo/task?task=files_1")
     assert texts(page, ".side .where") == [
         "eval-train, step 0, sample 0",
@@ -118,14 +118,14 @@ def test_before_and_after_stand_side_by_side_and_arrows_walk_the_steps(page, two
     page.wait_for_url("**a_split=train&a_step=4**")
 
 
-def test_two_runs_stand_side_by_side(page, two_runs):
+def test_two_runs_stand_side_by_side(page, two_runs) -> None:
     page.goto(two_runs.url + "/r/demo/task?task=files_1")
     page.select_option("select[name=a_run]", "other")
     page.wait_for_url("**a_run=other**")
     assert texts(page, ".side h2") == ["Before other", "After demo"]
 
 
-def test_an_episode_is_read_as_turns_and_as_tokens(page, two_runs):
+def test_an_episode_is_read_as_turns_and_as_tokens(page, two_runs) -> None:
     page.goto(two_runs.url + "/r/demo/episode?task=files_1&split=eval-train&step=4&sample=1")
     assert texts(page, ".turn .line") == ["ls(a=true)"]
     assert '"files"' in page.locator(".result pre").inner_text()
@@ -152,7 +152,7 @@ def test_an_episode_is_read_as_turns_and_as_tokens(page, two_runs):
     page.wait_for_url("**step=0**")
 
 
-def test_ids_are_copied(page, two_runs):
+def test_ids_are_copied(page, two_runs) -> None:
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.goto(
         two_runs.url + "/r/demo/episode?task=files_1&split=eval-train&step=4&sample=1&view=tokens"
@@ -164,7 +164,7 @@ def test_ids_are_copied(page, two_runs):
     assert len(copied.split()) == page.locator(".tokens .t").count()
 
 
-def test_where_an_episode_was_cut_off_is_marked(page, two_runs):
+def test_where_an_episode_was_cut_off_is_marked(page, two_runs) -> None:
     page.goto(
         two_runs.url + "/r/demo/episode?task=files_1&split=eval-train&step=0&sample=3&view=tokens"
     )
@@ -172,7 +172,7 @@ def test_where_an_episode_was_cut_off_is_marked(page, two_runs):
     assert "its completion tokens ran out" in page.locator("main").inner_text()
 
 
-def test_a_group_parts_where_its_tokens_differ(page, two_runs):
+def test_a_group_parts_where_its_tokens_differ(page, two_runs) -> None:
     page.goto(two_runs.url + "/r/demo/group?task=files_1&split=train&step=2")
     assert texts(page, ".tree li:first-child .sample") == ["0✓", "1✗", "2✗", "3✗"]
     assert page.locator(".tree .leaf").count() == 4
@@ -182,7 +182,7 @@ def test_a_group_parts_where_its_tokens_differ(page, two_runs):
     assert page.locator(".tree .leaf").count() == 1
 
 
-def test_failures_open_their_examples(page, two_runs):
+def test_failures_open_their_examples(page, two_runs) -> None:
     page.goto(two_runs.url + "/r/demo/failures?split=train")
     assert texts(page, "tbody >> nth=0 >> th") == [
         "gibberish",
@@ -197,7 +197,7 @@ def test_failures_open_their_examples(page, two_runs):
     assert "not a call:" in page.locator(".turn").first.inner_text()
 
 
-def test_two_evaluations_are_compared(page, two_runs):
+def test_two_evaluations_are_compared(page, two_runs) -> None:
     page.goto(two_runs.url + "/compare?a_run=demo&b_run=demo")
     assert texts(page, ".big dd")[:2] == ["43.8 %", "50.0 %"]
     assert [texts(page, f".beside section >> nth={n} >> td a") for n in (0, 1)] == [
@@ -212,7 +212,7 @@ def test_two_evaluations_are_compared(page, two_runs):
     assert page.locator(".side").count() == 2
 
 
-def test_search_filters_and_the_address_hold_the_whole_state(page, two_runs):
+def test_search_filters_and_the_address_hold_the_whole_state(page, two_runs) -> None:
     page.goto(two_runs.url + "/r/demo/episodes")
     page.keyboard.press("/")
     page.keyboard.type("zeal")
@@ -239,7 +239,7 @@ def test_search_filters_and_the_address_hold_the_whole_state(page, two_runs):
     assert texts(page, "[role=status]") == ["1 episode"]
 
 
-def test_keys_walk_rows_and_show_help(page, two_runs):
+def test_keys_walk_rows_and_show_help(page, two_runs) -> None:
     page.goto(two_runs.url + "/r/demo/episodes?task=easy_4")
     focused = lambda: page.evaluate("document.activeElement.closest('tr')?.rowIndex")
     for key, row in (("j", 1), ("j", 2), ("k", 1)):
@@ -251,7 +251,7 @@ def test_keys_walk_rows_and_show_help(page, two_runs):
     assert not page.locator("dialog").is_visible()
 
 
-def test_what_is_recorded_later_is_shown(page, tmp_path):
+def test_what_is_recorded_later_is_shown(page, tmp_path) -> None:
     fields = json.loads(to_line(record("files_1", "train", 8, 0, False)))
     n = len(fields["completion_ids"])
     due = {"name": "ls", "arguments": {"a": True}}
@@ -292,7 +292,7 @@ def test_what_is_recorded_later_is_shown(page, tmp_path):
     "JAXGRPO_DEMO_RUN" not in os.environ,
     reason="JAXGRPO_DEMO_RUN names no run of configs/cpu_demo.py",
 )
-def test_a_real_run_of_the_demo(page, tmp_path):
+def test_a_real_run_of_the_demo(page, tmp_path) -> None:
     folder = Path(os.environ["JAXGRPO_DEMO_RUN"])
     with serving([folder], tmp_path) as server:
         page.goto(server.url)

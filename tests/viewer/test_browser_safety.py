@@ -36,7 +36,7 @@ def hostile(tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", range(len(HOSTILE)))
-def test_no_script_of_an_episode_runs(page, hostile, number):
+def test_no_script_of_an_episode_runs(page, hostile, number) -> None:
     page.add_init_script("window.alert = () => { document.title = 'owned'; }")
     name = quote(HOSTILE[number].encode("utf-8", "replace").decode())
     place = f"task={name}&split=train&step=2&sample=0"
@@ -64,7 +64,7 @@ def test_no_script_of_an_episode_runs(page, hostile, number):
             )
 
 
-def test_no_script_of_an_episode_runs_in_an_export(page, tmp_path, monkeypatch):
+def test_no_script_of_an_episode_runs_in_an_export(page, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "cache"))
     page.add_init_script("window.alert = () => { document.title = 'owned'; }")
     base = record("files_1", "train", 2, 0, False)
@@ -78,7 +78,7 @@ def test_no_script_of_an_episode_runs_in_an_export(page, tmp_path, monkeypatch):
         assert page.locator("main img").count() == 0
 
 
-def test_the_exported_page_opens_from_disk(page, tmp_path, monkeypatch):
+def test_the_exported_page_opens_from_disk(page, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "cache"))
     assert main([str(write_demo(tmp_path / "demo")), "--export", str(tmp_path / "out.html")]) == 0
     page.goto((tmp_path / "out.html").as_uri())
@@ -88,7 +88,7 @@ def test_the_exported_page_opens_from_disk(page, tmp_path, monkeypatch):
     assert page.locator("text=differs: ").count() >= 2
 
 
-def test_the_exported_folder_opens_from_disk(page, tmp_path, monkeypatch):
+def test_the_exported_folder_opens_from_disk(page, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "cache"))
     assert main([str(write_demo(tmp_path / "demo")), "--export", str(tmp_path / "out")]) == 0
     page.goto((tmp_path / "out" / "overview.html").as_uri())
@@ -113,7 +113,7 @@ PAGES = {
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_no_page_is_wider_than_the_window(page, two_runs, width):
+def test_no_page_is_wider_than_the_window(page, two_runs, width) -> None:
     page.set_viewport_size(dict(zip(("width", "height"), WIDTHS[width], strict=True)))
     for path in PAGES.values():
         page.goto(two_runs.url + path)
@@ -122,7 +122,7 @@ def test_no_page_is_wider_than_the_window(page, two_runs, width):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", PAGES)
-def test_nothing_serious_hinders_access(page, two_runs, name, scheme):
+def test_nothing_serious_hinders_access(page, two_runs, name, scheme) -> None:
     axe = Path(os.environ.get("JAXGRPO_AXE", "node_modules/axe-core/axe.min.js"))
     if not axe.exists():
         pytest.skip("axe-core is not there: npm install axe-core, or name it in JAXGRPO_AXE")

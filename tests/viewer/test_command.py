@@ -18,7 +18,7 @@ from tests.viewer.demo import record
 SERVES = all(importlib.util.find_spec(name) for name in NEEDED)
 
 
-def test_it_needs_no_jax():
+def test_it_needs_no_jax() -> None:
     modules = "__main__, export, one, pages, text, watcher"
     code = f"import sys; from jaxgrpo.viewer import {modules}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -35,7 +35,9 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("arguments", "why"), COMMANDS)
-def test_wrong_commands_end_with_a_line(demo_folder, tmp_path, monkeypatch, capsys, arguments, why):
+def test_wrong_commands_end_with_a_line(
+    demo_folder, tmp_path, monkeypatch, capsys, arguments, why
+) -> None:
     monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path))
     if "--port" in arguments and not SERVES:
         why = "the server needs"
@@ -56,14 +58,16 @@ def test_an_export_that_cannot_be_written_ends_with_a_line(
     assert said.count("\n") == 1
 
 
-def test_a_cache_that_cannot_be_written_is_named(demo_folder, tmp_path, monkeypatch, capsys):
+def test_a_cache_that_cannot_be_written_is_named(
+    demo_folder, tmp_path, monkeypatch, capsys
+) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "file"))
     assert main([str(demo_folder), "--text"]) == 2
     assert "name a folder for it in JAXGRPO_CACHE" in capsys.readouterr().err
 
 
-def test_the_export_holds_no_link_to_a_server(demo_folder, tmp_path, monkeypatch):
+def test_the_export_holds_no_link_to_a_server(demo_folder, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "cache"))
     assert main([str(demo_folder), "--export", str(tmp_path / "out.html")]) == 0
     text = (tmp_path / "out.html").read_text()
@@ -72,14 +76,14 @@ def test_the_export_holds_no_link_to_a_server(demo_folder, tmp_path, monkeypatch
         assert f'id="{anchor}"' in text
 
 
-def test_an_export_holds_all_tasks(demo_folder, tmp_path, monkeypatch):
+def test_an_export_holds_all_tasks(demo_folder, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("jaxgrpo.viewer.pages.TASKS", 2)
     assert main([str(demo_folder), "--export", str(tmp_path / "out")]) == 0
     assert len(list((tmp_path / "out").glob("task-*"))) == 4
 
 
-def test_a_folder_holds_all_episodes_of_many_steps(demo_folder, tmp_path, monkeypatch):
+def test_a_folder_holds_all_episodes_of_many_steps(demo_folder, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "cache"))
     run = shutil.copytree(demo_folder, tmp_path / "run")
     for step in range(5, 45):
@@ -89,7 +93,7 @@ def test_a_folder_holds_all_episodes_of_many_steps(demo_folder, tmp_path, monkey
     assert len(list((tmp_path / "out").glob("episode-*"))) == 64 + 40
 
 
-def test_a_folder_of_pages_links_only_what_is_there(demo_folder, tmp_path, monkeypatch):
+def test_a_folder_of_pages_links_only_what_is_there(demo_folder, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "out"
     assert main([str(demo_folder), "--export", str(out)]) == 0
@@ -103,7 +107,7 @@ def test_a_folder_of_pages_links_only_what_is_there(demo_folder, tmp_path, monke
 
 @pytest.mark.skipif(not SERVES, reason="the server's packages are not installed")
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_server_with_a_line(demo_folder, tmp_path, ending):
+def test_a_signal_ends_the_server_with_a_line(demo_folder, tmp_path, ending) -> None:
     command = [sys.executable, "-m", "jaxgrpo.viewer", str(demo_folder), "--port", "0"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | {"JAXGRPO_CACHE": str(tmp_path)}

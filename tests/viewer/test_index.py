@@ -38,7 +38,7 @@ def cache(tmp_path):
     return tmp_path / "cache"
 
 
-def test_every_episode_is_there(demo):
+def test_every_episode_is_there(demo) -> None:
     with demo.index.connect() as db:
         assert queries.totals(db) == {"episodes": 64, "steps": 3, "tasks": 4}
         assert queries.splits(db) == {"eval-train": [0, 4], "train": [2, 4]}
@@ -47,7 +47,7 @@ def test_every_episode_is_there(demo):
         assert queries.faults(db) == []
 
 
-def test_what_the_index_names_is_read_back(demo):
+def test_what_the_index_names_is_read_back(demo) -> None:
     with demo.index.connect() as db:
         row = queries.episode(db, "train", 4, ODD, 2)
     episode = demo.episode(row)
@@ -81,11 +81,11 @@ FILTERS = [
 
 
 @pytest.mark.parametrize(("wanted", "count"), FILTERS)
-def test_filters(demo, wanted, count):
+def test_filters(demo, wanted, count) -> None:
     assert found(demo, **wanted).total == count == len(found(demo, **wanted).rows)
 
 
-def test_filters_agree_with_reading_all(demo):
+def test_filters_agree_with_reading_all(demo) -> None:
     rows = found(demo).rows
     for wanted in (
         {"failure": "no_call"},
@@ -101,7 +101,7 @@ def test_filters_agree_with_reading_all(demo):
         assert [row["id"] for row in found(demo, **wanted).rows] == expected
 
 
-def test_only_what_is_new_is_read(folder, cache, monkeypatch):
+def test_only_what_is_new_is_read(folder, cache, monkeypatch) -> None:
     run = opened(folder, cache)
     read = []
     from jaxgrpo.viewer import index
@@ -121,7 +121,7 @@ def test_only_what_is_new_is_read(folder, cache, monkeypatch):
     assert found(run, step_from="6").total == 1
 
 
-def test_a_plain_file_that_grows_is_read_on(folder, cache, monkeypatch):
+def test_a_plain_file_that_grows_is_read_on(folder, cache, monkeypatch) -> None:
     path = folder / "trajectories" / "train-000008.jsonl"
     append_records(path, [record("files_1", "train", 8, 0, True)])
     run = opened(folder, cache)
@@ -143,7 +143,7 @@ def test_a_plain_file_that_grows_is_read_on(folder, cache, monkeypatch):
         assert "not finished" in queries.faults(db)[0][1]
 
 
-def test_a_plain_file_that_was_replaced_is_read_anew(folder, cache):
+def test_a_plain_file_that_was_replaced_is_read_anew(folder, cache) -> None:
     path = folder / "trajectories" / "train-000008.jsonl"
     append_records(path, [record("files_1", "train", 8, 0, True)])
     run = opened(folder, cache)
@@ -153,7 +153,7 @@ def test_a_plain_file_that_was_replaced_is_read_anew(folder, cache):
     assert [row["task"] for row in found(run, step_from="8").rows] == ["easy_4"] * 3
 
 
-def test_a_step_that_is_played_again_replaces_its_episodes(folder, cache):
+def test_a_step_that_is_played_again_replaces_its_episodes(folder, cache) -> None:
     run = opened(folder, cache)
     write_records(
         folder / "trajectories" / "train-000004.jsonl.gz", [record("files_1", "train", 4, 0, False)]
@@ -166,7 +166,7 @@ def test_a_step_that_is_played_again_replaces_its_episodes(folder, cache):
         assert queries.cells(db, "train") == {"files_1": {4: queries.Cell(1, 0, 0.0)}}
 
 
-def test_the_run_is_not_touched(folder, cache):
+def test_the_run_is_not_touched(folder, cache) -> None:
     before = {
         path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
         for path in [folder, *folder.rglob("*")]
@@ -178,19 +178,19 @@ def test_the_run_is_not_touched(folder, cache):
     }
 
 
-def test_it_can_be_thrown_away(folder, cache):
+def test_it_can_be_thrown_away(folder, cache) -> None:
     first = [tuple(row)[1:] for row in found(opened(folder, cache)).rows]
     shutil.rmtree(cache)
     assert [tuple(row)[1:] for row in found(opened(folder, cache)).rows] == first
 
 
-def test_a_damaged_index_is_built_again(folder, cache):
+def test_a_damaged_index_is_built_again(folder, cache) -> None:
     run = opened(folder, cache)
     run.index.path.write_bytes(b"no database" * 1000)
     assert found(opened(folder, cache)).total == 64
 
 
-def test_bad_lines_and_other_formats_are_named(folder, cache):
+def test_bad_lines_and_other_formats_are_named(folder, cache) -> None:
     good = made.record("files_1", "train", 9, 0, True)
     from jaxgrpo.run.records import to_line
 
@@ -207,7 +207,7 @@ def test_bad_lines_and_other_formats_are_named(folder, cache):
         assert said in fault
 
 
-def test_an_episode_that_was_played_again_stands_beside_the_one_that_failed(folder, cache):
+def test_an_episode_that_was_played_again_stands_beside_the_one_that_failed(folder, cache) -> None:
     good = record("files_1", "train", 9, 0, True)
     broken = dataclasses.replace(
         good.trajectory, score=None, stop_reason=StopReason.ENVIRONMENT_ERROR, error="it broke"
@@ -223,13 +223,13 @@ def test_an_episode_that_was_played_again_stands_beside_the_one_that_failed(fold
     assert [row["attempt"] for row in found(run, step_from="9").rows] == [1, 0]
 
 
-def test_several_processes_read_the_same(demo, folder, cache, monkeypatch):
+def test_several_processes_read_the_same(demo, folder, cache, monkeypatch) -> None:
     monkeypatch.setattr("jaxgrpo.viewer.index.SEVERAL", 0)
     rows = [tuple(row)[1:] for row in found(opened(folder, cache)).rows]
     assert rows == [tuple(row)[1:] for row in found(demo).rows]
 
 
-def test_two_viewers_of_one_run_agree(folder, cache):
+def test_two_viewers_of_one_run_agree(folder, cache) -> None:
     both = [open_runs([folder], cache)[0] for _ in range(2)]
     threads = [threading.Thread(target=run.index.refresh) for run in both]
     for thread in threads:
@@ -240,7 +240,7 @@ def test_two_viewers_of_one_run_agree(folder, cache):
     assert found(both[0], q="zeal").total == 6
 
 
-def test_links_out_of_the_run_are_not_followed(folder, cache, tmp_path):
+def test_links_out_of_the_run_are_not_followed(folder, cache, tmp_path) -> None:
     write_records(tmp_path / "elsewhere.jsonl", [record("files_1", "train", 99, 0, True)])
     (folder / "trajectories" / "train-000099.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")
     run = opened(folder, cache)
@@ -249,7 +249,7 @@ def test_links_out_of_the_run_are_not_followed(folder, cache, tmp_path):
         assert "leads out of the run's folder" in queries.faults(db)[0][1]
 
 
-def test_a_long_message_is_indexed_and_read(folder, cache):
+def test_a_long_message_is_indexed_and_read(folder, cache) -> None:
     long = with_content(
         record("files_1", "train", 7, 0, True), "needle " + "hay " * 1_300_000, "long"
     )
@@ -268,19 +268,19 @@ def test_a_long_message_is_indexed_and_read(folder, cache):
         (lambda path: write_demo(path / "inside"), "did you mean"),
     ],
 )
-def test_what_is_no_run_is_refused_by_name(tmp_path, make, said):
+def test_what_is_no_run_is_refused_by_name(tmp_path, make, said) -> None:
     make(tmp_path / "x")
     with pytest.raises(RunError, match=said):
         open_runs([tmp_path / "x"], tmp_path / "cache")
 
 
-def test_an_empty_run_opens(tmp_path, cache):
+def test_an_empty_run_opens(tmp_path, cache) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "metrics.jsonl").touch()
     assert found(opened(tmp_path / "new", cache)).total == 0
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path, cache):
+def test_runs_of_one_name_are_told_apart(tmp_path, cache) -> None:
     paths = [write_demo(tmp_path / place / "run") for place in ("a", "b")]
     assert [run.name for run in open_runs(paths, cache)] == ["run", "run-2"]
 
@@ -297,5 +297,5 @@ def test_runs_of_one_name_are_told_apart(tmp_path, cache):
         ("NEAR(a b) OR", '"NEAR(a" "b)" "OR"*'),
     ],
 )
-def test_what_is_typed_becomes_a_query(typed, asked):
+def test_what_is_typed_becomes_a_query(typed, asked) -> None:
     assert match(typed) == asked

@@ -71,16 +71,16 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "changes"), CASES)
-def test_kinds_of_failure(kind, changes):
+def test_kinds_of_failure(kind, changes) -> None:
     episode = dataclasses.replace(BASE, **changes)
     assert failure(episode, repetition(episode.policy_texts)) == kind
 
 
-def test_every_kind_has_a_case():
+def test_every_kind_has_a_case() -> None:
     assert {kind for kind, _ in CASES} == {"", *KINDS}
 
 
-def test_prose_is_not_repetitive():
+def test_prose_is_not_repetitive() -> None:
     prose = (
         "The quick brown fox jumps over the lazy dog near the river, where a dozen geese were asleep. Meanwhile nobody had told the "
         "baker that flour would be late; she had counted on it, and the ovens were hot already. By noon the queue reached the square, "
@@ -91,7 +91,7 @@ def test_prose_is_not_repetitive():
     assert repetition(["short"]) == 1
 
 
-def test_the_sign_flip_test_counts_all_patterns():
+def test_the_sign_flip_test_counts_all_patterns() -> None:
     for differences in (
         [1, 1, -1, 2],
         [0, 3, 1],
@@ -120,12 +120,12 @@ def test_the_sign_flip_test_counts_all_patterns():
         (1000, 1.962339),
     ],
 )
-def test_students_quantiles(freedom, expected):
+def test_students_quantiles(freedom, expected) -> None:
     """Values of printed tables, to six places."""
     assert t_quantile(freedom) == pytest.approx(expected, abs=4e-6)
 
 
-def test_a_mean_and_its_interval():
+def test_a_mean_and_its_interval() -> None:
     low, high = interval([0.1, 0.3, 0.2, 0.4])
     assert (low, high) == (
         pytest.approx(0.25 - 3.182446 * 0.0645497, abs=1e-5),
@@ -134,7 +134,7 @@ def test_a_mean_and_its_interval():
     assert interval([0.5]) == interval([0.5, 0.5]) == (None, None)
 
 
-def test_evaluations_are_compared_on_the_tasks_they_share():
+def test_evaluations_are_compared_on_the_tasks_they_share() -> None:
     a = {"up": Cell(4, 0, 0), "down": Cell(4, 4, 1), "same": Cell(4, 2, 0), "only_a": Cell(4, 4, 1)}
     b = {"up": Cell(8, 8, 0), "down": Cell(8, 7, 1), "same": Cell(8, 4, 0), "only_b": Cell(8, 0, 0)}
     result = paired(a, b)
@@ -144,7 +144,7 @@ def test_evaluations_are_compared_on_the_tasks_they_share():
     assert paired(a, {}) is None
 
 
-def test_a_group_parts_where_its_tokens_differ():
+def test_a_group_parts_where_its_tokens_differ() -> None:
     root = tree([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2], [7]])
     assert (root.start, root.end, root.members) == (0, 0, (0, 1, 2, 3))
     first, second = root.branches
@@ -158,7 +158,7 @@ def test_a_group_parts_where_its_tokens_differ():
     assert tree([[1, 2]] * 3).branches == ()
 
 
-def test_many_steps_become_few_columns():
+def test_many_steps_become_few_columns() -> None:
     columns = heatmap.columns(list(range(2, 202, 2)), 30)
     assert len(columns) == 25
     assert (columns[0].name, columns[-1].name) == ("2-8", "194-200")
@@ -177,10 +177,10 @@ def test_many_steps_become_few_columns():
         ((4, 1, 4), "sometimes"),
     ],
 )
-def test_what_a_task_did(passed, kind):
+def test_what_a_task_did(passed, kind) -> None:
     cells = {step: Cell(4, n, None) for step, n in enumerate(passed)}
     assert heatmap.row("t", cells, heatmap.columns(list(cells))).kind == kind
 
 
-def test_names_sort_by_their_numbers():
+def test_names_sort_by_their_numbers() -> None:
     assert sorted(["t_10", "t_9", "a", "t_9b"], key=heatmap.natural) == ["a", "t_9", "t_9b", "t_10"]

@@ -29,7 +29,7 @@ def read(path, start=0):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
-def test_lines_are_found_again_by_their_place(tmp_path, name):
+def test_lines_are_found_again_by_their_place(tmp_path, name) -> None:
     path, texts = tmp_path / name, [line("one"), line("a longer one " * 9000), line("three")]
     data = b"".join(text + b"\n" for text in texts)
     path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
@@ -42,7 +42,7 @@ def test_lines_are_found_again_by_their_place(tmp_path, name):
         assert store.line(path, offset, len(text)) == text
 
 
-def test_a_line_that_is_being_written_is_left_for_later(tmp_path):
+def test_a_line_that_is_being_written_is_left_for_later(tmp_path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"{}\n" + line()[:50])
     found, lines = read(path)
@@ -53,14 +53,14 @@ def test_a_line_that_is_being_written_is_left_for_later(tmp_path):
     assert read(path, 3)[0] == [line()]
 
 
-def test_members_of_gzip_are_one_text(tmp_path):
+def test_members_of_gzip_are_one_text(tmp_path) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b"one\ntw") + gzip.compress(b"o\n"))
     assert read(path)[0] == [b"one", b"two"]
     assert Store().line(path, 4, 3) == b"two"
 
 
-def test_a_damaged_member_gives_what_is_before_it(tmp_path):
+def test_a_damaged_member_gives_what_is_before_it(tmp_path) -> None:
     path = tmp_path / "a.jsonl.gz"
     good, bad = gzip.compress(b"one\n"), bytearray(gzip.compress(line() + b"\n"))
     bad[len(bad) // 2] ^= 0xFF
@@ -71,7 +71,7 @@ def test_a_damaged_member_gives_what_is_before_it(tmp_path):
     assert "cannot be read further" in lines.fault
 
 
-def test_a_gzip_that_ends_too_early_is_named(tmp_path):
+def test_a_gzip_that_ends_too_early_is_named(tmp_path) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b"one\n" + line() + b"\n")[:-30])
     found, lines = read(path)
@@ -83,7 +83,7 @@ def test_a_gzip_that_ends_too_early_is_named(tmp_path):
     "content",
     ["Hello", ',"prompt_ids":[', '\\",\\"prompt_ids\\":[1]', "x\\", '"],"completion_ids":[1,2,3]'],
 )
-def test_the_head_is_the_whole_line_without_its_lists(content):
+def test_the_head_is_the_whole_line_without_its_lists(content) -> None:
     data = line(content)
     fields, tokens = head(data)
     whole = json.loads(data)
@@ -92,7 +92,7 @@ def test_the_head_is_the_whole_line_without_its_lists(content):
     assert fields == {key: value for key, value in whole.items() if key not in lists}
 
 
-def test_optional_fields_after_the_lists_are_found():
+def test_optional_fields_after_the_lists_are_found() -> None:
     data = (
         line()[:-1] + b',"advantage":0.5,"check":{"ground_truth":[{"name":"ls","arguments":{}}]}}'
     )
@@ -102,12 +102,12 @@ def test_optional_fields_after_the_lists_are_found():
 
 
 @pytest.mark.parametrize("data", [b"", b"[1]", b'"x"', b"{", b"\xff\xfe", b"[" * 100_000])
-def test_what_is_no_object_is_refused(data):
+def test_what_is_no_object_is_refused(data) -> None:
     with pytest.raises(ValueError):
         head(data)
 
 
-def test_wrong_types_become_values_that_can_be_shown():
+def test_wrong_types_become_values_that_can_be_shown() -> None:
     odd = {
         "task": 7,
         "step": "x",
@@ -124,7 +124,7 @@ def test_wrong_types_become_values_that_can_be_shown():
     assert episode.completion_ids == [-1, 5]
 
 
-def test_metrics_that_are_not_numbers_are_left_out(tmp_path):
+def test_metrics_that_are_not_numbers_are_left_out(tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
     rows = [
         '{"step": 1, "a": NaN, "b": null, "c": "x", "d": 2, "e": true, "f": [1]}',
@@ -140,7 +140,7 @@ def test_metrics_that_are_not_numbers_are_left_out(tmp_path):
     assert "not finished" in fault
 
 
-def test_the_policys_turns_are_told_from_worked_examples():
+def test_the_policys_turns_are_told_from_worked_examples() -> None:
     fields = {
         "task": "t",
         "turns": 1,

@@ -42,7 +42,7 @@ def server(demo_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_every_page_answers(server, path):
+def test_every_page_answers(server, path) -> None:
     answer = server.get(path)
     assert answer.status == 200
     assert "default-src 'self'" in answer.headers["content-security-policy"]
@@ -50,7 +50,7 @@ def test_every_page_answers(server, path):
     assert "\u202e" not in re.sub(r'value="[^"]*"', "", answer.text) or "/raw" in path
 
 
-def test_a_page_has_no_inline_script_or_style(server):
+def test_a_page_has_no_inline_script_or_style(server) -> None:
     for path in PAGES[:13]:
         text = server.get(path).text
         assert not re.search(r"<script(?![^>]*(src=|application/json))", text)
@@ -58,7 +58,7 @@ def test_a_page_has_no_inline_script_or_style(server):
         assert "<style" not in text
 
 
-def test_a_sample_that_a_step_lacks_gives_way_to_one_that_it_has(server):
+def test_a_sample_that_a_step_lacks_gives_way_to_one_that_it_has(server) -> None:
     text = server.get("/r/demo/task?task=files_1&b_split=train&b_step=2&b_sample=77").text
     assert "step <b>2</b>, sample <b>0</b>" in text
 
@@ -84,7 +84,7 @@ LOST = [
 
 
 @pytest.mark.parametrize("path", LOST)
-def test_what_is_not_there_is_not_found(server, path):
+def test_what_is_not_there_is_not_found(server, path) -> None:
     assert server.get(path).status == 404
 
 
@@ -103,7 +103,7 @@ def test_what_is_not_there_is_not_found(server, path):
         "tool=%27",
     ],
 )
-def test_odd_queries_are_answered(server, query):
+def test_odd_queries_are_answered(server, query) -> None:
     assert server.get(f"/r/demo/episodes?{query}").status == 200
     assert server.get(f"/r/demo/tasks?{query}").status == 200
 
@@ -111,11 +111,11 @@ def test_odd_queries_are_answered(server, query):
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "169.254.1.1"]
 )
-def test_another_hosts_name_is_refused(server, host):
+def test_another_hosts_name_is_refused(server, host) -> None:
     assert server.get("/overview", host=host).status == 403
 
 
-def test_other_sites_and_other_methods_are_refused(server):
+def test_other_sites_and_other_methods_are_refused(server) -> None:
     assert server.get("/overview", origin="http://evil.example").status == 403
     assert server.get("/overview", origin="null").status == 403
     assert (
@@ -126,7 +126,7 @@ def test_other_sites_and_other_methods_are_refused(server):
     assert server.get("/overview", host=f"localhost:{server.port}").status == 200
 
 
-def test_elsewhere_a_token_is_asked_for(demo_folder, tmp_path):
+def test_elsewhere_a_token_is_asked_for(demo_folder, tmp_path) -> None:
     with serving([demo_folder], tmp_path, token="secret") as server:
         assert server.get("/overview").status == 403
         assert server.get("/overview?token=wrong").status == 403
@@ -187,7 +187,7 @@ def hostile(tmp_path_factory):
 
 @pytest.mark.parametrize("number", range(len(HOSTILE)))
 @pytest.mark.parametrize("view", ["turns", "tokens"])
-def test_what_models_say_is_text(hostile, number, view):
+def test_what_models_say_is_text(hostile, number, view) -> None:
     answer = hostile.get(
         f"/r/demo/episode?task=task+{number}&split=train&step=2&sample=0&view={view}"
     )
@@ -205,14 +205,14 @@ def test_what_models_say_is_text(hostile, number, view):
         assert live not in answer.text
 
 
-def test_a_message_of_five_megabytes_opens(hostile):
+def test_a_message_of_five_megabytes_opens(hostile) -> None:
     answer = hostile.get("/r/demo/episode?task=long&split=train&step=2&sample=0")
     assert answer.status == 200
     assert len(answer.text) < 1_000_000
     assert "more characters" in answer.text
 
 
-def test_damage_is_named_on_every_page(hostile):
+def test_damage_is_named_on_every_page(hostile) -> None:
     for page in ("/r/demo/tasks", "/r/demo/episodes", "/overview", "/r/demo/failures"):
         text = hostile.get(page).text
         for name in (
@@ -225,7 +225,7 @@ def test_damage_is_named_on_every_page(hostile):
     assert hostile.get("/r/demo/episode?task=bytes&split=train&step=3&sample=0").status == 200
 
 
-def test_a_run_that_goes_on_is_followed(tmp_path):
+def test_a_run_that_goes_on_is_followed(tmp_path) -> None:
     folder = write_demo(tmp_path / "demo")
     with serving([folder], tmp_path / "cache", every=0.05) as server:
         before = json.loads(server.get("/state").text)["version"]

@@ -46,7 +46,7 @@ def episode(**changes):
     )
 
 
-def test_calls_go_to_the_turn_that_asked_for_them():
+def test_calls_go_to_the_turn_that_asked_for_them() -> None:
     first, second = turns.turns(episode())
     assert [call.signature for call in first.calls] == ["ls(a=true)", 'cd(folder="x")']
     assert [call.made.ok for call in first.calls] == [True, False]
@@ -55,7 +55,7 @@ def test_calls_go_to_the_turn_that_asked_for_them():
     assert (second.said, second.calls) == ("<TASK_FINISHED>", ())
 
 
-def test_a_call_that_was_not_carried_out_and_one_that_no_text_asks_for():
+def test_a_call_that_was_not_carried_out_and_one_that_no_text_asks_for() -> None:
     first, _ = turns.turns(episode(calls=(Call("ls", '{"a": true}', "files", True),)))
     assert [call.made is None for call in first.calls] == [False, True]
     (only, last) = turns.turns(episode(calls=(Call("rm", "oops", "gone", True),)))
@@ -66,13 +66,13 @@ def test_a_call_that_was_not_carried_out_and_one_that_no_text_asks_for():
 @pytest.mark.parametrize(
     "said", ["<tool>[{]</tool>", "<tool>[", '<tool>"x"</tool>', "<tool>[1]</tool>"]
 )
-def test_what_is_no_call_is_shown_as_it_is(said):
+def test_what_is_no_call_is_shown_as_it_is(said) -> None:
     messages = (Message("assistant", said),)
     (turn,) = turns.turns(episode(messages=messages, calls=(), turns=1))
     assert [call.name for call in turn.calls] == [""]
 
 
-def test_native_tool_calls_are_calls():
+def test_native_tool_calls_are_calls() -> None:
     messages = (
         Message(
             "assistant",
@@ -86,7 +86,7 @@ def test_native_tool_calls_are_calls():
     assert turn.calls[0].made.result == "files"
 
 
-def test_differences_are_marked_word_by_word():
+def test_differences_are_marked_word_by_word() -> None:
     left, right = turns.differences('ls(a="x")', 'ls(a="y")')
     assert [(part.text, part.changed) for part in left] == [
         ('ls(a="', False),
@@ -98,7 +98,7 @@ def test_differences_are_marked_word_by_word():
     assert turns.differences(long, "x")[0] == [turns.Part(long, False)]
 
 
-def test_findings_of_a_score():
+def test_findings_of_a_score() -> None:
     notes = {
         "turn 0": "the state differs",
         "turn 0: Bot.list": "2: TSLA, expected (absent); 3: A, expected B",
@@ -113,7 +113,7 @@ def test_findings_of_a_score():
     ]
 
 
-def test_hidden_characters_are_made_visible():
+def test_hidden_characters_are_made_visible() -> None:
     shown = visible("a\x1b[31m\u202e<script>\ud800\u200b")
     assert "<script>" not in shown
     for mark in ("\u241b", "U+202E", "U+D800", "U+200B", "&lt;script&gt;"):
@@ -121,18 +121,18 @@ def test_hidden_characters_are_made_visible():
     assert plain("a\x1b[2J\u202eb\nc") == "a\u241b[2J<U+202E>b\nc"
 
 
-def test_long_texts_are_cut_and_say_so():
+def test_long_texts_are_cut_and_say_so() -> None:
     assert "950,000 more characters" in visible("x" * 1_000_000)
 
 
-def test_words_that_were_searched_for_are_marked():
+def test_words_that_were_searched_for_are_marked() -> None:
     assert (
         found("An error, <b>Err</b>", ["err"])
         == "An <mark>err</mark>or, &lt;b&gt;<mark>Err</mark>&lt;/b&gt;"
     )
 
 
-def test_tokens_show_what_is_recorded_and_what_follows_from_it():
+def test_tokens_show_what_is_recorded_and_what_follows_from_it() -> None:
     figures = {
         "sampler_logprobs": [-0.5, 0.0, -2.0],
         "train_logprobs": [-0.4, 0.0, -2.5],
@@ -165,13 +165,13 @@ def test_tokens_show_what_is_recorded_and_what_follows_from_it():
     assert listed[1].figures == {"mask": 0}
 
 
-def test_tokens_without_figures_and_with_short_lists():
+def test_tokens_without_figures_and_with_short_lists() -> None:
     assert tokens.available(episode(completion_ids=[1])) == []
     listed = tokens.tokens(episode(completion_ids=[1, 2], sampled=[True]), ["a", "b"], "mask")
     assert [token.shade for token in listed] == [3, 0]
 
 
-def test_a_chart_is_xml_and_breaks_where_a_value_is_not_finite():
+def test_a_chart_is_xml_and_breaks_where_a_value_is_not_finite() -> None:
     curve = charts.Curve(
         "a<b", [(1, 0.1), (2, None), (3, 0.3), (4, 0.4)], [(1, 0.0, 0.2), (3, 0.2, 0.5)]
     )
@@ -193,11 +193,11 @@ def test_a_chart_is_xml_and_breaks_where_a_value_is_not_finite():
         [(1, 1e-12), (2, 2e-12)],
     ],
 )
-def test_a_chart_of_little_is_drawn(points):
+def test_a_chart_of_little_is_drawn(points) -> None:
     ET.fromstring(str(charts.svg(charts.Chart("T", [charts.Curve("a", points)]))))
 
 
-def test_smoothing_starts_without_bias_and_thinning_keeps_spikes():
+def test_smoothing_starts_without_bias_and_thinning_keeps_spikes() -> None:
     assert charts.smoothed([(1, 2.0), (2, 2.0), (3, None)], 0.9) == [
         (1, pytest.approx(2.0)),
         (2, pytest.approx(2.0)),
@@ -217,7 +217,7 @@ def said(view, *arguments):
     return console.file.getvalue()
 
 
-def test_the_summary_in_the_terminal(demo):
+def test_the_summary_in_the_terminal(demo) -> None:
     shown = said(text.summary, demo)
     assert max(map(len, shown.splitlines())) <= 80
     for part in (
@@ -229,21 +229,21 @@ def test_the_summary_in_the_terminal(demo):
         assert part in shown
 
 
-def test_an_episode_in_the_terminal(demo):
+def test_an_episode_in_the_terminal(demo) -> None:
     shown = said(text.episode, demo, "files_1", "eval-train", [0], 0)
     assert "✗ failed" in shown
     assert "▸ ls(zeal=1)" in shown
     assert "Error: unexpected keyword argument 'zeal'" in shown
 
 
-def test_before_and_after_in_the_terminal(demo):
+def test_before_and_after_in_the_terminal(demo) -> None:
     shown = said(text.episode, demo, "files_1", None, [0, 4], 0)
     assert max(map(len, shown.splitlines())) <= 80
     (calls,) = [line for line in shown.splitlines() if "≠" in line]
     assert calls.index("ls(zeal=1)") < 40 < calls.index("ls(a=true)")
 
 
-def test_hostile_names_do_not_reach_the_terminal(demo):
+def test_hostile_names_do_not_reach_the_terminal(demo) -> None:
     shown = said(text.episode, demo, ODD, None, [None], 0)
     assert "\u202e" not in shown
     assert "<U+202E>" in shown
@@ -257,12 +257,12 @@ def test_hostile_names_do_not_reach_the_terminal(demo):
         (("files_1", None, [4], 9), "there are: 0, 1, 2, 3"),
     ],
 )
-def test_what_is_not_there_is_answered_with_what_is(demo, arguments, why):
+def test_what_is_not_there_is_answered_with_what_is(demo, arguments, why) -> None:
     with pytest.raises(LookupError, match=why):
         text.episode(demo, *arguments)
 
 
-def test_curves_of_a_former_version_are_found(tmp_path):
+def test_curves_of_a_former_version_are_found(tmp_path) -> None:
     for name, key in (("now", "train/clip_fraction"), ("before", "train/clip_share")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(f'{{"step": 1, "{key}": 0.25}}\n')
