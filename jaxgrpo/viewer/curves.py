@@ -20,9 +20,13 @@ class Shown:
     says: str
 
     def series(self, db: sqlite3.Connection) -> list[tuple[int, float | None]]:
-        """Its values. In runs of before November 2026 fractions were called shares."""
+        """Return its values by step. Version 0.1.0 called fractions shares; a run that was resumed
+        has both names."""
         former = self.key.replace("_fraction", "_share")
-        return queries.series(db, self.key) or queries.series(db, former)
+        names = [self.key] if former == self.key else [former, self.key]
+        return sorted(
+            {point[0]: point for name in names for point in queries.series(db, name)}.values()
+        )
 
 
 SHOWN = (

@@ -263,16 +263,22 @@ def test_what_is_not_there_is_answered_with_what_is(demo, arguments, why) -> Non
 
 
 def test_curves_of_a_former_version_are_found(tmp_path) -> None:
-    for name, key in (("now", "train/clip_fraction"), ("before", "train/clip_share")):
+    before, now = (
+        f'{{"step": {step}, "train/clip_{word}": {step / 4}}}\n'
+        for step, word in ((1, "share"), (2, "fraction"))
+    )
+    for name, lines in (("now", now), ("before", before), ("resumed", before + now)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text(f'{{"step": 1, "{key}": 0.25}}\n')
-    runs = open_runs([tmp_path / "now", tmp_path / "before"], tmp_path / "cache")
+        (tmp_path / name / "metrics.jsonl").write_text(lines)
+    names = ("now", "before", "resumed")
+    runs = open_runs([tmp_path / name for name in names], tmp_path / "cache")
     for run in runs:
         run.index.refresh()
     with Site(runs).opened() as opened:
-        named = list(zip(("now", "before"), opened, strict=True))
+        named = list(zip(names, opened, strict=True))
         ((_, chart),) = curves.headline(named)
     assert [(each.name, each.points) for each in chart.curves] == [
-        ("now", [(1, 0.25)]),
+        ("now", [(2, 0.5)]),
         ("before", [(1, 0.25)]),
+        ("resumed", [(1, 0.25), (2, 0.5)]),
     ]
