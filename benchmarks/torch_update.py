@@ -6,9 +6,10 @@ clipped objective with k3 KL; gradient clipping; fused AdamW; attention by sdpa.
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from benchmarks.processor import PRODUCT, product_gflops
+from benchmarks.torch_model import new_causal_lm
 from jaxgrpo.config.settings import LossSettings, OptimizerSettings
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params
@@ -18,21 +19,7 @@ from jaxgrpo.types import GroupBatch
 
 def causal_lm(config: ModelConfig, params: Params) -> Qwen2ForCausalLM:
     """The model of transformers with these weights (the logical tree), float32, on the CPU."""
-    model = Qwen2ForCausalLM._from_config(
-        Qwen2Config(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            max_position_embeddings=config.context_length,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            rms_norm_eps=config.norm_epsilon,
-            tie_word_embeddings=config.tied_embeddings,
-        ),
-        attn_implementation="sdpa",
-    )
+    model = new_causal_lm(config)
     state = {
         name: torch.tensor(np.asarray(tensor))
         for name, tensor in params_to_hf(config, params).items()

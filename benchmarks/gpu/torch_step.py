@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from benchmarks.gpu.rollouts import TINY, Lengths
 from benchmarks.gpu.rows import Context, Row, in_time
+from benchmarks.torch_model import new_causal_lm
 from jaxgrpo.config.settings import LossSettings, OptimizerSettings
 from jaxgrpo.models.model_config import ModelConfig
 from tools.model_sizes import QWEN2_5
@@ -89,19 +90,7 @@ def _step(what: Row, model: ModelConfig, lengths: list[list[int]], device: torch
 def causal_lm(model: ModelConfig, device: torch.device, checkpointing: bool) -> Qwen2ForCausalLM:
     """Create the model of transformers with random weights, in float32."""
     with device:
-        policy = Qwen2ForCausalLM._from_config(
-            Qwen2Config(
-                vocab_size=model.vocab_size,
-                hidden_size=model.hidden_size,
-                intermediate_size=model.intermediate_size,
-                num_hidden_layers=model.layers,
-                num_attention_heads=model.heads,
-                num_key_value_heads=model.kv_heads,
-                max_position_embeddings=model.context_length,
-                tie_word_embeddings=model.tied_embeddings,
-            ),
-            attn_implementation="sdpa",
-        )
+        policy = new_causal_lm(model)
     if checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     return policy.train()
