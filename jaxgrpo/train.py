@@ -20,7 +20,7 @@ from jaxgrpo.learner.train_state import StepReport, TrainState
 from jaxgrpo.paths import write_whole
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.rollout.episode import SamplingParams
-from jaxgrpo.rollout.prefetch import RolloutsAhead, check_staleness, task_batch
+from jaxgrpo.rollout.prefetch import RolloutPrefetcher, check_staleness, task_batch
 from jaxgrpo.rollout.rollout import RolloutResult
 from jaxgrpo.run import setup
 from jaxgrpo.run.agreement import agreement_check
@@ -65,7 +65,7 @@ class Training:
         self.sampler = MeteredSampler(self.open_sampler(stack))
         sampling = SamplingParams(config.rollout.temperature)
         self.rollout = setup.build_rollout(config, self.assets, self.sampler, sampling)
-        self.prefetch = RolloutsAhead(
+        self.prefetch = RolloutPrefetcher(
             self.loop, self.rollout_of, self.learner.batch, config.training.max_staleness
         )
         stack.callback(self.prefetch.close)

@@ -42,7 +42,7 @@ def task_batch(
     return [tasks[i] for i in order[position * tasks_per_step : (position + 1) * tasks_per_step]]
 
 
-class RolloutsAhead:
+class RolloutPrefetcher:
     """Returns the rollouts of batch `first` and of those after it, in order, while those of up to
     `max_staleness` later batches run. A rollout that was not returned leaves no trace: a resumed
     run samples its batch again."""
