@@ -26,7 +26,7 @@ from jaxgrpo.run import records, setup
 from jaxgrpo.run.agreement import agreement_check
 from jaxgrpo.run.command_line import config_parser
 from jaxgrpo.run.evaluation import Evaluation, Evaluator
-from jaxgrpo.run.folder import held, make_run_folder, run_folder
+from jaxgrpo.run.folder import locked_folder, make_run_folder, run_folder
 from jaxgrpo.run.metrics import Recorder, TerminalView
 from jaxgrpo.run.samplers import open_sampler
 from jaxgrpo.run.skipping import NothingLeftError
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         request = Request(args.split, samples, checkpoint, args.step)
         _check(request)
         folder = run_folder(args.run_dir, f"{config.name}-eval-{args.split}", start)
-        with interruptible(), held(folder):
+        with interruptible(), locked_folder(folder):
             _evaluate(config, request, folder)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -30,7 +30,7 @@ from jaxgrpo.run.dry_run import describe
 from jaxgrpo.run.evaluation import Evaluator
 from jaxgrpo.run.export import export
 from jaxgrpo.run.failures import exit_status
-from jaxgrpo.run.folder import held, prepare_run_folder, run_folder
+from jaxgrpo.run.folder import locked_folder, prepare_run_folder, run_folder
 from jaxgrpo.run.learner import Learner, crossed_interval
 from jaxgrpo.run.processes import ClusterFlags, Command, Processes, Work, add_flags, join
 from jaxgrpo.run.run_log import RunLog
@@ -246,7 +246,7 @@ def train(
     processes = processes or Processes()
     with processes.together(), ExitStack() as stack, processes.announcing_failures():
         if processes.leads:
-            stack.enter_context(held(folder))
+            stack.enter_context(locked_folder(folder))
         saved = newest_step(folder / "checkpoints")
         processes.agree(f"{resume} {saved} {to_json(config)}")
         if not processes.leads:
