@@ -17,7 +17,7 @@ from jaxgrpo.config.settings import Config, ConfigError
 from jaxgrpo.interruptions import interruptible, run_program
 from jaxgrpo.learner.batching import pack
 from jaxgrpo.learner.train_state import StepReport, TrainState
-from jaxgrpo.paths import write_whole
+from jaxgrpo.paths import write_atomically
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.rollout.episode import SamplingParams
 from jaxgrpo.rollout.prefetch import RolloutPrefetcher, check_staleness, task_batch
@@ -256,7 +256,7 @@ def train(
             return learner.state
         prepare_run_folder(config, folder, resume, saved)
         training = Training(config, folder, saved is not None, processes, stack)
-        write_whole(folder / "config.json", to_json(config, places=True))
+        write_atomically(folder / "config.json", to_json(config, places=True))
         training.run()
         processes.send(Command(Work.END))
         return training.learner.state

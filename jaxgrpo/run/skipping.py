@@ -19,7 +19,7 @@ from jaxgrpo.config.load import incompatible_changes, to_json
 from jaxgrpo.config.settings import Config
 from jaxgrpo.json_files import read_object
 from jaxgrpo.learner.train_state import StepReport
-from jaxgrpo.paths import write_whole
+from jaxgrpo.paths import write_atomically
 from jaxgrpo.rollout.rollout import RolloutResult
 from jaxgrpo.run import records
 from jaxgrpo.types import GroupBatch
@@ -148,7 +148,7 @@ class Overshoots:
         """Store a batch. Raises OSError if the file cannot be written."""
         self._batches.append(batch)
         text = to_json(self._config, places=True)
-        write_whole(self._file, json.dumps({"batches": self._batches, "config": text}))
+        write_atomically(self._file, json.dumps({"batches": self._batches, "config": text}))
 
     def check(self, batch: int) -> None:
         """Raise UselessBatchError if the batch is one of them."""
