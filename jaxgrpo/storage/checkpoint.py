@@ -24,7 +24,7 @@ import tensorstore as ts
 from jax.experimental import multihost_utils
 
 from jaxgrpo.config.settings import LoraSettings
-from jaxgrpo.interruptions import call_apart
+from jaxgrpo.interruptions import call_uninterrupted
 from jaxgrpo.learner.adapters import fingerprint, merge_stored
 from jaxgrpo.learner.sharding import (
     layout_of,
@@ -126,7 +126,7 @@ class Checkpoints:
         )
         try:
             # An interruption would break off orbax's event loop while its threads are working.
-            call_apart(
+            call_uninterrupted(
                 functools.partial(self._write, partial, {POLICY: policy, TRAINING: training}),
                 self._stop.set,
             )

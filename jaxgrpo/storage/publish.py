@@ -31,7 +31,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxgrpo.interruptions import call_apart
+from jaxgrpo.interruptions import call_uninterrupted
 from jaxgrpo.learner.sharding import Layout, LeafLayout
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params
@@ -82,7 +82,7 @@ def publish_weights(
         folder.mkdir(parents=True)
     # orbax runs an event loop, which an interruption would end while threads still write
     write = functools.partial(_write, folder, root / SPARE / PARAMS, leaves)
-    call_apart(write, stop=lambda: None)
+    call_uninterrupted(write, stop=lambda: None)
     if jax.process_index() == 0:
         write_manifest(folder, _manifest(folder, leaves, model_config, version))
     if jax.process_count() > 1:
