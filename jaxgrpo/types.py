@@ -70,7 +70,7 @@ class Message:
         if role not in ROLES:
             close = difflib.get_close_matches(role.lower(), ROLES, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            given = checked.shown(role)
+            given = checked.shorten_value(role)
             raise ValueError(
                 f"a message's role must be one of {', '.join(ROLES)}, got {given}{hint}"
             )

@@ -164,7 +164,7 @@ def _tasks(value: object) -> list[Task]:
     """Check that a suite lists tasks with different ids."""
     tasks = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
     if tasks is None or not all(isinstance(task, Task) for task in tasks):
-        given = checked.shown(value)
+        given = checked.shorten_value(value)
         raise BrokenContractError(f"must be a list of jaxgrpo.types.Task, got {given}")
     for task in tasks:
         checked.record(task, Task, "a task")
