@@ -23,7 +23,7 @@ from typing import Any
 
 from jaxgrpo.config.annotations import fields_of, is_record
 from jaxgrpo.config.files import find, label_of, place_of, same_label
-from jaxgrpo.config.overrides import shown
+from jaxgrpo.config.overrides import describe_value
 from jaxgrpo.config.settings import ConfigError
 
 CLASS, IMPORT, PLACE, OPAQUE = "class", "import", "found in", "opaque"
@@ -76,7 +76,7 @@ def _encode_container(value: Any, places: bool) -> Any:
         return {"dict": [[encode(k, places), encode(item, places)] for k, item in value.items()]}
     if isinstance(value, Path):
         return {"path": str(value)}
-    return {OPAQUE: shown(value)}
+    return {OPAQUE: describe_value(value)}
 
 
 def _import(module: str, qualname: str, value: Any, places: bool) -> dict[str, Any]:
@@ -216,7 +216,11 @@ def _equal(saved: Any, value: Any) -> bool:
     if before == now or _text(before) == _text(now):  # as text, NaN equals itself
         return True
     # version 0.1.0 wrote str(value)
-    return isinstance(saved, str) and not isinstance(value, str) and saved == shown(value, str)
+    return (
+        isinstance(saved, str)
+        and not isinstance(value, str)
+        and saved == describe_value(value, str)
+    )
 
 
 def _meaning(tree: Any) -> Any:

@@ -13,7 +13,7 @@ from jaxgrpo.config.annotations import is_record
 from jaxgrpo.config.checks import find_problems
 from jaxgrpo.config.encoding import PLACE, decode, differences, encode, encode_fields
 from jaxgrpo.config.files import add_import_folders, import_folders, located_errors, run_file
-from jaxgrpo.config.overrides import apply_overrides, convert_types, shown, suggestion
+from jaxgrpo.config.overrides import apply_overrides, convert_types, describe_value, suggestion
 from jaxgrpo.config.renamed import current_key, with_current_names
 from jaxgrpo.config.settings import Config, ConfigError, refuse, section_classes
 from jaxgrpo.paths import absolute
@@ -176,7 +176,7 @@ def _checked(config: Config, path: Path) -> Config:
     """Check that every section has its class and that the environment is a task suite."""
     refuse(
         [
-            f"{name} must be of type {kind.__name__}, got {shown(getattr(config, name))}"
+            f"{name} must be of type {kind.__name__}, got {describe_value(getattr(config, name))}"
             for name, kind in section_classes().items()
             if not isinstance(getattr(config, name), kind)
         ]
@@ -187,7 +187,7 @@ def _checked(config: Config, path: Path) -> Config:
     if not is_record(config.environment) or not plays:
         raise ConfigError(
             f"environment of {path} must be an instance of a dataclass with tasks() and create(), "
-            f"got {shown(config.environment)}"
+            f"got {describe_value(config.environment)}"
         )
     return config
 
