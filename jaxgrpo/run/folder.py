@@ -39,7 +39,7 @@ def make_run_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path) -> Iterator[None]:
     """Hold the lock of the folder; in a run of several processes, the first process holds it. A new
     folder that stays empty is removed again.
 
