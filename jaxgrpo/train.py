@@ -47,7 +47,7 @@ from jaxgrpo.run.weights import publish
 from jaxgrpo.samplers.base import Sampler
 from jaxgrpo.samplers.metered import MeteredSampler
 from jaxgrpo.storage.checkpoint import newest_step
-from jaxgrpo.types import GroupBatch
+from jaxgrpo.types import MicroBatch
 
 
 class Training:
@@ -138,7 +138,7 @@ class Training:
             lambda: self.pack(result),
         )
 
-    def pack(self, result: RolloutResult) -> list[GroupBatch]:
+    def pack(self, result: RolloutResult) -> list[MicroBatch]:
         """Make micro-batches of the groups, with their advantages and loss weights."""
         training = self.config.training
         return pack(

@@ -236,7 +236,7 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupBatch:
+class MicroBatch:
     """One micro-batch for the update: N groups, padded on the right to one P and one C.
 
     `prompt_lengths_N` and `completion_lengths_NG` count the real tokens, and all of these are

@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxgrpo.config.settings import BatchingSettings
 from jaxgrpo.learner.batching import pack
-from jaxgrpo.types import Group, GroupBatch, Message, Score, StopReason, Task, Trajectory
+from jaxgrpo.types import Group, Message, MicroBatch, Score, StopReason, Task, Trajectory
 from tools.planning import GroupShape
 
 
@@ -80,7 +80,7 @@ def _episode(
 class Batched:
     """Micro-batches of one group each, with the real lengths and those of the arrays."""
 
-    batches: list[GroupBatch]
+    batches: list[MicroBatch]
     real: list[GroupShape]
     padded: list[GroupShape]
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxgrpo.config.settings import AGGREGATIONS, BatchingSettings
 from jaxgrpo.learner.advantages import group_advantages
-from jaxgrpo.types import Group, GroupBatch
+from jaxgrpo.types import Group, MicroBatch
 
 
 def bucket(length: int, multiple: int) -> int:
@@ -67,7 +67,7 @@ def pack(
     micro_batch_groups: int,
     max_completion_tokens: int,
     settings: BatchingSettings,
-) -> list[GroupBatch]:
+) -> list[MicroBatch]:
     """Pack scored groups of one size G into micro-batches of `micro_batch_groups` groups each.
 
     Groups of similar length are packed together. The last micro-batch is filled with empty groups
@@ -98,10 +98,10 @@ def pack(
     ]
 
 
-def first_rows(batch: GroupBatch, groups: int, settings: BatchingSettings) -> GroupBatch:
+def first_rows(batch: MicroBatch, groups: int, settings: BatchingSettings) -> MicroBatch:
     """One row of each of the first `groups` groups, cut to the smallest packed shape: [N, 1, C]."""
     n, p, c = groups, settings.prompt_multiple, settings.completion_multiple
-    return GroupBatch(
+    return MicroBatch(
         prompt_NP=batch.prompt_NP[:n, :p],
         prompt_lengths_N=np.minimum(batch.prompt_lengths_N[:n], p),
         completions_NGC=batch.completions_NGC[:n, :1, :c],
@@ -126,9 +126,9 @@ def _pack_micro_batch(
     n: int,
     g: int,
     settings: BatchingSettings,
-) -> GroupBatch:
+) -> MicroBatch:
     p, c = _padded_shape([group for group, _, _ in items], settings)
-    batch = GroupBatch(
+    batch = MicroBatch(
         prompt_NP=np.zeros((n, p), np.int32),
         prompt_lengths_N=np.ones(n, np.int32),
         completions_NGC=np.zeros((n, g, c), np.int32),

@@ -27,11 +27,11 @@ from jaxgrpo.models.qwen2 import (
     head_table,
     scan_stack,
 )
-from jaxgrpo.types import AnyArray, GroupBatch
+from jaxgrpo.types import AnyArray, MicroBatch
 
 jax.tree_util.register_dataclass(
-    GroupBatch,
-    data_fields=[field.name for field in dataclasses.fields(GroupBatch)],
+    MicroBatch,
+    data_fields=[field.name for field in dataclasses.fields(MicroBatch)],
     meta_fields=[],
 )
 
@@ -44,7 +44,7 @@ class StepInputs(NamedTuple):
     - `on_policy` is a bool: true on the first step, where the old policy is the one in training.
     """
 
-    batch: GroupBatch
+    batch: MicroBatch
     old_logprobs_NGC: AnyArray
     reference_logprobs_NGC: AnyArray | None
     on_policy: Array | bool
@@ -63,7 +63,7 @@ class DeviceStep:
     forward: ForwardOptions
     loss: LossSettings
 
-    def score(self, params: Params, batch: GroupBatch) -> Array:
+    def score(self, params: Params, batch: MicroBatch) -> Array:
         """Log-probabilities of the completions [N, G, C], in float32."""
         return self._logprobs(params, batch)[0]
 
@@ -95,7 +95,7 @@ class DeviceStep:
         return total | {"layers": layers}, logprobs, LossSums(*totals)
 
     def _logprobs(
-        self, params: Params, batch: GroupBatch, scan_layers: ScanLayers = scan_stack
+        self, params: Params, batch: MicroBatch, scan_layers: ScanLayers = scan_stack
     ) -> tuple[Array, Array]:
         """Log-probabilities and entropies of the completions, [N, G, C] each."""
         tokens = GroupTokens(batch.prompt_NP, batch.prompt_lengths_N, batch.completions_NGC)

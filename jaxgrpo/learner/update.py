@@ -31,7 +31,7 @@ from jaxgrpo.models.attention import XLA, Kernel
 from jaxgrpo.models.lora import combine
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import ForwardOptions, Params, init_adapters, trained_shapes
-from jaxgrpo.types import GroupBatch
+from jaxgrpo.types import MicroBatch
 
 _DATA, _REPLICATED = PartitionSpec(AXIS), PartitionSpec()
 
@@ -199,13 +199,13 @@ class Update:
             return state
         return state._replace(reference=self._copy_as_reference(state.params))
 
-    def logprobs(self, params: Params, batch: GroupBatch) -> Array:
+    def logprobs(self, params: Params, batch: MicroBatch) -> Array:
         """Log-probabilities of the completions [N, G, C] under the stored weights of `policy`."""
         self._count("score", batch, tuple(leaf.dtype for leaf in jax.tree.leaves(params)))
         return self._score(params, self._put(batch))
 
     def reference_logprobs(
-        self, state: TrainState, batches: Sequence[GroupBatch]
+        self, state: TrainState, batches: Sequence[MicroBatch]
     ) -> list[Array | None]:
         """The reference's log-probabilities of each micro-batch, or None without a KL term."""
         if state.reference is None:
@@ -216,7 +216,7 @@ class Update:
     def optimizer_step(
         self,
         state: TrainState,
-        batches: Sequence[GroupBatch],
+        batches: Sequence[MicroBatch],
         old: Sequence[Array] | None,
         reference: Sequence[Array | None],
     ) -> tuple[TrainState, list[Array], StepReport]:
@@ -250,7 +250,7 @@ class Update:
             report,
         )
 
-    def usable(self, state: TrainState, probe: GroupBatch) -> bool:
+    def usable(self, state: TrainState, probe: MicroBatch) -> bool:
         """True if the weights, and their log-probabilities of `probe`'s completions, are finite."""
         logprobs = self.logprobs(self.policy(state), probe)
         return bool(self._finite(state.params, logprobs, self._put(probe).completion_lengths_NG))
@@ -285,9 +285,9 @@ class Update:
     def _stored_shapes(self, layout: Layout | None, dtype: Any) -> Params:
         return jax.tree.map(lambda leaf: self._shape(leaf.stored_shape, dtype, leaf.spec), layout)
 
-    def _batch_shapes(self, n: int, g: int, p: int, c: int) -> GroupBatch:
+    def _batch_shapes(self, n: int, g: int, p: int, c: int) -> MicroBatch:
         data = functools.partial(self._shape, spec=_DATA)
-        return GroupBatch(
+        return MicroBatch(
             prompt_NP=data((n, p), jnp.int32),
             prompt_lengths_N=data((n,), jnp.int32),
             completions_NGC=data((n, g, c), jnp.int32),
@@ -298,7 +298,7 @@ class Update:
             sampler_logprobs_NGC=data((n, g, c), jnp.float32),
         )
 
-    def _put(self, batch: GroupBatch) -> GroupBatch:
+    def _put(self, batch: MicroBatch) -> MicroBatch:
         """Split the groups over the devices."""
         groups, devices = batch.prompt_NP.shape[0], self.mesh.size
         if groups % devices:
@@ -315,7 +315,7 @@ class Update:
 
         return jax.tree.map(put, batch)
 
-    def _count(self, function: str, batch: GroupBatch, *more: Any) -> None:
+    def _count(self, function: str, batch: MicroBatch, *more: Any) -> None:
         self._shapes.add((function, batch.prompt_NP.shape, batch.completions_NGC.shape, *more))
 
 

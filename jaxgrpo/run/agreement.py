@@ -11,7 +11,7 @@ from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.rollout.background import EventLoopThread, all_or_none
 from jaxgrpo.run.processes import Command, Work, no_op
 from jaxgrpo.samplers.base import Generation, Sampler, SamplerError, SamplingRequest
-from jaxgrpo.types import GroupBatch
+from jaxgrpo.types import MicroBatch
 
 _CHECK_SAMPLES = 4
 
@@ -86,7 +86,7 @@ class AgreementCheck:
             for request in requests:
                 await sampler.release(request.episode_id)
 
-    def _batch(self, generations: Sequence[Generation]) -> GroupBatch:
+    def _batch(self, generations: Sequence[Generation]) -> MicroBatch:
         """Make one group of all generations, repeated for every device."""
         n, g, c = self.update.mesh.size, len(generations), self.tokens
         rows_GC = np.stack(
@@ -98,7 +98,7 @@ class AgreementCheck:
         lengths_G = np.array([len(generation.token_ids_T) for generation in generations], np.int32)
         prompt_P = np.pad(self.prompt_ids_P, (0, -len(self.prompt_ids_P) % 128))
         zeros_NGC = np.zeros((n, g, c), np.float32)
-        return GroupBatch(
+        return MicroBatch(
             prompt_NP=np.broadcast_to(prompt_P, (n, len(prompt_P))),
             prompt_lengths_N=np.full(n, len(self.prompt_ids_P), np.int32),
             completions_NGC=np.broadcast_to(rows_GC, (n, g, c)),

@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxgrpo.learner.train_state import StepReport
 from jaxgrpo.rollout.rollout import RolloutResult
-from jaxgrpo.types import GroupBatch, StopReason
+from jaxgrpo.types import MicroBatch, StopReason
 
 
 def rollout_metrics(
@@ -52,7 +52,7 @@ def rollout_metrics(
 
 
 def update_metrics(
-    batches: Sequence[GroupBatch],
+    batches: Sequence[MicroBatch],
     reports: Sequence[StepReport],
     compilations: int,
     seconds: Mapping[str, float],

@@ -18,7 +18,7 @@ from jaxgrpo.run.skipping import Overshoots
 from jaxgrpo.run.weights import gather_policy, write_policy
 from jaxgrpo.storage.checkpoint import Checkpoints, Progress, newest_step
 from jaxgrpo.storage.checksums import DamageError
-from jaxgrpo.types import GroupBatch
+from jaxgrpo.types import MicroBatch
 
 
 def crossed_interval(every: int | None, step: int, advance: int) -> bool:
@@ -89,7 +89,7 @@ class Learner:
         """The number of optimizer steps on the next batch, unless a step is refused."""
         return min(self.config.training.iterations, self.config.training.steps - self.state.step)
 
-    def learn(self, batches: Sequence[GroupBatch]) -> list[StepReport]:
+    def learn(self, batches: Sequence[MicroBatch]) -> list[StepReport]:
         """Take `iterations` optimizer steps on the micro-batches of one batch; the first step is
         on-policy. Stop at a step whose gradient is not finite, without taking it.
 
@@ -116,7 +116,7 @@ class Learner:
             self.version += 1
         return reports
 
-    def _probe(self, batches: Sequence[GroupBatch]) -> None:
+    def _probe(self, batches: Sequence[MicroBatch]) -> None:
         """Raise DivergedError if the weights give no finite log-probabilities. The newest
         checkpoint keeps the weights from before."""
         with self.clock.phase("probe"):

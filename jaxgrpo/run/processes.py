@@ -34,7 +34,7 @@ from jax._src import (
 from jax.experimental import multihost_utils
 
 from jaxgrpo.config.settings import ConfigError
-from jaxgrpo.types import GroupBatch
+from jaxgrpo.types import MicroBatch
 
 _SHUTDOWN_SECONDS = 60
 _GRACE_SECONDS, _LEADERS_GRACE_SECONDS = 10, 45
@@ -65,7 +65,7 @@ class Command:
     work: Work
     number: int = 0
     text: str = ""
-    batches: tuple[GroupBatch, ...] = ()
+    batches: tuple[MicroBatch, ...] = ()
 
 
 def no_op(command: Command) -> None:
@@ -272,7 +272,7 @@ class Processes:
         self._sent += 1
         work, number, text, forms = json.loads(self._wait(_key(self._sent)))
         batches = [
-            GroupBatch(**multihost_utils.broadcast_one_to_all(_empty(of_one))) for of_one in forms
+            MicroBatch(**multihost_utils.broadcast_one_to_all(_empty(of_one))) for of_one in forms
         ]
         return Command(Work(work), number, text, tuple(batches))
 
@@ -389,7 +389,7 @@ def _key(number: int) -> str:
     return f"jaxgrpo/command/{number}"
 
 
-def _arrays(batch: GroupBatch) -> dict[str, np.ndarray]:
+def _arrays(batch: MicroBatch) -> dict[str, np.ndarray]:
     return {
         field.name: np.asarray(getattr(batch, field.name)) for field in dataclasses.fields(batch)
     }

@@ -22,7 +22,7 @@ from jaxgrpo.learner.train_state import StepReport
 from jaxgrpo.paths import write_atomically
 from jaxgrpo.rollout.rollout import RolloutResult
 from jaxgrpo.run import records
-from jaxgrpo.types import GroupBatch
+from jaxgrpo.types import MicroBatch
 
 MOST_SKIPPED = 3
 """The number of skipped batches in a row that ends the run."""
@@ -59,7 +59,7 @@ class Prepared:
     metrics: dict[str, float | int | str]
     step: int
     lines: Sequence[str]
-    batches: Sequence[GroupBatch]
+    batches: Sequence[MicroBatch]
 
     def lines_of(self, step: int) -> Sequence[str]:
         """Return the episodes as lines of this step. It differs from `step` if an optimizer step
@@ -73,7 +73,7 @@ def prepare(
     result: RolloutResult,
     step: int,
     metrics: Callable[[], dict[str, float | int | str]],
-    pack: Callable[[], Sequence[GroupBatch]],
+    pack: Callable[[], Sequence[MicroBatch]],
 ) -> Prepared:
     """Prepare a rollout that will be trained up to `step`. Raises UselessBatchError if it has no
     groups or its environments gave values that cannot be used."""
@@ -160,7 +160,7 @@ class Overshoots:
             )
 
 
-def check_gradient(report: StepReport, batches: Sequence[GroupBatch]) -> None:
+def check_gradient(report: StepReport, batches: Sequence[MicroBatch]) -> None:
     """Raise UselessBatchError if the first step on a batch was refused. The weights before it were
     checked, so the batch is at fault."""
     if report.taken:

@@ -8,7 +8,7 @@ import pytest
 
 from jaxgrpo.config.settings import BatchingSettings
 from jaxgrpo.learner.batching import bucket, loss_masks, loss_weights, pack
-from jaxgrpo.types import Group, GroupBatch, StopReason
+from jaxgrpo.types import Group, MicroBatch, StopReason
 from tests.episodes import episode, group, random_groups
 
 SMALL = BatchingSettings(prompt_multiple=4, completion_multiple=4)
@@ -29,7 +29,7 @@ def masks(*rows: str) -> list[np.ndarray]:
     return [np.array([c == "1" for c in row]) for row in rows]
 
 
-def by_task(batches: list[GroupBatch], groups: list) -> list[tuple]:
+def by_task(batches: list[MicroBatch], groups: list) -> list[tuple]:
     """What each group got, in the order of `groups`, cut to its real tokens.
 
     A group is found by its prompt and completions.
