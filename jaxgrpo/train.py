@@ -15,7 +15,7 @@ from pathlib import Path
 from jaxgrpo.config.load import load_config, to_json
 from jaxgrpo.config.settings import Config, ConfigError
 from jaxgrpo.interruptions import interruptible, run_program
-from jaxgrpo.learner.batching import pack
+from jaxgrpo.learner.batching import make_micro_batches
 from jaxgrpo.learner.train_state import StepReport, TrainState
 from jaxgrpo.paths import write_atomically
 from jaxgrpo.rollout.background import EventLoopThread
@@ -135,13 +135,13 @@ class Training:
             result,
             learner.state.step + learner.steps_of_batch,
             lambda: rollout_metrics(result, self.skipped.results, learner.version),
-            lambda: self.pack(result),
+            lambda: self.make_micro_batches(result),
         )
 
-    def pack(self, result: RolloutResult) -> list[MicroBatch]:
+    def make_micro_batches(self, result: RolloutResult) -> list[MicroBatch]:
         """Make micro-batches of the groups, with their advantages and loss weights."""
         training = self.config.training
-        return pack(
+        return make_micro_batches(
             result.groups,
             self.learner.update.mesh.size * training.groups_per_device,
             self.config.rollout.max_completion_tokens,

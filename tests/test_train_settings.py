@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory):
 
 
 class TestOptions:
-    """Each changes what a run does; those of the loss and of packing have unit tests of their own."""
+    """Each changes what a run does; those of the loss and of batching have unit tests of their own."""
 
     def run(self, folder, model, *options):
         state = train(changed(folder, model, "training.steps=2", *options), folder / "run")
@@ -476,7 +476,7 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("before", "at", "said"),
         [
-            ("pack", 2, "File too large"),
+            ("make_micro_batches", 2, "File too large"),
             ("evaluate_if_due", 4, "the checkpoint of step 4 cannot be written: "),
         ],
     )

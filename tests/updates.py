@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from jaxgrpo.config.settings import BatchingSettings, LossSettings, OptimizerSettings
-from jaxgrpo.learner.batching import pack
+from jaxgrpo.learner.batching import make_micro_batches
 from jaxgrpo.learner.device_step import StepInputs
 from jaxgrpo.learner.sharding import logical_on_host, make_mesh
 from jaxgrpo.learner.train_state import StepReport, TrainState
@@ -62,7 +62,7 @@ def params_of(config: ModelConfig) -> Params:
 
 
 def packed(groups: Sequence[Group], micro_batch_groups: int) -> list[MicroBatch]:
-    return pack(
+    return make_micro_batches(
         groups,
         micro_batch_groups,
         LONGEST,

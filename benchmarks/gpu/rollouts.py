@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from jaxgrpo.config.settings import BatchingSettings
-from jaxgrpo.learner.batching import pack
+from jaxgrpo.learner.batching import make_micro_batches
 from jaxgrpo.types import Group, Message, MicroBatch, Score, StopReason, Task, Trajectory
 from tools.planning import GroupShape
 
@@ -106,7 +106,9 @@ class Batched:
 
 def batched(prompt: int, lengths: Lengths, vocab: int) -> Batched:
     """Build micro-batches as a training run does."""
-    batches = pack(episodes(prompt, lengths.draw(), vocab), 1, lengths.cap, BatchingSettings())
+    batches = make_micro_batches(
+        episodes(prompt, lengths.draw(), vocab), 1, lengths.cap, BatchingSettings()
+    )
     real = [
         GroupShape(int(b.prompt_lengths_N[0]), tuple(b.completion_lengths_NG[0].tolist()))
         for b in batches

@@ -62,16 +62,16 @@ def loss_weights(
     ]
 
 
-def pack(
+def make_micro_batches(
     groups: Sequence[Group],
     micro_batch_groups: int,
     max_completion_tokens: int,
     settings: BatchingSettings,
 ) -> list[MicroBatch]:
-    """Pack scored groups of one size G into micro-batches of `micro_batch_groups` groups each.
+    """Pad scored groups of one size G into micro-batches of `micro_batch_groups` groups each.
 
-    Groups of similar length are packed together. The last micro-batch is filled with empty groups
-    of zero weight. Raises ValueError if there is no group, or if sizes differ.
+    Groups of similar length share a micro-batch. The last one is filled with empty groups of zero
+    weight. Raises ValueError if there is no group, or if sizes differ.
     """
     sizes = {len(group.trajectories) for group in groups}
     if len(sizes) != 1:
@@ -91,7 +91,7 @@ def pack(
     order = sorted(range(len(groups)), key=lambda n: (_padded_shape([groups[n]], settings), n))
     chunks = [order[i : i + micro_batch_groups] for i in range(0, len(order), micro_batch_groups)]
     return [
-        _pack_micro_batch(
+        _pad_micro_batch(
             [(groups[n], advantages_NG[n], rows[n]) for n in chunk], micro_batch_groups, g, settings
         )
         for chunk in chunks
@@ -99,7 +99,7 @@ def pack(
 
 
 def first_rows(batch: MicroBatch, groups: int, settings: BatchingSettings) -> MicroBatch:
-    """One row of each of the first `groups` groups, cut to the smallest packed shape: [N, 1, C]."""
+    """One row of each of the first `groups` groups, cut to the smallest padded shape: [N, 1, C]."""
     n, p, c = groups, settings.prompt_multiple, settings.completion_multiple
     return MicroBatch(
         prompt_NP=batch.prompt_NP[:n, :p],
@@ -121,7 +121,7 @@ def _padded_shape(groups: Sequence[Group], settings: BatchingSettings) -> tuple[
     )
 
 
-def _pack_micro_batch(
+def _pad_micro_batch(
     items: Sequence[tuple[Group, np.ndarray, Sequence[np.ndarray]]],
     n: int,
     g: int,

@@ -73,7 +73,7 @@ def prepare(
     result: RolloutResult,
     step: int,
     metrics: Callable[[], dict[str, float | int | str]],
-    pack: Callable[[], Sequence[MicroBatch]],
+    make_micro_batches: Callable[[], Sequence[MicroBatch]],
 ) -> Prepared:
     """Prepare a rollout that will be trained up to `step`. Raises UselessBatchError if it has no
     groups or its environments gave values that cannot be used."""
@@ -81,7 +81,7 @@ def prepare(
         raise UselessBatchError("its environments failed in every group")
     try:
         lines, faults = records.to_lines(result, "train", step)
-        prepared = Prepared(result, metrics(), step, lines, pack())
+        prepared = Prepared(result, metrics(), step, lines, make_micro_batches())
     except Exception as error:  # the edge to a user's environment, which gave the values
         raise UselessBatchError(f"{type(error).__name__}: {error}") from error
     if faults:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from jaxgrpo.config.settings import BatchingSettings, LossSettings
-from jaxgrpo.learner.batching import pack
+from jaxgrpo.learner.batching import make_micro_batches
 from jaxgrpo.learner.sharding import logical_on_host
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params, cast_to, forward, head_table
@@ -232,7 +232,9 @@ def test_the_gradient_is_that_of_the_right_groups_when_packing_reorders() -> Non
         )
         for g in GROUPS
     ]
-    batches = pack(groups, 4, LONGEST, BatchingSettings(prompt_multiple=4, completion_multiple=4))
+    batches = make_micro_batches(
+        groups, 4, LONGEST, BatchingSettings(prompt_multiple=4, completion_multiple=4)
+    )
     assert [b.prompt_NP.shape[1] for b in batches] == [4, 4, 8]
     lengths = np.concatenate([b.prompt_lengths_N for b in batches]).tolist()
     assert sorted(lengths[:8]) == [1, 1, 2, 2, 3, 3, 4, 4] and lengths != [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxgrpo.config.settings import BatchingSettings
-from jaxgrpo.learner.batching import pack
+from jaxgrpo.learner.batching import make_micro_batches
 from jaxgrpo.learner.train_state import StepReport
 from jaxgrpo.run.learner import Learner
 from jaxgrpo.run.processes import Processes
@@ -18,7 +18,7 @@ from tests import reference
 from tests.episodes import random_groups
 from tests.training import changed, make_model
 
-BATCHES = pack(
+BATCHES = make_micro_batches(
     random_groups(0, 4, 3, 260, 8, 8),
     2,
     8,
