@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxgrpo.config.settings import NO_LORA, Config, ConfigError, LoraSettings, refuse
+from jaxgrpo.config.settings import NO_LORA, Config, ConfigError, LoraSettings, raise_problems
 from jaxgrpo.learner.sharding import make_mesh
 from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.attention import Kernel
@@ -91,7 +91,7 @@ def _task_check(config: Config) -> TaskCheck:
 def check_rewards(config: Config) -> None:
     """Raise ConfigError if a reward function cannot work in this run. Call it before anything is
     loaded."""
-    refuse(config.rewards.problems(config))
+    raise_problems(config.rewards.problems(config))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ def check_episodes(config: Config, assets: ModelAssets, tasks: Sequence[Task]) -
     refused = [error for error in found if isinstance(error, PromptError)]
     if refused:
         problems.append(str(max(refused, key=lambda error: error.tokens)))
-    refuse(problems)
+    raise_problems(problems)
     failed = [error for error in found if isinstance(error, FaultyEnvironmentError)]
     if opened.prompt_ids_P is None:
         raise ConfigError(f"{failed[0]}; of {len(tasks)} tasks none opens")
@@ -167,7 +167,7 @@ def device_count(config: Config) -> int:
             f"{len(available)} devices, all of which take part: leave it None, and limit each "
             "process with training.gpus"
         )
-    refuse(problems)
+    raise_problems(problems)
     micro_batches(
         config.rollout.tasks_per_step,
         devices=wanted,
