@@ -108,7 +108,7 @@ class EpisodeKey:
 
 
 @dataclasses.dataclass(frozen=True)
-class EpisodePlayer:
+class EpisodeRunner:
     """Samples the episodes of a batch: `open` a task once, then `play` its episodes."""
 
     sampler: Sampler
@@ -132,7 +132,7 @@ class EpisodePlayer:
         """Return the opening that all episodes of the task share. Raises FaultyEnvironmentError."""
         return await self.openings.open(task)
 
-    async def play(self, task: Task, opening: Opening, key: EpisodeKey) -> Trajectory:
+    async def run(self, task: Task, opening: Opening, key: EpisodeKey) -> Trajectory:
         """Sample one episode to its end."""
         builder = TrajectoryBuilder(opening)
         try:

@@ -18,7 +18,7 @@ from jaxgrpo.environment import TaskSuite
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.background import BlockingCalls, all_or_none
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.episode import EpisodeKey, EpisodePlayer, Limits, SamplingParams
+from jaxgrpo.rollout.episode import EpisodeKey, EpisodeRunner, Limits, SamplingParams
 from jaxgrpo.rollout.openings import Opening
 from jaxgrpo.rollout.user_code import FaultyEnvironmentError
 from jaxgrpo.samplers.base import Sampler
@@ -104,7 +104,7 @@ class Rollout:
         """
         _check_groups(tasks, group_size, batch)
         start = time.perf_counter()
-        player = EpisodePlayer(
+        runner = EpisodeRunner(
             self.sampler,
             self.suite,
             self.chat,
@@ -115,7 +115,7 @@ class Rollout:
         )
         counter = _Counter(progress, len(tasks) * group_size)
         runner = _BatchRunner(
-            player,
+            runner,
             self._places,
             self.settings.max_retries,
             EpisodeKey(seed, batch, "", 0),
@@ -161,13 +161,13 @@ class _BatchRunner:
 
     def __init__(
         self,
-        player: EpisodePlayer,
+        runner: EpisodeRunner,
         places: asyncio.Semaphore,
         max_retries: int,
         key: EpisodeKey,
         counter: "_Counter",
     ):
-        self._player = player
+        self._runner = runner
         self._tries = 1 + max_retries
         self._in_flight = places
         self._key = key
@@ -178,7 +178,7 @@ class _BatchRunner:
         error = ""
         for _ in range(self._tries):
             try:
-                return await self._player.open(task)
+                return await self._runner.open(task)
             except FaultyEnvironmentError as faulty:
                 error = str(faulty)
         return DroppedGroup(task, error)
@@ -212,7 +212,7 @@ class _BatchRunner:
                 self._key, task_id=task.id, sample_index=sample_index, attempt=attempt
             )
             async with self._in_flight:
-                trajectory = await self._player.play(task, opening, key)
+                trajectory = await self._runner.run(task, opening, key)
             if trajectory.stop_reason is not StopReason.ENVIRONMENT_ERROR:
                 return trajectory
             self.failures.append(trajectory)
