@@ -99,7 +99,7 @@ class Batches(Training):
         result = self.sample()
         self.learner.batch += 1
         prepared = self.prepare(result)
-        batches = prepared.batches
+        batches = prepared.micro_batches
         reports = self.learner.learn(batches)
         self.publish()
         self.record(prepared, reports)

@@ -94,8 +94,8 @@ class Training:
             learner.batch += 1
             try:
                 prepared = self.prepare(result)
-                reports = learner.learn(prepared.batches)
-                check_gradient(reports[0], prepared.batches)
+                reports = learner.learn(prepared.micro_batches)
+                check_gradient(reports[0], prepared.micro_batches)
             except UselessBatchError as error:
                 self.skip(result, error)
                 continue
@@ -177,7 +177,7 @@ class Training:
         learner = self.learner
         seconds, sampler_idle_fraction = self.measure()
         compilations = learner.update.compilations
-        trained = update_metrics(prepared.batches, reports, compilations, seconds)
+        trained = update_metrics(prepared.micro_batches, reports, compilations, seconds)
         scheduled = schedule_metrics(seconds, sampler_idle_fraction)
         metrics = prepared.metrics | trained | scheduled | self.publish_metrics
         metrics["time/check_seconds"] = seconds["check"]

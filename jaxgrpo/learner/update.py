@@ -205,18 +205,18 @@ class Update:
         return self._score(params, self._put(batch))
 
     def reference_logprobs(
-        self, state: TrainState, batches: Sequence[MicroBatch]
+        self, state: TrainState, micro_batches: Sequence[MicroBatch]
     ) -> list[Array | None]:
         """The reference's log-probabilities of each micro-batch, or None without a KL term."""
         if state.reference is None:
-            return [None] * len(batches)
+            return [None] * len(micro_batches)
         reference = combine(state.reference, state.frozen)
-        return [self.logprobs(reference, batch) for batch in batches]
+        return [self.logprobs(reference, batch) for batch in micro_batches]
 
     def optimizer_step(
         self,
         state: TrainState,
-        batches: Sequence[MicroBatch],
+        micro_batches: Sequence[MicroBatch],
         old: Sequence[Array] | None,
         reference: Sequence[Array | None],
     ) -> tuple[TrainState, list[Array], StepReport]:
@@ -228,7 +228,7 @@ class Update:
         """
         gradients = self._zeros(state.params)
         train_logprobs, sums = [], []
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(micro_batches):
             self._count("accumulate", batch)
             placed = self._put(batch)
             # The first step has no old log-probabilities yet. A dummy of their shape takes their

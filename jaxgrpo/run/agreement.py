@@ -48,7 +48,7 @@ class AgreementCheck:
                 f"{served}"
             )
         batch = self._batch(generations)
-        self.send(Command(Work.SCORE, batches=(batch,)))
+        self.send(Command(Work.SCORE, micro_batches=(batch,)))
         train_GC = np.asarray(self.update.logprobs(params, batch).addressable_data(0))[0]
         pairs = [
             (train_C[: len(g.logprobs_T)], g.logprobs_T)

@@ -89,20 +89,22 @@ class Learner:
         """The number of optimizer steps on the next batch, unless a step is refused."""
         return min(self.config.training.iterations, self.config.training.steps - self.state.step)
 
-    def learn(self, batches: Sequence[MicroBatch]) -> list[StepReport]:
+    def learn(self, micro_batches: Sequence[MicroBatch]) -> list[StepReport]:
         """Take `iterations` optimizer steps on the micro-batches of one batch; the first step is
         on-policy. Stop at a step whose gradient is not finite, without taking it.
 
         Raises DivergedError if the new weights give no finite log-probabilities. They reach no
         sampler and no checkpoint."""
-        self.processes.send(Command(Work.LEARN, number=self.batch, batches=tuple(batches)))
+        self.processes.send(
+            Command(Work.LEARN, number=self.batch, micro_batches=tuple(micro_batches))
+        )
         with self.clock.phase("reference"):
-            reference = self.update.reference_logprobs(self.state, batches)
+            reference = self.update.reference_logprobs(self.state, micro_batches)
         old, reports, before = None, [], self.state.step
         with self.clock.phase("update"):
             for _ in range(self.steps_of_batch):
                 self.state, logprobs, report = self.update.optimizer_step(
-                    self.state, batches, old, reference
+                    self.state, micro_batches, old, reference
                 )
                 old = logprobs if old is None else old
                 reports.append(report)
@@ -112,16 +114,17 @@ class Learner:
                     self.state = self.update.replace_reference(self.state)
         self.advance = self.state.step - before
         if self.advance:
-            self._probe(batches)
+            self._probe(micro_batches)
             self.version += 1
         return reports
 
-    def _probe(self, batches: Sequence[MicroBatch]) -> None:
+    def _probe(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Raise DivergedError if the weights give no finite log-probabilities. The newest
         checkpoint keeps the weights from before."""
         with self.clock.phase("probe"):
             if self.update.usable(
-                self.state, first_rows(batches[0], self.update.mesh.size, self.config.batching)
+                self.state,
+                first_rows(micro_batches[0], self.update.mesh.size, self.config.batching),
             ):
                 return
         if self.processes.leads:
@@ -161,9 +164,9 @@ class Learner:
             match command.work:
                 case Work.LEARN:
                     self.batch = command.number
-                    self.learn(command.batches)
+                    self.learn(command.micro_batches)
                 case Work.SCORE:
-                    self.update.logprobs(self.update.policy(self.state), command.batches[0])
+                    self.update.logprobs(self.update.policy(self.state), command.micro_batches[0])
                 case Work.GATHER:
                     self.gather()
                 case Work.PUBLISH:

@@ -65,7 +65,7 @@ class Command:
     work: Work
     number: int = 0
     text: str = ""
-    batches: tuple[MicroBatch, ...] = ()
+    micro_batches: tuple[MicroBatch, ...] = ()
 
 
 def no_op(command: Command) -> None:
@@ -255,7 +255,7 @@ class Processes:
         if self.count == 1 or not self.leads:
             return
         self._sent += 1
-        arrays = [_arrays(batch) for batch in command.batches]
+        arrays = [_arrays(batch) for batch in command.micro_batches]
         forms = [
             {name: (array.dtype.name, array.shape) for name, array in of_one.items()}
             for of_one in arrays
@@ -271,10 +271,10 @@ class Processes:
         """Wait for the leader's next command. Raises PeerError if another process failed."""
         self._sent += 1
         work, number, text, forms = json.loads(self._wait(_key(self._sent)))
-        batches = [
+        micro_batches = [
             MicroBatch(**multihost_utils.broadcast_one_to_all(_empty(of_one))) for of_one in forms
         ]
-        return Command(Work(work), number, text, tuple(batches))
+        return Command(Work(work), number, text, tuple(micro_batches))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

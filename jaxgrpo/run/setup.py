@@ -168,7 +168,7 @@ def device_count(config: Config) -> int:
             "process with training.gpus"
         )
     raise_problems(problems)
-    micro_batches(
+    count_micro_batches(
         config.rollout.tasks_per_step,
         devices=wanted,
         groups_per_device=config.training.groups_per_device,
@@ -176,7 +176,7 @@ def device_count(config: Config) -> int:
     return wanted
 
 
-def micro_batches(groups: int, *, devices: int, groups_per_device: int) -> int:
+def count_micro_batches(groups: int, *, devices: int, groups_per_device: int) -> int:
     """Return the number of micro-batches of an optimizer step. Raises ConfigError if the groups do
     not fill whole micro-batches."""
     count, rest = divmod(groups, devices * groups_per_device)

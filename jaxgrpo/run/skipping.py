@@ -59,7 +59,7 @@ class Prepared:
     metrics: dict[str, float | int | str]
     step: int
     lines: Sequence[str]
-    batches: Sequence[MicroBatch]
+    micro_batches: Sequence[MicroBatch]
 
     def lines_of(self, step: int) -> Sequence[str]:
         """Return the episodes as lines of this step. It differs from `step` if an optimizer step
@@ -160,12 +160,12 @@ class Overshoots:
             )
 
 
-def check_gradient(report: StepReport, batches: Sequence[MicroBatch]) -> None:
+def check_gradient(report: StepReport, micro_batches: Sequence[MicroBatch]) -> None:
     """Raise UselessBatchError if the first step on a batch was refused. The weights before it were
     checked, so the batch is at fault."""
     if report.taken:
         return
-    advantage = max(float(np.abs(batch.advantages_NG).max()) for batch in batches)
+    advantage = max(float(np.abs(batch.advantages_NG).max()) for batch in micro_batches)
     sums = report.sums
     what = (
         f"its gradient is not finite (norm {report.grad_norm}, loss {sums.loss}, KL {sums.kl}, "
