@@ -72,7 +72,9 @@ class Learner:
         if not resume:
             return state, Progress(0, 0)
         try:
-            return self.checkpoints.restore(self.update, frozen=frozen, share=self.processes.share)
+            return self.checkpoints.restore(
+                self.update, frozen=frozen, all_gather_text=self.processes.all_gather_text
+            )
         except DamageError as error:
             raise ConfigError(
                 f"cannot resume {self.folder}: {error}; use another --run-dir to start a new run"
@@ -130,7 +132,7 @@ class Learner:
         if self.processes.leads:
             self.overshoots.add(self.batch)
         # wait: the failure of another process would interrupt the leader while it writes that
-        self.processes.share("")
+        self.processes.all_gather_text("")
         saved, rate = newest_step(self.folder / "checkpoints"), self.config.optimizer.learning_rate
         newest = "there is no checkpoint" if saved is None else f"the newest checkpoint is {saved}"
         raise DivergedError(

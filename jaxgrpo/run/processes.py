@@ -240,7 +240,7 @@ class Processes:
                 "processes the same --config, --set and --resume, and a --run-dir that they share"
             )
 
-    def share(self, text: str) -> list[str]:
+    def all_gather_text(self, text: str) -> list[str]:
         """Return the texts of all processes, by index. Every process calls this at the same point.
         Raises PeerError if another process failed."""
         if self.count == 1:
