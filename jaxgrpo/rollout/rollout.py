@@ -104,7 +104,7 @@ class Rollout:
         """
         _check_groups(tasks, group_size, batch)
         start = time.perf_counter()
-        runner = EpisodeRunner(
+        episodes = EpisodeRunner(
             self.sampler,
             self.suite,
             self.chat,
@@ -115,7 +115,7 @@ class Rollout:
         )
         counter = _Counter(progress, len(tasks) * group_size)
         runner = _BatchRunner(
-            runner,
+            episodes,
             self._places,
             self.settings.max_retries,
             EpisodeKey(seed, batch, "", 0),
@@ -161,13 +161,13 @@ class _BatchRunner:
 
     def __init__(
         self,
-        runner: EpisodeRunner,
+        episodes: EpisodeRunner,
         places: asyncio.Semaphore,
         max_retries: int,
         key: EpisodeKey,
         counter: "_Counter",
     ):
-        self._runner = runner
+        self._episodes = episodes
         self._tries = 1 + max_retries
         self._in_flight = places
         self._key = key
@@ -178,7 +178,7 @@ class _BatchRunner:
         error = ""
         for _ in range(self._tries):
             try:
-                return await self._runner.open(task)
+                return await self._episodes.open(task)
             except FaultyEnvironmentError as faulty:
                 error = str(faulty)
         return DroppedGroup(task, error)
@@ -212,7 +212,7 @@ class _BatchRunner:
                 self._key, task_id=task.id, sample_index=sample_index, attempt=attempt
             )
             async with self._in_flight:
-                trajectory = await self._runner.run(task, opening, key)
+                trajectory = await self._episodes.run(task, opening, key)
             if trajectory.stop_reason is not StopReason.ENVIRONMENT_ERROR:
                 return trajectory
             self.failures.append(trajectory)

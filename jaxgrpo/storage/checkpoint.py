@@ -164,9 +164,9 @@ class Checkpoints:
     ) -> tuple[TrainState, Progress]:
         """Restore the state of `step` (default: the newest undamaged one) and the progress.
 
-        With LoRA, `frozen` is the base model's stored weights. `all_gather_text` returns what all processes
-        say, so that they agree on the step. Damaged checkpoints are skipped, reported on stderr,
-        and renamed to `STEP.damaged`.
+        With LoRA, `frozen` is the base model's stored weights. `all_gather_text` returns the texts
+        of all processes, so that they agree on the step. Damaged checkpoints are skipped, reported
+        on stderr, and renamed to `STEP.damaged`.
 
         Raise FileNotFoundError if there is none, DamageError if all are damaged, ValueError if it
         is of another model, base model or adapter settings.
