@@ -193,16 +193,20 @@ def _checked(config: Config, path: Path) -> Config:
 
 
 def _unexpected_argument(error: BaseException) -> str:
-    """Return a hint for an argument that a section does not have: the new or a similar name."""
+    """Return a hint for an argument that a section or a reward does not have: the new or a similar name."""
     found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    kinds = {kind.__name__: (f"{name}.", kind) for name, kind in section_classes().items()}
+    kinds: dict[str, tuple[str, type | None]] = {
+        kind.__name__: (f"{name}.", kind) for name, kind in section_classes().items()
+    }
     kinds["Config"] = ("", Config)
-    if found is None or found[1] not in kinds:
+    if found is None:
         return ""
-    prefix, kind = kinds[found[1]]
+    prefix, kind = kinds.get(found[1], (f"rewards.{found[1]}.", None))
     now = current_key(f"{prefix}{found[2]}")
     if now != f"{prefix}{found[2]}":
         return f". It is now called {now.removeprefix(prefix)!r}"
+    if kind is None:
+        return ""
     close = difflib.get_close_matches(found[2], [f.name for f in dataclasses.fields(kind)], 1)
     return f". Did you mean {close[0]!r}?" if close else ""
 
