@@ -150,4 +150,5 @@ def json_object(value: object, what: str, most: int) -> dict[str, Any]:
         raise ValueError(f"{what} must be JSON-serializable: {cut(str(error), 200)}") from None
     if len(written) > most:
         raise ValueError(f"{what} must be at most {most} characters of JSON, got {len(written)}")
-    return json.loads(written)
+    copy: dict[str, Any] = json.loads(written)
+    return copy

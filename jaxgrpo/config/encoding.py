@@ -176,13 +176,15 @@ def _record_differences(
         yield f"{prefix}{name}", f"{prefix}{name} {gone}"
 
 
-def _default(field: dataclasses.Field) -> Any:
+def _default(field: dataclasses.Field[Any]) -> Any:
     return (
         field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     )
 
 
-def _dict_differences(key: str, saved: dict[str, Any], value: dict) -> Iterator[tuple[str, str]]:
+def _dict_differences(
+    key: str, saved: dict[str, Any], value: dict[Any, Any]
+) -> Iterator[tuple[str, str]]:
     """Yield the differences of a dict. Its order counts too, because tasks may be made in it."""
     pairs: list[Any] = list(saved.items())
     tagged = saved.keys() == {"dict"} and isinstance(saved["dict"], list)
@@ -206,7 +208,7 @@ def _holds_records(value: Any) -> bool:
     return type(value) in (tuple, list) and any(is_record(item) for item in value)
 
 
-def _items(saved: Any) -> list:
+def _items(saved: Any) -> list[Any]:
     items = saved.get("list") if isinstance(saved, dict) else saved
     return items if isinstance(items, list) else []
 

@@ -35,4 +35,5 @@ def group_advantages(rewards_NG: np.ndarray, normalization: str = "std") -> np.n
     centred[np.ptp(rewards, axis=1) == 0] = 0.0
     if normalization == "std":
         centred = centred / (rewards.std(axis=1, ddof=1, keepdims=True) + EPSILON)
-    return centred.astype(np.float32)
+    advantages_NG: np.ndarray = centred.astype(np.float32)
+    return advantages_NG

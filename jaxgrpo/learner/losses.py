@@ -10,7 +10,7 @@ Departures from the textbook:
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -63,7 +63,7 @@ def _chunked(x: Array, chunk: int) -> Array:
 
 def _logprobs_forward(
     hidden: Array, table: Array, targets: Array, head: Head
-) -> tuple[tuple[Array, Array], tuple]:
+) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
     chex.assert_rank([hidden, targets], [2, 1])
     weight = head.storage.gather(table, head.shape)
     tokens = hidden.shape[0]
@@ -85,7 +85,7 @@ def _logprobs_forward(
 
 
 def _logprobs_backward(
-    head: Head, residuals: tuple, cotangents: tuple[Array, Array]
+    head: Head, residuals: tuple[Any, ...], cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array | None, None]:
     hidden, table, targets, log_normalizers = residuals
     weight = head.storage.gather(table, head.shape)

@@ -124,7 +124,10 @@ def store_rows(
 
 def store(params: Params, layout: Layout, mesh: Mesh, dtype: Any = jnp.float32) -> Params:
     """Store a logical tree as shards."""
-    return jax.tree.map(lambda leaf, value: store_leaf(value, leaf, mesh, dtype), layout, params)
+    stored: Params = jax.tree.map(
+        lambda leaf, value: store_leaf(value, leaf, mesh, dtype), layout, params
+    )
+    return stored
 
 
 def logical_leaf(stored: A, leaf: LeafLayout) -> A:
@@ -134,7 +137,10 @@ def logical_leaf(stored: A, leaf: LeafLayout) -> A:
 
 def logical_on_host(stored: Params, layout: Layout) -> Params:
     """Return a stored tree as a logical tree of NumPy arrays."""
-    return jax.tree.map(lambda leaf, value: logical_leaf(np.asarray(value), leaf), layout, stored)
+    logical: Params = jax.tree.map(
+        lambda leaf, value: logical_leaf(np.asarray(value), leaf), layout, stored
+    )
+    return logical
 
 
 def logical_on_devices(stored: Params, layout: Layout, mesh: Mesh, dtype: Any) -> Params:
@@ -142,7 +148,9 @@ def logical_on_devices(stored: Params, layout: Layout, mesh: Mesh, dtype: Any) -
 
     The embedded sampler computes with this tree.
     """
-    return _logical_on_devices(tuple(jax.tree.leaves(layout)), mesh, jnp.dtype(dtype))(stored)
+    convert = _logical_on_devices(tuple(jax.tree.leaves(layout)), mesh, jnp.dtype(dtype))
+    logical: Params = convert(stored)
+    return logical
 
 
 @functools.cache
@@ -152,7 +160,8 @@ def _logical_on_devices(leaves: tuple[LeafLayout, ...], mesh: Mesh, dtype: Any) 
         logical = [
             logical_leaf(x.astype(dtype), leaf) for x, leaf in zip(flat, leaves, strict=True)
         ]
-        return jax.tree.unflatten(tree, logical)
+        whole: Params = jax.tree.unflatten(tree, logical)
+        return whole
 
     return jax.jit(convert, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
@@ -204,10 +213,12 @@ class Sharded:
     def reduce_scatter(self, gradient: Array, shape: tuple[int, ...]) -> Array:
         flat = gradient.reshape(-1).astype(jnp.float32)
         flat = jnp.pad(flat, (0, -flat.size % self.devices))
-        return lax.psum_scatter(flat, AXIS, scatter_dimension=0, tiled=True)
+        shard: Array = lax.psum_scatter(flat, AXIS, scatter_dimension=0, tiled=True)
+        return shard
 
     def zeros(self, shape: tuple[int, ...]) -> Array:
-        return lax.pcast(jnp.zeros(shape, jnp.float32), AXIS, to="varying")
+        zeros: Array = lax.pcast(jnp.zeros(shape, jnp.float32), AXIS, to="varying")
+        return zeros
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -220,7 +231,8 @@ def _gather(shard: Array, shape: tuple[int, ...], storage: Sharded) -> Array:
         bits = jnp.finfo(storage.rounded_to)
         shard = lax.reduce_precision(shard, bits.nexp, bits.nmant)
     whole = lax.all_gather(shard.astype(storage.dtype), AXIS, tiled=True)
-    return whole[: math.prod(shape)].reshape(shape)
+    weight: Array = whole[: math.prod(shape)].reshape(shape)
+    return weight
 
 
 def _gather_forward(shard: Array, shape: tuple[int, ...], storage: Sharded) -> tuple[Array, None]:

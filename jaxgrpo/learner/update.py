@@ -94,7 +94,7 @@ class Update:
         self.frozen_layout: Layout | None = self.model_layout if lora.rank else None
         self._whole_layout = combine(self.layout, self.frozen_layout)
         self._optimizer_specs = optimizer_specs(self.optimizer, self.layout)
-        self._shapes: set[tuple] = set()
+        self._shapes: set[tuple[Any, ...]] = set()
         self._jit_step(self._device_step(compute))
         self._jit_state()
 
@@ -183,7 +183,8 @@ class Update:
 
     def policy(self, state: TrainState) -> Params:
         """The stored weights of the policy in training, as `logprobs` takes them."""
-        return combine(state.params, state.frozen)
+        policy: Params = combine(state.params, state.frozen)
+        return policy
 
     def merged(self, state: TrainState) -> Params:
         """The policy as stored weights of a model without adapters (in `model_layout`)."""
@@ -202,7 +203,8 @@ class Update:
     def logprobs(self, params: Params, batch: MicroBatch) -> Array:
         """Log-probabilities of the completions [N, G, C] under the stored weights of `policy`."""
         self._count("score", batch, tuple(leaf.dtype for leaf in jax.tree.leaves(params)))
-        return self._score(params, self._put(batch))
+        logprobs_NGC: Array = self._score(params, self._put(batch))
+        return logprobs_NGC
 
     def reference_logprobs(
         self, state: TrainState, micro_batches: Sequence[MicroBatch]
@@ -283,7 +285,10 @@ class Update:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
 
     def _stored_shapes(self, layout: Layout | None, dtype: Any) -> Params:
-        return jax.tree.map(lambda leaf: self._shape(leaf.stored_shape, dtype, leaf.spec), layout)
+        shapes: Params = jax.tree.map(
+            lambda leaf: self._shape(leaf.stored_shape, dtype, leaf.spec), layout
+        )
+        return shapes
 
     def _batch_shapes(self, n: int, g: int, p: int, c: int) -> MicroBatch:
         data = functools.partial(self._shape, spec=_DATA)
@@ -313,7 +318,8 @@ class Update:
             array = np.asarray(x)
             return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
-        return jax.tree.map(put, batch)
+        on_devices: MicroBatch = jax.tree.map(put, batch)
+        return on_devices
 
     def _count(self, function: str, batch: MicroBatch, *more: Any) -> None:
         self._shapes.add((function, batch.prompt_NP.shape, batch.completions_NGC.shape, *more))

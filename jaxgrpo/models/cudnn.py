@@ -7,6 +7,8 @@ log-sum-exp, which are arguments of the primitives. Masks are causal or given by
 exist as arrays.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -55,7 +57,7 @@ def _minor_version() -> str:
     return ".".join(jax.__version__.split(".")[:2])
 
 
-def _arguments(q: Array, lengths: Array | None) -> tuple[list[Array], list[Array], dict]:
+def _arguments(q: Array, lengths: Array | None) -> tuple[list[Array], list[Array], dict[str, Any]]:
     """Arguments of both primitives: bias and lengths, unused ones after them, and static ones."""
     nothing = jnp.zeros(0, q.dtype)
     static = {

@@ -124,7 +124,10 @@ class Attention(nnx.Module):
         Queries and keys are rotated by their positions.
         """
         c = self.config
-        split = lambda y, heads: y.reshape(*y.shape[:-1], heads, c.head_dim)
+
+        def split(y: Array, heads: int) -> Array:
+            return y.reshape(*y.shape[:-1], heads, c.head_dim)
+
         q = split(self.q(x), c.heads)
         k, v = split(self.k(x), c.kv_heads), split(self.v(x), c.kv_heads)
         return apply_rope(q, positions, c.rope_theta), apply_rope(k, positions, c.rope_theta), v
@@ -175,7 +178,7 @@ class Embedding(nnx.Module):
 
 
 @functools.cache
-def layer_graph(config: ModelConfig, lora: LoraSettings = NO_LORA) -> nnx.GraphDef:
+def layer_graph(config: ModelConfig, lora: LoraSettings = NO_LORA) -> nnx.GraphDef[DecoderLayer]:
     """The structure of a DecoderLayer, without weights."""
     return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, lora, rngs=nnx.Rngs(0))))[0]
 
@@ -210,7 +213,8 @@ def init_params(config: ModelConfig, key: Array) -> Params:
 
 def param_shapes(config: ModelConfig) -> Params:
     """The logical tree as float32 ShapeDtypeStructs. Nothing is computed."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    shapes: Params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return shapes
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -219,7 +223,8 @@ def init_adapters(config: ModelConfig, lora: LoraSettings, key: Array) -> Params
 
     def one_layer(layer_key: Array) -> Params:
         layer = DecoderLayer(config, lora, rngs=nnx.Rngs(params=layer_key))
-        return only_adapters(nnx.to_pure_dict(nnx.state(layer)))
+        adapters: Params = only_adapters(nnx.to_pure_dict(nnx.state(layer)))
+        return adapters
 
     return {"layers": jax.vmap(one_layer)(jax.random.split(key, config.layers))}
 
@@ -228,7 +233,8 @@ def trained_shapes(config: ModelConfig, lora: LoraSettings) -> Params:
     """The trained part of the logical tree (adapters, or all weights) as ShapeDtypeStructs."""
     if not lora.rank:
         return param_shapes(config)
-    return jax.eval_shape(lambda: init_adapters(config, lora, jax.random.key(0)))
+    shapes: Params = jax.eval_shape(lambda: init_adapters(config, lora, jax.random.key(0)))
+    return shapes
 
 
 def head_table(params: Params) -> Any:
@@ -243,7 +249,8 @@ def cast_to(dtype: Any) -> Load:
 
 def default_embed(params: Params, ids: Array, load: Load) -> Array:
     """Look token ids up: [...] -> [..., D]."""
-    return load(params["embed"]["embedding"][ids])
+    embedded: Array = load(params["embed"]["embedding"][ids])
+    return embedded
 
 
 @dataclasses.dataclass(frozen=True)

@@ -242,7 +242,7 @@ def _verdict(answer: str) -> bool:
         ) from error
     if word not in ("yes", "no"):
         raise JudgeError(f"the judge must answer yes or no, it answered {word[:100]!r}")
-    return word == "yes"
+    return bool(word == "yes")
 
 
 def _seconds(retry_after: str) -> float:

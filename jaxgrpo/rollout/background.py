@@ -95,7 +95,7 @@ class BlockingCalls:
         Raises DeadlineError if it exceeds the deadline, StuckCallsError if too many calls did.
         """
         async with self._places:
-            result = asyncio.get_running_loop().create_future()
+            result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
             thread = threading.Thread(target=_deliver, args=(result, function, args), daemon=True)
             call = _Call(what or _name(function), thread)
             thread.start()
@@ -140,11 +140,13 @@ class BlockingCalls:
         self._say(f"{told}. {advice}; more than {self._most_stuck} such calls end the run")
 
 
-def _name(function: Callable) -> str:
+def _name(function: Callable[..., Any]) -> str:
     return getattr(function, "__qualname__", type(function).__name__)
 
 
-def _deliver(result: asyncio.Future, function: Callable, args: tuple) -> None:
+def _deliver(
+    result: asyncio.Future[T], function: Callable[..., T], args: tuple[object, ...]
+) -> None:
     """Call the function in the thread, and pass the outcome to the loop, which may have stopped
     waiting or be closed."""
     hand_over: Callable[[], None]

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -233,7 +233,9 @@ class EpisodeRunner:
             stop_strings=observation.stop_strings,
         )
 
-    async def _ask(self, what: str, kind: type[T], function: Callable, *args: object) -> T:
+    async def _ask(
+        self, what: str, kind: type[T], function: Callable[..., Any], *args: object
+    ) -> T:
         return await ask(self.environment_calls, what, returned(kind), function, *args)
 
 

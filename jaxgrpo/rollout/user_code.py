@@ -56,7 +56,11 @@ class BrokenContractError(TypeError):
 
 
 async def ask(
-    calls: BlockingCalls, what: str, check: Callable[[object], T], function: Callable, *args: object
+    calls: BlockingCalls,
+    what: str,
+    check: Callable[[object], T],
+    function: Callable[..., Any],
+    *args: object,
 ) -> T:
     """Return `check(function(*args))`, called in a thread within the deadline. `what` names the
     call in messages.
@@ -74,7 +78,9 @@ async def ask(
         raise FaultyEnvironmentError(f"{_line(error)}: {what} failed") from error
 
 
-def _guarded(what: str, check: Callable[[object], T], function: Callable, args: tuple) -> T:
+def _guarded(
+    what: str, check: Callable[[object], T], function: Callable[..., Any], args: tuple[object, ...]
+) -> T:
     """Call and check, in the thread. Turn any exception into a line and a traceback."""
     try:
         return check(function(*args))
@@ -155,7 +161,7 @@ def _place(stack: Sequence[traceback.FrameSummary]) -> str:
     return f"{own[-1].filename}, line {own[-1].lineno}, in {own[-1].name}" if own else ""
 
 
-def _definition(function: Callable) -> str:
+def _definition(function: Callable[..., Any]) -> str:
     """Return where a function is defined."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return f"{code.co_filename}, line {code.co_firstlineno}" if code else ""

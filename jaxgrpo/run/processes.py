@@ -352,7 +352,8 @@ class Processes:
     def _get(self, key: str) -> str:
         """Raise _NotYet if the key was not set within a second."""
         try:
-            return self._store.blocking_key_value_get(key, _POLL_MILLISECONDS)
+            value: str = self._store.blocking_key_value_get(key, _POLL_MILLISECONDS)
+            return value
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" in str(error):
                 raise _NotYet from error

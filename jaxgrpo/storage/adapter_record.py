@@ -37,7 +37,8 @@ def read_adapter_record(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return record
     except ValueError as error:
         raise DamageError(f"{file} cannot be read: {error}") from error
 

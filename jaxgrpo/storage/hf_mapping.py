@@ -234,7 +234,10 @@ def params_to_hf(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
 def hf_tensor_of(flat: Mapping[Path, Any], tensor: HFTensor) -> np.ndarray:
     """One Hugging Face tensor of the flattened logical tree (NumPy or JAX leaves)."""
     leaf = flat[tensor.path]
-    return tensor.turn(np.asarray(leaf if tensor.layer is None else leaf[tensor.layer]))
+    array: np.ndarray = tensor.turn(
+        np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
+    )
+    return array
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:

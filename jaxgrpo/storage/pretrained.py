@@ -180,7 +180,8 @@ class HFWeights:
                 raise ValueError(hf_mapping.differing_head(folder))
 
     def read(self, tensor: HFTensor) -> np.ndarray:
-        return tensor.turn(self._stored[tensor.name].map())
+        array: np.ndarray = tensor.turn(self._stored[tensor.name].map())
+        return array
 
 
 class OrbaxWeights:

@@ -92,10 +92,8 @@ def publish_weights(
 
 def published_bytes(layout: Layout, dtype: Any = jnp.bfloat16) -> int:
     """The size of one version in bytes."""
-    return (
-        sum(int(np.prod(leaf.stored_shape)) for leaf in jax.tree.leaves(layout))
-        * np.dtype(dtype).itemsize
-    )
+    elements = sum(int(np.prod(leaf.stored_shape)) for leaf in jax.tree.leaves(layout))
+    return elements * int(np.dtype(dtype).itemsize)
 
 
 @dataclasses.dataclass(frozen=True)

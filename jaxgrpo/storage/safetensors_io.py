@@ -54,7 +54,8 @@ class Stored:
                 f"{self.file} holds tensors of type {self.dtype_name}; allowed are"
                 f" {sorted(_DTYPES)}: cast them first"
             )
-        return _DTYPES[self.dtype_name]
+        dtype: np.dtype = _DTYPES[self.dtype_name]
+        return dtype
 
     def map(self) -> np.ndarray:
         """Map the tensor, read-only. Its pages leave memory with the array."""

@@ -75,7 +75,8 @@ class Tokens:
         if self._tokenizer is None:
             return " ".join(map(str, ids))
         known = [each for each in ids if each >= 0]
-        return self._tokenizer.decode(known, skip_special_tokens=False)
+        text: str = self._tokenizer.decode(known, skip_special_tokens=False)
+        return text
 
     def _piece(self, token: int) -> str:
         if self._tokenizer is None or token < 0:

@@ -293,7 +293,9 @@ class Engine:
         return context, shape.rows
 
     def _gather(self, caches: Sequence[CachedSequence], rows: int, tokens: int) -> decode.Caches:
-        return decode.gather_pages(self._pool, page_matrix(caches, rows, pages_for(tokens)))
+        pages = page_matrix(caches, rows, pages_for(tokens))
+        gathered: decode.Caches = decode.gather_pages(self._pool, pages)
+        return gathered
 
     def _write(
         self, new: decode.Caches, caches: Sequence[CachedSequence], rows: int, tokens: int
@@ -375,7 +377,7 @@ class Engine:
             self.metrics.discarded_tokens += int(counts_B[i] - seen_B[i]) - kept
         if sum(sequence.finished for sequence in sequences) > finished:
             on_finished()
-        return counts_B
+        return np.asarray(counts_B)
 
 
 def _layout(rows_of_groups: Sequence[Sequence[int]], shape: Shape) -> decode.Layout:

@@ -61,7 +61,8 @@ class Connection:
         choices = answer.get("choices") or []
         if len(choices) != 1:
             raise RefusedError(f"{self.url} gave {len(choices)} choices for one request")
-        return choices[0]
+        choice: dict[str, Any] = choices[0]
+        return choice
 
     async def vllm_version(self) -> str:
         return str((await self._call("GET", "/version"))["version"])

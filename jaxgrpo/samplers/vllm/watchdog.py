@@ -166,7 +166,7 @@ def _closed(pipe: int) -> bool:
     return bool(readable) and os.read(pipe, 1) == b""
 
 
-def _end_group(process: subprocess.Popen) -> None:
+def _end_group(process: subprocess.Popen[bytes]) -> None:
     """Terminate the group, then kill it: it may outlive its leader."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
