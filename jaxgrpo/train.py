@@ -118,7 +118,7 @@ class Training:
     async def rollout_of(self, batch: int) -> RolloutResult:
         """Sample the batch of this number. Its tasks and seeds depend on the number alone."""
         r, seed = self.config.rollout, self.config.seed
-        tasks = task_batch(self.tasks, r.tasks_per_step, seed, batch, r.task_order == "shuffled")
+        tasks = task_batch(self.tasks, r.tasks_per_step, seed, batch, r.task_order)
 
         def progress(done: int, total: int) -> None:
             if batch == self.learner.batch:  # the loop does not wait for later batches

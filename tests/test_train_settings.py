@@ -209,7 +209,7 @@ def test_every_epoch_is_a_fresh_shuffle_into_whole_batches() -> None:
 
 def test_tasks_in_the_given_order_are_the_same_in_every_epoch() -> None:
     tasks = [Task(str(i)) for i in range(7)]
-    batches = [[t.id for t in task_batch(tasks, 3, 5, i, shuffle=False)] for i in range(3)]
+    batches = [[t.id for t in task_batch(tasks, 3, 5, i, order="as_given")] for i in range(3)]
     assert batches == [["0", "1", "2"], ["3", "4", "5"], ["0", "1", "2"]]
 
 

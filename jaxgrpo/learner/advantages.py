@@ -4,12 +4,14 @@ import chex
 import numpy as np
 
 from jaxgrpo.checked import MAX_MAGNITUDE
-from jaxgrpo.config.settings import NORMALIZATIONS
+from jaxgrpo.config.settings import NORMALIZATIONS, BatchingSettings
 
 EPSILON = 1e-4
 
 
-def group_advantages(rewards_NG: np.ndarray, normalization: str = "std") -> np.ndarray:
+def group_advantages(
+    rewards_NG: np.ndarray, normalization: str = BatchingSettings.advantage_normalization
+) -> np.ndarray:
     """A_ng = (r_ng - mean_g r) / (std_g r + 1e-4) (GRPO, arXiv:2402.03300, section 4.1.2).
 
     As in TRL, the standard deviation has G - 1 in its denominator, and epsilon is 1e-4. With

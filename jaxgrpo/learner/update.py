@@ -20,7 +20,15 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
-from jaxgrpo.config.settings import NO_LORA, LoraSettings, LossSettings, OptimizerSettings
+from jaxgrpo.config.settings import (
+    NO_LORA,
+    Config,
+    LoraSettings,
+    LossSettings,
+    OptimizerSettings,
+    RolloutSettings,
+    TrainingSettings,
+)
 from jaxgrpo.learner.adapters import merge_stored
 from jaxgrpo.learner.device_step import DeviceStep, StepInputs
 from jaxgrpo.learner.losses import Head, LossSums
@@ -51,10 +59,10 @@ class ComputeOptions:
 
     compute_dtype: Any
     served_dtype: Any = None
-    temperature: float = 1.0
-    head_chunk: int = 1024
+    temperature: float = RolloutSettings.temperature
+    head_chunk: int = TrainingSettings.head_chunk
     kernel: Kernel = XLA
-    remat: str = "full"
+    remat: str = TrainingSettings.remat
 
 
 class LoweredStep(NamedTuple):
@@ -162,7 +170,7 @@ class Update:
     def compilations(self) -> int:
         return len(self._shapes)
 
-    def init(self, params: Params, seed: int = 0) -> TrainState:
+    def init(self, params: Params, seed: int = Config.seed) -> TrainState:
         """The state of step 0 from the model's whole logical weights (NumPy or jax arrays).
 
         `seed` determines the initial values of adapters.

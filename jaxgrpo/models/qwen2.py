@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxgrpo.config.settings import NO_LORA, REMAT, LoraSettings
+from jaxgrpo.config.settings import NO_LORA, REMAT, LoraSettings, TrainingSettings
 from jaxgrpo.models.attention import OUTPUT_NAMES, XLA, Context, Kernel, apply_rope, attend
 from jaxgrpo.models.lora import only_adapters
 from jaxgrpo.models.model_config import ModelConfig
@@ -287,7 +287,7 @@ class ForwardOptions:
     """
 
     kernel: Kernel = XLA
-    remat: str = "full"
+    remat: str = TrainingSettings.remat
     lora: LoraSettings = NO_LORA
 
 

@@ -66,7 +66,8 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. Temperature 0 is greedy."""
+    """How tokens are drawn. The defaults leave the policy's distribution as it is. Temperature 0 is
+    greedy."""
 
     temperature: float = 1.0
     top_p: float = 1.0

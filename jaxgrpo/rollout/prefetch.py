@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgrpo.config.settings import ConfigError
+from jaxgrpo.config.settings import ConfigError, RolloutSettings, TaskOrder
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.rollout.rollout import RolloutResult
 from jaxgrpo.samplers.base import SamplerError
@@ -30,16 +30,20 @@ def batches_per_epoch(tasks: int, tasks_per_step: int) -> int:
 
 
 def task_batch(
-    tasks: Sequence[Task], tasks_per_step: int, seed: int, index: int, shuffle: bool = True
+    tasks: Sequence[Task],
+    tasks_per_step: int,
+    seed: int,
+    index: int,
+    order: TaskOrder = RolloutSettings.task_order,
 ) -> list[Task]:
     """Return the tasks of batch `index`. Every epoch is a fresh shuffle, or the tasks as given, cut
     into whole batches. The result depends on the arguments alone, so that a run can resume."""
     per_epoch = batches_per_epoch(len(tasks), tasks_per_step)
     epoch, position = divmod(index, per_epoch)
-    order = np.arange(len(tasks))
-    if shuffle:
-        order = np.random.default_rng([seed, epoch]).permutation(len(tasks))
-    return [tasks[i] for i in order[position * tasks_per_step : (position + 1) * tasks_per_step]]
+    places = np.arange(len(tasks))
+    if order == "shuffled":
+        places = np.random.default_rng([seed, epoch]).permutation(len(tasks))
+    return [tasks[i] for i in places[position * tasks_per_step : (position + 1) * tasks_per_step]]
 
 
 class RolloutPrefetcher:
