@@ -193,7 +193,7 @@ def _checked(config: Config, path: Path) -> Config:
 
 
 def _unexpected_argument(error: BaseException) -> str:
-    """Return a hint for an argument that a section or a reward does not have: the new or a similar name."""
+    """Return a hint for an unknown argument of a section or a reward: the new or a similar name."""
     found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     kinds: dict[str, tuple[str, type | None]] = {
         kind.__name__: (f"{name}.", kind) for name, kind in section_classes().items()

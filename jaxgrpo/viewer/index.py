@@ -152,7 +152,8 @@ class Index:
             "INSERT INTO said (rowid, words) VALUES (?, ?)", enumerate(read.words, first)
         )
         db.executemany(
-            "INSERT INTO tasks VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET labels = excluded.labels,"
+            "INSERT INTO tasks VALUES (?, ?, ?, ?)"
+            " ON CONFLICT DO UPDATE SET labels = excluded.labels,"
             " truth = coalesce(excluded.truth, truth), query = excluded.query",
             ((k, *v) for k, v in read.tasks.items()),
         )
@@ -279,7 +280,8 @@ def _sum_up(db: sqlite3.Connection, places: set[tuple[str, int]]) -> None:
         db.execute("DELETE FROM cells WHERE split = ? AND step = ?", place)
         db.execute("DELETE FROM kinds WHERE split = ? AND step = ?", place)
         db.execute(
-            "INSERT INTO cells SELECT split, task, step, count(passed), total(passed), avg(reward) FROM episodes"
+            "INSERT INTO cells"
+            " SELECT split, task, step, count(passed), total(passed), avg(reward) FROM episodes"
             " WHERE split = ? AND step = ? GROUP BY split, task, step",
             place,
         )

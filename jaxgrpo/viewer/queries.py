@@ -164,7 +164,7 @@ def choices(db: sqlite3.Connection) -> Mapping[str, list[str]]:
 
 
 def _distinct(db: sqlite3.Connection, column: str) -> list[str]:
-    """The values of an indexed column, each found by a jump in the index: not a scan of all rows."""
+    """The values of an indexed column. Each is found by a jump in the index, without a scan."""
     found, last = list[str](), ""
     while (
         row := db.execute(

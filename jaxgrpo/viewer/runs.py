@@ -101,7 +101,8 @@ def open_runs(paths: Sequence[Path], cache: Path | None = None) -> list[Run]:
             runs.append(Run(name, path, Index(path, cache)))
         except (OSError, sqlite3.Error) as error:
             raise RunError(
-                f"the index of {path} cannot be kept: {error}; name a folder for it in JAXGRPO_CACHE"
+                f"the index of {path} cannot be kept: {error}; "
+                "name a folder for it in JAXGRPO_CACHE"
             ) from error
     return runs
 
