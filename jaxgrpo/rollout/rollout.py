@@ -104,22 +104,12 @@ class Rollout:
         """
         _check_groups(tasks, group_size, batch)
         start = time.perf_counter()
-        episodes = EpisodeRunner(
-            self.sampler,
-            self.suite,
-            self.chat,
-            Limits(self.settings, self.context_length),
-            self.sampling,
-            self._calls,
-            self.rewards,
-        )
-        counter = _Counter(progress, len(tasks) * group_size)
         runner = _BatchRunner(
-            episodes,
+            self._episode_runner(),
             self._places,
             self.settings.max_retries,
             EpisodeKey(seed, batch, "", 0),
-            counter,
+            _Counter(progress, len(tasks) * group_size),
         )
         openings = await all_or_none([runner.open(task) for task in tasks])
         outcomes = await all_or_none(
@@ -139,6 +129,17 @@ class Rollout:
                 )
             ),
             seconds=time.perf_counter() - start,
+        )
+
+    def _episode_runner(self) -> EpisodeRunner:
+        return EpisodeRunner(
+            self.sampler,
+            self.suite,
+            self.chat,
+            Limits(self.settings, self.context_length),
+            self.sampling,
+            self._calls,
+            self.rewards,
         )
 
 
