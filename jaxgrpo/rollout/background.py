@@ -14,18 +14,18 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
-STUCK_A_PLACE = 4
+STUCK_CALLS_PER_THREAD = 4
 """The number of calls beyond their deadline that may still run, for each of `threads`."""
 
 
-def say_aside(line: str) -> None:
+def print_to_stderr(line: str) -> None:
     """Print a line to stderr."""
     with contextlib.suppress(OSError, ValueError):  # an environment may have closed the stream
         print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def streams_kept() -> Iterator[None]:
+def preserve_streams() -> Iterator[None]:
     """Restore `sys.stdout` and `sys.stderr` at the end, in case users' code replaces them."""
     streams = sys.stdout, sys.stderr
     try:
@@ -74,17 +74,17 @@ class BlockingCalls:
 
     Every call has its own daemon thread. A call that exceeds its deadline is abandoned: its thread
     continues, but the next call may start, and the process can end. `say` gets a line about
-    abandoned calls. If more than `STUCK_A_PLACE` times `threads` of them still run, no further call
+    abandoned calls. If more than `STUCK_CALLS_PER_THREAD` times `threads` of them still run, no further call
     is awaited. A call that never releases the interpreter lock, such as a power of huge integers,
     cannot be abandoned.
     """
 
     def __init__(
-        self, threads: int, deadline_seconds: float, say: Callable[[str], None] = say_aside
+        self, threads: int, deadline_seconds: float, say: Callable[[str], None] = print_to_stderr
     ):
         self._places = asyncio.Semaphore(threads)
         self._deadline_seconds = deadline_seconds
-        self._most_stuck = STUCK_A_PLACE * threads
+        self._most_stuck = STUCK_CALLS_PER_THREAD * threads
         self._say = say
         self._say_at = 1
         self._calls: list[_Call] = []  # whose threads are alive, the oldest first
@@ -224,7 +224,7 @@ async def _cancel_others() -> None:
     await asyncio.gather(*others, return_exceptions=True)
 
 
-async def all_or_none(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+async def gather_or_cancel(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """Return all results in order. After the first exception, cancel and await the others, then
     raise it."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]

@@ -16,7 +16,7 @@ import numpy as np
 from jaxgrpo.config.settings import RolloutSettings
 from jaxgrpo.environment import TaskSuite
 from jaxgrpo.rewards.base import RewardSettings
-from jaxgrpo.rollout.background import BlockingCalls, all_or_none
+from jaxgrpo.rollout.background import BlockingCalls, gather_or_cancel
 from jaxgrpo.rollout.chat import Chat
 from jaxgrpo.rollout.episode import EpisodeKey, EpisodeRunner, Limits, SamplingParams
 from jaxgrpo.rollout.openings import Opening
@@ -111,8 +111,8 @@ class Rollout:
             EpisodeKey(seed, batch, "", 0),
             _Counter(progress, len(tasks) * group_size),
         )
-        openings = await all_or_none([runner.open(task) for task in tasks])
-        outcomes = await all_or_none(
+        openings = await gather_or_cancel([runner.open(task) for task in tasks])
+        outcomes = await gather_or_cancel(
             [
                 runner.run_group(task, opening, group_size)
                 for task, opening in zip(tasks, openings, strict=True)
@@ -202,7 +202,7 @@ class _BatchRunner:
             return trajectory
 
         try:
-            return Group(task, tuple(await all_or_none([run(i) for i in range(group_size)])))
+            return Group(task, tuple(await gather_or_cancel([run(i) for i in range(group_size)])))
         except _TriesSpentError as failed:
             self._counter.add(group_size - finished)
             return DroppedGroup(task, str(failed))

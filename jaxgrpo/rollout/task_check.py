@@ -19,9 +19,9 @@ from jaxgrpo.rollout.background import (
     BlockingCalls,
     EventLoopThread,
     StuckCallsError,
-    all_or_none,
-    say_aside,
-    streams_kept,
+    gather_or_cancel,
+    preserve_streams,
+    print_to_stderr,
 )
 from jaxgrpo.rollout.chat import Chat
 from jaxgrpo.rollout.openings import Openings, opens_differently
@@ -57,7 +57,7 @@ class TaskCheck:
 
     suite: TaskSuite
     settings: RolloutSettings
-    say: Callable[[str], None] = say_aside
+    say: Callable[[str], None] = print_to_stderr
 
     def listed(self, split: str) -> list[Task]:
         """Return the suite's tasks of a split."""
@@ -101,7 +101,7 @@ class TaskCheck:
                     raise ConfigError(f"{error}; none of {len(tasks)} tasks has opened") from None
 
         async def open_all() -> None:
-            await all_or_none([open_one(task) for task in tasks])
+            await gather_or_cancel([open_one(task) for task in tasks])
             first = next((task for task in tasks if task.id in _that_open(found)), None)
             if first is not None:
                 await _open_twice(openings, first)
@@ -130,7 +130,7 @@ class TaskCheck:
             finally:
                 task.cancel()
 
-        with streams_kept(), EventLoopThread() as loop:
+        with preserve_streams(), EventLoopThread() as loop:
             try:
                 return loop.call(watched())
             except StuckCallsError as error:

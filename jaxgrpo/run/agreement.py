@@ -8,7 +8,7 @@ import numpy as np
 from jaxgrpo.config.settings import Config
 from jaxgrpo.learner.update import Update
 from jaxgrpo.models.qwen2 import Params
-from jaxgrpo.rollout.background import EventLoopThread, all_or_none
+from jaxgrpo.rollout.background import EventLoopThread, gather_or_cancel
 from jaxgrpo.run.processes import Command, Work, no_op
 from jaxgrpo.samplers.base import Generation, Sampler, SamplerError, SamplingRequest
 from jaxgrpo.types import MicroBatch
@@ -81,7 +81,7 @@ class AgreementCheck:
             for i in range(_CHECK_SAMPLES)
         ]
         try:
-            return await all_or_none([sampler.generate(request) for request in requests])
+            return await gather_or_cancel([sampler.generate(request) for request in requests])
         finally:
             for request in requests:
                 await sampler.release(request.episode_id)

@@ -19,7 +19,7 @@ from jaxgrpo.models.cudnn import choose_kernel
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params, trained_shapes
 from jaxgrpo.paths import cache_root, machine
-from jaxgrpo.rollout.background import say_aside
+from jaxgrpo.rollout.background import print_to_stderr
 from jaxgrpo.rollout.chat import Chat
 from jaxgrpo.rollout.episode import SamplingParams
 from jaxgrpo.rollout.openings import PromptError
@@ -139,7 +139,7 @@ def check_episodes(config: Config, assets: ModelAssets, tasks: Sequence[Task]) -
         raise ConfigError(f"{failed[0]}; of {len(tasks)} tasks none opens")
     if failed:
         count = f"{len(failed)} of {len(tasks)} tasks do not open; their groups will be dropped"
-        say_aside(f"warning: {failed[0]}; {count}")
+        print_to_stderr(f"warning: {failed[0]}; {count}")
     return Prompts(max(tokens for tokens in found if isinstance(tokens, int)), opened.prompt_ids_P)
 
 
