@@ -24,8 +24,8 @@ from jaxgrpo.environment import Environment, Observation, StepResult, TaskSuite
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.background import BlockingCalls
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.openings import Opening, Openings, opens_differently, rendered
-from jaxgrpo.rollout.user_code import FaultyEnvironmentError, ask, returned
+from jaxgrpo.rollout.openings import Opening, Openings, describe_difference, render_without_blocking
+from jaxgrpo.rollout.user_code import FaultyEnvironmentError, call_user_code, record_check
 from jaxgrpo.samplers.base import FinishReason, Generation, Sampler, SamplerError, SamplingRequest
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall, Trajectory
 
@@ -138,7 +138,7 @@ class EpisodeRunner:
         builder = TrajectoryBuilder(opening)
         try:
             environment, observation = await self.openings.begin(task)
-            fault = opens_differently(task, opening.observation, observation)
+            fault = describe_difference(task, opening.observation, observation)
             if fault:
                 raise FaultyEnvironmentError(fault)
             stop_reason = await self._take_turns(environment, observation, builder, key)
@@ -207,7 +207,9 @@ class EpisodeRunner:
         if self.chat.fewest_tokens(observation.messages) >= room:
             return limit
         try:
-            ids = await rendered(self.chat.continuation, observation.messages, ended_with_eos)
+            ids = await render_without_blocking(
+                self.chat.continuation, observation.messages, ended_with_eos
+            )
         except Exception as error:  # the edge to the model's template, with the users' texts in it
             raise FaultyEnvironmentError(f"what {step} gave: {error}") from error
         if len(ids) >= room:
@@ -237,7 +239,9 @@ class EpisodeRunner:
     async def _ask(
         self, what: str, kind: type[T], function: Callable[..., Any], *args: object
     ) -> T:
-        return await ask(self.environment_calls, what, returned(kind), function, *args)
+        return await call_user_code(
+            self.environment_calls, what, record_check(kind), function, *args
+        )
 
 
 class TrajectoryBuilder:

@@ -24,8 +24,13 @@ from jaxgrpo.rollout.background import (
     print_to_stderr,
 )
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.openings import Openings, opens_differently
-from jaxgrpo.rollout.user_code import BrokenContractError, FaultyEnvironmentError, LateError, ask
+from jaxgrpo.rollout.openings import Openings, describe_difference
+from jaxgrpo.rollout.user_code import (
+    BrokenContractError,
+    FaultyEnvironmentError,
+    LateError,
+    call_user_code,
+)
 from jaxgrpo.types import Task
 
 T = TypeVar("T")
@@ -64,7 +69,7 @@ class TaskCheck:
         calls = BlockingCalls(
             1, LISTING_DEADLINES * self.settings.step_deadline_seconds, _in_silence
         )
-        asked = ask(calls, f"tasks({split!r})", _tasks, self.suite.tasks, split)
+        asked = call_user_code(calls, f"tasks({split!r})", _tasks, self.suite.tasks, split)
         try:
             return self._run(
                 asked, calls, lambda: f"the tasks of the {split} split are being listed"
@@ -155,7 +160,7 @@ async def _open_twice(openings: Openings, task: Task) -> None:
     """Raise ConfigError if the task's episodes open differently."""
     with contextlib.suppress(FaultyEnvironmentError):  # it opened before: the rollout will count it
         observations = [(await openings.begin(task))[1] for _ in range(2)]
-        fault = opens_differently(task, *observations)
+        fault = describe_difference(task, *observations)
         if fault:
             raise ConfigError(fault)
 

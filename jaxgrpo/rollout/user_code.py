@@ -55,7 +55,7 @@ class BrokenContractError(TypeError):
     continues the description of the call."""
 
 
-async def ask(
+async def call_user_code(
     calls: BlockingCalls,
     what: str,
     check: Callable[[object], T],
@@ -90,10 +90,10 @@ def _guarded(
         raise FaultyEnvironmentError(line) from None
     except BaseException as error:  # the edge to users' code: SystemExit and KeyboardInterrupt too
         trace = checked.cut(traceback.format_exc(), MAX_TRACE_CHARS)
-        raise FaultyEnvironmentError(f"{described(error)}: {what} failed", trace) from None
+        raise FaultyEnvironmentError(f"{describe_error(error)}: {what} failed", trace) from None
 
 
-def returned(kind: type[T]) -> Callable[[object], T]:
+def record_check(kind: type[T]) -> Callable[[object], T]:
     """Make a check that a result is a record of this kind."""
 
     def check(value: object) -> T:
@@ -104,7 +104,7 @@ def returned(kind: type[T]) -> Callable[[object], T]:
     return check
 
 
-def playable(value: object) -> Any:
+def check_environment(value: object) -> Any:
     """Check that an object has the methods of `jaxgrpo.environment.Environment`."""
     kind = type(value).__qualname__
     for name, arguments in _METHODS.items():
@@ -125,7 +125,7 @@ def playable(value: object) -> Any:
     return value
 
 
-def described(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Describe an error in one line: `KeyError: 'no such seat' (/home/me/seats.py, line 12, in
     step)`."""
     place = next(filter(None, map(_place_raised, _causes(error))), "")
