@@ -64,7 +64,7 @@ class TaskCheck:
     settings: RolloutSettings
     say: Callable[[str], None] = print_to_stderr
 
-    def listed(self, split: str) -> list[Task]:
+    def list_tasks(self, split: str) -> list[Task]:
         """Return the suite's tasks of a split."""
         calls = BlockingCalls(
             1, LISTING_DEADLINES * self.settings.step_deadline_seconds, _in_silence
@@ -82,7 +82,7 @@ class TaskCheck:
                 f"{error}: the environment gives no tasks of the {split} split"
             ) from None
 
-    def opened(self, chat: Chat, tasks: Sequence[Task]) -> Opened:
+    def open_tasks(self, chat: Chat, tasks: Sequence[Task]) -> Opened:
         """Open each task once, and the first that opens twice more, because the episodes of a task
         must share their prompt."""
         calls = BlockingCalls(

@@ -71,7 +71,7 @@ def open_model_assets(config: Config, weights: bool = True) -> ModelAssets:
 def open_tasks(config: Config, split: str) -> Sequence[Task]:
     """Return the environment's tasks of a split. Raises ConfigError if the environment fails, takes
     too long or returns something else."""
-    return _task_check(config).listed(split)
+    return _task_check(config).list_tasks(split)
 
 
 def split_tasks(config: Config, split: str) -> Sequence[Task]:
@@ -121,7 +121,7 @@ def check_episodes(config: Config, assets: ModelAssets, tasks: Sequence[Task]) -
     Otherwise the run would find out only at the batch that draws the task.
     """
     r, context = config.rollout, assets.config.context_length
-    opened = _task_check(config).opened(assets.chat, tasks)
+    opened = _task_check(config).open_tasks(assets.chat, tasks)
     found = opened.found.values()
     problems = []
     if r.max_prompt_tokens + r.max_completion_tokens > context:
