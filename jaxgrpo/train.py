@@ -36,10 +36,10 @@ from jaxgrpo.run.processes import ClusterFlags, Command, Processes, Work, add_fl
 from jaxgrpo.run.run_log import RunLog
 from jaxgrpo.run.samplers import open_sampler
 from jaxgrpo.run.skipping import (
-    NothingLeftError,
+    AllGroupsDroppedError,
     Prepared,
     SkippedBatches,
-    UselessBatchError,
+    UntrainableBatchError,
     check_gradient,
     prepare,
 )
@@ -96,7 +96,7 @@ class Training:
                 prepared = self.prepare(result)
                 reports = learner.learn(prepared.micro_batches)
                 check_gradient(reports[0], prepared.micro_batches)
-            except UselessBatchError as error:
+            except UntrainableBatchError as error:
                 self.skip(result, error)
                 continue
             self.publish()
@@ -127,10 +127,10 @@ class Training:
         return await self.rollout.groups(tasks, r.group_size, seed, f"batch-{batch}", progress)
 
     def prepare(self, result: RolloutResult) -> Prepared:
-        """Make micro-batches, metrics and records of a rollout. Raises UselessBatchError if it
+        """Make micro-batches, metrics and records of a rollout. Raises UntrainableBatchError if it
         cannot be trained on."""
         learner = self.learner
-        learner.overshoots.check(learner.batch)
+        learner.diverged_batches.check(learner.batch)
         return prepare(
             result,
             learner.state.step + learner.steps_of_batch,
@@ -148,8 +148,8 @@ class Training:
             self.config.batching,
         )
 
-    def skip(self, result: RolloutResult, error: UselessBatchError) -> None:
-        """Skip a batch. Raises NothingLeftError or NothingLearntError after too many in a row."""
+    def skip(self, result: RolloutResult, error: UntrainableBatchError) -> None:
+        """Skip a batch. Raises AllGroupsDroppedError or TooManySkippedError after too many in a row."""
         batch, step = self.learner.batch, self.learner.state.step
         self.skipped.add(f"skipped-{batch}-{step:06d}", result, error, step)
         self.log.say(f"batch {batch} is skipped: {error}")
@@ -214,7 +214,7 @@ class Training:
             tasks, start = setup.split_tasks(self.config, split), time.perf_counter()
             try:
                 outcome = evaluator.evaluate(tasks, split, step)
-            except NothingLeftError as error:
+            except AllGroupsDroppedError as error:
                 self.log.say(f"step {step}  no evaluation: {error}")
                 continue
             self.log.evaluation(step, split, outcome, time.perf_counter() - start)

@@ -260,7 +260,7 @@ class Update:
             report,
         )
 
-    def usable(self, state: TrainState, probe: MicroBatch) -> bool:
+    def has_finite_logprobs(self, state: TrainState, probe: MicroBatch) -> bool:
         """True if the weights, and their log-probabilities of `probe`'s completions, are finite."""
         logprobs = self.logprobs(self.policy(state), probe)
         return bool(self._finite(state.params, logprobs, self._put(probe).completion_lengths_NG))

@@ -14,7 +14,7 @@ from jaxgrpo.run.folder import make_run_folder
 from jaxgrpo.run.metrics import Stopwatch
 from jaxgrpo.run.processes import Command, Processes, Work
 from jaxgrpo.run.setup import ModelAssets, build_update, initial_params
-from jaxgrpo.run.skipping import Overshoots
+from jaxgrpo.run.skipping import DivergedBatches
 from jaxgrpo.run.weights import gather_policy, write_policy
 from jaxgrpo.storage.checkpoint import Checkpoints, Progress, newest_step
 from jaxgrpo.storage.checksums import DamageError
@@ -54,7 +54,7 @@ class Learner:
         self.checkpoints = Checkpoints(folder / "checkpoints", config.recording.keep)
         stack.callback(self.checkpoints.close)
         self.state, (self.batch, version) = self._first_state(resume)
-        self.overshoots = Overshoots(folder, config)
+        self.diverged_batches = DivergedBatches(folder, config)
         self.advance = 0
         """The number of optimizer steps taken on the last batch."""
         self.version = self.state.step // config.training.iterations if version is None else version
@@ -124,13 +124,13 @@ class Learner:
         """Raise DivergedError if the weights give no finite log-probabilities. The newest
         checkpoint keeps the weights from before."""
         with self.clock.phase("probe"):
-            if self.update.usable(
+            if self.update.has_finite_logprobs(
                 self.state,
                 first_rows(micro_batches[0], self.update.mesh.size, self.config.batching),
             ):
                 return
         if self.processes.leads:
-            self.overshoots.add(self.batch)
+            self.diverged_batches.add(self.batch)
         # wait: the failure of another process would interrupt the leader while it writes that
         self.processes.all_gather_text("")
         saved, rate = newest_step(self.folder / "checkpoints"), self.config.optimizer.learning_rate

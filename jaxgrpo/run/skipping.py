@@ -32,11 +32,11 @@ KEPT_BATCHES, KEPT_BYTES = 8, 2**28
 _LARGE_ADVANTAGE = 1e6
 
 
-class UselessBatchError(Exception):
+class UntrainableBatchError(Exception):
     """The batch cannot be trained on. The message says why."""
 
 
-class NothingLeftError(RuntimeError):
+class AllGroupsDroppedError(RuntimeError):
     """Every group was dropped because of its environment. The message ends with the last error."""
 
     def __init__(self, what: str, result: RolloutResult):
@@ -46,7 +46,7 @@ class NothingLeftError(RuntimeError):
         )
 
 
-class NothingLearntError(RuntimeError):
+class TooManySkippedError(RuntimeError):
     """Too many batches in a row could not be trained on. The message says why for each."""
 
 
@@ -75,17 +75,17 @@ def prepare(
     metrics: Callable[[], dict[str, float | int | str]],
     make_micro_batches: Callable[[], Sequence[MicroBatch]],
 ) -> Prepared:
-    """Prepare a rollout that will be trained up to `step`. Raises UselessBatchError if it has no
+    """Prepare a rollout that will be trained up to `step`. Raises UntrainableBatchError if it has no
     groups or its environments gave values that cannot be used."""
     if not result.groups:
-        raise UselessBatchError("its environments failed in every group")
+        raise UntrainableBatchError("its environments failed in every group")
     try:
         lines, faults = records.to_lines(result, "train", step)
         prepared = Prepared(result, metrics(), step, lines, make_micro_batches())
     except Exception as error:  # the edge to a user's environment, which gave the values
-        raise UselessBatchError(f"{type(error).__name__}: {error}") from error
+        raise UntrainableBatchError(f"{type(error).__name__}: {error}") from error
     if faults:
-        raise UselessBatchError(faults[0])
+        raise UntrainableBatchError(faults[0])
     return prepared
 
 
@@ -96,10 +96,12 @@ class SkippedBatches:
         """`folder` keeps their episodes; None keeps nothing."""
         self._folder = folder
         self.results: list[RolloutResult] = []
-        self._errors: list[UselessBatchError] = []
+        self._errors: list[UntrainableBatchError] = []
 
-    def add(self, name: str, result: RolloutResult, error: UselessBatchError, step: int) -> None:
-        """Add a batch and keep it under `name`. Raises NothingLeftError or NothingLearntError if it
+    def add(
+        self, name: str, result: RolloutResult, error: UntrainableBatchError, step: int
+    ) -> None:
+        """Add a batch and keep it under `name`. Raises AllGroupsDroppedError or TooManySkippedError if it
         is one too many."""
         self.results.append(result)
         self._errors.append(error)
@@ -112,10 +114,10 @@ class SkippedBatches:
         if len(self.results) < MOST_SKIPPED:
             return
         if not any(skipped.groups for skipped in self.results):
-            raise NothingLeftError(f"the last {MOST_SKIPPED} batches", result)
+            raise AllGroupsDroppedError(f"the last {MOST_SKIPPED} batches", result)
         kept = "" if self._folder is None else f"; {self._folder} holds them as skipped-*"
         reasons = "; ".join(dict.fromkeys(map(str, self._errors)))
-        raise NothingLearntError(
+        raise TooManySkippedError(
             f"nothing can be learnt from the last {MOST_SKIPPED} batches: {reasons}{kept}"
         )
 
@@ -124,7 +126,7 @@ class SkippedBatches:
         self.results, self._errors = [], []
 
 
-class Overshoots:
+class DivergedBatches:
     """The numbers of the batches whose steps gave unusable weights. They are stored in the run
     folder together with the config: under another config they may be usable."""
 
@@ -151,9 +153,9 @@ class Overshoots:
         write_atomically(self._file, json.dumps({"batches": self._batches, "config": text}))
 
     def check(self, batch: int) -> None:
-        """Raise UselessBatchError if the batch is one of them."""
+        """Raise UntrainableBatchError if the batch is one of them."""
         if batch in self._batches:
-            raise UselessBatchError(
+            raise UntrainableBatchError(
                 "its step gave no finite log-probabilities before the run was resumed; if this "
                 "happens again, start a new run with an optimizer.learning_rate below "
                 f"{self._config.optimizer.learning_rate:g}"
@@ -161,7 +163,7 @@ class Overshoots:
 
 
 def check_gradient(report: StepReport, micro_batches: Sequence[MicroBatch]) -> None:
-    """Raise UselessBatchError if the first step on a batch was refused. The weights before it were
+    """Raise UntrainableBatchError if the first step on a batch was refused. The weights before it were
     checked, so the batch is at fault."""
     if report.taken:
         return
@@ -172,8 +174,8 @@ def check_gradient(report: StepReport, micro_batches: Sequence[MicroBatch]) -> N
         f"largest advantage {advantage:.3g})"
     )
     if advantage < _LARGE_ADVANTAGE:
-        raise UselessBatchError(what)
-    raise UselessBatchError(
+        raise UntrainableBatchError(what)
+    raise UntrainableBatchError(
         f"{what}: the environment's rewards are too far apart for a gradient; scale them down, or "
         'set batching.advantage_normalization="std"'
     )
