@@ -149,7 +149,7 @@ class Training:
         )
 
     def skip(self, result: RolloutResult, error: UntrainableBatchError) -> None:
-        """Skip a batch. Raises AllGroupsDroppedError or TooManySkippedError after too many in a row."""
+        """Skip a batch. Raises AllGroupsDroppedError or TooManySkippedError after too many."""
         batch, step = self.learner.batch, self.learner.state.step
         self.skipped.add(f"skipped-{batch}-{step:06d}", result, error, step)
         self.log.say(f"batch {batch} is skipped: {error}")

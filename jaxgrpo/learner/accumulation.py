@@ -60,7 +60,7 @@ def _forward(
 
 
 def _pull_back(tree: Any, place: list[int | None], kept: list[jax.Array], rows: _Stacks) -> Any:
-    """The backward pass of a layer, from its residuals and its rows of the stacks."""
+    """Rebuild the backward pass of a layer from its residuals and its rows of the stacks."""
     others, own = iter(kept), jax.tree.leaves(rows)
     return jax.tree.unflatten(tree, [next(others) if at is None else own[at] for at in place])
 

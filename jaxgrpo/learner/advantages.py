@@ -1,4 +1,4 @@
-"""Advantages of a group's episodes from their rewards. Pure NumPy."""
+"""Compute the advantages of a group's episodes from their rewards. Pure NumPy."""
 
 import chex
 import numpy as np
@@ -12,10 +12,11 @@ EPSILON = 1e-4
 def group_advantages(
     rewards_NG: np.ndarray, normalization: str = BatchingSettings.advantage_normalization
 ) -> np.ndarray:
-    """A_ng = (r_ng - mean_g r) / (std_g r + 1e-4) (GRPO, arXiv:2402.03300, section 4.1.2).
+    """Compute A_ng = (r_ng - mean_g r) / (std_g r + 1e-4).
 
-    As in TRL, the standard deviation has G - 1 in its denominator, and epsilon is 1e-4. With
-    "none", there is no division (Dr. GRPO, arXiv:2503.20783).
+    Source: GRPO, arXiv:2402.03300, section 4.1.2. As in TRL, the standard deviation has G - 1 in
+    its denominator, and epsilon is 1e-4. With "none", there is no division (Dr. GRPO,
+    arXiv:2503.20783).
 
     rewards_NG [N, G] with G >= 2 -> float32 [N, G]. A group of equal rewards has zero advantages.
     Raises ValueError for G < 2, and for rewards that are not finite or beyond

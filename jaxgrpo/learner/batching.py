@@ -1,4 +1,4 @@
-"""Micro-batches from scored groups: bucketed shapes, loss masks, loss weights. Pure NumPy."""
+"""Make micro-batches of scored groups: padded shapes, loss masks, loss weights. Pure NumPy."""
 
 from collections.abc import Collection, Sequence
 
@@ -10,7 +10,8 @@ from jaxgrpo.types import Group, MicroBatch
 
 
 def bucket(length: int, multiple: int) -> int:
-    """The smallest of multiple x (1, 2, 3, 4, 6, 8, 12, 16, 24, ...) that is at least `length`.
+    """Return the smallest of multiple x (1, 2, 3, 4, 6, 8, 12, 16, 24, ...) that is at least
+    `length`.
 
     Beyond `multiple`, at most a third of the size is padding.
     """
@@ -25,7 +26,7 @@ def bucket(length: int, multiple: int) -> int:
 
 
 def loss_masks(groups: Sequence[Group], masked_stop_reasons: Collection[str]) -> list[np.ndarray]:
-    """For each row of each group, a mask [C] that is true where a token carries loss.
+    """Return a mask [C] for each row of each group: true where a token carries loss.
 
     Sampled tokens do, unless the episode ended for a masked reason.
     """
@@ -99,7 +100,8 @@ def make_micro_batches(
 
 
 def first_rows(batch: MicroBatch, groups: int, settings: BatchingSettings) -> MicroBatch:
-    """One row of each of the first `groups` groups, cut to the smallest padded shape: [N, 1, C]."""
+    """Return one row of each of the first `groups` groups [N, 1, C], cut to the smallest padded
+    shape."""
     n, p, c = groups, settings.prompt_multiple, settings.completion_multiple
     return MicroBatch(
         prompt_NP=batch.prompt_NP[:n, :p],

@@ -64,7 +64,7 @@ class DeviceStep:
     loss: LossSettings
 
     def score(self, params: Params, batch: MicroBatch) -> Array:
-        """Log-probabilities of the completions [N, G, C], in float32."""
+        """Compute log-probabilities of the completions [N, G, C], in float32."""
         return self._logprobs(params, batch)[0]
 
     def accumulate(
@@ -97,7 +97,7 @@ class DeviceStep:
     def _logprobs(
         self, params: Params, batch: MicroBatch, scan_layers: ScanLayers = scan_stack
     ) -> tuple[Array, Array]:
-        """Log-probabilities and entropies of the completions, [N, G, C] each."""
+        """Compute log-probabilities and entropies of the completions, [N, G, C] each."""
         tokens = GroupTokens(batch.prompt_NP, batch.prompt_lengths_N, batch.completions_NGC)
         hidden = forward_shared_prompt(
             self.config, params, tokens, self._loader(), self.forward, scan_layers

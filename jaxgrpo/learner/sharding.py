@@ -68,12 +68,12 @@ Layout = Any  # the parameter tree with a LeafLayout in place of each tensor
 
 
 def make_layout(config: ModelConfig, devices: int) -> Layout:
-    """The layout of a model's parameter tree."""
+    """Return the layout of a model's parameter tree."""
     return layout_of(param_shapes(config), devices)
 
 
 def layout_of(shapes: Params, devices: int) -> Layout:
-    """The layout of a logical tree, or of a part of one, given its shapes."""
+    """Return the layout of a logical tree, or of a part of one, given its shapes."""
 
     def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> LeafLayout:
         if path[0].key == "layers":
@@ -84,7 +84,7 @@ def layout_of(shapes: Params, devices: int) -> Layout:
 
 
 def specs(layout: Layout) -> Any:
-    """The PartitionSpec of each stored leaf."""
+    """Return the PartitionSpec of each stored leaf."""
     return jax.tree.map(lambda leaf: leaf.spec, layout)
 
 
@@ -170,13 +170,13 @@ class Storage(Protocol):
     """How to turn leaves of the parameter tree into weights, and gradients of weights back."""
 
     def gather(self, leaf: Any, shape: tuple[int, ...]) -> Array:
-        """The weight of `shape` in the compute dtype, differentiable."""
+        """Return the weight of `shape` in the compute dtype, differentiable."""
 
     def reduce_scatter(self, gradient: Array, shape: tuple[int, ...]) -> Array:
-        """The gradient of the leaf, from this device's float32 gradient of the weight."""
+        """Return the gradient of the leaf, from this device's float32 gradient of the weight."""
 
     def zeros(self, shape: tuple[int, ...]) -> Array:
-        """A float32 accumulator for this device."""
+        """Return a float32 accumulator for this device."""
 
 
 @dataclasses.dataclass(frozen=True)

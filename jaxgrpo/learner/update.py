@@ -1,4 +1,4 @@
-"""Update: the compiled, sharded train step.
+"""Compile and run the sharded train step.
 
 A batch is a list of micro-batches, on which `mu` optimizer steps are taken. Each step adds up the
 gradients of all micro-batches and applies them once. The log-probabilities of the first step's
@@ -81,8 +81,8 @@ class LoweredStep(NamedTuple):
 class Update:
     """The compiled functions of the train step for one model on one mesh.
 
-    A new shape of micro-batches is compiled on its first use. `compilations` counts the distinct
-    shapes over all functions.
+    A new shape of micro-batches is compiled when it is first used. `compilations` counts the
+    distinct shapes over all functions.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Update:
         return len(self._shapes)
 
     def init(self, params: Params, seed: int = Config.seed) -> TrainState:
-        """The state of step 0 from the model's whole logical weights (NumPy or jax arrays).
+        """Return the state of step 0 from the model's whole logical weights (NumPy or jax arrays).
 
         `seed` determines the initial values of adapters.
         """
@@ -190,12 +190,12 @@ class Update:
         return store(params, self.frozen_layout, self.mesh, self.compute_dtype)
 
     def policy(self, state: TrainState) -> Params:
-        """The stored weights of the policy in training, as `logprobs` takes them."""
+        """Return the stored weights of the policy in training, as `logprobs` takes them."""
         policy: Params = combine(state.params, state.frozen)
         return policy
 
     def merged(self, state: TrainState) -> Params:
-        """The policy as stored weights of a model without adapters (in `model_layout`)."""
+        """Return the policy as stored weights of a model without adapters (in `model_layout`)."""
         if state.frozen is None:
             return state.params
         return merge_stored(
@@ -209,7 +209,8 @@ class Update:
         return state._replace(reference=self._copy_as_reference(state.params))
 
     def logprobs(self, params: Params, batch: MicroBatch) -> Array:
-        """Log-probabilities of the completions [N, G, C] under the stored weights of `policy`."""
+        """Return log-probabilities of the completions [N, G, C] under the stored weights of
+        `policy`."""
         self._count("score", batch, tuple(leaf.dtype for leaf in jax.tree.leaves(params)))
         logprobs_NGC: Array = self._score(params, self._put(batch))
         return logprobs_NGC
@@ -217,7 +218,8 @@ class Update:
     def reference_logprobs(
         self, state: TrainState, micro_batches: Sequence[MicroBatch]
     ) -> list[Array | None]:
-        """The reference's log-probabilities of each micro-batch, or None without a KL term."""
+        """Return the reference's log-probabilities of each micro-batch, or None without a KL
+        term."""
         if state.reference is None:
             return [None] * len(micro_batches)
         reference = combine(state.reference, state.frozen)
@@ -261,7 +263,8 @@ class Update:
         )
 
     def has_finite_logprobs(self, state: TrainState, probe: MicroBatch) -> bool:
-        """True if the weights, and their log-probabilities of `probe`'s completions, are finite."""
+        """Return whether the weights, and their log-probabilities of `probe`'s completions, are
+        finite."""
         logprobs = self.logprobs(self.policy(state), probe)
         return bool(self._finite(state.params, logprobs, self._put(probe).completion_lengths_NG))
 
@@ -334,7 +337,7 @@ class Update:
 
 
 def _finite(params: Params, logprobs_NGC: Array, lengths_NG: Array) -> Array:
-    """Whether all weights, and the log-probabilities of real tokens, are finite."""
+    """Return whether all weights, and the log-probabilities of real tokens, are finite."""
     real_NGC = jnp.arange(logprobs_NGC.shape[-1]) < lengths_NG[..., None]
     return (
         jnp.isfinite(optax.tree.norm(params))

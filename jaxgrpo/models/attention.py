@@ -207,7 +207,7 @@ def _padded(x: Array, segments: list[_Segment], queries: int, heads: int) -> Arr
 
 
 def _scores(q: Array, k: Array, first: Array, heads: int, lengths: Array | None) -> Array:
-    """Scaled scores [B, K, M, S] of the block that begins at query `first`.
+    """Return scaled scores [B, K, M, S] of the block that begins at query `first`.
 
     They are `MASKED` where a query may not attend.
     """

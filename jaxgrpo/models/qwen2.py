@@ -164,7 +164,8 @@ class DecoderLayer(nnx.Module):
         return self.attention.project(self.input_norm(x), positions)
 
     def finish(self, x: Array, attended: Array) -> Array:
-        """The residual stream [..., T, D] after the attended values [..., T, H, h] and the MLP."""
+        """Return the residual stream [..., T, D] after the attended values [..., T, H, h] and the
+        MLP."""
         x = x + self.attention.output(attended)
         return x + self.mlp(self.post_attention_norm(x))
 
@@ -179,7 +180,7 @@ class Embedding(nnx.Module):
 
 @functools.cache
 def layer_graph(config: ModelConfig, lora: LoraSettings = NO_LORA) -> nnx.GraphDef[DecoderLayer]:
-    """The structure of a DecoderLayer, without weights."""
+    """Return the structure of a DecoderLayer, without weights."""
     return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, lora, rngs=nnx.Rngs(0))))[0]
 
 
@@ -189,7 +190,8 @@ def merge_layer(config: ModelConfig, weights: Params, lora: LoraSettings = NO_LO
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
-    """Random float32 weights: normal with standard deviation 0.02, zero biases, unit norms."""
+    """Return random float32 weights: normal with standard deviation 0.02, zero biases, unit
+    norms."""
     embed_key, head_key, *layer_keys = jax.random.split(key, config.layers + 2)
 
     def one_layer(layer_key: Array) -> Params:
@@ -212,14 +214,14 @@ def init_params(config: ModelConfig, key: Array) -> Params:
 
 
 def param_shapes(config: ModelConfig) -> Params:
-    """The logical tree as float32 ShapeDtypeStructs. Nothing is computed."""
+    """Return the logical tree as float32 ShapeDtypeStructs. Nothing is computed."""
     shapes: Params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     return shapes
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def init_adapters(config: ModelConfig, lora: LoraSettings, key: Array) -> Params:
-    """The adapters before training, in the logical tree, float32: a random, b zero."""
+    """Return the adapters before training, in the logical tree, float32: a random, b zero."""
 
     def one_layer(layer_key: Array) -> Params:
         layer = DecoderLayer(config, lora, rngs=nnx.Rngs(params=layer_key))
@@ -230,7 +232,8 @@ def init_adapters(config: ModelConfig, lora: LoraSettings, key: Array) -> Params
 
 
 def trained_shapes(config: ModelConfig, lora: LoraSettings) -> Params:
-    """The trained part of the logical tree (adapters, or all weights) as ShapeDtypeStructs."""
+    """Return the trained part of the logical tree (adapters, or all weights) as
+    ShapeDtypeStructs."""
     if not lora.rank:
         return param_shapes(config)
     shapes: Params = jax.eval_shape(lambda: init_adapters(config, lora, jax.random.key(0)))
@@ -238,7 +241,7 @@ def trained_shapes(config: ModelConfig, lora: LoraSettings) -> Params:
 
 
 def head_table(params: Params) -> Any:
-    """The leaf of the output head's table [V, D]: that of the embedding if tied."""
+    """Return the leaf of the output head's table [V, D]: that of the embedding if tied."""
     return params["lm_head"]["embedding"] if "lm_head" in params else params["embed"]["embedding"]
 
 
@@ -331,7 +334,9 @@ def forward_shared_prompt(
     options: ForwardOptions = ForwardOptions(),
     scan_layers: ScanLayers = scan_stack,
 ) -> Array:
-    """Final normed hidden states [N, G, C, D]; position c predicts `completions_NGC[..., c]`.
+    """Compute the final normed hidden states [N, G, C, D] of all completions.
+
+    Position c predicts `completions_NGC[..., c]`.
 
     The prompt of a group is computed once. Row g of a group consists of the prompt's last token and
     its completion without the last token. It attends to the prompt before its last token, which the
@@ -364,7 +369,7 @@ def forward_shared_prompt(
 
 
 def _group_inputs(tokens: GroupTokens) -> tuple[Array, Array]:
-    """Token ids and positions [N, P + G * C] of each prompt, followed by its rows."""
+    """Return token ids and positions [N, P + G * C] of each prompt, followed by its rows."""
     prompt_NP, lengths_N, completions_NGC = tokens
     _, p = prompt_NP.shape
     n, g, c = completions_NGC.shape

@@ -154,7 +154,8 @@ class _Service:
         return answer
 
     def _asked(self, content: str) -> bool:
-        """The verdict, asked for until it is there, the tries are spent or the time is over."""
+        """Ask for the verdict until it is there. Give up when the tries are spent or the time is
+        over."""
         end = time.monotonic() + self._judge.deadline_seconds
         body = {
             "model": self._judge.model,

@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
 STUCK_CALLS_PER_THREAD = 4
-"""The number of calls beyond their deadline that may still run, for each of `threads`."""
+"""Calls beyond their deadline that may still run, per thread."""
 
 
 def print_to_stderr(line: str) -> None:
@@ -74,9 +74,9 @@ class BlockingCalls:
 
     Every call has its own daemon thread. A call that exceeds its deadline is abandoned: its thread
     continues, but the next call may start, and the process can end. `say` gets a line about
-    abandoned calls. If more than `STUCK_CALLS_PER_THREAD` times `threads` of them still run, no further call
-    is awaited. A call that never releases the interpreter lock, such as a power of huge integers,
-    cannot be abandoned.
+    abandoned calls. If more than `STUCK_CALLS_PER_THREAD` times `threads` of them still run, no
+    further call is awaited. A call that never releases the interpreter lock, such as a power of
+    huge integers, cannot be abandoned.
     """
 
     def __init__(
@@ -232,6 +232,6 @@ async def gather_or_cancel(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list
         return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
-            if not task.cancelling():  # a second time would cut its cleaning up short
+            if not task.cancelling():  # cancelling twice would interrupt its clean-up
                 task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,5 +1,4 @@
-"""Sample one episode: the sampler and the environment take turns over one growing list of token
-ids.
+"""Run one episode: the sampler and the environment take turns, and one list of token ids grows.
 
 In each turn, the sampler generates from the exact ids so far, the environment answers the text of
 the turn, and the answer is rendered on its own and appended. Sampled text is never tokenized again.
@@ -110,7 +109,7 @@ class EpisodeKey:
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeRunner:
-    """Samples the episodes of a batch: `open` a task once, then `play` its episodes."""
+    """Runs the episodes of a batch: `open` a task once, then `run` each of its episodes."""
 
     sampler: Sampler
     suite: TaskSuite
@@ -145,8 +144,10 @@ class EpisodeRunner:
             of = f"of task {task.id!r}"
             score = await self._ask(f"score() {of}", Score, environment.score)
             if not self.rewards.environment_alone:
-                played = builder.trajectory(key, stop_reason, score)
-                score = await self._ask(f"the rewards {of}", Score, self.rewards.rewarded, played)
+                unrewarded = builder.trajectory(key, stop_reason, score)
+                score = await self._ask(
+                    f"the rewards {of}", Score, self.rewards.rewarded, unrewarded
+                )
         except FaultyEnvironmentError as error:
             return builder.trajectory(key, StopReason.ENVIRONMENT_ERROR, None, error.recorded)
         finally:
@@ -166,9 +167,8 @@ class EpisodeRunner:
             _check_generation(generation, room, key)
             text = self.chat.text(generation.token_ids_T)
             builder.add_turn(generation, text)
-            if (
-                generation.finish_reason is FinishReason.LENGTH
-            ):  # an unfinished turn is not executed
+            if generation.finish_reason is FinishReason.LENGTH:
+                # an unfinished turn is not executed
                 return limit if len(generation.token_ids_T) == room else StopReason.CONTEXT_LIMIT
             result = await self._ask(
                 f"step() of task {key.task_id!r}", StepResult, environment.step, text

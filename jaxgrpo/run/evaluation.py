@@ -41,9 +41,9 @@ class Evaluator:
     progress: Callable[[int, int], None]
 
     def evaluate(self, tasks: Sequence[Task], split: str, step: int) -> Evaluation:
-        """Sample the tasks of a split. `step` is that of the weights; the episodes' seeds depend on
-        it. The rates leave out dropped groups. Raises AllGroupsDroppedError if all groups were dropped.
-        """
+        """Sample the tasks of a split. `step` is that of the weights, and the seeds of the episodes
+        depend on it. The rates leave out dropped groups. Raises AllGroupsDroppedError if all were
+        dropped."""
         result = self.loop.call(
             self.rollout.groups(
                 tasks, self.samples, self.seed, f"eval-{step}/{split}", self.progress

@@ -134,7 +134,8 @@ def read_records(path: Path) -> RecordFile:
 
 
 def to_line(record: TrajectoryRecord) -> str:
-    """One line of JSON, ASCII only: lone surrogates in a tool's result survive as escapes."""
+    """Return one line of JSON, ASCII only: lone surrogates in a tool's result survive as
+    escapes."""
     trajectory = record.trajectory
     score = trajectory.score
     fields = {

@@ -75,8 +75,8 @@ def prepare(
     metrics: Callable[[], dict[str, float | int | str]],
     make_micro_batches: Callable[[], Sequence[MicroBatch]],
 ) -> Prepared:
-    """Prepare a rollout that will be trained up to `step`. Raises UntrainableBatchError if it has no
-    groups or its environments gave values that cannot be used."""
+    """Prepare a rollout that will be trained up to `step`. Raises UntrainableBatchError if it has
+    no groups or its environments gave values that cannot be used."""
     if not result.groups:
         raise UntrainableBatchError("its environments failed in every group")
     try:
@@ -101,8 +101,8 @@ class SkippedBatches:
     def add(
         self, name: str, result: RolloutResult, error: UntrainableBatchError, step: int
     ) -> None:
-        """Add a batch and keep it under `name`. Raises AllGroupsDroppedError or TooManySkippedError if it
-        is one too many."""
+        """Add a batch and keep it under `name`. Raises AllGroupsDroppedError or TooManySkippedError
+        if it is one too many."""
         self.results.append(result)
         self._errors.append(error)
         if self._folder is not None:
@@ -128,7 +128,7 @@ class SkippedBatches:
 
 class DivergedBatches:
     """The numbers of the batches whose steps gave unusable weights. They are stored in the run
-    folder together with the config: under another config they may be usable."""
+    folder together with the config, because under another config the batches may be usable."""
 
     def __init__(self, folder: Path, config: Config):
         self._file = folder / "overshoots.json"
@@ -136,8 +136,8 @@ class DivergedBatches:
         self._batches = self._read()
 
     def _read(self) -> list[int]:
-        """Return none if the file is missing, damaged or of another config. Then they are found
-        again."""
+        """Return no numbers if the file is missing, damaged or of another config. The run then
+        finds them again."""
         try:
             saved = read_object(self._file)
             if incompatible_changes(saved["config"], self._config):
@@ -163,8 +163,8 @@ class DivergedBatches:
 
 
 def check_gradient(report: StepReport, micro_batches: Sequence[MicroBatch]) -> None:
-    """Raise UntrainableBatchError if the first step on a batch was refused. The weights before it were
-    checked, so the batch is at fault."""
+    """Raise UntrainableBatchError if the first step on a batch was refused. The weights before it
+    were checked, so the batch is at fault."""
     if report.taken:
         return
     advantage = max(float(np.abs(batch.advantages_NG).max()) for batch in micro_batches)

@@ -1,4 +1,4 @@
-"""Saves and restores the training state, on any number of devices and processes.
+"""Save and restore the training state, on any number of devices and processes.
 
     RUN/checkpoints/600/policy       the weights in float32; with LoRA, only the adapters
     RUN/checkpoints/600/training     optimizer, reference policy, number of batches
@@ -189,7 +189,7 @@ class Checkpoints:
 
 
 def newest_step(folder: Path) -> int | None:
-    """The newest step in a run's folder of checkpoints, or None."""
+    """Return the newest step in a run's folder of checkpoints, or None."""
     return max(_steps(folder), default=None)
 
 
@@ -261,7 +261,7 @@ def read_policy(
 
 
 def read_adapters(folder: Path, model: ModelConfig, step: int) -> Params:
-    """The adapters of a run's checkpoint as a logical tree (NumPy, float32).
+    """Return the adapters of a run's checkpoint as a logical tree (NumPy, float32).
 
     Raise DamageError if they are not what was saved.
     """

@@ -91,7 +91,7 @@ def publish_weights(
 
 
 def published_bytes(layout: Layout, dtype: Any = jnp.bfloat16) -> int:
-    """The size of one version in bytes."""
+    """Return the size of one version in bytes."""
     elements = sum(int(np.prod(leaf.stored_shape)) for leaf in jax.tree.leaves(layout))
     return elements * int(np.dtype(dtype).itemsize)
 
@@ -311,7 +311,7 @@ def _write_at(file: io.FileIO, data: memoryview, place: int) -> None:
 def _manifest(
     folder: Path, leaves: dict[hf_mapping.Path, _Leaf], config: ModelConfig, version: int
 ) -> Manifest:
-    """The manifest, from the checksums of every process."""
+    """Return the manifest, from the checksums of every process."""
     pieces: dict[str, dict[int, list[int]]] = {leaf.name: {} for leaf in leaves.values()}
     for process in range(jax.process_count()):
         noted = json.loads((folder / _pieces_file(process)).read_text(encoding="utf-8"))

@@ -107,7 +107,8 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 
 def _place(file: Path, name: str, entry: Any) -> tuple[int, int]:
-    """The bytes of the data where a tensor begins and ends. Raise ValueError for a bad entry."""
+    """Return the bytes of the data where a tensor begins and ends. Raise ValueError for a bad
+    entry."""
     whole = isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= entry.keys()
     if not whole or not isinstance(entry["dtype"], str):
         raise ValueError(

@@ -201,7 +201,8 @@ class Engine:
     def _victims(
         self, protected: Sequence[ActiveSequence], sequences: Sequence[ActiveSequence]
     ) -> Iterator[CachedSequence]:
-        """Caches to drop, in order: unused ones by last use, then those of the latest sequences."""
+        """Return the caches to drop, in order: unused ones by last use, then those of the latest
+        sequences."""
         # The newest sequence loses its cache first and the oldest never does, so the oldest always
         # finishes. Otherwise sequences could evict each other in turn and only recompute caches.
         kept = {id(c) for s in protected for c in (self._cache(s), self._group(s).shared)}
@@ -391,11 +392,11 @@ def _layout(rows_of_groups: Sequence[Sequence[int]], shape: Shape) -> decode.Lay
 
 
 def _padded(values: Sequence[Any], rows: int, dtype: Any = np.int32) -> np.ndarray:
-    """The values as an array of `rows` entries, padded with zeros."""
+    """Return the values as an array of `rows` entries, padded with zeros."""
     array = np.asarray(values, dtype)
     return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), dtype)])
 
 
 def _spares_programs(platform: str) -> bool:
-    """Whether compiling a program costs more than padding."""
+    """Return whether compiling a program costs more than padding."""
     return platform != "cpu"

@@ -42,7 +42,7 @@ def sample(
 
 
 def _argmax(scores_BV: Array) -> Array:
-    """The first index of each row's maximum.
+    """Return the first index of each row's maximum.
 
     Uses two plain reductions, because jnp.argmax takes five times as long on CPUs.
     """

@@ -128,7 +128,7 @@ def _inode(name: str) -> int | None:
 
 
 def _open_blocks(session: int | None = None) -> dict[str, int]:
-    """Blocks that the processes of a session have open: name -> inode.
+    """Return blocks that the processes of a session have open: name -> inode.
 
     None stands for all processes that this one may inspect.
     """
