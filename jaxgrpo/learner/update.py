@@ -208,11 +208,11 @@ class Update:
             return state
         return state._replace(reference=self._copy_as_reference(state.params))
 
-    def logprobs(self, params: Params, batch: MicroBatch) -> Array:
+    def logprobs(self, params: Params, micro_batch: MicroBatch) -> Array:
         """Return log-probabilities of the completions [N, G, C] under the stored weights of
         `policy`."""
-        self._count("score", batch, tuple(leaf.dtype for leaf in jax.tree.leaves(params)))
-        logprobs_NGC: Array = self._score(params, self._put(batch))
+        self._count("score", micro_batch, tuple(leaf.dtype for leaf in jax.tree.leaves(params)))
+        logprobs_NGC: Array = self._score(params, self._put(micro_batch))
         return logprobs_NGC
 
     def reference_logprobs(
@@ -223,7 +223,7 @@ class Update:
         if state.reference is None:
             return [None] * len(micro_batches)
         reference = combine(state.reference, state.frozen)
-        return [self.logprobs(reference, batch) for batch in micro_batches]
+        return [self.logprobs(reference, micro_batch) for micro_batch in micro_batches]
 
     def optimizer_step(
         self,
@@ -240,9 +240,9 @@ class Update:
         """
         gradients = self._zeros(state.params)
         train_logprobs, sums = [], []
-        for i, batch in enumerate(micro_batches):
-            self._count("accumulate", batch)
-            placed = self._put(batch)
+        for i, micro_batch in enumerate(micro_batches):
+            self._count("accumulate", micro_batch)
+            placed = self._put(micro_batch)
             # The first step has no old log-probabilities yet. A dummy of their shape takes their
             # place, unread, so that one compiled program serves all steps.
             given = placed.sampler_logprobs_NGC if old is None else old[i]
@@ -274,7 +274,7 @@ class Update:
         The devices of the mesh may be only described (`jax.experimental.topologies`).
         """
         float32, with_reference = jnp.float32, bool(self.loss.kl_beta)
-        batch = self._batch_shapes(groups, group_size, prompt, completion)
+        micro_batch = self._batch_shapes(groups, group_size, prompt, completion)
         params = self._stored_shapes(self.layout, float32)
         frozen = self._stored_shapes(self.frozen_layout, self.compute_dtype)
         whole = self._stored_shapes(self._whole_layout, self.compute_dtype)
@@ -285,9 +285,9 @@ class Update:
         )
         logprobs = self._shape((groups, group_size, completion), float32, _DATA)
         on_policy: Any = jax.ShapeDtypeStruct((), bool)  # without a sharding, as a step passes it
-        inputs = StepInputs(batch, logprobs, logprobs if with_reference else None, on_policy)
+        inputs = StepInputs(micro_batch, logprobs, logprobs if with_reference else None, on_policy)
         return LoweredStep(
-            score=self._score.lower(whole, batch) if with_reference else None,
+            score=self._score.lower(whole, micro_batch) if with_reference else None,
             accumulate=self._accumulate.lower(params, params, inputs, frozen),
             apply=self._apply.lower(params, opt_state, params),
         )
@@ -314,9 +314,9 @@ class Update:
             sampler_logprobs_NGC=data((n, g, c), jnp.float32),
         )
 
-    def _put(self, batch: MicroBatch) -> MicroBatch:
+    def _put(self, micro_batch: MicroBatch) -> MicroBatch:
         """Split the groups over the devices."""
-        groups, devices = batch.prompt_NP.shape[0], self.mesh.size
+        groups, devices = micro_batch.prompt_NP.shape[0], self.mesh.size
         if groups % devices:
             raise ValueError(
                 f"{groups} groups in a micro-batch do not divide over {devices} devices"
@@ -329,11 +329,13 @@ class Update:
             array = np.asarray(x)
             return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
-        on_devices: MicroBatch = jax.tree.map(put, batch)
+        on_devices: MicroBatch = jax.tree.map(put, micro_batch)
         return on_devices
 
-    def _count(self, function: str, batch: MicroBatch, *more: Any) -> None:
-        self._shapes.add((function, batch.prompt_NP.shape, batch.completions_NGC.shape, *more))
+    def _count(self, function: str, micro_batch: MicroBatch, *more: Any) -> None:
+        self._shapes.add(
+            (function, micro_batch.prompt_NP.shape, micro_batch.completions_NGC.shape, *more)
+        )
 
 
 def _finite(params: Params, logprobs_NGC: Array, lengths_NG: Array) -> Array:
