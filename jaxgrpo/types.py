@@ -274,5 +274,5 @@ class MicroBatch:
         for name, shape in expected.items():
             if getattr(self, name).shape != shape:
                 raise ValueError(
-                    f"{name} has shape {getattr(self, name).shape}, the batch's axes say {shape}"
+                    f"{name} has shape {getattr(self, name).shape}, the completions say {shape}"
                 )

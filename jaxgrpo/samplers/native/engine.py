@@ -233,22 +233,22 @@ class Engine:
             pending = [extension for extension in pending if extension.missing > 0]
         return total
 
-    def _extend_once(self, batch: Sequence[_Extension], width: int) -> None:
+    def _extend_once(self, extensions: Sequence[_Extension], width: int) -> None:
         """Compute up to `width` further tokens of each cache."""
-        caches = [cache for cache, _, _ in batch]
+        caches = [cache for cache, _, _ in extensions]
         # On an accelerator, ask for the final size at once: growing would compile more shapes.
-        own = widest(len(ids) if self._sparing else cache.length for cache, ids, _ in batch)
-        groups = [group for _, _, group in batch]
+        own = widest(len(ids) if self._sparing else cache.length for cache, ids, _ in extensions)
+        groups = [group for _, _, group in extensions]
         context, rows = self._context("extend", caches, groups, width, own)
         ids = np.zeros((rows, width), np.int32)
         positions = np.zeros(rows, np.int32)
-        for i, (cache, target, group) in enumerate(batch):
+        for i, (cache, target, group) in enumerate(extensions):
             piece = target[cache.length : cache.length + width]
             ids[i, : len(piece)] = piece
             positions[i] = cache.length + (0 if group is None else len(group.prompt_ids) - 1)
         new = decode.extend(self.config, self._params, context, ids, positions)
         self._write(new, caches, rows, width)
-        for cache, target, _ in batch:
+        for cache, target, _ in extensions:
             cache.ids = target[: cache.length + width]
 
     def _context(
