@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory):
 
 
 class TestOptions:
-    """Each changes what a run does; those of the loss and of batching have unit tests of their own."""
+    """Each changes what a run does. Those of loss and batching have unit tests of their own."""
 
     def run(self, folder, model, *options):
         state = train(changed(folder, model, "training.steps=2", *options), folder / "run")
