@@ -413,8 +413,7 @@ def test_what_the_first_process_raises_ends_the_others(model: Path, tmp_path: Pa
     assert "error: every group of the last 3 batches was dropped" in ended[0][1]
     assert (
         "error: process 0 failed: AllGroupsDroppedError: "
-        "every group of the last 3 batches was dropped"
-        in ended[1][1]
+        "every group of the last 3 batches was dropped" in ended[1][1]
     )
 
 
