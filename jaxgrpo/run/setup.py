@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +96,12 @@ def check_rewards(config: Config) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """The tokens of the longest prompt of some tasks, and the first prompt [P]."""
+    """The tokens of the longest prompt of some tasks, and the first prompt [P]. `evaluated` has the
+    number of tasks of each split that the run evaluates."""
 
     longest: int
     first_P: np.ndarray
+    evaluated: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def training_tasks(config: Config, assets: ModelAssets) -> tuple[Sequence[Task], Prompts]:
@@ -109,9 +111,10 @@ def training_tasks(config: Config, assets: ModelAssets) -> tuple[Sequence[Task],
     batches_per_epoch(len(tasks), config.rollout.tasks_per_step)
     e = config.evaluation
     splits = e.splits if e.before or e.after or e.every else ()
-    sampled = [tasks, *(split_tasks(config, split) for split in splits)]
-    prompts = [check_episodes(config, assets, each) for each in sampled]
-    return tasks, Prompts(max(of.longest for of in prompts), prompts[0].first_P)
+    evaluated = {split: split_tasks(config, split) for split in splits}
+    prompts = [check_episodes(config, assets, each) for each in (tasks, *evaluated.values())]
+    counts: dict[str, int] = {split: len(of) for split, of in evaluated.items()}
+    return tasks, Prompts(max(of.longest for of in prompts), prompts[0].first_P, counts)
 
 
 def check_episodes(config: Config, assets: ModelAssets, tasks: Sequence[Task]) -> Prompts:
