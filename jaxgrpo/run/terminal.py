@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -43,11 +44,14 @@ class Terminal:
     """Prints to the program's first stdout, and restores the program's streams at the end, even if
     an environment replaces them."""
 
-    def __init__(self, console: Console | None = None):
+    def __init__(self, file: TextIO | None = None):
+        """Print to a file (default: stdout). A file that is no terminal gets no colors, even if
+        FORCE_COLOR asks for them."""
         self._streams = sys.stdout, sys.stderr
-        self.console = console or Console(file=sys.stdout)
-        file = self.console.file
-        self.live = not file.closed and file.isatty() and not self.console.is_dumb_terminal
+        file = file or sys.stdout
+        is_terminal = not file.closed and file.isatty()
+        self.console = Console(file=file, force_terminal=is_terminal)
+        self._live = is_terminal and not self.console.is_dumb_terminal
         self._bar: Live | None = None
         self._status: Callable[[], Status] | None = None
         self._said = time.monotonic()
@@ -67,7 +71,7 @@ class Terminal:
     def start(self, status: Callable[[], Status]) -> None:
         """Show the progress that `status` returns from now on. It is called in another thread."""
         self._status = status
-        if self.live and self._bar is None:
+        if self._live and self._bar is None:
             self._bar = Live(
                 get_renderable=lambda: render(status()),
                 console=self.console,

@@ -138,10 +138,11 @@ class TimeLeft:
         if not stages:
             return Estimate(0.0)
         costs = {stage: self._cost(stage) for stage in set(stages)}
-        now = self._rest(stages[0], costs[stages[0]])
-        later = sum(costs[stage] or self._least(stage) for stage in stages[1:])
-        known = all(costs[stage] is not None for stage in stages[1:])
-        return Estimate(now + later, known and (costs[stages[0]] is not None or now > 0))
+        stage, cost = stages[0], costs[stages[0]]
+        now = self._rest(stage, cost)
+        later = sum(costs[of] or self._least(of) for of in stages[1:])
+        known = cost is not None or (stage != BATCH and self._done > 0)
+        return Estimate(now + later, known and all(costs[of] is not None for of in stages[1:]))
 
     def _seconds(self) -> float:
         """Return how long the current stage has taken, without compilation."""
@@ -164,7 +165,7 @@ class TimeLeft:
         """Return the seconds left of the current stage, which costs `cost` as a whole."""
         seconds, done = self._seconds(), self._done
         if stage == BATCH:
-            return max((cost or 0.0) - seconds, 0.0)
+            return max((cost or self._least(stage)) - seconds, 0.0)
         if cost is not None and done < 0.25:
             return cost * (1 - done)
         return seconds / done * (1 - done) if done else 0.0
