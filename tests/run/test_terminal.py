@@ -12,6 +12,7 @@ import pytest
 from jaxgrpo.run import terminal as module
 from jaxgrpo.run.terminal import Status, Terminal, folded, wrapped
 
+
 @pytest.fixture(autouse=True)
 def a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):

@@ -151,6 +151,6 @@ def test_limits_are_those_of_the_page(key: str, words: str, fine: float, bad: fl
 
 def test_the_page_marks_exactly_the_limits_that_are_watched() -> None:
     rows = re.findall(r"^\| `([\w/]+)` \|(.*)\|$", PAGE, re.MULTILINE)
-    marked = {key for key, row in rows if re.search(r"\w\*", row)}
+    marked = {key for key, row in rows if re.search(r"\w\*", re.sub(r"\*\w+\*", "", row))}
     assert marked == {key for key, *_ in LIMITS} | {"train/dropped_groups"}
     assert {rule.key for rule in WARNINGS} == {key for key, *_ in LIMITS}
