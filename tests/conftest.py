@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests import axis_checks
+
 for _flag in ("--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=0"):
     if _flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
@@ -22,6 +24,8 @@ os.environ.setdefault(
     os.path.join(tempfile.gettempdir(), f"jaxgrpo-tests-xla-{os.getuid()}"),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+axis_checks.watch_imports()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,9 +74,7 @@ def axes_are_as_named(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.path.parent.name not in AXES_CHECKED or on_purpose:
         yield
         return
-    from tests.axis_checks import axes_checked  # imports jax, which reads the environment
-
-    with axes_checked():
+    with axis_checks.axes_checked():
         yield
 
 
