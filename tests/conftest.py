@@ -4,6 +4,7 @@ Compilation takes most of the time. It therefore has few optimizations, and its 
 """
 
 import copy
+import gc
 import importlib.util
 import os
 import tempfile
@@ -41,6 +42,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=f"{', '.join(missing)} not installed"))
 
 
+def pytest_collection_finish() -> None:
+    """Collect garbage less often: tracing allocates much, and what is imported stays."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def updates_traced_once() -> Iterator[None]:
     """Share the programs of updates among runs with the same model, mesh and settings.
@@ -76,6 +84,14 @@ def axes_are_as_named(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with axis_checks.axes_checked():
         yield
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the model of whole runs. Tests that change it change a copy."""
+    from tests.training import make_model  # jax, which reads the environment
+
+    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

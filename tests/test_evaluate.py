@@ -15,12 +15,7 @@ from jaxgrpo.models.qwen2 import Params, cast_to, forward, head_table
 from jaxgrpo.run import records
 from jaxgrpo.storage.checkpoint import read_policy
 from jaxgrpo.train import train
-from tests.training import changed, make_model, metric_lines, write_config
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory):
-    return make_model(tmp_path_factory.mktemp("model"))
+from tests.training import changed, metric_lines, write_config
 
 
 @pytest.fixture(scope="module")

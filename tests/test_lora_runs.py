@@ -18,7 +18,7 @@ from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import cast_to, forward, head_table, init_params
 from jaxgrpo.storage.pretrained import load_params, save_hf
 from jaxgrpo.train import main, train
-from tests.training import CONFIG_JSON, changed, make_model, metric_lines, write_config
+from tests.training import CONFIG_JSON, changed, metric_lines, write_config
 
 LORA = (
     "lora.rank=4",
@@ -27,11 +27,6 @@ LORA = (
     "recording.checkpoint_every=2",
 )
 EVALUATED = ("evaluation.after=True", "evaluation.samples=4")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory):
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

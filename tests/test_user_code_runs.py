@@ -22,7 +22,6 @@ from jaxgrpo.types import Score, StopReason, Task, ToolCall
 from tests.training import (
     Letters,
     LettersEnvironment,
-    make_model,
     metric_lines,
     small_config,
     write_config,
@@ -115,11 +114,6 @@ class Faulty(Letters):
         environment = LettersEnvironment(self, "x", False)
         setattr(environment, task.payload[0], MAKE[task.payload])
         return environment
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory):
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

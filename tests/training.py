@@ -21,6 +21,7 @@ from jaxgrpo.config.settings import (
     TrainingSettings,
 )
 from jaxgrpo.environment import Observation, StepResult
+from jaxgrpo.learner.train_state import TrainState
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import init_params
 from jaxgrpo.storage.pretrained import save_hf
@@ -129,3 +130,25 @@ def changed(folder: Path, model: Path, *overrides: str) -> Config:
 
 def metric_lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+TIMES = ("time/", "speed/", "eval/seconds", "train/compilations")
+NOISE = ("train/mismatch",)
+"""Which rows the sampler decodes together depends on the clock, and with it the last bits of its
+log-probabilities."""
+
+
+def steady(lines: list[dict]) -> list[dict]:
+    """Lines without the keys that differ from run to run."""
+    return [
+        {key: value for key, value in line.items() if not key.startswith((*TIMES, *NOISE))}
+        for line in lines
+    ]
+
+
+def weights(state: TrainState) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
+
+
+def tasks_of(model: Path) -> Sequence[Task]:
+    return small_config(model).environment.tasks("train")

@@ -210,6 +210,11 @@ def init_params(config: ModelConfig, key: Array) -> Params:
 
 def param_shapes(config: ModelConfig) -> Params:
     """The logical tree as float32 ShapeDtypeStructs. Nothing is computed."""
+    return jax.tree.map(lambda shape: shape, _traced_shapes(config))  # a tree of the caller's own
+
+
+@functools.cache
+def _traced_shapes(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 

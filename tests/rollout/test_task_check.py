@@ -22,7 +22,6 @@ from jaxgrpo.train import main
 from jaxgrpo.types import Message, Task
 from tests.byte_chat import byte_tokenizer
 from tests.rollout_fakes import EchoEnvironment
-from tests.training import make_model
 
 USERS_FILE = """\
 import dataclasses, io, itertools, sys, time
@@ -45,11 +44,6 @@ class Bare:
 def get_config():
     return dataclasses.replace(small_config({model!r}), environment=Suite())
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory):
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -27,14 +27,9 @@ from jaxgrpo.storage import publish as publishing
 from jaxgrpo.storage.published_manifest import WeightError, read_manifest
 from jaxgrpo.storage.published_reader import read_tensors
 from jaxgrpo.types import Task
-from tests.training import Letters, LettersEnvironment, changed, make_model, small_config
+from tests.training import Letters, LettersEnvironment, changed, small_config
 
 PROMPT = np.arange(40, 70, dtype=np.int32)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory):
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
