@@ -1,4 +1,4 @@
-"""Whole runs with LoRA: settings, evaluation from a checkpoint, resuming, and the exported folders."""
+"""Whole runs with LoRA: settings, evaluation, resuming, and the exported folders."""
 
 import json
 import shutil
@@ -177,7 +177,10 @@ def test_peft_computes_the_same_with_the_adapter(run: Any, model: Path) -> None:
 
 @pytest.mark.slow
 def test_it_learns_what_is_rewarded(model: Path, tmp_path: Path) -> None:
-    """Of a base whose frozen head and layers can tell tokens apart: the small weights of a random model cannot."""
+    """The base's frozen head and layers can tell tokens apart.
+
+    The small weights of a random model cannot.
+    """
     base = load_params(model)
     base["embed"]["embedding"] = base["embed"]["embedding"] * 10
     for linear in (*base["layers"]["attention"].values(), *base["layers"]["mlp"].values()):

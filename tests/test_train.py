@@ -171,7 +171,7 @@ def test_the_trained_ids_are_the_sampled_ids(
 
 
 def test_it_learns_what_is_rewarded(model: Path, tmp_path: Path) -> None:
-    """Letters are a fifth of the tokens at first; fifteen batches later they are most of what is said."""
+    """Letters are a fifth of the tokens at first, and most of them fifteen batches later."""
     options = (
         "training.steps=30",
         "training.reference_every=None",
@@ -240,7 +240,10 @@ class TestResume:
     def test_a_run_killed_away_from_its_reference_goes_on_to_the_last_bit(
         self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """At the checkpoint the policy is not the reference, which stays the first policy: taking one for the other changes the KL."""
+        """At the checkpoint the policy is not the reference, which stays the first policy.
+
+        Taking one for the other would change the KL.
+        """
         options = (
             "training.reference_every=None",
             "recording.checkpoint_every=2",

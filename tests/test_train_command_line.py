@@ -187,9 +187,17 @@ class TestCommandLine:
         said: str,
     ) -> None:
         config = write_config(tmp_path, model)
-        imports = "import dataclasses\nfrom jaxgrpo.types import Task\nfrom tests.training import Letters, small_config\n"
+        imports = (
+            "import dataclasses\n"
+            "from jaxgrpo.types import Task\n"
+            "from tests.training import Letters, small_config\n"
+        )
         suite = f"@dataclasses.dataclass(frozen=True)\nclass Mine(Letters):\n    def {method}\n\n\n"
-        made = f"def get_config():\n    return dataclasses.replace(small_config({str(model)!r}), environment=Mine())\n"
+        made = (
+            f"def get_config():\n"
+            f"    return dataclasses.replace(small_config({str(model)!r}), "
+            f"environment=Mine())\n"
+        )
         config.write_text(imports + suite + made)
         status, _, err = self.call(capsys, "--config", config, "--dry-run")
         assert status == 2 and err.startswith("error: ") and err.count("\n") == 1
@@ -204,16 +212,24 @@ class TestCommandLine:
     ) -> None:
         config = write_config(tmp_path, model)
         config.write_text(
-            "import dataclasses\nfrom tests.training import Letters, LettersEnvironment, small_config\n"
+            "import dataclasses\n"
+            "from tests.training import Letters, LettersEnvironment, small_config\n"
             "class Silent(LettersEnvironment):\n    def observe(self): return 'hello'\n\n"
-            "@dataclasses.dataclass(frozen=True)\nclass Mine(Letters):\n    def create(self, task): return Silent(self, 'a', False)\n\n"
-            f"def get_config():\n    return dataclasses.replace(small_config({str(model)!r}), environment=Mine())\n"
+            "@dataclasses.dataclass(frozen=True)\n"
+            "class Mine(Letters):\n"
+            "    def create(self, task): return Silent(self, 'a', False)\n\n"
+            f"def get_config():\n"
+            f"    return dataclasses.replace(small_config({str(model)!r}), "
+            f"environment=Mine())\n"
         )
         status, _, err = self.call(capsys, "--config", config, "--run-dir", tmp_path / "run", *more)
         place = f"({config}, line 4)"
         assert (status, err) == (
             2,
-            f"error: observe() of task 'train_0' returned str, not Observation {place}; of 6 tasks none opens\n",
+            (
+                f"error: observe() of task 'train_0' returned str, not Observation "
+                f"{place}; of 6 tasks none opens\n"
+            ),
         )
 
     def test_a_run_folder_that_cannot_be_written_to_is_refused(
@@ -283,7 +299,10 @@ class TestCommandLine:
         at: int,
         said: str,
     ) -> None:
-        """A limit on the size of files stands for a full disk: first the metrics, then the checkpoint do not fit."""
+        """A limit on the size of files stands for a full disk.
+
+        First the metrics, then the checkpoint do not fit.
+        """
         limits, method = (
             resource.getrlimit(resource.RLIMIT_FSIZE),
             getattr(train_module.Training, before),
@@ -321,7 +340,8 @@ class TestCommandLine:
     ) -> None:
         def grow(self, batches):
             raise jax.errors.JaxRuntimeError(
-                "RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.\nBufferAssignment: ..."
+                "RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.\n"
+                "BufferAssignment: ..."
             )
 
         monkeypatch.setattr(Learner, "learn", grow)
@@ -330,7 +350,10 @@ class TestCommandLine:
         )
         assert (
             status == 1
-            and "error: out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.; no check"
+            and (
+                "error: out of memory: RESOURCE_EXHAUSTED: Out of memory allocating "
+                "8589934592 bytes.; no check"
+            )
             in err
         )
         assert "tools.plan_memory" in err and "BufferAssignment" not in err

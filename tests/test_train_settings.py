@@ -23,7 +23,7 @@ from tests.training import changed, metric_lines, small_config, write_config
 
 
 class TestOptions:
-    """Each changes what a run does; those of the loss and of packing have unit tests of their own."""
+    """Each changes what a run does. Settings of the loss and of batching have unit tests."""
 
     def run(self, folder, model, *options):
         state = train(changed(folder, model, "training.steps=2", *options), folder / "run")
@@ -84,7 +84,8 @@ class TestOptions:
 
     def test_limits_and_patience_reach_the_rollout(self, model: Path, tmp_path: Path) -> None:
         options = {
-            "max_prompt_tokens": 90, "max_completion_tokens": 7, "max_turns": 3, "max_in_flight": 5, "environment_threads": 2,
+            "max_prompt_tokens": 90, "max_completion_tokens": 7, "max_turns": 3, "max_in_flight": 5,
+            "environment_threads": 2,
             "step_deadline_seconds": 1.5, "max_retries": 4,
         }  # fmt: skip
         config = changed(

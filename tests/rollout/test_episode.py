@@ -36,7 +36,7 @@ def test_golden_trajectory() -> None:
     assert trajectory.prompt_ids_P.tolist() == PROMPT
     # fmt: off
     assert trajectory.completion_ids_C.tolist() == [
-        97, 98, 259,  # "ab" as the policy spelled it, in two tokens; the environment's "ab" is one, 256
+        97, 98, 259,  # "ab" as the policy spelled it, in two tokens; the environment's is one, 256
         10, 258, 117, 115, 101, 114, 10, 60, 114, 62, 256, 60, 47, 114, 62, 259,
         10, 258, 97, 115, 115, 105, 115, 116, 97, 110, 116, 10,
         120, 60, 47, 116, 62,  # "x</t>", ended by the stop string: the template closes the turn
@@ -60,9 +60,11 @@ def test_golden_trajectory() -> None:
     ]
     assert trajectory.weight_versions_C.tolist() == [
         3, 3, 3,
-        -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+        -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+        -1, -1, -1, -1, -1, -1, -1, -1,
         3, 3, 3, 3, 3,
-        -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+        -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+        -1, -1, -1, -1, -1, -1, -1, -1, -1,
         4, 4, 4, 4, 4,
     ]
     # fmt: on

@@ -32,7 +32,10 @@ SAME = (
 
 @pytest.fixture(scope="module")
 def on_three(tmp_path_factory: pytest.TempPathFactory):
-    """A checkpoint of three devices after one step; the state that it holds, and what the next step makes of it there."""
+    """A checkpoint of three devices after one step.
+
+    Returns the state that it holds, and what the next step makes of it there.
+    """
     folder, update = tmp_path_factory.mktemp("three"), update_of(3)
     state, _ = step(update, update.init(params_of(TINY)))
     checkpoints = Checkpoints(folder, 1)
@@ -54,7 +57,10 @@ def on_three(tmp_path_factory: pytest.TempPathFactory):
 def test_a_step_of_several_processes_is_that_of_one(
     on_three: Any, tmp_path: Path, processes: int, devices: int
 ) -> None:
-    """They resume what three devices of one process saved; one device of one process reads what they saved."""
+    """They resume what three devices of one process saved.
+
+    One device of one process reads what they saved.
+    """
     folder, before, after, gradient, report = on_three
     run_processes(processes, devices, "tests.step_process", str(folder), str(tmp_path))
     update = update_of(1)
@@ -94,8 +100,11 @@ def command(
 def test_a_run_of_two_processes_is_that_of_one_and_either_goes_on_with_the_others(
     model: Path, tmp_path: Path
 ) -> None:
-    """Four steps with the embedded sampler on both sides. One process trains on one device, two on one each: what is compared is the sum
-    of their gradients, and the weights that the sampler was given."""
+    """Four steps with the embedded sampler on both sides.
+
+    One process trains on one device, two on one each. This compares the sum of their gradients, and
+    the weights that the sampler was given.
+    """
     options = (
         "training.steps=4",
         "recording.checkpoint_every=2",
@@ -134,7 +143,7 @@ def test_a_run_of_two_processes_is_that_of_one_and_either_goes_on_with_the_other
 
 @pytest.mark.slow
 def test_two_processes_train_adapters_as_one_does(model: Path, tmp_path: Path) -> None:
-    """The merged weights that the sampler is given after each batch, and a resumed run, included."""
+    """Including a resumed run, and the merged weights that the sampler gets after each batch."""
     options = ("training.devices=None", "lora.rank=2", "recording.checkpoint_every=2")
     config = write_config(tmp_path, model)
     run_processes(2, 1, *command(config, tmp_path / "two", "training.steps=4", *options))
@@ -188,7 +197,10 @@ def test_processes_of_different_configs_are_refused(model: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_what_the_first_process_raises_ends_the_others(model: Path, tmp_path: Path) -> None:
-    """Its environments fail in every group, three batches in a row; the other waits for a batch meanwhile."""
+    """Its environments fail in every group, three batches in a row.
+
+    Meanwhile the other waits for a batch.
+    """
     overrides = ("training.devices=None", "environment.broken=0,1,2,3,4,5")
     ended = outcomes(
         start_processes(
@@ -257,7 +269,8 @@ from tests.vllm_serving import config
 
 def get_config():
     settings = config(servers=2)
-    return dataclasses.replace(settings, training=dataclasses.replace(settings.training, devices=None))
+    training = dataclasses.replace(settings.training, devices=None)
+    return dataclasses.replace(settings, training=training)
 """
 
 
@@ -267,7 +280,10 @@ def get_config():
     "JAXGRPO_VLLM_PYTHON" not in os.environ, reason="JAXGRPO_VLLM_PYTHON names no interpreter"
 )
 def test_a_run_of_two_processes_with_two_vllm_servers(tmp_path: Path) -> None:
-    """Both write each version, both score what the servers are checked with, and both servers serve what was published last."""
+    """Both write each version and score the text with which the servers are checked.
+
+    Both servers serve the version published last.
+    """
     (tmp_path / "two.py").write_text(VLLM_CONFIG)
     run = tmp_path / "run"
     run_processes(2, 1, *command(tmp_path / "two.py", run))

@@ -145,7 +145,10 @@ def test_without_flags_there_is_one_process_which_leads_and_tells_nobody() -> No
 
 
 class FailsMeanwhile:
-    """The key-value store, as process 1 sees it when process 0 fails while it tells of its own failure."""
+    """The key-value store, as process 1 sees it.
+
+    Process 0 fails while process 1 tells of its own failure.
+    """
 
     def __init__(self):
         self.failed = threading.Event()
