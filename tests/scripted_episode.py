@@ -4,7 +4,7 @@ import asyncio
 
 from jaxgrpo.rollout.background import BlockingCalls
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.episode import EpisodeKey, EpisodePlayer, Limits, SamplingParams
+from jaxgrpo.rollout.episode import EpisodeKey, EpisodeRunner, Limits, SamplingParams
 from jaxgrpo.types import Task, Trajectory
 from tests.byte_chat import AB, END, START, byte_tokenizer
 from tests.one_episode import limits as limits_of
@@ -35,7 +35,7 @@ def play(
 
     async def run() -> Trajectory:
         suite = Suite(lambda task, earlier: environment())
-        player = EpisodePlayer(
+        runner = EpisodeRunner(
             sampler,
             suite,
             Chat(byte_tokenizer()),
@@ -44,9 +44,9 @@ def play(
             BlockingCalls(4, deadline),
             **options,
         )
-        opening = await EpisodePlayer(
-            sampler, Suite(), player.chat, limits, SamplingParams(), BlockingCalls(4, 10)
+        opening = await EpisodeRunner(
+            sampler, Suite(), runner.chat, limits, SamplingParams(), BlockingCalls(4, 10)
         ).open(TASK)
-        return await player.play(TASK, opening, KEY)
+        return await runner.run(TASK, opening, KEY)
 
     return asyncio.run(run())

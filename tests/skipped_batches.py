@@ -37,13 +37,14 @@ def tasks_of(model, batch: int) -> list[str]:
 
 def spoil_batches(monkeypatch, model, spoil, *numbers: int) -> None:
     """`spoil` what is packed of these batches."""
-    pack, spoilt = train_module.pack, [set(tasks_of(model, number)) for number in numbers]
+    make_micro_batches = train_module.make_micro_batches
+    spoilt = [set(tasks_of(model, number)) for number in numbers]
 
     def packed(groups, *rest):
-        batches = pack(groups, *rest)
+        batches = make_micro_batches(groups, *rest)
         return [spoil(b) for b in batches] if {g.task.id for g in groups} in spoilt else batches
 
-    monkeypatch.setattr(train_module, "pack", packed)
+    monkeypatch.setattr(train_module, "make_micro_batches", packed)
 
 
 def far_apart(batch):

@@ -146,9 +146,11 @@ class TestRecords:
 def test_the_trained_ids_are_the_sampled_ids(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packed, pack = [], train_module.pack
+    packed, make_micro_batches = [], train_module.make_micro_batches
     monkeypatch.setattr(
-        train_module, "pack", lambda *args: packed.append(pack(*args)) or packed[-1]
+        train_module,
+        "make_micro_batches",
+        lambda *args: packed.append(make_micro_batches(*args)) or packed[-1],
     )
     train(
         changed(tmp_path, model, "training.steps=2", "recording.checkpoint_every=None"),

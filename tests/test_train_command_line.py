@@ -285,7 +285,7 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("before", "at", "said"),
         [
-            ("pack", 2, "File too large"),
+            ("make_micro_batches", 2, "File too large"),
             ("evaluate_if_due", 4, "the checkpoint of step 4 cannot be written: "),
         ],
     )

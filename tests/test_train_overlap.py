@@ -43,7 +43,7 @@ class TestOverlap:
     def test_without_staleness_it_is_the_plain_loop_to_the_last_bit(
         self, straight: tuple[Path, TrainState], model: Path, tmp_path: Path
     ) -> None:
-        """Play, pack, learn, publish, one after the other, as they are."""
+        """Play, batch, learn, publish, one after the other, as they are."""
         config = changed(tmp_path, model)
         with ExitStack() as stack:
             training = Training(config, tmp_path / "run", False, Processes(), stack)
@@ -53,7 +53,7 @@ class TestOverlap:
                 )
                 tasks = task_batch(training.tasks, 2, 0, batch)
                 result = training.loop.call(rollout.groups(tasks, 4, 0, f"batch-{batch}"))
-                training.learner.learn(training.pack(result))
+                training.learner.learn(training.make_micro_batches(result))
                 training.publish()
         for ours, theirs in zip(weights(training.learner.state), weights(straight[1]), strict=True):
             np.testing.assert_array_equal(ours, theirs)

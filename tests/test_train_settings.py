@@ -23,7 +23,7 @@ from tests.training import changed, metric_lines, small_config, write_config
 
 
 class TestOptions:
-    """Each changes what a run does. Settings of the loss and of batching have unit tests."""
+    """Each changes what a run does. Those of loss and batching have unit tests of their own."""
 
     def run(self, folder, model, *options):
         state = train(changed(folder, model, "training.steps=2", *options), folder / "run")
@@ -198,7 +198,7 @@ def test_every_epoch_is_a_fresh_shuffle_into_whole_batches() -> None:
 
 def test_tasks_in_the_given_order_are_the_same_in_every_epoch() -> None:
     tasks = [Task(str(i)) for i in range(7)]
-    batches = [[t.id for t in task_batch(tasks, 3, 5, i, shuffle=False)] for i in range(3)]
+    batches = [[t.id for t in task_batch(tasks, 3, 5, i, order="as_given")] for i in range(3)]
     assert batches == [["0", "1", "2"], ["3", "4", "5"], ["0", "1", "2"]]
 
 

@@ -11,7 +11,7 @@ from jaxgrpo.environment import StepResult
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.background import BlockingCalls
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.episode import EpisodePlayer, SamplingParams
+from jaxgrpo.rollout.episode import EpisodeRunner, SamplingParams
 from jaxgrpo.rollout.openings import PromptError
 from jaxgrpo.samplers.base import FinishReason
 from jaxgrpo.types import Message, Score, StopReason, ToolCall, Trajectory
@@ -179,7 +179,7 @@ def test_reward_functions_judge_what_was_played() -> None:
 @pytest.mark.parametrize(("allowed", "fits"), [(35, True), (34, False)])
 def test_a_prompt_may_be_as_long_as_the_limit(allowed: int, fits: bool) -> None:
     limits = limits_of(100, 10, allowed, 1000)
-    player = EpisodePlayer(
+    runner = EpisodeRunner(
         ScriptedSampler([]),
         Suite(),
         Chat(byte_tokenizer()),
@@ -188,14 +188,14 @@ def test_a_prompt_may_be_as_long_as_the_limit(allowed: int, fits: bool) -> None:
         BlockingCalls(4, 10),
     )
     if fits:
-        opening = asyncio.run(player.open(TASK))
+        opening = asyncio.run(runner.open(TASK))
         assert opening.prompt_ids_P.tolist() == PROMPT
         assert not opening.prompt_ids_P.flags.writeable  # all episodes of the task hold this array
     else:
         with pytest.raises(
             PromptError, match=r"has 35 tokens, and rollout\.max_prompt_tokens is 34"
         ):
-            asyncio.run(player.open(TASK))
+            asyncio.run(runner.open(TASK))
 
 
 @pytest.mark.parametrize(

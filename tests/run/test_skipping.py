@@ -11,7 +11,7 @@ from jaxgrpo.learner.update import Update
 from jaxgrpo.rollout.rollout import RolloutResult
 from jaxgrpo.run import records, skipping
 from jaxgrpo.run.records import read_records, to_line
-from jaxgrpo.run.skipping import SkippedBatches, UselessBatchError
+from jaxgrpo.run.skipping import SkippedBatches, UntrainableBatchError
 from jaxgrpo.storage.checkpoint import newest_step
 from jaxgrpo.train import main, train
 from jaxgrpo.types import Group, Task
@@ -241,7 +241,7 @@ def test_what_is_kept_of_skipped_batches_is_bounded(
     monkeypatch.setattr(skipping, "KEPT_BATCHES", 3)
     for i in range(8):
         SkippedBatches(tmp_path).add(
-            f"skipped-{i}-000002", skipped_result(i), UselessBatchError("odd"), 2
+            f"skipped-{i}-000002", skipped_result(i), UntrainableBatchError("odd"), 2
         )
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
@@ -250,15 +250,17 @@ def test_what_is_kept_of_skipped_batches_is_bounded(
     monkeypatch.setattr(
         skipping, "KEPT_BYTES", (tmp_path / "skipped-7-000002.jsonl.gz").stat().st_size + 10
     )
-    SkippedBatches(tmp_path).add("skipped-8-000002", skipped_result(7), UselessBatchError("odd"), 2)
+    SkippedBatches(tmp_path).add(
+        "skipped-8-000002", skipped_result(7), UntrainableBatchError("odd"), 2
+    )
     assert {path.name for path in tmp_path.glob("*.gz")} == {"skipped-8-000002.jsonl.gz"}
 
 
 def test_batches_lost_for_different_reasons_are_told_apart(tmp_path: Path) -> None:
     skipped = SkippedBatches(None)
-    skipped.add("a", skipped_result(0), UselessBatchError("the first"), 2)
-    skipped.add("b", skipped_result(0), UselessBatchError("the second"), 2)
+    skipped.add("a", skipped_result(0), UntrainableBatchError("the first"), 2)
+    skipped.add("b", skipped_result(0), UntrainableBatchError("the second"), 2)
     with pytest.raises(
-        skipping.NothingLearntError, match=r"the last 3 batches: the first; the second$"
+        skipping.TooManySkippedError, match=r"the last 3 batches: the first; the second$"
     ):
-        skipped.add("c", skipped_result(0), UselessBatchError("the first"), 2)
+        skipped.add("c", skipped_result(0), UntrainableBatchError("the first"), 2)

@@ -8,7 +8,7 @@ import pytest
 from jaxgrpo import train as train_module
 from jaxgrpo.learner.update import Update
 from jaxgrpo.run import skipping
-from jaxgrpo.run.skipping import Overshoots, UselessBatchError
+from jaxgrpo.run.skipping import DivergedBatches, UntrainableBatchError
 from jaxgrpo.storage.checkpoint import newest_step
 from jaxgrpo.train import main, train
 from tests.skipped_batches import assert_same_bits, tasks_of
@@ -98,16 +98,16 @@ class TestWeights:
     ) -> None:
         """A run that saved nothing may begin again under another one."""
         config, other = small_config(model), changed(tmp_path, model, "optimizer.b1=0.5")
-        Overshoots(tmp_path, config).add(3)
-        Overshoots(tmp_path, config).add(5)
-        again = Overshoots(tmp_path, changed(tmp_path, model, "training.steps=100"))
+        DivergedBatches(tmp_path, config).add(3)
+        DivergedBatches(tmp_path, config).add(5)
+        again = DivergedBatches(tmp_path, changed(tmp_path, model, "training.steps=100"))
         again.check(4)
         for batch in (3, 5):
-            with pytest.raises(UselessBatchError, match="gave no finite log-probabilities"):
+            with pytest.raises(UntrainableBatchError, match="gave no finite log-probabilities"):
                 again.check(batch)
-        Overshoots(tmp_path, other).check(3)
+        DivergedBatches(tmp_path, other).check(3)
         (tmp_path / "overshoots.json").write_text('{"batches": [3')
-        Overshoots(tmp_path, config).check(3)
+        DivergedBatches(tmp_path, config).check(3)
 
     def arguments(self, tmp_path, model) -> list[str]:
         config, run = str(write_config(tmp_path, model)), str(tmp_path / "run")
