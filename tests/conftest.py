@@ -94,6 +94,29 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="session")
+def straight(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """Run six steps with everything recorded. Returns the run folder and the TrainState."""
+    from jaxgrpo.train import train  # jax, which reads the environment
+    from tests.training import changed
+
+    folder = tmp_path_factory.mktemp("straight")
+    options = (
+        "evaluation.before=True",
+        "evaluation.after=True",
+        "evaluation.every=4",
+        "evaluation.samples=2",
+        "evaluation.splits=test,train",
+    )
+    recording = (
+        "recording.export_hf=True",
+        "recording.tensorboard=True",
+        "recording.checkpoint_every=2",
+    )
+    state = train(changed(folder, model, *options, *recording), folder / "run")
+    return folder / "run", state
+
+
 @pytest.fixture
 def hf_folder(tmp_path: Path) -> Path:
     """Write a small untied model in bfloat16, in Hugging Face layout."""

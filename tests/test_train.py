@@ -26,26 +26,6 @@ from tests.training import (
 )
 
 
-@pytest.fixture(scope="module")
-def straight(model: Path, tmp_path_factory: pytest.TempPathFactory):
-    """A run of six steps with everything recorded."""
-    folder = tmp_path_factory.mktemp("straight")
-    options = (
-        "evaluation.before=True",
-        "evaluation.after=True",
-        "evaluation.every=4",
-        "evaluation.samples=2",
-        "evaluation.splits=test,train",
-    )
-    recording = (
-        "recording.export_hf=True",
-        "recording.tensorboard=True",
-        "recording.checkpoint_every=2",
-    )
-    state = train(changed(folder, model, *options, *recording), folder / "run")
-    return folder / "run", state
-
-
 class TestRecords:
     def test_lines_of_batches_and_of_evaluations_in_their_order(
         self, straight: tuple[Path, TrainState]
