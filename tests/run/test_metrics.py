@@ -1,12 +1,12 @@
 """What is written of metrics, and where."""
 
-import io
 import json
 import math
 from pathlib import Path
 
 import pytest
 from tensorboardX.proto import event_pb2
+
 from jaxgrpo.run.metrics import Recorder, Stopwatch
 
 

@@ -9,14 +9,9 @@ import pytest
 from jaxgrpo.config.settings import Config
 from jaxgrpo.run import run_log, terminal
 from jaxgrpo.train import main, train
-from tests.training import changed, make_model, metric_lines, write_config
+from tests.training import changed, metric_lines, write_config
 
 OPTIONS = ("training.steps=4", "recording.checkpoint_every=2", "evaluation.after=True")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 def files(run: Path) -> list[str]:

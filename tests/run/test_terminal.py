@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+
 from jaxgrpo.run import terminal as module
 from jaxgrpo.run.terminal import Status, Terminal, folded, wrapped
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jaxgrpo.train import train
-from tests.training import changed, make_model
+from tests.training import changed
 
 pytestmark = pytest.mark.slow
 BLOCK, HEADER = 32768, 7
@@ -33,11 +33,10 @@ def records(file: Path) -> Iterator[Any]:
 
 
 def test_config_metrics_and_one_id_over_a_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    model = make_model(tmp_path)
     options = (
         "recording.wandb_project=letters",
         "recording.checkpoint_every=2",
