@@ -1,8 +1,8 @@
 """Handle Ctrl-C while a program of this package is imported, which takes seconds, and keep
 transformers from announcing that it has no PyTorch.
 
-When Ctrl-C comes, there is nothing to clean up yet, so the process prints one line and exits with status 130. Later,
-`jaxgrpo.interruptions.run_program` takes over.
+When Ctrl-C comes, there is nothing to clean up yet, so the process prints one line and exits with
+status 130. Later, `jaxgrpo.interruptions.run_program` takes over.
 """
 
 import logging

@@ -151,7 +151,8 @@ class TimeLeft:
     def _cost(self, stage: str) -> float | None:
         """Return the seconds of a whole stage, None if they are not known."""
         if stage == BATCH:
-            measured = self._batches if len(self._batches) > 1 else self._earlier + self._batches
+            # the first batch may hold more start-up costs than compilation
+            measured = self._batches[1:] or self._earlier + self._batches
             recent = measured[-max(len(measured) // 2, _FEWEST) :]
             return sum(recent) / len(recent) if recent else None
         known = self._evaluations.get(stage) or next(iter(self._evaluations.values()), None)

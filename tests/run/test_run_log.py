@@ -27,9 +27,10 @@ def interrupted(config: Config, run: Path, at: tuple[int, bool]) -> None:
             raise KeyboardInterrupt
         record(self, step, metrics)
 
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr(run_log.Recorder, "record", stop)
-        train(config, run, resume=(run / "config.json").exists())
+        with pytest.raises(KeyboardInterrupt):
+            train(config, run, resume=(run / "config.json").exists())
 
 
 @pytest.mark.faults
