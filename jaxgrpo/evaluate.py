@@ -121,6 +121,8 @@ def _evaluate(config: Config, request: Request, folder: Path) -> None:
         check = _check_sampler(config, weights, prompts.first_P, loop, sampler)
         rollout = setup.build_rollout(config, assets, sampler, sampling)
         progress = EvaluationProgress(terminal, len(tasks) * request.samples)
+        work = f"{len(tasks)} {request.split} tasks x {request.samples} samples"
+        terminal.say(f"evaluating the policy of step {step} on {work}")
         terminal.start(progress.status)
         evaluator = Evaluator(rollout, loop, request.samples, config.seed, progress.episodes)
         outcome = evaluator.evaluate(tasks, request.split, step)

@@ -101,12 +101,7 @@ class Terminal:
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Print a title, and below it a name and a value per line."""
         indent = " " * (_LABEL + 3)
-        lines = [
-            f"  {name:{_LABEL}} {value}"
-            if "\n" in value
-            else wrapped(f"  {name:{_LABEL}} {value}", indent)
-            for name, value in rows
-        ]
+        lines = [f"  {name:{_LABEL}} {_wrapped(value, indent)}" for name, value in rows]
         self.say("\n".join([title, *lines] if title else lines))
 
     def remind(self) -> None:
@@ -117,19 +112,23 @@ class Terminal:
             self.say("  ".join(filter(None, (status.head, status.stage, status.times))))
 
 
-def wrapped(text: str, indent: str = "  ") -> str:
+def wrapped(text: str) -> str:
     """Wrap a text at 80 columns, without breaking words, paths and settings."""
-    return textwrap.fill(
-        text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
+    return "\n  ".join(_lines(text, WIDTH - 2))
+
+
+def _wrapped(value: str, indent: str) -> str:
+    """Wrap a value that stands behind a label, unless it has lines already."""
+    return value if "\n" in value else f"\n{indent}".join(_lines(value, WIDTH - len(indent)))
+
+
+def _lines(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def folded(command: str) -> str:
     """Break a shell command into lines that fit a table, to be copied as they are."""
-    lines = textwrap.wrap(
-        command, WIDTH - _LABEL - 5, break_long_words=False, break_on_hyphens=False
-    )
-    return f" \\\n{' ' * (_LABEL + 5)}".join(lines)
+    return f" \\\n{' ' * (_LABEL + 5)}".join(_lines(command, WIDTH - _LABEL - 7))
 
 
 def render(status: Status) -> RenderableType:
