@@ -206,7 +206,9 @@ class Training:
         weights."""
         e, step = self.config.evaluation, self.learner.state.step
         sampling = SamplingParams(e.temperature, e.top_p)
-        rollout = setup.build_rollout(self.config, self.assets, self.sampler, sampling)
+        rollout = setup.build_rollout(
+            self.config, self.assets, self.sampler, sampling, self.rollout
+        )
         evaluator = Evaluator(
             rollout, self.loop, e.samples, self.config.seed, self.log.view.episodes
         )

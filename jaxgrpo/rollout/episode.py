@@ -10,6 +10,7 @@ If the environment or a reward function raises or exceeds its deadline, the epis
 ENVIRONMENT_ERROR and no score. Exceptions of the sampler are not caught here.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -24,7 +25,7 @@ from jaxgrpo.environment import Environment, Observation, StepResult, TaskSuite
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.background import BlockingCalls
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.openings import Opening, Openings, opens_differently, rendered
+from jaxgrpo.rollout.openings import Opening, Openings, Places, opens_differently, rendered
 from jaxgrpo.rollout.user_code import FaultyEnvironmentError, ask, returned
 from jaxgrpo.samplers.base import FinishReason, Generation, Sampler, SamplerError, SamplingRequest
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall, Trajectory
@@ -118,6 +119,7 @@ class EpisodePlayer:
     sampling: SamplingParams
     environment_calls: BlockingCalls
     rewards: RewardSettings = RewardSettings()
+    places: Places = contextlib.nullcontext()
 
     @functools.cached_property
     def openings(self) -> Openings:
@@ -126,6 +128,7 @@ class EpisodePlayer:
             self.chat,
             self.limits.settings.max_prompt_tokens,
             self.environment_calls,
+            self.places,
         )
 
     async def open(self, task: Task) -> Opening:
@@ -136,13 +139,13 @@ class EpisodePlayer:
         """Sample one episode to its end."""
         builder = TrajectoryBuilder(opening)
         try:
-            environment, observation = await self.openings.begin(task)
-            fault = opens_differently(task, opening.observation, observation)
-            if fault:
-                raise FaultyEnvironmentError(fault)
-            stop_reason = await self._take_turns(environment, observation, builder, key)
             of = f"of task {task.id!r}"
-            score = await self._ask(f"score() {of}", Score, environment.score)
+            async with self.openings.begun(task) as (environment, observation):
+                fault = opens_differently(task, opening.observation, observation)
+                if fault:
+                    raise FaultyEnvironmentError(fault)
+                stop_reason = await self._take_turns(environment, observation, builder, key)
+                score = await self._ask(f"score() {of}", Score, environment.score)
             if not self.rewards.environment_alone:
                 played = builder.trajectory(key, stop_reason, score)
                 score = await self._ask(f"the rewards {of}", Score, self.rewards.rewarded, played)

@@ -19,7 +19,7 @@ from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.background import BlockingCalls, all_or_none
 from jaxgrpo.rollout.chat import Chat
 from jaxgrpo.rollout.episode import EpisodeKey, EpisodePlayer, Limits, SamplingParams
-from jaxgrpo.rollout.openings import Opening
+from jaxgrpo.rollout.openings import Opening, Places, places_of
 from jaxgrpo.rollout.user_code import FaultyEnvironmentError
 from jaxgrpo.samplers.base import Sampler
 from jaxgrpo.types import Group, StopReason, Task, Trajectory
@@ -76,12 +76,20 @@ class Rollout:
     settings: RolloutSettings = RolloutSettings()
     sampling: SamplingParams = SamplingParams()
     rewards: RewardSettings = RewardSettings()
+    beside: "Rollout | None" = None
+    """Another rollout of the same suite. Both share the suite's limit of open environments."""
 
     @functools.cached_property
     def _places(self) -> asyncio.Semaphore:
         """First come, first served: episodes of a later batch use the places that an earlier batch
         leaves free."""
         return asyncio.Semaphore(self.settings.max_in_flight)
+
+    @functools.cached_property
+    def _open_places(self) -> Places:
+        if self.beside is not None:
+            return self.beside._open_places
+        return places_of(self.suite)
 
     @functools.cached_property
     def _calls(self) -> BlockingCalls:
@@ -112,6 +120,7 @@ class Rollout:
             self.sampling,
             self._calls,
             self.rewards,
+            self._open_places,
         )
         counter = _Counter(progress, len(tasks) * group_size)
         runner = _BatchRunner(

@@ -24,7 +24,7 @@ from jaxgrpo.rollout.background import (
     streams_kept,
 )
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.openings import Openings, opens_differently
+from jaxgrpo.rollout.openings import Openings, opens_differently, places_of
 from jaxgrpo.rollout.user_code import BrokenContractError, FaultyEnvironmentError, LateError, ask
 from jaxgrpo.types import Task
 
@@ -83,7 +83,8 @@ class TaskCheck:
         calls = BlockingCalls(
             self.settings.environment_threads, self.settings.step_deadline_seconds, _in_silence
         )
-        openings = Openings(self.suite, chat, self.settings.max_prompt_tokens, calls)
+        limit, places = self.settings.max_prompt_tokens, places_of(self.suite)
+        openings = Openings(self.suite, chat, limit, calls, places)
         found: dict[str, int | FaultyEnvironmentError] = {}
         order = {task.id: i for i, task in enumerate(tasks)}
         prompts: dict[int, np.ndarray] = {}  # that of the earliest task so far
@@ -154,7 +155,10 @@ def _that_open(found: Found) -> list[str]:
 async def _open_twice(openings: Openings, task: Task) -> None:
     """Raise ConfigError if the task's episodes open differently."""
     with contextlib.suppress(FaultyEnvironmentError):  # it opened before: the rollout will count it
-        observations = [(await openings.begin(task))[1] for _ in range(2)]
+        observations = []
+        for _ in range(2):
+            async with openings.begun(task) as (_, observation):
+                observations.append(observation)
         fault = opens_differently(task, *observations)
         if fault:
             raise ConfigError(fault)
