@@ -223,11 +223,12 @@ class ToolEnvironment(abc.ABC):
         except ArgumentsError as error:
             return str(error), False
         try:
-            return _as_text(self._called(tool, arguments)), True
+            result = self._called(tool, arguments)
         except coroutines.LateError as error:
             return str(error), False
         except self.tool_errors as error:
             return str(error) or type(error).__name__, False
+        return _as_text(result), True
 
     def _called(self, tool: Tool, arguments: dict[str, Any]) -> object:
         owner = (self,) if tool.is_method else ()
@@ -287,4 +288,6 @@ def _as_text(result: object) -> str:
     """Return a str as it is, and anything else as JSON."""
     if isinstance(result, str):
         return str.__str__(result)
-    return pydantic_core.to_json(result, fallback=str, inf_nan_mode="constants").decode()
+    return pydantic_core.to_json(
+        result, fallback=str, bytes_mode="base64", inf_nan_mode="constants"
+    ).decode()
