@@ -162,6 +162,20 @@ class Letters(Environment[LetterAction, LetterObservation, State]):
         return State()
 
 
+class Bare(Environment):
+    """Does not say what its actions are."""
+
+    def reset(self, seed: int | None = None, **_: Any) -> Any:
+        return LetterObservation(prompt="x")
+
+    def step(self, action: Any, timeout_s: float | None = None, **_: Any) -> Any:
+        return LetterObservation(done=True, reward=action.text == "abc")
+
+    @property
+    def state(self) -> State:
+        return State()
+
+
 class Desk(MCPEnvironment):
     """A desk with MCP tools: `add`, and `answer`, which ends the episode."""
 
@@ -218,10 +232,11 @@ def application(kind: type, sessions: int = 8) -> Any:
 
 
 @contextlib.contextmanager
-def serving(app: Any) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Serve an application on a free port; yield its URL and a function that ends the server at once."""
+def serving(app: Any, port: int = 0) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Serve an application on a port, 0 for any; yield its URL and a function that ends the server at once."""
     listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.bind(("127.0.0.1", port))
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
     )

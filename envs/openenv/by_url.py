@@ -10,6 +10,7 @@ The protocol is JSON text: `{"type": "reset" | "step" | "close", "data": {...}}`
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import ipaddress
 import json
 import os
@@ -61,6 +62,11 @@ class ByUrl:
     key_variable: str = ""
 
     def action_schema(self) -> Mapping[str, Any]:
+        if importlib.util.find_spec("websockets") is None:
+            raise OpenEnvError(
+                "the package websockets is not installed, which connects to an OpenEnv server: "
+                "pip install websockets"
+            )
         schema = self._get("schema").get("action")
         if not isinstance(schema, dict):
             raise OpenEnvError(f"{self.url}/schema gives no JSON schema of the actions")
@@ -144,6 +150,7 @@ class UrlSession:
     def __init__(self, source: ByUrl):
         self._source = source
         self._socket: Any = None
+        self._held = contextlib.ExitStack()
         self._begun = self._closed = False
 
     def reset(self, arguments: Mapping[str, Any]) -> Result:
@@ -167,13 +174,15 @@ class UrlSession:
 
         address = f"ws{self._source.base.removeprefix('http')}/ws"
         try:
-            self._socket = connect(
-                address,
-                open_timeout=self._source.timeout_seconds,
-                close_timeout=_CLOSE_SECONDS,
-                max_size=MAX_MESSAGE_BYTES,
-                additional_headers=self._source.headers,
-                proxy=None if self._source.is_local else True,
+            self._socket = self._held.enter_context(
+                connect(
+                    address,
+                    open_timeout=self._source.timeout_seconds,
+                    close_timeout=_CLOSE_SECONDS,
+                    max_size=MAX_MESSAGE_BYTES,
+                    additional_headers=self._source.headers,
+                    proxy=None if self._source.is_local else True,
+                )
             )
         except (OSError, WebSocketException) as error:
             raise OpenEnvError(f"cannot open a session at {address}: {error}") from error
@@ -190,7 +199,7 @@ class UrlSession:
             socket.send(json.dumps({"type": "close"}))
             while True:  # an answer that nobody waited for may come first
                 socket.recv(timeout=_CLOSE_SECONDS)
-        socket.close()
+        self._held.close()
 
     def _ask(self, kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
         """Send a message, and return the data of the answer. An error's data have a `code`."""

@@ -1,0 +1,143 @@
+"""Whole runs of training and evaluation in OpenEnv environments.
+
+    python -m pytest -m openenv tests/test_openenv_runs.py
+"""
+
+import dataclasses
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from envs.openenv import OpenEnv
+from jaxgrpo import evaluate
+from jaxgrpo import train as train_module
+from jaxgrpo.config.load import load_config
+from jaxgrpo.run import records
+from jaxgrpo.types import StopReason
+from tests.training import EVERY_CHARACTER, Letters, make_model, metric_lines, small_config
+
+pytestmark = pytest.mark.openenv
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def served() -> Iterator[str]:
+    from tests import openenv_toys as toys
+
+    with toys.serving(toys.application(toys.Letters, 16)) as (url, _):
+        yield url
+
+
+def letters(environment: str, **settings: Any) -> OpenEnv:
+    """An episode is one token of text, as in tests/training.py."""
+    return OpenEnv(
+        environment,
+        text_field="text",
+        stop_strings=EVERY_CHARACTER,
+        train_size=6,
+        test_size=4,
+        **settings,
+    )
+
+
+def trained(suite: Any, model: Path, folder: Path) -> list[dict[str, Any]]:
+    """Train six steps with evaluation before and after; return the lines of metrics."""
+    config = dataclasses.replace(small_config(model), environment=suite)
+    config = dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=3e-3),
+        training=dataclasses.replace(config.training, steps=12),
+        evaluation=dataclasses.replace(config.evaluation, before=True, after=True),
+    )
+    train_module.train(config, folder)
+    return metric_lines(folder)
+
+
+COMPARED = ("train/reward_mean", "train/loss", "train/grad_norm", "train/dropped_groups")
+
+
+def test_training_in_process_and_by_url_is_the_same(
+    model: Path, served: str, tmp_path: Path
+) -> None:
+    local = trained(letters("tests.openenv_toys:Letters"), model, tmp_path / "local")
+    remote = trained(letters(served, sessions=16), model, tmp_path / "remote")
+    assert len(local) == len(remote) >= 6
+    for here, there in zip(local, remote, strict=True):
+        assert {k: here.get(k) for k in COMPARED} == {k: there.get(k) for k in COMPARED}
+    steps = [line for line in local if "train/reward_mean" in line]
+    assert all(line["train/dropped_groups"] == 0 for line in steps)
+    assert any(0 < line["train/reward_mean"] < 1 for line in steps)
+    saved = json.loads((tmp_path / "remote" / "config.json").read_text())
+    assert saved["environment"]["environment"] == served
+    again = load_config(tmp_path / "remote" / "config.json")
+    assert again.environment == letters(served, sessions=16)
+
+
+def test_a_server_that_is_lost_drops_groups_and_gives_no_reward(
+    model: Path, tmp_path: Path
+) -> None:
+    from tests import openenv_toys as toys
+
+    with toys.serving(toys.application(toys.Letters, 16)) as (url, end):
+        suite = letters(url, sessions=16)
+        config = dataclasses.replace(small_config(model), environment=suite)
+        config = dataclasses.replace(
+            config, training=dataclasses.replace(config.training, steps=400)
+        )
+        watcher = threading.Thread(target=end_after_steps, args=(tmp_path / "run", 2, end))
+        watcher.start()
+        with pytest.raises(Exception, match="no group|Nothing|in a row"):
+            train_module.train(config, tmp_path / "run")
+        watcher.join()
+    files = sorted((tmp_path / "run" / "trajectories").glob("*.jsonl.gz"))
+    played = [one.trajectory for file in files for one in records.read_records(file).records]
+    lost = [one for one in played if one.stop_reason is StopReason.ENVIRONMENT_ERROR]
+    assert all(one.score is None for one in lost)
+    assert len(played) > len(lost)
+
+
+def end_after_steps(folder: Path, steps: int, end: Any) -> None:
+    """End the server once so many steps are recorded."""
+    file = folder / "metrics.jsonl"
+    while not file.exists() or len(file.read_text().splitlines()) < steps:
+        threading.Event().wait(0.02)
+    end()
+
+
+def test_bfcl_served_is_evaluated_as_bfcl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The demo's model on the demo's tasks, direct and through OpenEnv: the same episodes."""
+    from tests.openenv_toys import serving
+    from tools.openenv_server import application
+
+    direct = load_config(ROOT / "configs" / "cpu_demo.py")
+    with serving(application(direct.environment, 32, 50)) as (url, _):
+        suite = OpenEnv(url, text_field="text", final_action={"end": True}, sessions=32)
+        config = tmp_path / "served.py"
+        config.write_text(
+            "import dataclasses\nfrom configs.cpu_demo import get_config as demo\n"
+            "from envs.openenv import OpenEnv\n\n\ndef get_config():\n"
+            f"    return dataclasses.replace(demo(), environment={suite!r})\n"
+        )
+        found = []
+        for path in (ROOT / "configs" / "cpu_demo.py", config):
+            arguments = ["--config", str(path), "--split", "train", "--samples", "2"]
+            assert evaluate.main([*arguments, "--run-dir", str(tmp_path / path.stem)]) == 0
+            found.append(capsys.readouterr().out)
+    print(found)
+    passed = [
+        [line for line in out.splitlines() if "pass" in line.lower()] for out in found
+    ]
+    assert passed[0] == passed[1] and passed[0]
+
+
+def test_letters_are_those_of_the_other_tests() -> None:
+    assert Letters().good.startswith("abc")
