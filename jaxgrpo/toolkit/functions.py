@@ -166,8 +166,8 @@ def _arranged(schema: Schema) -> Schema:
 
 
 def _type_first(schema: Schema) -> Schema:
-    first = {key: schema[key] for key in ("type", "description") if key in schema}
-    return {**first, **schema}
+    first: Schema = {key: schema[key] for key in ("type", "description") if key in schema}
+    return first | schema
 
 
 def _first_line(error: Exception) -> str:
