@@ -18,8 +18,9 @@ import dataclasses
 import itertools
 import random
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+from jaxgrpo.toolkit.protocols import protocol_of
 from jaxgrpo.types import Task
 
 LEVELS = (1, 2, 3, 4, 5, 6)
@@ -31,9 +32,14 @@ NAMES = ("Ada", "Bo", "Cleo", "Dag", "Eva", "Finn", "Gus", "Hal", "Ida", "Jo", "
 ROWS = 8
 
 
+Rows = Sequence[tuple[object, ...]]
+REFUSALS = (sqlite3.Error, sqlite3.Warning, ValueError)
+"""What sqlite3 raises for a query that cannot run."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One question, the query that answers it, and whether the order of its rows matters."""
+    """A question about a table, the query that answers it, and whether the order of rows matters."""
 
     level: int
     table: str
@@ -44,24 +50,72 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class SqlTask:
-    """The payload of a task: the question, and the scripts that make its two databases."""
+    """The payload of a task: a question, the tables that it names, and the scripts that make the two
+    databases, with the rows that answer it in each."""
 
-    question: Question
+    question: str
     tables: str
-    scripts: tuple[str, str]
+    solution: str
+    ordered: bool
+    databases: tuple[str, ...]
+    rows: tuple[Rows, ...]
+
+    def is_answered(self, run: Callable[[str], Rows]) -> bool:
+        """Whether `run(database)` gives the rows, in each database: in the same order if the
+        question asks for one. Numbers are compared to six digits."""
+        try:
+            answers = [run(database) for database in self.databases]
+        except REFUSALS:  # it ran in the first and not in the second
+            return False
+        given, wanted = (
+            [[tuple(map(_value, row)) for row in rows] for rows in every]
+            for every in (answers, self.rows)
+        )
+        if not self.ordered:
+            given, wanted = ([sorted(rows) for rows in every] for every in (given, wanted))
+        return given == wanted
 
 
-def sql_tasks(split: str, levels: tuple[int, ...], size: int, seed: int = 0) -> list[Task]:
-    """Return at most `size` tasks of a split, the same number of each level. A quarter of all
-    questions is held out as `test`. Raises ValueError for another split or level."""
-    if split not in ("train", "test"):
-        raise ValueError(f"no split {split!r}: a split is 'train' or 'test'")
-    unknown = [level for level in levels if level not in LEVELS]
-    if unknown or not levels:
-        raise ValueError(f"levels must be any of {LEVELS}, got {levels}")
-    of_level = [_questions(level, split, seed) for level in levels]
-    chosen = [q for together in itertools.zip_longest(*of_level) for q in together if q is not None]
-    return [_task(question, i, split, seed) for i, question in enumerate(chosen[:size])]
+def _value(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, int | float) else repr(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class SqlTasks:
+    """The tasks of a suite: at most `train_size` and `test_size`, the same number of each level. A
+    quarter of all questions is held out. `protocol` is that of the policy: "native" or "tags"."""
+
+    levels: tuple[int, ...] = LEVELS
+    train_size: int = 256
+    test_size: int = 64
+    protocol: str = "native"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = [level for level in self.levels if level not in LEVELS]
+        if unknown or not self.levels:
+            raise ValueError(f"levels must be any of {LEVELS}, got {self.levels}")
+        protocol_of(self.protocol)
+
+    def tasks(self, split: str) -> list[Task]:
+        if split not in ("train", "test"):
+            raise ValueError(f"no split {split!r}: a split is 'train' or 'test'")
+        of_level = [_questions(level, split, self.seed) for level in self.levels]
+        mixed = [q for together in itertools.zip_longest(*of_level) for q in together if q]
+        chosen = mixed[: self.test_size if split == "test" else self.train_size]
+        return [_task(f"sql_{split}_{i}", question, self.seed) for i, question in enumerate(chosen)]
+
+    def demonstration(self, task: Task) -> tuple[str, ...]:
+        """Return policy turns that solve the task."""
+        protocol, call = protocol_of(self.protocol), {"sql": task_of(task).solution}
+        return protocol.write_calls([("query", call)], "I query."), protocol.write_end()
+
+
+def task_of(task: Task) -> SqlTask:
+    """Return the payload of a task. Raises TypeError if it belongs to another suite."""
+    if not isinstance(task.payload, SqlTask):
+        raise TypeError(f"task {task.id!r} does not belong to this suite")
+    return task.payload
 
 
 def _questions(level: int, split: str, seed: int) -> list[Question]:
@@ -134,30 +188,32 @@ def _about(level: int, table: str) -> Iterator[Question]:
             )
 
 
-def _task(question: Question, index: int, split: str, seed: int) -> Task:
-    source = random.Random(f"sql/{seed}/{split}/{question.text}")
+def _task(name: str, question: Question, seed: int) -> Task:
+    """Make the databases of a question. Its rows in them differ, and there are some."""
+    source = random.Random(f"sql/{seed}/{question.text}")
     columns = ("name", *NUMBERS, *WORDS) + (("maker",) if question.level == 6 else ())
     tables = f"{question.table}({', '.join(columns)})"
     if question.level == 6:
         tables += ", makers(id, city)"
-    first, second = _script(question, columns, source), _script(question, columns, source)
-    while not (_rows(first, question) and _rows(second, question)) or _rows(
-        first, question
-    ) == _rows(second, question):
-        first, second = _script(question, columns, source), _script(question, columns, source)
-    name = f"sql_{split}_{index}"
-    return Task(
-        name,
-        labels=(f"level {question.level}",),
-        payload=SqlTask(question, tables, (first, second)),
+    scripts: list[str] = []
+    rows: list[Rows] = []
+    while len(scripts) < 2:
+        script = _script(question, columns, source)
+        found = _rows(script, question.solution)
+        if found and found not in rows:
+            scripts.append(script)
+            rows.append(found)
+    payload = SqlTask(
+        question.text, tables, question.solution, question.ordered, tuple(scripts), tuple(rows)
     )
+    return Task(name, labels=(f"level {question.level}",), payload=payload)
 
 
-def _rows(script: str, question: Question) -> list[tuple[object, ...]]:
+def _rows(script: str, query: str) -> Rows:
     with contextlib.closing(sqlite3.connect(":memory:")) as database:
         database.executescript(script)
-        rows = database.execute(question.solution).fetchall()
-    return [row for row in rows if row != (None,)]
+        rows = database.execute(query).fetchall()
+    return [] if rows == [(None,)] else rows
 
 
 def _script(question: Question, columns: tuple[str, ...], source: random.Random) -> str:

@@ -77,7 +77,8 @@ class Rollout:
     sampling: SamplingParams = SamplingParams()
     rewards: RewardSettings = RewardSettings()
     beside: "Rollout | None" = None
-    """Another rollout of the same suite. Both share the suite's limit of open environments."""
+    """Another rollout that may run meanwhile. If its suite is the same, both share the suite's limit
+    of open environments."""
 
     @functools.cached_property
     def _places(self) -> asyncio.Semaphore:
@@ -87,7 +88,7 @@ class Rollout:
 
     @functools.cached_property
     def _open_places(self) -> Places:
-        if self.beside is not None:
+        if self.beside is not None and self.beside.suite == self.suite:
             return self.beside._open_places
         return places_of(self.suite)
 

@@ -87,7 +87,7 @@ def tool_of(function: Callable[..., Any], is_method: bool = False) -> Tool:
         parameters = adapter.json_schema(schema_generator=_Untitled)
     except pydantic.errors.PydanticUserError as error:
         raise TypeError(f"tool {where} has no JSON schema: {_first_line(error)}") from error
-    parameters.setdefault("properties", {})
+    parameters = _arranged(parameters)
 
     def bind(arguments: Mapping[str, object]) -> dict[str, Any]:
         try:
@@ -133,11 +133,7 @@ def _adapter(
         return given
 
     described = [
-        parameter.replace(
-            annotation=Annotated[
-                parameter.annotation, pydantic.Field(description=documented.get(name))
-            ]
-        )
+        parameter.replace(annotation=_described(parameter.annotation, documented.get(name)))
         for name, parameter in signature.parameters.items()
     ]
     seen: Any = arguments  # pydantic reads both attributes
@@ -149,11 +145,29 @@ def _adapter(
         raise TypeError(f"tool {where} has a type without a schema: {_first_line(error)}") from None
 
 
+def _described(annotation: Any, text: str | None) -> Any:
+    return Annotated[annotation, pydantic.Field(description=text)] if text else annotation
+
+
 class _Untitled(GenerateJsonSchema):
     """Leaves out titles, which repeat the names."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
+
+
+def _arranged(schema: Schema) -> Schema:
+    """Return the schema of the arguments in the order in which models have seen such schemas:
+    `type`, `properties`, `required`. Other arguments are refused without being told so."""
+    properties = schema.get("properties", {})
+    arranged = {"type": "object", "properties": {k: _type_first(v) for k, v in properties.items()}}
+    rest = {k: v for k, v in schema.items() if k not in (*arranged, "additionalProperties")}
+    return {**arranged, "required": rest.pop("required", []), **rest}
+
+
+def _type_first(schema: Schema) -> Schema:
+    first: Schema = {key: schema[key] for key in ("type", "description") if key in schema}
+    return first | schema
 
 
 def _first_line(error: Exception) -> str:
