@@ -57,9 +57,7 @@ class Toy(Environment[TurnAction, TurnObservation, State]):
         """Begin."""
         return TurnObservation(text=f"Begin {seed}.")
 
-    def step(
-        self, action: TurnAction, timeout_s: float | None = None, **_: Any
-    ) -> TurnObservation:
+    def step(self, action: TurnAction, timeout_s: float | None = None, **_: Any) -> TurnObservation:
         """Answer."""
         return TurnObservation(text=action.text, reward=0.0)
 

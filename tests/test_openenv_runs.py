@@ -1,6 +1,6 @@
 """Whole runs of training and evaluation in OpenEnv environments.
 
-    python -m pytest -m openenv tests/test_openenv_runs.py
+python -m pytest -m openenv tests/test_openenv_runs.py
 """
 
 import dataclasses
@@ -103,7 +103,9 @@ def test_a_server_that_is_lost_drops_groups_and_gives_no_reward(
             train_module.train(config, tmp_path / "run")
         watcher.join()
     told = str(caught.value)
-    assert told.startswith("every group of the last 3 batches was dropped; the last error:\nOpenEnvError")
+    assert told.startswith(
+        "every group of the last 3 batches was dropped; the last error:\nOpenEnvError"
+    )
     assert "Connection refused" in told or "was lost during" in told
     files = sorted((tmp_path / "run" / "trajectories").glob("*.jsonl.gz"))
     played = [one.trajectory for file in files for one in records.read_records(file).records]
@@ -120,26 +122,24 @@ def end_after_steps(folder: Path, steps: int, end: Any) -> None:
     end()
 
 
-def test_bfcl_served_is_evaluated_as_bfcl(tmp_path: Path) -> None:
-    """The demo's model on the demo's tasks, direct and through OpenEnv: the same episodes."""
+def test_the_config_plays_the_episodes_of_the_demo(tmp_path: Path) -> None:
+    """The demo's model on the demo's tasks, direct and through OpenEnv: the same tokens and
+    rewards."""
     from tests.openenv_toys import serving
     from tools.openenv_server import application
 
-    direct = load_config(ROOT / "configs" / "cpu_demo.py")
-    with serving(application(direct.environment, 32, 50)) as (url, _):
-        suite = OpenEnv(url, text_field="text", final_action={"end": True}, sessions=32)
-        config = tmp_path / "served.py"
-        config.write_text(
-            "import dataclasses\nfrom configs.cpu_demo import get_config as demo\n"
-            "from envs.openenv import OpenEnv\n\n\ndef get_config():\n"
-            f"    return dataclasses.replace(demo(), environment={suite!r})\n"
-        )
-        for path in (ROOT / "configs" / "cpu_demo.py", config):
-            arguments = ["--config", str(path), "--split", "train", "--samples", "1"]
-            assert evaluate.main([*arguments, "--run-dir", str(tmp_path / path.stem)]) == 0
+    demo = load_config(ROOT / "configs" / "cpu_demo.py")
+    with serving(application(demo.environment, 64, demo.rollout.max_turns)) as (url, _):
+        for name, override in (
+            ("cpu_demo", "seed=0"),
+            ("openenv", f"environment.environment={url}"),
+        ):
+            arguments = ["--config", str(ROOT / "configs" / f"{name}.py"), "--set", override]
+            arguments += ["--split", "train", "--samples", "1", "--run-dir", str(tmp_path / name)]
+            assert evaluate.main(arguments) == 0
     one, other = (
         records.read_records(next((tmp_path / name / "trajectories").iterdir())).records
-        for name in ("cpu_demo", "served")
+        for name in ("cpu_demo", "openenv")
     )
     assert len(one) == len(other) == 38
     for here, there in zip(one, other, strict=True):

@@ -19,8 +19,6 @@ from openenv.core.env_server.types import EnvironmentMetadata
 from jaxgrpo import environment as ours
 from jaxgrpo.types import Message, StopReason, Task
 
-SPLITS = ("train", "test")
-
 
 class TextAction(Action):
     """The text of one policy turn, with its stop string, without end-of-turn token."""
@@ -53,14 +51,14 @@ class ChatObservation(Observation):
 class Catalog:
     """The tasks of a suite by split. `max_turns` ends an episode after so many policy turns."""
 
-    def __init__(self, suite: ours.TaskSuite, max_turns: int):
-        self.suite, self.max_turns = suite, max_turns
+    def __init__(self, suite: ours.TaskSuite, max_turns: int, splits: Sequence[str]):
+        self.suite, self.max_turns, self.splits = suite, max_turns, splits
 
     @functools.cache  # noqa: B019 - there is one catalog, and it lives as long as the server
     def tasks(self, split: str) -> Sequence[Task]:
         """Return the tasks of a split. Raises ValueError for another split."""
-        if split not in SPLITS:
-            raise ValueError(f"no split {split!r}: the splits are {', '.join(SPLITS)}")
+        if split not in self.splits:
+            raise ValueError(f"no split {split!r}: the splits are {', '.join(self.splits)}")
         return self.suite.tasks(split)
 
     def task(self, split: str, index: int) -> Task:
@@ -76,7 +74,7 @@ class Catalog:
 
     def named(self, task_id: str) -> Task:
         """Return a task of any split by its id. Raises ValueError."""
-        by_id = {task.id: task for split in SPLITS for task in self.tasks(split)}
+        by_id = {task.id: task for split in self.splits for task in self.tasks(split)}
         if task_id not in by_id:
             near = difflib.get_close_matches(str(task_id), by_id, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -156,7 +154,7 @@ class SuiteEnvironment(Environment[TextAction, ChatObservation, State]):
 
     def list_splits(self) -> list[str]:
         """Name the splits."""
-        return list(SPLITS)
+        return list(self._catalog.splits)
 
     def num_tasks(self, split: str) -> int:
         """Count the tasks of a split."""
@@ -205,10 +203,15 @@ def _message(message: Message) -> dict[str, str]:
     return {"role": message.role, "content": message.content}
 
 
-def application(suite: ours.TaskSuite, sessions: int, max_turns: int) -> Any:
+def application(
+    suite: ours.TaskSuite,
+    sessions: int,
+    max_turns: int,
+    splits: Sequence[str] = ("train", "test"),
+) -> Any:
     """Return OpenEnv's server of a suite, for `sessions` at once."""
     return create_fastapi_app(
-        functools.partial(SuiteEnvironment, Catalog(suite, max_turns)),
+        functools.partial(SuiteEnvironment, Catalog(suite, max_turns, splits)),
         TextAction,
         ChatObservation,
         sessions,

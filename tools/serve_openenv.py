@@ -49,6 +49,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
     parser.add_argument(
+        "--splits", nargs="+", default=["train", "test"], help="default: train test"
+    )
+    parser.add_argument(
         "--sessions", type=positive_integer, default=64, help="most episodes at once"
     )
     parser.add_argument(
@@ -103,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if importlib.util.find_spec("openenv") is None:
             raise ConfigError("the package openenv is missing: pip install 'jaxgrpo[openenv]'")
         config = suite_config(args)
-        tasks = config.environment.tasks("train")
+        counts = {split: len(config.environment.tasks(split)) for split in args.splits}
         bound = listening(args.host, args.port)
     except (ConfigError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -114,14 +117,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     turns = args.max_turns or config.rollout.max_turns
     hosts = LOOPBACK if args.host in LOOPBACK else ()
-    served = application(config.environment, args.sessions, turns)
+    served = application(config.environment, args.sessions, turns, args.splits)
     app = Guard(served, hosts, os.environ.get(KEY_VARIABLE, ""))
     shown = f"[{args.host}]" if ":" in args.host else args.host
-    name = type(config.environment).__name__
-    print(
-        f"{name}: {len(tasks)} training tasks at http://{shown}:{bound.getsockname()[1]}",
-        flush=True,
-    )
+    tasks = ", ".join(f"{count} tasks of {split}" for split, count in counts.items())
+    url = f"http://{shown}:{bound.getsockname()[1]}"
+    print(f"{type(config.environment).__name__} with {tasks} at {url}", flush=True)
     settings = uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=2
     )

@@ -35,7 +35,7 @@ class OpenEnv:
     fields           fields of the observations that the policy sees, () for all but metadata
     train, test      the tasks of a split as arguments of `reset`; (): those that the environment
                      lists, or else seeds
-    train_split, test_split  what the environment calls the splits
+    train_split, test_split  what the environment calls these splits; other names are its own
     train_size, test_size    number of tasks, from the first; 0 for all that are listed
     seed             seed of the first task; each has one of its own, so that the episodes of a
                      group open alike
@@ -103,7 +103,7 @@ class OpenEnv:
         specs = self._specs(split)
         tasks = []
         for i, spec in enumerate(specs):
-            offset = TEST_SEEDS if split == "test" else 0
+            offset = 0 if split == "train" else TEST_SEEDS
             arguments = {"seed": self.seed + offset + i, **spec.arguments}
             self._source.check_reset(arguments)
             tasks.append(Task(spec.id, spec.labels, arguments))
@@ -119,23 +119,20 @@ class OpenEnv:
         return self._source.most_sessions(self.sessions)
 
     def _specs(self, split: str) -> list[TaskSpec]:
-        own = {
-            "train": (self.train_split, self.train_size),
-            "test": (self.test_split, self.test_size),
-        }
-        if split not in own:
-            raise ValueError(f"no split {split!r}: a split is 'train' or 'test'")
-        name, size = own[split]
-        given: tuple[dict[str, Any], ...] = self.train if split == "train" else self.test
+        own = {"train": self.train, "test": self.test}
+        names = {"train": self.train_split, "test": self.test_split}
+        sizes = {"train": self.train_size, "test": self.test_size}
+        name, size, given = names.get(split, split), sizes.get(split, 0), own.get(split, ())
         listed: list[TaskSpec] | None
         if given:
             listed = [TaskSpec(f"{split}_{i}", (), one) for i, one in enumerate(given)]
         elif not (listed := self._source.listed(name)):
             if listed is not None or not size:
                 what = "lists no tasks" if listed is None else f"lists none of the split {name!r}"
+                hint = f"; set {split} to arguments of reset, or {split}_size to a number of seeds"
                 raise OpenEnvError(
-                    f"no tasks to {split} on: {self.environment} {what}; set {split} to arguments "
-                    f"of reset, or {split}_size to a number of seeds"
+                    f"no tasks of the {split} split: {self.environment} {what}"
+                    f"{hint if split in own else ''}"
                 )
             return [TaskSpec(f"{split}_{i}", (), {}) for i in range(size)]
         return listed[:size] if size else listed

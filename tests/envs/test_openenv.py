@@ -38,7 +38,10 @@ SCHEMA = {
         ({"environment": "ftp://host"}, "is no http, https, ws or wss URL"),
         ({"environment": "http://"}, "is no http, https, ws or wss URL"),
         ({"environment": "http://host:99999"}, "is no http, https, ws or wss URL"),
-        ({"environment": "http://host", "options": {"a": 1}}, "belong to an environment in process"),
+        (
+            {"environment": "http://host", "options": {"a": 1}},
+            "belong to an environment in process",
+        ),
         ({"key_variable": "KEY"}, "key_variable belongs to an environment by URL"),
         ({"reward": "mean"}, "reward must be one of sum, last, got 'mean'"),
         ({"protocol": "xml"}, "protocol must be one of native, tags, got 'xml'"),
@@ -95,7 +98,10 @@ def test_an_observation_as_text(observation: Any, fields: tuple[str, ...], shown
 
 
 def test_messages_are_taken_as_they_are() -> None:
-    given = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}], "n": 1}
+    given = {
+        "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}],
+        "n": 1,
+    }
     assert messages_of(given, (), "user") == (Message("system", "s"), Message("user", "q"))
     assert messages_of(given, ("n",), "user") == (Message("user", "1"),)
     for wrong in ("text", [], ["text"], [{"role": "user"}]):
@@ -104,8 +110,12 @@ def test_messages_are_taken_as_they_are() -> None:
 
 
 def test_which_tool_calls_failed() -> None:
-    assert call_failed({"error": {"message": "late"}}) and call_failed({"result": {"is_error": True}})
-    assert not call_failed({"result": {"is_error": False}, "error": None}) and not call_failed({"result": 3})
+    assert call_failed({"error": {"message": "late"}}) and call_failed(
+        {"result": {"is_error": True}}
+    )
+    assert not call_failed({"result": {"is_error": False}, "error": None}) and not call_failed(
+        {"result": 3}
+    )
 
 
 def test_an_action_becomes_one_tool() -> None:
@@ -159,7 +169,11 @@ def test_a_text_field_takes_the_text(field: str) -> None:
 @pytest.mark.parametrize(
     ("schema", "field", "told"),
     [
-        (SCHEMA, "text", "text_field is 'text', but the fields of the actions are way, title, note, steps"),
+        (
+            SCHEMA,
+            "text",
+            "text_field is 'text', but the fields of the actions are way, title, note, steps",
+        ),
         (SCHEMA, "steps", "text_field is 'steps', which is no text"),
         ({"oneOf": []}, "", "has no properties: it is not supported"),
     ],
@@ -171,7 +185,11 @@ def test_actions_that_have_no_form_are_refused(schema: Any, field: str, told: st
 
 @pytest.mark.parametrize(
     "properties",
-    [{"metadata": {}}, {"type": {"const": "call_tool"}, "tool_name": {}}, {"type": {"const": "list_tools"}}],
+    [
+        {"metadata": {}},
+        {"type": {"const": "call_tool"}, "tool_name": {}},
+        {"type": {"const": "list_tools"}},
+    ],
 )
 def test_environments_with_tools_of_their_own_are_known_by_their_actions(properties: Any) -> None:
     assert isinstance(form_of({"properties": properties}, "", (), PROTOCOLS["tags"]), McpForm)
@@ -180,7 +198,12 @@ def test_environments_with_tools_of_their_own_are_known_by_their_actions(propert
 def test_tasks_have_the_listed_ids_or_their_index() -> None:
     (one, two) = specs("test", 2, [{"id": "a", "labels": ["x", 3]}, {"id": "b"}])
     assert (one.id, one.labels, two.arguments) == ("a", ("x",), {"split": "test", "index": 1})
-    for listed in ([{"id": "a"}], [{"id": "a"}, {"id": "a"}], ["a", "b"], None):  # preview, twice, none
+    for listed in (
+        [{"id": "a"}],
+        [{"id": "a"}, {"id": "a"}],
+        ["a", "b"],
+        None,
+    ):  # preview, twice, none
         assert [spec.id for spec in specs("test", 2, listed)] == ["test_0", "test_1"]
     for count in (-1, "2", None, True):
         with pytest.raises(OpenEnvError, match="not a number of tasks"):

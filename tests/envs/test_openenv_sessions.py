@@ -1,6 +1,6 @@
 """Toy environments on OpenEnv's base classes, played in process and by URL of OpenEnv's own server.
 
-    python -m pytest -m openenv tests/envs/test_openenv_sessions.py
+python -m pytest -m openenv tests/envs/test_openenv_sessions.py
 """
 
 import asyncio
@@ -153,7 +153,7 @@ def test_tools_of_the_environment_are_shown_and_called(suite_of: Any, way: str) 
         call("answer", value=59 + 63),
     )  # the numbers of seed 0
     assert seen[0].messages[1] == Message("user", "What is 59 + 63?")
-    assert [tool["function"] for tool in seen[0].tools][0] == {
+    assert seen[0].tools[0]["function"] == {
         "name": "add",
         "description": "Add two numbers. Both are whole.",
         "parameters": {
@@ -183,7 +183,9 @@ def test_tools_in_tags(suite_of: Any, way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_text_goes_into_a_field(suite_of: Any, way: str) -> None:
-    suite = suite_of("Letters", way, text_field="text", train_size=3, seed=5, stop_strings=("</x>",))
+    suite = suite_of(
+        "Letters", way, text_field="text", train_size=3, seed=5, stop_strings=("</x>",)
+    )
     seen, score = play(suite, "abc", index=1)
     assert seen[0] == Observation((Message("user", "letter 6"),), stop_strings=("</x>",))
     assert (shown(seen), score) == (["finished"], Score(1.0, True))
@@ -208,6 +210,7 @@ def test_tasks_are_those_that_the_environment_lists(suite_of: Any, way: str) -> 
         ("number_17", ("big",)),
         ("number_18", ("big",)),
     ]
+    assert suite.tasks("held_out") == test  # other splits are the environment's own
     seeds = [task.payload["seed"] for task in [*train, *test]]  # type: ignore[index]
     assert seeds == [0, 1, 2, 3, 1_000_000, 1_000_001]
     assert len(suite_of("ListedGuess", way, train_size=2).tasks("train")) == 2
@@ -225,7 +228,10 @@ def test_tasks_are_arguments_of_reset_or_seeds(suite_of: Any, way: str) -> None:
         {"seed": 1_000_001},
     ]
     assert play(suite, index=1)[0][0].messages[1].content.startswith("hint: From 9 to 20.")
-    with pytest.raises(OpenEnvError, match="set train to arguments of reset, or train_size to"):
+    with pytest.raises(
+        OpenEnvError,
+        match=r"no tasks of the train split: .*; set train to arguments of reset, or train_size",
+    ):
         suite_of("Guess", way).tasks("train")
 
 
@@ -251,11 +257,17 @@ def test_an_opening_that_ignores_the_seed_is_an_error_of_the_task(suite_of: Any,
 
 def rollout(suite: OpenEnv, *guesses: int) -> Any:
     """Play three episodes of each task."""
-    turns = [f'<tool>[{{"name": "guess_number", "args": {{"guess": {n}}}}}]</tool>' for n in guesses]
+    turns = [
+        f'<tool>[{{"name": "guess_number", "args": {{"guess": {n}}}}}]</tool>' for n in guesses
+    ]
     suite = dataclasses.replace(suite, protocol="tags")
     settings = RolloutSettings(max_turns=9, max_retries=0)
     rollout = Rollout(
-        ScriptedSampler([Say(turn) for turn in turns]), suite, Chat(byte_tokenizer()), 9000, settings
+        ScriptedSampler([Say(turn) for turn in turns]),
+        suite,
+        Chat(byte_tokenizer()),
+        9000,
+        settings,
     )
     return asyncio.run(rollout.groups(suite.tasks("train"), 3, 0, "step-1"))
 
@@ -276,7 +288,9 @@ def test_no_more_sessions_are_open_than_are_supported(
 
 
 def test_sessions_that_the_environment_does_not_support_are_refused() -> None:
-    with pytest.raises(OpenEnvError, match="sessions is 2, but tests.openenv_toys:LoneGuess does not"):
+    with pytest.raises(
+        OpenEnvError, match=r"sessions is 2, but tests.openenv_toys:LoneGuess does not"
+    ):
         OpenEnv("tests.openenv_toys:LoneGuess", train_size=1, sessions=2).tasks("train")
 
 
@@ -313,7 +327,9 @@ def test_a_server_that_is_lost_is_an_error_of_the_environment(toys: Any, restart
 def test_a_step_that_raises_is_an_error_of_the_environment(suite_of: Any, way: str) -> None:
     result = rollout(suite_of("Guess", way, train_size=1, sessions=3), 2, 20)
     (dropped,) = result.dropped
-    assert "the machine broke" in dropped.error and "step() of task 'train_0' failed" in dropped.error
+    assert (
+        "the machine broke" in dropped.error and "step() of task 'train_0' failed" in dropped.error
+    )
     assert all(t.stop_reason is StopReason.ENVIRONMENT_ERROR for t in result.failures)
 
 
@@ -379,7 +395,9 @@ def test_the_class_of_actions_can_be_named() -> None:
 
 
 def test_a_wrong_url_is_told(toys: Any) -> None:
-    with pytest.raises(OpenEnvError, match="no OpenEnv server answers at http://127.0.0.1:9/schema"):
+    with pytest.raises(
+        OpenEnvError, match=r"no OpenEnv server answers at http://127.0.0.1:9/schema"
+    ):
         OpenEnv("http://127.0.0.1:9", train_size=1).tasks("train")
 
     async def other(scope: Any, receive: Any, send: Any) -> None:

@@ -136,7 +136,9 @@ def test_the_first_error_is_told_if_closing_fails_too() -> None:
         return Both(ledger, made._number)
 
     ledger.create = both  # type: ignore[method-assign]
-    assert {failure.error.split(" (")[0] for failure in run(ledger).failures} == {"KeyError: 'step'"}
+    assert {failure.error.split(" (")[0] for failure in run(ledger).failures} == {
+        "KeyError: 'step'"
+    }
 
 
 @pytest.mark.parametrize("limit", [1, 2])
@@ -153,16 +155,20 @@ def test_two_rollouts_side_by_side_share_the_limit() -> None:
     ledger = Ledger(limit=1)
 
     async def both() -> None:
-        sampler, chat = ScriptedSampler([Say("x"), Say("done")], jitter=True), Chat(byte_tokenizer())
+        sampler, chat = (
+            ScriptedSampler([Say("x"), Say("done")], jitter=True),
+            Chat(byte_tokenizer()),
+        )
         settings = RolloutSettings(max_prompt_tokens=100)
         first = Rollout(sampler, ledger, chat, 2000, settings)
         second = Rollout(sampler, ledger, chat, 2000, settings, beside=first)
-        await asyncio.gather(
-            first.groups(TASKS, 2, 0, "one"), second.groups(TASKS, 2, 0, "other")
-        )
+        await asyncio.gather(first.groups(TASKS, 2, 0, "one"), second.groups(TASKS, 2, 0, "other"))
 
     asyncio.run(both())
     assert (ledger.made, ledger.most) == (12, 1)
+    first = Rollout(ScriptedSampler([]), Ledger(limit=1), Chat(byte_tokenizer()), 2000)
+    other = dataclasses.replace(first, suite=Ledger(limit=2), beside=first)
+    assert other._open_places is not first._open_places
 
 
 def test_the_check_before_a_run_closes_and_respects_the_limit() -> None:
@@ -179,8 +185,9 @@ def test_an_asynchronous_close_is_refused() -> None:
     ledger = Ledger()
     ledger.create = lambda task: Wrong()  # type: ignore[method-assign,assignment,return-value]
     (dropped, _) = run(ledger).dropped
-    assert "returned test_an_asynchronous_close_is_refused.<locals>.Wrong, whose close is async" in (
-        dropped.error
+    assert (
+        "returned test_an_asynchronous_close_is_refused.<locals>.Wrong, whose close is async"
+        in (dropped.error)
     )
 
 

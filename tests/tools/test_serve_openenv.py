@@ -1,6 +1,6 @@
 """Suites of jaxgrpo served as OpenEnv environments, and played by OpenEnv's own client and by ours.
 
-    python -m pytest -m openenv tests/tools/test_serve_openenv.py
+python -m pytest -m openenv tests/tools/test_serve_openenv.py
 """
 
 import dataclasses
@@ -203,7 +203,9 @@ def test_an_action_that_is_none_changes_nothing(
 
 def test_steps_without_an_episode_are_errors(serve: Any, client: Any) -> None:
     session = client(serve(Echo()))
-    with pytest.raises(RuntimeError, match="there is no episode, or it is over: send a reset first"):
+    with pytest.raises(
+        RuntimeError, match="there is no episode, or it is over: send a reset first"
+    ):
         session.step({"text": "x"})
     session.reset(index=0)
     session.step({"text": "done"})
@@ -300,18 +302,24 @@ def test_a_browser_on_another_site_and_a_client_without_the_key_are_refused() ->
 def test_the_command_serves_until_it_is_interrupted() -> None:
     command = [
         sys.executable, "-m", "tools.serve_openenv", "--suite", "envs.procedural:Warehouse",
-        "--set", "environment.train_size=3", "--port", "0",
+        "--set", "environment.train_size=3", "--port", "0", "--splits", "train",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as run:
         try:
             assert run.stdout is not None
             line = run.stdout.readline()
-            found = re.fullmatch(r"Warehouse: 3 training tasks at (http://127.0.0.1:\d+)\n", line)
+            found = re.fullmatch(
+                r"Warehouse with 3 tasks of train at (http://127.0.0.1:\d+)\n", line
+            )
             assert found
             suite = OpenEnv(found[1], text_field="text")
             (task, *_) = suite.tasks("train")
-            demonstration = Warehouse(train_size=3).demonstration(Warehouse(train_size=3).tasks("train")[0])
+            demonstration = Warehouse(train_size=3).demonstration(
+                Warehouse(train_size=3).tasks("train")[0]
+            )
             assert play(suite, task, demonstration)[2][0] == 1.0
             run.send_signal(signal.SIGINT)
             assert run.wait(20) == 130
@@ -328,6 +336,7 @@ def test_the_command_serves_until_it_is_interrupted() -> None:
         (["--suite", "envs.procedural:Warehouse", "--set", "environment.size=3"], "unknown setting"),
         (["--suite", "envs.procedural:Warehouse", "--host", "0.0.0.0"], "set JAXGRPO_OPENENV_KEY to a key"),
         (["--suite", "envs.procedural:Warehouse", "--port", "70000"], "choose another --port"),
+        (["--suite", "envs.procedural:Warehouse", "--splits", "dev"], "no split 'dev'"),
         (["--config", "no/such.py"], "no config file no/such.py"),
     ],
 )  # fmt: skip
