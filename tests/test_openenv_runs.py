@@ -132,14 +132,14 @@ def test_the_config_plays_the_episodes_of_the_demo(tmp_path: Path) -> None:
     with serving(application(demo.environment, 64, demo.rollout.max_turns)) as (url, _):
         for name, override in (
             ("cpu_demo", "seed=0"),
-            ("openenv", f"environment.environment={url}"),
+            ("openenv_demo", f"environment.environment={url}"),
         ):
             arguments = ["--config", str(ROOT / "configs" / f"{name}.py"), "--set", override]
             arguments += ["--split", "train", "--samples", "1", "--run-dir", str(tmp_path / name)]
             assert evaluate.main(arguments) == 0
     one, other = (
         records.read_records(next((tmp_path / name / "trajectories").iterdir())).records
-        for name in ("cpu_demo", "openenv")
+        for name in ("cpu_demo", "openenv_demo")
     )
     assert len(one) == len(other) == 38
     for here, there in zip(one, other, strict=True):

@@ -24,7 +24,7 @@ CONFIGS = sorted(
     for path in Path("configs").rglob("*.py")
     if path.stem != "__init__"
 )
-NEEDS_SERVER = {"openenv"}
+NEEDS_SERVER = {"openenv_demo"}
 """tests/test_openenv_runs.py serves its environment."""
 IDENTITY = {"name", "model.source", "model.revision"}
 DIFFERENCES: dict[str, dict] = {

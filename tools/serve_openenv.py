@@ -8,13 +8,13 @@ Prints its URL and serves until it is interrupted. Needs the package openenv
 """
 
 import argparse
-import importlib.util
 import os
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from envs.openenv.in_process import package_fault
 from jaxgrpo.config.files import add_import_folders, find
 from jaxgrpo.config.load import apply_override, load_config
 from jaxgrpo.config.settings import Config, ConfigError, ModelSettings
@@ -103,9 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until interrupted. Return the exit status."""
     args = parse(arguments)
     try:
-        if importlib.util.find_spec("openenv") is None:
-            raise ConfigError("the package openenv is missing: pip install 'jaxgrpo[openenv]'")
         config = suite_config(args)
+        if fault := package_fault():  # the folder of the config is searched first from now on
+            raise ConfigError(fault)
         counts = {split: len(config.environment.tasks(split)) for split in args.splits}
         bound = listening(args.host, args.port)
     except (ConfigError, ValueError, OSError) as error:

@@ -55,13 +55,20 @@ def load(path: str) -> Any:
     return found
 
 
+def package_fault() -> str:
+    """Say why the package openenv cannot be imported; "" if it can."""
+    spec = importlib.util.find_spec("openenv")
+    if spec is None:
+        return "the package openenv is not installed: pip install 'jaxgrpo[openenv]'"
+    if spec.submodule_search_locations is None:
+        return f"{spec.origin} hides the package openenv: rename that file"
+    return ""
+
+
 def _openenv() -> Any:
     """Return OpenEnv's module of environments and servers."""
-    if importlib.util.find_spec("openenv") is None:
-        raise OpenEnvError(
-            "the package openenv is not installed, which runs environments in process: "
-            "pip install 'jaxgrpo[openenv]'"
-        )
+    if fault := package_fault():
+        raise OpenEnvError(fault)
     return importlib.import_module("openenv.core.env_server")
 
 

@@ -1,7 +1,11 @@
 """OpenEnv without its package: settings, observations as messages, and actions from the policy's text."""
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ from envs.openenv.sessions import OpenEnvError, RefusedActionError, refusal, res
 from jaxgrpo.toolkit.protocols import PROTOCOLS
 from jaxgrpo.types import Message
 
+ROOT = Path(__file__).parents[2]
 ANY = "package.module:Name"
 SCHEMA = {
     "title": "MoveRobotAction",
@@ -63,6 +68,18 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], told: str
 @pytest.mark.parametrize("url", ["http://host", "https://host:8/path/", "ws://[::1]:80", "wss://h"])
 def test_urls_of_servers(url: str) -> None:
     assert OpenEnv(url).environment == url
+
+
+def test_a_file_that_hides_the_package_is_named(tmp_path: Path) -> None:
+    """As a config does that is called openenv.py: its folder is searched first."""
+    (tmp_path / "openenv.py").write_text("")
+    code = "from envs.openenv.in_process import package_fault\nprint(package_fault())"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    told = f"{tmp_path / 'openenv.py'} hides the package openenv: rename that file\n"
+    assert (run.stdout, run.returncode) == (told, 0)
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

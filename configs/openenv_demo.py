@@ -1,7 +1,7 @@
 """The demo, with its tasks behind an OpenEnv server: BFCL is played by URL.
 
 Command    python -m tools.serve_openenv --config configs/cpu_demo.py      in one terminal
-           python -m jaxgrpo.train --config configs/openenv.py             in another
+           python -m jaxgrpo.train --config configs/openenv_demo.py             in another
            for another environment: --set environment.environment=http://host:8000
 Hardware   two CPU cores
 Needs      pip install 'jaxgrpo[openenv]'
@@ -22,7 +22,7 @@ from jaxgrpo.config.settings import Config
 def get_config() -> Config:
     return dataclasses.replace(
         cpu_demo.get_config(),
-        name="openenv",
+        name="openenv_demo",
         environment=OpenEnv(
             "http://127.0.0.1:8000",
             text_field="text",
