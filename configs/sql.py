@@ -1,7 +1,14 @@
 """Questions about small databases, answered with SQL, with the tiny model.
 
-Command    python -m jaxgrpo.train --config configs/sql.py
+Command    python -m tools.warm_start runs/tiny-sql --config configs/sql.py --until 0.2
+           python -m jaxgrpo.train --config configs/sql.py --set model.source=runs/tiny-sql
 Hardware   two CPU cores
+Tasks      the 53 training and 17 held-out questions of the first level of envs/sql.py
+Result     RESULT
+
+The bundled model has never seen SQL and answers none of the questions, so that reinforcement
+learning alone would find no signal. The first command therefore trains it on demonstrations of the
+training questions, and stops early. configs/sql_gpu.py needs no such start.
 """
 
 from envs.sql import Sql
@@ -37,8 +44,8 @@ def get_config() -> Config:
             completion_multiple=64,
         ),
         loss=LossSettings(kl_beta=0.0),
-        optimizer=OptimizerSettings(learning_rate=1.5e-4, warmup_steps=4, max_grad_norm=1.0),
-        training=TrainingSettings(steps=120, iterations=2, reference_every=None, remat="none"),
+        optimizer=OptimizerSettings(learning_rate=4e-4, warmup_steps=4, max_grad_norm=1.0),
+        training=TrainingSettings(steps=100, iterations=2, reference_every=None, remat="none"),
         evaluation=EvaluationSettings(samples=8),
         recording=RecordingSettings(checkpoint_every=None),
     )

@@ -17,7 +17,7 @@ from jaxgrpo import evaluate
 from jaxgrpo import train as train_module
 from jaxgrpo.config.load import load_config
 from jaxgrpo.run import records
-from jaxgrpo.run.skipping import NothingLeftError
+from jaxgrpo.run.skipping import AllGroupsDroppedError
 from jaxgrpo.types import StopReason
 from tests.training import EVERY_CHARACTER, make_model, metric_lines, small_config
 
@@ -99,7 +99,7 @@ def test_a_server_that_is_lost_drops_groups_and_gives_no_reward(
         )
         watcher = threading.Thread(target=end_after_steps, args=(tmp_path / "run", 2, end))
         watcher.start()
-        with pytest.raises(NothingLeftError) as caught:
+        with pytest.raises(AllGroupsDroppedError) as caught:
             train_module.train(config, tmp_path / "run")
         watcher.join()
     told = str(caught.value)

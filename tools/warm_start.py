@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgrpo.config.load import load_config
-from jaxgrpo.config.settings import Config
+from jaxgrpo.config.settings import Config, ConfigError
 from jaxgrpo.paths import absolute
 from jaxgrpo.run import setup
 from jaxgrpo.storage.pretrained import save_hf
@@ -28,10 +28,13 @@ def main() -> None:
     if args.destination.exists():  # before the model is trained
         there = f"{args.destination} exists: remove it, or use another destination"
         raise failed(FileExistsError(there))
-    config = load_config(args.config, args.set)
-    suite = _demonstrated(config)
-    assets = setup.open_model_assets(config)
-    tasks = setup.open_tasks(config, "train")[: args.tasks]
+    try:
+        config = load_config(args.config, args.set)
+        suite = _demonstrated(config)
+        assets = setup.open_model_assets(config)
+        tasks = setup.open_tasks(config, "train")[: args.tasks]
+    except ConfigError as error:
+        raise failed(error) from None
     episodes = [demonstration_ids(suite, task, assets.tokenizer, assets.chat) for task in tasks]
     lengths = [len(ids) for ids, _ in episodes]
     print(f"{len(episodes)} demonstrations of at most {max(lengths)} tokens", flush=True)
@@ -41,11 +44,11 @@ def main() -> None:
 
 
 def _demonstrated(config: Config) -> Any:
-    """Return the config's suite, which demonstrates its tasks."""
+    """Return the config's suite. Raises ConfigError if it does not demonstrate its tasks."""
     suite: Any = config.environment
     if not callable(getattr(suite, "demonstration", None)):
         kind = type(suite).__name__
-        raise failed(ValueError(f"{kind} has no method demonstration(task): it cannot be shown"))
+        raise ConfigError(f"{kind} has no method demonstration(task): it cannot be shown")
     return suite
 
 

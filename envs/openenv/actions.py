@@ -118,7 +118,7 @@ class ActionForm(_ToolForm):
 
     @property
     def name(self) -> str:
-        return self.tool["function"]["name"]
+        return str(self.tool["function"]["name"])
 
     def tools(self, session: Session) -> tuple[dict[str, Any], ...]:
         return (dict(self.tool),)

@@ -259,7 +259,7 @@ def _data(text: str, what: str) -> dict[str, Any]:
         message = None
     if isinstance(message, dict) and isinstance(message.get("data"), dict):
         if message.get("type") == "observation":
-            return message["data"]
+            return dict(message["data"])
         if message.get("type") == "error":
             return {"code": "UNKNOWN", **message["data"]}
     raise OpenEnvError(f"{what} gave no answer of OpenEnv's protocol: {text[:200]}")

@@ -86,7 +86,7 @@ class InProcess:
     action: str = ""
 
     def action_schema(self) -> Mapping[str, Any]:
-        return self.action_class.model_json_schema()
+        return dict(self.action_class.model_json_schema())
 
     def most_sessions(self, wanted: int) -> int:
         if self.environment_class.SUPPORTS_CONCURRENT_SESSIONS:
@@ -137,7 +137,7 @@ class InProcess:
 
     @functools.cached_property
     def _factory(self) -> Callable[..., Any]:
-        found = load(self.path)
+        found: Callable[..., Any] = load(self.path)
         if not callable(found):
             raise OpenEnvError(f"{self.path} is a {type(found).__name__}, not an environment class")
         return found

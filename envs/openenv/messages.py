@@ -70,8 +70,9 @@ def _tool_text(observation: Mapping[str, Any]) -> str:
 
 
 def _content(item: Any) -> str:
-    if isinstance(item, Mapping) and isinstance(item.get("text"), str):
-        return item["text"]
+    text = item.get("text") if isinstance(item, Mapping) else None
+    if isinstance(text, str):
+        return text
     kind = item.get("type") if isinstance(item, Mapping) else None
     return f"({kind or 'unknown'} content, which cannot be shown as text)"
 

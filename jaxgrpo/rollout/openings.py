@@ -16,7 +16,12 @@ from jaxgrpo.environment import (
 )
 from jaxgrpo.rollout.background import BlockingCalls
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.user_code import FaultyEnvironmentError, ask, playable, returned
+from jaxgrpo.rollout.user_code import (
+    FaultyEnvironmentError,
+    call_user_code,
+    check_environment,
+    record_check,
+)
 from jaxgrpo.types import Message, Task
 
 _SHORT_CHARS = 20_000
@@ -63,15 +68,17 @@ class Openings:
     places: Places = contextlib.nullcontext()
 
     @contextlib.asynccontextmanager
-    async def begun(self, task: Task) -> AsyncIterator[tuple[Environment, Observation]]:
+    async def begin(self, task: Task) -> AsyncIterator[tuple[Environment, Observation]]:
         """Create an environment for an episode, and yield it with its first observation. At the
         end, close it if it can be closed. Raises FaultyEnvironmentError, also if closing fails."""
         of = f"of task {task.id!r}"
         async with self.places:
-            made = await ask(self.calls, f"create() {of}", playable, self.suite.create, task)
+            made = await call_user_code(
+                self.calls, f"create() {of}", check_environment, self.suite.create, task
+            )
             try:
-                observed = returned(Observation)
-                yield made, await ask(self.calls, f"observe() {of}", observed, made.observe)
+                observed, what = record_check(Observation), f"observe() {of}"
+                yield made, await call_user_code(self.calls, what, observed, made.observe)
             except BaseException:
                 with contextlib.suppress(FaultyEnvironmentError):  # the first fault is the one told
                     await self._close(made, of)
@@ -80,19 +87,21 @@ class Openings:
 
     async def _close(self, made: Environment, of: str) -> None:
         if isinstance(made, ClosableEnvironment):
-            await ask(self.calls, f"close() {of}", lambda _: None, made.close)
+            await call_user_code(self.calls, f"close() {of}", lambda _: None, made.close)
 
     async def open(self, task: Task) -> Opening:
         """Return the opening that all episodes of the task share. Raises FaultyEnvironmentError,
         and its subclass PromptError if the opening gives no prompt."""
-        async with self.begun(task) as (_, observation):
+        async with self.begin(task) as (_, observation):
             pass
         messages, fewest = observation.messages, self.chat.fewest_tokens(observation.messages)
         if fewest > self.max_prompt_tokens:
             size = f"{characters(messages)} characters in {len(messages)} message(s)"
             raise self._too_long(task, fewest, f"{size}, {fewest} tokens or more")
         try:
-            prompt_ids_P = await rendered(self.chat.opening, messages, observation.tools)
+            prompt_ids_P = await render_without_blocking(
+                self.chat.opening, messages, observation.tools
+            )
         except Exception as error:  # the edge to the model's template, with the users' texts in it
             raise PromptError(f"the prompt of task {task.id!r}: {error}") from error
         prompt_ids_P.flags.writeable = False  # all the task's episodes hold this one
@@ -113,7 +122,7 @@ def characters(messages: Sequence[Message]) -> int:
     return sum(len(message.content) for message in messages)
 
 
-async def rendered(
+async def render_without_blocking(
     render: Callable[..., np.ndarray], messages: Sequence[Message], *args: object
 ) -> np.ndarray:
     """Call `render(messages, *args)` without blocking the event loop for long."""
@@ -122,7 +131,7 @@ async def rendered(
     return await asyncio.to_thread(render, messages, *args)
 
 
-def opens_differently(task: Task, one: Observation, other: Observation) -> str:
+def describe_difference(task: Task, one: Observation, other: Observation) -> str:
     """Describe how two openings of a task differ; return "" if they are the same."""
     if one == other:
         return ""

@@ -71,9 +71,11 @@ def tool_of(function: Callable[..., Any], is_method: bool = False) -> Tool:
     """Make a tool of a function. Raises TypeError, which names the function, if a parameter has no
     usable type or cannot be given by name, or if the docstring describes one that is not there."""
     name = getattr(function, "__name__", "")
-    where = getattr(function, "__qualname__", checked.shown(function))
+    where = getattr(function, "__qualname__", checked.shorten_value(function))
     if not inspect.isroutine(function) or not name.isidentifier():
-        raise TypeError(f"a tool must be a function with a name, got {checked.shown(function)}")
+        raise TypeError(
+            f"a tool must be a function with a name, got {checked.shorten_value(function)}"
+        )
     signature = _signature(function, where, is_method)
     description, documented = read_docstring(inspect.getdoc(function) or "")
     unknown = [argument for argument in documented if argument not in signature.parameters]
@@ -274,4 +276,4 @@ def _as_json(value: object) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):
-        return checked.shown(value)
+        return checked.shorten_value(value)

@@ -181,12 +181,13 @@ def protocol_of(given: Any) -> ToolProtocol:
     """Return a protocol by its name; one that is an object already is returned as it is. Raises
     ValueError for an unknown name."""
     if not isinstance(given, str):
-        return given
+        custom: ToolProtocol = given
+        return custom
     if given not in PROTOCOLS:
         close = difflib.get_close_matches(given, PROTOCOLS, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"protocol must be one of {', '.join(PROTOCOLS)}, got {checked.shown(given)}{hint}"
+            f"protocol must be one of {', '.join(PROTOCOLS)}, got {checked.shorten_value(given)}{hint}"
         )
     return PROTOCOLS[given]
 

@@ -45,7 +45,7 @@ class Rows(Source):
 
     def rows(self) -> Iterator[tuple[str, Row]]:
         if not isinstance(self.items, list | tuple):
-            given = checked.shown(self.items)
+            given = checked.shorten_value(self.items)
             raise TaskRowError(f"the rows must be a list of dicts, got {given}")
         for i, item in enumerate(self.items):
             yield f"row {i}", _row(item, f"row {i}")
@@ -63,7 +63,9 @@ class Generated(Source):
         name = getattr(self.function, "__name__", type(self.function).__name__)
         made = self.function(**self.arguments)
         if not isinstance(made, Iterable) or isinstance(made, str | Mapping):
-            raise TaskRowError(f"{name} must give dicts, one per task, got {checked.shown(made)}")
+            raise TaskRowError(
+                f"{name} must give dicts, one per task, got {checked.shorten_value(made)}"
+            )
         for i, item in enumerate(made):
             place = f"row {i} of {name}()"
             yield place, _row(item, place)
@@ -119,7 +121,7 @@ class HuggingFace(Source):
             place = f"{self.path}, {self.split}, row {i}"
             yield place, _row(item, place)
 
-    def _load(self) -> Iterable[Any]:
+    def _load(self) -> Any:
         if importlib.util.find_spec("datasets") is None:
             raise TaskRowError(
                 f"{self.path} needs the package datasets: pip install 'jaxgrpo[datasets]'"
@@ -139,7 +141,7 @@ class HuggingFace(Source):
             said = checked.cut(" ".join(str(error).split()), 300)
             raise TaskRowError(f"{self.path}: the dataset cannot be loaded: {said}") from error
 
-    def _on_disk(self, saved: Any) -> Iterable[Any]:
+    def _on_disk(self, saved: Any) -> Any:
         """Return a split of what `save_to_disk` wrote, which may be one split alone."""
         if not isinstance(saved, dict):
             return saved
@@ -153,7 +155,7 @@ class HuggingFace(Source):
 def _row(item: object, place: str) -> Row:
     if not isinstance(item, Mapping) or not all(isinstance(key, str) for key in item):
         raise TaskRowError(
-            f"{place}: a row must be an object with names, got {checked.shown(item)}"
+            f"{place}: a row must be an object with names, got {checked.shorten_value(item)}"
         )
     return item
 

@@ -54,10 +54,10 @@ class Suite:
 
     def __post_init__(self) -> None:
         if not callable(self.environment):
-            given = checked.shown(self.environment)
+            given = checked.shorten_value(self.environment)
             raise TypeError(f"environment must be a class or a function, got {given}")
         if not isinstance(self.splits, Mapping) or not self.splits:
-            given = checked.shown(self.splits)
+            given = checked.shorten_value(self.splits)
             raise TypeError(f'splits must be a dict such as {{"train": [...]}}, got {given}')
         for split, given in self.splits.items():
             _source(given, checked.name(split, "the name of a split"))
@@ -145,5 +145,5 @@ def _source(given: Any, split: str) -> Source:
         return Generated(given)
     raise TypeError(
         f"the source of split {split!r} must be a list of dicts, a function, the path of a JSONL "
-        f"file, or one of jaxgrpo.toolkit.sources, got {checked.shown(given)}"
+        f"file, or one of jaxgrpo.toolkit.sources, got {checked.shorten_value(given)}"
     )

@@ -247,9 +247,9 @@ def test_an_opening_that_ignores_the_seed_is_an_error_of_the_task(suite_of: Any,
     suite = dataclasses.replace(suite, protocol="tags")
     check = TaskCheck(suite, RolloutSettings())
     with pytest.raises(ConfigError, match="task 'train_0' opens differently from one episode to"):
-        check.opened(Chat(byte_tokenizer()), suite.tasks("train"))
+        check.open_tasks(Chat(byte_tokenizer()), suite.tasks("train"))
     sound = dataclasses.replace(suite, fields=("left",))
-    opened = TaskCheck(sound, RolloutSettings()).opened(
+    opened = TaskCheck(sound, RolloutSettings()).open_tasks(
         Chat(byte_tokenizer()), sound.tasks("train")
     )
     assert all(isinstance(tokens, int) for tokens in opened.found.values())

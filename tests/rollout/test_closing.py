@@ -174,7 +174,7 @@ def test_two_rollouts_side_by_side_share_the_limit() -> None:
 def test_the_check_before_a_run_closes_and_respects_the_limit() -> None:
     ledger = Ledger(limit=1)
     check = TaskCheck(ledger, RolloutSettings(max_prompt_tokens=100))
-    check.opened(Chat(byte_tokenizer()), TASKS)
+    check.open_tasks(Chat(byte_tokenizer()), TASKS)
     assert sorted(ledger.closed) == list(range(4)) and ledger.most == 1
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jaxgrpo.environment import StepResult
-from jaxgrpo.rollout.user_code import playable
+from jaxgrpo.rollout.user_code import check_environment
 from jaxgrpo.toolkit import tags
 from jaxgrpo.toolkit.environment import ToolEnvironment, ToolError, ToolLimits, tools_of
 from jaxgrpo.toolkit.protocols import PROTOCOLS
@@ -237,7 +237,7 @@ def test_episodes_share_no_state_even_without_an_init_of_the_base_class() -> Non
             return Score(self.count, passed=self.last_text == "Bye.")
 
     one, other = Counter(0), Counter(5)
-    assert playable(one) is one
+    assert check_environment(one) is one
     assert [m.role for m in one.observe().messages] == ["system", "user", "assistant", "user"]
     assert call(one, "up") == ("1", True)
     assert one.made_calls and not other.made_calls
