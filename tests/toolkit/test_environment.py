@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -208,7 +209,9 @@ def test_the_limits() -> None:
     assert "There were 3 calls, at most 2 are allowed in one turn" in said
     assert call(shop, "put", item="x" * 20) == ("1 xxxxxxxx... (12 characters left out)", True)
     shop.limits = ToolLimits(async_seconds=0.05)
+    start = time.monotonic()
     assert call(shop, "weigh", seconds=60) == ("the call took longer than 0.05 seconds", False)
+    assert time.monotonic() - start < 4
     for wrong in ({"calls_per_turn": 0}, {"calls_per_turn": 201}, {"result_chars": 0}):
         with pytest.raises(ValueError, match="must be"):
             ToolLimits(**wrong)
