@@ -45,7 +45,7 @@ def get_config() -> Config:
         ),
         loss=LossSettings(kl_beta=0.0),
         optimizer=OptimizerSettings(learning_rate=4e-4, warmup_steps=4, max_grad_norm=1.0),
-        training=TrainingSettings(steps=100, iterations=2, reference_every=None, remat="none"),
+        training=TrainingSettings(steps=48, iterations=2, reference_every=None, remat="none"),
         evaluation=EvaluationSettings(samples=8),
         recording=RecordingSettings(checkpoint_every=None),
     )

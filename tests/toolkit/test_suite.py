@@ -179,6 +179,7 @@ def test_a_dataset_without_the_package_says_what_to_install(
         list(HuggingFace("somewhere").rows())
 
 
+@pytest.mark.slow  # where .ci/run installs the package
 def test_datasets_are_read_offline_from_a_folder(tmp_path: Path) -> None:
     """A split alone, a dict of splits, and data files."""
     datasets = pytest.importorskip("datasets")
