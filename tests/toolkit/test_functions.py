@@ -1,4 +1,4 @@
-"""Check tools made of functions: schemas, descriptions, and errors that the policy can learn from."""
+"""Check tools made of functions: schemas, descriptions, and errors that a policy can learn from."""
 
 import dataclasses
 import enum
