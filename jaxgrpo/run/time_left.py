@@ -39,16 +39,16 @@ class Estimate:
         return f"{'' if self.complete else 'at least '}{duration(self.seconds)} left"
 
 
-def stages_from(config: Config, step: int, advance: int = 0) -> list[str]:
+def stages_from(config: Config, splits: Sequence[str], step: int, advance: int = 0) -> list[str]:
     """Return the stages that a run at `step` still has, those that are due at this step included.
-    `advance` is the number of optimizer steps on its last batch, 0 before the first."""
-    e, t = config.evaluation, config.training
-    splits, stages = list(e.splits), list[str]()
+    `splits` are evaluated, in this order. `advance` is the number of optimizer steps on the last
+    batch, 0 before the first."""
+    e, t, stages = config.evaluation, config.training, list[str]()
     if step == 0 and e.before and not advance:
         stages += splits
     while True:
         if step >= t.steps:
-            return stages + splits * (e.after and advance > 0)
+            return stages + list(splits) * (e.after and advance > 0)
         if advance and e.every is not None and step // e.every > (step - advance) // e.every:
             stages += splits
         stages.append(BATCH)
@@ -67,10 +67,12 @@ class TimeLeft:
         clock: Callable[[], float] = time.perf_counter,
         started: float | None = None,
     ):
-        """`tasks` has the number of tasks of each split that is evaluated. `compiled` returns the
-        seconds spent on compilation so far. The run started at `started` by the clock, or now."""
+        """`tasks` has the number of tasks of each split that is evaluated, in their order.
+        `compiled` returns the seconds spent on compilation so far. The run started at `started` by
+        the clock, or now."""
         self._config, self._compiled, self._clock = config, compiled, clock
         rollout, samples = config.rollout, config.evaluation.samples
+        self._splits = list(tasks)
         self._episodes = {split: count * samples for split, count in tasks.items()}
         self._episodes[BATCH] = rollout.tasks_per_step * rollout.group_size
         self._earlier: list[float] = []
@@ -91,7 +93,7 @@ class TimeLeft:
             elif "eval/seconds" in line and (episodes := evaluated_episodes(line)):
                 split = str(line["eval/split"])
                 self._evaluations[split] = _number(line, "eval/seconds") / episodes
-        self._step, self._stages = step, stages_from(self._config, step)
+        self._step, self._stages = step, stages_from(self._config, self._splits, step)
         self._next_stage()
 
     def _next_stage(self) -> None:
@@ -121,7 +123,7 @@ class TimeLeft:
         """End the stage of a batch that was trained up to `step`."""
         self._batches = [*self._batches, self._seconds()]
         self._step, advance = step, step - self._step
-        self._stages = stages_from(self._config, step, advance)
+        self._stages = stages_from(self._config, self._splits, step, advance)
         self._next_stage()
 
     def end_evaluation(self, split: str) -> None:

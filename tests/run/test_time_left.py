@@ -10,11 +10,12 @@ from jaxgrpo.run.time_left import BATCH, Estimate, TimeLeft, duration, stages_fr
 from tests.training import small_config
 
 TASKS = {"train": 5, "test": 10}
+BOTH = ["train", "test"]
 PER_EPISODE = {"train": 0.5, "test": 1.0}
 
 
 def config(steps: int = 20, iterations: int = 2, **evaluation: object) -> Config:
-    settings = {"before": False, "after": False, "splits": ("train", "test"), **evaluation}
+    settings = {"before": False, "after": False, **evaluation}
     return dataclasses.replace(
         small_config("m"),
         training=TrainingSettings(steps=steps, iterations=iterations),
@@ -28,8 +29,8 @@ class Machine:
     def __init__(self) -> None:
         self.now, self.compiled = 0.0, 0.0
 
-    def left(self, config: Config) -> TimeLeft:
-        return TimeLeft(config, TASKS, lambda: self.compiled, lambda: self.now)
+    def left(self, config: Config, tasks: dict[str, int] = TASKS) -> TimeLeft:
+        return TimeLeft(config, tasks, lambda: self.compiled, lambda: self.now)
 
     def compile(self, seconds: float) -> None:
         self.now += seconds
@@ -51,18 +52,17 @@ def test_an_estimate_says_when_it_is_a_lower_bound() -> None:
 
 
 def test_stages_of_a_whole_run() -> None:
-    both = ["train", "test"]
     run = config(8, before=True, after=True, every=4)
-    assert stages_from(run, 0) == [*both, BATCH, BATCH, *both, BATCH, BATCH, *both]
-    assert stages_from(run, 4, 2) == [*both, BATCH, BATCH, *both]
-    assert stages_from(run, 8, 2) == both
-    assert stages_from(run, 4) == [BATCH, BATCH, *both]  # resumed: step 4 has been evaluated
-    assert stages_from(run, 8) == []
+    assert stages_from(run, BOTH, 0) == [*BOTH, BATCH, BATCH, *BOTH, BATCH, BATCH, *BOTH]
+    assert stages_from(run, BOTH, 4, 2) == [*BOTH, BATCH, BATCH, *BOTH]
+    assert stages_from(run, BOTH, 8, 2) == BOTH
+    assert stages_from(run, BOTH, 4) == [BATCH, BATCH, *BOTH]  # resumed: step 4 has been evaluated
+    assert stages_from(run, BOTH, 8) == []
 
 
 def test_the_last_step_is_evaluated_by_after_alone() -> None:
-    assert stages_from(config(8, every=4), 0) == [BATCH, BATCH, "train", "test", BATCH, BATCH]
-    assert stages_from(config(5, iterations=2), 0) == [BATCH] * 3
+    assert stages_from(config(8, every=4), BOTH, 0) == [BATCH, BATCH, "train", "test", BATCH, BATCH]
+    assert stages_from(config(5, iterations=2), BOTH, 0) == [BATCH] * 3
 
 
 def play(machine: Machine, left: TimeLeft, batch_seconds: Callable[[int], float]) -> list[tuple]:
@@ -122,7 +122,7 @@ def test_time_passes_within_a_stage() -> None:
 
 def test_a_first_evaluation_is_predicted_from_its_own_episodes() -> None:
     machine = Machine()
-    left = machine.left(config(before=True, splits=("test",), samples=2))
+    left = machine.left(config(before=True, samples=2), {"test": 10})
     assert not left.estimate().complete
     machine.now += 30.0
     left.episodes(15, 20)
