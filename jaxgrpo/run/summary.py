@@ -12,7 +12,6 @@ from jaxgrpo.run.setup import compute_dtype, describe_kernel, device_count, para
 from jaxgrpo.run.terminal import folded, shown_path
 
 Rows = list[tuple[str, str]]
-SAMPLERS = {"native": "embedded", "vllm": "vLLM"}
 
 
 def of_model(config: Config, model: ModelConfig) -> Rows:
@@ -25,11 +24,16 @@ def of_model(config: Config, model: ModelConfig) -> Rows:
     count, kind = device_count(config), jax.devices()[0].device_kind
     rows.append(("devices", f"{count} x {kind}, {compute_dtype(config)}"))
     rows.append(("attention", describe_kernel(config, model)))
-    sampler = SAMPLERS[config.sampler]
+    return [*rows, ("sampler", _sampler(config))]
+
+
+def _sampler(config: Config) -> str:
+    text = "embedded"
+    if config.sampler == "vllm":
+        urls = ", ".join(config.vllm.urls)
+        text = f"vLLM at {urls}" if urls else "vLLM, which starts now: see vllm.log"
     ahead = config.training.max_staleness
-    if ahead:
-        sampler += f", up to {ahead} batch{'es' if ahead > 1 else ''} ahead"
-    return [*rows, ("sampler", sampler)]
+    return f"{text}; up to {ahead} batches ahead" if ahead else text
 
 
 def of_work(config: Config, tasks: int, evaluated: Mapping[str, int]) -> Rows:

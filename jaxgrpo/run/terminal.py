@@ -77,6 +77,7 @@ class Terminal:
                 console=self.console,
                 refresh_per_second=_PER_SECOND,
                 transient=True,
+                redirect_stderr=sys.stderr.isatty(),  # `2> FILE` gets its lines
             )
             self._bar.start()
 
