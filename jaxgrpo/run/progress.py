@@ -44,10 +44,10 @@ class RunProgress:
         self._count = done, total
         self._terminal.remind()
 
-    def end_batch(self, step: int) -> Estimate:
+    def end_batch(self, step: int, rollout_seconds: float) -> Estimate:
         """Show the step after a batch, and return the time left."""
         self._step, self._trained, self._count = step, self._trained + 1, None
-        self._left.end_batch(step)
+        self._left.end_batch(step, rollout_seconds)
         return self._left.estimate()
 
     def end_evaluation(self, split: str) -> None:

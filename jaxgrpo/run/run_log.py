@@ -89,7 +89,7 @@ class RunLog:
             "time/compile_seconds": self._left.compiled,
             "time/elapsed_seconds": self._left.elapsed,
         }
-        left = self._progress.end_batch(step)
+        left = self._progress.end_batch(step, float(metrics["time/rollout_seconds"]))
         if self.trajectories is not None:
             records.write_lines(self.trajectories / f"train-{step:06d}.jsonl.gz", lines)
         self._recorder.record(step, {**metrics, **times, "time/left_seconds": left.seconds})

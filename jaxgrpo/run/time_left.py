@@ -78,6 +78,7 @@ class TimeLeft:
         self._earlier: list[float] = []
         self._batches: list[float] = []
         self._evaluations: dict[str, float] = {}  # seconds per episode
+        self._rollouts: list[float] = []  # seconds per episode
         self._done: float = 0
         self._before = 0.0
         self._started = clock() if started is None else started
@@ -90,6 +91,8 @@ class TimeLeft:
             if "time/batch_seconds" in line:
                 compiled = _number(line, "time/compile_seconds")
                 self._earlier.append(max(_number(line, "time/batch_seconds") - compiled, 0.0))
+                rollout = _number(line, "time/rollout_seconds") / self._episodes[BATCH]
+                self._rollouts.append(rollout)
             elif "eval/seconds" in line and (episodes := evaluated_episodes(line)):
                 split = str(line["eval/split"])
                 self._evaluations[split] = _number(line, "eval/seconds") / episodes
@@ -119,8 +122,9 @@ class TimeLeft:
         """Note how many episodes of the current stage have ended."""
         self._done = done / max(total, 1)
 
-    def end_batch(self, step: int) -> None:
+    def end_batch(self, step: int, rollout_seconds: float) -> None:
         """End the stage of a batch that was trained up to `step`."""
+        self._rollouts = [*self._rollouts, rollout_seconds / self._episodes[BATCH]]
         self._batches = [*self._batches, self._seconds()]
         self._step, advance = step, step - self._step
         self._stages = stages_from(self._config, self._splits, step, advance)
@@ -157,8 +161,9 @@ class TimeLeft:
             measured = self._batches[1:] or self._earlier + self._batches
             recent = measured[-max(len(measured) // 2, _FEWEST) :]
             return sum(recent) / len(recent) if recent else None
-        known = self._evaluations.get(stage) or next(iter(self._evaluations.values()), None)
-        return None if known is None else known * self._episodes[stage]
+        known = [*self._rollouts[-1:], *self._evaluations.values()]
+        rate = self._evaluations.get(stage, known[-1] if known else None)
+        return None if rate is None else rate * self._episodes[stage]
 
     def _least(self, stage: str) -> float:
         """Return the seconds of the stage's episodes, at the rate of any evaluation."""

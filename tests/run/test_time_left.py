@@ -75,7 +75,7 @@ def play(machine: Machine, left: TimeLeft, batch_seconds: Callable[[int], float]
                 machine.compile(40.0)
             machine.now += batch_seconds(step)
             step += 2
-            left.end_batch(step)
+            left.end_batch(step, 4.0)
         else:
             if not seen:
                 machine.compile(20.0)
@@ -112,7 +112,7 @@ def test_time_passes_within_a_stage() -> None:
     left = machine.left(config())
     for step in (2, 4):
         machine.now += 10.0
-        left.end_batch(step)
+        left.end_batch(step, 4.0)
     assert left.estimate() == Estimate(80.0)
     machine.now += 4.0
     assert left.estimate() == Estimate(76.0)
@@ -155,5 +155,13 @@ def test_a_refused_step_leaves_the_run_longer() -> None:
     left = machine.left(config(8))
     for step in (2, 3):
         machine.now += 10.0
-        left.end_batch(step)
+        left.end_batch(step, 4.0)
     assert left.estimate() == Estimate(30.0)  # 3, 5, 7, 8
+
+
+def test_an_evaluation_that_was_never_done_costs_what_episodes_of_batches_do() -> None:
+    machine = Machine()
+    left = machine.left(config(4, after=True, samples=2), {"test": 10})
+    machine.now += 10.0
+    left.end_batch(2, 4.0)  # eight episodes
+    assert left.estimate() == Estimate(10.0 + 20 * 4.0 / 8)

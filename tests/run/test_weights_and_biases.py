@@ -1,6 +1,7 @@
 """A run that reports to W&B, offline: what it would upload."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,17 @@ def records(file: Path) -> Iterator[Any]:
             record = b""
 
 
+def complete(file: Path) -> list[Any]:
+    """Return the records once the last one is there: W&B's process writes on after the run."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = list(records(file))
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            return found
+        time.sleep(0.2)
+    raise TimeoutError(f"{file} does not end")
+
+
 def test_config_metrics_and_one_id_over_a_resume(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -47,7 +59,7 @@ def test_config_metrics_and_one_id_over_a_resume(
         train(config, tmp_path / "run", resume=steps == 4)
     files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2
-    logs = [list(records(file)) for file in files]
+    logs = [complete(file) for file in files]
     started = [next(r.run for r in log if r.WhichOneof("record_type") == "run") for log in logs]
     saved = (tmp_path / "run" / "wandb_id").read_text()
     assert [run.run_id for run in started] == [saved, saved]
