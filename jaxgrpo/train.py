@@ -207,7 +207,9 @@ class Training:
         e, step = self.config.evaluation, self.learner.state.step
         sampling = SamplingParams(e.temperature, e.top_p)
         for one in setup.evaluations(self.config):
-            rollout = setup.build_rollout(one.config, self.assets, self.sampler, sampling)
+            rollout = setup.build_rollout(
+                one.config, self.assets, self.sampler, sampling, self.rollout
+            )
             evaluator = Evaluator(
                 rollout, self.loop, e.samples, self.config.seed, self.log.view.episodes
             )

@@ -299,9 +299,13 @@ def initial_params(assets: ModelAssets, dtype: Any) -> Params:
 
 
 def build_rollout(
-    config: Config, assets: ModelAssets, sampler: Sampler, sampling: SamplingParams
+    config: Config,
+    assets: ModelAssets,
+    sampler: Sampler,
+    sampling: SamplingParams,
+    beside: Rollout | None = None,
 ) -> Rollout:
-    """Build the rollout of the config's environment."""
+    """Build the rollout of the config's environment. It may run at the same time as `beside`."""
     return Rollout(
         sampler,
         config.environment,
@@ -310,6 +314,7 @@ def build_rollout(
         config.rollout,
         sampling,
         config.rewards,
+        beside,
     )
 
 
