@@ -7,7 +7,7 @@ environment for each episode.
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxgrpo import checked
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall
@@ -152,3 +152,15 @@ class TaskSuite(Protocol):
     def create(self, task: Task) -> Environment:
         """Return a new environment for one episode of the task. Called from worker threads, so
         environments must not share mutable state."""
+
+
+@runtime_checkable
+class DemonstratingSuite(Protocol):
+    """A suite that knows how its tasks are solved. This method is optional.
+
+    `python -m jaxgrpo.check` plays the turns, and reports a task that they do not solve.
+    """
+
+    def demonstration(self, task: Task) -> Sequence[str]:
+        """Return the texts of the policy's turns that solve the task, in order, each with its stop
+        string."""

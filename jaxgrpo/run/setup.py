@@ -71,7 +71,7 @@ def open_model_assets(config: Config, weights: bool = True) -> ModelAssets:
 def open_tasks(config: Config, split: str) -> Sequence[Task]:
     """Return the environment's tasks of a split. Raises ConfigError if the environment fails, takes
     too long or returns something else."""
-    return _task_check(config).listed(split)
+    return task_check(config).listed(split)
 
 
 def split_tasks(config: Config, split: str) -> Sequence[Task]:
@@ -84,7 +84,8 @@ def split_tasks(config: Config, split: str) -> Sequence[Task]:
     return tasks
 
 
-def _task_check(config: Config) -> TaskCheck:
+def task_check(config: Config) -> TaskCheck:
+    """Return the check of the config's tasks."""
     return TaskCheck(config.environment, config.rollout)
 
 
@@ -107,11 +108,15 @@ def training_tasks(config: Config, assets: ModelAssets) -> tuple[Sequence[Task],
     training tasks first. Raises ConfigError if they do not fit the settings or the model."""
     tasks = open_tasks(config, "train")
     batches_per_epoch(len(tasks), config.rollout.tasks_per_step)
-    e = config.evaluation
-    splits = e.splits if e.before or e.after or e.every else ()
-    sampled = [tasks, *(split_tasks(config, split) for split in splits)]
+    sampled = [tasks, *(split_tasks(config, split) for split in evaluated_splits(config))]
     prompts = [check_episodes(config, assets, each) for each in sampled]
     return tasks, Prompts(max(of.longest for of in prompts), prompts[0].first_P)
+
+
+def evaluated_splits(config: Config) -> tuple[str, ...]:
+    """Return the splits that the run evaluates, if it evaluates at all."""
+    e = config.evaluation
+    return e.splits if e.before or e.after or e.every else ()
 
 
 def check_episodes(config: Config, assets: ModelAssets, tasks: Sequence[Task]) -> Prompts:
@@ -120,16 +125,9 @@ def check_episodes(config: Config, assets: ModelAssets, tasks: Sequence[Task]) -
     Raises ConfigError if the model or the settings leave an episode no room, or if no task opens.
     Otherwise the run would find out only at the batch that draws the task.
     """
-    r, context = config.rollout, assets.config.context_length
-    opened = _task_check(config).opened(assets.chat, tasks)
+    opened = task_check(config).opened(assets.chat, tasks)
     found = opened.found.values()
-    problems = []
-    if r.max_prompt_tokens + r.max_completion_tokens > context:
-        problems.append(
-            f"rollout.max_prompt_tokens ({r.max_prompt_tokens}) + rollout.max_completion_tokens "
-            f"({r.max_completion_tokens}) exceeds the {context} tokens of context of "
-            f"{config.model.source}: lower one of them"
-        )
+    problems = context_problems(config, assets)
     refused = [error for error in found if isinstance(error, PromptError)]
     if refused:
         problems.append(str(max(refused, key=lambda error: error.tokens)))
@@ -141,6 +139,18 @@ def check_episodes(config: Config, assets: ModelAssets, tasks: Sequence[Task]) -
         count = f"{len(failed)} of {len(tasks)} tasks do not open; their groups will be dropped"
         say_aside(f"warning: {failed[0]}; {count}")
     return Prompts(max(tokens for tokens in found if isinstance(tokens, int)), opened.prompt_ids_P)
+
+
+def context_problems(config: Config, assets: ModelAssets) -> list[str]:
+    """Return a line if the longest episode exceeds the model's context."""
+    r, context = config.rollout, assets.config.context_length
+    if r.max_prompt_tokens + r.max_completion_tokens <= context:
+        return []
+    return [
+        f"rollout.max_prompt_tokens ({r.max_prompt_tokens}) + rollout.max_completion_tokens "
+        f"({r.max_completion_tokens}) exceeds the {context} tokens of context of "
+        f"{config.model.source}: lower one of them"
+    ]
 
 
 def restrict_gpus(config: Config) -> None:
