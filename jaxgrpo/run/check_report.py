@@ -62,16 +62,15 @@ def title(console: Console, text: str) -> None:
 
 def _print_split(split: SplitReport, most: int, console: Console) -> None:
     tokens = sorted(split.prompt_tokens)
-    opened = f"{len(tokens)} of {split.tasks} tasks open twice alike"
+    say(console, f"{split.name:8} {split.opened} of {split.tasks} tasks open")
     if not tokens:
-        say(console, f"{split.name:8} 0 of {split.tasks} tasks open")
         return
     high = tokens[min(len(tokens) - 1, int(0.9 * len(tokens)))]
     figures = (
         f"{tokens[0]} to {tokens[-1]} tokens (median {statistics.median(tokens):.0f}, "
         f"90 % up to {high}) of at most {most}"
     )
-    say(console, f"{split.name:8} {opened}\n{'prompts':8} {figures}")
+    say(console, f"{'prompts':8} {figures}")
 
 
 def _print_view(view: TaskView, console: Console) -> None:
@@ -97,7 +96,8 @@ def print_parts(parts: Iterable[tuple[bool, str]], console: Console) -> None:
 
 def print_part(text: str, console: Console, sampled: bool) -> None:
     """Print one text of an episode, each line behind its mark."""
-    shown = Text(printable(text.removesuffix("\n")), style="green" if sampled else "")
+    text = text.removeprefix("\n").removesuffix("\n")  # the mark begins a line of its own
+    shown = Text(printable(text), style="green" if sampled else "")
     shown.highlight_regex(_SPECIAL, "dim cyan")
     shown.highlight_regex(_TAG, "magenta")
     mark = Text("> " if sampled else "| ", style="bold green" if sampled else "dim")
@@ -150,9 +150,9 @@ def print_findings(findings: Sequence[Finding], console: Console) -> None:
             more = f" and {others - _MOST_TASKS} more" if others > _MOST_TASKS else ""
             lines.append(f"also in task {named}{more}")
         for line in lines:
-            console.print(Padding(Text(printable(line)), (0, 0, 0, 4)), highlight=False)
+            console.print(Padding(Text(printable(line)), (0, 0, 0, 4), expand=False), highlight=False)
         if one.trace:
             trace = Text(printable(one.trace), style="dim")
-            console.print(Padding(trace, (0, 0, 0, 4)), highlight=False)
+            console.print(Padding(trace, (0, 0, 0, 4), expand=False), highlight=False)
         advice = Text.assemble(("try: ", "bold"), printable(one.advice))
-        console.print(Padding(advice, (0, 0, 0, 4)), highlight=False)
+        console.print(Padding(advice, (0, 0, 0, 4), expand=False), highlight=False)

@@ -27,10 +27,12 @@ LARGE_REWARD = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class SplitReport:
-    """A split: its number of tasks, and the prompt tokens of each task that opens."""
+    """A split: its number of tasks, how many open, and the tokens of the prompts, also of those
+    that are too long."""
 
     name: str
     tasks: int
+    opened: int
     prompt_tokens: tuple[int, ...]
 
 
@@ -117,9 +119,8 @@ def check_environment(config: Config, assets: ModelAssets, tried: int = TRIED) -
         except ConfigError as error:
             findings.append(_of_refusal(error))
             continue
-        tokens = tuple(each for each in opened.found.values() if isinstance(each, int))
-        splits.append(SplitReport(split, len(tasks), tokens))
-        findings += _of_openings(opened, config)
+        splits.append(_split_report(split, opened))
+        findings += _of_openings(split, opened, config)
         alike = [task for task in tasks if isinstance(opened.found[task.id], int)]
         alike = [task for task in alike if task.id not in opened.differences]
         chosen |= {task.id: task for task in spread(alike, tried)}
@@ -210,7 +211,14 @@ def _of_config(config: Config) -> Iterator[Finding]:
         yield Finding("warning", told, advice)
 
 
-def _of_openings(opened: Opened, config: Config) -> Iterator[Finding]:
+def _split_report(split: str, opened: Opened) -> SplitReport:
+    found = opened.found.values()
+    tokens = [each for each in found if isinstance(each, int)]
+    long = [each.tokens for each in found if isinstance(each, PromptError) and each.tokens]
+    return SplitReport(split, len(found), len(tokens), (*tokens, *long))
+
+
+def _of_openings(split: str, opened: Opened, config: Config) -> Iterator[Finding]:
     total = len(opened.found)
     over = {
         task: error
@@ -218,11 +226,15 @@ def _of_openings(opened: Opened, config: Config) -> Iterator[Finding]:
         if isinstance(error, PromptError) and error.tokens
     }
     if over:
-        longest = max(over.values(), key=lambda error: error.tokens)
+        longest = max(error.tokens for error in over.values())
         most = config.rollout.max_prompt_tokens
-        told = f"{len(over)} of {total} prompts exceed rollout.max_prompt_tokens ({most}); {longest}"
-        advice = f"set rollout.max_prompt_tokens to {longest.tokens} or more, or shorten them"
-        yield Finding("error", told, advice, "observe()", tasks=tuple(over))
+        told = (
+            f"{len(over)} of {total} prompts of {split} exceed rollout.max_prompt_tokens ({most}): "
+            f"the longest has {longest} tokens"
+        )
+        advice = f"set rollout.max_prompt_tokens to {longest} or more, or shorten the prompts"
+        first, *others = over
+        yield Finding("error", told, advice, f"task {first!r}", tasks=(first, *others))
     for task, error in opened.found.items():
         if isinstance(error, FaultyEnvironmentError) and task not in over:
             what = str(error).rpartition(": ")[2].removesuffix(" failed")

@@ -97,10 +97,12 @@ def check_rewards(config: Config) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """The tokens of the longest prompt of some tasks, and the first prompt [P]."""
+    """The tokens of the longest prompt of some tasks, the first prompt [P], and the number of tasks
+    that do not open."""
 
     longest: int
     first_P: np.ndarray
+    failed: int = 0
 
 
 def training_tasks(config: Config, assets: ModelAssets) -> tuple[Sequence[Task], Prompts]:
@@ -110,7 +112,8 @@ def training_tasks(config: Config, assets: ModelAssets) -> tuple[Sequence[Task],
     batches_per_epoch(len(tasks), config.rollout.tasks_per_step)
     sampled = [tasks, *(split_tasks(config, split) for split in evaluated_splits(config))]
     prompts = [check_episodes(config, assets, each) for each in sampled]
-    return tasks, Prompts(max(of.longest for of in prompts), prompts[0].first_P)
+    longest, failed = max(of.longest for of in prompts), sum(of.failed for of in prompts)
+    return tasks, Prompts(longest, prompts[0].first_P, failed)
 
 
 def evaluated_splits(config: Config) -> tuple[str, ...]:
@@ -138,7 +141,8 @@ def check_episodes(config: Config, assets: ModelAssets, tasks: Sequence[Task]) -
     if failed:
         count = f"{len(failed)} of {len(tasks)} tasks do not open; their groups will be dropped"
         say_aside(f"warning: {failed[0]}; {count}")
-    return Prompts(max(tokens for tokens in found if isinstance(tokens, int)), opened.prompt_ids_P)
+    longest = max(tokens for tokens in found if isinstance(tokens, int))
+    return Prompts(longest, opened.prompt_ids_P, len(failed))
 
 
 def context_problems(config: Config, assets: ModelAssets) -> list[str]:
