@@ -94,7 +94,7 @@ def print_parts(parts: Iterable[tuple[bool, str]], console: Console) -> None:
         print_part(text, console, sampled)
 
 
-def print_part(text: str, console: Console, sampled: bool) -> None:
+def print_part(text: str, console: Console, sampled: bool = False) -> None:
     """Print one text of an episode, each line behind its mark."""
     text = text.removeprefix("\n").removesuffix("\n")  # the mark begins a line of its own
     shown = Text(printable(text), style="green" if sampled else "")
