@@ -13,7 +13,7 @@ from typing import Literal
 from jaxgrpo.config.settings import RolloutSettings
 from jaxgrpo.rollout.scripts import DEMONSTRATION
 from jaxgrpo.rollout.tool_schemas import schema_problems, undescribed
-from jaxgrpo.rollout.trial import Played, TaskTrial, answers, demonstrated
+from jaxgrpo.rollout.trial import Played, TaskTrial, answers, demonstrated, method_of
 from jaxgrpo.types import StopReason
 
 Level = Literal["error", "warning"]
@@ -21,8 +21,8 @@ Level = Literal["error", "warning"]
 NEAR = 0.5
 """A call that takes more than this fraction of its deadline is reported."""
 
-_PACKAGE = str(Path(__file__).resolve().parents[1])
-_FRAMES = 5
+_NOT_THEIRS = (f'  File "{Path(__file__).resolve().parents[1]}/', '  File "<')
+_OUTER, _INNER = 2, 3
 _SHOWN = 160
 
 _ADVICE = {
@@ -66,46 +66,46 @@ def merged(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(found.values(), key=lambda one: one.level != "error")
 
 
-def fault(error: str, what: str, during: str, task: str) -> Finding:
+def fault(error: str, what: str, during: str, task: str = "") -> Finding:
     """Return the finding of a failed call `what`. `error` is a FaultyEnvironmentError's record."""
     line, _, trace = error.partition("\n\n")
     told = line.removesuffix(f": {what} failed")
-    method = what.partition("(")[0].partition(" of ")[0]
+    method = method_of(what)
     advice = _ADVICE.get(method, "mend it, and check again")
     if " took longer than the deadline of " in line:
         advice = (
-            "give what it waits for a time limit of its own, or raise "
-            "rollout.step_deadline_seconds"
+            "give what it waits for a time limit of its own, or raise rollout.step_deadline_seconds"
         )
     elif "opens differently" in line:
         advice = (
             "let observe() depend on the task alone: draw random values from its payload or from "
             "random.Random(task.id)"
         )
-    place = re.search(r"\(([^()]*, line \d+, in [^()]*)\)$", told)
+    place = re.search(r"\(([^()]*, line \d+)(, in [^()]*)?\)$", told)
+    kind = told.partition(":")[0] if place and place[2] else ""
     same = place[1] if place else told.replace(repr(task), "")
-    kind = told.partition(":")[0] if place else ""
-    return Finding(
-        "error", told, advice, during or what, short_trace(trace), (task,), f"{method} {kind} {same}"
-    )
+    if not during and what not in told:
+        during = what
+    tasks = (task,) if task else ()
+    trace = short_trace(trace)
+    return Finding("error", told, advice, during, trace, tasks, f"{method} {kind} {same}")
 
 
 def short_trace(trace: str) -> str:
-    """Return a traceback without the frames of this package, and with at most five others."""
-    kept: list[str] = []
-    entry: list[str] = []
-    entries = 0
-    for line in [*trace.splitlines(), ""]:
-        if entry and line.startswith("    "):
-            entry.append(line)
-            continue
-        if entry and f'"{_PACKAGE}/' not in entry[0] and entries < _FRAMES:
-            kept += entry
-            entries += 1
-        entry = [line] if line.startswith('  File "') else []
-        if not entry and line:
-            kept.append(line)
-    return "\n".join(kept)
+    """Return a traceback without the frames of this package and of generated code, and with at most
+    five others, two outer and three inner ones."""
+    entries: list[list[str]] = []
+    for line in trace.splitlines():
+        if entries and entries[-1][0].startswith("  File ") and line.startswith("    "):
+            entries[-1].append(line)
+        else:
+            entries.append([line])
+    kept = [entry for entry in entries if not entry[0].startswith(_NOT_THEIRS)]
+    frames = [entry for entry in kept if entry[0].startswith("  File ")]
+    left_out = frames[_OUTER : len(frames) - _INNER]
+    for entry in left_out:
+        entry[:] = ["  ..."] if entry is left_out[0] else []
+    return "\n".join(line for entry in kept for line in entry)
 
 
 def of_trials(trials: Sequence[TaskTrial], settings: RolloutSettings) -> Iterator[Finding]:
@@ -170,7 +170,9 @@ def _of_demonstration(trial: TaskTrial, settings: RolloutSettings) -> Iterator[F
         yield Finding("warning", told, advice, f"task {task!r}", tasks=(task,), key=limit)
         return
     score = played.trajectory.score
-    notes = "".join(f"; {name}: {_cut(text)}" for name, text in (score.notes if score else {}).items())
+    notes = "".join(
+        f"; {name}: {_cut(text)}" for name, text in (score.notes if score else {}).items()
+    )
     told = f"the demonstration does not pass: reward {played.reward:g}, {reason}{notes}"
     advice = "compare the turns of demonstration() with what score() wants (--play shows both)"
     if played.cut:
@@ -213,7 +215,7 @@ def _of_answers(trial: TaskTrial) -> Iterator[Finding]:
         )
     for played in trial.played:
         after = played.after_the_end
-        if after is not None and not getattr(after, "done", True):
+        if after is not None and not after.done:
             told = "step() after the end goes on with the episode"
             advice = "raise an exception there, or return the same stop reason again"
             during = f"task {task!r}, script '{played.script.name}'"
@@ -294,10 +296,12 @@ def _of_ends(trials: Sequence[TaskTrial], settings: RolloutSettings) -> Iterator
 
 def _of_deadlines(trials: Sequence[TaskTrial], deadline: float) -> Iterator[Finding]:
     calls = [(c, t) for t in trials for p in (*t.played, *t.twins) for c in p.calls if not p.late]
-    slowest = {}
+    slowest: dict[str, tuple[float, str]] = {}
     for call, trial in calls:
         if call.seconds > NEAR * deadline:
-            slowest[call.method] = max(slowest.get(call.method, (0.0, "")), (call.seconds, trial.task.id))
+            slowest[call.method] = max(
+                slowest.get(call.method, (0.0, "")), (call.seconds, trial.task.id)
+            )
     for method, (seconds, task) in slowest.items():
         told = f"{method}() took {seconds:.2g} s of a deadline of {deadline:g} s"
         advice = "raise rollout.step_deadline_seconds: many episodes at once are slower than this"

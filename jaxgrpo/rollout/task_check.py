@@ -25,7 +25,14 @@ from jaxgrpo.rollout.background import (
 )
 from jaxgrpo.rollout.chat import Chat
 from jaxgrpo.rollout.openings import Openings, opens_differently
-from jaxgrpo.rollout.user_code import BrokenContractError, FaultyEnvironmentError, LateError, ask
+from jaxgrpo.rollout.user_code import (
+    BrokenContractError,
+    FaultyEnvironmentError,
+    LateError,
+    ask,
+    async_hint,
+    definition,
+)
 from jaxgrpo.types import Task
 
 T = TypeVar("T")
@@ -96,10 +103,11 @@ class TaskCheck:
             try:
                 opening = await openings.open(task)
                 if twice:
-                    _, again = await openings.begin(task)
+                    made, again = await openings.begin(task)
                     fault = opens_differently(task, opening.observation, again)
                     if fault:
-                        differences[task.id] = fault
+                        place = definition(made.observe)
+                        differences[task.id] = f"{fault}{f' ({place})' if place else ''}"
                 prompt_ids_P = opening.prompt_ids_P
                 found[task.id] = len(prompt_ids_P)
                 if order[task.id] < min(prompts, default=len(tasks)):
@@ -175,7 +183,8 @@ def _tasks(value: object) -> list[Task]:
     tasks = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
     if tasks is None or not all(isinstance(task, Task) for task in tasks):
         given = checked.shown(value)
-        raise BrokenContractError(f"must be a list of jaxgrpo.types.Task, got {given}")
+        hint = async_hint(value)
+        raise BrokenContractError(f"must be a list of jaxgrpo.types.Task, got {given}{hint}")
     for task in tasks:
         checked.record(task, Task, "a task")
     repeated = [name for name, times in Counter(task.id for task in tasks).items() if times > 1]

@@ -53,7 +53,16 @@ class MadeCall:
     @property
     def method(self) -> str:
         """The name of the method, e.g. "step"."""
-        return self.what.partition("(")[0].partition(" of ")[0]
+        return method_of(self.what)
+
+
+def method_of(what: str) -> str:
+    """Return the method in the name of a call.
+
+    >>> method_of("step() of task 'a'"), method_of("the rewards of task 'a'")
+    ('step', 'the rewards')
+    """
+    return what.partition("(")[0].partition(" of ")[0]
 
 
 class WatchedCalls(BlockingCalls):
@@ -116,9 +125,10 @@ class Played:
         return bool(during) and isinstance(during[-1], StepResult) and during[-1].done
 
     @property
-    def after_the_end(self) -> object:
+    def after_the_end(self) -> StepResult | None:
         """What a step after the end returned, None if it was refused or not tried."""
-        return next((c.result for c in self.calls if _afterwards(c)), None)
+        results = (c.result for c in self.calls if _afterwards(c))
+        return next((result for result in results if isinstance(result, StepResult)), None)
 
     @property
     def passed(self) -> bool:
@@ -185,9 +195,8 @@ class Trial:
 
             await all_or_none([run_one(task) for task in tasks])
 
-        with streams_kept(), EventLoopThread() as loop:
-            with contextlib.suppress(_LateTrialError):
-                loop.call(run_all())
+        with streams_kept(), EventLoopThread() as loop, contextlib.suppress(_LateTrialError):
+            loop.call(run_all())
         return [done[task.id] for task in tasks if task.id in done]
 
     async def try_task(self, task: Task) -> TaskTrial:
@@ -216,9 +225,7 @@ class Trial:
             if played[-1].late:
                 return TaskTrial(task, opening, tuple(played), error=error)
         twins = await all_or_none([self.play(task, opening, scripts[0]) for _ in range(2)])
-        return TaskTrial(
-            task, opening, tuple(played), tuple(twins), error, _closable(played)
-        )
+        return TaskTrial(task, opening, tuple(played), tuple(twins), error, _closable(played))
 
     async def play(self, task: Task, opening: Opening, script: Script) -> Played:
         """Play one script, and a step after the end if the environment ended the episode."""

@@ -33,12 +33,12 @@ class FaultyEnvironmentError(Exception):
     """The environment or a reward function raised, exceeded its deadline, or broke its contract.
 
     The message is one line: the exception and its place, then the call. `trace` is the whole
-    traceback, for the records.
+    traceback, for the records, and `what` names the call.
     """
 
-    def __init__(self, line: str, trace: str = ""):
+    def __init__(self, line: str, trace: str = "", what: str = ""):
         super().__init__(line)
-        self.trace = trace
+        self.trace, self.what = trace, what
 
     @property
     def recorded(self) -> str:
@@ -69,9 +69,10 @@ async def ask(
         raise
     except DeadlineError as error:
         place = _place(error.stack)
-        raise LateError(f"{error}{f': it waits at {place}' if place else ''}") from None
+        line = f"{error}{f': it waits at {place}' if place else ''}"
+        raise LateError(line, what=what) from None
     except Exception as error:  # no thread could be started
-        raise FaultyEnvironmentError(f"{_line(error)}: {what} failed") from error
+        raise FaultyEnvironmentError(f"{_line(error)}: {what} failed", what=what) from error
 
 
 def _guarded(what: str, check: Callable[[object], T], function: Callable, args: tuple) -> T:
@@ -79,12 +80,12 @@ def _guarded(what: str, check: Callable[[object], T], function: Callable, args: 
     try:
         return check(function(*args))
     except BrokenContractError as error:
-        place = _definition(function)
+        place = definition(function)
         line = f"{what} {error}{f' ({place})' if place else ''}"
-        raise FaultyEnvironmentError(line) from None
+        raise FaultyEnvironmentError(line, what=what) from None
     except BaseException as error:  # the edge to users' code: SystemExit and KeyboardInterrupt too
         trace = checked.cut(traceback.format_exc(), MAX_TRACE_CHARS)
-        raise FaultyEnvironmentError(f"{described(error)}: {what} failed", trace) from None
+        raise FaultyEnvironmentError(f"{described(error)}: {what} failed", trace, what) from None
 
 
 def returned(kind: type[T]) -> Callable[[object], T]:
@@ -92,10 +93,20 @@ def returned(kind: type[T]) -> Callable[[object], T]:
 
     def check(value: object) -> T:
         if not isinstance(value, kind):
-            raise BrokenContractError(f"returned {type(value).__name__}, not {kind.__name__}")
+            given, hint = type(value).__name__, async_hint(value)
+            raise BrokenContractError(f"returned {given}, not {kind.__name__}{hint}")
         return checked.record(value, kind, kind.__name__)
 
     return check
+
+
+def async_hint(value: object) -> str:
+    """Return a hint if a call returned something to await."""
+    if not inspect.isawaitable(value):
+        return ""
+    if inspect.iscoroutine(value):
+        value.close()  # it will never be awaited
+    return ": write it without async"
 
 
 def playable(value: object) -> Any:
@@ -105,7 +116,8 @@ def playable(value: object) -> Any:
         method = getattr(value, name, None)
         call = f"{name}({', '.join(arguments)})"
         if not callable(method):
-            raise BrokenContractError(f"returned {kind}, which has no method {call}")
+            hint = async_hint(value)
+            raise BrokenContractError(f"returned {kind}, which has no method {call}{hint}")
         if inspect.iscoroutinefunction(method):
             raise BrokenContractError(f"returned {kind}, whose {name} is async: write it without")
         try:
@@ -155,7 +167,7 @@ def _place(stack: Sequence[traceback.FrameSummary]) -> str:
     return f"{own[-1].filename}, line {own[-1].lineno}, in {own[-1].name}" if own else ""
 
 
-def _definition(function: Callable) -> str:
+def definition(function: Callable) -> str:
     """Return where a function is defined."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return f"{code.co_filename}, line {code.co_firstlineno}" if code else ""

@@ -150,12 +150,18 @@ def _print_calls(made: Sequence[ToolCall], console: Console) -> None:
     for call in made:
         result = call.result if len(call.result) <= 200 else f"{call.result[:200]}..."
         style = "" if call.ok else "red"
-        say(console, f"{'ok  ' if call.ok else 'FAIL'} {call.name} {call.arguments}: {result}", style)
+        say(
+            console,
+            f"{'ok  ' if call.ok else 'FAIL'} {call.name} {call.arguments}: {result}",
+            style,
+        )
 
 
 def _print_score(score: Score, console: Console) -> None:
     verdict = "passed" if score.passed else "not passed"
-    say(console, f"reward {score.reward:g}, {verdict}", "bold green" if score.passed else "bold red")
+    say(
+        console, f"reward {score.reward:g}, {verdict}", "bold green" if score.passed else "bold red"
+    )
     for name, part in score.parts.items():
         say(console, f"  {name} {part:g}")
     for name, note in score.notes.items():

@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +14,6 @@ from jaxgrpo.run.environment_check import CallReport, Report, ScriptReport, Spli
 
 _SPECIAL = r"<\|[^|<>\s]+\|>"
 _TAG = r"</?\w+>"
-_MOST_TASKS = 3
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -66,10 +64,12 @@ def _print_split(split: SplitReport, most: int, console: Console) -> None:
     if not tokens:
         return
     high = tokens[min(len(tokens) - 1, int(0.9 * len(tokens)))]
-    figures = (
-        f"{tokens[0]} to {tokens[-1]} tokens (median {statistics.median(tokens):.0f}, "
-        f"90 % up to {high}) of at most {most}"
-    )
+    figures = f"{tokens[0]} tokens each, of at most {most}"
+    if tokens[0] < tokens[-1]:
+        figures = (
+            f"{tokens[0]} to {tokens[-1]} tokens (median {statistics.median(tokens):.0f}, "
+            f"90 % up to {high}) of at most {most}"
+        )
     say(console, f"{'prompts':8} {figures}")
 
 
@@ -142,17 +142,19 @@ def print_findings(findings: Sequence[Finding], console: Console) -> None:
     """Print findings: what is wrong, during what, a short traceback, and what to try."""
     for one in findings:
         style = "bold red" if one.level == "error" else "bold yellow"
-        console.print(Text.assemble((f"\n{one.level}", style), f"  {printable(one.told)}"))
-        lines = [one.during] if one.during else []
-        others = len(one.tasks) - 1
-        if others > 0:
-            named = ", ".join(map(repr, one.tasks[1 : 1 + _MOST_TASKS]))
-            more = f" and {others - _MOST_TASKS} more" if others > _MOST_TASKS else ""
-            lines.append(f"also in task {named}{more}")
-        for line in lines:
-            console.print(Padding(Text(printable(line)), (0, 0, 0, 4), expand=False), highlight=False)
-        if one.trace:
-            trace = Text(printable(one.trace), style="dim")
-            console.print(Padding(trace, (0, 0, 0, 4), expand=False), highlight=False)
+        told = Text.assemble((f"\n{one.level}", style), f"  {printable(one.told)}")
+        console.print(told, highlight=False)
+        _print_indented(Text(printable(one.during)), console)
+        if len(one.tasks) > 1:
+            count = f"{len(one.tasks) - 1} more task{'s' if len(one.tasks) > 2 else ''}"
+            _print_indented(Text(f"also in {count}, such as {one.tasks[1]!r}"), console)
+        _print_indented(Text(printable(one.trace), style="dim"), console)
         advice = Text.assemble(("try: ", "bold"), printable(one.advice))
-        console.print(Padding(advice, (0, 0, 0, 4), expand=False), highlight=False)
+        _print_indented(advice, console)
+
+
+def _print_indented(text: Text, console: Console) -> None:
+    for line in text.split("\n") if text.plain else ():
+        for piece in line.wrap(console, max(20, console.width - 4)):
+            piece.rstrip()
+            console.print(Text("    ") + piece, highlight=False, no_wrap=True, crop=False)

@@ -5,6 +5,8 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from jaxgrpo.config.encoding import decode, encode
 from jaxgrpo.config.settings import Config, ConfigError, refuse
 from jaxgrpo.rewards.base import RewardSettings
@@ -128,7 +130,7 @@ def check_environment(config: Config, assets: ModelAssets, tried: int = TRIED) -
     findings += [*of_trials(trials, config.rollout), *_of_size(trials, config)]
     return Report(
         config.name,
-        f"{type(config.environment).__module__}.{type(config.environment).__qualname__}",
+        type(config.environment).__qualname__,
         config.rollout.max_prompt_tokens,
         config.rollout.step_deadline_seconds,
         tuple(splits),
@@ -188,10 +190,9 @@ def _listed(config: Config, split: str, findings: list[Finding]) -> list[Task]:
 def _of_refusal(error: ConfigError) -> Finding:
     """Return the finding of an error that would end the run before its first batch."""
     cause = error.__cause__
-    trace = cause.recorded if isinstance(cause, FaultyEnvironmentError) else str(error)
-    what = trace.partition("\n")[0].rpartition(": ")[2].removesuffix(" failed")
-    found = fault(trace, what, what, "")
-    return dataclasses.replace(found, tasks=(), during=str(error) if cause is None else what)
+    if isinstance(cause, FaultyEnvironmentError):
+        return fault(cause.recorded, cause.what, "")
+    return Finding("error", str(error), "a run would be refused with this line")
 
 
 def _of_config(config: Config) -> Iterator[Finding]:
@@ -237,10 +238,9 @@ def _of_openings(split: str, opened: Opened, config: Config) -> Iterator[Finding
         yield Finding("error", told, advice, f"task {first!r}", tasks=(first, *others))
     for task, error in opened.found.items():
         if isinstance(error, FaultyEnvironmentError) and task not in over:
-            what = str(error).rpartition(": ")[2].removesuffix(" failed")
-            yield fault(error.recorded, what, f"opening task {task!r}", task)
+            yield fault(error.recorded, error.what, "", task)
     for task, line in opened.differences.items():
-        found = fault(line, f"observe() of task {task!r}", f"opening task {task!r} twice", task)
+        found = fault(line, f"observe() of task {task!r}", "", task)
         yield dataclasses.replace(found, key="opens differently")
 
 
@@ -280,10 +280,10 @@ def _text(opening: Opening, assets: ModelAssets) -> str:
     return decoded(assets, opening.prompt_ids_P)
 
 
-def decoded(assets: ModelAssets, ids: Sequence[int]) -> str:
+def decoded(assets: ModelAssets, ids: np.ndarray) -> str:
     """Return the text of token ids, with special tokens."""
     return assets.tokenizer.decode(
-        [int(token) for token in ids],
+        ids.tolist(),
         skip_special_tokens=False,
         clean_up_tokenization_spaces=False,
     )

@@ -1,0 +1,115 @@
+"""A sound environment, and broken ones that differ from it in one thing, as a user's files."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxgrpo.config.settings import Config
+from tests.byte_chat import byte_tokenizer
+from tests.training import CONFIG_JSON, small_config
+
+SOUND = """\
+import dataclasses, itertools, random, time
+from jaxgrpo.environment import Observation, StepResult
+from jaxgrpo.rewards.base import RewardSettings
+from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall
+from tests.check_environments import config
+
+
+class Sum:
+    def __init__(self, numbers):
+        self.numbers, self.said, self.over = numbers, [], False
+
+    def observe(self):
+        first, second = self.numbers
+        return ask(f"Add {first} and {second}, like this: <say>7</say>")
+
+    def step(self, action):
+        if self.over:
+            raise RuntimeError("the episode is over")
+        self.said.append(action.rpartition("<say>")[2].removesuffix("</say>"))
+        self.over = self.said[-1].isdecimal() or len(self.said) == 3
+        if self.over:
+            return StepResult(stop_reason=StopReason.FINISHED)
+        return StepResult(ask("Write a number."))
+
+    def score(self):
+        passed = self.said[-1:] == [str(sum(self.numbers))]
+        return Score(float(passed), passed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    def tasks(self, split):
+        return [Task(f"{split}_{i}", payload=(i, i + 1)) for i in range(6)]
+
+    def create(self, task):
+        return Sum(task.payload)
+
+    def demonstration(self, task):
+        return (f"<say>{sum(task.payload)}</say>",)
+
+
+def ask(text, **options):
+    return Observation((Message("user", text),), **{"stop_strings": ("</say>",), **options})
+
+
+def tool(name="add", parameters=None, description="Add numbers."):
+    return {"name": name, "description": description, "parameters": parameters or {"type": "object"}}
+
+
+class Broken(Sum):
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite(Sums):
+    def create(self, task):
+        return Broken(task.payload)
+
+
+def get_config():
+    return config(Suite())
+"""
+"""Broken environments replace the part from `class Broken` on."""
+
+_SUITE = SOUND[SOUND.index("@dataclasses.dataclass(frozen=True)\nclass Suite") :]
+
+
+def with_environment(methods: str, suite: str = "") -> str:
+    """Return a file whose environment has other methods, and whose suite may have more."""
+    broken = f"class Broken(Sum):\n{_indented(methods)}\n\n\n{_SUITE}"
+    if suite:
+        broken = broken.replace(
+            "\n\n\ndef get_config", f"\n\n{_indented(suite)}\n\n\ndef get_config"
+        )
+    return SOUND[: SOUND.index("class Broken")] + broken
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" if line else line for line in (text or "pass").splitlines())
+
+
+def line_of(source: str, marked: str) -> int:
+    """Return the number of the last line that holds a text."""
+    return max(i for i, line in enumerate(source.splitlines(), 1) if marked in line)
+
+
+def make_model_files(folder: Path) -> Path:
+    """Return a model's folder without weights."""
+    byte_tokenizer().save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(CONFIG_JSON))
+    return folder
+
+
+def config(suite: Any, **options: Any) -> Config:
+    """The config of a suite. The model is set on the command line."""
+    small = small_config("none")
+    rollout = dataclasses.replace(
+        small.rollout, max_prompt_tokens=256, max_completion_tokens=512, max_turns=4
+    )
+    evaluation = dataclasses.replace(small.evaluation, after=True)
+    return dataclasses.replace(
+        small, environment=suite, rollout=rollout, evaluation=evaluation, **options
+    )
