@@ -1,11 +1,20 @@
 """A sound environment, and broken ones that differ from it in one thing, as a user's files."""
 
+import contextlib
 import dataclasses
+import functools
+import io
 import json
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxgrpo.check import main as check_main
+from jaxgrpo.config.load import load_config
 from jaxgrpo.config.settings import Config
+from jaxgrpo.run.environment_check import Report, check_environment
+from jaxgrpo.run.setup import ModelAssets, open_model_assets
 from tests.byte_chat import byte_tokenizer
 from tests.training import CONFIG_JSON, small_config
 
@@ -96,11 +105,48 @@ def line_of(source: str, marked: str) -> int:
     return max(i for i, line in enumerate(source.splitlines(), 1) if marked in line)
 
 
-def make_model_files(folder: Path) -> Path:
-    """Return a model's folder without weights."""
-    byte_tokenizer().save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(CONFIG_JSON))
+@functools.cache
+def model_files() -> tempfile.TemporaryDirectory:
+    """A model's folder without weights."""
+    folder = tempfile.TemporaryDirectory()
+    byte_tokenizer().save_pretrained(folder.name)
+    (Path(folder.name) / "config.json").write_text(json.dumps(CONFIG_JSON))
     return folder
+
+
+def run(
+    folder: Path,
+    source: str,
+    *options: str,
+    main: Callable[[Sequence[str]], int] = check_main,
+) -> tuple[int, str, str]:
+    """Run a command on the config in a source, which is written to the folder. Return its status,
+    and what it prints to stdout and stderr."""
+    file, out, err = folder / "mine.py", io.StringIO(), io.StringIO()
+    file.write_text(source)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(
+            ["--config", str(file), "--set", f"model.source={model_files().name}", *options]
+        )
+    return status, *(text.getvalue().replace(str(file), "mine.py") for text in (out, err))
+
+
+@functools.cache
+def assets() -> ModelAssets:
+    return open_model_assets(small_config(model_files().name), weights=False)
+
+
+def check(folder: Path, source: str, *settings: str) -> Report:
+    """Check the config in a source, with settings, on two tasks of each split."""
+    file = folder / "mine.py"
+    file.write_text(source)
+    config = load_config(file, (f"model.source={model_files().name}", *settings))
+    return check_environment(config, assets(), 2)
+
+
+def joined(text: str) -> str:
+    """Undo the wrapping of lines."""
+    return " ".join(text.split())
 
 
 def config(suite: Any, **options: Any) -> Config:
