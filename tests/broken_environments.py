@@ -296,9 +296,10 @@ BROKEN = {
 }  # fmt: skip
 """For each broken environment: its file, the level, what is told, and the advice."""
 
-OPTIONS = {
-    "hangs": ("rollout.step_deadline_seconds=0.3"),
-    "hangs at the end": ("rollout.step_deadline_seconds=0.3"),
-    "is slow": ("rollout.step_deadline_seconds=1"),
-    "has rewards that nothing normalizes": ("batching.advantage_normalization=none"),
+SETTINGS = {
+    "hangs": ("rollout.step_deadline_seconds=0.3",),
+    "hangs at the end": ("rollout.step_deadline_seconds=0.3",),
+    "is slow": ("rollout.step_deadline_seconds=1",),
+    "has rewards that nothing normalizes": ("batching.advantage_normalization=none",),
 }
+"""Settings with which an environment is checked, other than those of the file."""

@@ -9,7 +9,7 @@ import pytest
 
 from jaxgrpo.check import main
 from jaxgrpo.config.load import load_config, to_json
-from tests.broken_environments import BROKEN, OPTIONS
+from tests.broken_environments import BROKEN, SETTINGS
 from tests.check_environments import (
     SOUND,
     check,
@@ -34,7 +34,7 @@ def test_a_sound_environment_passes(tmp_path: Path) -> None:
 def test_what_is_broken_is_told(tmp_path: Path, kind: str) -> None:
     source, level, told, advice = BROKEN[kind]
     told = re.sub(r"line \{(.*?)\}", lambda found: f"line {line_of(source, found[1])}", told)
-    report = check(tmp_path, source, *OPTIONS.get(kind, ()))
+    report = check(tmp_path, source, *SETTINGS.get(kind, ()))
     told = told.replace("mine.py", str(tmp_path / "mine.py"))
     fitting = [one for one in report.findings if told in one.told]
     assert fitting, report.findings
