@@ -47,7 +47,7 @@ def play(
 def test_the_person_sees_what_the_model_sees(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    status, out, err = play(tmp_path, monkeypatch, "I think:\n\n<say>9</say> or\nso\n.\n", "test_4")
+    status, out, err = play(tmp_path, monkeypatch, "I think:\n.\n<say>9</say> or\nso\n\n", "test_4")
     assert (status, err) == (0, "")
     assert out == EPISODE
 
@@ -80,7 +80,7 @@ def test_from_a_pipe(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(SOUND)
     command = [sys.executable, "-m", "jaxgrpo.check", "--config", str(tmp_path / "mine.py")]
     command += ["--set", f"model.source={model_files().name}", "--play", "test_4"]
-    typed = "I think:\n\n<say>9</say> or\nso\n.\n"
+    typed = "I think:\n.\n<say>9</say> or\nso\n\n"
     done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (0, EPISODE)
 
