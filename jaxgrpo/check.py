@@ -13,7 +13,7 @@ from rich.console import Console
 from jaxgrpo.config.load import load_config
 from jaxgrpo.config.settings import Config, ConfigError
 from jaxgrpo.interruptions import interruptible, run_program
-from jaxgrpo.rollout.background import streams_kept
+from jaxgrpo.rollout.background import preserve_streams
 from jaxgrpo.run import setup
 from jaxgrpo.run.by_hand import play_by_hand
 from jaxgrpo.run.check_report import as_json, print_report
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(args.config, args.set)
         setup.restrict_gpus(config)
         setup.enable_compilation_cache(config)
-        with interruptible(), streams_kept():
+        with interruptible(), preserve_streams():
             return _check(config, args)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

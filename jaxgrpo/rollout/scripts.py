@@ -80,7 +80,7 @@ def _wrong_arguments(name: str, opening: Observation) -> tuple[str, ...]:
 
 
 def _name(tool: dict[str, Any]) -> str:
-    return tool.get("function", tool)["name"]
+    return str(tool.get("function", tool)["name"])
 
 
 def _native(name: str, arguments: dict[str, object]) -> str:

@@ -19,18 +19,18 @@ from jaxgrpo.rollout.background import (
     BlockingCalls,
     EventLoopThread,
     StuckCallsError,
-    all_or_none,
-    say_aside,
-    streams_kept,
+    gather_or_cancel,
+    preserve_streams,
+    print_to_stderr,
 )
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.openings import Openings, opens_differently
+from jaxgrpo.rollout.openings import Openings, describe_difference
 from jaxgrpo.rollout.user_code import (
     BrokenContractError,
     FaultyEnvironmentError,
     LateError,
-    ask,
     async_hint,
+    call_user_code,
     definition,
 )
 from jaxgrpo.types import Task
@@ -66,14 +66,14 @@ class TaskCheck:
 
     suite: TaskSuite
     settings: RolloutSettings
-    say: Callable[[str], None] = say_aside
+    say: Callable[[str], None] = print_to_stderr
 
-    def listed(self, split: str) -> list[Task]:
+    def list_tasks(self, split: str) -> list[Task]:
         """Return the suite's tasks of a split."""
         calls = BlockingCalls(
             1, LISTING_DEADLINES * self.settings.step_deadline_seconds, _in_silence
         )
-        asked = ask(calls, f"tasks({split!r})", _tasks, self.suite.tasks, split)
+        asked = call_user_code(calls, f"tasks({split!r})", _tasks, self.suite.tasks, split)
         try:
             return self._run(
                 asked, calls, lambda: f"the tasks of the {split} split are being listed"
@@ -86,7 +86,7 @@ class TaskCheck:
                 f"{error}: the environment gives no tasks of the {split} split"
             ) from error
 
-    def opened(self, chat: Chat, tasks: Sequence[Task], twice: bool = False) -> Opened:
+    def open_tasks(self, chat: Chat, tasks: Sequence[Task], twice: bool = False) -> Opened:
         """Open each task once, and the first that opens twice more, because the episodes of a task
         must share their prompt. With `twice`, open every task twice instead, and report which
         openings differ."""
@@ -104,7 +104,7 @@ class TaskCheck:
                 opening = await openings.open(task)
                 if twice:
                     made, again = await openings.begin(task)
-                    fault = opens_differently(task, opening.observation, again)
+                    fault = describe_difference(task, opening.observation, again)
                     if fault:
                         place = definition(made.observe)
                         differences[task.id] = f"{fault}{f' ({place})' if place else ''}"
@@ -119,7 +119,7 @@ class TaskCheck:
                     raise ConfigError(f"{error}; none of {len(tasks)} tasks has opened") from error
 
         async def open_all() -> None:
-            await all_or_none([open_one(task) for task in tasks])
+            await gather_or_cancel([open_one(task) for task in tasks])
             first = next((task for task in tasks if task.id in _that_open(found)), None)
             if first is not None and not twice:
                 await _open_twice(openings, first)
@@ -148,7 +148,7 @@ class TaskCheck:
             finally:
                 task.cancel()
 
-        with streams_kept(), EventLoopThread() as loop:
+        with preserve_streams(), EventLoopThread() as loop:
             try:
                 return loop.call(watched())
             except StuckCallsError as error:
@@ -173,7 +173,7 @@ async def _open_twice(openings: Openings, task: Task) -> None:
     """Raise ConfigError if the task's episodes open differently."""
     with contextlib.suppress(FaultyEnvironmentError):  # it opened before: the rollout will count it
         observations = [(await openings.begin(task))[1] for _ in range(2)]
-        fault = opens_differently(task, *observations)
+        fault = describe_difference(task, *observations)
         if fault:
             raise ConfigError(fault)
 
@@ -182,7 +182,7 @@ def _tasks(value: object) -> list[Task]:
     """Check that a suite lists tasks with different ids."""
     tasks = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
     if tasks is None or not all(isinstance(task, Task) for task in tasks):
-        given = checked.shown(value)
+        given = checked.shorten_value(value)
         hint = async_hint(value)
         raise BrokenContractError(f"must be a list of jaxgrpo.types.Task, got {given}{hint}")
     for task in tasks:

@@ -15,11 +15,11 @@ from jaxgrpo.rollout.background import (
     BlockingCalls,
     DeadlineError,
     EventLoopThread,
-    all_or_none,
-    streams_kept,
+    gather_or_cancel,
+    preserve_streams,
 )
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.episode import EpisodeKey, EpisodePlayer, Limits, SamplingParams
+from jaxgrpo.rollout.episode import EpisodeKey, EpisodeRunner, Limits, SamplingParams
 from jaxgrpo.rollout.openings import Opening
 from jaxgrpo.rollout.scripts import (
     DEMONSTRATION,
@@ -31,8 +31,8 @@ from jaxgrpo.rollout.scripts import (
 from jaxgrpo.rollout.user_code import (
     BrokenContractError,
     FaultyEnvironmentError,
-    ask,
-    returned,
+    call_user_code,
+    record_check,
 )
 from jaxgrpo.types import Task, Trajectory
 
@@ -88,7 +88,7 @@ class WatchedCalls(BlockingCalls):
         return result
 
 
-def _timed(call: MadeCall, function: Callable[..., T], args: tuple) -> T:
+def _timed(call: MadeCall, function: Callable[..., T], args: tuple[object, ...]) -> T:
     """Call the function in its thread, and record the seconds without the wait for the loop."""
     began = time.perf_counter()
     try:
@@ -193,9 +193,9 @@ class Trial:
                 if any(played.late for played in (*trial.played, *trial.twins)):
                     raise _LateTrialError
 
-            await all_or_none([run_one(task) for task in tasks])
+            await gather_or_cancel([run_one(task) for task in tasks])
 
-        with streams_kept(), EventLoopThread() as loop, contextlib.suppress(_LateTrialError):
+        with preserve_streams(), EventLoopThread() as loop, contextlib.suppress(_LateTrialError):
             loop.call(run_all())
         return [done[task.id] for task in tasks if task.id in done]
 
@@ -224,7 +224,7 @@ class Trial:
             played.append(await self.play(task, opening, script))
             if played[-1].late:
                 return TaskTrial(task, opening, tuple(played), error=error)
-        twins = await all_or_none([self.play(task, opening, scripts[0]) for _ in range(2)])
+        twins = await gather_or_cancel([self.play(task, opening, scripts[0]) for _ in range(2)])
         return TaskTrial(task, opening, tuple(played), tuple(twins), error, _closable(played))
 
     async def play(self, task: Task, opening: Opening, script: Script) -> Played:
@@ -232,7 +232,7 @@ class Trial:
         calls = WatchedCalls(self.settings.step_deadline_seconds)
         sampler = ScriptedSampler(script, self.chat, self.tokenizer)
         player = self._player(task, calls, sampler)
-        trajectory = await player.play(task, opening, EpisodeKey(0, "check", task.id, 0))
+        trajectory = await player.run(task, opening, EpisodeKey(0, "check", task.id, 0))
         played = Played(
             task,
             script,
@@ -252,17 +252,17 @@ class Trial:
         environment: Any = next(c.result for c in calls.made if c.method == "create")
         what = f"{AFTER} of task {task.id!r}"
         with contextlib.suppress(FaultyEnvironmentError):  # refused, which is right
-            await ask(calls, what, returned(StepResult), environment.step, "")
+            await call_user_code(calls, what, record_check(StepResult), environment.step, "")
 
     async def _demonstration(self, task: Task, calls: WatchedCalls) -> Script | None:
         if not isinstance(self.suite, DemonstratingSuite):
             return None
         of = f"demonstration() of task {task.id!r}"
-        turns = await ask(calls, of, _turns, self.suite.demonstration, task)
+        turns = await call_user_code(calls, of, _turns, self.suite.demonstration, task)
         return demonstration_script(turns)
 
-    def _player(self, task: Task, calls: WatchedCalls, sampler: Any) -> EpisodePlayer:
-        return EpisodePlayer(
+    def _player(self, task: Task, calls: WatchedCalls, sampler: Any) -> EpisodeRunner:
+        return EpisodeRunner(
             sampler, self.suite, self.chat, self.limits, SamplingParams(), calls, self.rewards
         )
 

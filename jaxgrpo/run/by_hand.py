@@ -10,12 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from jaxgrpo.config.settings import Config, ConfigError, refuse
-from jaxgrpo.rollout.episode import EpisodeKey, EpisodePlayer, Limits, SamplingParams
+from jaxgrpo.config.settings import Config, ConfigError, raise_problems
+from jaxgrpo.rollout.episode import EpisodeKey, EpisodeRunner, Limits, SamplingParams
 from jaxgrpo.rollout.findings import Finding, fault
 from jaxgrpo.rollout.scripts import spoken
 from jaxgrpo.rollout.trial import WatchedCalls
-from jaxgrpo.rollout.user_code import FaultyEnvironmentError, ask, returned
+from jaxgrpo.rollout.user_code import FaultyEnvironmentError, call_user_code, record_check
 from jaxgrpo.run.check_report import print_findings, print_part, say, title
 from jaxgrpo.run.environment_check import decoded
 from jaxgrpo.run.setup import ModelAssets, context_problems, evaluated_splits, open_tasks
@@ -93,7 +93,7 @@ class PersonSampler:
 def play_by_hand(config: Config, assets: ModelAssets, task_id: str, console: Console) -> int:
     """Play an episode of a task, by default the first one, and print its score. Return the exit
     status: 1 if the environment failed. Raises ConfigError for an unknown task."""
-    refuse(context_problems(config, assets))
+    raise_problems(context_problems(config, assets))
     task = _task(config, task_id)
     say(console, f"Task {task.id!r}", "bold")
     loop = asyncio.new_event_loop()  # in this thread, so that Ctrl-C interrupts the reading
@@ -113,13 +113,13 @@ async def _play(
     calls = WatchedCalls(config.rollout.step_deadline_seconds)
     limits = Limits(config.rollout, assets.config.context_length)
     sampler = PersonSampler(assets, console, config.rollout.max_turns)
-    player = EpisodePlayer(
+    player = EpisodeRunner(
         sampler, config.environment, assets.chat, limits, SamplingParams(), calls, config.rewards
     )
     try:
         opening = await player.open(task)
         key = EpisodeKey(config.seed, "by hand", task.id, 0)
-        trajectory = await player.play(task, opening, key)
+        trajectory = await player.run(task, opening, key)
     except InputEndedError:
         return await _leave(task, calls, console)
     except FaultyEnvironmentError as error:
@@ -138,7 +138,7 @@ async def _leave(task: Task, calls: WatchedCalls, console: Console) -> Finding |
     environment: Any = [c.result for c in calls.made if c.method == "create"][-1]
     what = f"score() of task {task.id!r}"
     try:
-        score = await ask(calls, what, returned(Score), environment.score)
+        score = await call_user_code(calls, what, record_check(Score), environment.score)
     except FaultyEnvironmentError as error:
         return fault(error.recorded, what, "", task.id)
     title(console, "The input ended before the episode did. The environment's score so far:")

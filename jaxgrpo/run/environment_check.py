@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jaxgrpo.config.encoding import decode, encode
-from jaxgrpo.config.settings import Config, ConfigError, refuse
+from jaxgrpo.config.settings import Config, ConfigError, raise_problems
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.episode import Limits
 from jaxgrpo.rollout.findings import Finding, fault, merged, of_trials
@@ -110,14 +110,14 @@ def check_environment(config: Config, assets: ModelAssets, tried: int = TRIED) -
 
     Raises ConfigError only if the limits of the config do not fit the model.
     """
-    refuse(context_problems(config, assets))
+    raise_problems(context_problems(config, assets))
     splits: list[SplitReport] = []
     findings = [*_of_config(config)]
     chosen: dict[str, Task] = {}
     for split in dict.fromkeys(("train", *evaluated_splits(config))):
         try:
             tasks = _listed(config, split, findings)
-            opened = task_check(config).opened(assets.chat, tasks, twice=True)
+            opened = task_check(config).open_tasks(assets.chat, tasks, twice=True)
         except ConfigError as error:
             findings.append(_of_refusal(error))
             continue
@@ -168,7 +168,7 @@ def spread(tasks: Sequence[Task], count: int) -> list[Task]:
 
 def _listed(config: Config, split: str, findings: list[Finding]) -> list[Task]:
     """Return the tasks of a split, of the test split those that are evaluated."""
-    tasks, again = (task_check(config).listed(split) for _ in range(2))
+    tasks, again = (task_check(config).list_tasks(split) for _ in range(2))
     if [task.id for task in tasks] != [task.id for task in again]:
         told = f"tasks({split!r}) gives other tasks, or another order, the second time"
         advice = "return them in a fixed order: a resumed run would train on other batches"
@@ -178,7 +178,7 @@ def _listed(config: Config, split: str, findings: list[Finding]) -> list[Task]:
         return tasks
     if not tasks:
         raise ConfigError(f"the {split} split is empty, and evaluation.splits names it")
-    held_in = {task.id for task in task_check(config).listed("train")}
+    held_in = {task.id for task in task_check(config).list_tasks("train")}
     shared = [task.id for task in tasks if task.id in held_in]
     if shared:
         told = f"{len(shared)} of {len(tasks)} tasks of {split} are also in train: {shared[0]!r}"
@@ -282,11 +282,10 @@ def _text(opening: Opening, assets: ModelAssets) -> str:
 
 def decoded(assets: ModelAssets, ids: np.ndarray) -> str:
     """Return the text of token ids, with special tokens."""
-    return assets.tokenizer.decode(
-        ids.tolist(),
-        skip_special_tokens=False,
-        clean_up_tokenization_spaces=False,
+    text: str = assets.tokenizer.decode(
+        ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
+    return text
 
 
 def episode_parts(trajectory: Trajectory, assets: ModelAssets) -> Iterator[tuple[bool, str]]:
