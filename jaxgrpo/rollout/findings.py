@@ -13,7 +13,7 @@ from typing import Literal
 from jaxgrpo.config.settings import RolloutSettings
 from jaxgrpo.rollout.scripts import DEMONSTRATION
 from jaxgrpo.rollout.tool_schemas import schema_problems, undescribed
-from jaxgrpo.rollout.trial import Played, TaskTrial, answers, demonstrated, method_of
+from jaxgrpo.rollout.trial import Played, TaskTrial, answers, demonstrated, first_failed, method_of
 from jaxgrpo.types import StopReason
 
 Level = Literal["error", "warning"]
@@ -127,16 +127,16 @@ def _faults(trial: TaskTrial) -> Iterator[Finding]:
         yield fault(trial.error, f"demonstration() of task {task!r}", "", task)
     for played in (*trial.played, *trial.twins):
         if played.error:
-            what = played.calls[-1].what
+            what = first_failed(played.calls)
             yield fault(played.error, what, _during(played), task)
         elif played.late:
-            told = f"{played.calls[-1].what} took longer than the deadline"
+            told = f"{first_failed(played.calls)} took longer than the deadline"
             yield Finding("error", told, _ADVICE["step"], _during(played), tasks=(task,))
 
 
 def _during(played: Played) -> str:
     """Describe the last call of an episode, and what the policy had said."""
-    said = f"{played.calls[-1].what}, script '{played.script.name}'"
+    said = f"{first_failed(played.calls)}, script '{played.script.name}'"
     texts = played.trajectory.policy_texts if played.trajectory else ()
     if not texts:
         return said

@@ -44,11 +44,12 @@ AT_ONCE = 4
 
 @dataclasses.dataclass
 class MadeCall:
-    """A call into users' code, its seconds, and its result, None if it failed."""
+    """A call into users' code, its seconds, its result, and whether it failed."""
 
     what: str
     seconds: float = 0.0
     result: object = None
+    failed: bool = False
 
     @property
     def method(self) -> str:
@@ -66,7 +67,7 @@ def method_of(what: str) -> str:
 
 
 class WatchedCalls(BlockingCalls):
-    """Calls of one episode, one at a time, recorded in `made`."""
+    """Calls of one episode, one at a time, recorded in `made`. `late`: one exceeded the deadline."""
 
     def __init__(self, deadline_seconds: float):
         super().__init__(1, deadline_seconds, lambda _: None)
@@ -82,10 +83,21 @@ class WatchedCalls(BlockingCalls):
             result = await super().run(functools.partial(_timed, call, function, args), what=what)
         except BaseException as error:
             call.seconds = call.seconds or time.perf_counter() - began
+            call.failed = True
             self.late |= isinstance(error, DeadlineError)
             raise
         call.result = result
         return result
+
+    @property
+    def failed(self) -> str:
+        """The name of the first call that failed, or of the last one."""
+        return first_failed(self.made)
+
+
+def first_failed(calls: Sequence[MadeCall]) -> str:
+    """Return the name of the first call that failed, or of the last one."""
+    return next((call.what for call in calls if call.failed), calls[-1].what)
 
 
 def _timed(call: MadeCall, function: Callable[..., T], args: tuple[object, ...]) -> T:

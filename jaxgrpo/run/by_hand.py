@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
@@ -15,7 +16,7 @@ from jaxgrpo.rollout.episode import EpisodeKey, EpisodeRunner, Limits, SamplingP
 from jaxgrpo.rollout.findings import Finding, fault
 from jaxgrpo.rollout.scripts import spoken
 from jaxgrpo.rollout.trial import WatchedCalls
-from jaxgrpo.rollout.user_code import FaultyEnvironmentError, call_user_code, record_check
+from jaxgrpo.rollout.user_code import FaultyEnvironmentError
 from jaxgrpo.run.check_report import print_findings, print_part, say, title
 from jaxgrpo.run.environment_check import decoded
 from jaxgrpo.run.setup import ModelAssets, context_problems, evaluated_splits, open_tasks
@@ -28,10 +29,6 @@ _HOW = (
 )
 
 
-class InputEndedError(Exception):
-    """The input ended before the episode did."""
-
-
 class PersonSampler:
     """A sampler whose policy is a person. It prints what is new in the context, and reads the turn
     from stdin, a terminal or a pipe."""
@@ -42,9 +39,11 @@ class PersonSampler:
         self._assets, self._console, self._max_turns = assets, console, max_turns
         self._shown = self._turn = 0
         self._said_how = not sys.stdin.isatty()
+        self.input_ended = False
 
     async def generate(self, request: SamplingRequest) -> Generation:
-        """Read a turn. Nothing else runs meanwhile. Raises InputEndedError."""
+        """Read a turn. Nothing else runs meanwhile. If the input has ended, the turn is unfinished,
+        which ends the episode."""
         print_part(decoded(self._assets, request.context_ids[self._shown :]), self._console)
         self._turn += 1
         left = f"turn {self._turn} of at most {self._max_turns}, {request.max_tokens} tokens left"
@@ -53,6 +52,10 @@ class PersonSampler:
             self._console.print(Text(_HOW, style="dim"), highlight=False)
             self._said_how = True
         text = self._read()
+        if self.input_ended:
+            end = np.array([self._assets.chat.end_of_turn_id], np.int32)
+            none = np.zeros(1, np.int32)
+            return Generation(end, none.astype(np.float32), none, FinishReason.LENGTH)
         generation = spoken(self._assets.chat, self._assets.tokenizer, text, request)
         said = decoded(self._assets, generation.token_ids_T)
         if not sys.stdin.isatty():
@@ -65,16 +68,16 @@ class PersonSampler:
         return generation
 
     def _read(self) -> str:
-        """Return the lines up to an empty one, a dot or the end of the input."""
+        """Return the lines up to an empty one, a dot or the end of the input. Set `input_ended` if
+        there are none."""
         lines: list[str] = []
         self._console.file.flush()
         while True:
             try:
                 line = input("> " if sys.stdin.isatty() else "")
             except EOFError:
-                if lines:
-                    return "\n".join(lines)
-                raise InputEndedError from None
+                self.input_ended = not lines
+                return "\n".join(lines)
             if line in ("", "."):
                 return "\n".join(lines)
             lines.append(line)
@@ -120,29 +123,17 @@ async def _play(
         opening = await player.open(task)
         key = EpisodeKey(config.seed, "by hand", task.id, 0)
         trajectory = await player.run(task, opening, key)
-    except InputEndedError:
-        return await _leave(task, calls, console)
     except FaultyEnvironmentError as error:
-        return fault(error.recorded, calls.made[-1].what, "", task.id)
+        return fault(error.recorded, calls.failed, "", task.id)
     if trajectory.error:
-        return fault(trajectory.error, calls.made[-1].what, "", task.id)
-    title(console, f"The episode is over: {trajectory.stop_reason}, {trajectory.turns} turn(s)")
+        return fault(trajectory.error, calls.failed, "", task.id)
+    if sampler.input_ended:
+        title(console, "The input ended before the episode did. The score so far:")
+    else:
+        title(console, f"The episode is over: {trajectory.stop_reason}, {trajectory.turns} turn(s)")
     _print_calls(trajectory.calls, console)
     assert trajectory.score is not None
     _print_score(trajectory.score, console)
-    return None
-
-
-async def _leave(task: Task, calls: WatchedCalls, console: Console) -> Finding | None:
-    """Score an episode that the person left, as if a limit had ended it."""
-    environment: Any = [c.result for c in calls.made if c.method == "create"][-1]
-    what = f"score() of task {task.id!r}"
-    try:
-        score = await call_user_code(calls, what, record_check(Score), environment.score)
-    except FaultyEnvironmentError as error:
-        return fault(error.recorded, what, "", task.id)
-    title(console, "The input ended before the episode did. The environment's score so far:")
-    _print_score(score, console)
     return None
 
 

@@ -56,8 +56,7 @@ def test_leaving_gives_the_score_so_far(tmp_path: Path, monkeypatch: pytest.Monk
     status, out, err = play(tmp_path, monkeypatch, "<say>x</say>\n\n")
     assert (status, err) == (0, "") and out.startswith("Task 'train_0'\n")
     assert out.endswith(
-        "\nThe input ended before the episode did. The environment's score so far:\n"
-        "reward 0, not passed\n"
+        "\nThe input ended before the episode did. The score so far:\nreward 0, not passed\n"
     )
 
 
