@@ -29,6 +29,14 @@ def test_a_sound_environment_passes(tmp_path: Path) -> None:
     assert max(map(len, out.splitlines())) <= 80 and "\x1b" not in out
 
 
+def documented() -> dict[str, tuple[str, re.Pattern[str]]]:
+    """Return the rows of the table in docs/check.md: level and finding by environment."""
+    page = (Path(__file__).parents[1] / "docs" / "check.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| (error|warning) \| `(.*)` \|$", page, re.M)
+    patterns = (re.compile(".*".join(map(re.escape, told.split("...")))) for _, _, told in rows)
+    return {kind: (level, told) for (kind, level, _), told in zip(rows, patterns)}
+
+
 @pytest.mark.parametrize("kind", BROKEN)
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 def test_what_is_broken_is_told(tmp_path: Path, kind: str) -> None:
@@ -40,6 +48,14 @@ def test_what_is_broken_is_told(tmp_path: Path, kind: str) -> None:
     assert fitting, report.findings
     assert fitting[0].level == level and advice in fitting[0].advice
     assert report.errors >= (level == "error")
+    if kind in (rows := documented()):
+        documented_level, pattern = rows[kind]
+        matching = [one.level for one in report.findings if pattern.fullmatch(one.told)]
+        assert matching == [documented_level]
+
+
+def test_the_documented_environments_are_among_them() -> None:
+    assert len(documented()) > 12 and documented().keys() <= BROKEN.keys()
 
 
 def test_the_users_own_error_comes_first_then_the_call_then_a_short_traceback(

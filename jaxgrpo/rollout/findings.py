@@ -131,7 +131,8 @@ def _faults(trial: TaskTrial) -> Iterator[Finding]:
             yield fault(played.error, what, _during(played), task)
         elif played.late:
             told = f"{first_failed(played.calls)} took longer than the deadline"
-            yield Finding("error", told, _ADVICE["step"], _during(played), tasks=(task,))
+            advice = "refuse a step after the end at once, with an exception"
+            yield Finding("error", told, advice, _during(played), tasks=(task,), key="late at last")
 
 
 def _during(played: Played) -> str:
@@ -161,7 +162,8 @@ def _of_demonstration(trial: TaskTrial, settings: RolloutSettings) -> Iterator[F
             yield Finding("warning", told, advice, f"task {task!r}", tasks=(task,), key="more")
         return
     reason, turns = played.trajectory.stop_reason, len(played.script.turns)
-    if reason.overlong or (reason is StopReason.STEP_LIMIT and not played.ended):
+    limited = reason.overlong or (reason is StopReason.STEP_LIMIT and not played.ended)
+    if limited and not played.ran_out:
         limit, most = "rollout.max_completion_tokens", settings.max_completion_tokens
         if reason is StopReason.STEP_LIMIT:
             limit, most = "rollout.max_turns", settings.max_turns
@@ -266,7 +268,7 @@ def _of_twins(trial: TaskTrial) -> Iterator[Finding]:
 def _of_rewards(trials: Sequence[TaskTrial]) -> Iterator[Finding]:
     played = [one for trial in trials for one in trial.played if one.reward is not None]
     rewards = {one.reward for one in played}
-    if len(rewards) == 1 and len(played) > 1:
+    if len(rewards) == 1 and len({one.script.name for one in played}) > 1:
         (reward,) = rewards
         told = f"every scripted episode gets reward {reward:g}, {len(played)} of {len(played)}"
         advice = "give the suite a demonstration(task), or find a reward with --play or --policy"
