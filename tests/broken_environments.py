@@ -22,7 +22,9 @@ BROKEN = {
         "answer a mistake of the policy with an observation",
     ),
     "raises in score": (
-        with_environment("def score(self):\n    return Score([n for n in self.said if n.isdecimal()][0], True)"),
+        with_environment(
+            "def score(self):\n    return Score([n for n in self.said if n.isdecimal()][0], True)"
+        ),
         "error",
         "IndexError: list index out of range (mine.py, line {isdecimal()][0]}, in score)",
         "because a limit may end the episode",
@@ -40,13 +42,19 @@ BROKEN = {
         "",
     ),
     "speaks in an unknown role": (
-        with_environment("def step(self, action):\n    return StepResult(Observation((Message('usr', 'x'),)))"),
+        with_environment(
+            "def step(self, action):\n    return StepResult(Observation((Message('usr', 'x'),)))"
+        ),
         "error",
-        "a message's role must be one of system, user, assistant, tool, got 'usr'; did you mean 'user'?",
+        "a message's role must be one of system, user, assistant, tool, got 'usr'; did you mean "
+        "'user'?",
         "",
     ),
     "speaks as the policy": (
-        with_environment("def step(self, action):\n    return StepResult(Observation((Message('assistant', 'x'),)))"),
+        with_environment(
+            "def step(self, action):\n    return StepResult(Observation((Message('assistant', "
+            "'x'),)))"
+        ),
         "error",
         "spoke as assistant: that is the policy's role",
         "",
@@ -58,7 +66,9 @@ BROKEN = {
         "",
     ),
     "gives tools later": (
-        with_environment("def step(self, action):\n    return StepResult(ask('Add', tools=(tool(),)))"),
+        with_environment(
+            "def step(self, action):\n    return StepResult(ask('Add', tools=(tool(),)))"
+        ),
         "error",
         "gave tools: only the first observation has them",
         "",
@@ -66,14 +76,18 @@ BROKEN = {
     "has an invalid schema": (
         with_environment(
             "def observe(self):\n"
-            "    return ask('Add', tools=(tool(parameters={'type': 'object', 'properties': {'a': {'type': 'str'}}}),))"
+            "    return ask('Add', tools=(tool(parameters={'type': 'object', 'properties': {'a': "
+            "{'type': 'str'}}}),))"
         ),
         "error",
-        "tool 'add': parameters.properties.a: type must be one of array, boolean, integer, null, number, object, string, got 'str'",
+        "tool 'add': parameters.properties.a: type must be one of array, boolean, integer, null, "
+        "number, object, string, got 'str'",
         "JSON Schema",
     ),
     "describes a tool with nothing": (
-        with_environment("def observe(self):\n    return ask('Add', tools=(tool(description=''),))"),
+        with_environment(
+            "def observe(self):\n    return ask('Add', tools=(tool(description=''),))"
+        ),
         "warning",
         "tool 'add' has no description",
         "",
@@ -93,7 +107,8 @@ BROKEN = {
     "hangs": (
         with_environment("def step(self, action):\n    time.sleep(30)"),
         "error",
-        "took longer than the deadline of 0.3 seconds: it waits at mine.py, line {time.sleep}, in step",
+        "took longer than the deadline of 0.3 seconds: it waits at mine.py, line {time.sleep}, "
+        "in step",
         "raise rollout.step_deadline_seconds",
     ),
     "hangs at the end": (
@@ -108,14 +123,18 @@ BROKEN = {
     ),
     "is slow": (
         with_environment(
-            "def score(self):\n    time.sleep(0.6 if self.said == ['1'] else 0)\n    return super().score()"
+            "def score(self):\n    time.sleep(0.6 if self.said == ['1'] else 0)\n    return "
+            "super().score()"
         ),
         "warning",
         " s of a deadline of 1 s",
         "raise rollout.step_deadline_seconds",
     ),
     "never ends": (
-        with_environment("def step(self, action):\n    self.said.append(action)\n    return StepResult(ask('Go on.'))"),
+        with_environment(
+            "def step(self, action):\n    self.said.append(action)\n    return "
+            "StepResult(ask('Go on.'))"
+        ),
         "warning",
         "was ended by the environment: all ran into rollout.max_turns (4)",
         "return StepResult(stop_reason=...)",
@@ -139,20 +158,27 @@ BROKEN = {
         "it waited for more",
     ),
     "demonstrates two turns in one": (
-        with_environment("pass", "def demonstration(self, task):\n    return ('<say>hm</say> <say>1</say>',)"),
+        with_environment(
+            "pass",
+            "def demonstration(self, task):\n    return ('<say>hm</say> <say>1</say>',)",
+        ),
         "error",
         "the demonstration does not pass",
         "a stop string cut the turn '<say>hm</say> <say>1</say>', and ' <say>1</say>' was lost",
     ),
     "demonstrates at length": (
-        with_environment("pass", "def demonstration(self, task):\n    return ('<say>' + 'x' * 600 + '</say>',)"),
+        with_environment(
+            "pass",
+            "def demonstration(self, task):\n    return ('<say>' + 'x' * 600 + '</say>',)",
+        ),
         "warning",
         "the demonstration does not fit rollout.max_completion_tokens (512)",
         "raise rollout.max_completion_tokens",
     ),
     "demonstrates in too many turns": (
         with_environment(
-            "def step(self, action):\n    self.said.append(action)\n    return StepResult(ask('More'))",
+            "def step(self, action):\n    self.said.append(action)\n    return "
+            "StepResult(ask('More'))",
             "def demonstration(self, task):\n    return ('<say>1</say>',) * 5",
         ),
         "warning",
@@ -162,7 +188,8 @@ BROKEN = {
     "raises in demonstration": (
         with_environment("pass", "def demonstration(self, task):\n    return task.payload.turns"),
         "error",
-        "AttributeError: 'tuple' object has no attribute 'turns' (mine.py, line {payload.turns}, in demonstration)",
+        "AttributeError: 'tuple' object has no attribute 'turns' (mine.py, line {payload.turns}, "
+        "in demonstration)",
         "a tuple of str",
     ),
     "demonstrates one text": (
@@ -172,26 +199,35 @@ BROKEN = {
         "",
     ),
     "rewards mistakes more": (
-        with_environment("def score(self):\n    return Score(float(len(self.said)), self.said[-1].isdecimal())"),
+        with_environment(
+            "def score(self):\n    return Score(float(len(self.said)), self.said[-1].isdecimal())"
+        ),
         "warning",
         "a mistake earns more than the demonstration: 3 against 1",
         "let the reward of a solved task be the highest",
     ),
     "passes whatever is done": (
-        with_environment("def score(self):\n    return Score(1.0 + 0.1 * sum(map(str.isdecimal, self.said)), True)"),
+        with_environment(
+            "def score(self):\n    return Score(1.0 + 0.1 * sum(map(str.isdecimal, self.said)), "
+            "True)"
+        ),
         "warning",
         "the script 'immediate end' passes 4 of 4 tasks",
         "a policy would learn to do just this",
     ),
     "has rewards that nothing normalizes": (
-        with_environment("def score(self):\n    return Score(50.0 * super().score().reward, super().score().passed)"),
+        with_environment(
+            "def score(self):\n    return Score(50.0 * super().score().reward, "
+            "super().score().passed)"
+        ),
         "warning",
         "rewards are as large as 50, and nothing normalizes them",
         "batching.advantage_normalization",
     ),
     "shares state among episodes": (
         with_environment(
-            "seen = {}\n\ndef score(self):\n    self.seen[self.numbers] = self.seen.get(self.numbers, 0) + 1\n"
+            "seen = {}\n\ndef score(self):\n    self.seen[self.numbers] = "
+            "self.seen.get(self.numbers, 0) + 1\n"
             "    return Score(1.0 / self.seen[self.numbers], super().score().passed)"
         ),
         "warning",
@@ -201,7 +237,8 @@ BROKEN = {
     "answers by chance": (
         with_environment(
             "def step(self, action):\n    self.said.append(action)\n"
-            "    return StepResult(ask(str(random.random()))) if len(self.said) < 3 else StepResult(stop_reason=StopReason.FINISHED)\n\n"
+            "    return StepResult(ask(str(random.random()))) if len(self.said) < 3 else "
+            "StepResult(stop_reason=StopReason.FINISHED)\n\n"
             "def score(self):\n    return Score(float(len(self.said[0])), True)"
         ),
         "warning",
@@ -209,7 +246,9 @@ BROKEN = {
         "if chance is wanted here, go on",
     ),
     "lists tasks in any order": (
-        with_environment("pass", "def tasks(self, split):\n    return random.sample(super().tasks(split), 6)"),
+        with_environment(
+            "pass", "def tasks(self, split):\n    return random.sample(super().tasks(split), 6)"
+        ),
         "error",
         "tasks('train') gives other tasks, or another order, the second time",
         "in a fixed order",
@@ -223,18 +262,23 @@ BROKEN = {
     "raises in tasks": (
         with_environment("pass", "def tasks(self, split):\n    return open('/no/such/list')"),
         "error",
-        "FileNotFoundError: [Errno 2] No such file or directory: '/no/such/list' (mine.py, line {/no/such/list}, in tasks)",
+        "FileNotFoundError: [Errno 2] No such file or directory: '/no/such/list' (mine.py, line "
+        "{/no/such/list}, in tasks)",
         "return a list of jaxgrpo.types.Task",
     ),
     "forgets the stop strings": (
-        with_environment("def step(self, action):\n    super().step(action)\n    return StepResult(ask('x', stop_strings=()))"),
+        with_environment(
+            "def step(self, action):\n    super().step(action)\n    return StepResult(ask('x', "
+            "stop_strings=()))"
+        ),
         "warning",
         "the opening has stop strings ('</say>',), an observation of step() has none",
         "give every observation the same stop strings",
     ),
     "goes on after the end": (
         with_environment(
-            "def step(self, action):\n    if self.said and self.said[-1].isdecimal():\n        return StepResult(ask('Still here'))\n"
+            "def step(self, action):\n    if self.said and self.said[-1].isdecimal():\n        "
+            "return StepResult(ask('Still here'))\n"
             "    return super().step(action)"
         ),
         "warning",
@@ -275,7 +319,10 @@ BROKEN = {
         "",
     ),
     "observes by a coroutine": (
-        with_environment("def observe(self):\n    async def later():\n        return ask('x')\n    return later()"),
+        with_environment(
+            "def observe(self):\n    async def later():\n        return ask('x')\n    return "
+            "later()"
+        ),
         "error",
         "returned coroutine, not Observation: write it without async",
         "",
@@ -287,7 +334,9 @@ BROKEN = {
         "",
     ),
     "is rewarded by a broken function": (
-        with_environment("pass").replace("config(Suite())", "config(Suite(), rewards=RewardSettings((brevity,)))")
+        with_environment("pass").replace(
+            "config(Suite())", "config(Suite(), rewards=RewardSettings((brevity,)))"
+        )
         + "\n\ndef brevity(trajectory, score):\n    return -1 / len(trajectory.calls)\n",
         "error",
         "ZeroDivisionError: division by zero (mine.py, line {-1 / len}, in brevity)",

@@ -65,7 +65,8 @@ def ask(text, **options):
 
 
 def tool(name="add", parameters=None, description="Add numbers."):
-    return {"name": name, "description": description, "parameters": parameters or {"type": "object"}}
+    parameters = parameters or {"type": "object"}
+    return {"name": name, "description": description, "parameters": parameters}
 
 
 class Broken(Sum):

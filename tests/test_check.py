@@ -81,7 +81,8 @@ def test_the_users_own_error_comes_first_then_the_call_then_a_short_traceback(
 
 def test_each_call_is_timed_and_the_slowest_task_named(tmp_path: Path) -> None:
     source = with_environment(
-        "def score(self):\n    time.sleep(0.05 if self.numbers == (3, 4) else 0)\n    return super().score()"
+        "def score(self):\n    time.sleep(0.05 if self.numbers == (3, 4) else 0)\n    return "
+        "super().score()"
     )
     calls = check(tmp_path, source).calls
     (scores,) = [row for row in calls if row.method == "score"]
@@ -94,8 +95,10 @@ def test_a_task_is_shown_as_the_model_sees_it(tmp_path: Path) -> None:
     source = with_environment("def observe(self):\n    return ask('Add\\x1b[2J', tools=(tool(),))")
     _, out, _ = run(tmp_path, source)
     assert (
-        "51 tokens: 1 tools 10, user 7, the rest is the template's\ntools: add\na turn ends at: '</say>'\n"
-        "| <|im_start|>system\n| Help.\n| Tool: add<|im_end|>\n| <|im_start|>user\n| Add\\x1b[2J<|im_end|>\n"
+        "51 tokens: 1 tools 10, user 7, the rest is the template's\ntools: add\na turn ends at: "
+        "'</say>'\n"
+        "| <|im_start|>system\n| Help.\n| Tool: add<|im_end|>\n| <|im_start|>user\n| "
+        "Add\\x1b[2J<|im_end|>\n"
         "| <|im_start|>assistant\n> <say>1</say>\n"
     ) in out  # fmt: skip
 
@@ -152,7 +155,10 @@ def written(folder: Path) -> Path:
 def test_the_readmes_example_passes(tmp_path: Path) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    code += "\n\nfrom tests.check_environments import config\n\ndef get_config():\n    return config(GuessTheNumber())\n"
+    code += (
+        "\n\nfrom tests.check_environments import config\n\n"
+        "def get_config():\n    return config(GuessTheNumber())\n"
+    )
     status, out, err = run(tmp_path, code)
     assert (status, err) == (0, "") and "train    15 of 15 tasks open" in out and "0 errors" in out
 
@@ -179,9 +185,14 @@ def test_bfcl_passes_in_all_its_forms(
     sizes = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(sizes | {"max_position_embeddings": 65536}))
     environment = {
-        "protocol": protocol, "release": release, "max_turns": 9, "docs": "signatures",
-        "classes": (), "max_calls": 0, "categories": ("base", "miss_func", "miss_param", "long_context"),
-    }  # fmt: skip
+        "protocol": protocol,
+        "release": release,
+        "max_turns": 9,
+        "docs": "signatures",
+        "classes": (),
+        "max_calls": 0,
+        "categories": ("base", "miss_func", "miss_param", "long_context"),
+    }
     settings = {f"environment.{name}": value for name, value in environment.items()}
     settings |= {"rollout.max_prompt_tokens": 24000, "rollout.max_completion_tokens": 40000}
     settings |= {"rollout.max_turns": 100, "model.source": str(model)}

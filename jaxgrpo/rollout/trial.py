@@ -67,7 +67,7 @@ def method_of(what: str) -> str:
 
 
 class WatchedCalls(BlockingCalls):
-    """Calls of one episode, one at a time, recorded in `made`. `late`: one exceeded the deadline."""
+    """The calls of one episode, recorded in `made`. `late`: one exceeded the deadline."""
 
     def __init__(self, deadline_seconds: float):
         super().__init__(1, deadline_seconds, lambda _: None)

@@ -30,8 +30,8 @@ def dry_run(config: Config) -> int:
     Then play scripted episodes on some tasks, and print what they find to stderr. Reads no weights
     and does not need the run's devices.
 
-    Return the exit status: 1 if the environment has errors or tasks that do not open. Raises ConfigError for what would end
-    the run before its first batch.
+    Return the exit status: 1 if the environment has errors or tasks that do not open. Raises
+    ConfigError for what would end the run before its first batch.
     """
     check_rewards(config)
     assets = open_model_assets(config, weights=False)

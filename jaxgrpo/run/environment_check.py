@@ -54,7 +54,7 @@ class TaskView:
 
 @dataclasses.dataclass(frozen=True)
 class ScriptReport:
-    """The episodes of a script: fewest and most turns, lowest and highest reward, how they ended."""
+    """The episodes of a script: their turns and rewards, lowest and highest, and how they ended."""
 
     script: str
     episodes: int

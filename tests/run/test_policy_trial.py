@@ -43,7 +43,9 @@ def test_equal_rewards_are_no_signal(
         f"    def score(self): return Score({passes:d}, {passes})\n\n"
         "@dataclasses.dataclass(frozen=True)\nclass Mine(Letters):\n"
         "    def create(self, task): return Equal(self, task.id, False)\n\n"
-        f"def get_config(): return dataclasses.replace(small_config({str(tmp_path / 'model')!r}), environment=Mine())\n"
+        "def get_config():\n"
+        f"    small = small_config({str(tmp_path / 'model')!r})\n"
+        "    return dataclasses.replace(small, environment=Mine())\n"
     )
     assert main(["--config", str(config), "--policy"]) == 0
     out = joined(capsys.readouterr().out)
