@@ -285,11 +285,11 @@ BROKEN = {
         "step() after the end goes on with the episode",
         "raise an exception there",
     ),
-    "hopes for close()": (
-        with_environment("def close(self):\n    pass"),
-        "warning",
-        "close() is never called",
-        "at the end of score()",
+    "raises in close": (
+        with_environment("def close(self):\n    raise OSError('still busy')"),
+        "error",
+        "OSError: still busy (mine.py, line {still busy}, in close)",
+        "let close() work after any call",
     ),
     "calls without JSON": (
         with_environment(

@@ -131,7 +131,7 @@ def test_too_few_tasks_are_a_finding(tmp_path: Path) -> None:
 
 
 def test_json_has_what_is_printed(tmp_path: Path) -> None:
-    for kind, errors, warnings in (("raises in step", 1, 0), ("hopes for close()", 0, 1)):
+    for kind, errors, warnings in (("raises in step", 1, 0), ("rewards mistakes more", 0, 1)):
         status, out, err = run(tmp_path, BROKEN[kind][0], "--json", "--tasks", "1")
         report = json.loads(out)
         assert (status, err) == (errors, "")

@@ -31,6 +31,7 @@ _ADVICE = {
     "observe": "mend observe(); until it works, the groups of the task are dropped",
     "step": "answer a mistake of the policy with an observation that says what was wrong; raise "
     "only if the environment itself has failed",
+    "close": "let close() work after any call, and however the episode ended",
     "score": "let score() work after any number of turns, because a limit may end the episode",
     "the rewards": "let reward functions work for every episode, also one without a tool call",
     "demonstration": "return the texts of the policy's turns as a tuple of str",
@@ -228,10 +229,6 @@ def _of_answers(trial: TaskTrial) -> Iterator[Finding]:
                 advice = "write them with json.dumps, so that records and the viewer show them"
                 during = f"task {task!r}, script '{played.script.name}'"
                 yield Finding("warning", told, advice, during, tasks=(task,), key="not JSON")
-    if trial.close:
-        told = "close() is never called: an Environment has observe, step and score alone"
-        advice = "free what it holds at the end of score(), or by a finalizer (weakref.finalize)"
-        yield Finding("warning", told, advice, tasks=(task,))
 
 
 def _is_json(text: str) -> bool:

@@ -9,7 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from jaxgrpo.config.settings import RolloutSettings
-from jaxgrpo.environment import DemonstratingSuite, Observation, StepResult, TaskSuite
+from jaxgrpo.environment import (
+    ClosableEnvironment,
+    DemonstratingSuite,
+    Observation,
+    StepResult,
+    TaskSuite,
+)
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.background import (
     BlockingCalls,
@@ -20,7 +26,7 @@ from jaxgrpo.rollout.background import (
 )
 from jaxgrpo.rollout.chat import Chat
 from jaxgrpo.rollout.episode import EpisodeKey, EpisodeRunner, Limits, SamplingParams
-from jaxgrpo.rollout.openings import Opening
+from jaxgrpo.rollout.openings import Opening, Places, places_of
 from jaxgrpo.rollout.scripts import (
     DEMONSTRATION,
     Script,
@@ -170,7 +176,6 @@ class TaskTrial:
     played: tuple[Played, ...]
     twins: tuple[Played, ...] = ()
     error: str = ""
-    close: bool = False
 
 
 class _LateTrialError(Exception):
@@ -197,11 +202,12 @@ class Trial:
         done: dict[str, TaskTrial] = {}
 
         async def run_all() -> None:
-            places = asyncio.Semaphore(min(AT_ONCE, self.settings.environment_threads))
+            at_once = asyncio.Semaphore(min(AT_ONCE, self.settings.environment_threads))
+            places = places_of(self.suite)
 
             async def run_one(task: Task) -> None:
-                async with places:
-                    done[task.id] = trial = await self.try_task(task)
+                async with at_once:
+                    done[task.id] = trial = await self.try_task(task, places)
                 if any(played.late for played in (*trial.played, *trial.twins)):
                     raise _LateTrialError
 
@@ -211,8 +217,9 @@ class Trial:
             loop.call(run_all())
         return [done[task.id] for task in tasks if task.id in done]
 
-    async def try_task(self, task: Task) -> TaskTrial:
-        """Play the demonstration, the mistakes, and one script twice at the same time."""
+    async def try_task(self, task: Task, places: Places) -> TaskTrial:
+        """Play the demonstration, the mistakes, and one script twice at the same time. `places`
+        are those of the suite's open environments."""
         calls = WatchedCalls(self.settings.step_deadline_seconds)
         error, demonstrated = "", None
         try:
@@ -220,7 +227,7 @@ class Trial:
         except FaultyEnvironmentError as faulty:
             error = faulty.recorded
         try:
-            opening = await self._player(task, calls, None).open(task)
+            opening = await self._player(calls, None, places).open(task)
         except FaultyEnvironmentError as faulty:
             failed = Played(
                 task,
@@ -233,17 +240,20 @@ class Trial:
         scripts = [*([demonstrated] if demonstrated else []), *mistakes(opening.observation)]
         played: list[Played] = []
         for script in scripts:
-            played.append(await self.play(task, opening, script))
+            played.append(await self.play(task, opening, script, places))
             if played[-1].late:
                 return TaskTrial(task, opening, tuple(played), error=error)
-        twins = await gather_or_cancel([self.play(task, opening, scripts[0]) for _ in range(2)])
-        return TaskTrial(task, opening, tuple(played), tuple(twins), error, _closable(played))
+        twins = await gather_or_cancel(
+            [self.play(task, opening, scripts[0], places) for _ in range(2)]
+        )
+        return TaskTrial(task, opening, tuple(played), tuple(twins), error)
 
-    async def play(self, task: Task, opening: Opening, script: Script) -> Played:
-        """Play one script, and a step after the end if the environment ended the episode."""
+    async def play(self, task: Task, opening: Opening, script: Script, places: Places) -> Played:
+        """Play one script, and a step after the end if the environment ended the episode and cannot
+        be closed."""
         calls = WatchedCalls(self.settings.step_deadline_seconds)
         sampler = ScriptedSampler(script, self.chat, self.tokenizer)
-        player = self._player(task, calls, sampler)
+        player = self._player(calls, sampler, places)
         trajectory = await player.run(task, opening, EpisodeKey(0, "check", task.id, 0))
         played = Played(
             task,
@@ -255,16 +265,11 @@ class Trial:
             ran_out=sampler.ran_out,
             cut=sampler.cut,
         )
-        if not played.error and played.ended:
-            await self._step_after_the_end(task, calls)
+        environment: Any = next((c.result for c in calls.made if c.method == "create"), None)
+        if not played.error and played.ended and not isinstance(environment, ClosableEnvironment):
+            await _step_after_the_end(task, environment, calls)
             played = dataclasses.replace(played, calls=tuple(calls.made), late=calls.late)
         return played
-
-    async def _step_after_the_end(self, task: Task, calls: WatchedCalls) -> None:
-        environment: Any = next(c.result for c in calls.made if c.method == "create")
-        what = f"{AFTER} of task {task.id!r}"
-        with contextlib.suppress(FaultyEnvironmentError):  # refused, which is right
-            await call_user_code(calls, what, record_check(StepResult), environment.step, "")
 
     async def _demonstration(self, task: Task, calls: WatchedCalls) -> Script | None:
         if not isinstance(self.suite, DemonstratingSuite):
@@ -273,15 +278,23 @@ class Trial:
         turns = await call_user_code(calls, of, _turns, self.suite.demonstration, task)
         return demonstration_script(turns)
 
-    def _player(self, task: Task, calls: WatchedCalls, sampler: Any) -> EpisodeRunner:
+    def _player(self, calls: WatchedCalls, sampler: Any, places: Places) -> EpisodeRunner:
         return EpisodeRunner(
-            sampler, self.suite, self.chat, self.limits, SamplingParams(), calls, self.rewards
+            sampler,
+            self.suite,
+            self.chat,
+            self.limits,
+            SamplingParams(),
+            calls,
+            self.rewards,
+            places,
         )
 
 
-def _closable(played: Sequence[Played]) -> bool:
-    made = [c.result for one in played for c in one.calls if c.method == "create"]
-    return any(callable(getattr(environment, "close", None)) for environment in made)
+async def _step_after_the_end(task: Task, environment: Any, calls: WatchedCalls) -> None:
+    what = f"{AFTER} of task {task.id!r}"
+    with contextlib.suppress(FaultyEnvironmentError):  # refused, which is right
+        await call_user_code(calls, what, record_check(StepResult), environment.step, "")
 
 
 def _turns(value: object) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from jaxgrpo.rollout.trial import WatchedCalls
 from jaxgrpo.rollout.user_code import FaultyEnvironmentError
 from jaxgrpo.run.check_report import print_findings, print_part, say, title
 from jaxgrpo.run.environment_check import decoded
-from jaxgrpo.run.setup import ModelAssets, context_problems, evaluated_splits, open_tasks
+from jaxgrpo.run.setup import ModelAssets, context_problems, evaluated, open_tasks
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplingRequest
 from jaxgrpo.types import Score, Task, ToolCall
 
@@ -162,7 +162,8 @@ def _print_score(score: Score, console: Console) -> None:
 def _task(config: Config, wanted: str) -> Task:
     """Return a task of the train split or of those that are evaluated, by its id."""
     known: dict[str, Task] = {}
-    for split in dict.fromkeys(("train", *evaluated_splits(config))):
+    own = [one.split for one in evaluated(config) if one.config is config]
+    for split in dict.fromkeys(("train", *own)):
         for task in open_tasks(config, split):
             if task.id == wanted or not wanted:
                 return task

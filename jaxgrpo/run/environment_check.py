@@ -17,7 +17,7 @@ from jaxgrpo.rollout.prefetch import batches_per_epoch
 from jaxgrpo.rollout.task_check import Opened
 from jaxgrpo.rollout.trial import Played, TaskTrial, Trial, demonstrated
 from jaxgrpo.rollout.user_code import FaultyEnvironmentError
-from jaxgrpo.run.setup import ModelAssets, context_problems, evaluated_splits, task_check
+from jaxgrpo.run.setup import Evaluated, ModelAssets, context_problems, evaluated, task_check
 from jaxgrpo.types import Task, Trajectory
 
 TRIED = 8
@@ -113,20 +113,23 @@ def check_environment(config: Config, assets: ModelAssets, tried: int = TRIED) -
     raise_problems(context_problems(config, assets))
     splits: list[SplitReport] = []
     findings = [*_of_config(config)]
-    chosen: dict[str, Task] = {}
-    for split in dict.fromkeys(("train", *evaluated_splits(config))):
+    trials: list[TaskTrial] = []
+    tried_already: list[tuple[object, str]] = []
+    for of in (Evaluated("train", "train", config), *evaluated(config)):
         try:
-            tasks = _listed(config, split, findings)
-            opened = task_check(config).open_tasks(assets.chat, tasks, twice=True)
+            tasks = _listed(of, of.config is config, findings)
+            opened = task_check(of.config).open_tasks(assets.chat, tasks, twice=True)
         except ConfigError as error:
             findings.append(_of_refusal(error))
             continue
-        splits.append(_split_report(split, opened))
-        findings += _of_openings(split, opened, config)
+        splits.append(_split_report(of.name, opened))
+        findings += _of_openings(of.name, opened, of.config)
         alike = [task for task in tasks if isinstance(opened.found[task.id], int)]
         alike = [task for task in alike if task.id not in opened.differences]
-        chosen |= {task.id: task for task in spread(alike, tried)}
-    trials = _trial(config, assets, config.rewards).run(list(chosen.values()))
+        suite = of.config.environment
+        fresh = [task for task in spread(alike, tried) if (suite, task.id) not in tried_already]
+        tried_already += [(suite, task.id) for task in fresh]
+        trials += _trial(of.config, assets, of.config.rewards).run(fresh)
     findings += [*of_trials(trials, config.rollout), *_of_size(trials, config)]
     return Report(
         config.name,
@@ -166,20 +169,22 @@ def spread(tasks: Sequence[Task], count: int) -> list[Task]:
     return [tasks[i * len(tasks) // count] for i in range(count)]
 
 
-def _listed(config: Config, split: str, findings: list[Finding]) -> list[Task]:
-    """Return the tasks of a split, of the test split those that are evaluated."""
+def _listed(of: Evaluated, own: bool, findings: list[Finding]) -> list[Task]:
+    """Return the tasks of a split, of one that is evaluated as many as the config says. `own`: the
+    split is one of the environment that is trained on."""
+    config, split = of.config, of.split
     tasks, again = (task_check(config).list_tasks(split) for _ in range(2))
     if [task.id for task in tasks] != [task.id for task in again]:
         told = f"tasks({split!r}) gives other tasks, or another order, the second time"
         advice = "return them in a fixed order: a resumed run would train on other batches"
         findings.append(Finding("error", told, advice))
-    if split == "train":
+    if of.name == split == "train":
         batches_per_epoch(len(tasks), config.rollout.tasks_per_step)
         return tasks
     if not tasks:
-        raise ConfigError(f"the {split} split is empty, and evaluation.splits names it")
-    held_in = {task.id for task in task_check(config).list_tasks("train")}
-    shared = [task.id for task in tasks if task.id in held_in]
+        raise ConfigError(f"the {split} split of {of.name} is empty, and it is to be evaluated")
+    held_in = task_check(config).list_tasks("train") if own and split != "train" else []
+    shared = sorted({task.id for task in tasks} & {task.id for task in held_in})
     if shared:
         told = f"{len(shared)} of {len(tasks)} tasks of {split} are also in train: {shared[0]!r}"
         advice = "keep the tasks of the splits apart, so that the evaluation is held out"

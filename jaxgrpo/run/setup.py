@@ -19,6 +19,7 @@ from jaxgrpo.models.cudnn import choose_kernel
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params, trained_shapes
 from jaxgrpo.paths import cache_root, machine
+from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.background import print_to_stderr
 from jaxgrpo.rollout.chat import Chat
 from jaxgrpo.rollout.episode import SamplingParams
@@ -84,6 +85,33 @@ def split_tasks(config: Config, split: str) -> Sequence[Task]:
     return tasks
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """What is evaluated: a split of the environment of `config`, under a name."""
+
+    name: str
+    split: str
+    config: Config
+
+
+def evaluations(config: Config) -> list[Evaluated]:
+    """Return what the config evaluates: splits of its environment, then its other suites."""
+    own = [Evaluated(split, split, config) for split in config.evaluation.splits]
+    return own + suites(config)
+
+
+def suites(config: Config) -> list[Evaluated]:
+    """Return the other suites that the config evaluates. Their reward is their environments'."""
+    return [
+        Evaluated(
+            suite.name,
+            suite.split,
+            dataclasses.replace(config, environment=suite.environment, rewards=RewardSettings()),
+        )
+        for suite in config.evaluation.suites
+    ]
+
+
 def task_check(config: Config) -> TaskCheck:
     """Return the check of the config's tasks."""
     return TaskCheck(config.environment, config.rollout)
@@ -110,16 +138,17 @@ def training_tasks(config: Config, assets: ModelAssets) -> tuple[Sequence[Task],
     training tasks first. Raises ConfigError if they do not fit the settings or the model."""
     tasks = open_tasks(config, "train")
     batches_per_epoch(len(tasks), config.rollout.tasks_per_step)
-    sampled = [tasks, *(split_tasks(config, split) for split in evaluated_splits(config))]
-    prompts = [check_episodes(config, assets, each) for each in sampled]
+    sampled = [(config, tasks)]
+    sampled += [(one.config, split_tasks(one.config, one.split)) for one in evaluated(config)]
+    prompts = [check_episodes(of, assets, each) for of, each in sampled]
     longest, failed = max(of.longest for of in prompts), sum(of.failed for of in prompts)
     return tasks, Prompts(longest, prompts[0].first_P, failed)
 
 
-def evaluated_splits(config: Config) -> tuple[str, ...]:
-    """Return the splits that the run evaluates, if it evaluates at all."""
+def evaluated(config: Config) -> list[Evaluated]:
+    """Return what the run evaluates, if it evaluates at all."""
     e = config.evaluation
-    return e.splits if e.before or e.after or e.every else ()
+    return evaluations(config) if e.before or e.after or e.every else []
 
 
 def check_episodes(config: Config, assets: ModelAssets, tasks: Sequence[Task]) -> Prompts:
@@ -284,9 +313,13 @@ def initial_params(assets: ModelAssets, dtype: Any) -> Params:
 
 
 def build_rollout(
-    config: Config, assets: ModelAssets, sampler: Sampler, sampling: SamplingParams
+    config: Config,
+    assets: ModelAssets,
+    sampler: Sampler,
+    sampling: SamplingParams,
+    beside: Rollout | None = None,
 ) -> Rollout:
-    """Build the rollout of the config's environment."""
+    """Build the rollout of the config's environment. It may run at the same time as `beside`."""
     return Rollout(
         sampler,
         config.environment,
@@ -295,6 +328,7 @@ def build_rollout(
         config.rollout,
         sampling,
         config.rewards,
+        beside,
     )
 
 
