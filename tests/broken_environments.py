@@ -175,6 +175,15 @@ BROKEN = {
         "the demonstration does not fit rollout.max_completion_tokens (512)",
         "raise rollout.max_completion_tokens",
     ),
+    "passes, but beyond the limit": (
+        with_environment(
+            "def score(self):\n    return Score(1.0 + len(self.said), True)",
+            "def demonstration(self, task):\n    return ('<say>' + 'x' * 600 + '</say>',)",
+        ),
+        "warning",
+        "the demonstration does not fit rollout.max_completion_tokens (512)",
+        "raise rollout.max_completion_tokens",
+    ),
     "demonstrates in too many turns": (
         with_environment(
             "def step(self, action):\n    self.said.append(action)\n    return "

@@ -153,15 +153,6 @@ def _of_demonstration(trial: TaskTrial, settings: RolloutSettings) -> Iterator[F
     played, task = demonstrated(trial), trial.task.id
     if played is None or played.error or played.trajectory is None or played.reward is None:
         return
-    if played.passed:
-        best = max((p.reward or 0.0 for p in trial.played if p is not played), default=0.0)
-        if best > played.reward:
-            told = (
-                f"a mistake earns more than the demonstration: {best:g} against {played.reward:g}"
-            )
-            advice = "let the reward of a solved task be the highest"
-            yield Finding("warning", told, advice, f"task {task!r}", tasks=(task,), key="more")
-        return
     reason, turns = played.trajectory.stop_reason, len(played.script.turns)
     limited = reason.overlong or (reason is StopReason.STEP_LIMIT and not played.ended)
     if limited and not played.ran_out:
@@ -171,6 +162,15 @@ def _of_demonstration(trial: TaskTrial, settings: RolloutSettings) -> Iterator[F
         told = f"the demonstration does not fit {limit} ({most}): {turns} turn(s) in all"
         advice = f"raise {limit}, or leave out tasks that need more"
         yield Finding("warning", told, advice, f"task {task!r}", tasks=(task,), key=limit)
+        return
+    if played.passed:
+        best = max((p.reward or 0.0 for p in trial.played if p is not played), default=0.0)
+        if best > played.reward:
+            told = (
+                f"a mistake earns more than the demonstration: {best:g} against {played.reward:g}"
+            )
+            advice = "let the reward of a solved task be the highest"
+            yield Finding("warning", told, advice, f"task {task!r}", tasks=(task,), key="more")
         return
     score = played.trajectory.score
     notes = "".join(
