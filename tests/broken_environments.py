@@ -87,7 +87,8 @@ BROKEN = {
     "lists properties": (
         with_environment(
             "def observe(self):\n"
-            "    return ask('Add', tools=(tool(parameters={'properties': ['a'], 'minItems': 'x'}),))"
+            "    parameters = {'properties': ['a'], 'minItems': 'x'}\n"
+            "    return ask('Add', tools=(tool(parameters=parameters),))"
         ),
         "error",
         "tool 'add': parameters: properties must be a dict of schemas, got ['a']",
