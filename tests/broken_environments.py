@@ -84,6 +84,16 @@ BROKEN = {
         "number, object, string, got 'str'",
         "JSON Schema",
     ),
+    "lists properties": (
+        with_environment(
+            "def observe(self):\n"
+            "    parameters = {'properties': ['a'], 'minItems': 'x'}\n"
+            "    return ask('Add', tools=(tool(parameters=parameters),))"
+        ),
+        "error",
+        "tool 'add': parameters: properties must be a dict of schemas, got ['a']",
+        "JSON Schema",
+    ),
     "describes a tool with nothing": (
         with_environment(
             "def observe(self):\n    return ask('Add', tools=(tool(description=''),))"

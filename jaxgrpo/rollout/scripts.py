@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxgrpo.environment import Observation
 from jaxgrpo.rollout.chat import Chat
+from jaxgrpo.rollout.tool_schemas import example, schema_problems
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplingRequest
 
 DEMONSTRATION = "demonstration"
@@ -45,10 +46,15 @@ def mistakes(opening: Observation) -> tuple[Script, ...]:
         Script("malformed turn", _malformed(opening)),
         Script("unknown tool", _calls_of(NO_TOOL, opening)),
     ]
-    names = [_name(tool) for tool in opening.tools[:_FEW]]
-    if names:
-        wrong = tuple(turn for name in names for turn in _wrong_arguments(name, opening))
-        scripts.append(Script("wrong arguments", wrong))
+    tools = [tool.get("function", tool) for tool in opening.tools[:_FEW]]
+    if tools:
+        wrong = [turn for tool in tools for turn in _wrong_arguments(tool["name"], opening)]
+        scripts.append(Script("wrong arguments", tuple(wrong)))
+    sound = [tool for tool in tools if not schema_problems(tool)]
+    if sound:
+        arguments = [example(tool.get("parameters", {"type": "object"})) for tool in sound]
+        made_up = [_native(tool["name"], given) for tool, given in zip(sound, arguments)]
+        scripts.append(Script("made-up call", tuple(made_up)))
     return tuple(scripts)
 
 
@@ -79,11 +85,7 @@ def _wrong_arguments(name: str, opening: Observation) -> tuple[str, ...]:
     )
 
 
-def _name(tool: dict[str, Any]) -> str:
-    return str(tool.get("function", tool)["name"])
-
-
-def _native(name: str, arguments: dict[str, object]) -> str:
+def _native(name: str, arguments: object) -> str:
     called = json.dumps({"name": name, "arguments": arguments})
     return f"<tool_call>\n{called}\n</tool_call>"
 

@@ -10,6 +10,7 @@ TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 _SCHEMAS = ("items", "additionalProperties", "not", "if", "then", "else", "contains")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _BY_NAME = ("properties", "$defs", "definitions", "patternProperties")
+_FEW, _SHORT = 8, 100
 _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 
@@ -87,3 +88,30 @@ def _faults_inside(schema: Mapping[str, Any], at: str) -> Iterator[str]:
             continue
         for name, part in named.items():
             yield from _faults(part, f"{at}.{key}.{name}")
+
+
+def example(schema: Any) -> Any:
+    """Return a small value that fits an ordinary schema, of which `schema_problems` finds nothing.
+
+    >>> example({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]})
+    {'n': 1}
+    """
+    if not isinstance(schema, dict):
+        return "a"
+    for key in ("const", "default"):
+        if schema.get(key) is not None:
+            return schema[key]
+    for key in ("enum", "examples", "anyOf", "oneOf"):
+        if isinstance(choices := schema.get(key), list) and choices:
+            return choices[0] if key in ("enum", "examples") else example(choices[0])
+    kind = schema.get("type", "string")
+    kind = kind[0] if isinstance(kind, list) and kind else kind
+    if kind == "object":
+        properties = schema.get("properties", {})
+        return {name: example(properties.get(name)) for name in schema.get("required", ())}
+    if kind == "array":
+        return [example(schema.get("items"))] * min(schema.get("minItems", 1), _FEW)
+    plain = {"boolean": True, "null": None, "number": 1, "integer": 1}
+    if kind in ("number", "integer"):
+        return schema.get("minimum", plain[kind])
+    return plain.get(kind, "a" * min(max(1, schema.get("minLength", 1)), _SHORT))
