@@ -4,7 +4,8 @@ Command    python -m tools.warm_start runs/tiny-sql --config configs/sql.py --un
            python -m jaxgrpo.train --config configs/sql.py --set model.source=runs/tiny-sql
 Hardware   two CPU cores
 Tasks      the 53 training and 17 held-out questions of the first level of envs/sql.py
-Result     RESULT
+Result     held-out questions: 11.8 % [4.8, 26.0] after the warm start, 91.9 % [86.0, 95.5] after
+           48 steps (pass@1, 8 samples per question, one seed; docs/log.md)
 
 The bundled model has never seen SQL and answers none of the questions, so that reinforcement
 learning alone would find no signal. The first command therefore trains it on demonstrations of the
@@ -45,7 +46,7 @@ def get_config() -> Config:
         ),
         loss=LossSettings(kl_beta=0.0),
         optimizer=OptimizerSettings(learning_rate=4e-4, warmup_steps=4, max_grad_norm=1.0),
-        training=TrainingSettings(steps=100, iterations=2, reference_every=None, remat="none"),
+        training=TrainingSettings(steps=48, iterations=2, reference_every=None, remat="none"),
         evaluation=EvaluationSettings(samples=8),
         recording=RecordingSettings(checkpoint_every=None),
     )

@@ -2,11 +2,11 @@
 
 The policy is told the name of an item, but the tools take its code. It must look up the code, for
 some errands also the count in stock, and then order or ship. It uses the `tags` protocol
-(envs/tags.py).
+(jaxgrpo/toolkit/tags.py).
 
-This is the example to copy for your own environment: a suite, and a class with `observe`, `step`
-and `score`. Nothing is registered. Tasks need no download. Prompts have fewer than 200 tokens, so
-that a tiny model can be trained on a CPU and tests run fast.
+The environment is a class with `observe`, `step` and `score`, which words its own errors. With
+`ToolEnvironment`, as in envs/sql.py, an environment is shorter. Tasks need no download. Prompts
+have fewer than 200 tokens, so that a tiny model can be trained on a CPU and tests run fast.
 """
 
 import dataclasses

@@ -39,7 +39,7 @@ REFUSALS = (sqlite3.Error, sqlite3.Warning, ValueError)
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question about a table, the query that answers it, and whether the order of rows matters."""
+    """A question about a table, the query that answers it, and whether rows have an order."""
 
     level: int
     table: str
@@ -50,8 +50,8 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class SqlTask:
-    """The payload of a task: a question, the tables that it names, and the scripts that make the two
-    databases, with the rows that answer it in each."""
+    """The payload of a task: a question, the tables that it names, the scripts that make the two
+    databases, and the rows that answer it in each."""
 
     question: str
     tables: str

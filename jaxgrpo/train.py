@@ -202,8 +202,8 @@ class Training:
             self.loop.call(self.sampler.take_idle_fraction())
 
     def evaluate(self) -> None:
-        """Evaluate all splits and suites of the config. Prefetched rollouts continue meanwhile, under the same
-        weights."""
+        """Evaluate all splits and suites of the config. Prefetched rollouts continue meanwhile,
+        under the same weights."""
         e, step = self.config.evaluation, self.learner.state.step
         sampling = SamplingParams(e.temperature, e.top_p)
         for one in setup.evaluations(self.config):

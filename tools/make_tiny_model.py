@@ -274,8 +274,8 @@ def warm_start(
     episodes: Sequence[tuple[np.ndarray, np.ndarray]],
     args: argparse.Namespace,
 ) -> Params:
-    """Train weights on the demonstrations until their mean probability reaches `args.until`. This is
-    about the fraction of tasks that the model solves."""
+    """Train weights on the demonstrations until their mean probability reaches `args.until`. This
+    is about the fraction of tasks that the model solves."""
     schedule = optax.linear_schedule(0.0, args.learning_rate, 50)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, 0.9, 0.98, weight_decay=0.05)

@@ -91,7 +91,7 @@ class ToolEnvironment(abc.ABC):
 
     Every public method of a derived class is a tool, except those that are defined here. Begin the
     name of any other method with an underscore. Each argument of a tool needs a type; its schema,
-    checks and conversions are pydantic's. Tools may be async, and so may `score`.
+    checks and conversions are pydantic's. All methods of a derived class may be async.
 
     What a tool returns is shown to the policy: a str as it is, anything else as JSON. A tool that
     raises one of `tool_errors` has failed, and the policy sees the message. Any other exception is
@@ -103,7 +103,7 @@ class ToolEnvironment(abc.ABC):
     tools: ClassVar[Sequence[Callable[..., Any]]] = ()
     """Functions that are tools too."""
     protocol: Any = "native"
-    """"native", "tags", or a `ToolProtocol`. A field of this name in a derived class replaces it."""
+    """"native", "tags", or a `ToolProtocol`. A field of a derived class may replace it."""
     instructions: ClassVar[str] = ""
     """Text for the system message, below the instructions of the protocol."""
     limits: ToolLimits = ToolLimits()
@@ -119,9 +119,10 @@ class ToolEnvironment(abc.ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        score = vars(cls).get("score")
-        if inspect.iscoroutinefunction(score):
-            setattr(cls, "score", _blocking(score))  # noqa: B010 - mypy would call it a method
+        for name in ("first_message", "next_message", "score"):
+            method = vars(cls).get(name)
+            if inspect.iscoroutinefunction(method):
+                setattr(cls, name, _blocking(method))
 
     # ---- for the derived class
 
@@ -137,7 +138,7 @@ class ToolEnvironment(abc.ABC):
 
     @abc.abstractmethod
     def score(self) -> Score:
-        """Score the episode. Called once, also if a limit ended it. May be async."""
+        """Score the episode. Called once, also if a limit ended it."""
 
     def close(self) -> None:  # noqa: B027 - most have nothing to release
         """Release what the episode holds, such as a connection. Called once, at its very end."""
@@ -259,8 +260,9 @@ def _blocking(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def tools_of(environment: type[ToolEnvironment]) -> dict[str, Tool]:
-    """Return the tools of a class by name: its public methods in the order of their definition, then its
-    static methods, then its `tools`. Raises TypeError, which names the function, if one cannot be a tool."""
+    """Return the tools of a class by name: its public methods in the order of their definition,
+    then its static methods, then its `tools`. Raises TypeError, which names the function, if one
+    cannot be a tool."""
     methods: dict[str, Any] = {}
     for base in reversed(environment.__mro__):
         if not issubclass(ToolEnvironment, base):  # neither ToolEnvironment nor above it

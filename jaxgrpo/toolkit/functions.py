@@ -179,8 +179,8 @@ def _first_line(error: Exception) -> str:
 def read_docstring(text: str) -> tuple[str, dict[str, str]]:
     """Return the description of a Google-style docstring, and that of each argument.
 
-    >>> read_docstring("Add.\\n\\nArgs:\\n    a: One number,\\n        any.\\n    b (int): Another.")
-    ('Add.', {'a': 'One number, any.', 'b': 'Another.'})
+    >>> read_docstring("Add.\\n\\nArgs:\\n    a: One,\\n        any.\\n    b (int): Another.")
+    ('Add.', {'a': 'One, any.', 'b': 'Another.'})
     """
     lines = inspect.cleandoc(text).splitlines()
     heads = [i for i, line in enumerate(lines) if _SECTION.fullmatch(line)]

@@ -3,8 +3,8 @@
 - `native`: the model's own format. Its chat template gets the tools as JSON schemas. A turn holds
   any number of `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, and a turn without one
   ends the episode. Results are messages of role `tool`. Qwen2.5 is trained on this format.
-- `tags`: plain text that any model can be told about (jaxgrpo/toolkit/tags.py). The tools are in the
-  system message, one line each. The policy says explicitly that it has finished or gives up.
+- `tags`: plain text that any model can be told about (jaxgrpo/toolkit/tags.py). The tools are in
+  the system message, one line each. The policy says explicitly that it has finished or gives up.
 
 Both read JSON strictly and with limits (jaxgrpo/toolkit/calls.py).
 """
@@ -186,9 +186,8 @@ def protocol_of(given: Any) -> ToolProtocol:
     if given not in PROTOCOLS:
         close = difflib.get_close_matches(given, PROTOCOLS, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(
-            f"protocol must be one of {', '.join(PROTOCOLS)}, got {checked.shorten_value(given)}{hint}"
-        )
+        shown = checked.shorten_value(given)
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {shown}{hint}")
     return PROTOCOLS[given]
 
 

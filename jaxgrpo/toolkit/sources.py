@@ -13,11 +13,13 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxgrpo import checked
+from jaxgrpo.paths import absolute
 
 MAX_ROW_CHARS = 10_000_000
 """Most characters of one line of a JSONL file."""
@@ -74,9 +76,12 @@ class Generated(Source):
 @dataclasses.dataclass(frozen=True)
 class JsonLines(Source):
     """A file with one JSON object per line. Empty lines are skipped. A relative path starts at the
-    current folder."""
+    current folder, and is made absolute, because an environment may change that."""
 
     path: str | Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", str(absolute(self.path)))
 
     def rows(self) -> Iterator[tuple[str, Row]]:
         try:
@@ -115,6 +120,11 @@ class HuggingFace(Source):
     split: str = "train"
     name: str | None = None
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        folder = absolute(self.path)
+        if os.path.isdir(folder):
+            object.__setattr__(self, "path", str(folder))
 
     def rows(self) -> Iterator[tuple[str, Row]]:
         for i, item in enumerate(self._load()):

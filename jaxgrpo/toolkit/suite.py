@@ -59,8 +59,11 @@ class Suite:
         if not isinstance(self.splits, Mapping) or not self.splits:
             given = checked.shorten_value(self.splits)
             raise TypeError(f'splits must be a dict such as {{"train": [...]}}, got {given}')
-        for split, given in self.splits.items():
-            _source(given, checked.name(split, "the name of a split"))
+        sources = {
+            checked.name(split, "the name of a split"): _source(given, split)
+            for split, given in self.splits.items()
+        }
+        object.__setattr__(self, "splits", sources)
         if self._has_tools:
             tools_of(self.environment)
         if self.protocol:
@@ -79,7 +82,7 @@ class Suite:
             raise TaskRowError(f"there is no split {split!r}; there are: {', '.join(self.splits)}")
         places: dict[str, str] = {}
         tasks: list[Task] = []
-        for place, row in _source(self.splits[split], split).rows():
+        for place, row in self.splits[split].rows():
             task = self._task(row, place, f"{split}_{len(tasks)}")
             if task.id in places:
                 raise TaskRowError(f"{place}: the id {task.id!r} is that of {places[task.id]} too")

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -208,7 +209,9 @@ def test_the_limits() -> None:
     assert "There were 3 calls, at most 2 are allowed in one turn" in said
     assert call(shop, "put", item="x" * 20) == ("1 xxxxxxxx... (12 characters left out)", True)
     shop.limits = ToolLimits(async_seconds=0.05)
+    start = time.monotonic()
     assert call(shop, "weigh", seconds=60) == ("the call took longer than 0.05 seconds", False)
+    assert time.monotonic() - start < 4
     for wrong in ({"calls_per_turn": 0}, {"calls_per_turn": 201}, {"result_chars": 0}):
         with pytest.raises(ValueError, match="must be"):
             ToolLimits(**wrong)
@@ -290,6 +293,10 @@ def test_async_tools_of_many_episodes_run_at_once() -> None:
 
 def test_an_async_tool_may_fail_and_its_own_timeout_is_its_own() -> None:
     class Slow(Shop):
+        async def first_message(self) -> str:  # type: ignore[override]
+            await asyncio.sleep(0)
+            return "Late."
+
         async def refuse(self) -> str:
             raise ToolError("closed")
 
@@ -298,6 +305,7 @@ def test_an_async_tool_may_fail_and_its_own_timeout_is_its_own() -> None:
                 await asyncio.sleep(60)
             return ""
 
+    assert Slow("").observe().messages[-1] == Message("user", "Late.")
     assert call(Slow(""), "refuse") == ("closed", False)
     with pytest.raises(TimeoutError):
         call(Slow(""), "stuck")
@@ -312,7 +320,8 @@ def test_any_result_is_text() -> None:
 
     given = {name: call(Results(""), "give", what=name) for name in ("none", "bytes", "nan", "set")}
     assert given == {
-        "none": ("null", True), "bytes": ('"_w=="', True), "nan": ("NaN", True), "set": ("[1]", True),
+        "none": ("null", True), "bytes": ('"_w=="', True), "nan": ("NaN", True),
+        "set": ("[1]", True),
     }  # fmt: skip
     assert call(Results(""), "give", what="object") == ('"an opaque thing"', True)
 
@@ -351,7 +360,8 @@ def test_classes_without_tools_or_with_two_of_a_name_are_refused() -> None:
 @pytest.mark.parametrize("protocol", ["tags", "native"])
 def test_no_text_raises(protocol: str) -> None:
     texts = [
-        "", "\ud800", "<tool_call>", "<tool_call>{}</tool_call>", "<tool>[]</tool>", "<tool>[{}]</tool>",
+        "", "\ud800", "<tool_call>", "<tool_call>{}</tool_call>", "<tool>[]</tool>",
+        "<tool>[{}]</tool>",
         '<tool_call>{"name": "put", "arguments": {"item": "\\ud800"}}</tool_call>',
         '<tool_call>{"name": "put", "arguments": {"item": "a", "count": 1e999}}</tool_call>',
         '<tool_call>{"name": "' + "x" * 50_000 + '", "arguments": {}}</tool_call>',

@@ -1,4 +1,4 @@
-"""Check tools made of functions: schemas, descriptions, and errors that the policy can learn from."""
+"""Check tools made of functions: schemas, descriptions, and errors that a policy can learn from."""
 
 import dataclasses
 import enum
@@ -168,6 +168,8 @@ def test_a_function_that_cannot_be_a_tool_is_refused_by_name(function: Any, said
         ("", "", {}),
         ("Do it.", "Do it.", {}),
         ("Do.\n\nArgs:\n  a: One.\n  b: Two:\n    more.", "Do.", {"a": "One.", "b": "Two: more."}),
+        ("Do.\n\nArgs:\n  a: One,\n    that is: 1.", "Do.", {"a": "One, that is: 1."}),
+        ("Do.\n\nArgs:\n  a: One,\n    b: or two.", "Do.", {"a": "One, b: or two."}),
         ("Do.\n\nArgs:\n    a (int, optional): One.\n\nRaises:\n    b: no.", "Do.", {"a": "One."}),
         ("Args:\n    a: One.\nAfter.", "", {"a": "One."}),
         ("Do.\n\nReturns:\n    x: not an argument", "Do.", {}),

@@ -83,6 +83,17 @@ def test_a_function_and_a_file_are_sources_too(tmp_path: Path) -> None:
     assert suite.tasks("many") == suite.tasks("many")
 
 
+def test_a_relative_path_holds_in_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tasks.jsonl").write_text(GOOD)
+    monkeypatch.chdir(tmp_path)
+    suite = Suite(Sums, {"train": "tasks.jsonl", "dev": JsonLines("tasks.jsonl")})
+    monkeypatch.chdir("/")
+    assert [len(suite.tasks(split)) for split in ("train", "dev")] == [1, 1]
+    assert decode(encode(suite)).tasks("train") == suite.tasks("train")
+
+
 def test_a_plain_class_may_take_any_key() -> None:
     class Plain:
         def __init__(self, **row: object):
@@ -168,6 +179,7 @@ def test_a_dataset_without_the_package_says_what_to_install(
         list(HuggingFace("somewhere").rows())
 
 
+@pytest.mark.slow  # where .ci/run installs the package
 def test_datasets_are_read_offline_from_a_folder(tmp_path: Path) -> None:
     """A split alone, a dict of splits, and data files."""
     datasets = pytest.importorskip("datasets")
