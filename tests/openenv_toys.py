@@ -1,4 +1,4 @@
-"""Toy environments on OpenEnv's own base classes, and a server for them. Needs the package openenv."""
+"""Toy environments on OpenEnv's own base classes, and a server for them. Needs openenv."""
 
 import asyncio
 import contextlib
@@ -233,7 +233,7 @@ def application(kind: type, sessions: int = 8) -> Any:
 
 @contextlib.contextmanager
 def serving(app: Any, port: int = 0) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Serve an application on a port, 0 for any; yield its URL and a function that ends the server at once."""
+    """Serve an application on a port, 0 for any. Yield its URL, and a function that ends it."""
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind(("127.0.0.1", port))

@@ -32,6 +32,8 @@ from envs.openenv.sessions import (
 
 T = TypeVar("T")
 
+_UNLIMITED = 1_000_000
+
 
 def check_path(path: str) -> None:
     """Raise ValueError unless a path has the form `package.module:Name`."""
@@ -90,7 +92,7 @@ class InProcess:
 
     def most_sessions(self, wanted: int) -> int:
         if self.environment_class.SUPPORTS_CONCURRENT_SESSIONS:
-            return wanted or 1_000_000
+            return wanted or _UNLIMITED
         if wanted > 1:
             raise OpenEnvError(
                 f"sessions is {wanted}, but {self.path} does not support concurrent sessions "

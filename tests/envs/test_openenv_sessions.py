@@ -98,8 +98,15 @@ def shown(seen: list[Any]) -> list[str]:
 def test_an_action_is_played_as_one_tool(suite_of: Any, way: str) -> None:
     seen, score = play(
         suite_of("Guess", way, train_size=2),  # the number of seed 0 is 13, but 13 is refused
-        "Hm.", guess(0), guess(2, colour="red"), call("guess"), "<tool_call>", guess(2), guess(4), guess(19),
-    )  # fmt: skip
+        "Hm.",
+        guess(0),
+        guess(2, colour="red"),
+        call("guess"),
+        "<tool_call>",
+        guess(2),
+        guess(4),
+        guess(19),
+    )
     opening = seen[0]
     assert opening.messages[1] == Message("user", "hint: From 1 to 20.\nleft: 3")
     assert [tool["function"]["name"] for tool in opening.tools] == ["guess_number"]
@@ -280,6 +287,7 @@ def test_no_more_sessions_are_open_than_are_supported(
     lone = kind == "LoneGuess"
     sessions = 1 if lone else 4
     suite = suite_of(kind, way, sessions, train_size=2, sessions=0 if lone else 4)
+    assert not lone or suite.most_open() == 1  # also by URL, where it is not known
     getattr(toys, kind).most_open = 0
     result = rollout(suite, 2, 2, 2)
     assert [group.rewards_G.tolist() for group in result.groups] == [[-0.75] * 3] * 2
@@ -366,17 +374,35 @@ def test_options_make_the_environment() -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"environment": "no_such_module:X"}, "no_such_module:X cannot be imported: No module named"),
-        ({"environment": "tests.openenv_toys:Missing"}, "cannot be imported: module 'tests.openenv_toys' has no"),
+        (
+            {"environment": "no_such_module:X"},
+            "no_such_module:X cannot be imported: No module named",
+        ),
+        (
+            {"environment": "tests.openenv_toys:Missing"},
+            "cannot be imported: module 'tests.openenv_toys' has no",
+        ),
         ({"environment": "tests.openenv_toys:MODELS"}, "is a dict, not an environment class"),
-        ({"environment": "tests.openenv_toys:LetterAction"}, "is not an OpenEnv environment: LetterAction"),
-        ({"environment": "tests.openenv_toys:Bare"}, "it is not known; set `action` to its import path"),
-        ({"action": "tests.openenv_toys:Guess"}, "'tests.openenv_toys:Guess' is no class of actions"),
+        (
+            {"environment": "tests.openenv_toys:LetterAction"},
+            "is not an OpenEnv environment: LetterAction",
+        ),
+        (
+            {"environment": "tests.openenv_toys:Bare"},
+            "it is not known; set `action` to its import path",
+        ),
+        (
+            {"action": "tests.openenv_toys:Guess"},
+            "'tests.openenv_toys:Guess' is no class of actions",
+        ),
         ({"train": ({"level": 3},)}, "takes no 'level'; it takes seed, episode_id, low"),
-        ({"text_field": "text"}, "text_field is 'text', but the fields of the actions are guess, comment"),
+        (
+            {"text_field": "text"},
+            "text_field is 'text', but the fields of the actions are guess, comment",
+        ),
         ({"text_field": "guess"}, "text_field is 'guess', which is no text"),
     ],
-)  # fmt: skip
+)
 def test_what_the_environment_contradicts_is_told_before_a_run(
     settings: dict[str, Any], told: str
 ) -> None:
@@ -388,9 +414,11 @@ def test_what_the_environment_contradicts_is_told_before_a_run(
 
 def test_the_class_of_actions_can_be_named() -> None:
     suite = OpenEnv(
-        "tests.openenv_toys:Bare", action="tests.openenv_toys:LetterAction", text_field="text",
+        "tests.openenv_toys:Bare",
+        action="tests.openenv_toys:LetterAction",
+        text_field="text",
         train_size=1,
-    )  # fmt: skip
+    )
     assert shown(play(suite, "abc")[0]) == ["finished"]
 
 

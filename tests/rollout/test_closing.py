@@ -1,4 +1,4 @@
-"""Environments are closed once however they end, and no more of them are open than their suite allows."""
+"""Environments are closed once however they end, and their number is limited by their suite."""
 
 import asyncio
 import dataclasses

@@ -109,8 +109,8 @@ def play(suite: Any, task: Any, turns: Sequence[str]) -> tuple[Any, ...]:
     ids=["official", "call_match"],
 )
 def test_bfcl_through_openenv_is_bfcl(serve: Any, suite: Bfcl, passing: int) -> None:
-    """Every task by its ground truth, which passes, by the first turn of it alone, by an end at once,
-    and by nonsense."""
+    """Every task by its ground truth, which passes, by the first turn of it alone, by an end at
+    once, and by nonsense."""
     served = OpenEnv(serve(suite), text_field="text", final_action={"end": True})
     passed = 0
     for split in ("train", "test"):
@@ -164,7 +164,10 @@ def test_a_task_is_chosen_by_id_by_index_or_by_seed(serve: Any, client: Any) -> 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"task_id": "warehouse_tain_1"}, "no task 'warehouse_tain_1'; did you mean 'warehouse_train_1'?"),
+        (
+            {"task_id": "warehouse_tain_1"},
+            "no task 'warehouse_tain_1'; did you mean 'warehouse_train_1'?",
+        ),
         ({"task_id": 5}, "no task '5'"),
         ({"split": "test", "index": 2}, "no index 2: split 'test' has the tasks 0 to 1"),
         ({"index": -1}, "no index -1"),
@@ -172,7 +175,7 @@ def test_a_task_is_chosen_by_id_by_index_or_by_seed(serve: Any, client: Any) -> 
         ({"split": "dev", "index": 0}, "no split 'dev': the splits are train, test"),
         ({"seed": {"a": 1}}, "seed"),
     ],
-)  # fmt: skip
+)
 def test_a_task_that_does_not_exist_is_an_error(
     serve: Any, client: Any, arguments: dict[str, Any], told: str
 ) -> None:
@@ -301,9 +304,18 @@ def test_a_browser_on_another_site_and_a_client_without_the_key_are_refused() ->
 
 def test_the_command_serves_until_it_is_interrupted() -> None:
     command = [
-        sys.executable, "-m", "tools.serve_openenv", "--suite", "envs.procedural:Warehouse",
-        "--set", "environment.train_size=3", "--port", "0", "--splits", "train",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "tools.serve_openenv",
+        "--suite",
+        "envs.procedural:Warehouse",
+        "--set",
+        "environment.train_size=3",
+        "--port",
+        "0",
+        "--splits",
+        "train",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
@@ -330,16 +342,25 @@ def test_the_command_serves_until_it_is_interrupted() -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--suite", "envs.procedural"], "--suite must be like envs.bfcl:Bfcl, got 'envs.procedural'"),
+        (
+            ["--suite", "envs.procedural"],
+            "--suite must be like envs.bfcl:Bfcl, got 'envs.procedural'",
+        ),
         (["--suite", "envs.nothing:X"], "envs.nothing:X cannot be imported"),
         (["--suite", "envs.openenv:OpenEnv"], "cannot be made without settings"),
-        (["--suite", "envs.procedural:Warehouse", "--set", "environment.size=3"], "unknown setting"),
-        (["--suite", "envs.procedural:Warehouse", "--host", "0.0.0.0"], "set JAXGRPO_OPENENV_KEY to a key"),
+        (
+            ["--suite", "envs.procedural:Warehouse", "--set", "environment.size=3"],
+            "unknown setting",
+        ),
+        (
+            ["--suite", "envs.procedural:Warehouse", "--host", "0.0.0.0"],
+            "set JAXGRPO_OPENENV_KEY to a key",
+        ),
         (["--suite", "envs.procedural:Warehouse", "--port", "70000"], "choose another --port"),
         (["--suite", "envs.procedural:Warehouse", "--splits", "dev"], "no split 'dev'"),
         (["--config", "no/such.py"], "no config file no/such.py"),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments_are_refused(
     arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
