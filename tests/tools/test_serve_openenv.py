@@ -174,6 +174,7 @@ def test_a_task_is_chosen_by_id_by_index_or_by_seed(serve: Any, client: Any) -> 
         ({"index": "1"}, "an index must be a whole number, got '1'"),
         ({"split": "dev", "index": 0}, "no split 'dev': the splits are train, test"),
         ({"seed": {"a": 1}}, "seed"),
+        ({"task": 1}, "reset takes seed, episode_id, task_id, split and index, not task"),
     ],
 )
 def test_a_task_that_does_not_exist_is_an_error(
