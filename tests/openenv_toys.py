@@ -127,10 +127,10 @@ class UnseededGuess(Guess):
 
 
 class SlowGuess(Guess):
-    """Takes half a second over the guess 1."""
+    """Takes long over the guess 1."""
 
     def step(self, action: GuessNumberAction, timeout_s: float | None = None, **_: Any) -> Any:
-        time.sleep(0.5 if action.guess == 1 else 0)
+        time.sleep(1.5 if action.guess == 1 else 0)
         return super().step(action)
 
 

@@ -303,7 +303,7 @@ def test_sessions_that_the_environment_does_not_support_are_refused() -> None:
 
 
 def test_a_full_server_is_waited_for_and_then_named(suite_of: Any) -> None:
-    suite = suite_of("Guess", "by URL", 1, train_size=1, timeout_seconds=0.5)
+    suite = suite_of("Guess", "by URL", 1, train_size=1, timeout_seconds=2)
     (task,) = suite.tasks("train")
     first, second, third = (suite.create(task) for _ in range(3))
     first.observe()
@@ -349,7 +349,7 @@ def test_a_step_has_a_time_limit(toys: Any, suite_of: Any, way: str) -> None:
     began = time.monotonic()
     with pytest.raises(OpenEnvError, match=r"step .*took longer than 0.2 seconds"):
         environment.step(guess(1))
-    assert time.monotonic() - began < 0.4
+    assert time.monotonic() - began < 1.2
     environment.close()
     until(lambda: not toys.Guess.open_now)  # once the step has come back
 

@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,14 @@ def client() -> Iterator[Any]:
     yield client
     for one in connected:
         one.close()
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait until something is true."""
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline, "it did not become true"
+        time.sleep(0.01)
 
 
 def play(suite: Any, task: Any, turns: Sequence[str]) -> tuple[Any, ...]:
@@ -244,8 +253,8 @@ def test_a_suite_that_raises_ends_the_episode_but_not_the_session(serve: Any, cl
     assert Broken.closed == 1
     session.reset(index=0)
     session.reset(index=1)  # an episode that is left is closed
-    session.close()
-    assert Broken.closed == 3
+    session.close()  # which does not wait for the server
+    until(lambda: Broken.closed == 3)
 
 
 def test_sessions_play_side_by_side_up_to_the_limit(serve: Any, client: Any) -> None:
