@@ -341,6 +341,18 @@ def test_a_step_that_raises_is_an_error_of_the_environment(suite_of: Any, way: s
     assert all(t.stop_reason is StopReason.ENVIRONMENT_ERROR for t in result.failures)
 
 
+def test_what_a_validator_of_the_environment_refuses(suite_of: Any) -> None:
+    """OpenEnv's server cannot report a ValueError of a validator: docs/openenv.md says so."""
+    seen, _ = play(suite_of("Guess", "in process", train_size=1), guess(13))
+    assert shown(seen) == ["Error: guess: Value error, 13 is unlucky"]
+    suite = suite_of("Guess", "by URL", train_size=1)
+    environment: Any = suite.create(suite.tasks("train")[0])
+    environment.observe()
+    with pytest.raises(OpenEnvError, match=r"Unable to serialize .* \(SESSION_ERROR\)"):
+        environment.step(guess(13))
+    environment.close()
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_step_has_a_time_limit(toys: Any, suite_of: Any, way: str) -> None:
     suite = suite_of("SlowGuess", way, train_size=1, timeout_seconds=0.2)
