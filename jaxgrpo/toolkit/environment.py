@@ -145,9 +145,6 @@ class ToolEnvironment(abc.ABC):
     def score(self) -> Score:
         """Score the episode. Called once, also if a limit ended it."""
 
-    def close(self) -> None:  # noqa: B027 - most have nothing to release
-        """Release what the episode holds, such as a connection. Called once, at its very end."""
-
     def end_episode(self, stop_reason: StopReason = StopReason.FINISHED) -> None:
         """End the episode after the call that is running. FAILED says that it is lost."""
         self._episode.stop_reason = StopReason(stop_reason)
