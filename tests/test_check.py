@@ -163,14 +163,16 @@ def test_the_readmes_example_passes(tmp_path: Path) -> None:
     assert (status, err) == (0, "") and "train    15 of 15 tasks open" in out and "0 errors" in out
 
 
-@pytest.mark.parametrize("name", ["procedural", "cpu_demo"])
+@pytest.mark.parametrize("name", ["procedural", "cpu_demo", "sql"])
 def test_the_shipped_environments_pass(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", f"configs/{name}.py", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["findings"] == []
     demonstrated = report["scripts"][0]
     assert demonstrated["script"] == "demonstration" and demonstrated["rewards"] == [1.0, 1.0]
     assert report["tried"] == demonstrated["episodes"] == 16
+    too_long = demonstrated["ends"].get("token_limit", 0)
+    assert [len(one["tasks"]) for one in report["findings"]] == ([too_long] if too_long else [])
+    assert (too_long > 0) == (name == "sql")  # three of its longest queries
 
 
 @pytest.mark.slow
