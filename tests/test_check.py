@@ -79,6 +79,15 @@ def test_the_users_own_error_comes_first_then_the_call_then_a_short_traceback(
     assert out.endswith("\n1 error, 0 warnings\n")
 
 
+def test_a_fault_in_what_a_step_gave_is_not_laid_to_the_close_after_it(tmp_path: Path) -> None:
+    source = with_environment(
+        "def step(self, action):\n    return StepResult(ask('x', tools=(tool(),)))\n\n"
+        "def close(self):\n    pass"
+    )
+    (found,) = check(tmp_path, source).findings
+    assert found.during.startswith("step() of task 'train_0', script 'demonstration', turn 1: ")
+
+
 def test_each_call_is_timed_and_the_slowest_task_named(tmp_path: Path) -> None:
     source = with_environment(
         "def score(self):\n    time.sleep(0.05 if self.numbers == (3, 4) else 0)\n    return "

@@ -97,13 +97,15 @@ class WatchedCalls(BlockingCalls):
 
     @property
     def failed(self) -> str:
-        """The name of the first call that failed, or of the last one."""
+        """The name of the call at fault, see `first_failed`."""
         return first_failed(self.made)
 
 
 def first_failed(calls: Sequence[MadeCall]) -> str:
-    """Return the name of the first call that failed, or of the last one."""
-    return next((call.what for call in calls if call.failed), calls[-1].what)
+    """Return the name of the first call that failed. If none did, the result of the last one before
+    close() is at fault."""
+    last = [call.what for call in calls if call.method != "close"][-1]
+    return next((call.what for call in calls if call.failed), last)
 
 
 def _timed(call: MadeCall, function: Callable[..., T], args: tuple[object, ...]) -> T:
