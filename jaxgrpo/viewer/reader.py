@@ -17,17 +17,21 @@ from pathlib import Path
 from typing import Any
 
 
-def _fastest() -> Any:
-    """isal's zlib, which inflates three times as fast, where the extra `viewer` has brought it."""
+def _faster(name: str, otherwise: Any) -> Any:
+    """Return a module of the extra `viewer` that does the same in less time, if it is installed."""
     try:
-        return importlib.import_module("isal.isal_zlib")
+        return importlib.import_module(name)
     except ImportError:
-        return zlib
+        return otherwise
 
 
-fast_zlib = _fastest()
+fast_zlib = _faster("isal.isal_zlib", zlib)
+"""It inflates about twice as fast as zlib."""
+fast_json = _faster("orjson", json)
+"""It parses about twice as fast as json, and refuses some lines that json reads."""
 KNOWN_FORMAT = 1
-CHUNK = 1 << 20
+CHUNK = 1 << 17
+"""Bytes that are read at once. Larger blocks leave the processor's cache."""
 UNREADABLE: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, fast_zlib.error)
 """What reading a damaged file raises."""
 _LISTS = b',"prompt_ids":['
@@ -167,12 +171,19 @@ def head(data: bytes) -> tuple[dict[str, Any], int]:
 def parsed(data: bytes) -> dict[str, Any]:
     """A line as an object. Raises ValueError for anything else."""
     try:
-        fields = json.loads(data.decode("utf-8", "replace"))
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        fields = fast_json.loads(data)
+    except (ValueError, RecursionError):  # orjson refuses NaN, half a surrogate pair, wrong UTF-8
+        fields = _leniently(data)
     if not isinstance(fields, dict):
         raise ValueError(f"it is a {type(fields).__name__}, not an object")
     return fields
+
+
+def _leniently(data: bytes) -> Any:
+    try:
+        return json.loads(data.decode("utf-8", "replace"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def number(value: object) -> float | None:
