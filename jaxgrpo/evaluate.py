@@ -1,6 +1,7 @@
 """python -m jaxgrpo.evaluate --config FILE [--checkpoint RUN] [--split test] [--samples K]
 
-Measure the pass rate on a split, with its confidence interval.
+Measure the pass rate on a split, with its confidence interval. With --against, compare it with a
+recorded evaluation on the same tasks. With --recorded, compare two recorded evaluations.
 """
 
 import argparse
@@ -25,6 +26,14 @@ from jaxgrpo.rollout.episode import SamplingParams
 from jaxgrpo.run import records, setup
 from jaxgrpo.run.agreement import agreement_check
 from jaxgrpo.run.command_line import config_parser
+from jaxgrpo.run.comparison import (
+    Outcomes,
+    Source,
+    check_shared,
+    outcomes,
+    read_outcomes,
+    report,
+)
 from jaxgrpo.run.evaluation import Evaluation, Evaluator
 from jaxgrpo.run.folder import held, make_run_folder, run_folder
 from jaxgrpo.run.metrics import Recorder, TerminalView
@@ -38,25 +47,30 @@ from jaxgrpo.storage.checkpoint import read_policy
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What to evaluate: `samples` episodes per task of a split, with the weights of a run's
-    checkpoint at `step` (None: the newest), or without a checkpoint those of the config's model."""
+    checkpoint at `step` (None: the newest), or without a checkpoint those of the config's model.
+    `against` is the recorded evaluation to compare with."""
 
     split: str
     samples: int
     checkpoint: Path | None
     step: int | None
+    against: Outcomes | None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     start = Path.cwd()  # a config file or an environment may change it
-    args = _parser().parse_args(arguments)
+    args = _parse(arguments)
     try:
+        against = _read_against(args, start)
+        if args.recorded:
+            return _compare_recorded(args, start, against)
         config = load_config(args.config, args.set)
         setup.restrict_gpus(config)
         setup.enable_compilation_cache(config)
         checkpoint = args.checkpoint and absolute(args.checkpoint, start)
         samples = config.evaluation.samples if args.samples is None else args.samples
-        request = Request(args.split, samples, checkpoint, args.step)
+        request = Request(args.split, samples, checkpoint, args.step, against)
         _check(request)
         folder = run_folder(args.run_dir, f"{config.name}-eval-{args.split}", start)
         with interruptible(), held(folder):
@@ -73,8 +87,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.config is None and not args.recorded:
+        parser.error("the following arguments are required: --config")
+    return args
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = config_parser("python -m jaxgrpo.evaluate", "evaluation.temperature=0", __doc__)
+    parser = config_parser(
+        "python -m jaxgrpo.evaluate", "evaluation.temperature=0", __doc__, required=False
+    )
     of_checkpoint = "a run's folder (default: evaluate the config's own model)"
     parser.add_argument("--checkpoint", metavar="RUN", help=of_checkpoint)
     of_step = "the step of the run's checkpoint (default: the newest)"
@@ -83,13 +107,47 @@ def _parser() -> argparse.ArgumentParser:
     of_samples = "episodes per task (default: the config's evaluation.samples)"
     parser.add_argument("--samples", type=int, help=of_samples)
     parser.add_argument("--run-dir", help="folder to record in (default: runs/NAME-eval-SPLIT)")
+    of_against = "compare with the evaluation that is recorded in this run or evaluation"
+    parser.add_argument("--against", metavar="FOLDER", help=of_against)
+    of_against_step = "the step of that evaluation (default: the only one)"
+    parser.add_argument("--against-step", type=int, metavar="STEP", help=of_against_step)
+    of_recorded = "read the checkpoint's evaluation from its run too, and sample nothing"
+    parser.add_argument("--recorded", action="store_true", help=of_recorded)
     return parser
+
+
+def _read_against(args: argparse.Namespace, start: Path) -> Outcomes | None:
+    """Return the recorded evaluation to compare with. Raises ConfigError."""
+    problems = []
+    if args.against is None and args.against_step is not None:
+        problems.append("--against-step names an evaluation of a folder: give it with --against")
+    if args.recorded and (args.against is None or args.checkpoint is None):
+        problems.append("--recorded compares two folders: give --checkpoint and --against")
+    if args.recorded and args.samples is not None:
+        problems.append("--recorded samples nothing: leave out --samples")
+    if args.split not in SPLITS:
+        problems.append(f"--split must be {' or '.join(SPLITS)}, got {args.split!r}")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    if args.against is None:
+        return None
+    folder = absolute(args.against, start)
+    return read_outcomes(
+        Source(folder, args.against_step, "--against", "--against-step"), args.split
+    )
+
+
+def _compare_recorded(args: argparse.Namespace, start: Path, against: Outcomes | None) -> int:
+    assert against is not None
+    folder = absolute(args.checkpoint, start)
+    ours = read_outcomes(Source(folder, args.step, "--checkpoint", "--step"), args.split)
+    print(ours.name)
+    print(*report(against, ours), sep="\n")
+    return 0
 
 
 def _check(request: Request) -> None:
     problems = []
-    if request.split not in SPLITS:
-        problems.append(f"--split must be {' or '.join(SPLITS)}, got {request.split!r}")
     if not 1 <= request.samples < 2**31:
         problems.append(f"--samples must be from 1 to {2**31 - 1}, got {request.samples}")
     if request.step is not None and request.checkpoint is None:
@@ -105,6 +163,8 @@ def _evaluate(config: Config, request: Request, folder: Path) -> None:
     setup.check_rewards(config)
     assets = setup.open_model_assets(config)
     tasks = setup.split_tasks(config, request.split)
+    if request.against is not None:
+        check_shared(request.against, [task.id for task in tasks], request.split)
     prompts = setup.check_episodes(config, assets, tasks)
     params, step = _read_weights(config, assets, request)
     make_run_folder(folder)
@@ -123,7 +183,7 @@ def _evaluate(config: Config, request: Request, folder: Path) -> None:
     recorder = Recorder(folder, tensorboard=False, wandb_project=None, name=config.name)
     recorder.record(step, outcome.metrics | check)
     recorder.close()
-    _report(outcome, request.split, step, folder)
+    _report(outcome, request, step, folder)
 
 
 def _read_weights(
@@ -161,14 +221,18 @@ def _check_sampler(
     return check.run(loop, sampler, stored, weights.version)
 
 
-def _report(outcome: Evaluation, split: str, step: int, folder: Path) -> None:
-    """Write the episodes, and print the metrics."""
+def _report(outcome: Evaluation, request: Request, step: int, folder: Path) -> None:
+    """Write the episodes, and print the metrics and the comparison."""
+    split = request.split
     path = folder / "trajectories" / f"eval-{split}-{step:06d}.jsonl.gz"
     for fault in records.write(path, outcome.result, f"eval-{split}", step):
         print(fault, file=sys.stderr)
     for key, value in outcome.metrics.items():
         print(f"{key:40} {value:.4f}" if isinstance(value, float) else f"{key:40} {value}")
     print(outcome.headline)
+    if request.against is not None:
+        played = (t for group in outcome.result.groups for t in group.trajectories)
+        print(*report(request.against, outcomes("this evaluation", played)), sep="\n")
     print(f"recorded in {folder}")
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from jaxgrpo.run.paired import paired
 from jaxgrpo.viewer import charts, curves, one, pages, queries
 from jaxgrpo.viewer.failures import KINDS
 from jaxgrpo.viewer.filters import Filter
-from jaxgrpo.viewer.paired import paired
 from jaxgrpo.viewer.runs import Run
 from jaxgrpo.viewer.site import HERE, NotFoundError, Site
 
@@ -246,8 +246,8 @@ def _changed(run: Run) -> list[str]:
             several, key=lambda name: (name.startswith("eval-train"), name.startswith("eval"))
         )
         result = paired(
-            queries.evaluation(db, split, splits[split][0]),
-            queries.evaluation(db, split, splits[split][-1]),
+            queries.tallies(queries.evaluation(db, split, splits[split][0])),
+            queries.tallies(queries.evaluation(db, split, splits[split][-1])),
         )
     return [] if result is None else [*result.gained[:GAINED], *result.lost[:LOST]]
 

@@ -4,11 +4,11 @@ takes the query of its address."""
 import sqlite3
 from collections.abc import Mapping
 
+from jaxgrpo.run.paired import paired
 from jaxgrpo.viewer import curves, heatmap, queries
 from jaxgrpo.viewer.charts import Chart, Curve
 from jaxgrpo.viewer.failures import KINDS
 from jaxgrpo.viewer.filters import SORTS, Filter
-from jaxgrpo.viewer.paired import paired
 from jaxgrpo.viewer.reader import number
 from jaxgrpo.viewer.runs import Run
 from jaxgrpo.viewer.site import NotFoundError, Site
@@ -185,7 +185,7 @@ def compare(site: Site, query: Query) -> str:
         for name, split, step in sides.values():
             db = opened[[run.name for run in site.runs].index(name)]
             found.append(queries.evaluation(db, split, step))
-    result = paired(*found)
+    result = paired(*map(queries.tallies, found))
     shown = {
         "a": sides["a"],
         "b": sides["b"],
