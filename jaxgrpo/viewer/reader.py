@@ -103,13 +103,14 @@ class Store:
         self._most, self._lock = most, threading.Lock()
         self._texts: OrderedDict[tuple[Path, int, int], bytes] = OrderedDict()
 
-    def line(self, path: Path, offset: int, length: int) -> bytes:
-        """The bytes of a line. Raises LookupError where the file no longer holds them."""
+    def line(self, path: Path, offset: int, length: int, ahead: bool = True) -> bytes:
+        """The bytes of a line; a gzipped file is read further, `ahead`, for the lines after it.
+        Raises LookupError where the file no longer holds them."""
         try:
             data = (
                 self._plain(path, offset, length)
                 if path.suffix != ".gz"
-                else self._gzipped(path, offset, length)
+                else self._gzipped(path, offset, length, ahead)
             )
         except UNREADABLE as error:
             raise LookupError(f"{path.name} cannot be read: {error}") from error
@@ -122,7 +123,7 @@ class Store:
             file.seek(offset)
             return file.read(length)
 
-    def _gzipped(self, path: Path, offset: int, length: int) -> bytes:
+    def _gzipped(self, path: Path, offset: int, length: int, ahead: bool) -> bytes:
         found = path.stat()
         key = (path, found.st_size, found.st_mtime_ns)
         with self._lock:
@@ -134,7 +135,7 @@ class Store:
         try:
             for block in inflated(path):
                 kept += block
-                if len(kept) >= max(self._most, offset + length):
+                if len(kept) >= max(self._most if ahead else 0, offset + length):
                     break
         except UNREADABLE:
             if len(kept) < offset + length:

@@ -55,6 +55,33 @@ def test_runs_lie_over_one_another_and_are_smoothed(page, two_runs) -> None:
     assert page.locator("figure h2").first.inner_text() == "KL to the reference"
 
 
+def test_every_curve_links_its_explanation(page, two_runs) -> None:
+    page.goto(two_runs.url + "/overview")
+    figures = page.locator(".charts figure")
+    assert figures.count() == 6
+    for number in range(6):
+        assert figures.nth(number).locator("a.why").count() == 1
+    page.click("#train-kl a.why")
+    page.wait_for_url("**/metrics#metric-train-kl")
+    row = page.locator("#metric-train-kl")
+    assert "k3 estimate of KL(policy, reference)" in row.inner_text()
+    assert row.evaluate("row => row.matches(':target')")
+    box, top = row.bounding_box(), page.locator("header.top").bounding_box()
+    assert top["height"] <= box["y"] < 900  # in the window, below the header
+    row.locator("a:text-is('KL')").click()
+    page.wait_for_url("**/metrics#about-kl-grows")
+    assert page.locator("h3:target").inner_text() == "KL grows"
+
+
+def test_a_curve_is_downloaded(page, two_runs) -> None:
+    page.goto(two_runs.url + "/overview")
+    for kind, begins in (("SVG", b"<svg "), ("PNG", b"\x89PNG")):
+        with page.expect_download() as expected:
+            page.click(f"#time-rollout_seconds .files a:text-is('{kind}')")
+        assert expected.value.suggested_filename.endswith(kind.lower())
+        assert Path(expected.value.path()).read_bytes().startswith(begins)
+
+
 def test_a_run_that_goes_on_appends_by_itself(page, tmp_path) -> None:
     folder = write_demo(tmp_path / "demo")
     with serving([folder], tmp_path / "cache", every=0.1) as server:
@@ -219,6 +246,8 @@ def test_search_filters_and_the_address_hold_the_whole_state(page, two_runs) -> 
     page.keyboard.press("Enter")
     page.wait_for_url("**q=zeal**")
     assert texts(page, "[role=status]") == ["6 episodes"]
+    assert texts(page, ".snippet mark") == ["zeal"] * 6
+    assert 'args": {"zeal": 1}' in texts(page, ".snippet")[0]
     page.select_option("select[name=split]", "train")
     page.wait_for_url("**split=train**")
     page.fill("input[name=step_from]", "4")
