@@ -254,6 +254,7 @@ def _chosen(runs: Sequence[Run]) -> Iterator[tuple[Key, str]]:
                 ("episode", run.name, tuple(sorted(state.items()))),
                 f"Examples{of_run}" if number == 0 else "",
             )
+    yield ("metrics", "", ()), "What the metrics mean"
 
 
 def _evaluations(run: Run) -> bool:

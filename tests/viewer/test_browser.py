@@ -56,6 +56,7 @@ def test_runs_lie_over_one_another_and_are_smoothed(page, two_runs) -> None:
 
 
 def test_every_curve_links_its_explanation(page, two_runs) -> None:
+    page.emulate_media(reduced_motion="reduce")  # no smooth scrolling
     page.goto(two_runs.url + "/overview")
     figures = page.locator(".charts figure")
     assert figures.count() == 6
@@ -246,7 +247,8 @@ def test_search_filters_and_the_address_hold_the_whole_state(page, two_runs) -> 
     page.keyboard.press("Enter")
     page.wait_for_url("**q=zeal**")
     assert texts(page, "[role=status]") == ["6 episodes"]
-    assert texts(page, ".snippet mark") == ["zeal"] * 6
+    assert page.locator(".snippet").count() == 6
+    assert set(texts(page, ".snippet mark")) == {"zeal"}
     assert 'args": {"zeal": 1}' in texts(page, ".snippet")[0]
     page.select_option("select[name=split]", "train")
     page.wait_for_url("**split=train**")
