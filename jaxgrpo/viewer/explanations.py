@@ -26,15 +26,23 @@ def anchor(key: str) -> str:
 def page() -> Markup:
     """Return the page as HTML. Its links lead to its own sections; others are left out, because
     what they lead to is not installed."""
-    tokens, heading = _tokens(), ""
+    tokens, heading, columns, column = _tokens(), "", list[str](), 0
     for place, token in enumerate(tokens):
         if token.type == "heading_open":
             heading = tokens[place + 1].content
             token.attrSet("id", f"about-{_slug(heading)}")
         elif token.type == "table_open":
             token.meta["about"] = heading
-        elif token.type == "tr_open" and (key := _key(tokens, place)):
-            token.attrSet("id", f"metric-{_slug(key)}")
+            columns = []
+        elif token.type == "th_open":
+            columns.append(tokens[place + 1].content)
+        elif token.type == "tr_open":
+            column = 0
+            if key := _key(tokens, place):
+                token.attrSet("id", f"metric-{_slug(key)}")
+        elif token.type == "td_open":
+            token.attrSet("data-label", columns[column])
+            column += 1
         elif token.type == "inline":
             token.children = list(_own_links(token.children or []))
     return Markup(_READER.renderer.render(tokens, _READER.options, {}))
@@ -47,6 +55,18 @@ def _table_open(_renderer: object, tokens: Sequence[Token], place: int, *_: obje
 
 _READER.add_render_rule("table_open", _table_open)
 _READER.add_render_rule("table_close", lambda *_: "</table></div>")
+
+
+@functools.cache
+def contents() -> tuple[tuple[str, str, str], ...]:
+    """Return the page's sections: anchor, title and level (h2 or h3)."""
+    tokens = _tokens()
+    opened = [
+        (token.tag, tokens[n + 1].content)
+        for n, token in enumerate(tokens)
+        if token.type == "heading_open"
+    ]
+    return tuple((f"about-{_slug(title)}", title, tag) for tag, title in opened if tag != "h1")
 
 
 @functools.cache

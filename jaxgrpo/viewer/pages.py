@@ -32,7 +32,7 @@ def overview(site: Site, query: Query) -> str:
         named = [(run.name, db) for run, db in zip(site.runs, opened, strict=True)]
         shown = curves.headline(named)
         sums = [
-            (run, queries.totals(db), _latest(db))
+            (run, queries.totals(db), _latest(db), _evaluated(db))
             for run, db in zip(site.runs, opened, strict=True)
         ]
         others = sorted(
@@ -67,7 +67,23 @@ def _latest(db: sqlite3.Connection) -> dict[str, float | None]:
 
 def metrics(site: Site, query: Query) -> str:
     """What each metric means."""
-    return site.render("metrics.html", "metrics", None, {"text": explanations.page()})
+    return site.render(
+        "metrics.html",
+        "metrics",
+        None,
+        {"text": explanations.page(), "contents": explanations.contents()},
+    )
+
+
+def _evaluated(db: sqlite3.Connection) -> list[tuple[str, float | None, float | None]]:
+    """The pass rates of each split's first and last evaluation; None for a last one that is the
+    first."""
+    found = []
+    for split, key in queries.metric_keys(db):
+        if key == "eval/pass_rate":
+            points = queries.series(db, key, split)
+            found.append((split, points[0][1], points[-1][1] if len(points) > 1 else None))
+    return found
 
 
 def tasks(site: Site, run: Run, query: Query) -> str:

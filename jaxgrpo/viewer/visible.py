@@ -83,20 +83,25 @@ def found(text: str, words: Iterable[str]) -> Markup:
 def snippet(text: str, words: Sequence[str]) -> Markup | None:
     """The surroundings of the first word that was searched for, on one line, with the words marked;
     None if the text has none of them as they were typed."""
-    pattern = _any_of(words)
-    hit = pattern.search(text) if pattern else None
-    if hit is None:
+    whole, anywhere = _any_of(words, r"(?<!\w)"), _any_of(words)
+    if whole is None or anywhere is None:
+        return None
+    if (hit := whole.search(text) or anywhere.search(text)) is None:
         return None
     start, end = max(0, hit.start() - BEFORE_HIT), hit.end() + AFTER_HIT
     shown = " ".join(text[start:end].split())
+    if start:  # begin and end with whole words
+        shown = shown[shown.find(" ", 0, 15) + 1 :]
+    if end < len(text) and (cut := shown.rfind(" ", len(shown) - 15)) > 0:
+        shown = shown[:cut]
     before, after = "… " if start else "", " …" if end < len(text) else ""
     return Markup("{}{}{}").format(before, found(shown, words), after)
 
 
-def _any_of(words: Iterable[str]) -> re.Pattern[str] | None:
+def _any_of(words: Iterable[str], before: str = "") -> re.Pattern[str] | None:
     kept = sorted({word for word in words if word}, key=len, reverse=True)
     spaced = (r"\s+".join(map(re.escape, word.split())) for word in kept)
-    return re.compile("|".join(spaced), re.IGNORECASE) if kept else None
+    return re.compile(f"{before}(?:{'|'.join(spaced)})", re.IGNORECASE) if kept else None
 
 
 def pretty(text: str) -> str:

@@ -227,7 +227,10 @@ def test_failures_open_their_examples(page, two_runs) -> None:
 
 def test_two_evaluations_are_compared(page, two_runs) -> None:
     page.goto(two_runs.url + "/compare?a_run=demo&b_run=demo")
-    assert texts(page, ".big dd")[:2] == ["43.8 %", "50.0 %"]
+    # differences 1, -3/4, 0 and 0 of four tasks: 6.25 +- 3.1824 * 71.807 / 2, within 100; of the
+    # signs of 1 and 3/4 all four patterns reach 1/4
+    assert texts(page, ".big dd") == ["43.8 %", "50.0 %", "+6.2 [-100.0, +100.0]", "1.0000"]
+    assert texts(page, ".big dt")[3] == "p, exact sign-flip test"
     assert [texts(page, f".beside section >> nth={n} >> td a") for n in (0, 1)] == [
         ["files_1"],
         [ODD.replace("\u202e", "U+202E")],
@@ -268,6 +271,45 @@ def test_search_filters_and_the_address_hold_the_whole_state(page, two_runs) -> 
     assert "zeal" in texts(page, ".turn mark")
     page.go_back()
     assert texts(page, "[role=status]") == ["1 episode"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "count"),
+    [
+        ("passed", "no", 34),
+        ("failure", "gibberish", 11),
+        ("stop", "token_limit", 11),
+        ("label", "Maths", 16),
+        ("tool", "add", 16),
+        ("task", "trading_2", 16),
+        ("reward_from", "0.5", 30),
+    ],
+)
+def test_each_filter_narrows(page, two_runs, name, value, count) -> None:
+    page.goto(two_runs.url + "/r/demo/episodes")
+    assert texts(page, "[role=status]") == ["64 episodes"]
+    field = page.locator(f".filters [name={name}]")
+    if field.evaluate("field => field.tagName") == "SELECT":
+        field.select_option(value)
+    else:
+        field.fill(value)
+        field.press("Enter")
+    page.wait_for_url(f"**{name}={value}**")
+    assert texts(page, "[role=status]") == [f"{count} episodes"]
+
+
+def test_episodes_and_tasks_are_sorted(page, two_runs) -> None:
+    page.goto(two_runs.url + "/r/demo/episodes?task=files_1&split=train")
+    page.select_option("select[name=sort]", "longest")
+    page.wait_for_url("**sort=longest**")
+    tokens = [int(text) for text in texts(page, "tbody td:nth-child(7)")]
+    assert tokens == sorted(tokens, reverse=True)
+    assert tokens[0] > tokens[-1]
+    page.goto(two_runs.url + "/r/demo/tasks?split=eval-train")
+    assert texts(page, ".heat tbody .change") == ["+100", "0", "0", "-75"]
+    page.select_option("select[name=sort]", "worst")
+    page.wait_for_url("**sort=worst**")
+    assert texts(page, ".heat tbody .change") == ["-75", "0", "0", "+100"]
 
 
 def test_keys_walk_rows_and_show_help(page, two_runs) -> None:

@@ -46,3 +46,10 @@ def test_each_table_has_the_name_of_its_section() -> None:
     )
     assert names[:2] == ["Rewards and episodes", "Loss and policy"]
     assert explanations.page().count("</table></div>") == len(names) == 5
+
+
+def test_the_contents_name_every_section() -> None:
+    contents = explanations.contents()
+    assert ("about-kl-grows", "KL grows", "h3") in contents
+    headings = re.findall(r'<(h[23]) id="([^"]*)"', explanations.page())
+    assert [(level, anchor) for anchor, _, level in contents] == headings

@@ -141,6 +141,8 @@ def test_a_snippet_is_what_stands_around_a_hit() -> None:
     assert shown.endswith("z …")
     assert len(shown) < 260
     assert snippet("the whole", ["whole"]) == "the <mark>whole</mark>"
+    assert snippet("sword " * 20 + "of a word", ["word"]).endswith("of a <mark>word</mark>")
+    assert snippet("my sword", ["word"]) == "my s<mark>word</mark>"
     assert snippet(told, ["absent"]) is None
     assert snippet(told, []) is None
 
