@@ -22,7 +22,7 @@ from jaxgrpo.paths import cache_root
 from jaxgrpo.viewer.reader import Lines, integer, number, parsed, text
 from jaxgrpo.viewer.rows import FileRows, read_rows
 
-VERSION = 3
+VERSION = 5
 """Of the tables and of what is put into them; an index of another version is built again."""
 SEVERAL = 16 << 20
 """Bytes of new files from which on other processes help to read."""
