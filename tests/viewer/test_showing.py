@@ -140,6 +140,8 @@ def test_a_snippet_is_what_stands_around_a_hit() -> None:
     assert "the <mark>user name</mark> is &lt;b&gt; z z" in shown
     assert shown.endswith("z …")
     assert len(shown) < 260
+    whole = snippet("syllable " * 40 + "hit " + "syllable " * 40, ["hit"])
+    assert set(whole.split()) == {"…", "syllable", "<mark>hit</mark>"}
     assert snippet("the whole", ["whole"]) == "the <mark>whole</mark>"
     assert snippet("sword " * 20 + "of a word", ["word"]).endswith("of a <mark>word</mark>")
     assert snippet("my sword", ["word"]) == "my s<mark>word</mark>"
