@@ -114,7 +114,8 @@ def summary(chart: Chart) -> str:
         if known:
             (first, a), (last, b) = known[0], known[-1]
             said.append(
-                f"{curve.name}: {shown(a, chart.unit)} at step {first}, {shown(b, chart.unit)} at step {last}"
+                f"{curve.name}: {shown(a, chart.unit)} at step {first}, "
+                f"{shown(b, chart.unit)} at step {last}"
             )
     return f"{chart.title}. " + "; ".join(said)
 
@@ -181,10 +182,12 @@ class Frame:
         return cls(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, floor, high + room)
 
     def x(self, step: float) -> str:
-        return f"{LEFT + (step - self.low_x) / (self.high_x - self.low_x) * (WIDTH - LEFT - RIGHT):.1f}"
+        along = (step - self.low_x) / (self.high_x - self.low_x)
+        return f"{LEFT + along * (WIDTH - LEFT - RIGHT):.1f}"
 
     def y(self, value: float) -> str:
-        return f"{HEIGHT - BOTTOM - (value - self.low_y) / (self.high_y - self.low_y) * (HEIGHT - TOP - BOTTOM):.1f}"
+        above = (value - self.low_y) / (self.high_y - self.low_y)
+        return f"{HEIGHT - BOTTOM - above * (HEIGHT - TOP - BOTTOM):.1f}"
 
     def axes(self, unit: str) -> str:
         parts = []
@@ -193,12 +196,14 @@ class Frame:
             label = escape(f"{value * 100:.3g}%" if unit == "%" else shown(value))
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
             parts.append(
-                f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{float(y) + 3.5:.1f}">{label}</text>'
+                f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{float(y) + 3.5:.1f}">'
+                f"{label}</text>"
             )
         for step in ticks(self.low_x, self.high_x, 5):
             if step == int(step):
                 parts.append(
-                    f'<text class="tick" text-anchor="middle" x="{self.x(step)}" y="{HEIGHT - 8}">{int(step)}</text>'
+                    f'<text class="tick" text-anchor="middle" x="{self.x(step)}" y="{HEIGHT - 8}">'
+                    f"{int(step)}</text>"
                 )
         return "".join(parts)
 
@@ -212,7 +217,8 @@ class Frame:
             ends = n + 1 == len(points) or points[n + 1][1] is None
             if pen == "M" and ends:
                 alone.append(
-                    f'<circle class="{curve.color} dot" cx="{self.x(step)}" cy="{self.y(value)}" r="3"/>'
+                    f'<circle class="{curve.color} dot" '
+                    f'cx="{self.x(step)}" cy="{self.y(value)}" r="3"/>'
                 )
             pen = "L"
         dashed = f' stroke-dasharray="{curve.dash}"' if curve.dash else ""
@@ -222,7 +228,8 @@ class Frame:
         band = curve.band
         if len(band) == 1:
             step, low, high = band[0]
-            return f'<path class="{curve.color} line" d="M{self.x(step)} {self.y(low)}V{self.y(high)}"/>'
+            path = f"M{self.x(step)} {self.y(low)}V{self.y(high)}"
+            return f'<path class="{curve.color} line" d="{path}"/>'
         there = [f"{self.x(step)} {self.y(high)}" for step, _, high in band]
         back = [f"{self.x(step)} {self.y(low)}" for step, low, _ in reversed(band)]
         return f'<path class="{curve.color} band" d="M{"L".join(there + back)}Z"/>'

@@ -5,6 +5,7 @@ import contextlib
 import sqlite3
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from markupsafe import Markup
 
@@ -124,7 +125,7 @@ def tasks(site: Site, run: Run, query: Query) -> str:
     return site.render("tasks.html", "tasks", run, shown)
 
 
-def _wanted(row: heatmap.Row, known: Mapping, wanted: Query) -> bool:
+def _wanted(row: heatmap.Row, known: Mapping[str, Any], wanted: Query) -> bool:
     task = known.get(row.task)
     labels = task["labels"].split(",") if task else []
     text = f"{row.task}\n{task['query'] if task else ''}".casefold()
