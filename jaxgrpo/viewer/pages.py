@@ -47,7 +47,8 @@ def overview(site: Site, query: Query) -> str:
         None,
         {
             "charts": shown,
-            "sums": sums,
+            "all_sums": sums,
+            "splits": sorted({split for *_, evaluated in sums for split in evaluated}),
             "smooth": smooth,
             "smoothing": SMOOTHING,
             "others": others,
@@ -76,14 +77,14 @@ def metrics(site: Site, query: Query) -> str:
     )
 
 
-def _evaluated(db: sqlite3.Connection) -> list[tuple[str, float | None, float | None]]:
+def _evaluated(db: sqlite3.Connection) -> dict[str, tuple[float | None, float | None]]:
     """The pass rates of each split's first and last evaluation; None for a last one that is the
     first."""
-    found = []
+    found = {}
     for split, key in queries.metric_keys(db):
         if key == "eval/pass_rate":
             points = queries.series(db, key, split)
-            found.append((split, points[0][1], points[-1][1] if len(points) > 1 else None))
+            found[split] = (points[0][1], points[-1][1] if len(points) > 1 else None)
     return found
 
 

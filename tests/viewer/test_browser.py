@@ -33,6 +33,7 @@ def test_the_overview_shows_values_on_hover_and_opens_a_steps_episodes(page, tmp
             "Reward",
             "Pass rate in training",
         ]
+        assert texts(page, ".facts > div")[0] == "pass@1 on train 43.8 % → 50.0 %"
         reward = page.locator("#train-reward_mean svg.chart")
         box = reward.bounding_box()
         page.mouse.move(box["x"] + box["width"] - 16, box["y"] + 40)
@@ -44,6 +45,10 @@ def test_the_overview_shows_values_on_hover_and_opens_a_steps_episodes(page, tmp
 
 def test_runs_lie_over_one_another_and_are_smoothed(page, two_runs) -> None:
     page.goto(two_runs.url + "/overview")
+    assert texts(page, ".cards tbody tr") == [
+        "demo 43.8 % → 50.0 % 0.5 50 % 64 4 3",
+        "other 43.8 % → 50.0 % 0.5 50 % 32 4 2",
+    ]
     figure = page.locator("#train-reward_mean")
     assert texts(page, "#train-reward_mean .legend li") == ["demo", "other"]
     assert figure.locator("path.raw").count() == 0
