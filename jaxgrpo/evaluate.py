@@ -123,8 +123,10 @@ def _read_against(args: argparse.Namespace, start: Path) -> Outcomes | None:
         problems.append("--against-step names an evaluation of a folder: give it with --against")
     if args.recorded and (args.against is None or args.checkpoint is None):
         problems.append("--recorded compares two folders: give --checkpoint and --against")
-    if args.recorded and args.samples is not None:
-        problems.append("--recorded samples nothing: leave out --samples")
+    unused = {"--samples": args.samples is not None, "--run-dir": args.run_dir, "--set": args.set}
+    if args.recorded and any(unused.values()):
+        given = ", ".join(option for option, is_given in unused.items() if is_given)
+        problems.append(f"--recorded samples nothing: leave out {given}")
     if args.split not in SPLITS:
         problems.append(f"--split must be {' or '.join(SPLITS)}, got {args.split!r}")
     if problems:

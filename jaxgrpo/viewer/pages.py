@@ -67,16 +67,6 @@ def _latest(db: sqlite3.Connection) -> dict[str, float | None]:
     return {key: points[-1][1] for key, points in found.items() if points}
 
 
-def metrics(site: Site, query: Query) -> str:
-    """What each metric means."""
-    return site.render(
-        "metrics.html",
-        "metrics",
-        None,
-        {"text": explanations.page(), "contents": explanations.contents()},
-    )
-
-
 def _evaluated(db: sqlite3.Connection) -> dict[str, tuple[float | None, float | None]]:
     """The pass rates of each split's first and last evaluation; None for a last one that is the
     first."""
@@ -86,6 +76,16 @@ def _evaluated(db: sqlite3.Connection) -> dict[str, tuple[float | None, float | 
             points = queries.series(db, key, split)
             found[split] = (points[0][1], points[-1][1] if len(points) > 1 else None)
     return found
+
+
+def metrics(site: Site, query: Query) -> str:
+    """What each metric means."""
+    return site.render(
+        "metrics.html",
+        "metrics",
+        None,
+        {"text": explanations.page(), "contents": explanations.contents()},
+    )
 
 
 def tasks(site: Site, run: Run, query: Query) -> str:

@@ -12,6 +12,7 @@ from jaxgrpo.viewer.episode import Episode, from_fields, from_line
 from jaxgrpo.viewer.index import Index, config_of
 from jaxgrpo.viewer.reader import Store, head, mapping, text
 from jaxgrpo.viewer.rows import searched
+from jaxgrpo.viewer.visible import plain
 
 
 class RunError(Exception):
@@ -100,7 +101,7 @@ def open_runs(paths: Sequence[Path], cache: Path | None = None) -> list[Run]:
     runs: list[Run] = []
     for path in paths:
         check(path)
-        name = base = text(path.resolve().name) or "run"
+        name = base = plain(path.resolve().name) or "run"
         count = 2
         while any(run.name == name for run in runs):
             name, count = f"{base}-{count}", count + 1

@@ -87,8 +87,8 @@ WRONG = [
     (["--config", "none.py", "--against", "{run}", "--split", "train"], "choose with --split"),
     (["--config", "none.py", "--against", "{run}", "--split", "dev"], "--split must be"),
     (
-        ["--recorded", "--checkpoint", "{run}", "--against", "{run}", "--samples", "8"],
-        "leave out --samples",
+        ["--recorded", "--checkpoint", "{run}", "--against", "{run}", "--samples=8", "--set=a=b"],
+        "leave out --samples, --set",
     ),
 ]
 

@@ -295,6 +295,11 @@ def test_an_empty_run_opens(tmp_path, cache) -> None:
     assert found(opened(tmp_path / "new", cache)).total == 0
 
 
+def test_a_folders_odd_name_is_made_visible(folder, cache, tmp_path) -> None:
+    odd = folder.rename(tmp_path / "a\udcff\x07\u202e<b>")
+    assert opened(odd, cache).name == "a<U+DCFF>\u2407<U+202E><b>"
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path, cache) -> None:
     paths = [write_demo(tmp_path / place / "run") for place in ("a", "b")]
     assert [run.name for run in open_runs(paths, cache)] == ["run", "run-2"]

@@ -287,3 +287,15 @@ def test_a_run_that_goes_on_is_followed(tmp_path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert "1 episode<" in server.get("/r/demo/episodes?step_from=6").text
+
+
+def test_a_run_of_an_odd_name_is_shown(tmp_path) -> None:
+    pytest.importorskip("uvicorn")
+    folders = [write_demo(tmp_path / name) for name in ("plain", "a\udcff\x07\u202e<b>")]
+    with serving(folders, tmp_path / "cache") as server:
+        overview = server.get("/overview")
+        assert overview.status == 200
+        (link,) = set(re.findall(r'href="(/r/a[^"]*/tasks)"', overview.text))
+        assert server.get(link).status == 200
+        drawing = server.get("/curve.svg?key=train/kl").text
+        assert "a&lt;U+DCFF&gt;\u2407&lt;U+202E&gt;" in drawing
