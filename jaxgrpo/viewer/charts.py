@@ -44,12 +44,13 @@ class Curve:
 @dataclasses.dataclass(frozen=True)
 class Chart:
     """Curves over one another. `unit` is "%" for shares. A click on a step opens `target` with
-    the step put in for `STEP`."""
+    the step put in for `STEP`. `few` points are not smoothed: each is a measurement of its own."""
 
     title: str
     curves: Sequence[Curve]
     unit: str = ""
     target: str = ""
+    few: bool = False
 
 
 def smoothed(points: Points, weight: float) -> list[tuple[int, float | None]]:
@@ -89,12 +90,14 @@ def lines(chart: Chart) -> str:
 
 def _drawn(chart: Chart, smoothing: float) -> tuple[list[Curve], "Frame", str]:
     """The curves as they are drawn, the plane that is shown, and both as SVG elements."""
+    smoothing = 0.0 if chart.few else smoothing
     curves = [dataclasses.replace(curve, points=thinned(curve.points)) for curve in chart.curves]
     drawn = [
         dataclasses.replace(curve, points=smoothed(curve.points, smoothing)) for curve in curves
     ]
     frame = Frame.around(
-        [p for curve in drawn for p in curve.points], [b for curve in curves for b in curve.band]
+        [p for curve in (*curves, *drawn) for p in curve.points],
+        [b for curve in curves for b in curve.band],
     )
     parts = [frame.axes(chart.unit)]
     for raw, curve in zip(curves, drawn, strict=True):

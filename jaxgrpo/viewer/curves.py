@@ -137,7 +137,9 @@ def _held_out(runs: Sequence[tuple[str, sqlite3.Connection]]) -> tuple[Shown, Ch
     says = (
         "pass@1 of each evaluation with its 95 % interval; test: tasks that are never trained on."
     )
-    return Shown("eval/pass_rate", "Evaluations", "%", says), Chart("Evaluations", curves, "%")
+    return Shown("eval/pass_rate", "Evaluations", "%", says), Chart(
+        "Evaluations", curves, "%", few=True
+    )
 
 
 def _phases(runs: Sequence[tuple[str, sqlite3.Connection]]) -> tuple[Shown, Chart]:

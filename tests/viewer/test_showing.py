@@ -214,6 +214,23 @@ def test_a_chart_of_little_is_drawn(points) -> None:
     ET.fromstring(str(charts.svg(charts.Chart("T", [charts.Curve("a", points, 0)]))))
 
 
+def test_a_smoothed_curve_and_its_points_stay_in_the_box() -> None:
+    points = [(step, 10.0 if step == 5 else 0.1) for step in range(10)]
+    root = ET.fromstring(str(charts.svg(charts.Chart("T", [charts.Curve("a", points, 0)]), 0.9)))
+    paths = {each.get("class"): each.get("d") for each in root.iter() if each.get("d")}
+    assert paths.keys() == {"c0 raw", "c0 line"}
+    for path in paths.values():
+        heights = [float(place.split()[1]) for place in re.findall(r"[\d.]+ [-\d.]+", path)]
+        assert charts.TOP <= min(heights) <= max(heights) <= charts.HEIGHT - charts.BOTTOM
+
+
+def test_few_points_are_not_smoothed() -> None:
+    curve = charts.Curve("a", [(0, 0.4), (120, 0.9)], 0)
+    for few, count in ((True, 1), (False, 2)):
+        drawing = charts.svg(charts.Chart("T", [curve], few=few), 0.9)
+        assert drawing.count("<path") == count
+
+
 def test_a_sheet_of_charts_has_titles_and_a_legend() -> None:
     both = [charts.Curve("a<b", [(1, 0.1), (2, 0.3)], 0), charts.Curve("c", [(1, 0.2)], 8)]
     drawing = pictures.sheet([charts.Chart("T&U", both), charts.Chart("V", both[:1], "%")])
