@@ -28,9 +28,9 @@ VERSION = 5
 SEVERAL = 16 << 20
 """Bytes of new files from which on other processes help to read."""
 AT_ONCE = 16 << 20
-"""Characters that are put into the full-text index at once. FTS5 writes what it has gathered to disk
-whenever another table is written to, and then merges these pieces: with one piece a file that took
-most of the time."""
+"""Characters that are put into the full-text index at once. FTS5 writes what it has gathered to
+disk whenever another table is written to, and merges these pieces later: one piece per file took
+half of the time of storing."""
 _SCHEMA = (Path(__file__).parent / "schema.sql").read_text()
 _INSERT = f"INSERT INTO episodes VALUES (NULL, ?, {', '.join('?' * 19)})"
 Progress = Callable[[int, int], None]

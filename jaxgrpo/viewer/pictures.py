@@ -12,7 +12,8 @@ TITLE, ROW, EDGE = 30, 18, 14
 COLUMNS = 3
 """Charts beside each other on a sheet, and names beside each other in a legend."""
 _STYLE = (
-    "svg{background:#fff;font:11px DejaVu Sans,Arial,sans-serif}.title{font-size:14px;font-weight:bold}"
+    "svg{background:#fff;font:11px DejaVu Sans,Arial,sans-serif}"
+    ".title{font-size:14px;font-weight:bold}"
     ".grid{stroke:#ddd}.tick{fill:#444}.line{fill:none;stroke-width:2}"
     ".band{stroke:none;opacity:.18}"
     + "".join(
