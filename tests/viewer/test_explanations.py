@@ -44,8 +44,8 @@ def test_each_table_has_the_name_of_its_section() -> None:
     names = re.findall(
         r'<div class="scroll" tabindex="0" role="region" aria-label="([^"]*)">', explanations.page()
     )
-    assert names[:2] == ["Rewards and episodes", "Loss and policy"]
-    assert explanations.page().count("</table></div>") == len(names) == 5
+    assert {"Rewards and episodes", "Loss and policy", "Evaluation"} <= set(names)
+    assert explanations.page().count("<table") == len(names) == len(set(names))
 
 
 def test_the_contents_name_every_section() -> None:
