@@ -96,7 +96,7 @@ def _row(line: Line, episode: Episode, tokens: int) -> tuple[Any, ...]:
         episode.advantage,
         repeated,
         json.dumps(episode.parts),
-        _short(" ".join(said[0].split()) if said else episode.error, 160),
+        _short(" ".join(said[0][:1000].split()) if said else episode.error, 160),
     )
 
 
