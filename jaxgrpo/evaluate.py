@@ -1,4 +1,5 @@
-"""python -m jaxgrpo.evaluate --config FILE [--checkpoint RUN] [--split test] [--samples K]
+"""python -m jaxgrpo.evaluate --config FILE [--checkpoint RUN] [--split test | --suite NAME]
+    [--samples K]
 
 Measure the pass rate on a split, with its confidence interval. With --against, compare it with a
 recorded evaluation on the same tasks. With --recorded, compare two recorded evaluations.
@@ -15,8 +16,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxgrpo.config.checks import is_file_name
 from jaxgrpo.config.load import load_config
-from jaxgrpo.config.settings import NO_LORA, SPLITS, Config, ConfigError
+from jaxgrpo.config.settings import NO_LORA, Config, ConfigError
 from jaxgrpo.interruptions import interruptible, run_program
 from jaxgrpo.learner.sharding import store
 from jaxgrpo.models.qwen2 import Params
@@ -46,11 +48,11 @@ from jaxgrpo.storage.checkpoint import read_policy
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to evaluate: `samples` episodes per task of a split, with the weights of a run's
-    checkpoint at `step` (None: the newest), or without a checkpoint those of the config's model.
-    `against` is the recorded evaluation to compare with."""
+    """What to evaluate: `samples` episodes per task, with the weights of a run's checkpoint at
+    `step` (None: the newest), or without a checkpoint those of the config's model. `against` is the
+    recorded evaluation to compare with."""
 
-    split: str
+    evaluated: setup.Evaluated
     samples: int
     checkpoint: Path | None
     step: int | None
@@ -70,11 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setup.enable_compilation_cache(config)
         checkpoint = args.checkpoint and absolute(args.checkpoint, start)
         samples = config.evaluation.samples if args.samples is None else args.samples
-        request = Request(args.split, samples, checkpoint, args.step, against)
+        evaluated = _evaluated(config, args.split, args.suite)
+        request = Request(evaluated, samples, checkpoint, args.step, against)
         _check(request)
-        folder = run_folder(args.run_dir, f"{config.name}-eval-{args.split}", start)
+        folder = run_folder(args.run_dir, f"{config.name}-eval-{evaluated.name}", start)
         with interruptible(), locked_folder(folder):
-            _evaluate(config, request, folder)
+            _evaluate(evaluated.config, request, folder)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -103,7 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", metavar="RUN", help=of_checkpoint)
     of_step = "the step of the run's checkpoint (default: the newest)"
     parser.add_argument("--step", type=int, help=of_step)
-    parser.add_argument("--split", default="test", help=f"{' or '.join(SPLITS)} (default: test)")
+    parser.add_argument("--split", help="a split of the environment's tasks (default: test)")
+    parser.add_argument("--suite", help="in place of a split: a suite of evaluation.suites")
     of_samples = "episodes per task (default: the config's evaluation.samples)"
     parser.add_argument("--samples", type=int, help=of_samples)
     parser.add_argument("--run-dir", help="folder to record in (default: runs/NAME-eval-SPLIT)")
@@ -127,25 +131,45 @@ def _read_against(args: argparse.Namespace, start: Path) -> Outcomes | None:
     if args.recorded and any(unused.values()):
         given = ", ".join(option for option, is_given in unused.items() if is_given)
         problems.append(f"--recorded samples nothing: leave out {given}")
-    if args.split not in SPLITS:
-        problems.append(f"--split must be {' or '.join(SPLITS)}, got {args.split!r}")
     if problems:
         raise ConfigError("; ".join(problems))
     if args.against is None:
         return None
-    folder = absolute(args.against, start)
-    return read_outcomes(
-        Source(folder, args.against_step, "--against", "--against-step"), args.split
-    )
+    against = absolute(args.against, start)
+    source = Source(against, args.against_step, "--against", "--against-step")
+    return read_outcomes(source, _name(args))
 
 
 def _compare_recorded(args: argparse.Namespace, start: Path, against: Outcomes | None) -> int:
     assert against is not None
-    folder = absolute(args.checkpoint, start)
-    ours = read_outcomes(Source(folder, args.step, "--checkpoint", "--step"), args.split)
+    source = Source(absolute(args.checkpoint, start), args.step, "--checkpoint", "--step")
+    ours = read_outcomes(source, _name(args))
     print(ours.name)
     print(*report(against, ours), sep="\n")
     return 0
+
+
+def _name(args: argparse.Namespace) -> str:
+    """Return the name of the evaluation, as in the names of its record files."""
+    if args.split is not None and args.suite is not None:
+        raise ConfigError("--suite names a suite and its split: leave out --split")
+    return args.suite or args.split or "test"
+
+
+def _evaluated(config: Config, split: str | None, suite: str | None) -> setup.Evaluated:
+    """Return what to evaluate: a split of the config's environment, or another of its suites."""
+    if suite is None:
+        name = "test" if split is None else split
+        if not is_file_name(name):
+            raise ConfigError(f"--split must be the name of a split, got {name!r}")
+        return setup.Evaluated(name, name, config)
+    if split is not None:
+        raise ConfigError("--suite names a suite and its split: leave out --split")
+    known = {one.name: one for one in setup.suites(config)}
+    if suite not in known:
+        listed = ", ".join(known) or "none"
+        raise ConfigError(f"--suite must be one of evaluation.suites ({listed}), got {suite!r}")
+    return known[suite]
 
 
 def _check(request: Request) -> None:
@@ -164,9 +188,9 @@ def _check(request: Request) -> None:
 def _evaluate(config: Config, request: Request, folder: Path) -> None:
     setup.check_rewards(config)
     assets = setup.open_model_assets(config)
-    tasks = setup.split_tasks(config, request.split)
+    tasks = setup.split_tasks(config, request.evaluated.split)
     if request.against is not None:
-        check_shared(request.against, [task.id for task in tasks], request.split)
+        check_shared(request.against, [task.id for task in tasks], request.evaluated.name)
     prompts = setup.check_episodes(config, assets, tasks)
     params, step = _read_weights(config, assets, request)
     make_run_folder(folder)
@@ -181,7 +205,7 @@ def _evaluate(config: Config, request: Request, folder: Path) -> None:
         check = _check_sampler(config, weights, prompts.first_P, loop, sampler)
         rollout = setup.build_rollout(config, assets, sampler, sampling)
         evaluator = Evaluator(rollout, loop, request.samples, config.seed, view.advance)
-        outcome = evaluator.evaluate(tasks, request.split, step)
+        outcome = evaluator.evaluate(tasks, request.evaluated.name, step)
     recorder = Recorder(folder, tensorboard=False, wandb_project=None, name=config.name)
     recorder.record(step, outcome.metrics | check)
     recorder.close()
@@ -225,9 +249,9 @@ def _check_sampler(
 
 def _report(outcome: Evaluation, request: Request, step: int, folder: Path) -> None:
     """Write the episodes, and print the metrics and the comparison."""
-    split = request.split
-    path = folder / "trajectories" / f"eval-{split}-{step:06d}.jsonl.gz"
-    for fault in records.write(path, outcome.result, f"eval-{split}", step):
+    name = request.evaluated.name
+    path = folder / "trajectories" / f"eval-{name}-{step:06d}.jsonl.gz"
+    for fault in records.write(path, outcome.result, f"eval-{name}", step):
         print(fault, file=sys.stderr)
     for key, value in outcome.metrics.items():
         print(f"{key:40} {value:.4f}" if isinstance(value, float) else f"{key:40} {value}")

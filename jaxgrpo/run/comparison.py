@@ -12,7 +12,7 @@ from jaxgrpo.types import Trajectory
 
 LISTED = 20
 """Tasks gained, and tasks lost, that are listed by name."""
-_NAME = re.compile(r"eval-(?P<split>\w+)-(?P<step>\d+)\.jsonl(\.gz)?")
+_NAME = re.compile(r"eval-(?P<name>.+)-(?P<step>\d+)\.jsonl(\.gz)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +46,10 @@ def outcomes(name: str, trajectories: Iterable[Trajectory]) -> Outcomes:
     return Outcomes(name, {task: Tally(sum(all_), len(all_)) for task, all_ in passed.items()})
 
 
-def read_outcomes(source: Source, split: str) -> Outcomes:
-    """Read a recorded evaluation of a split. Raises ConfigError if it is not there, is damaged, or
-    is one of several."""
-    path = _chosen(source, split, _recorded(source.folder))
+def read_outcomes(source: Source, evaluated: str) -> Outcomes:
+    """Read a recorded evaluation of a split or a suite. Raises ConfigError if it is not there, is
+    damaged, or is one of several."""
+    path = _chosen(source, evaluated, _recorded(source.folder))
     try:
         file = read_records(path)
     except (OSError, ValueError) as error:
@@ -61,12 +61,12 @@ def read_outcomes(source: Source, split: str) -> Outcomes:
     )
 
 
-def check_shared(against: Outcomes, tasks: Iterable[str], split: str) -> None:
-    """Raise ConfigError unless the evaluation has one of these tasks of a split."""
+def check_shared(against: Outcomes, tasks: Iterable[str], evaluated: str) -> None:
+    """Raise ConfigError unless the evaluation has one of these tasks of a split or a suite."""
     if against.tallies.keys().isdisjoint(tasks):
         raise ConfigError(
-            f"{against.name} has no task of this config's {split} split: compare evaluations of "
-            "the same tasks"
+            f"{against.name} has no task of this config's {evaluated}: compare evaluations of the "
+            "same tasks"
         )
 
 
@@ -95,31 +95,31 @@ def report(before: Outcomes, after: Outcomes) -> Iterator[str]:
             yield f"  and {len(tasks) - LISTED} more; python -m jaxgrpo.viewer shows them"
 
 
-def _chosen(source: Source, split: str, found: Mapping[str, list[Path]]) -> Path:
+def _chosen(source: Source, evaluated: str, found: Mapping[str, list[Path]]) -> Path:
     if not source.folder.is_dir():
         what = "is a file" if source.folder.exists() else "does not exist"
         raise ConfigError(f"{source} {what}: give the folder of a run or an evaluation")
-    if split not in found:
+    if evaluated not in found:
         others = "; ".join(f"{name} at {_steps(paths)}" for name, paths in sorted(found.items()))
-        hint = f"it has {others}: choose with --split" if found else "evaluate it first"
-        raise ConfigError(f"{source} has no recorded evaluation of {split}; {hint}")
-    paths = found[split]
+        hint = f"it has {others}: choose with --split or --suite" if found else "evaluate it first"
+        raise ConfigError(f"{source} has no recorded evaluation of {evaluated}; {hint}")
+    paths = found[evaluated]
     wanted = [path for path in paths if source.step in (None, _step(path))]
     if len(wanted) != 1:
         given = "" if source.step is None else f", not at step {source.step}"
         raise ConfigError(
-            f"{source} has evaluations of {split} at {_steps(paths)}{given}: choose one with "
+            f"{source} has evaluations of {evaluated} at {_steps(paths)}{given}: choose one with "
             f"{source.of_step}"
         )
     return wanted[0]
 
 
 def _recorded(folder: Path) -> dict[str, list[Path]]:
-    """Return the record files of evaluations, by split."""
+    """Return the record files of evaluations, by the name of the split or suite."""
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("trajectories/eval-*"), key=lambda path: path.name):
         if name := _NAME.fullmatch(path.name):
-            found.setdefault(name["split"], []).append(path)
+            found.setdefault(name["name"], []).append(path)
     return found
 
 

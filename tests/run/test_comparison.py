@@ -58,6 +58,14 @@ def test_two_recorded_evaluations_are_compared(
     ]
 
 
+def test_a_suite_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, passed in (("a", (1, 1)), ("b", (3, 1))):
+        write(tmp_path / name, 0, passed, "aime-24")
+    both = ["--checkpoint", str(tmp_path / "b"), "--against", str(tmp_path / "a")]
+    assert main(["--recorded", "--suite", "aime-24", *both]) == 0
+    assert words(capsys.readouterr().out)[2] == "pass rate, before and after 25.0%, 50.0%"
+
+
 def test_a_step_of_the_same_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     both = ["--checkpoint", str(run), "--step", "120", "--against", str(run), "--against-step", "0"]
     assert main(["--recorded", *both]) == 0
@@ -85,7 +93,15 @@ WRONG = [
     (["--config", "none.py", "--against", "{run}"], "test at steps 0, 120: choose one with --aga"),
     (["--config", "none.py", "--against", "{run}", "--against-step", "7"], "not at step 7"),
     (["--config", "none.py", "--against", "{run}", "--split", "train"], "choose with --split"),
-    (["--config", "none.py", "--against", "{run}", "--split", "dev"], "--split must be"),
+    (
+        ["--config", "none.py", "--against", "{run}", "--split", "dev"],
+        "no recorded evaluation of dev",
+    ),
+    (["--config", "none.py", "--against", "{run}", "--suite", "aime-24"], "evaluation of aime-24"),
+    (
+        ["--config", "none.py", "--against", "{run}", "--suite", "x", "--split", "test"],
+        "leave out --split",
+    ),
     (
         ["--recorded", "--checkpoint", "{run}", "--against", "{run}", "--samples=8", "--set=a=b"],
         "leave out --samples, --set",
