@@ -116,7 +116,9 @@ def headline(runs: Sequence[tuple[str, sqlite3.Connection]]) -> list[tuple[Shown
 
 def _held_out(runs: Sequence[tuple[str, sqlite3.Connection]]) -> tuple[Shown, Chart]:
     curves = []
-    splits = ("test", "train")
+    keys = {key for _, db in runs for key in queries.metric_keys(db)}
+    splits = sorted(split for split, key in keys if key == "eval/pass_rate")
+    splits.sort(key=lambda split: split not in ("test", "train"))
     for place, (name, db) in enumerate(runs):
         for split, key in queries.metric_keys(db):
             if key == "eval/pass_rate":
@@ -130,7 +132,7 @@ def _held_out(runs: Sequence[tuple[str, sqlite3.Connection]]) -> tuple[Shown, Ch
                     for s, _ in points
                     if (a := low.get(s)) is not None and (b := high.get(s)) is not None
                 ]
-                number = splits.index(split) if split in splits else len(splits)
+                number = splits.index(split)
                 pen, style = (place, number) if len(runs) > 1 else (number, 0)
                 title = f"{name} {split}" if len(runs) > 1 else split
                 curves.append(Curve(title, points, pen, band, style))

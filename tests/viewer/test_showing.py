@@ -363,3 +363,19 @@ def test_a_run_has_one_color_in_all_curves(tmp_path) -> None:
         "KL to the reference": [("a", 0, 0), ("b", 1, 0)],
         "Entropy": [("b", 1, 0)],
     }
+
+
+def test_each_evaluated_suite_has_a_color_of_its_own(tmp_path) -> None:
+    rows = [
+        {"step": 1, "eval/split": split, "eval/pass_rate": 0.5}
+        for split in ("train", "aime-24", "test", "math")
+    ]
+    metrics = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text(metrics)
+    (run,) = open_runs([tmp_path / "run"], tmp_path / "cache")
+    run.index.refresh()
+    with run.index.connect() as db:
+        ((_, chart),) = curves.headline([("run", db)])
+    pens = {curve.name: curve.pen for curve in chart.curves}
+    assert pens == {"test": 0, "train": 1, "aime-24": 2, "math": 3}
