@@ -33,6 +33,7 @@ from jaxgrpo.run.failures import exit_status
 from jaxgrpo.run.folder import held, prepare_run_folder, run_folder
 from jaxgrpo.run.learner import Learner, crossed_interval
 from jaxgrpo.run.processes import ClusterFlags, Command, Processes, Work, add_flags, join
+from jaxgrpo.run.records import with_figures
 from jaxgrpo.run.run_log import RunLog
 from jaxgrpo.run.samplers import open_sampler
 from jaxgrpo.run.skipping import (
@@ -43,6 +44,7 @@ from jaxgrpo.run.skipping import (
     check_gradient,
     prepare,
 )
+from jaxgrpo.run.token_figures import of_episodes
 from jaxgrpo.run.weights import publish
 from jaxgrpo.samplers.base import Sampler
 from jaxgrpo.samplers.metered import MeteredSampler
@@ -184,7 +186,17 @@ class Training:
         self.skipped.clear()
         with learner.clock.phase("record"):
             step = learner.state.step
-            self.log.batch(step, metrics, prepared.lines_of(step))
+            self.log.batch(step, metrics, self.lines(prepared, step))
+
+    def lines(self, prepared: Prepared, step: int) -> list[str]:
+        """Return the episodes of a trained batch as lines of their records. Those that were trained
+        on come first, with the figures of the update."""
+        lines = list(prepared.lines_of(step))
+        if self.learner.figures is None:
+            return lines
+        groups, batching = prepared.result.groups, self.config.batching
+        figures = of_episodes(self.learner.figures, prepared.batches, groups, batching)
+        return [*map(with_figures, lines, figures), *lines[len(figures) :]]
 
     def measure(self) -> tuple[dict[str, float], float]:
         """Return the seconds of each phase since the last call, and the fraction of the time in

@@ -88,7 +88,7 @@ def pack(
         max_completion_tokens,
     )
     rows = [weights[n * g : (n + 1) * g] for n in range(len(groups))]
-    order = sorted(range(len(groups)), key=lambda n: (_padded_shape([groups[n]], settings), n))
+    order = packing_order(groups, settings)
     chunks = [order[i : i + micro_batch_groups] for i in range(0, len(order), micro_batch_groups)]
     return [
         _pack_micro_batch(
@@ -96,6 +96,12 @@ def pack(
         )
         for chunk in chunks
     ]
+
+
+def packing_order(groups: Sequence[Group], settings: BatchingSettings) -> list[int]:
+    """The places of the groups in the order in which `pack` puts them into micro-batches: by their
+    padded shapes."""
+    return sorted(range(len(groups)), key=lambda n: (_padded_shape([groups[n]], settings), n))
 
 
 def first_rows(batch: GroupBatch, groups: int, settings: BatchingSettings) -> GroupBatch:

@@ -10,7 +10,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from jaxgrpo.types import Message, Score, StopReason, ToolCall, Trajectory
 FORMAT = 1
 """The version of the line format. It grows when older readers could misread a line."""
 _SHOWN = 2000
+_LISTS, _LAST = ',"prompt_ids":', ',"weight_versions":'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,18 @@ class TrajectoryRecord:
     split: str
     step: int
     labels: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeFigures:
+    """What the update computed of one trained episode, as its record holds it.
+
+    `tokens` maps a key of the record to a value for each completion token (0 if not sampled, None
+    if not finite), or to one number that all sampled tokens share.
+    """
+
+    advantage: float
+    tokens: Mapping[str, Sequence[float | None] | float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +174,22 @@ def to_line(record: TrajectoryRecord) -> str:
         "sampler_logprobs": _shortest(trajectory.sampler_logprobs_C),
         "weight_versions": trajectory.weight_versions_C.tolist(),
     }
+    return _dumps(fields)
+
+
+def with_figures(line: str, figures: EpisodeFigures) -> str:
+    """Return an episode's line with its figures.
+
+    The advantage comes before the token lists, which a reader need not parse, and the figures of
+    tokens among them."""
+    # Quotes within a text are escaped, so these can only be the keys.
+    head, lists = line.split(_LISTS, 1)
+    lists, versions = lists.rsplit(_LAST, 1)
+    advantage, tokens = _dumps({"advantage": figures.advantage}), _dumps(dict(figures.tokens))
+    return f"{head},{advantage[1:-1]}{_LISTS}{lists},{tokens[1:-1]}{_LAST}{versions}"
+
+
+def _dumps(fields: Mapping[str, Any]) -> str:
     return json.dumps(fields, separators=(",", ":"), allow_nan=False)
 
 
