@@ -5,6 +5,7 @@ micro-batches, take optimizer steps, publish the weights, record.
 """
 
 import argparse
+import itertools
 import math
 import sys
 import time
@@ -31,6 +32,7 @@ from jaxgrpo.run.evaluation import Evaluator
 from jaxgrpo.run.export import export
 from jaxgrpo.run.failures import exit_status
 from jaxgrpo.run.folder import held, prepare_run_folder, run_folder
+from jaxgrpo.run.ground_truth import record_ground_truth
 from jaxgrpo.run.learner import Learner, crossed_interval
 from jaxgrpo.run.processes import ClusterFlags, Command, Processes, Work, add_flags, join
 from jaxgrpo.run.records import with_figures
@@ -61,7 +63,8 @@ class Training:
         setup.check_rewards(config)
         self.config = config
         self.assets = setup.open_model_assets(config)
-        self.tasks, prompts = setup.training_tasks(config, self.assets)
+        sampled, prompts = setup.training_tasks(config, self.assets)
+        self.tasks = sampled[0]
         self.learner = Learner(config, self.assets, folder, resume, processes, stack)
         self.loop = stack.enter_context(EventLoopThread())
         self.sampler = MeteredSampler(self.open_sampler(stack))
@@ -76,6 +79,7 @@ class Training:
         )
         self.publish_metrics = self.check_sampler()
         self.log = RunLog(config, folder, self.learner.state.step if resume else None, stack)
+        record_ground_truth(config, itertools.chain(*sampled), folder)
         self.skipped = SkippedBatches(self.log.trajectories)
         self.log.say(f"attention: {setup.describe_kernel(config, self.assets.config)}")
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxgrpo.rollout.rollout import RolloutResult
-from jaxgrpo.types import Message, Score, StopReason, ToolCall, Trajectory
+from jaxgrpo.types import Difference, Message, Score, StopReason, ToolCall, Trajectory
 
 FORMAT = 1
 """The version of the line format. It grows when older readers could misread a line."""
@@ -168,6 +168,7 @@ def to_line(record: TrajectoryRecord) -> str:
         "error": trajectory.error,
         "messages": [dataclasses.asdict(message) for message in trajectory.messages],
         "calls": [dataclasses.asdict(call) for call in trajectory.calls],
+        **_check(score),
         "prompt_ids": trajectory.prompt_ids_P.tolist(),
         "completion_ids": trajectory.completion_ids_C.tolist(),
         "sampled": trajectory.action_mask_C.astype(int).tolist(),
@@ -175,6 +176,13 @@ def to_line(record: TrajectoryRecord) -> str:
         "weight_versions": trajectory.weight_versions_C.tolist(),
     }
     return _dumps(fields)
+
+
+def _check(score: Score | None) -> dict[str, Any]:
+    """What the environment's check found, if there is anything."""
+    if score is None or not score.differences:
+        return {}
+    return {"check": {"differences": [dataclasses.asdict(each) for each in score.differences]}}
 
 
 def with_figures(line: str, figures: EpisodeFigures) -> str:
@@ -223,7 +231,14 @@ def from_line(line: str | bytes) -> TrajectoryRecord:
 def _score(fields: Mapping[str, Any]) -> Score | None:
     if fields["reward"] is None:
         return None
-    return Score(fields["reward"], fields["passed"], fields["score_parts"], fields["score_notes"])
+    found = fields.get("check", {}).get("differences", ())
+    return Score(
+        fields["reward"],
+        fields["passed"],
+        fields["score_parts"],
+        fields["score_notes"],
+        tuple(Difference(**each) for each in found),
+    )
 
 
 def _shortest(values_T: np.ndarray) -> list[float]:

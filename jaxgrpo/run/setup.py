@@ -102,16 +102,16 @@ class Prompts:
     first_P: np.ndarray
 
 
-def training_tasks(config: Config, assets: ModelAssets) -> tuple[Sequence[Task], Prompts]:
-    """Return the tasks to train on, and the prompts of all tasks that the run will sample, the
-    training tasks first. Raises ConfigError if they do not fit the settings or the model."""
+def training_tasks(config: Config, assets: ModelAssets) -> tuple[list[Sequence[Task]], Prompts]:
+    """Return the tasks to train on, followed by those of each split that the run evaluates, and the
+    prompts of all of them. Raises ConfigError if they do not fit the settings or the model."""
     tasks = open_tasks(config, "train")
     batches_per_epoch(len(tasks), config.rollout.tasks_per_step)
     e = config.evaluation
     splits = e.splits if e.before or e.after or e.every else ()
     sampled = [tasks, *(split_tasks(config, split) for split in splits)]
     prompts = [check_episodes(config, assets, each) for each in sampled]
-    return tasks, Prompts(max(of.longest for of in prompts), prompts[0].first_P)
+    return sampled, Prompts(max(of.longest for of in prompts), prompts[0].first_P)
 
 
 def check_episodes(config: Config, assets: ModelAssets, tasks: Sequence[Task]) -> Prompts:

@@ -1,0 +1,44 @@
+"""Record the ground truth of a run's tasks, once per task, if the environment knows it.
+
+Only the viewer reads it. A task whose ground truth the environment fails to give is left out.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from jaxgrpo.config.settings import Config
+from jaxgrpo.paths import write_whole
+from jaxgrpo.rollout.background import say_aside
+from jaxgrpo.rollout.task_check import TaskCheck
+from jaxgrpo.rollout.user_code import FaultyEnvironmentError
+from jaxgrpo.types import GroundTruth, Task
+
+FILE = "ground_truth.jsonl"
+"""The file in the run folder: a line of JSON for each task, `{"task": ..., "ground_truth": ...}`.
+The ground truth is a text, or a list of calls `{"name": ..., "arguments": {...}}`."""
+
+
+def record_ground_truth(config: Config, tasks: Iterable[Task], folder: Path) -> None:
+    """Write the file, as a whole, if the environment knows the ground truth of a task and episodes
+    are recorded. Print a warning if it fails to give that of some tasks."""
+    if not config.recording.trajectories:
+        return
+    by_id = {task.id: task for task in tasks}
+    found = TaskCheck(config.environment, config.rollout).ground_truths(list(by_id.values()))
+    failed = [error for error in found.values() if isinstance(error, FaultyEnvironmentError)]
+    if failed:
+        missing = f"{len(failed)} of {len(by_id)} tasks are recorded without their ground truth"
+        say_aside(f"warning: {failed[0]}; {missing}")
+    lines = [
+        json.dumps({"task": task, "ground_truth": _plain(truth)}) + "\n"
+        for task, truth in found.items()
+        if not isinstance(truth, FaultyEnvironmentError)
+    ]
+    if lines:
+        write_whole(folder / FILE, "".join(lines))
+
+
+def _plain(truth: GroundTruth) -> object:
+    return truth if isinstance(truth, str) else [dataclasses.asdict(call) for call in truth]
