@@ -11,6 +11,7 @@ from typing import Any
 from jaxgrpo.viewer.episode import Episode, from_line
 from jaxgrpo.viewer.index import Index, config_of
 from jaxgrpo.viewer.reader import Store, mapping, text
+from jaxgrpo.viewer.truth import ground_truths
 
 
 class RunError(Exception):
@@ -45,7 +46,7 @@ class Run:
     def episode(self, row: sqlite3.Row) -> Episode:
         """The whole episode of a row. Raises LookupError where it can no longer be read."""
         try:
-            return from_line(self.line(row))
+            return from_line(self.line(row), ground_truths(self.path))
         except ValueError as error:
             raise LookupError(f"its line has changed: {error}") from error
 
