@@ -19,7 +19,7 @@ COLORS = {
     "train_logprobs": "trainer log-probability",
     "ratio": "ratio of the trainer's probability to the old policy's",
     "kl": "KL to the reference, one token's estimate",
-    "gap": "gap between trainer and sampler, before the first step on the batch",
+    "gap": "gap between trainer and sampler",
     "entropies": "entropy",
     "advantage": "advantage",
     "loss_weights": "loss weight",
