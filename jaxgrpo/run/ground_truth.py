@@ -36,8 +36,10 @@ def record_ground_truth(config: Config, tasks: Iterable[Task], folder: Path) -> 
         for task, truth in found.items()
         if not isinstance(truth, FaultyEnvironmentError)
     ]
-    if lines:
-        write_whole(folder / FILE, "".join(lines))
+    text, file = "".join(lines), folder / FILE
+    # The viewer reads all episodes again if this file changes.
+    if text and not (file.is_file() and file.read_bytes() == text.encode()):
+        write_whole(file, text)
 
 
 def _plain(truth: GroundTruth) -> object:

@@ -1,7 +1,9 @@
 """Check the scores of a BFCL episode: what differs, and the rewards "official" and "call_match"."""
 
-from jaxgrpo.types import Difference
-from tests.bfcl_fixtures import SOLVED, environment, play, tool
+from envs.bfcl import Bfcl
+from envs.bfcl.tasks import CATEGORIES
+from jaxgrpo.types import Difference, ExpectedCall
+from tests.bfcl_fixtures import SOLVED, all_tasks, environment, play, task, tool
 
 
 def test_a_failed_check_says_what_differs() -> None:
@@ -72,3 +74,20 @@ def test_the_rewards_differ_on_another_way_to_the_same_result() -> None:
     play(official, texts)
     play(calls, texts)
     assert (official.score().reward, calls.score().reward) == (1.0, 0.0)
+
+
+def test_the_ground_truth_is_of_the_user_turns_that_are_used() -> None:
+    first, two = Bfcl(), Bfcl(max_turns=2)
+    assert first.ground_truth(task("base_0", first)) == (
+        ExpectedCall("cd", {"folder": "document"}),
+        ExpectedCall("mkdir", {"dir_name": "temp"}),
+        ExpectedCall("mv", {"source": "final_report.pdf", "destination": "temp"}),
+    )
+    names = [call.name for call in two.ground_truth(task("base_0", two))]
+    assert names == ["cd", "mkdir", "mv", "cd", "grep"]
+
+
+def test_the_ground_truth_of_every_task_is_json() -> None:
+    suite = Bfcl(categories=CATEGORIES, max_turns=20)
+    truths = [suite.ground_truth(each) for each in all_tasks(suite)]
+    assert len(truths) == 800 and min(map(len, truths)) > 0
