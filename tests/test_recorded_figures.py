@@ -128,16 +128,16 @@ def test_dropped_groups_and_skipped_batches_have_none(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tasks 1 and 4 fail always. The second batch has no finite gradient."""
-    pack, packed = train_module.pack, []
+    make, made = train_module.make_micro_batches, []
 
     def spoilt(groups, *rest):
-        batches = pack(groups, *rest)
-        packed.append(groups)
-        if len(packed) != 2:
+        batches = make(groups, *rest)
+        made.append(groups)
+        if len(made) != 2:
             return batches
         return [dataclasses.replace(b, advantages_NG=b.advantages_NG + 1e30) for b in batches]
 
-    monkeypatch.setattr(train_module, "pack", spoilt)
+    monkeypatch.setattr(train_module, "make_micro_batches", spoilt)
     options = ("rollout.tasks_per_step=3", "environment.broken=(1,4)", "training.steps=4")
     train(changed(tmp_path, model, *options), tmp_path / "run")
     (skipped,) = (tmp_path / "run" / "trajectories").glob("skipped-*.gz")

@@ -208,10 +208,10 @@ SAID: dict[str, dict[str, str]] = {
     },
     "qwen05_gpu": {
         "devices": "4, compute in float32",
-        "rollouts per batch": "8 tasks x 8 samples = 64",
+        "rollouts per batch": "8 tasks x 16 samples = 128",
         "micro-batches per step": "2 of 4 groups",
         "an epoch": "52 tasks = 6 batches = 12 steps",
-        "the run": "200 steps = 100 batches = 16.7 epochs",
+        "the run": "120 steps = 60 batches = 10.0 epochs",
     },
     "procedural": {
         "devices": "4, compute in float32",

@@ -27,11 +27,11 @@ from jaxgrpo.models.qwen2 import (
     head_table,
     scan_stack,
 )
-from jaxgrpo.types import AnyArray, GroupBatch
+from jaxgrpo.types import AnyArray, MicroBatch
 
 jax.tree_util.register_dataclass(
-    GroupBatch,
-    data_fields=[field.name for field in dataclasses.fields(GroupBatch)],
+    MicroBatch,
+    data_fields=[field.name for field in dataclasses.fields(MicroBatch)],
     meta_fields=[],
 )
 
@@ -44,7 +44,7 @@ class StepInputs(NamedTuple):
     - `on_policy` is a bool: true on the first step, where the old policy is the one in training.
     """
 
-    batch: GroupBatch
+    micro_batch: MicroBatch
     old_logprobs_NGC: AnyArray
     reference_logprobs_NGC: AnyArray | None
     on_policy: Array | bool
@@ -70,9 +70,9 @@ class DeviceStep:
     forward: ForwardOptions
     loss: LossSettings
 
-    def score(self, params: Params, batch: GroupBatch) -> Array:
-        """Log-probabilities of the completions [N, G, C], in float32."""
-        return self._figures(params, batch).logprobs_NGC
+    def score(self, params: Params, micro_batch: MicroBatch) -> Array:
+        """Compute log-probabilities of the completions [N, G, C], in float32."""
+        return self._figures(params, micro_batch).logprobs_NGC
 
     def accumulate(
         self, params: Params, gradients: Params, inputs: StepInputs, frozen: Params | None
@@ -90,7 +90,7 @@ class DeviceStep:
             )
 
         def loss(p: Params) -> tuple[Array, tuple[TokenFigures, LossSums]]:
-            figures = self._figures(combine(p, frozen), inputs.batch, scan_layers(p))
+            figures = self._figures(combine(p, frozen), inputs.micro_batch, scan_layers(p))
             value, sums = grpo_loss(_loss_inputs(figures, inputs), self.loss)
             return value, (figures, sums)
 
@@ -102,17 +102,19 @@ class DeviceStep:
         return total | {"layers": layers}, figures, LossSums(*totals)
 
     def _figures(
-        self, params: Params, batch: GroupBatch, scan_layers: ScanLayers = scan_stack
+        self, params: Params, micro_batch: MicroBatch, scan_layers: ScanLayers = scan_stack
     ) -> TokenFigures:
-        tokens = GroupTokens(batch.prompt_NP, batch.prompt_lengths_N, batch.completions_NGC)
+        tokens = GroupTokens(
+            micro_batch.prompt_NP, micro_batch.prompt_lengths_N, micro_batch.completions_NGC
+        )
         hidden = forward_shared_prompt(
             self.config, params, tokens, self._loader(), self.forward, scan_layers
         )
-        shape = batch.completions_NGC.shape
+        shape = micro_batch.completions_NGC.shape
         logprobs, entropies = token_logprobs(
             hidden.reshape(-1, self.config.hidden_size),
             head_table(params),
-            batch.completions_NGC.reshape(-1),
+            micro_batch.completions_NGC.reshape(-1),
             self.head,
         )
         return TokenFigures(logprobs.reshape(shape), entropies.reshape(shape))
@@ -128,15 +130,15 @@ class DeviceStep:
 
 
 def _loss_inputs(figures: TokenFigures, inputs: StepInputs) -> LossInputs:
-    batch, (logprobs, entropies) = inputs.batch, figures
+    micro_batch, (logprobs, entropies) = inputs.micro_batch, figures
     on_policy = lax.stop_gradient(logprobs)
     return LossInputs(
         train_logprobs_NGC=logprobs,
         old_logprobs_NGC=jnp.where(inputs.on_policy, on_policy, inputs.old_logprobs_NGC),
         reference_logprobs_NGC=inputs.reference_logprobs_NGC,
-        sampler_logprobs_NGC=batch.sampler_logprobs_NGC,
+        sampler_logprobs_NGC=micro_batch.sampler_logprobs_NGC,
         entropies_NGC=entropies,
-        advantages_NG=batch.advantages_NG,
-        loss_weights_NGC=batch.loss_weights_NGC,
-        action_mask_NGC=batch.action_mask_NGC,
+        advantages_NG=micro_batch.advantages_NG,
+        loss_weights_NGC=micro_batch.loss_weights_NGC,
+        action_mask_NGC=micro_batch.action_mask_NGC,
     )

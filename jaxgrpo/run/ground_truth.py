@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from jaxgrpo.config.settings import Config
-from jaxgrpo.paths import write_whole
-from jaxgrpo.rollout.background import say_aside
+from jaxgrpo.paths import write_atomically
+from jaxgrpo.rollout.background import print_to_stderr
 from jaxgrpo.rollout.task_check import TaskCheck
 from jaxgrpo.rollout.user_code import FaultyEnvironmentError
 from jaxgrpo.types import GroundTruth, Task
@@ -30,7 +30,7 @@ def record_ground_truth(config: Config, tasks: Iterable[Task], folder: Path) -> 
     failed = [error for error in found.values() if isinstance(error, FaultyEnvironmentError)]
     if failed:
         missing = f"{len(failed)} of {len(by_id)} tasks are recorded without their ground truth"
-        say_aside(f"warning: {failed[0]}; {missing}")
+        print_to_stderr(f"warning: {failed[0]}; {missing}")
     lines = [
         json.dumps({"task": task, "ground_truth": _plain(truth)}) + "\n"
         for task, truth in found.items()
@@ -39,7 +39,7 @@ def record_ground_truth(config: Config, tasks: Iterable[Task], folder: Path) -> 
     text, file = "".join(lines), folder / FILE
     # The viewer reads all episodes again if this file changes.
     if text and not (file.is_file() and file.read_bytes() == text.encode()):
-        write_whole(file, text)
+        write_atomically(file, text)
 
 
 def _plain(truth: GroundTruth) -> object:

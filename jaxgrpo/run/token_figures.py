@@ -20,7 +20,7 @@ from jaxgrpo.config.settings import BatchingSettings
 from jaxgrpo.learner.batching import packing_order
 from jaxgrpo.learner.device_step import TokenFigures
 from jaxgrpo.run.records import EpisodeFigures
-from jaxgrpo.types import Group, GroupBatch, Trajectory
+from jaxgrpo.types import Group, MicroBatch, Trajectory
 
 LOGPROB_DECIMALS, ENTROPY_DECIMALS, DIGITS = 4, 3, 6
 
@@ -65,17 +65,17 @@ def _whole(array: Any) -> np.ndarray:
 
 def of_episodes(
     figures: BatchFigures,
-    batches: Sequence[GroupBatch],
+    micro_batches: Sequence[MicroBatch],
     groups: Sequence[Group],
     settings: BatchingSettings,
 ) -> list[EpisodeFigures]:
-    """Return the figures of each episode, in the order of the groups and their samples. `batches`
-    are what `pack` made of the groups."""
-    size, found = len(batches[0].prompt_NP), dict[int, list[EpisodeFigures]]()
+    """Return the figures of each episode, in the order of the groups and their samples.
+    `micro_batches` are what `make_micro_batches` made of the groups."""
+    size, found = len(micro_batches[0].prompt_NP), dict[int, list[EpisodeFigures]]()
     for i, n in enumerate(packing_order(groups, settings)):
         micro, row = divmod(i, size)
         found[n] = [
-            _of_episode(trajectory, figures, batches, (micro, row, g))
+            _of_episode(trajectory, figures, micro_batches, (micro, row, g))
             for g, trajectory in enumerate(groups[n].trajectories)
         ]
     return [episode for n in range(len(groups)) for episode in found[n]]
@@ -84,12 +84,12 @@ def of_episodes(
 def _of_episode(
     trajectory: Trajectory,
     figures: BatchFigures,
-    batches: Sequence[GroupBatch],
+    micro_batches: Sequence[MicroBatch],
     at: tuple[int, int, int],
 ) -> EpisodeFigures:
     """`at` is the place of the episode: micro-batch, group and sample."""
     micro, *row = at
-    sampled_C, batch = trajectory.action_mask_C, batches[micro]
+    sampled_C, batch = trajectory.action_mask_C, micro_batches[micro]
 
     def values(arrays: Sequence[np.ndarray], decimals: int) -> list[float | None]:
         return _rounded(arrays[micro][*row][: len(sampled_C)], sampled_C, decimals)

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxgrpo.config.settings import BatchingSettings, Config
-from jaxgrpo.learner.batching import pack
+from jaxgrpo.learner.batching import make_micro_batches
 from jaxgrpo.learner.sharding import logical_on_host
 from jaxgrpo.run.learner import Learner
 from jaxgrpo.run.processes import Processes
@@ -83,7 +83,7 @@ class Trained:
         )
 
     def packed(self, number: int):
-        return pack(BATCHES[number], 2, 24, self.learner.config.batching)
+        return make_micro_batches(BATCHES[number], 2, 24, self.learner.config.batching)
 
     def learn(self, number: int) -> None:
         self.learner.learn(self.packed(number))
@@ -168,7 +168,7 @@ def test_each_episode_gets_its_own_figures() -> None:
         )
         for p in (5, 1, 3, 2, 4)
     ]
-    batches = pack(groups, 2, 8, batching)
+    batches = make_micro_batches(groups, 2, 8, batching)
     numbers = [batch.sampler_logprobs_NGC for batch in batches]
     found = of_episodes(BatchFigures(numbers, numbers, None, None), batches, groups, batching)
     assert [each.tokens["train_logprobs"] for each in found] == [
@@ -179,7 +179,10 @@ def test_each_episode_gets_its_own_figures() -> None:
 def figures_of(groups: list[Group], trained: Trained, values: np.ndarray) -> list[EpisodeFigures]:
     batching = trained.learner.config.batching
     return of_episodes(
-        BatchFigures([values], [values], None, None), pack(groups, 1, 8, batching), groups, batching
+        BatchFigures([values], [values], None, None),
+        make_micro_batches(groups, 1, 8, batching),
+        groups,
+        batching,
     )
 
 
