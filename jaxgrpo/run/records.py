@@ -232,7 +232,7 @@ def from_line(line: str | bytes) -> TrajectoryRecord:
 def _score(fields: Mapping[str, Any]) -> Score | None:
     if fields["reward"] is None:
         return None
-    found = fields.get("check", {}).get("differences", ())
+    found = (fields.get("check") or {}).get("differences", ())
     return Score(
         fields["reward"],
         fields["passed"],
