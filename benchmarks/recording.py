@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def measured(make_lines: Callable[[], Sequence[str]]) -> tuple[int, int, float]:
-    """Return the bytes of the lines, their bytes on file, and the seconds to make and write them."""
+    """Return the bytes of the lines and of their file, and the seconds to make and write them."""
     with tempfile.TemporaryDirectory() as folder:
         file, seconds = Path(folder) / "batch.jsonl.gz", []
         for _ in range(REPEATS):

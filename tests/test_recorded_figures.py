@@ -1,4 +1,4 @@
-"""What runs record of trained tokens: the same run with it and without, resumed, with dropped and skipped batches."""
+"""What runs record of trained tokens: with the setting and without, resumed, with failures."""
 
 import dataclasses
 import gzip
@@ -58,8 +58,8 @@ def steady(run: Path) -> list[dict]:
 
 
 def assert_of_its_tokens(line: dict) -> None:
-    """The embedded sampler computes with the old policy's weights: its log-probabilities are those of the old policy. Of other episodes'
-    tokens they would be others."""
+    """The embedded sampler computes with the old policy's weights, so its log-probabilities are
+    those of the old policy. Those of another episode's tokens would differ."""
     sampled = np.array(line["sampled"], bool)
     assert len(line["old_logprobs"]) == len(sampled) > 0
     assert line["old_logprobs"] == pytest.approx(line["sampler_logprobs"], abs=2e-4)

@@ -1,4 +1,4 @@
-"""The ground truth of a run's tasks, where the environment knew it: `ground_truth.jsonl` of a run."""
+"""The ground truth of a run's tasks, from `ground_truth.jsonl` in its folder."""
 
 import functools
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The figures of trained tokens: against a model in NumPy, against definitions, and in the record of an episode."""
+"""The figures of trained tokens: against a model in NumPy, against definitions, and in records."""
 
 import dataclasses
 import json
@@ -109,8 +109,8 @@ TRAJECTORIES = [trajectory for each in BATCHES[1] for trajectory in each.traject
 def test_logprobs_and_entropies_are_those_of_a_forward_pass_of_each_policy(
     trained: Trained,
 ) -> None:
-    """The reference is the first policy, the old one that after a batch, and the last one is a step further. They differ from each
-    other by far more than the recorded digits are off."""
+    """The reference is the first policy, the old one is that after a batch, and the last one is a
+    step further. They differ from each other by far more than the recorded digits are off."""
     assert trained.figures is not None
     reference, old, train = (load_file(p / "model.safetensors") for p in trained.policies)
     apart = {"old": 0.0, "reference": 0.0}
@@ -156,8 +156,8 @@ def test_with_one_step_on_a_batch_there_is_no_old_policy(trained: Trained) -> No
 
 
 def test_each_episode_gets_its_own_figures() -> None:
-    """Micro-batches hold the groups in the order of their lengths, and the last one has an empty place. The figures are numbers that
-    tell the episodes apart."""
+    """Micro-batches hold the groups in the order of their lengths, and the last one has an empty
+    place. The figures are numbers that tell the episodes apart."""
     batching = BatchingSettings(prompt_multiple=2, completion_multiple=2)
     groups = [
         group(
@@ -187,7 +187,7 @@ def figures_of(groups: list[Group], trained: Trained, values: np.ndarray) -> lis
 
 
 def test_rounding(trained: Trained) -> None:
-    """0 is short, what is not finite is null, and nothing is said of tokens that were not sampled."""
+    """0 is short, what is not finite is null, and a token that was not sampled has 0."""
     one, other = (episode([1, 2], [3, 4, 5, 6], [1, 1, 0, 1], reward) for reward in (0.0, 1.0))
     values = np.full((1, 2, 8), np.nan, np.float32)
     values[0, 0, :4] = [-0.123456, -0.00004, 7.0, -np.inf]
@@ -199,7 +199,7 @@ def test_rounding(trained: Trained) -> None:
 
 
 def test_the_line_of_a_trained_episode() -> None:
-    """The advantage stands before the lists of tokens, and the figures among them; the rest is as it was."""
+    """The advantage stands before the lists of tokens, the figures among them. The rest stays."""
     sly = ',"prompt_ids":[1],"weight_versions":[2]'
     trajectory = dataclasses.replace(
         episode([1, 2], [3, 4], [1, 0], 1.0), messages=(Message("assistant", sly),)

@@ -254,7 +254,7 @@ def test_keys_walk_rows_and_show_help(page, two_runs) -> None:
 
 
 def recorded(folder):
-    """A trained episode that failed, as the recorder writes it, and the ground truth of its task."""
+    """A trained episode that failed, as the recorder writes it, and its task's ground truth."""
     made = record("files_1", "train", 8, 0, False)
     differs = Difference("state", "turn 0: Bot.list", "[]", "['ZETA']")
     score = dataclasses.replace(made.trajectory.score, notes={}, differences=(differs,))
