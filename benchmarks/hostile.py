@@ -33,9 +33,9 @@ from envs.bfcl import Bfcl
 from envs.bfcl.protocols import PROTOCOLS
 from envs.bfcl.source import RELEASES, open_package
 from envs.bfcl.tasks import CATEGORIES, BfclTask, Library, load_library
-from envs.tool_tags import FINISHED, GAVE_UP
 from jaxgrpo.environment import StepResult
 from jaxgrpo.run.records import TrajectoryRecord, from_line, to_line
+from jaxgrpo.toolkit.tags import FINISHED, GAVE_UP
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall, Trajectory
 
 T = TypeVar("T")

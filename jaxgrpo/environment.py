@@ -159,6 +159,15 @@ class Environment(Protocol):
         """Score the episode. Called once, also if a limit ended it."""
 
 
+@runtime_checkable
+class ClosableEnvironment(Environment, Protocol):
+    """An environment that holds something open, such as a connection or a process."""
+
+    def close(self) -> None:
+        """Release it. Called once for every environment that was created, after its last other
+        call, however that ended. A call beyond its deadline may still be running."""
+
+
 class TaskSuite(Protocol):
     """A source of tasks: the `environment` of a config. Make it a frozen dataclass, so that `--set`
     can override its fields."""
@@ -179,3 +188,12 @@ class KnowsGroundTruth(Protocol):
     def ground_truth(self, task: Task) -> GroundTruth:
         """Return what solves the task: the calls in their order, or a text. Called from worker
         threads, once per task and run."""
+
+
+@runtime_checkable
+class LimitedSuite(TaskSuite, Protocol):
+    """A suite that allows only so many environments at once."""
+
+    def most_open(self) -> int:
+        """Return the most environments that may be open at once, at least 1. A rollout creates no
+        further one until another is closed."""

@@ -1,4 +1,5 @@
-"""python -m jaxgrpo.evaluate --config FILE [--checkpoint RUN] [--split test] [--samples K]
+"""python -m jaxgrpo.evaluate --config FILE [--checkpoint RUN] [--split test | --suite NAME]
+    [--samples K]
 
 Measure the pass rate on a split, with its confidence interval.
 """
@@ -14,8 +15,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxgrpo.config.checks import is_file_name
 from jaxgrpo.config.load import load_config
-from jaxgrpo.config.settings import NO_LORA, SPLITS, Config, ConfigError
+from jaxgrpo.config.settings import NO_LORA, Config, ConfigError
 from jaxgrpo.interruptions import interruptible, run_program
 from jaxgrpo.learner.sharding import store
 from jaxgrpo.models.qwen2 import Params
@@ -38,10 +40,10 @@ from jaxgrpo.storage.checkpoint import read_policy
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to evaluate: `samples` episodes per task of a split, with the weights of a run's
-    checkpoint at `step` (None: the newest), or without a checkpoint those of the config's model."""
+    """What to evaluate: `samples` episodes per task, with the weights of a run's checkpoint at
+    `step` (None: the newest), or without a checkpoint those of the config's model."""
 
-    split: str
+    evaluated: setup.Evaluated
     samples: int
     checkpoint: Path | None
     step: int | None
@@ -57,11 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setup.enable_compilation_cache(config)
         checkpoint = args.checkpoint and absolute(args.checkpoint, start)
         samples = config.evaluation.samples if args.samples is None else args.samples
-        request = Request(args.split, samples, checkpoint, args.step)
+        evaluated = _evaluated(config, args.split, args.suite)
+        request = Request(evaluated, samples, checkpoint, args.step)
         _check(request)
-        folder = run_folder(args.run_dir, f"{config.name}-eval-{args.split}", start)
+        folder = run_folder(args.run_dir, f"{config.name}-eval-{evaluated.name}", start)
         with interruptible(), locked_folder(folder):
-            _evaluate(config, request, folder)
+            _evaluate(evaluated.config, request, folder)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -80,17 +83,32 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", metavar="RUN", help=of_checkpoint)
     of_step = "the step of the run's checkpoint (default: the newest)"
     parser.add_argument("--step", type=int, help=of_step)
-    parser.add_argument("--split", default="test", help=f"{' or '.join(SPLITS)} (default: test)")
+    parser.add_argument("--split", help="a split of the environment's tasks (default: test)")
+    parser.add_argument("--suite", help="in place of a split: a suite of evaluation.suites")
     of_samples = "episodes per task (default: the config's evaluation.samples)"
     parser.add_argument("--samples", type=int, help=of_samples)
     parser.add_argument("--run-dir", help="folder to record in (default: runs/NAME-eval-SPLIT)")
     return parser
 
 
+def _evaluated(config: Config, split: str | None, suite: str | None) -> setup.Evaluated:
+    """Return what to evaluate: a split of the config's environment, or another of its suites."""
+    if suite is None:
+        name = "test" if split is None else split
+        if not is_file_name(name):
+            raise ConfigError(f"--split must be the name of a split, got {name!r}")
+        return setup.Evaluated(name, name, config)
+    if split is not None:
+        raise ConfigError("--suite names a suite and its split: leave out --split")
+    known = {one.name: one for one in setup.suites(config)}
+    if suite not in known:
+        listed = ", ".join(known) or "none"
+        raise ConfigError(f"--suite must be one of evaluation.suites ({listed}), got {suite!r}")
+    return known[suite]
+
+
 def _check(request: Request) -> None:
     problems = []
-    if request.split not in SPLITS:
-        problems.append(f"--split must be {' or '.join(SPLITS)}, got {request.split!r}")
     if not 1 <= request.samples < 2**31:
         problems.append(f"--samples must be from 1 to {2**31 - 1}, got {request.samples}")
     if request.step is not None and request.checkpoint is None:
@@ -105,11 +123,11 @@ def _check(request: Request) -> None:
 def _evaluate(config: Config, request: Request, folder: Path) -> None:
     setup.check_rewards(config)
     assets = setup.open_model_assets(config)
-    tasks = setup.split_tasks(config, request.split)
+    tasks = setup.split_tasks(config, request.evaluated.split)
     prompts = setup.check_episodes(config, assets, tasks)
     params, step = _read_weights(config, assets, request)
     make_run_folder(folder)
-    record_ground_truth(config, tasks, folder)
+    record_ground_truth([(config, tasks)], folder)
     weights = WholeWeights(params, assets.config, step // config.training.iterations)
     sampling = SamplingParams(config.evaluation.temperature, config.evaluation.top_p)
     with (
@@ -121,11 +139,11 @@ def _evaluate(config: Config, request: Request, folder: Path) -> None:
         check = _check_sampler(config, weights, prompts.first_P, loop, sampler)
         rollout = setup.build_rollout(config, assets, sampler, sampling)
         evaluator = Evaluator(rollout, loop, request.samples, config.seed, view.advance)
-        outcome = evaluator.evaluate(tasks, request.split, step)
+        outcome = evaluator.evaluate(tasks, request.evaluated.name, step)
     recorder = Recorder(folder, tensorboard=False, wandb_project=None, name=config.name)
     recorder.record(step, outcome.metrics | check)
     recorder.close()
-    _report(outcome, request.split, step, folder)
+    _report(outcome, request.evaluated.name, step, folder)
 
 
 def _read_weights(
@@ -163,10 +181,10 @@ def _check_sampler(
     return check.run(loop, sampler, stored, weights.version)
 
 
-def _report(outcome: Evaluation, split: str, step: int, folder: Path) -> None:
+def _report(outcome: Evaluation, name: str, step: int, folder: Path) -> None:
     """Write the episodes, and print the metrics."""
-    path = folder / "trajectories" / f"eval-{split}-{step:06d}.jsonl.gz"
-    for fault in records.write(path, outcome.result, f"eval-{split}", step):
+    path = folder / "trajectories" / f"eval-{name}-{step:06d}.jsonl.gz"
+    for fault in records.write(path, outcome.result, f"eval-{name}", step):
         print(fault, file=sys.stderr)
     for key, value in outcome.metrics.items():
         print(f"{key:40} {value:.4f}" if isinstance(value, float) else f"{key:40} {value}")

@@ -5,7 +5,6 @@ micro-batches, take optimizer steps, publish the weights, record.
 """
 
 import argparse
-import itertools
 import math
 import sys
 import time
@@ -64,7 +63,7 @@ class Training:
         self.config = config
         self.assets = setup.open_model_assets(config)
         sampled, prompts = setup.training_tasks(config, self.assets)
-        self.tasks = sampled[0]
+        self.tasks = sampled[0][1]
         self.learner = Learner(config, self.assets, folder, resume, processes, stack)
         self.loop = stack.enter_context(EventLoopThread())
         self.sampler = MeteredSampler(self.open_sampler(stack))
@@ -79,7 +78,7 @@ class Training:
         )
         self.publish_metrics = self.check_sampler()
         self.log = RunLog(config, folder, self.learner.state.step if resume else None, stack)
-        record_ground_truth(config, itertools.chain(*sampled), folder)
+        record_ground_truth(sampled, folder)
         self.skipped = SkippedBatches(self.log.trajectories)
         self.log.say(f"attention: {setup.describe_kernel(config, self.assets.config)}")
 
@@ -218,22 +217,24 @@ class Training:
             self.loop.call(self.sampler.take_idle_fraction())
 
     def evaluate(self) -> None:
-        """Evaluate all splits of the config. Prefetched rollouts continue meanwhile, under the same
-        weights."""
+        """Evaluate all splits and suites of the config. Prefetched rollouts continue meanwhile,
+        under the same weights."""
         e, step = self.config.evaluation, self.learner.state.step
         sampling = SamplingParams(e.temperature, e.top_p)
-        rollout = setup.build_rollout(self.config, self.assets, self.sampler, sampling)
-        evaluator = Evaluator(
-            rollout, self.loop, e.samples, self.config.seed, self.log.view.episodes
-        )
-        for split in e.splits:
-            tasks, start = setup.split_tasks(self.config, split), time.perf_counter()
+        for one in setup.evaluations(self.config):
+            rollout = setup.build_rollout(
+                one.config, self.assets, self.sampler, sampling, self.rollout
+            )
+            evaluator = Evaluator(
+                rollout, self.loop, e.samples, self.config.seed, self.log.view.episodes
+            )
+            tasks, start = setup.split_tasks(one.config, one.split), time.perf_counter()
             try:
-                outcome = evaluator.evaluate(tasks, split, step)
+                outcome = evaluator.evaluate(tasks, one.name, step)
             except AllGroupsDroppedError as error:
                 self.log.say(f"step {step}  no evaluation: {error}")
                 continue
-            self.log.evaluation(step, split, outcome, time.perf_counter() - start)
+            self.log.evaluation(step, one.name, outcome, time.perf_counter() - start)
 
     def checkpoint_if_due(self) -> None:
         """Save a checkpoint. It comes last, so everything before it is recorded when a run resumes

@@ -27,7 +27,7 @@ def describe(config: Config) -> Iterator[str]:
     """
     check_rewards(config)
     assets = open_model_assets(config, weights=False)
-    (tasks, *_), prompts = training_tasks(config, assets)
+    ((_, tasks), *_), prompts = training_tasks(config, assets)
     devices = config.training.devices or len(jax.devices())
     yield to_json(config)
     yield from _model(config, assets.config)

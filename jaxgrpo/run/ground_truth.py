@@ -5,7 +5,7 @@ Only the viewer reads it. A task whose ground truth the environment fails to giv
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jaxgrpo.config.settings import Config
@@ -20,16 +20,18 @@ FILE = "ground_truth.jsonl"
 The ground truth is a text, or a list of calls `{"name": ..., "arguments": {...}}`."""
 
 
-def record_ground_truth(config: Config, tasks: Iterable[Task], folder: Path) -> None:
-    """Write the file, as a whole, if the environment knows the ground truth of a task and episodes
-    are recorded. Print a warning if it fails to give that of some tasks."""
-    if not config.recording.trajectories:
-        return
-    by_id = {task.id: task for task in tasks}
-    found = TaskCheck(config.environment, config.rollout).ground_truths(list(by_id.values()))
+def record_ground_truth(sampled: Iterable[tuple[Config, Sequence[Task]]], folder: Path) -> None:
+    """Write the file, as a whole, if an environment knows the ground truth of a task and episodes
+    are recorded. Print a warning if it fails to give that of some tasks. `sampled` are the tasks of
+    each environment, with the config that names it. Of tasks with the same id, the first counts."""
+    found: dict[str, GroundTruth | FaultyEnvironmentError] = {}
+    for config, tasks in sampled:
+        if config.recording.trajectories:
+            new = list({task.id: task for task in tasks if task.id not in found}.values())
+            found |= TaskCheck(config.environment, config.rollout).ground_truths(new)
     failed = [error for error in found.values() if isinstance(error, FaultyEnvironmentError)]
     if failed:
-        missing = f"{len(failed)} of {len(by_id)} tasks are recorded without their ground truth"
+        missing = f"{len(failed)} of {len(found)} tasks are recorded without their ground truth"
         print_to_stderr(f"warning: {failed[0]}; {missing}")
     lines = [
         json.dumps({"task": task, "ground_truth": _plain(truth)}) + "\n"

@@ -42,7 +42,7 @@ def test_each_task_has_one_line_and_those_without_a_ground_truth_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tasks = Knowing().tasks("train")
-    record_ground_truth(config(), [*tasks, *tasks], tmp_path)
+    record_ground_truth([(config(), tasks), (config(), tasks)], tmp_path)
     written = (tmp_path / "ground_truth.jsonl").read_text(encoding="ascii").splitlines()
     assert [json.loads(line) for line in written] == [
         {
@@ -66,16 +66,16 @@ def test_each_task_has_one_line_and_those_without_a_ground_truth_are_named(
 def test_the_same_file_is_not_written_again(tmp_path: Path) -> None:
     """The viewer would read all episodes again."""
     tasks, file = Knowing().tasks("train"), tmp_path / "ground_truth.jsonl"
-    record_ground_truth(config(), tasks, tmp_path)
+    record_ground_truth([(config(), tasks)], tmp_path)
     before = file.stat().st_mtime_ns
-    record_ground_truth(config(), tasks, tmp_path)
+    record_ground_truth([(config(), tasks)], tmp_path)
     assert file.stat().st_mtime_ns == before
-    record_ground_truth(config(), tasks[:1], tmp_path)
+    record_ground_truth([(config(), tasks[:1])], tmp_path)
     assert len(file.read_text().splitlines()) == 1
 
 
 def test_nothing_is_written_without_episodes_or_by_a_suite_that_knows_none(tmp_path: Path) -> None:
-    record_ground_truth(config(trajectories=False), Knowing().tasks("train"), tmp_path)
+    record_ground_truth([(config(trajectories=False), Knowing().tasks("train"))], tmp_path)
     plain = dataclasses.replace(config(), environment=Letters())
-    record_ground_truth(plain, Letters().tasks("train"), tmp_path)
+    record_ground_truth([(plain, Letters().tasks("train"))], tmp_path)
     assert not list(tmp_path.iterdir())
