@@ -22,7 +22,7 @@ from jaxgrpo.types import Difference, Message, Score, StopReason, ToolCall, Traj
 FORMAT = 1
 """The version of the line format. It grows when older readers could misread a line."""
 _SHOWN = 2000
-_LISTS, _LAST = ',"prompt_ids":', ',"weight_versions":'
+_LISTS, _LAST = ',"prompt_ids":[', ',"weight_versions":['
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +180,7 @@ def to_line(record: TrajectoryRecord) -> str:
 
 
 def _check(score: Score | None) -> dict[str, Any]:
-    """What the environment's check found, if there is anything."""
+    """Return the differences that the check found, under the key `check`, if there are any."""
     if score is None or not score.differences:
         return {}
     return {"check": {"differences": [dataclasses.asdict(each) for each in score.differences]}}
@@ -191,7 +191,7 @@ def with_figures(line: str, figures: EpisodeFigures) -> str:
 
     The advantage comes before the token lists, which a reader need not parse, and the figures of
     tokens among them."""
-    # Quotes within a text are escaped, so these can only be the keys.
+    # Quotes within a text are escaped, and parts and notes of that name are no lists.
     head, lists = line.split(_LISTS, 1)
     lists, versions = lists.rsplit(_LAST, 1)
     advantage, tokens = _dumps({"advantage": figures.advantage}), _dumps(dict(figures.tokens))

@@ -25,7 +25,7 @@ from jaxgrpo.run.records import (
 from jaxgrpo.run.setup import initial_params, open_model_assets
 from jaxgrpo.run.token_figures import BatchFigures, of_episodes
 from jaxgrpo.storage.pretrained import save_hf
-from jaxgrpo.types import Group, Message, StopReason, Trajectory
+from jaxgrpo.types import Group, Message, Score, StopReason, Trajectory
 from tests.episodes import episode, group, random_groups
 from tests.reference_model import qwen2_logits
 from tests.training import CONFIG_JSON, changed, make_model
@@ -201,8 +201,9 @@ def test_rounding(trained: Trained) -> None:
 def test_the_line_of_a_trained_episode() -> None:
     """The advantage stands before the lists of tokens, the figures among them. The rest stays."""
     sly = ',"prompt_ids":[1],"weight_versions":[2]'
+    score = Score(1.0, True, {"a": 0.0, "prompt_ids": 1.0}, {"a": sly, "weight_versions": sly})
     trajectory = dataclasses.replace(
-        episode([1, 2], [3, 4], [1, 0], 1.0), messages=(Message("assistant", sly),)
+        episode([1, 2], [3, 4], [1, 0], 1.0), messages=(Message("assistant", sly),), score=score
     )
     plain = to_line(TrajectoryRecord(trajectory, "train", 4))
     figures = EpisodeFigures(-0.5, {"train_logprobs": [-0.25, 0], "loss_weights": 0.125})
