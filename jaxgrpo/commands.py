@@ -1,5 +1,5 @@
-"""The installed commands `jaxgrpo-train` and `jaxgrpo-evaluate`, which run `python -m
-jaxgrpo.train` and `python -m jaxgrpo.evaluate`."""
+"""The installed commands `jaxgrpo-train`, `jaxgrpo-evaluate` and `jaxgrpo-check`, which run the
+modules `jaxgrpo.train`, `jaxgrpo.evaluate` and `jaxgrpo.check`."""
 
 import importlib
 import sys
@@ -11,6 +11,10 @@ def train() -> None:
 
 def evaluate() -> None:
     _run("jaxgrpo.evaluate")
+
+
+def check() -> None:
+    _run("jaxgrpo.check")
 
 
 def _run(name: str) -> None:

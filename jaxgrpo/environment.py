@@ -197,3 +197,15 @@ class LimitedSuite(TaskSuite, Protocol):
     def most_open(self) -> int:
         """Return the most environments that may be open at once, at least 1. A rollout creates no
         further one until another is closed."""
+
+
+@runtime_checkable
+class DemonstratingSuite(Protocol):
+    """A suite that knows how its tasks are solved. This method is optional.
+
+    `python -m jaxgrpo.check` plays the turns, and reports a task that they do not solve.
+    """
+
+    def demonstration(self, task: Task) -> Sequence[str]:
+        """Return the texts of the policy's turns that solve the task, in order, each with its stop
+        string."""

@@ -26,7 +26,7 @@ from jaxgrpo.run import setup
 from jaxgrpo.run.agreement import agreement_check
 from jaxgrpo.run.batch_metrics import rollout_metrics, schedule_metrics, update_metrics
 from jaxgrpo.run.command_line import config_parser
-from jaxgrpo.run.dry_run import describe
+from jaxgrpo.run.dry_run import dry_run
 from jaxgrpo.run.evaluation import Evaluator
 from jaxgrpo.run.export import export
 from jaxgrpo.run.failures import exit_status
@@ -290,9 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setup.enable_compilation_cache(config)
         processes = join(ClusterFlags.of(args), config.training.gpus)
         if args.dry_run:
-            if processes.leads:
-                print("\n".join(describe(config)))
-            return 0
+            return dry_run(config) if processes.leads else 0
         with interruptible():  # after `join`, in which jax installs its own handler of SIGTERM
             return exit_status(lambda: train(config, folder, args.resume, processes), folder)
     except ConfigError as error:
@@ -308,7 +306,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run-dir", help="folder to record the run in (default: runs/NAME)")
     resume = "continue from the newest checkpoint in the run folder, if there is one"
     parser.add_argument("--resume", action="store_true", help=resume)
-    parser.add_argument("--dry-run", action="store_true", help="describe the run and exit")
+    of_dry_run = "describe the run, try its environment on some tasks, and exit"
+    parser.add_argument("--dry-run", action="store_true", help=of_dry_run)
     add_flags(parser)
     return parser
 

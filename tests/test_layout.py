@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PARTS = ("jaxgrpo", "envs", "tools", "configs", "benchmarks", "tests")
 
 FLOORS = (
-    ("jaxgrpo.commands", "jaxgrpo.train", "jaxgrpo.evaluate"),
+    ("jaxgrpo.commands", "jaxgrpo.train", "jaxgrpo.evaluate", "jaxgrpo.check"),
     ("jaxgrpo.viewer",),
     ("jaxgrpo.run",),
     ("jaxgrpo.rollout",),
