@@ -1,7 +1,7 @@
 """Show and record a training run: metrics, episodes, progress, and lines for the user."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from jaxgrpo.run.compilation import CompilationClock
 from jaxgrpo.run.evaluation import Evaluation
 from jaxgrpo.run.metrics import Metrics, Recorder, read_metrics
 from jaxgrpo.run.progress import RunProgress
+from jaxgrpo.run.setup import evaluated
 from jaxgrpo.run.terminal import Terminal
 from jaxgrpo.run.time_left import TimeLeft, duration
 from jaxgrpo.run.warnings_in_words import Watch
@@ -33,13 +34,15 @@ class RunLog:
         self._pass_rates: dict[str, dict[str, float]] = {"first": {}, "last": {}}
         self._terminal.table(config.name, summary.of_folder(folder))
 
-    def describe(self, model: ModelConfig, tasks: int, evaluated: Mapping[str, int]) -> None:
-        """Print what the run trains. `evaluated` has the number of tasks of each split that is
-        evaluated."""
+    def describe(self, model: ModelConfig, counts: Sequence[int]) -> None:
+        """Print what the run trains. `counts` are the numbers of its training tasks, and of the
+        tasks of each evaluation."""
+        names = [one.name for one in evaluated(self._config)]
+        tasks, evaluations = counts[0], dict(zip(names, counts[1:], strict=True))
         rows = summary.of_model(self._config, model)
-        self._terminal.table("", [*rows, *summary.of_work(self._config, tasks, evaluated)])
+        self._terminal.table("", [*rows, *summary.of_work(self._config, tasks, evaluations)])
         self._left = TimeLeft(
-            self._config, evaluated, self._compilation.seconds, started=self._started
+            self._config, evaluations, self._compilation.seconds, started=self._started
         )
         self._progress = RunProgress(self._terminal, self._left, self._config.training.steps)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,28 +126,27 @@ def check_rewards(config: Config) -> None:
 @dataclasses.dataclass(frozen=True)
 class Prompts:
     """The tokens of the longest prompt of some tasks, the first prompt [P], and the number of tasks
-    that do not open. `evaluated` has the number of tasks of each split and suite that the run
-    evaluates, in their order."""
+    that do not open."""
 
     longest: int
     first_P: np.ndarray
     failed: int = 0
-    evaluated: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
-def training_tasks(config: Config, assets: ModelAssets) -> tuple[Sequence[Task], Prompts]:
-    """Return the tasks to train on, and the prompts of all tasks that the run will sample, the
-    training tasks first. Raises ConfigError if they do not fit the settings or the model."""
+Sampled = tuple[Config, Sequence[Task]]
+"""Tasks that a run samples, and the config whose environment they belong to."""
+
+
+def training_tasks(config: Config, assets: ModelAssets) -> tuple[list[Sampled], Prompts]:
+    """Return the tasks to train on, followed by those of each evaluation, and the prompts of all of
+    them. Raises ConfigError if they do not fit the settings or the model."""
     tasks = open_tasks(config, "train")
     batches_per_epoch(len(tasks), config.rollout.tasks_per_step)
     sampled = [(config, tasks)]
     sampled += [(one.config, split_tasks(one.config, one.split)) for one in evaluated(config)]
     prompts = [check_episodes(of, assets, each) for of, each in sampled]
     longest, failed = max(of.longest for of in prompts), sum(of.failed for of in prompts)
-    counts = {
-        one.name: len(of) for one, (_, of) in zip(evaluated(config), sampled[1:], strict=True)
-    }
-    return tasks, Prompts(longest, prompts[0].first_P, failed, counts)
+    return sampled, Prompts(longest, prompts[0].first_P, failed)
 
 
 def evaluated(config: Config) -> list[Evaluated]:
