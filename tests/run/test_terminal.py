@@ -98,7 +98,10 @@ def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_terminal_without_cursor_control_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
-    assert "\x1b[2K" not in in_a_terminal(everything)
+    monkeypatch.setattr(module, "QUIET_SECONDS", 0.0)
+    text = in_a_terminal(everything)
+    assert "\x1b[2K" not in text
+    assert text.endswith("step 5/10  sampling, 3/8 episodes  3 min gone, 3 min left\r\n")
 
 
 def test_streams_that_an_environment_replaces_are_restored() -> None:
