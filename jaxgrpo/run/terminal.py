@@ -110,7 +110,7 @@ class Terminal:
         quiet = time.monotonic() - self._said >= QUIET_SECONDS
         if self._bar is None and self._status is not None and quiet:
             status = self._status()
-            self.say("  ".join(filter(None, (status.head, status.stage, status.times))))
+            self.say("  ".join(filter(None, (status.stage, status.head, status.times))))
 
 
 def wrapped(text: str) -> str:

@@ -73,7 +73,7 @@ def test_a_log_file_hears_of_progress_after_a_minute(monkeypatch: pytest.MonkeyP
             now[0] += seconds
             terminal.remind()
 
-    line = "step 5/10  sampling, 3/8 episodes  3 min gone, 3 min left\n"
+    line = "sampling, 3/8 episodes  step 5/10  3 min gone, 3 min left\n"
     assert in_a_log(use) == line * 2
 
 
@@ -101,7 +101,7 @@ def test_a_terminal_without_cursor_control_gets_lines(monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "QUIET_SECONDS", 0.0)
     text = in_a_terminal(everything)
     assert "\x1b[2K" not in text
-    assert text.endswith("step 5/10  sampling, 3/8 episodes  3 min gone, 3 min left\r\n")
+    assert text.endswith("sampling, 3/8 episodes  step 5/10  3 min gone, 3 min left\r\n")
 
 
 def test_streams_that_an_environment_replaces_are_restored() -> None:
