@@ -2,6 +2,7 @@
 or holds wrongly."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,18 +73,18 @@ class Episode:
         said the last `turns` messages of role assistant."""
         return self.messages[: self._first_said]
 
-    @property
+    @functools.cached_property
     def conversation(self) -> tuple[Message, ...]:
         """From the policy's first turn on."""
         return self.messages[self._first_said :]
 
-    @property
+    @functools.cached_property
     def policy_texts(self) -> tuple[str, ...]:
         return tuple(
             message.content for message in self.conversation if message.role == "assistant"
         )
 
-    @property
+    @functools.cached_property
     def _first_said(self) -> int:
         places = [n for n, message in enumerate(self.messages) if message.role == "assistant"]
         said = places[max(0, len(places) - self.turns) :] if self.turns > 0 else places

@@ -3,6 +3,7 @@ in a process of its own."""
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,20 @@ def read_rows(path: Path, start: int = 0) -> FileRows:
 
 
 def searched(episode: Episode) -> str:
-    """The text by which an episode is found: what was said from the policy's first turn on, the
-    request, the task's id, errors and notes. The tools' documents are left out: they would find
-    every episode."""
-    parts = [episode.task, episode.query, *(message.content for message in episode.conversation)]
+    """The text by which an episode is found: what was said from the policy's first turn on, errors
+    and notes, the request, the task's id. The tools' documents are left out: they would find every
+    episode. The request comes late, because a snippet shows the first hit: it is the same for all
+    samples."""
+    said = [message.content for message in episode.conversation]
     if not episode.conversation:  # an older or bare record: the calls are all there is
-        parts += [f"{call.name} {call.arguments} {call.result}" for call in episode.calls]
-    parts += [episode.error, *episode.notes.values()]
-    return "\n".join(parts)[:MOST_WORDS].encode("utf-8", "replace").decode()
+        said += [f"{call.name} {call.arguments} {call.result}" for call in episode.calls]
+    about = [episode.error, *episode.notes.values(), episode.query, episode.task]
+    words = f"{_cut(said, MOST_WORDS)}\n{_cut(about, MOST_WORDS // 10)}"
+    return words.encode("utf-8", "replace").decode()
+
+
+def _cut(texts: Sequence[str], most: int) -> str:
+    return "\n".join(texts)[:most]
 
 
 def _row(line: Line, episode: Episode, tokens: int) -> tuple[Any, ...]:
@@ -91,7 +98,7 @@ def _row(line: Line, episode: Episode, tokens: int) -> tuple[Any, ...]:
         episode.advantage,
         repeated,
         json.dumps(episode.parts),
-        _short(" ".join(said[0].split()) if said else episode.error, 160),
+        _short(" ".join(said[0][:1000].split()) if said else episode.error, 160),
     )
 
 

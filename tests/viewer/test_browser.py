@@ -35,6 +35,7 @@ def test_the_overview_shows_values_on_hover_and_opens_a_steps_episodes(page, tmp
             "Reward",
             "Pass rate in training",
         ]
+        assert texts(page, ".facts > div")[0] == "pass@1 on train 43.8 % → 50.0 %"
         reward = page.locator("#train-reward_mean svg.chart")
         box = reward.bounding_box()
         page.mouse.move(box["x"] + box["width"] - 16, box["y"] + 40)
@@ -46,6 +47,10 @@ def test_the_overview_shows_values_on_hover_and_opens_a_steps_episodes(page, tmp
 
 def test_runs_lie_over_one_another_and_are_smoothed(page, two_runs) -> None:
     page.goto(two_runs.url + "/overview")
+    assert texts(page, ".cards tbody tr") == [
+        "demo 43.8 % → 50.0 % 0.5 50 % 64 4 3",
+        "other 43.8 % → 50.0 % 0.5 50 % 32 4 2",
+    ]
     figure = page.locator("#train-reward_mean")
     assert texts(page, "#train-reward_mean .legend li") == ["demo", "other"]
     assert figure.locator("path.raw").count() == 0
@@ -55,6 +60,34 @@ def test_runs_lie_over_one_another_and_are_smoothed(page, two_runs) -> None:
     page.select_option("select[name=metric]", "train/kl")
     page.wait_for_url("**metric=train**")
     assert page.locator("figure h2").first.inner_text() == "KL to the reference"
+
+
+def test_every_curve_links_its_explanation(page, two_runs) -> None:
+    page.emulate_media(reduced_motion="reduce")  # no smooth scrolling
+    page.goto(two_runs.url + "/overview")
+    figures = page.locator(".charts figure")
+    assert figures.count() == 6
+    for number in range(6):
+        assert figures.nth(number).locator("a.why").count() == 1
+    page.click("#train-kl a.why")
+    page.wait_for_url("**/metrics#metric-train-kl")
+    row = page.locator("#metric-train-kl")
+    assert "k3 estimate of KL(policy, reference)" in row.inner_text()
+    assert row.evaluate("row => row.matches(':target')")
+    box, top = row.bounding_box(), page.locator("header.top").bounding_box()
+    assert top["height"] <= box["y"] < 900  # in the window, below the header
+    row.locator("a:text-is('KL')").click()
+    page.wait_for_url("**/metrics#about-kl-grows")
+    assert page.locator("h3:target").inner_text() == "KL grows"
+
+
+def test_a_curve_is_downloaded(page, two_runs) -> None:
+    page.goto(two_runs.url + "/overview")
+    for kind, begins in (("SVG", b"<svg "), ("PNG", b"\x89PNG")):
+        with page.expect_download() as expected:
+            page.click(f"#time-rollout_seconds .files a:text-is('{kind}')")
+        assert expected.value.suggested_filename.endswith(kind.lower())
+        assert Path(expected.value.path()).read_bytes().startswith(begins)
 
 
 def test_a_run_that_goes_on_appends_by_itself(page, tmp_path) -> None:
@@ -201,7 +234,10 @@ def test_failures_open_their_examples(page, two_runs) -> None:
 
 def test_two_evaluations_are_compared(page, two_runs) -> None:
     page.goto(two_runs.url + "/compare?a_run=demo&b_run=demo")
-    assert texts(page, ".big dd")[:2] == ["43.8 %", "50.0 %"]
+    # differences 1, -3/4, 0 and 0 of four tasks: 6.25 +- 3.1824 * 71.807 / 2, within 100; of the
+    # signs of 1 and 3/4 all four patterns reach 1/4
+    assert texts(page, ".big dd") == ["43.8 %", "50.0 %", "+6.2 [-100.0, +100.0]", "1.0000"]
+    assert texts(page, ".big dt")[3] == "p, exact sign-flip test"
     assert [texts(page, f".beside section >> nth={n} >> td a") for n in (0, 1)] == [
         ["files_1"],
         [ODD.replace("\u202e", "U+202E")],
@@ -221,6 +257,9 @@ def test_search_filters_and_the_address_hold_the_whole_state(page, two_runs) -> 
     page.keyboard.press("Enter")
     page.wait_for_url("**q=zeal**")
     assert texts(page, "[role=status]") == ["6 episodes"]
+    assert page.locator(".snippet").count() == 6
+    assert set(texts(page, ".snippet mark")) == {"zeal"}
+    assert 'args": {"zeal": 1}' in texts(page, ".snippet")[0]
     page.select_option("select[name=split]", "train")
     page.wait_for_url("**split=train**")
     page.fill("input[name=step_from]", "4")
@@ -239,6 +278,45 @@ def test_search_filters_and_the_address_hold_the_whole_state(page, two_runs) -> 
     assert "zeal" in texts(page, ".turn mark")
     page.go_back()
     assert texts(page, "[role=status]") == ["1 episode"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "count"),
+    [
+        ("passed", "no", 34),
+        ("failure", "gibberish", 11),
+        ("stop", "token_limit", 11),
+        ("label", "Maths", 16),
+        ("tool", "add", 16),
+        ("task", "trading_2", 16),
+        ("reward_from", "0.5", 30),
+    ],
+)
+def test_each_filter_narrows(page, two_runs, name, value, count) -> None:
+    page.goto(two_runs.url + "/r/demo/episodes")
+    assert texts(page, "[role=status]") == ["64 episodes"]
+    field = page.locator(f".filters [name={name}]")
+    if field.evaluate("field => field.tagName") == "SELECT":
+        field.select_option(value)
+    else:
+        field.fill(value)
+        field.press("Enter")
+    page.wait_for_url(f"**{name}={value}**")
+    assert texts(page, "[role=status]") == [f"{count} episodes"]
+
+
+def test_episodes_and_tasks_are_sorted(page, two_runs) -> None:
+    page.goto(two_runs.url + "/r/demo/episodes?task=files_1&split=train")
+    page.select_option("select[name=sort]", "longest")
+    page.wait_for_url("**sort=longest**")
+    tokens = [int(text) for text in texts(page, "tbody td:nth-child(7)")]
+    assert tokens == sorted(tokens, reverse=True)
+    assert tokens[0] > tokens[-1]
+    page.goto(two_runs.url + "/r/demo/tasks?split=eval-train")
+    assert texts(page, ".heat tbody .change") == ["+100", "0", "0", "-75"]
+    page.select_option("select[name=sort]", "worst")
+    page.wait_for_url("**sort=worst**")
+    assert texts(page, ".heat tbody .change") == ["-75", "0", "0", "+100"]
 
 
 def test_keys_walk_rows_and_show_help(page, two_runs) -> None:

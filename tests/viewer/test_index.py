@@ -229,6 +229,21 @@ def test_several_processes_read_the_same(demo, folder, cache, monkeypatch) -> No
     assert rows == [tuple(row)[1:] for row in found(demo).rows]
 
 
+@pytest.mark.parametrize("at_once", [0, 5000, 1 << 30])
+def test_words_are_found_however_they_were_gathered(folder, cache, monkeypatch, at_once) -> None:
+    monkeypatch.setattr("jaxgrpo.viewer.index.AT_ONCE", at_once)
+    hits = found(opened(folder, cache), q="zeal").rows
+    places = [(row["split"], row["step"], row["task"], row["sample"]) for row in hits]
+    assert sorted(places, key=str) == [
+        ("eval-train", 0, "files_1", 0),
+        ("eval-train", 0, "trading_2", 0),
+        ("eval-train", 4, ODD, 0),
+        ("eval-train", 4, "trading_2", 0),
+        ("train", 2, "trading_2", 0),
+        ("train", 4, "trading_2", 0),
+    ]
+
+
 def test_two_viewers_of_one_run_agree(folder, cache) -> None:
     both = [open_runs([folder], cache)[0] for _ in range(2)]
     threads = [threading.Thread(target=run.index.refresh) for run in both]
@@ -315,6 +330,11 @@ def test_an_empty_run_opens(tmp_path, cache) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "metrics.jsonl").touch()
     assert found(opened(tmp_path / "new", cache)).total == 0
+
+
+def test_a_folders_odd_name_is_made_visible(folder, cache, tmp_path) -> None:
+    odd = folder.rename(tmp_path / "a\udcff\x07\u202e<b>")
+    assert opened(odd, cache).name == "a<U+DCFF>\u2407<U+202E><b>"
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path, cache) -> None:
