@@ -203,6 +203,7 @@ NEEDED = {
         "jaxgrpo.run.records",
         "jaxgrpo.run.metrics",
         "jaxgrpo.run.pass_rates",
+        "jaxgrpo.run.paired",
     ],
 }
 WITHOUT_JAX = f"""

@@ -60,6 +60,8 @@ def test_the_wheel_is_installed_and_its_commands_run_anywhere(tmp_path: Path) ->
     (wheel,) = tmp_path.glob("jaxgrpo-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "jaxgrpo/py.typed" in names
+    explained = zipfile.ZipFile(wheel).read("jaxgrpo/viewer/metrics.md")
+    assert explained == (ROOT / "docs" / "metrics.md").read_bytes()
     at_top = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
     assert at_top == {"jaxgrpo", "envs", "tools"}
 
