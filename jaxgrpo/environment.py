@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from jaxgrpo import checked
-from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall
+from jaxgrpo.types import (
+    MAX_CALL_CHARS,
+    ExpectedCall,
+    GroundTruth,
+    Message,
+    Score,
+    StopReason,
+    Task,
+    ToolCall,
+)
 
 MAX_TOOL_CHARS = 100_000
 """Most characters of one tool's schema as JSON."""
@@ -123,6 +132,14 @@ def _stop_strings(given: object) -> tuple[str, ...]:
     return strings
 
 
+def checked_truth(given: object) -> GroundTruth:
+    """Return a ground truth as it was declared. Raises TypeError or ValueError."""
+    if isinstance(given, str):
+        return checked.cut(checked.text(given, "a ground truth"), MAX_CALL_CHARS)
+    calls = checked.items(given, "a ground truth, unless it is a str,", MAX_CALLS)
+    return tuple(checked.record(each, ExpectedCall, "a ground truth's call") for each in calls)
+
+
 class Environment(Protocol):
     """One episode: observe once, step until it is done or a limit ends it, then score once.
 
@@ -161,6 +178,16 @@ class TaskSuite(Protocol):
     def create(self, task: Task) -> Environment:
         """Return a new environment for one episode of the task. Called from worker threads, so
         environments must not share mutable state."""
+
+
+@runtime_checkable
+class KnowsGroundTruth(Protocol):
+    """A suite with the optional method `ground_truth`. Runs record it, and the viewer shows it
+    beside the episodes. Nothing else depends on it."""
+
+    def ground_truth(self, task: Task) -> GroundTruth:
+        """Return what solves the task: the calls in their order, or a text. Called from worker
+        threads, once per task and run."""
 
 
 @runtime_checkable

@@ -38,6 +38,7 @@ from jaxgrpo.run.comparison import (
 )
 from jaxgrpo.run.evaluation import Evaluation, Evaluator
 from jaxgrpo.run.folder import locked_folder, make_run_folder, run_folder
+from jaxgrpo.run.ground_truth import record_ground_truth
 from jaxgrpo.run.metrics import Recorder, TerminalView
 from jaxgrpo.run.samplers import open_sampler
 from jaxgrpo.run.skipping import AllGroupsDroppedError
@@ -194,6 +195,7 @@ def _evaluate(config: Config, request: Request, folder: Path) -> None:
     prompts = setup.check_episodes(config, assets, tasks)
     params, step = _read_weights(config, assets, request)
     make_run_folder(folder)
+    record_ground_truth([(config, tasks)], folder)
     weights = WholeWeights(params, assets.config, step // config.training.iterations)
     sampling = SamplingParams(config.evaluation.temperature, config.evaluation.top_p)
     with (

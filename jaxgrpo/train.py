@@ -31,8 +31,10 @@ from jaxgrpo.run.evaluation import Evaluator
 from jaxgrpo.run.export import export
 from jaxgrpo.run.failures import exit_status
 from jaxgrpo.run.folder import locked_folder, prepare_run_folder, run_folder
+from jaxgrpo.run.ground_truth import record_ground_truth
 from jaxgrpo.run.learner import Learner, crossed_interval
 from jaxgrpo.run.processes import ClusterFlags, Command, Processes, Work, add_flags, join
+from jaxgrpo.run.records import with_figures
 from jaxgrpo.run.run_log import RunLog
 from jaxgrpo.run.samplers import open_sampler
 from jaxgrpo.run.skipping import (
@@ -43,6 +45,7 @@ from jaxgrpo.run.skipping import (
     check_gradient,
     prepare,
 )
+from jaxgrpo.run.token_figures import of_episodes
 from jaxgrpo.run.weights import publish
 from jaxgrpo.samplers.base import Sampler
 from jaxgrpo.samplers.metered import MeteredSampler
@@ -59,7 +62,8 @@ class Training:
         setup.check_rewards(config)
         self.config = config
         self.assets = setup.open_model_assets(config)
-        self.tasks, prompts = setup.training_tasks(config, self.assets)
+        sampled, prompts = setup.training_tasks(config, self.assets)
+        self.tasks = sampled[0][1]
         self.learner = Learner(config, self.assets, folder, resume, processes, stack)
         self.loop = stack.enter_context(EventLoopThread())
         self.sampler = MeteredSampler(self.open_sampler(stack))
@@ -74,6 +78,7 @@ class Training:
         )
         self.publish_metrics = self.check_sampler()
         self.log = RunLog(config, folder, self.learner.state.step if resume else None, stack)
+        record_ground_truth(sampled, folder)
         self.skipped = SkippedBatches(self.log.trajectories)
         self.log.say(f"attention: {setup.describe_kernel(config, self.assets.config)}")
 
@@ -184,7 +189,17 @@ class Training:
         self.skipped.clear()
         with learner.clock.phase("record"):
             step = learner.state.step
-            self.log.batch(step, metrics, prepared.lines_of(step))
+            self.log.batch(step, metrics, self.lines(prepared, step))
+
+    def lines(self, prepared: Prepared, step: int) -> list[str]:
+        """Return the episodes of a trained batch as lines of their records. Those that were trained
+        on come first, with the figures of the update."""
+        lines = list(prepared.lines_of(step))
+        if self.learner.figures is None:
+            return lines
+        groups, batching = prepared.result.groups, self.config.batching
+        figures = of_episodes(self.learner.figures, prepared.micro_batches, groups, batching)
+        return [*map(with_figures, lines, figures), *lines[len(figures) :]]
 
     def measure(self) -> tuple[dict[str, float], float]:
         """Return the seconds of each phase since the last call, and the fraction of the time in

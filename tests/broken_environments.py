@@ -211,6 +211,12 @@ BROKEN = {
         "in demonstration)",
         "a tuple of str",
     ),
+    "hangs in demonstration": (
+        with_environment("pass", "def demonstration(self, task):\n    time.sleep(30)"),
+        "error",
+        "demonstration() of task 'train_0' took longer than the deadline of 0.3 seconds: it waits",
+        "raise rollout.step_deadline_seconds",
+    ),
     "demonstrates one text": (
         with_environment("pass", "def demonstration(self, task):\n    return '<say>3</say>'"),
         "error",
@@ -366,6 +372,7 @@ BROKEN = {
 
 SETTINGS = {
     "hangs": ("rollout.step_deadline_seconds=0.3",),
+    "hangs in demonstration": ("rollout.step_deadline_seconds=0.3",),
     "hangs at the end": ("rollout.step_deadline_seconds=0.3",),
     "is slow": ("rollout.step_deadline_seconds=1",),
     "has rewards that nothing normalizes": ("batching.advantage_normalization=none",),

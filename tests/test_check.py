@@ -79,6 +79,15 @@ def test_the_users_own_error_comes_first_then_the_call_then_a_short_traceback(
     assert out.endswith("\n1 error, 0 warnings\n")
 
 
+def test_a_fault_in_what_a_step_gave_is_not_laid_to_the_close_after_it(tmp_path: Path) -> None:
+    source = with_environment(
+        "def step(self, action):\n    return StepResult(ask('x', tools=(tool(),)))\n\n"
+        "def close(self):\n    pass"
+    )
+    (found,) = check(tmp_path, source).findings
+    assert found.during.startswith("step() of task 'train_0', script 'demonstration', turn 1: ")
+
+
 def test_each_call_is_timed_and_the_slowest_task_named(tmp_path: Path) -> None:
     source = with_environment(
         "def score(self):\n    time.sleep(0.05 if self.numbers == (3, 4) else 0)\n    return "
@@ -163,14 +172,16 @@ def test_the_readmes_example_passes(tmp_path: Path) -> None:
     assert (status, err) == (0, "") and "train    15 of 15 tasks open" in out and "0 errors" in out
 
 
-@pytest.mark.parametrize("name", ["procedural", "cpu_demo"])
+@pytest.mark.parametrize("name", ["procedural", "cpu_demo", "sql"])
 def test_the_shipped_environments_pass(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", f"configs/{name}.py", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["findings"] == []
     demonstrated = report["scripts"][0]
     assert demonstrated["script"] == "demonstration" and demonstrated["rewards"] == [1.0, 1.0]
     assert report["tried"] == demonstrated["episodes"] == 16
+    too_long = demonstrated["ends"].get("token_limit", 0)
+    assert [len(one["tasks"]) for one in report["findings"]] == ([too_long] if too_long else [])
+    assert (too_long > 0) == (name == "sql")  # three of its longest queries
 
 
 @pytest.mark.slow

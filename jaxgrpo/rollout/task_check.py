@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxgrpo import checked
 from jaxgrpo.config.settings import ConfigError, RolloutSettings
-from jaxgrpo.environment import TaskSuite
+from jaxgrpo.environment import KnowsGroundTruth, TaskSuite, checked_truth
 from jaxgrpo.rollout.background import (
     BlockingCalls,
     EventLoopThread,
@@ -33,7 +33,7 @@ from jaxgrpo.rollout.user_code import (
     call_user_code,
     definition,
 )
-from jaxgrpo.types import Task
+from jaxgrpo.types import GroundTruth, Task
 
 T = TypeVar("T")
 
@@ -134,6 +134,34 @@ class TaskCheck:
         in_order = {task.id: found[task.id] for task in tasks}
         return Opened(in_order, next(iter(prompts.values()), None), differences)
 
+    def ground_truths(
+        self, tasks: Sequence[Task]
+    ) -> Mapping[str, GroundTruth | FaultyEnvironmentError]:
+        """Return the ground truth of each task, or the error, by the tasks' ids. None are returned
+        if the suite knows none."""
+        suite = self.suite
+        if not isinstance(suite, KnowsGroundTruth):
+            return {}
+        calls = BlockingCalls(
+            self.settings.environment_threads, self.settings.step_deadline_seconds, _in_silence
+        )
+        found: dict[str, GroundTruth | FaultyEnvironmentError] = {}
+
+        async def ask_one(task: Task) -> None:
+            what = f"ground_truth() of task {task.id!r}"
+            try:
+                found[task.id] = await call_user_code(calls, what, _truth, suite.ground_truth, task)
+            except FaultyEnvironmentError as error:
+                found[task.id] = error
+
+        async def ask_all() -> None:
+            await gather_or_cancel([ask_one(task) for task in tasks])
+
+        self._run(
+            ask_all(), calls, lambda: f"{len(found)} of {len(tasks)} tasks gave their ground truth"
+        )
+        return {task.id: found[task.id] for task in tasks}
+
     def _run(
         self, work: Coroutine[Any, Any, T], calls: BlockingCalls, progress: Callable[[], str]
     ) -> T:
@@ -180,6 +208,13 @@ async def _open_twice(openings: Openings, task: Task) -> None:
         fault = describe_difference(task, *observations)
         if fault:
             raise ConfigError(fault)
+
+
+def _truth(value: object) -> GroundTruth:
+    try:
+        return checked_truth(value)
+    except (TypeError, ValueError) as error:
+        raise BrokenContractError(f"returned what is no ground truth: {error}") from None
 
 
 def _tasks(value: object) -> list[Task]:

@@ -97,13 +97,15 @@ class WatchedCalls(BlockingCalls):
 
     @property
     def failed(self) -> str:
-        """The name of the first call that failed, or of the last one."""
+        """The name of the call at fault, see `first_failed`."""
         return first_failed(self.made)
 
 
 def first_failed(calls: Sequence[MadeCall]) -> str:
-    """Return the name of the first call that failed, or of the last one."""
-    return next((call.what for call in calls if call.failed), calls[-1].what)
+    """Return the name of the first call that failed. If none did, the result of the last one before
+    close() is at fault."""
+    last = [call.what for call in calls if call.method != "close"][-1]
+    return next((call.what for call in calls if call.failed), last)
 
 
 def _timed(call: MadeCall, function: Callable[..., T], args: tuple[object, ...]) -> T:
@@ -169,13 +171,15 @@ def _afterwards(call: MadeCall) -> bool:
 @dataclasses.dataclass(frozen=True)
 class TaskTrial:
     """What was tried on a task: its opening, its scripted episodes, and `twins`, two more episodes
-    with the same turns, played at the same time. `error` says why there is no demonstration."""
+    with the same turns, played at the same time. `error` says why there is no demonstration.
+    `late`: a call exceeded its deadline."""
 
     task: Task
     opening: Opening | None
     played: tuple[Played, ...]
     twins: tuple[Played, ...] = ()
     error: str = ""
+    late: bool = False
 
 
 class _LateTrialError(Exception):
@@ -208,7 +212,7 @@ class Trial:
             async def run_one(task: Task) -> None:
                 async with at_once:
                     done[task.id] = trial = await self.try_task(task, places)
-                if any(played.late for played in (*trial.played, *trial.twins)):
+                if trial.late:
                     raise _LateTrialError
 
             await gather_or_cancel([run_one(task) for task in tasks])
@@ -226,6 +230,8 @@ class Trial:
             demonstrated = await self._demonstration(task, calls)
         except FaultyEnvironmentError as faulty:
             error = faulty.recorded
+            if calls.late:
+                return TaskTrial(task, None, (), error=error, late=True)
         try:
             opening = await self._player(calls, None, places).open(task)
         except FaultyEnvironmentError as faulty:
@@ -236,17 +242,18 @@ class Trial:
                 error=faulty.recorded,
                 late=calls.late,
             )
-            return TaskTrial(task, None, (failed,), error=error)
+            return TaskTrial(task, None, (failed,), error=error, late=calls.late)
         scripts = [*([demonstrated] if demonstrated else []), *mistakes(opening.observation)]
         played: list[Played] = []
         for script in scripts:
             played.append(await self.play(task, opening, script, places))
             if played[-1].late:
-                return TaskTrial(task, opening, tuple(played), error=error)
+                return TaskTrial(task, opening, tuple(played), error=error, late=True)
         twins = await gather_or_cancel(
             [self.play(task, opening, scripts[0], places) for _ in range(2)]
         )
-        return TaskTrial(task, opening, tuple(played), tuple(twins), error)
+        late = any(one.late for one in twins)
+        return TaskTrial(task, opening, tuple(played), tuple(twins), error, late)
 
     async def play(self, task: Task, opening: Opening, script: Script, places: Places) -> Played:
         """Play one script, and a step after the end if the environment ended the episode and cannot

@@ -35,7 +35,7 @@ def dry_run(config: Config) -> int:
     """
     check_rewards(config)
     assets = open_model_assets(config, weights=False)
-    tasks, prompts = training_tasks(config, assets)
+    ((_, tasks), *_), prompts = training_tasks(config, assets)
     print("\n".join(_describe(config, assets, tasks, prompts)))
     findings = scripted_findings(config, assets, tasks)
     print_findings(findings, Console(stderr=True))

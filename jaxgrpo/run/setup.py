@@ -133,16 +133,20 @@ class Prompts:
     failed: int = 0
 
 
-def training_tasks(config: Config, assets: ModelAssets) -> tuple[Sequence[Task], Prompts]:
-    """Return the tasks to train on, and the prompts of all tasks that the run will sample, the
-    training tasks first. Raises ConfigError if they do not fit the settings or the model."""
+Sampled = tuple[Config, Sequence[Task]]
+"""Tasks that a run samples, and the config whose environment they belong to."""
+
+
+def training_tasks(config: Config, assets: ModelAssets) -> tuple[list[Sampled], Prompts]:
+    """Return the tasks to train on, followed by those of each evaluation, and the prompts of all of
+    them. Raises ConfigError if they do not fit the settings or the model."""
     tasks = open_tasks(config, "train")
     batches_per_epoch(len(tasks), config.rollout.tasks_per_step)
     sampled = [(config, tasks)]
     sampled += [(one.config, split_tasks(one.config, one.split)) for one in evaluated(config)]
     prompts = [check_episodes(of, assets, each) for of, each in sampled]
     longest, failed = max(of.longest for of in prompts), sum(of.failed for of in prompts)
-    return tasks, Prompts(longest, prompts[0].first_P, failed)
+    return sampled, Prompts(longest, prompts[0].first_P, failed)
 
 
 def evaluated(config: Config) -> list[Evaluated]:

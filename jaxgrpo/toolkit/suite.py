@@ -39,8 +39,6 @@ class Suite:
                   dicts, a function that yields dicts and the path of a JSONL file are sources too
     options       arguments of the environment that are the same for all tasks
     protocol      "native" or "tags", in place of a ToolEnvironment's own; "" keeps that
-    solution      function that returns the calls that solve a task, as [("add", {"a": 1, "b": 2})];
-                  called with those of the row's keys that it takes. `tools.warm_start` shows them
     id_key        key of a row that names its task; without it, the split and a number do
     labels_key    key of a row that holds a label, or a list of them
 
@@ -51,7 +49,6 @@ class Suite:
     splits: Mapping[str, Any]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     protocol: str = ""
-    solution: Callable[..., Sequence[Request]] | None = None
     id_key: str = "id"
     labels_key: str = "labels"
 
@@ -71,10 +68,8 @@ class Suite:
             tools_of(self.environment)
         if self.protocol:
             protocol_of(self.protocol)
-        if (self.protocol or self.solution) and not self._has_tools:
-            raise ValueError(
-                "protocol and solution are for environments that derive from ToolEnvironment"
-            )
+            if not self._has_tools:
+                raise ValueError("protocol is for environments that derive from ToolEnvironment")
         unknown = [name for name in self.options if not self._takes(name)]
         if unknown:
             takes = ", ".join(self._parameters)
@@ -103,18 +98,6 @@ class Suite:
         if self.protocol:
             object.__setattr__(made, "protocol", self.protocol)  # it may be a frozen dataclass
         return made
-
-    def demonstration(self, task: Task) -> tuple[str, ...]:
-        """Return policy turns that solve a task, one call each; () without a `solution`."""
-        if self.solution is None:
-            return ()
-        made: Any = self.create(task)
-        protocol = protocol_of(made.protocol)
-        takes = inspect.signature(self.solution).parameters
-        row: Any = task.payload
-        calls = self.solution(**{key: value for key, value in row.items() if key in takes})
-        turns = [protocol.write_calls([call], f"I call {call[0]}.") for call in calls]
-        return (*turns, protocol.write_end())
 
     def _task(self, row: Row, place: str, name: str) -> Task:
         require_keys(row, self._required, place)
@@ -151,6 +134,32 @@ class Suite:
     def _takes(self, key: str) -> bool:
         parameters = self._parameters
         return key in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class DemonstratedSuite(Suite):
+    """A suite of a ToolEnvironment whose tasks have a known solution, from which it demonstrates
+    them (see `tools.warm_start`).
+
+    solution   function that returns the calls that solve a task, as [("add", {"a": 1, "b": 2})];
+               called with those of the row's keys that it takes
+    """
+
+    solution: Callable[..., Sequence[Request]] = dataclasses.field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self._has_tools or not callable(self.solution):
+            raise TypeError("solution must be a function, for a class derived from ToolEnvironment")
+
+    def demonstration(self, task: Task) -> tuple[str, ...]:
+        """Return policy turns that solve a task, one call each."""
+        made, row, takes = self.create(task), task.payload, inspect.signature(self.solution)
+        assert isinstance(made, ToolEnvironment) and isinstance(row, Mapping)
+        protocol = protocol_of(made.protocol)
+        calls = self.solution(**{k: v for k, v in row.items() if k in takes.parameters})
+        turns = [protocol.write_calls([call], f"I call {call[0]}.") for call in calls]
+        return (*turns, protocol.write_end())
 
 
 def _source(given: Any, split: str) -> Source:

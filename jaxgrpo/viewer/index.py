@@ -22,8 +22,9 @@ from typing import Any
 from jaxgrpo.paths import cache_root
 from jaxgrpo.viewer.reader import Lines, integer, number, parsed, text
 from jaxgrpo.viewer.rows import FileRows, read_rows
+from jaxgrpo.viewer.truth import stamp_of
 
-VERSION = 5
+VERSION = 6
 """Of the tables and of what is put into them; an index of another version is built again."""
 SEVERAL = 16 << 20
 """Bytes of new files from which on other processes help to read."""
@@ -87,6 +88,7 @@ class Index:
         return changed
 
     def _records(self, db: sqlite3.Connection, progress: Progress) -> bool:
+        self._truths(db)
         known = {
             row[0]: row[1:]
             for row in db.execute("SELECT name, size, mtime, done, mark, id FROM files")
@@ -111,6 +113,15 @@ class Index:
                 said, characters = [], 0
             progress(count, len(new))
         return bool(new or gone)
+
+    def _truths(self, db: sqlite3.Connection) -> None:
+        """Have all files read again if the tasks' ground truths have changed: kinds of failure
+        depend on them."""
+        stamp = stamp_of(self.run)
+        known = db.execute("SELECT value FROM state WHERE key = 'truths'").fetchone()
+        if known != (stamp,):
+            db.execute("UPDATE files SET size = -2, done = 0, mark = -1")
+            db.execute("INSERT OR REPLACE INTO state VALUES ('truths', ?)", (stamp,))
 
     def _start(self, name: str, known: tuple[Any, ...] | None) -> int:
         """Where to read on: after what is known of a plain file that has only grown, else at its

@@ -67,7 +67,8 @@ def episode(site: Site, run: Run, query: Query) -> str:
         "e": shown,
         "turns": turns.turns(shown),
         "findings": turns.findings(shown),
-        "truth": truth_calls(shown.check),
+        "truth": truth_calls(shown.truth),
+        "answer": shown.truth if isinstance(shown.truth, str) else "",
         "here": here,
         "words": words(query.get("q", "")),
         "before": _beside(samples, place[2], -1),
@@ -199,7 +200,8 @@ def _side(run: Run, row: sqlite3.Row) -> dict[str, Any]:
         "e": shown,
         "turns": turns.turns(shown),
         "findings": turns.findings(shown),
-        "truth": truth_calls(shown.check),
+        "truth": truth_calls(shown.truth),
+        "answer": shown.truth if isinstance(shown.truth, str) else "",
     }
 
 

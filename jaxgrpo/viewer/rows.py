@@ -10,6 +10,7 @@ from typing import Any
 from jaxgrpo.viewer.episode import Episode, from_fields
 from jaxgrpo.viewer.failures import failure, repetition, truth_calls
 from jaxgrpo.viewer.reader import KNOWN_FORMAT, Line, Lines, head
+from jaxgrpo.viewer.truth import ground_truths
 
 MOST_WORDS = 200_000
 """Characters of an episode that can be searched; what is beyond is shown, not found."""
@@ -28,9 +29,10 @@ class FileRows:
 
 
 def read_rows(path: Path, start: int = 0) -> FileRows:
-    """The rows of a file's lines from `start` on. Lines that are no episodes are counted and
-    left out."""
+    """The rows of the lines of a file, RUN/trajectories/NAME, from `start` on. Lines that are no
+    episodes are counted and left out."""
     rows, words, tasks, faults = [], [], {}, []
+    truths = ground_truths(path.parent.parent)
     lines = Lines(path, start)
     for number, line in enumerate(lines, 1):
         try:
@@ -41,14 +43,14 @@ def read_rows(path: Path, start: int = 0) -> FileRows:
         if "task" not in fields:
             faults.append(f"line {number} names no task")
             continue
-        episode = from_fields(fields)
+        episode = from_fields(fields, truths)
         if episode.format != KNOWN_FORMAT:
             faults.append(
                 f"line {number} has format {episode.format!r}; this viewer knows {KNOWN_FORMAT}"
             )
         rows.append(_row(line, episode, tokens))
         words.append(searched(episode))
-        truth = len(truth_calls(episode.check)) if "ground_truth" in episode.check else None
+        truth = len(truth_calls(episode.truth)) if isinstance(episode.truth, list) else None
         tasks[episode.task] = (",".join(episode.labels), truth, _short(episode.query, 2000))
     if lines.fault:
         faults.append(lines.fault)

@@ -12,6 +12,7 @@ from jaxgrpo.viewer.episode import Episode, from_fields, from_line
 from jaxgrpo.viewer.index import Index, config_of
 from jaxgrpo.viewer.reader import Store, head, mapping, text
 from jaxgrpo.viewer.rows import searched
+from jaxgrpo.viewer.truth import ground_truths
 from jaxgrpo.viewer.visible import plain
 
 
@@ -55,7 +56,7 @@ class Run:
     def episode(self, row: sqlite3.Row) -> Episode:
         """The whole episode of a row. Raises LookupError where it can no longer be read."""
         try:
-            return from_line(self.line(row))
+            return from_line(self.line(row), ground_truths(self.path))
         except ValueError as error:
             raise LookupError(f"its line has changed: {error}") from error
 

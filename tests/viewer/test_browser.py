@@ -7,6 +7,7 @@ configs/cpu_demo.py, that one is opened too. JAXGRPO_CHROMIUM names the browser 
 on the path, else Playwright's own).
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxgrpo.run.records import to_line, write_records
+from jaxgrpo.run.records import EpisodeFigures, to_line, with_figures, write_records
+from jaxgrpo.types import Difference
 from tests.viewer.conftest import serving
 from tests.viewer.demo import ODD, record, write_demo
 
@@ -329,22 +331,33 @@ def test_keys_walk_rows_and_show_help(page, two_runs) -> None:
     assert not page.locator("dialog").is_visible()
 
 
-def test_what_is_recorded_later_is_shown(page, tmp_path) -> None:
-    fields = json.loads(to_line(record("files_1", "train", 8, 0, False)))
-    n = len(fields["completion_ids"])
+def recorded(folder):
+    """A trained episode that failed, as the recorder writes it, and its task's ground truth."""
+    made = record("files_1", "train", 8, 0, False)
+    differs = Difference("state", "turn 0: Bot.list", "[]", "['ZETA']")
+    score = dataclasses.replace(made.trajectory.score, notes={}, differences=(differs,))
+    trajectory = dataclasses.replace(made.trajectory, score=score)
+    n = len(trajectory.completion_ids_C)
+    per_token = {
+        "train_logprobs": [-0.5] * n,
+        "old_logprobs": [-0.75] * n,
+        "reference_logprobs": [-0.5] * n,
+        "entropies": [0.7] * n,
+        "loss_weights": 0.125,
+    }
+    line = to_line(dataclasses.replace(made, trajectory=trajectory))
+    line = with_figures(line, EpisodeFigures(-1.25, per_token))
+    (folder / "trajectories" / "train-000008.jsonl").write_text(line + "\n")
     due = {"name": "ls", "arguments": {"a": True}}
-    differs = {"where": "Bot.list", "actual": "[]", "expected": "['ZETA']"}
-    fields |= {"advantage": -1.25, "check": {"ground_truth": [due], "differences": [differs]}}
-    fields |= {key: [-0.5] * n for key in ("train_logprobs", "old_logprobs", "reference_logprobs")}
-    fields |= {"entropies": [0.7] * n, "loss_weights": [0.125] * n}
+    truth = {"task": "files_1", "ground_truth": [due]}
+    (folder / "ground_truth.jsonl").write_text(json.dumps(truth) + "\n")
+
+
+def test_the_figures_of_a_trained_episode_are_shown_on_its_tokens(page, tmp_path) -> None:
     folder = write_demo(tmp_path / "demo")
-    (folder / "trajectories" / "train-000008.jsonl").write_text(json.dumps(fields) + "\n")
+    recorded(folder)
     with serving([folder], tmp_path / "cache") as server:
-        page.goto(server.url + "/r/demo/tasks?truth=1")
-        assert texts(page, "tbody th a") == ["files_1"]
         page.goto(server.url + "/r/demo/episode?task=files_1&split=train&step=8&sample=0")
-        assert texts(page, ".truth li") == ['ls({"a": true})']
-        assert texts(page, ".findings tbody tr:first-child > *") == ["Bot.list", "[]", "['ZETA']"]
         assert "advantage -1.25" in texts(page, ".facts")[0]
         page.click(".tabs a:text-is('Tokens')")
         shown = page.locator("select[name=by] option")
@@ -362,8 +375,49 @@ def test_what_is_recorded_later_is_shown(page, tmp_path) -> None:
         ]
         page.locator(".tokens .t").first.hover()
         readout = page.locator("[data-readout]").inner_text()
-        for figure in ("trainer log-probability -0.5", "ratio", "KL", "gap", "entropy 0.7"):
-            assert figure in readout
+        figures = [
+            "loss mask sampled", "sampler log-probability -0.01", "trainer log-probability -0.5",
+            "ratio of trainer to old policy 1.284", "KL to the reference",
+            "gap between trainer and sampler -0.74", "entropy 0.7", "advantage -1.25",
+            "loss weight 0.125", "old policy's log-probability -0.75",
+            "reference log-probability -0.5",
+        ]  # fmt: skip
+        places = [readout.find(figure) for figure in figures]
+        assert -1 not in places, readout
+        assert places == sorted(places)
+        for width in (1440, 390):
+            page.set_viewport_size({"width": width, "height": 900})
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            fits = "box => box.scrollWidth <= box.clientWidth"
+            assert page.locator("[data-readout]").evaluate(fits)
+        for by, first in (
+            ("ratio", "s4"),
+            ("gap", "n8"),
+            ("advantage", "n5"),
+            ("loss_weights", "s8"),
+        ):
+            page.select_option("select[name=by]", by)
+            page.wait_for_url(f"**by={by}")
+            assert first in page.locator(".tokens .t").first.get_attribute("class").split()
+
+
+def test_the_ground_truth_stands_beside_what_the_check_found(page, tmp_path) -> None:
+    folder = write_demo(tmp_path / "demo")
+    recorded(folder)
+    with serving([folder], tmp_path / "cache") as server:
+        page.goto(server.url + "/r/demo/tasks?truth=1")
+        assert texts(page, "tbody th a") == ["files_1"]
+        page.goto(server.url + "/r/demo/episode?task=files_1&split=train&step=8&sample=0")
+        assert texts(page, ".truth li") == ['ls({"a": true})']
+        found = ["state: turn 0: Bot.list", "[]", "['ZETA']"]
+        assert texts(page, ".findings tbody tr:first-child > *") == found
+        page.click("a:text-is('before and after')")
+        assert texts(page, ".truth li") == ['ls({"a": true})']  # once, for both sides
+        assert found[0] in texts(page, ".findings tbody th")
+        page.goto(server.url + "/r/demo/group?task=files_1&split=train&step=8")
+        assert "-1.25" in texts(page, "tbody td")
+        page.goto(server.url + "/r/demo/episode?task=easy_4&split=train&step=4&sample=0")
+        assert texts(page, ".truth") == []
 
 
 @pytest.mark.skipif(

@@ -264,6 +264,43 @@ def test_links_out_of_the_run_are_not_followed(folder, cache, tmp_path) -> None:
         assert "leads out of the run's folder" in queries.faults(db)[0][1]
 
 
+def failures(run):
+    return {row["failure"] for row in found(run, task="trading_2").rows if row["sample"] == 0}
+
+
+def test_the_ground_truth_of_the_tasks_is_read_when_it_comes_and_when_it_changes(
+    folder, cache
+) -> None:
+    run, file = opened(folder, cache), folder / "ground_truth.jsonl"
+    assert failures(run) == {"wrong_arguments"}  # as the tool's answer says
+    due = {"name": "remove_from_watchlist", "arguments": {}}
+    for truth, kind, count in (
+        ([due], "missing_call", 1),
+        ([due] * 2, "missing_call", 2),
+        ([], "wrong_arguments", 0),
+    ):
+        file.write_text(
+            "no JSON\n" + json.dumps({"task": "trading_2", "ground_truth": truth}) + "\n"
+        )
+        assert run.index.refresh()
+        assert not run.index.refresh()
+        assert failures(run) == {kind}
+        with run.index.connect() as db:
+            assert queries.tasks(db)["trading_2"]["truth"] == count
+            assert queries.totals(db)["episodes"] == 64
+            row = queries.episode(db, "train", 4, "trading_2", 0)
+        assert run.episode(row).truth == truth
+
+
+def test_a_ground_truth_outside_the_run_is_not_read(folder, cache, tmp_path) -> None:
+    elsewhere = tmp_path / "elsewhere.jsonl"
+    elsewhere.write_text('{"task": "trading_2", "ground_truth": "secret"}\n')
+    (folder / "ground_truth.jsonl").symlink_to(elsewhere)
+    run = opened(folder, cache)
+    with run.index.connect() as db:
+        assert run.episode(queries.episode(db, "train", 4, "trading_2", 0)).truth is None
+
+
 def test_a_long_message_is_indexed_and_read(folder, cache) -> None:
     long = with_content(
         record("files_1", "train", 7, 0, True), "needle " + "hay " * 1_300_000, "long"

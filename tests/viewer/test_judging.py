@@ -26,7 +26,11 @@ BASE = Episode(
 
 
 def truth(*calls):
-    return {"ground_truth": [{"name": name, "arguments": arguments} for name, arguments in calls]}
+    return [{"name": name, "arguments": arguments} for name, arguments in calls]
+
+
+def found_in(*checks):
+    return {"differences": [{"check": check, "where": "turn 0"} for check in checks]}
 
 
 CASES = [
@@ -50,19 +54,22 @@ CASES = [
     ("gave_up", {"stop_reason": "gave_up"}),
     ("no_call", {"calls": ()}),
     ("no_call", {"notes": {"turn 0": "no call was made"}}),
-    ("missing_call", {"check": truth(("ls", {"a": True}), ("cd", {}))}),
-    ("wrong_arguments", {"check": truth(("ls", {"a": False}))}),
+    ("missing_call", {"truth": truth(("ls", {"a": True}), ("cd", {}))}),
+    ("wrong_arguments", {"truth": truth(("ls", {"a": False}))}),
     (
         "extra_call",
-        {"calls": (LS, Call("rm", "{}", "", True)), "check": truth(("ls", '{"a": true}'))},
+        {"calls": (LS, Call("rm", "{}", "", True)), "truth": truth(("ls", '{"a": true}'))},
     ),
-    ("other", {"check": truth(("ls", {"a": True}))}),
+    ("other", {"truth": truth(("ls", {"a": True}))}),
     (
         "wrong_arguments",
         {"calls": (Call("ls", "{}", "missing 1 required positional argument", False),)},
     ),
     ("wrong_state", {"notes": {"turn 0": "the state differs"}}),
     ("missing_result", {"notes": {"turn 0": "expected results are missing"}}),
+    ("wrong_state", {"check": found_in("response", "state")}),
+    ("missing_result", {"check": found_in("response")}),
+    ("missing_result", {"check": found_in("calls")}),
     ("other", {}),
 ]
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from jaxgrpo.viewer import charts, curves, pictures, text, tokens, turns
-from jaxgrpo.viewer.episode import Call, Episode, Message
+from jaxgrpo.viewer.episode import Call, Episode, Message, from_fields
 from jaxgrpo.viewer.runs import open_runs
 from jaxgrpo.viewer.site import Site
 from jaxgrpo.viewer.visible import found, plain, snippet, visible
@@ -118,6 +118,15 @@ def test_findings_of_a_score() -> None:
     ]
 
 
+def test_differences_of_a_check_are_shown_by_check_and_place() -> None:
+    found = {"check": "state", "where": "turn 0: Bot.list", "actual": "A; B: C", "expected": "B"}
+    rows = turns.findings(episode(check={"differences": [found, "odd", {}]}))
+    assert [(row.where, row.actual, row.expected) for row in rows] == [
+        ("state: turn 0: Bot.list", "A; B: C", "B"),
+        ("", "", ""),
+    ]
+
+
 def test_hidden_characters_are_made_visible() -> None:
     shown = visible("a\x1b[31m\u202e<script>\ud800\u200b")
     assert "<script>" not in shown
@@ -157,7 +166,7 @@ def test_tokens_show_what_is_recorded_and_what_follows_from_it() -> None:
     figures = {
         "sampler_logprobs": [-0.5, 0.0, -2.0],
         "train_logprobs": [-0.4, 0.0, -2.5],
-        "old_logprobs": [-0.5, 0, -2.0],
+        "old_logprobs": [-0.45, 0, -2.2],
         "reference_logprobs": [-0.4, 0, -2.0],
     }
     one = episode(
@@ -180,10 +189,34 @@ def test_tokens_show_what_is_recorded_and_what_follows_from_it() -> None:
     listed = tokens.tokens(one, ["a", "b", "c"], "gap")
     assert [token.shade for token in listed] == [2, 0, -8]
     last = listed[2].figures
-    assert last["gap"] == pytest.approx(-0.5)
-    assert last["ratio"] == pytest.approx(0.6065307)
+    assert last["gap"] == -0.2  # the old policy's, which sampled
+    assert last["ratio"] == pytest.approx(0.7408182)
     assert last["kl"] == pytest.approx(0.1487213)
     assert listed[1].figures == {"mask": 0}
+
+
+def test_with_one_step_on_a_batch_the_gap_is_the_trainers() -> None:
+    figures = {"sampler_logprobs": [-0.5], "train_logprobs": [-0.4]}
+    one = episode(completion_ids=[5], sampled=[True], figures=figures)
+    assert tokens.available(one) == ["mask", "sampler_logprobs", "train_logprobs", "gap"]
+    assert tokens.figures(one, 0)["gap"] == 0.1
+
+
+def test_one_number_is_the_figure_of_all_sampled_tokens_and_null_of_none() -> None:
+    line = {"sampled": [1, 0, 1], "loss_weights": 0.125, "train_logprobs": [-0.5, 0, None]}
+    one = from_fields(line | {"completion_ids": [5, 6, 7]})
+    assert [tokens.figures(one, place).get("loss_weights") for place in range(3)] == [
+        0.125,
+        None,
+        0.125,
+    ]
+    assert "train_logprobs" not in tokens.figures(one, 2)
+
+
+@pytest.mark.parametrize(("advantage", "shade"), [(0.0, 0), (1.0, 4), (-0.5, -2), (-7.0, -8)])
+def test_an_advantage_is_colored_by_its_size(advantage, shade) -> None:
+    one = episode(completion_ids=[1], sampled=[True], advantage=advantage)
+    assert [token.shade for token in tokens.tokens(one, ["a"], "advantage")] == [shade]
 
 
 def test_tokens_without_figures_and_with_short_lists() -> None:
