@@ -7,6 +7,7 @@ cost of one, so the estimate is only a lower bound, and says so.
 """
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -77,7 +78,7 @@ class TimeLeft:
         self._episodes[BATCH] = rollout.tasks_per_step * rollout.group_size
         self._earlier: list[float] = []
         self._batches: list[float] = []
-        self._evaluations: dict[str, float] = {}  # seconds per episode
+        self._evaluations: dict[str, list[float]] = {}  # seconds per episode, of each time
         self._rollouts: list[float] = []  # seconds per episode
         self._done: float = 0
         self._before = 0.0
@@ -94,8 +95,7 @@ class TimeLeft:
                 rollout = _number(line, "time/rollout_seconds") / self._episodes[BATCH]
                 self._rollouts.append(rollout)
             elif "eval/seconds" in line and (episodes := evaluated_episodes(line)):
-                split = str(line["eval/split"])
-                self._evaluations[split] = _number(line, "eval/seconds") / episodes
+                self._add(str(line["eval/split"]), _number(line, "eval/seconds") / episodes)
         self._step, self._stages = step, stages_from(self._config, self._splits, step)
         self._next_stage()
 
@@ -132,11 +132,14 @@ class TimeLeft:
 
     def end_evaluation(self, split: str) -> None:
         """End the evaluation of a split."""
-        per_episode = self._seconds() / self._episodes[split]
-        self._evaluations = {**self._evaluations, split: per_episode}
+        self._add(split, self._seconds() / self._episodes[split])
         if self.stage == split:
             self._stages = self._stages[1:]
         self._next_stage()
+
+    def _add(self, split: str, per_episode: float) -> None:
+        times = [*self._evaluations.get(split, ()), per_episode][-_FEWEST:]
+        self._evaluations = {**self._evaluations, split: times}
 
     def estimate(self) -> Estimate:
         """Estimate the time to the end of the last stage."""
@@ -161,13 +164,14 @@ class TimeLeft:
             measured = self._batches[1:] or self._earlier + self._batches
             recent = measured[-max(len(measured) // 2, _FEWEST) :]
             return sum(recent) / len(recent) if recent else None
-        known = [*self._rollouts[-1:], *self._evaluations.values()]
-        rate = self._evaluations.get(stage, known[-1] if known else None)
-        return None if rate is None else rate * self._episodes[stage]
+        known = [self._rollouts[-_FEWEST:], *self._evaluations.values()]
+        times = self._evaluations.get(stage, known[-1])
+        return statistics.median(times) * self._episodes[stage] if times else None
 
     def _least(self, stage: str) -> float:
         """Return the seconds of the stage's episodes, at the rate of any evaluation."""
-        return next(iter(self._evaluations.values()), 0.0) * self._episodes[stage]
+        times = next(iter(self._evaluations.values()), [0.0])
+        return statistics.median(times) * self._episodes[stage]
 
     def _rest(self, stage: str, cost: float | None) -> float:
         """Return the seconds left of the current stage, which costs `cost` as a whole."""

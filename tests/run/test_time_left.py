@@ -165,3 +165,16 @@ def test_an_evaluation_that_was_never_done_costs_what_episodes_of_batches_do() -
     machine.now += 10.0
     left.end_batch(2, 4.0)  # eight episodes
     assert left.estimate() == Estimate(10.0 + 20 * 4.0 / 8)
+
+
+def test_an_evaluation_costs_the_median_of_its_last_three() -> None:
+    """A machine that was busy once does not count."""
+    machine = Machine()
+    left = machine.left(config(4, after=True, samples=2), {"test": 10})
+    evaluated = {"eval/split": "test", "eval/tasks": 10, "eval/dropped_groups": 0}
+    evaluated["eval/samples"] = 2
+    times = (99.0, 20.0, 80.0, 30.0)
+    left.begin(4, [{"step": 0, "eval/seconds": seconds, **evaluated} for seconds in times])
+    assert left.stage is None
+    left.begin(2, [{"step": 2, "time/batch_seconds": 10.0}])
+    assert left.estimate() == Estimate(10.0 + 30.0)
