@@ -59,8 +59,9 @@ def test_the_documented_environments_are_among_them() -> None:
 
 
 def test_the_users_own_error_comes_first_then_the_call_then_a_short_traceback(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # wide enough for the path of the file
     source = with_environment(
         "def step(self, action):\n    return self.look(action)\n\n"
         "def look(self, action):\n    return {}[action]"

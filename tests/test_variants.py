@@ -215,6 +215,20 @@ SAID: dict[str, dict[str, str]] = {
         "an epoch": "52 tasks = 6 batches = 12 steps",
         "the run": "120 steps = 60 batches = 10.0 epochs",
     },
+    "sql": {
+        "devices": "4, compute in float32",
+        "rollouts per batch": "8 tasks x 8 samples = 64",
+        "micro-batches per step": "2 of 4 groups",
+        "an epoch": "53 tasks = 6 batches = 12 steps",
+        "the run": "48 steps = 24 batches = 4.0 epochs",
+    },
+    "sql_gpu": {
+        "devices": "4, compute in float32",
+        "rollouts per batch": "8 tasks x 16 samples = 128",
+        "micro-batches per step": "2 of 4 groups",
+        "an epoch": "256 tasks = 32 batches = 64 steps",
+        "the run": "120 steps = 60 batches = 1.9 epochs",
+    },
     "procedural": {
         "devices": "4, compute in float32",
         "rollouts per batch": "4 tasks x 4 samples = 16",
