@@ -15,9 +15,9 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 
-from envs import tool_tags
-from envs.tool_tags import ToolRequest
 from jaxgrpo.environment import Observation, StepResult
+from jaxgrpo.envs import tool_tags
+from jaxgrpo.envs.tool_tags import ToolRequest
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall
 
 KINDS = ("order", "ship", "refill")

@@ -1,6 +1,6 @@
 """Write docs/settings.md from the definitions of the settings.
 
-python -m tools.write_settings_doc
+python -m jaxgrpo.tools.write_settings_doc
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ _INTRODUCTION = """\
 All settings of a run, by section. A config file sets them (see the files in `configs/`), and
 `--set rollout.group_size=16` overrides one. `python -m jaxgrpo.train --help-config` prints this
 list. The page is generated: edit `jaxgrpo/config/settings.py`, then run
-`python -m tools.write_settings_doc`.
+`python -m jaxgrpo.tools.write_settings_doc`.
 
 """
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from jaxgrpo.config.settings import BatchingSettings
 from jaxgrpo.learner.batching import pack
+from jaxgrpo.tools.planning import GroupShape
 from jaxgrpo.types import Group, GroupBatch, Message, Score, StopReason, Task, Trajectory
-from tools.planning import GroupShape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,11 +9,11 @@ import json
 from collections.abc import Sequence
 from typing import Protocol as TypingProtocol
 
-from envs import tool_tags
-from envs.bfcl import docs
-from envs.bfcl.execution import Call
-from envs.tool_tags import Action
 from jaxgrpo.environment import Observation
+from jaxgrpo.envs import tool_tags
+from jaxgrpo.envs.bfcl import docs
+from jaxgrpo.envs.bfcl.execution import Call
+from jaxgrpo.envs.tool_tags import Action
 from jaxgrpo.types import Message, ToolCall
 
 NATIVE_INSTRUCTIONS = (

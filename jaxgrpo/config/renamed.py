@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from jaxgrpo.paths import PACKAGE
+
 SECTIONS = {"packing": "batching"}
 SETTINGS = {"rollout.environment_deadline": "step_deadline_seconds"}
 """Old names of fields, under the section's name of today -> the new name in the same section."""
@@ -11,6 +13,8 @@ MODULES = {
     "jaxgrpo.penalties": "jaxgrpo.rewards.penalties",
 }
 """Modules with classes and functions that a config.json may name, such as a reward function."""
+FOLDERS = ("envs", "tools", "configs")
+"""Packages that were not inside jaxgrpo. A user may have others of these names."""
 
 
 def current_key(key: str) -> str:
@@ -19,6 +23,15 @@ def current_key(key: str) -> str:
     section = SECTIONS.get(section, section)
     field = SETTINGS.get(f"{section}.{field}", field)
     return f"{section}.{field}" if field else section
+
+
+def current_module(name: str) -> str:
+    """Return what a module is called now. Modules of a user's own keep their names."""
+    if name.partition(".")[0] not in FOLDERS:
+        return MODULES.get(name, name)
+    file = PACKAGE.joinpath(*name.split("."))
+    ours = file.with_name(f"{file.name}.py").is_file() or file.is_dir()
+    return f"jaxgrpo.{name}" if ours else name
 
 
 def with_current_names(tree: dict[str, Any]) -> dict[str, Any]:
@@ -57,9 +70,7 @@ def _label(label: Any) -> Any:
     """Return the current place of `module:name`. Version 0.1.0 wrote `module.name`."""
     if not isinstance(label, str):
         return label
-    for old, new in MODULES.items():
-        for separator in (":", "."):
-            rest = label.removeprefix(old + separator)
-            if rest != label and not {".", ":"} & set(rest):
-                return f"{new}{separator}{rest}"
-    return label
+    module, separator, name = label.partition(":")
+    if not separator:
+        module, separator, name = label.rpartition(".")
+    return f"{current_module(module)}{separator}{name}"

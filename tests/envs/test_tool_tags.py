@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from envs import tool_tags
-from envs.tool_tags import Action, ToolRequest, parse_action
+from jaxgrpo.envs import tool_tags
+from jaxgrpo.envs.tool_tags import Action, ToolRequest, parse_action
 from jaxgrpo.types import Message
 
 
