@@ -11,9 +11,9 @@ uneven completions, batched as in training, in bfloat16.
 
 A unit is "MODEL KERNEL REMAT". The unit "plan" predicts the largest steps, like
 jaxgrpo.tools.plan_memory, without running them. Units with the faster kernel and attention's output
-saved time both prompts
-and the forward pass without gradients. The others time the longer prompt. The allocator's peak is
-that of the process so far; prompts grow, so each peak belongs to its prompt.
+saved time both prompts and the forward pass without gradients. The others time the longer prompt.
+The allocator's peak is that of the process so far; prompts grow, so each peak belongs to its
+prompt.
 """
 
 import dataclasses
