@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxgrpo.config.describe import markdown
 
-PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 _INTRODUCTION = """\
 # Settings
 
