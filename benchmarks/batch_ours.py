@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.batch_work import Line, Work, refuse, reward
+from benchmarks.batch_work import Line, Work, exit_with_error, reward
 from benchmarks.workload import product_rate
 from jaxgrpo.config.load import apply_override, check
 from jaxgrpo.config.settings import (
@@ -99,7 +99,7 @@ class Batches(Training):
         result = self.sample()
         self.learner.batch += 1
         prepared = self.prepare(result)
-        batches = prepared.batches
+        batches = prepared.micro_batches
         reports = self.learner.learn(batches)
         self.publish()
         self.record(prepared, reports)
@@ -168,7 +168,7 @@ def main() -> None:
     try:
         config = configured(Work(**line.receive()))
     except ConfigError as error:
-        refuse(error)
+        exit_with_error(error)
     enable_compilation_cache(config)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         training = Batches(config, Path(folder), False, Processes(), stack)

@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.batch_work import Line, Work, refuse, reward
+from benchmarks.batch_work import Line, Work, exit_with_error, reward
 from benchmarks.processor import PRODUCT, product_gflops
 
 VERSION = "1.16."
@@ -164,7 +164,7 @@ def settings(work: Work) -> dict[str, Any]:
         try:
             chosen[key] = json.loads(value)
         except json.JSONDecodeError:
-            refuse(f"--trl takes KEY=VALUE with a value in JSON, got {option!r}")
+            exit_with_error(f"--trl takes KEY=VALUE with a value in JSON, got {option!r}")
     return chosen
 
 
@@ -173,7 +173,7 @@ def configured(chosen: dict[str, Any], folder: str) -> GRPOConfig:
     try:
         return GRPOConfig(output_dir=folder, **chosen)
     except (TypeError, ValueError) as error:
-        refuse(f"--trl: {error}")
+        exit_with_error(f"--trl: {error}")
 
 
 def product_rate() -> float:

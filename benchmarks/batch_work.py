@@ -49,7 +49,7 @@ def reward(text: str) -> float:
     return sum(character.isdigit() for character in text) / 100
 
 
-def refuse(problem: object) -> NoReturn:
+def exit_with_error(problem: object) -> NoReturn:
     """Exit because an option is not allowed."""
     print(f"error: {problem}", file=sys.stderr)
     sys.exit(REFUSED)

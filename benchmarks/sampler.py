@@ -1,11 +1,19 @@
-"""Tokens a second of the embedded sampler, beside vLLM's: `python -m benchmarks.sampler [MODEL] [--python VLLM_PYTHON] [--json]`
+"""Measure the tokens per second of the embedded sampler, beside vLLM's.
 
-MODEL is a Hugging Face folder (default: the repository's tiny model). Two workloads, real text in both: `short`, as many prompts as
-episodes, each the first query of another BFCL task; `shared`, one BFCL prompt with its tool documents (`--docs`) for all episodes, which is
-computed before the clock starts and timed on its own as `prefill`. Every episode is one turn of `--tokens` tokens at temperature 1, without
-an end token, log-probabilities included. Each side of `--dtype` is an embedded sampler that computes in it; with `--python`, which is the
-interpreter of vLLM's environment, vLLM serves the same weights in bfloat16 on this machine. All sides play the same prompts one after the
-other, round by round; the first round, which compiles, is not counted. Prints a table of medians and one line of JSON (`--json`: alone).
+    python -m benchmarks.sampler [MODEL] [--python VLLM_PYTHON] [--json]
+
+MODEL is a Hugging Face folder (default: the repository's tiny model). Both workloads use real text:
+
+- `short`: as many prompts as episodes, each the first query of another BFCL task.
+- `shared`: one BFCL prompt with its tool documents (`--docs`) for all episodes. It is computed
+  before the clock starts, and timed on its own as `prefill`.
+
+Every episode is one turn of `--tokens` tokens at temperature 1, without an end token,
+log-probabilities included. Each dtype of `--dtype` is one side, an embedded sampler that computes
+in it. With `--python`, the interpreter of vLLM's environment, vLLM serves the same weights in
+bfloat16 on this machine. All sides sample the same prompts one after the other, round by round. The
+first round compiles and is not counted. Prints a table of medians and one line of JSON (with
+`--json` only that line).
 """
 
 import argparse
@@ -17,6 +25,7 @@ import statistics
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +66,8 @@ class Prompts:
 def make_prompts(
     chat: Chat, docs: str, batches: Sequence[int], rounds: int, room: int
 ) -> list[Prompts]:
-    """`rounds` rounds; the shared prompts of neighbouring lengths, the longest first: later rounds need no further shape."""
+    """Return the prompts of `rounds` rounds. Their shared prompts have similar lengths, the longest
+    first, so that later rounds need no new shape."""
     suite = Bfcl(docs=docs)
     tasks = [*suite.tasks("train"), *suite.tasks("test")]
     openings = [suite.create(task).observe() for task in tasks]
@@ -65,7 +75,8 @@ def make_prompts(
     fitting = [ids for ids in rendered if len(ids) <= room]
     if len(fitting) < rounds:
         raise SystemExit(
-            f"{room} tokens of context are left for a prompt, the shortest has {len(rendered[0])}: try --docs signatures"
+            f"{room} tokens of context are left for a prompt, the shortest has {len(rendered[0])}: "
+            "try --docs signatures"
         )
     middle = (len(fitting) - rounds) // 2
     queries = [QUESTION.format(o.messages[-1].content) for o in openings]
@@ -79,8 +90,9 @@ def make_prompts(
 
 async def play_round(
     sides: dict[str, Sampler], prompts: Prompts, name: str, batches: Sequence[int], tokens: int
-) -> dict[tuple, float]:
-    """Tokens a second by (workload, batch, side); those of `prefill` are prompt tokens."""
+) -> dict[tuple[str, int, str], float]:
+    """Return the tokens per second by (workload, batch, side). Those of `prefill` are prompt
+    tokens."""
     rates = {}
     first = Turn(f"{name}-shared", 0, prompts.shared, 1)
     for side, sampler in sides.items():
@@ -103,7 +115,7 @@ async def play_round(
 def serve_vllm(
     python: str, model: Path, config: ModelConfig, params: Params, context: int, rows: int
 ) -> Iterator[VllmSampler]:
-    """vLLM on this machine, with the same weights by the ordinary publish."""
+    """Serve the model with vLLM on this machine. The weights reach it by the ordinary publish."""
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.closing(_weight_folder(Path(folder), config)) as versions,
@@ -135,38 +147,46 @@ def _weight_folder(folder: Path, config: ModelConfig) -> WeightFolder:
     return WeightFolder(folder, published_bytes(make_layout(config, 1)))
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """What the line of JSON says."""
-    config = dataclasses.replace(ModelConfig.from_folder(args.model), eos_token_ids=())
-    tokenizer = load_tokenizer(args.model)
-    rows = max(args.batch)
-    prompts = make_prompts(
-        Chat(tokenizer), args.docs, args.batch, args.rounds + 1, config.context_length - args.tokens
-    )
-    context = len(prompts[0].shared) + args.tokens
-    params = load_params(args.model, config, np.float32)
-    rates: dict[tuple, list[float]] = defaultdict(list)
+def open_sides(
+    args: argparse.Namespace, prompts: Sequence[Prompts], loop: EventLoopThread, stack: ExitStack
+) -> dict[str, Sampler]:
+    """Open the samplers of all sides, which serve the same weights. The stack closes them."""
+    config = _endless(args.model)
+    tokenizer, params = load_tokenizer(args.model), load_params(args.model, config, np.float32)
+    rows, context = max(args.batch), len(prompts[0].shared) + args.tokens
     longest = max(map(len, prompts[0].short))
     settings = NativeSamplerSettings(
         rows, args.chunk, rows * (longest + args.tokens + 256) + 2 * context
     )
-    with contextlib.ExitStack() as stack:
+    sides: dict[str, Sampler] = {}
+    for dtype in args.dtype:
+        sampler = NativeSampler(config, params, tokenizer, settings, compute_dtype=jnp.dtype(dtype))
+        sides[f"embedded {dtype}"] = sampler
+        stack.callback(lambda closing=sampler: loop.call(closing.close()))
+    if args.python:
+        vllm = stack.enter_context(
+            serve_vllm(args.python, args.model, config, params, max(context, 2048), rows)
+        )
+        stack.callback(lambda: loop.call(vllm.close()))
+        publish(loop, vllm, WholeWeights(params, config, 0))
+        sides["vllm bfloat16"] = vllm
+    return sides
+
+
+def _endless(model: Path) -> ModelConfig:
+    """Return the model's config without end tokens, so that all turns have the same length."""
+    return dataclasses.replace(ModelConfig.from_folder(model), eos_token_ids=())
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the contents of the line of JSON."""
+    room = _endless(args.model).context_length - args.tokens
+    chat = Chat(load_tokenizer(args.model))
+    prompts = make_prompts(chat, args.docs, args.batch, args.rounds + 1, room)
+    rates: dict[tuple[str, int, str], list[float]] = defaultdict(list)
+    with ExitStack() as stack:
         loop = stack.enter_context(EventLoopThread())
-        sides: dict[str, Sampler] = {}
-        for dtype in args.dtype:
-            sampler = NativeSampler(
-                config, params, tokenizer, settings, compute_dtype=jnp.dtype(dtype)
-            )
-            sides[f"embedded {dtype}"] = sampler
-            stack.callback(lambda closing=sampler: loop.call(closing.close()))
-        if args.python:
-            vllm = stack.enter_context(
-                serve_vllm(args.python, args.model, config, params, max(context, 2048), rows)
-            )
-            stack.callback(lambda: loop.call(vllm.close()))
-            publish(loop, vllm, WholeWeights(params, config, 0))
-            sides["vllm bfloat16"] = vllm
-        del params
+        sides = open_sides(args, prompts, loop, stack)
         for number, round_prompts in enumerate(prompts):
             found = loop.call(
                 play_round(sides, round_prompts, f"round-{number}", args.batch, args.tokens)
@@ -202,7 +222,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(measured: dict[str, Any]) -> str:
-    """One line a workload and batch, one column a side."""
+    """Return a table with one line per workload and batch, and one column per side."""
     results = measured["results"]
     sides = list(dict.fromkeys(result["side"] for result in results))
     rates = {
@@ -240,7 +260,7 @@ def main() -> None:
     parser.add_argument(
         "--dtype", nargs="+", default=["float32" if jax.default_backend() == "cpu" else "bfloat16"]
     )
-    parser.add_argument("--json", action="store_true", help="the line of JSON alone")
+    parser.add_argument("--json", action="store_true", help="print only the line of JSON")
     args = parser.parse_args()
     measured = measure(args)
     if not args.json:

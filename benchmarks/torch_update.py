@@ -14,7 +14,7 @@ from jaxgrpo.config.settings import LossSettings, OptimizerSettings
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.storage.hf_mapping import params_from_hf, params_to_hf
-from jaxgrpo.types import GroupBatch
+from jaxgrpo.types import MicroBatch
 
 
 def causal_lm(config: ModelConfig, params: Params) -> Qwen2ForCausalLM:
@@ -47,7 +47,7 @@ class TorchUpdate:
         params: Params,
         loss: LossSettings,
         optimizer: OptimizerSettings,
-        batch: GroupBatch,
+        batch: MicroBatch,
         checkpointing: bool,
     ):
         self.config, self.loss, self.max_grad_norm = config, loss, optimizer.max_grad_norm

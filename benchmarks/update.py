@@ -47,7 +47,7 @@ from jaxgrpo.config.settings import REMAT, LossSettings, OptimizerSettings
 from jaxgrpo.learner.sharding import logical_on_host, make_mesh
 from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.qwen2 import Params, init_params
-from jaxgrpo.types import GroupBatch
+from jaxgrpo.types import MicroBatch
 
 LOSS = LossSettings(kl_beta=0.001)
 OPTIMIZER = OptimizerSettings(warmup_steps=0)
@@ -56,7 +56,7 @@ OPTIMIZER = OptimizerSettings(warmup_steps=0)
 class OurUpdate:
     """The package's update on one batch, in the shape of TorchUpdate."""
 
-    def __init__(self, params: Params, batch: GroupBatch, remat: str):
+    def __init__(self, params: Params, batch: MicroBatch, remat: str):
         update = Update(
             SMALL_MODEL,
             make_mesh(jax.devices()[:1]),

@@ -2,7 +2,9 @@
 the server's memory.
 
     python -m benchmarks.viewer --episodes 1000
-    python -m benchmarks.viewer --episodes 200000 --folder /somewhere/large   # 2.7 GB, kept and used again
+    python -m benchmarks.viewer --episodes 200000 --folder /somewhere/large
+
+The second one writes 2.7 GB, which it keeps and uses again.
 
 The episodes are of 2,000 completion tokens, generated and written with the project's recorder.
 The server is the real one, in a process of its own, asked over HTTP; each page's time is the
@@ -56,7 +58,8 @@ def measure_index(folder: Path, cache: Path) -> Index:
     files = list((folder / "trajectories").iterdir())
     size = sum(path.stat().st_size for path in files)
     print(
-        f"{len(files)} files, {size / 1e9:.2f} GB, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+        f"{len(files)} files, {size / 1e9:.2f} GB, {os.cpu_count()} cores, "
+        f"load {os.getloadavg()[0]:.1f}"
     )
     index = Index(folder, cache)
     began, used = time.perf_counter(), os.times()
@@ -68,7 +71,8 @@ def measure_index(folder: Path, cache: Path) -> Index:
     show(
         "index all",
         took,
-        f"{count} episodes, {count / took:,.0f} per second; processor {processor:.1f} s, {count / processor:,.0f} per second of it",
+        f"{count} episodes, {count / took:,.0f} per second; processor {processor:.1f} s, "
+        f"{count / processor:,.0f} per second of it",
     )
     files[0].touch()
     began = time.perf_counter()
@@ -85,7 +89,7 @@ def measure_server(folder: Path, cache: Path, index: Index) -> None:
         row = queries.episodes(db, Filter(), 0, 1).rows[0]
         middle = queries.episodes(db, Filter(), queries.totals(db)["episodes"] // 2, 1).rows[0]
     one = f"split={row['split']}&step={row['step']}&task={row['task']}"
-    far = f"split={middle['split']}&step={middle['step']}&task={middle['task']}&sample={middle['sample']}"
+    far = "&".join(f"{key}={middle[key]}" for key in ("split", "step", "task", "sample"))
     run = f"/r/{folder.name}"
     pages = {
         "overview": "/overview",

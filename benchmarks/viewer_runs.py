@@ -57,7 +57,7 @@ class Writer:
         ]
 
     def episode(self, task: int, sample: int, solved: float) -> Trajectory:
-        """An episode of four turns: reasoning, a call and its result in each, the end in the last."""
+        """An episode of four turns: reasoning, a call and its result in each; then the end."""
         passed = self.random.random() < solved
         messages, calls = self._conversation(task, passed)
         sampled_C = np.ones(self.tokens, bool)

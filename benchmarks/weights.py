@@ -1,8 +1,12 @@
-"""Publishing and loading weights beside `cp` of the same bytes: python -m benchmarks.weights MODEL [--python VLLM_PYTHON] [--root DIR ...]
+"""Measure publishing and loading weights, beside `cp` of the same bytes.
 
-The model's weights are held as a trainer holds them, in float32 shards, published in bfloat16 under each ROOT, and read back with all
-checks; with `--python`, the interpreter of vLLM's environment, a server of the model loads them too, and says how long it took. Seconds,
-the median of the rounds. `write` includes the cast and the checksums; the copy is `cp` of a file of the same size under the same ROOT.
+    python -m benchmarks.weights MODEL [--python VLLM_PYTHON] [--root DIR ...]
+
+The weights are in float32 shards, as in a trainer. They are published in bfloat16 under each ROOT
+and read back with all checks. With `--python`, the interpreter of vLLM's environment, a server of
+the model loads them too and says how long that took. Prints seconds, the median of the rounds.
+`write` includes the cast and the checksums. The copy is `cp` of a file of the same size under the
+same ROOT.
 """
 
 import argparse
@@ -28,7 +32,7 @@ from jaxgrpo.storage import weight_folder
 from jaxgrpo.storage.pretrained import load_params
 
 QUIET_SECONDS = 3.0
-"""vLLM's processes poll for some time after an update, and take the cores from whatever is measured next."""
+"""vLLM's processes poll for a while after an update, and slow down what is measured next."""
 
 
 class Bench:
@@ -96,7 +100,8 @@ def main() -> None:
     args = parser.parse_args()
     bench = Bench(args.model, args.devices)
     print(
-        f"{bench.held.bytes / 1e9:.3f} GB in bfloat16, {args.devices} device(s), median of {args.rounds} rounds"
+        f"{bench.held.bytes / 1e9:.3f} GB in bfloat16, {args.devices} device(s), "
+        f"median of {args.rounds} rounds"
     )
     with tempfile.TemporaryDirectory() as logs:
         server = None
@@ -146,9 +151,8 @@ def report(parent: Path, rounds: list[dict[str, float]]) -> None:
     print(f"\n{parent}")
     for name, seconds in median.items():
         print(f"  {name:32s} {seconds:6.2f} s")
-    print(
-        f"  {'(write + read and check) / copy':32s} {(median['write'] + read) / median['copy']:6.2f}"
-    )
+    ratio = (median["write"] + read) / median["copy"]
+    print(f"  {'(write + read and check) / copy':32s} {ratio:6.2f}")
 
 
 if __name__ == "__main__":

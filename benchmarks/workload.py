@@ -14,7 +14,7 @@ from benchmarks.processor import PRODUCT, product_gflops
 from jaxgrpo.learner.train_state import StepReport, TrainState
 from jaxgrpo.learner.update import Update
 from jaxgrpo.models.model_config import ModelConfig
-from jaxgrpo.types import GroupBatch
+from jaxgrpo.types import MicroBatch
 
 SETTLE = 0.3  # seconds between two runs, in which the threads of one library stop spinning
 
@@ -51,14 +51,14 @@ SMALL_MODEL = ModelConfig(
 """8.1 million parameters."""
 
 
-def random_groups(vocab: int, sizes: Sizes, seed: int = 0) -> GroupBatch:
+def random_groups(vocab: int, sizes: Sizes, seed: int = 0) -> MicroBatch:
     """One micro-batch of random tokens, of full length, each completion token with loss."""
     rng = np.random.default_rng(seed)
     n, shape = sizes.N, (sizes.N, sizes.G, sizes.C)
     ids = lambda *axes: rng.integers(0, vocab, axes).astype(np.int32)
     rewards = rng.normal(size=shape[:2])
     advantages = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True) + 1e-4)
-    return GroupBatch(
+    return MicroBatch(
         prompt_NP=ids(n, sizes.P),
         prompt_lengths_N=np.full(n, sizes.P, np.int32),
         completions_NGC=ids(*shape),
@@ -70,7 +70,7 @@ def random_groups(vocab: int, sizes: Sizes, seed: int = 0) -> GroupBatch:
     )
 
 
-def one_row_each(batch: GroupBatch) -> GroupBatch:
+def one_row_each(batch: MicroBatch) -> MicroBatch:
     """Make each row a group of its own with a copy of the prompt, so that nothing is shared."""
     n, g = batch.advantages_NG.shape
     arrays = dataclasses.asdict(batch)
@@ -79,7 +79,7 @@ def one_row_each(batch: GroupBatch) -> GroupBatch:
         for name, x in arrays.items()
         if name.endswith(("_NGC", "_NG"))
     }
-    return GroupBatch(
+    return MicroBatch(
         **split,
         prompt_NP=np.repeat(batch.prompt_NP, g, 0),
         prompt_lengths_N=np.repeat(batch.prompt_lengths_N, g),
@@ -89,7 +89,7 @@ def one_row_each(batch: GroupBatch) -> GroupBatch:
 class Stepping:
     """An update and its state, which advances with every step on one batch."""
 
-    def __init__(self, update: Update, state: TrainState, batch: GroupBatch):
+    def __init__(self, update: Update, state: TrainState, batch: MicroBatch):
         self.update, self.state, self.batch = update, state, batch
 
     def score(self) -> np.ndarray:

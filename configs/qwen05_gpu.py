@@ -5,9 +5,9 @@ Command    python -m jaxgrpo.train --config configs/qwen05_gpu.py
 Hardware   one H100 or H200
 Tasks      trains on the 52 tasks of BFCL v3's train split whose first query takes one call;
            evaluates on these and on all 100 held-out tasks
-Result     Qwen2.5-Coder-0.5B-Instruct on one H100, in less than 7 minutes: 17.3 % to 64.4 % of the training
-           tasks, 5.0 % to 15.0 % of the held-out tasks (pass@1, two samples a task, one seed;
-           docs/log.md)
+Result     Qwen2.5-Coder-0.5B-Instruct on one H100, in less than 7 minutes: 17.3 % to 64.4 % of the
+           training tasks, 5.0 % to 15.0 % of the held-out tasks (pass@1, two samples a task,
+           one seed; docs/log.md)
 
 Departures from the article's recipe:
 

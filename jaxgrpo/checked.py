@@ -31,7 +31,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 
 
-def shown(value: object) -> str:
+def shorten_value(value: object) -> str:
     """Return a short repr for error messages, also of huge objects and of those without a repr."""
     try:
         return _SHORT.repr(value)
@@ -50,7 +50,7 @@ def cut(text: str, most: int) -> str:
 def text(value: object, what: str) -> str:
     """Return a str, also from a derived class."""
     if not isinstance(value, str):
-        raise TypeError(f"{what} must be a str, got {shown(value)}")
+        raise TypeError(f"{what} must be a str, got {shorten_value(value)}")
     return str.__str__(value)
 
 
@@ -58,14 +58,16 @@ def name(value: object, what: str) -> str:
     """Return a name: a printable str on one line, which is not empty."""
     plain = text(value, what)
     if not plain or len(plain) > MAX_NAME or not plain.isprintable():
-        raise ValueError(f"{what} must be 1 to {MAX_NAME} printable characters, got {shown(plain)}")
+        raise ValueError(
+            f"{what} must be 1 to {MAX_NAME} printable characters, got {shorten_value(plain)}"
+        )
     return plain
 
 
 def number(value: object, what: str) -> float:
     """Return a number as a float, of a size up to `MAX_MAGNITUDE`."""
     if not isinstance(value, Real | np.bool_):
-        raise TypeError(f"{what} must be a finite number, got {shown(value)}")
+        raise TypeError(f"{what} must be a finite number, got {shorten_value(value)}")
     try:
         plain = float(value)
     except OverflowError:
@@ -73,7 +75,7 @@ def number(value: object, what: str) -> float:
     if not abs(plain) <= MAX_MAGNITUDE:
         raise ValueError(
             f"{what} must be a finite number from -{MAX_MAGNITUDE:g} to {MAX_MAGNITUDE:g}, "
-            f"got {shown(value)}"
+            f"got {shorten_value(value)}"
         )
     return plain
 
@@ -81,7 +83,7 @@ def number(value: object, what: str) -> float:
 def flag(value: object, what: str) -> bool:
     """Return True or False."""
     if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{what} must be True or False, got {shown(value)}")
+        raise TypeError(f"{what} must be True or False, got {shorten_value(value)}")
     return bool(value)
 
 
@@ -89,8 +91,8 @@ def items(value: object, what: str, most: int | None = None) -> tuple[Any, ...]:
     """Return a tuple or list as a tuple. A str is refused, because it would become its letters, and
     a set, because it has no order."""
     if not isinstance(value, tuple | list):
-        such = f" such as ({shown(value)},)" if isinstance(value, str) else ""
-        raise TypeError(f"{what} must be a tuple{such}, got {shown(value)}")
+        such = f" such as ({shorten_value(value)},)" if isinstance(value, str) else ""
+        raise TypeError(f"{what} must be a tuple{such}, got {shorten_value(value)}")
     if most is not None and len(value) > most:
         raise ValueError(f"{what} must be at most {most}, got {len(value)}")
     return tuple(value)
@@ -102,7 +104,7 @@ def record(value: object, kind: type[T], what: str) -> T:
     if type(value) is kind:
         return value
     if not isinstance(value, kind):
-        raise TypeError(f"{what} must be of type {kind.__name__}, got {shown(value)}")
+        raise TypeError(f"{what} must be of type {kind.__name__}, got {shorten_value(value)}")
     fields: Any = dataclasses.fields(kind)  # type: ignore[arg-type]
     return kind(**{field.name: getattr(value, field.name) for field in fields})
 
@@ -111,7 +113,8 @@ def numbers(value: object, what: str) -> dict[str, float]:
     """Return numbers by name as a dict."""
     pairs = items(_pairs(value, what), what, MAX_ENTRIES)
     return {
-        name(key, f"a name in {what}"): number(item, f"{what}[{shown(key)}]") for key, item in pairs
+        name(key, f"a name in {what}"): number(item, f"{what}[{shorten_value(key)}]")
+        for key, item in pairs
     }
 
 
@@ -124,7 +127,7 @@ def notes(value: object, what: str, most: int) -> dict[str, str]:
     pairs = _pairs(value, what)
     kept = {
         cut(text(key, f"a name in {what}"), MAX_NAME): cut(
-            text(item, f"{what}[{shown(key)}]"), most
+            text(item, f"{what}[{shorten_value(key)}]"), most
         )
         for key, item in pairs[:MAX_ENTRIES]
     }
@@ -133,18 +136,19 @@ def notes(value: object, what: str, most: int) -> dict[str, str]:
 
 def _pairs(value: object, what: str) -> list[tuple[object, object]]:
     if not isinstance(value, Mapping):
-        raise TypeError(f"{what} must be a dict, got {shown(value)}")
+        raise TypeError(f"{what} must be a dict, got {shorten_value(value)}")
     return list(dict(value).items())
 
 
 def json_object(value: object, what: str, most: int) -> dict[str, Any]:
     """Return a copy of a dict whose JSON has at most `most` characters."""
     if not isinstance(value, dict):
-        raise TypeError(f"{what} must be a dict, got {shown(value)}")
+        raise TypeError(f"{what} must be a dict, got {shorten_value(value)}")
     try:
         written = json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{what} must be JSON-serializable: {cut(str(error), 200)}") from None
     if len(written) > most:
         raise ValueError(f"{what} must be at most {most} characters of JSON, got {len(written)}")
-    return json.loads(written)
+    copy: dict[str, Any] = json.loads(written)
+    return copy

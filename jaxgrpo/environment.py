@@ -72,7 +72,7 @@ class StepResult:
             observation = checked.record(self.observation, Observation, "a step's observation")
             object.__setattr__(self, "observation", observation)
         elif not isinstance(self.stop_reason, StopReason):
-            given = checked.shown(self.stop_reason)
+            given = checked.shorten_value(self.stop_reason)
             raise TypeError(f"a step's stop_reason must be of type StopReason, got {given}")
         calls = checked.items(self.calls, "a step's calls", MAX_CALLS)
         calls = tuple(checked.record(call, ToolCall, "a step's call") for call in calls)
@@ -102,11 +102,11 @@ def _tool(given: object) -> dict[str, Any]:
     if "function" in schema:
         function = schema["function"] if schema.get("type") == "function" else None
     if not isinstance(function, dict) or "name" not in function:
-        raise ValueError(f"a tool's schema must be {_SHAPE}, got {checked.shown(schema)}")
+        raise ValueError(f"a tool's schema must be {_SHAPE}, got {checked.shorten_value(schema)}")
     name = checked.name(function["name"], "a tool's name")
     checked.text(function.get("description", ""), f"the description of tool {name!r}")
     if not isinstance(function.get("parameters", {}), dict):
-        given = checked.shown(function["parameters"])
+        given = checked.shorten_value(function["parameters"])
         raise TypeError(
             f"the parameters of tool {name!r} must be a JSON schema, a dict, got {given}"
         )

@@ -26,10 +26,10 @@ from jaxgrpo.run import records, setup
 from jaxgrpo.run.agreement import agreement_check
 from jaxgrpo.run.command_line import config_parser
 from jaxgrpo.run.evaluation import Evaluation, Evaluator
-from jaxgrpo.run.folder import held, make_run_folder, run_folder
+from jaxgrpo.run.folder import locked_folder, make_run_folder, run_folder
 from jaxgrpo.run.metrics import Recorder, TerminalView
 from jaxgrpo.run.samplers import open_sampler
-from jaxgrpo.run.skipping import NothingLeftError
+from jaxgrpo.run.skipping import AllGroupsDroppedError
 from jaxgrpo.run.weights import WholeWeights
 from jaxgrpo.samplers.base import Sampler, SamplerError
 from jaxgrpo.storage.checkpoint import read_policy
@@ -59,12 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         request = Request(args.split, samples, checkpoint, args.step)
         _check(request)
         folder = run_folder(args.run_dir, f"{config.name}-eval-{args.split}", start)
-        with interruptible(), held(folder):
+        with interruptible(), locked_folder(folder):
             _evaluate(config, request, folder)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (NothingLeftError, SamplerError, OSError) as error:
+    except (AllGroupsDroppedError, SamplerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -16,7 +16,7 @@ T = TypeVar("T")
 _AGAIN_SECONDS, _ECHO_SECONDS, _EXIT_SECONDS = 0.05, 1.0, 20.0
 
 
-def call_apart(function: Callable[[], T], stop: Callable[[], None]) -> T:
+def call_uninterrupted(function: Callable[[], T], stop: Callable[[], None]) -> T:
     """Call a function in another thread, which no interruption reaches.
 
     If the waiting thread is interrupted, it calls `stop`, and raises after the function has ended.

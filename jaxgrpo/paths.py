@@ -23,7 +23,7 @@ def absolute(path: str | Path, start: Path | None = None) -> Path:
     return Path(os.path.realpath(Path(*whole.parts[:after])), *whole.parts[after:])
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write a file atomically: even after a power failure, it has the old or the new text. Raise
     OSError if it cannot be written."""
     partial = path.with_name(path.name + ".partial")

@@ -15,12 +15,12 @@ from pathlib import Path
 from jaxgrpo.config.load import load_config, to_json
 from jaxgrpo.config.settings import Config, ConfigError
 from jaxgrpo.interruptions import interruptible, run_program
-from jaxgrpo.learner.batching import pack
+from jaxgrpo.learner.batching import make_micro_batches
 from jaxgrpo.learner.train_state import StepReport, TrainState
-from jaxgrpo.paths import write_whole
+from jaxgrpo.paths import write_atomically
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.rollout.episode import SamplingParams
-from jaxgrpo.rollout.prefetch import RolloutsAhead, check_staleness, task_batch
+from jaxgrpo.rollout.prefetch import RolloutPrefetcher, check_staleness, task_batch
 from jaxgrpo.rollout.rollout import RolloutResult
 from jaxgrpo.run import setup
 from jaxgrpo.run.agreement import agreement_check
@@ -30,16 +30,16 @@ from jaxgrpo.run.dry_run import describe
 from jaxgrpo.run.evaluation import Evaluator
 from jaxgrpo.run.export import export
 from jaxgrpo.run.failures import exit_status
-from jaxgrpo.run.folder import held, prepare_run_folder, run_folder
+from jaxgrpo.run.folder import locked_folder, prepare_run_folder, run_folder
 from jaxgrpo.run.learner import Learner, crossed_interval
 from jaxgrpo.run.processes import ClusterFlags, Command, Processes, Work, add_flags, join
 from jaxgrpo.run.run_log import RunLog
 from jaxgrpo.run.samplers import open_sampler
 from jaxgrpo.run.skipping import (
-    NothingLeftError,
+    AllGroupsDroppedError,
     Prepared,
     SkippedBatches,
-    UselessBatchError,
+    UntrainableBatchError,
     check_gradient,
     prepare,
 )
@@ -47,7 +47,7 @@ from jaxgrpo.run.weights import publish
 from jaxgrpo.samplers.base import Sampler
 from jaxgrpo.samplers.metered import MeteredSampler
 from jaxgrpo.storage.checkpoint import newest_step
-from jaxgrpo.types import GroupBatch
+from jaxgrpo.types import MicroBatch
 
 
 class Training:
@@ -65,7 +65,7 @@ class Training:
         self.sampler = MeteredSampler(self.open_sampler(stack))
         sampling = SamplingParams(config.rollout.temperature)
         self.rollout = setup.build_rollout(config, self.assets, self.sampler, sampling)
-        self.prefetch = RolloutsAhead(
+        self.prefetch = RolloutPrefetcher(
             self.loop, self.rollout_of, self.learner.batch, config.training.max_staleness
         )
         stack.callback(self.prefetch.close)
@@ -94,9 +94,9 @@ class Training:
             learner.batch += 1
             try:
                 prepared = self.prepare(result)
-                reports = learner.learn(prepared.batches)
-                check_gradient(reports[0], prepared.batches)
-            except UselessBatchError as error:
+                reports = learner.learn(prepared.micro_batches)
+                check_gradient(reports[0], prepared.micro_batches)
+            except UntrainableBatchError as error:
                 self.skip(result, error)
                 continue
             self.publish()
@@ -118,7 +118,7 @@ class Training:
     async def rollout_of(self, batch: int) -> RolloutResult:
         """Sample the batch of this number. Its tasks and seeds depend on the number alone."""
         r, seed = self.config.rollout, self.config.seed
-        tasks = task_batch(self.tasks, r.tasks_per_step, seed, batch, r.task_order == "shuffled")
+        tasks = task_batch(self.tasks, r.tasks_per_step, seed, batch, r.task_order)
 
         def progress(done: int, total: int) -> None:
             if batch == self.learner.batch:  # the loop does not wait for later batches
@@ -127,29 +127,29 @@ class Training:
         return await self.rollout.groups(tasks, r.group_size, seed, f"batch-{batch}", progress)
 
     def prepare(self, result: RolloutResult) -> Prepared:
-        """Make micro-batches, metrics and records of a rollout. Raises UselessBatchError if it
+        """Make micro-batches, metrics and records of a rollout. Raises UntrainableBatchError if it
         cannot be trained on."""
         learner = self.learner
-        learner.overshoots.check(learner.batch)
+        learner.diverged_batches.check(learner.batch)
         return prepare(
             result,
             learner.state.step + learner.steps_of_batch,
             lambda: rollout_metrics(result, self.skipped.results, learner.version),
-            lambda: self.pack(result),
+            lambda: self.make_micro_batches(result),
         )
 
-    def pack(self, result: RolloutResult) -> list[GroupBatch]:
+    def make_micro_batches(self, result: RolloutResult) -> list[MicroBatch]:
         """Make micro-batches of the groups, with their advantages and loss weights."""
         training = self.config.training
-        return pack(
+        return make_micro_batches(
             result.groups,
             self.learner.update.mesh.size * training.groups_per_device,
             self.config.rollout.max_completion_tokens,
             self.config.batching,
         )
 
-    def skip(self, result: RolloutResult, error: UselessBatchError) -> None:
-        """Skip a batch. Raises NothingLeftError or NothingLearntError after too many in a row."""
+    def skip(self, result: RolloutResult, error: UntrainableBatchError) -> None:
+        """Skip a batch. Raises AllGroupsDroppedError or TooManySkippedError after too many."""
         batch, step = self.learner.batch, self.learner.state.step
         self.skipped.add(f"skipped-{batch}-{step:06d}", result, error, step)
         self.log.say(f"batch {batch} is skipped: {error}")
@@ -177,7 +177,7 @@ class Training:
         learner = self.learner
         seconds, sampler_idle_fraction = self.measure()
         compilations = learner.update.compilations
-        trained = update_metrics(prepared.batches, reports, compilations, seconds)
+        trained = update_metrics(prepared.micro_batches, reports, compilations, seconds)
         scheduled = schedule_metrics(seconds, sampler_idle_fraction)
         metrics = prepared.metrics | trained | scheduled | self.publish_metrics
         metrics["time/check_seconds"] = seconds["check"]
@@ -214,7 +214,7 @@ class Training:
             tasks, start = setup.split_tasks(self.config, split), time.perf_counter()
             try:
                 outcome = evaluator.evaluate(tasks, split, step)
-            except NothingLeftError as error:
+            except AllGroupsDroppedError as error:
                 self.log.say(f"step {step}  no evaluation: {error}")
                 continue
             self.log.evaluation(step, split, outcome, time.perf_counter() - start)
@@ -246,7 +246,7 @@ def train(
     processes = processes or Processes()
     with processes.together(), ExitStack() as stack, processes.announcing_failures():
         if processes.leads:
-            stack.enter_context(held(folder))
+            stack.enter_context(locked_folder(folder))
         saved = newest_step(folder / "checkpoints")
         processes.agree(f"{resume} {saved} {to_json(config)}")
         if not processes.leads:
@@ -256,7 +256,7 @@ def train(
             return learner.state
         prepare_run_folder(config, folder, resume, saved)
         training = Training(config, folder, saved is not None, processes, stack)
-        write_whole(folder / "config.json", to_json(config, places=True))
+        write_atomically(folder / "config.json", to_json(config, places=True))
         training.run()
         processes.send(Command(Work.END))
         return training.learner.state

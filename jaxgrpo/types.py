@@ -70,7 +70,7 @@ class Message:
         if role not in ROLES:
             close = difflib.get_close_matches(role.lower(), ROLES, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            given = checked.shown(role)
+            given = checked.shorten_value(role)
             raise ValueError(
                 f"a message's role must be one of {', '.join(ROLES)}, got {given}{hint}"
             )
@@ -236,7 +236,7 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupBatch:
+class MicroBatch:
     """One micro-batch for the update: N groups, padded on the right to one P and one C.
 
     `prompt_lengths_N` and `completion_lengths_NG` count the real tokens, and all of these are
@@ -274,5 +274,5 @@ class GroupBatch:
         for name, shape in expected.items():
             if getattr(self, name).shape != shape:
                 raise ValueError(
-                    f"{name} has shape {getattr(self, name).shape}, the batch's axes say {shape}"
+                    f"{name} has shape {getattr(self, name).shape}, the completions say {shape}"
                 )

@@ -13,7 +13,7 @@ from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import init_params
 from jaxgrpo.storage.checkpoint import Checkpoints, Progress
-from jaxgrpo.types import GroupBatch
+from jaxgrpo.types import MicroBatch
 from tests.training import CONFIG_JSON
 
 SMALL = {
@@ -41,11 +41,11 @@ def update_on(
     )
 
 
-def batch() -> GroupBatch:
+def batch() -> MicroBatch:
     """Twelve groups, so that one to four devices share them evenly."""
     rng = np.random.default_rng(0)
     n, g, p, c = 12, 2, 4, 4
-    return GroupBatch(
+    return MicroBatch(
         prompt_NP=rng.integers(0, 29, (n, p)).astype(np.int32),
         prompt_lengths_N=np.full(n, p, np.int32),
         completions_NGC=rng.integers(0, 29, (n, g, c)).astype(np.int32),

@@ -1,4 +1,4 @@
-"""Small trajectories and groups for the tests of packing, the update and what stands on them."""
+"""Small trajectories and groups for the tests of batching, the update and what stands on them."""
 
 from collections.abc import Sequence
 

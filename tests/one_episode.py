@@ -6,7 +6,7 @@ from jaxgrpo.config.settings import RolloutSettings
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.background import BlockingCalls
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.episode import EpisodeKey, EpisodePlayer, Limits, SamplingParams
+from jaxgrpo.rollout.episode import EpisodeKey, EpisodeRunner, Limits, SamplingParams
 from jaxgrpo.run import records
 from jaxgrpo.run.records import TrajectoryRecord
 from jaxgrpo.types import Task
@@ -35,8 +35,8 @@ def play(make, *, limits=LIMITS, deadline=10.0, rewards=RewardSettings(), chat=N
     async def run():
         suite = Suite(lambda task, earlier: make() if earlier else EchoEnvironment())
         calls = BlockingCalls(2, deadline, say=lambda line: None)
-        player = EpisodePlayer(sampler, suite, chat, limits, SamplingParams(), calls, rewards)
-        return await player.play(TASK, await player.open(TASK), KEY)
+        runner = EpisodeRunner(sampler, suite, chat, limits, SamplingParams(), calls, rewards)
+        return await runner.run(TASK, await runner.open(TASK), KEY)
 
     trajectory = asyncio.run(run())
     assert (

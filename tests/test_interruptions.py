@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxgrpo import interruptions
-from jaxgrpo.interruptions import call_apart, interruptible
+from jaxgrpo.interruptions import call_uninterrupted, interruptible
 
 
 class Dying:
@@ -110,9 +110,9 @@ def test_an_interruption_stops_what_is_called_apart_and_waits_for_it() -> None:
         raise ValueError("stopped")
 
     with pytest.raises(KeyboardInterrupt), interruptible():
-        call_apart(work, stop.set)
+        call_uninterrupted(work, stop.set)
     assert ended == [True]
-    assert call_apart(lambda: 3, stop.set) == 3
+    assert call_uninterrupted(lambda: 3, stop.set) == 3
 
 
 ENDING = """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxgrpo.paths import absolute, write_whole
+from jaxgrpo.paths import absolute, write_atomically
 from jaxgrpo.run.folder import run_folder
 
 
@@ -47,14 +47,14 @@ def test_a_run_is_recorded_from_where_the_program_was_started(
 
 def test_a_file_that_cannot_be_written_keeps_its_old_text(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    write_whole(file, "before")
+    write_atomically(file, "before")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            write_whole(file, "x" * 2000)
+            write_atomically(file, "x" * 2000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_text() == "before"
-    write_whole(file, "ä")
+    write_atomically(file, "ä")
     assert file.read_bytes() == b"\xc3\xa4"

@@ -174,9 +174,11 @@ class TestRecords:
 def test_the_trained_ids_are_the_sampled_ids(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packed, pack = [], train_module.pack
+    packed, make_micro_batches = [], train_module.make_micro_batches
     monkeypatch.setattr(
-        train_module, "pack", lambda *args: packed.append(pack(*args)) or packed[-1]
+        train_module,
+        "make_micro_batches",
+        lambda *args: packed.append(make_micro_batches(*args)) or packed[-1],
     )
     train(
         changed(tmp_path, model, "training.steps=2", "recording.checkpoint_every=None"),
@@ -362,7 +364,7 @@ class TestOverlap:
     def test_without_staleness_it_is_the_plain_loop_to_the_last_bit(
         self, straight: tuple[Path, TrainState], model: Path, tmp_path: Path
     ) -> None:
-        """Play, pack, learn, publish, one after the other, as they are."""
+        """Play, batch, learn, publish, one after the other, as they are."""
         config = changed(tmp_path, model)
         with ExitStack() as stack:
             training = Training(config, tmp_path / "run", False, Processes(), stack)
@@ -372,7 +374,7 @@ class TestOverlap:
                 )
                 tasks = task_batch(training.tasks, 2, 0, batch)
                 result = training.loop.call(rollout.groups(tasks, 4, 0, f"batch-{batch}"))
-                training.learner.learn(training.pack(result))
+                training.learner.learn(training.make_micro_batches(result))
                 training.publish()
         for ours, theirs in zip(weights(training.learner.state), weights(straight[1]), strict=True):
             np.testing.assert_array_equal(ours, theirs)

@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory):
 
 
 class TestOptions:
-    """Each changes what a run does; those of the loss and of packing have unit tests of their own."""
+    """Each changes what a run does. Those of loss and batching have unit tests of their own."""
 
     def run(self, folder, model, *options):
         state = train(changed(folder, model, "training.steps=2", *options), folder / "run")
@@ -209,7 +209,7 @@ def test_every_epoch_is_a_fresh_shuffle_into_whole_batches() -> None:
 
 def test_tasks_in_the_given_order_are_the_same_in_every_epoch() -> None:
     tasks = [Task(str(i)) for i in range(7)]
-    batches = [[t.id for t in task_batch(tasks, 3, 5, i, shuffle=False)] for i in range(3)]
+    batches = [[t.id for t in task_batch(tasks, 3, 5, i, order="as_given")] for i in range(3)]
     assert batches == [["0", "1", "2"], ["3", "4", "5"], ["0", "1", "2"]]
 
 
@@ -476,7 +476,7 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("before", "at", "said"),
         [
-            ("pack", 2, "File too large"),
+            ("make_micro_batches", 2, "File too large"),
             ("evaluate_if_due", 4, "the checkpoint of step 4 cannot be written: "),
         ],
     )

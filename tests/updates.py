@@ -16,14 +16,14 @@ import optax
 import pytest
 
 from jaxgrpo.config.settings import BatchingSettings, LossSettings, OptimizerSettings
-from jaxgrpo.learner.batching import pack
+from jaxgrpo.learner.batching import make_micro_batches
 from jaxgrpo.learner.device_step import StepInputs
 from jaxgrpo.learner.sharding import logical_on_host, make_mesh
 from jaxgrpo.learner.train_state import StepReport, TrainState
 from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params
-from jaxgrpo.types import Group, GroupBatch
+from jaxgrpo.types import Group, MicroBatch
 from tests.episodes import random_groups
 from tests.random_weights import random_params
 
@@ -61,8 +61,8 @@ def params_of(config: ModelConfig) -> Params:
     return random_params(config, seed=7, scale=0.25)
 
 
-def packed(groups: Sequence[Group], micro_batch_groups: int) -> list[GroupBatch]:
-    return pack(
+def packed(groups: Sequence[Group], micro_batch_groups: int) -> list[MicroBatch]:
+    return make_micro_batches(
         groups,
         micro_batch_groups,
         LONGEST,
@@ -106,7 +106,7 @@ def clipped_gradient(update: Update, state: TrainState) -> Params:
     return jax.tree.map(lambda m: m / (1 - ADAM.b1), logical_on_host(moments, update.layout))
 
 
-def two_steps(update: Update, batches: Sequence[GroupBatch], params: Params) -> Run:
+def two_steps(update: Update, batches: Sequence[MicroBatch], params: Params) -> Run:
     """The reference is a policy of other weights than the first step's."""
     state = update.init(jax.tree.map(lambda x: x * np.float32(0.97), params))
     other = update.init(params)
@@ -154,7 +154,7 @@ def assert_same_run(got: Run, expected: Run) -> None:
         assert ours.sums == pytest.approx(theirs.sums, rel=1e-5, abs=1e-6)
 
 
-def accumulate_text(update: Update, batch: GroupBatch) -> str:
+def accumulate_text(update: Update, batch: MicroBatch) -> str:
     """The program of a micro-batch's forward and backward."""
     state, placed = update.init(params_of(TINY)), update._put(batch)
     given = placed.sampler_logprobs_NGC

@@ -10,7 +10,7 @@ import dataclasses
 
 import jax
 
-from jaxgrpo.config.settings import NO_LORA, LoraSettings
+from jaxgrpo.config.settings import NO_LORA, LoraSettings, TrainingSettings
 from jaxgrpo.learner.sharding import LeafLayout, layout_of, make_layout
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params, param_shapes, trained_shapes
@@ -195,7 +195,10 @@ def forward_traffic(model: ModelConfig, devices: int) -> Traffic:
 
 
 def gradient_traffic(
-    model: ModelConfig, devices: int, lora: LoraSettings = NO_LORA, remat: str = "full"
+    model: ModelConfig,
+    devices: int,
+    lora: LoraSettings = NO_LORA,
+    remat: str = TrainingSettings.remat,
 ) -> Traffic:
     """Return the traffic of a micro-batch's gradient.
 
@@ -262,7 +265,7 @@ class Work:
     steps: int
     reference: bool
     lora: LoraSettings = NO_LORA
-    remat: str = "full"
+    remat: str = TrainingSettings.remat
 
     @property
     def rollouts(self) -> int:

@@ -12,7 +12,7 @@ from jaxgrpo.config.settings import Config, ConfigError
 from jaxgrpo.learner.batching import bucket
 from jaxgrpo.learner.sharding import make_mesh
 from jaxgrpo.models.model_config import ModelConfig
-from jaxgrpo.run.setup import micro_batches, update_on
+from jaxgrpo.run.setup import count_micro_batches, update_on
 from jaxgrpo.storage.pretrained import locate
 from jaxgrpo.tools.model_sizes import known_size
 from jaxgrpo.tools.planning import Cluster, Forecast, GroupShape, Work, forecast, state_bytes
@@ -77,7 +77,7 @@ class Planner:
         """Compile the step for these training devices and groups per batch. Raise ConfigError if
         the groups do not divide evenly."""
         per_device, rows = self.config.training.groups_per_device, self.config.rollout.group_size
-        micro_batches(groups, devices=devices, groups_per_device=per_device)
+        count_micro_batches(groups, devices=devices, groups_per_device=per_device)
         given = (
             described_gpus(self.target, devices, per_host)
             if self.gpu
@@ -95,7 +95,9 @@ class Planner:
     def plan_of(self, memory: StepMemory, devices: int, groups: int, per_host: int) -> Plan:
         """Return the plan for a compiled step."""
         training, args = self.config.training, self.args
-        count = micro_batches(groups, devices=devices, groups_per_device=training.groups_per_device)
+        count = count_micro_batches(
+            groups, devices=devices, groups_per_device=training.groups_per_device
+        )
         reference, lora = bool(self.config.loss.kl_beta), self.config.lora
         work = Work(
             self.shape,

@@ -62,7 +62,8 @@ def their_logits(folder: Path, ids_T: np.ndarray) -> np.ndarray:
         folder, dtype=torch.float32, local_files_only=True
     ).eval()
     with torch.no_grad():
-        return model(torch.tensor(ids_T, dtype=torch.long)[None]).logits[0].numpy()
+        logits_TV: np.ndarray = model(torch.tensor(ids_T, dtype=torch.long)[None]).logits[0].numpy()
+        return logits_TV
 
 
 def prompt_ids(folder: Path) -> np.ndarray:

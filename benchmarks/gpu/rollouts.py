@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 
 from jaxgrpo.config.settings import BatchingSettings
-from jaxgrpo.learner.batching import pack
+from jaxgrpo.learner.batching import make_micro_batches
 from jaxgrpo.tools.planning import GroupShape
-from jaxgrpo.types import Group, GroupBatch, Message, Score, StopReason, Task, Trajectory
+from jaxgrpo.types import Group, Message, MicroBatch, Score, StopReason, Task, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _episode(
 class Batched:
     """Micro-batches of one group each, with the real lengths and those of the arrays."""
 
-    batches: list[GroupBatch]
+    batches: list[MicroBatch]
     real: list[GroupShape]
     padded: list[GroupShape]
 
@@ -106,7 +106,9 @@ class Batched:
 
 def batched(prompt: int, lengths: Lengths, vocab: int) -> Batched:
     """Build micro-batches as a training run does."""
-    batches = pack(episodes(prompt, lengths.draw(), vocab), 1, lengths.cap, BatchingSettings())
+    batches = make_micro_batches(
+        episodes(prompt, lengths.draw(), vocab), 1, lengths.cap, BatchingSettings()
+    )
     real = [
         GroupShape(int(b.prompt_lengths_N[0]), tuple(b.completion_lengths_NG[0].tolist()))
         for b in batches

@@ -80,18 +80,18 @@ class Format(_OfBfcl):
     """1 if all turns of a correct episode are well-formed in the protocol "tags", else 0.
 
     A well-formed turn has closed reasoning tags, and a closed list of calls or an end mark. With
-    `share`, the value is the fraction of well-formed turns. It is 0 if the episode is not correct
-    (see Correctness).
+    `fraction`, the value is the fraction of well-formed turns. It is 0 if the episode is not
+    correct (see Correctness).
     """
 
     parts: ClassVar[tuple[str, ...]] = ("format",)
-    share: bool = False
+    fraction: bool = False
 
     def __call__(self, trajectory: Trajectory, score: Score) -> float:
         if not _is_correct(score):
             return 0.0
         kept = [_keeps_the_form(text) for text in trajectory.policy_texts]
-        return sum(kept) / len(kept) if self.share else float(all(kept))
+        return sum(kept) / len(kept) if self.fraction else float(all(kept))
 
     def problems(self, config: Config) -> Sequence[str]:
         environment = config.environment

@@ -19,7 +19,7 @@ def is_record(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
-def fields_of(record: Any) -> list[dataclasses.Field]:
+def fields_of(record: Any) -> list[dataclasses.Field[Any]]:
     """Return the fields that the caller of its class sets. Fields that the class fills in itself
     are not settings."""
     return [field for field in dataclasses.fields(record) if field.init]
@@ -34,7 +34,7 @@ def hints(kind: type) -> dict[str, Any]:
         return {field.name: _hint(kind, field) for field in fields_of(kind)}
 
 
-def _hint(kind: type, field: dataclasses.Field) -> Any:
+def _hint(kind: type, field: dataclasses.Field[Any]) -> Any:
     alone = types.SimpleNamespace(__annotations__={field.name: field.type})
     for base in kind.__mro__:  # any of them may define the field, with the names of its module
         with contextlib.suppress(Exception):

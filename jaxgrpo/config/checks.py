@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxgrpo.config.annotations import bounds_of, choices_of, is_marked
 from jaxgrpo.config.bounds import Int64
-from jaxgrpo.config.overrides import annotated, leaves, shown
+from jaxgrpo.config.overrides import annotated, describe_value, leaves
 from jaxgrpo.config.settings import NO_LORA, TARGETS, Config, LoraSettings, pages_for
 
 _FLOAT32 = np.finfo(np.float32)
@@ -41,7 +41,7 @@ def _oversized(number: Any, bits: int) -> str:
     """Return why a number does not fit, or "" if it does."""
     least, most = float(_FLOAT32.tiny), float(_FLOAT32.max)
     if isinstance(number, int) and number.bit_length() > bits:
-        return f"must be below 2^{bits} = {2**bits}, got {shown(number)}"
+        return f"must be below 2^{bits} = {2**bits}, got {describe_value(number)}"
     if isinstance(number, float) and number != 0 and not least <= abs(number) <= most:
         return f"must be of a size that float32 has, {least:.3g} to {most:.3g}, got {number}"
     return ""

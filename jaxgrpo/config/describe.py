@@ -77,7 +77,7 @@ def field_docs(kind: type) -> dict[str, str]:
     }
 
 
-def _default(field: dataclasses.Field) -> str:
+def _default(field: dataclasses.Field[Any]) -> str:
     if field.default is dataclasses.MISSING:
         return "required"
     return f"default {field.default!r}"

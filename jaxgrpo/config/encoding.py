@@ -23,7 +23,7 @@ from typing import Any
 
 from jaxgrpo.config.annotations import fields_of, is_record
 from jaxgrpo.config.files import find, label_of, place_of, same_label
-from jaxgrpo.config.overrides import shown
+from jaxgrpo.config.overrides import describe_value
 from jaxgrpo.config.settings import ConfigError
 
 CLASS, IMPORT, PLACE, OPAQUE = "class", "import", "found in", "opaque"
@@ -76,7 +76,7 @@ def _encode_container(value: Any, places: bool) -> Any:
         return {"dict": [[encode(k, places), encode(item, places)] for k, item in value.items()]}
     if isinstance(value, Path):
         return {"path": str(value)}
-    return {OPAQUE: shown(value)}
+    return {OPAQUE: describe_value(value)}
 
 
 def _import(module: str, qualname: str, value: Any, places: bool) -> dict[str, Any]:
@@ -176,13 +176,15 @@ def _record_differences(
         yield f"{prefix}{name}", f"{prefix}{name} {gone}"
 
 
-def _default(field: dataclasses.Field) -> Any:
+def _default(field: dataclasses.Field[Any]) -> Any:
     return (
         field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     )
 
 
-def _dict_differences(key: str, saved: dict[str, Any], value: dict) -> Iterator[tuple[str, str]]:
+def _dict_differences(
+    key: str, saved: dict[str, Any], value: dict[Any, Any]
+) -> Iterator[tuple[str, str]]:
     """Yield the differences of a dict. Its order counts too, because tasks may be made in it."""
     pairs: list[Any] = list(saved.items())
     tagged = saved.keys() == {"dict"} and isinstance(saved["dict"], list)
@@ -206,7 +208,7 @@ def _holds_records(value: Any) -> bool:
     return type(value) in (tuple, list) and any(is_record(item) for item in value)
 
 
-def _items(saved: Any) -> list:
+def _items(saved: Any) -> list[Any]:
     items = saved.get("list") if isinstance(saved, dict) else saved
     return items if isinstance(items, list) else []
 
@@ -216,7 +218,11 @@ def _equal(saved: Any, value: Any) -> bool:
     if before == now or _text(before) == _text(now):  # as text, NaN equals itself
         return True
     # version 0.1.0 wrote str(value)
-    return isinstance(saved, str) and not isinstance(value, str) and saved == shown(value, str)
+    return (
+        isinstance(saved, str)
+        and not isinstance(value, str)
+        and saved == describe_value(value, str)
+    )
 
 
 def _meaning(tree: Any) -> Any:

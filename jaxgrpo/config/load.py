@@ -19,9 +19,9 @@ from jaxgrpo.config.files import (
     packaged_configs,
     run_file,
 )
-from jaxgrpo.config.overrides import apply_overrides, convert_types, shown, suggestion
+from jaxgrpo.config.overrides import apply_overrides, convert_types, describe_value, suggestion
 from jaxgrpo.config.renamed import current_key, with_current_names
-from jaxgrpo.config.settings import Config, ConfigError, refuse, section_classes
+from jaxgrpo.config.settings import Config, ConfigError, raise_problems, section_classes
 from jaxgrpo.paths import absolute
 
 MAY_CHANGE = (
@@ -60,7 +60,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     config = _read_json(file) if file.suffix == ".json" else _run_python(file)
     config, problems = apply_overrides(config, overrides)
     config, mistyped = convert_types(config)
-    refuse(problems + (mistyped or find_problems(config)))
+    raise_problems(problems + (mistyped or find_problems(config)))
     return _anchored(config, start)
 
 
@@ -98,13 +98,13 @@ def _anchored(config: Config, start: Path) -> Config:
 
 def check(config: Config) -> None:
     """Raise ConfigError that lists everything that is wrong with a config."""
-    refuse(convert_types(config)[1] or find_problems(config))
+    raise_problems(convert_types(config)[1] or find_problems(config))
 
 
 def apply_override(config: Config, override: str) -> Config:
     """Return the config with one `a.b=value` applied. Raise ConfigError if it is not valid."""
     config, problems = apply_overrides(config, [override])
-    refuse(problems)
+    raise_problems(problems)
     return config
 
 
@@ -155,7 +155,7 @@ def _read_json(path: Path) -> Config:
             given = {key: value for key, value in saved.items() if key in own}
             fields = {key: _decoded(f"{name}.{key}", given[key], problems) for key in given}
             values[name] = _construct(kind, name, fields, problems)
-    refuse(problems)
+    raise_problems(problems)
     return _checked(Config(**values), path)
 
 
@@ -192,9 +192,9 @@ def parse(text: str) -> dict[str, Any]:
 
 def _checked(config: Config, path: Path) -> Config:
     """Check that every section has its class and that the environment is a task suite."""
-    refuse(
+    raise_problems(
         [
-            f"{name} must be of type {kind.__name__}, got {shown(getattr(config, name))}"
+            f"{name} must be of type {kind.__name__}, got {describe_value(getattr(config, name))}"
             for name, kind in section_classes().items()
             if not isinstance(getattr(config, name), kind)
         ]
@@ -205,22 +205,26 @@ def _checked(config: Config, path: Path) -> Config:
     if not is_record(config.environment) or not plays:
         raise ConfigError(
             f"environment of {path} must be an instance of a dataclass with tasks() and create(), "
-            f"got {shown(config.environment)}"
+            f"got {describe_value(config.environment)}"
         )
     return config
 
 
 def _unexpected_argument(error: BaseException) -> str:
-    """Return a hint for an argument that a section does not have: the new or a similar name."""
+    """Return a hint for an unknown argument of a section or a reward: the new or a similar name."""
     found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    kinds = {kind.__name__: (f"{name}.", kind) for name, kind in section_classes().items()}
+    kinds: dict[str, tuple[str, type | None]] = {
+        kind.__name__: (f"{name}.", kind) for name, kind in section_classes().items()
+    }
     kinds["Config"] = ("", Config)
-    if found is None or found[1] not in kinds:
+    if found is None:
         return ""
-    prefix, kind = kinds[found[1]]
+    prefix, kind = kinds.get(found[1], (f"rewards.{found[1]}.", None))
     now = current_key(f"{prefix}{found[2]}")
     if now != f"{prefix}{found[2]}":
         return f". It is now called {now.removeprefix(prefix)!r}"
+    if kind is None:
+        return ""
     close = difflib.get_close_matches(found[2], [f.name for f in dataclasses.fields(kind)], 1)
     return f". Did you mean {close[0]!r}?" if close else ""
 

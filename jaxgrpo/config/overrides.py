@@ -15,7 +15,7 @@ from jaxgrpo.config.renamed import current_key
 S = TypeVar("S")
 
 
-def shown(value: Any, text: Callable[[Any], str] = repr) -> str:
+def describe_value(value: Any, text: Callable[[Any], str] = repr) -> str:
     """Return the repr without addresses, which differ between processes. If it has none, return the
     name of the class."""
     try:
@@ -163,7 +163,7 @@ def _fit(value: Any, kind: Any) -> Any:
             return value if fits else items
         if _matches(value, one):
             return value
-    raise TypeError(f"must be of type {type_name(kind)}, got {shown(value)}")
+    raise TypeError(f"must be of type {type_name(kind)}, got {describe_value(value)}")
 
 
 def _finite(value: float) -> float:
@@ -172,7 +172,7 @@ def _finite(value: float) -> float:
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise TypeError(f"must be finite, got {shown(value)}")
+        raise TypeError(f"must be finite, got {describe_value(value)}")
     return number
 
 

@@ -5,8 +5,13 @@ from typing import Any
 from jaxgrpo.paths import PACKAGE
 
 SECTIONS = {"packing": "batching"}
-SETTINGS = {"rollout.environment_deadline": "step_deadline_seconds"}
+SETTINGS = {
+    "rollout.environment_deadline": "step_deadline_seconds",
+    "rewards.Format.share": "Format.fraction",
+}
 """Old names of fields, under the section's name of today -> the new name in the same section."""
+RECORDS = {"jaxgrpo.envs.bfcl.rewards.Format": {"share": "fraction"}}
+"""Classes that a config.json may name, as they are named now -> the old and new names of their fields."""
 MODULES = {
     "jaxgrpo.rewards": "jaxgrpo.rewards.base",
     "jaxgrpo.judge": "jaxgrpo.rewards.judge",
@@ -55,13 +60,15 @@ def _with_new_names(section: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _moved(value: Any) -> Any:
-    """Return the value with classes and functions named by the module that now defines them."""
+    """Return the value with today's names of the fields of records, and of the modules that define
+    its classes and functions."""
     if isinstance(value, list):
         return [_moved(item) for item in value]
     if not isinstance(value, dict):
         return value
+    fields = RECORDS.get(str(_label(value.get("class"))).replace(":", "."), {})
     return {
-        key: _label(item) if key in ("class", "import") else _moved(item)
+        fields.get(key, key): _label(item) if key in ("class", "import") else _moved(item)
         for key, item in value.items()
     }
 

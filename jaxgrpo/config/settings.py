@@ -18,7 +18,7 @@ class ConfigError(ValueError):
     """The user's input is not valid. Says what was given, what is allowed and what to do."""
 
 
-def refuse(problems: Sequence[str]) -> None:
+def raise_problems(problems: Sequence[str]) -> None:
     """Raise ConfigError that lists the problems, if there are any."""
     if problems:
         raise ConfigError(

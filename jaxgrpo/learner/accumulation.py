@@ -40,7 +40,7 @@ _Stacks = tuple[Params, Params | None]
 
 def _forward(
     layer: Layer, carry: Carry, stack: Params, accumulator: Params, frozen: Params | None
-) -> tuple[Carry, tuple[Partial, list, _Stacks, Params]]:
+) -> tuple[Carry, tuple[Partial, list[Any], _Stacks, Params]]:
     rebuild = None
 
     def one(carry: Carry, rows: _Stacks) -> tuple[Carry, list[jax.Array]]:
@@ -60,18 +60,18 @@ def _forward(
 
 
 def _pull_back(tree: Any, place: list[int | None], kept: list[jax.Array], rows: _Stacks) -> Any:
-    """The backward pass of a layer, from its residuals and its rows of the stacks."""
+    """Rebuild the backward pass of a layer from its residuals and its rows of the stacks."""
     others, own = iter(kept), jax.tree.leaves(rows)
     return jax.tree.unflatten(tree, [next(others) if at is None else own[at] for at in place])
 
 
 def _backward(
-    layer: Layer, residuals: tuple[Partial, list, _Stacks, Params], cotangent: Carry
+    layer: Layer, residuals: tuple[Partial, list[Any], _Stacks, Params], cotangent: Carry
 ) -> tuple[Carry, Params, None, None]:
     rebuild, kept, stacks, accumulator = residuals
 
     def one(
-        state: tuple[Carry, Params], row: tuple[jax.Array, list, _Stacks]
+        state: tuple[Carry, Params], row: tuple[jax.Array, list[Any], _Stacks]
     ) -> tuple[tuple[Carry, Params], None]:
         (cotangent, total), (index, kept, rows) = state, row
         cotangent, gradient = rebuild(kept, rows)(cotangent)

@@ -79,7 +79,7 @@ def _merge_kernel(
 
 
 def fingerprint(stored: Params, layout: Layout, mesh: Mesh) -> str:
-    """Eight hexadecimal digits that identify a model, on any number of devices.
+    """Return eight hexadecimal digits that identify a model, on any number of devices.
 
     A CRC-32 of about a thousand evenly spaced numbers of every tensor, as bfloat16, so that the
     stored dtype does not matter. A fine-tuned model has another fingerprint than its base.

@@ -1,19 +1,22 @@
-"""Advantages of a group's episodes from their rewards. Pure NumPy."""
+"""Compute the advantages of a group's episodes from their rewards. Pure NumPy."""
 
 import chex
 import numpy as np
 
 from jaxgrpo.checked import MAX_MAGNITUDE
-from jaxgrpo.config.settings import NORMALIZATIONS
+from jaxgrpo.config.settings import NORMALIZATIONS, BatchingSettings
 
 EPSILON = 1e-4
 
 
-def group_advantages(rewards_NG: np.ndarray, normalization: str = "std") -> np.ndarray:
-    """A_ng = (r_ng - mean_g r) / (std_g r + 1e-4) (GRPO, arXiv:2402.03300, section 4.1.2).
+def group_advantages(
+    rewards_NG: np.ndarray, normalization: str = BatchingSettings.advantage_normalization
+) -> np.ndarray:
+    """Compute A_ng = (r_ng - mean_g r) / (std_g r + 1e-4).
 
-    As in TRL, the standard deviation has G - 1 in its denominator, and epsilon is 1e-4. With
-    "none", there is no division (Dr. GRPO, arXiv:2503.20783).
+    Source: GRPO, arXiv:2402.03300, section 4.1.2. As in TRL, the standard deviation has G - 1 in
+    its denominator, and epsilon is 1e-4. With "none", there is no division (Dr. GRPO,
+    arXiv:2503.20783).
 
     rewards_NG [N, G] with G >= 2 -> float32 [N, G]. A group of equal rewards has zero advantages.
     Raises ValueError for G < 2, and for rewards that are not finite or beyond
@@ -35,4 +38,5 @@ def group_advantages(rewards_NG: np.ndarray, normalization: str = "std") -> np.n
     centred[np.ptp(rewards, axis=1) == 0] = 0.0
     if normalization == "std":
         centred = centred / (rewards.std(axis=1, ddof=1, keepdims=True) + EPSILON)
-    return centred.astype(np.float32)
+    advantages_NG: np.ndarray = centred.astype(np.float32)
+    return advantages_NG

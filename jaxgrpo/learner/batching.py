@@ -1,4 +1,4 @@
-"""Micro-batches from scored groups: bucketed shapes, loss masks, loss weights. Pure NumPy."""
+"""Make micro-batches of scored groups: padded shapes, loss masks, loss weights. Pure NumPy."""
 
 from collections.abc import Collection, Sequence
 
@@ -6,11 +6,12 @@ import numpy as np
 
 from jaxgrpo.config.settings import AGGREGATIONS, BatchingSettings
 from jaxgrpo.learner.advantages import group_advantages
-from jaxgrpo.types import Group, GroupBatch
+from jaxgrpo.types import Group, MicroBatch
 
 
 def bucket(length: int, multiple: int) -> int:
-    """The smallest of multiple x (1, 2, 3, 4, 6, 8, 12, 16, 24, ...) that is at least `length`.
+    """Return the smallest of multiple x (1, 2, 3, 4, 6, 8, 12, 16, 24, ...) that is at least
+    `length`.
 
     Beyond `multiple`, at most a third of the size is padding.
     """
@@ -25,7 +26,7 @@ def bucket(length: int, multiple: int) -> int:
 
 
 def loss_masks(groups: Sequence[Group], masked_stop_reasons: Collection[str]) -> list[np.ndarray]:
-    """For each row of each group, a mask [C] that is true where a token carries loss.
+    """Return a mask [C] for each row of each group: true where a token carries loss.
 
     Sampled tokens do, unless the episode ended for a masked reason.
     """
@@ -62,16 +63,16 @@ def loss_weights(
     ]
 
 
-def pack(
+def make_micro_batches(
     groups: Sequence[Group],
     micro_batch_groups: int,
     max_completion_tokens: int,
     settings: BatchingSettings,
-) -> list[GroupBatch]:
-    """Pack scored groups of one size G into micro-batches of `micro_batch_groups` groups each.
+) -> list[MicroBatch]:
+    """Pad scored groups of one size G into micro-batches of `micro_batch_groups` groups each.
 
-    Groups of similar length are packed together. The last micro-batch is filled with empty groups
-    of zero weight. Raises ValueError if there is no group, or if sizes differ.
+    Groups of similar length share a micro-batch. The last one is filled with empty groups of zero
+    weight. Raises ValueError if there is no group, or if sizes differ.
     """
     sizes = {len(group.trajectories) for group in groups}
     if len(sizes) != 1:
@@ -91,17 +92,18 @@ def pack(
     order = sorted(range(len(groups)), key=lambda n: (_padded_shape([groups[n]], settings), n))
     chunks = [order[i : i + micro_batch_groups] for i in range(0, len(order), micro_batch_groups)]
     return [
-        _pack_micro_batch(
+        _pad_micro_batch(
             [(groups[n], advantages_NG[n], rows[n]) for n in chunk], micro_batch_groups, g, settings
         )
         for chunk in chunks
     ]
 
 
-def first_rows(batch: GroupBatch, groups: int, settings: BatchingSettings) -> GroupBatch:
-    """One row of each of the first `groups` groups, cut to the smallest packed shape: [N, 1, C]."""
+def first_rows(batch: MicroBatch, groups: int, settings: BatchingSettings) -> MicroBatch:
+    """Return one row of each of the first `groups` groups [N, 1, C], cut to the smallest padded
+    shape."""
     n, p, c = groups, settings.prompt_multiple, settings.completion_multiple
-    return GroupBatch(
+    return MicroBatch(
         prompt_NP=batch.prompt_NP[:n, :p],
         prompt_lengths_N=np.minimum(batch.prompt_lengths_N[:n], p),
         completions_NGC=batch.completions_NGC[:n, :1, :c],
@@ -121,14 +123,14 @@ def _padded_shape(groups: Sequence[Group], settings: BatchingSettings) -> tuple[
     )
 
 
-def _pack_micro_batch(
+def _pad_micro_batch(
     items: Sequence[tuple[Group, np.ndarray, Sequence[np.ndarray]]],
     n: int,
     g: int,
     settings: BatchingSettings,
-) -> GroupBatch:
+) -> MicroBatch:
     p, c = _padded_shape([group for group, _, _ in items], settings)
-    batch = GroupBatch(
+    batch = MicroBatch(
         prompt_NP=np.zeros((n, p), np.int32),
         prompt_lengths_N=np.ones(n, np.int32),
         completions_NGC=np.zeros((n, g, c), np.int32),

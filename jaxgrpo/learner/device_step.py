@@ -27,11 +27,11 @@ from jaxgrpo.models.qwen2 import (
     head_table,
     scan_stack,
 )
-from jaxgrpo.types import AnyArray, GroupBatch
+from jaxgrpo.types import AnyArray, MicroBatch
 
 jax.tree_util.register_dataclass(
-    GroupBatch,
-    data_fields=[field.name for field in dataclasses.fields(GroupBatch)],
+    MicroBatch,
+    data_fields=[field.name for field in dataclasses.fields(MicroBatch)],
     meta_fields=[],
 )
 
@@ -44,7 +44,7 @@ class StepInputs(NamedTuple):
     - `on_policy` is a bool: true on the first step, where the old policy is the one in training.
     """
 
-    batch: GroupBatch
+    micro_batch: MicroBatch
     old_logprobs_NGC: AnyArray
     reference_logprobs_NGC: AnyArray | None
     on_policy: Array | bool
@@ -63,9 +63,9 @@ class DeviceStep:
     forward: ForwardOptions
     loss: LossSettings
 
-    def score(self, params: Params, batch: GroupBatch) -> Array:
-        """Log-probabilities of the completions [N, G, C], in float32."""
-        return self._logprobs(params, batch)[0]
+    def score(self, params: Params, micro_batch: MicroBatch) -> Array:
+        """Compute log-probabilities of the completions [N, G, C], in float32."""
+        return self._logprobs(params, micro_batch)[0]
 
     def accumulate(
         self, params: Params, gradients: Params, inputs: StepInputs, frozen: Params | None
@@ -83,7 +83,9 @@ class DeviceStep:
             )
 
         def loss(p: Params) -> tuple[Array, tuple[Array, LossSums]]:
-            logprobs, entropies = self._logprobs(combine(p, frozen), inputs.batch, scan_layers(p))
+            logprobs, entropies = self._logprobs(
+                combine(p, frozen), inputs.micro_batch, scan_layers(p)
+            )
             value, sums = grpo_loss(_loss_inputs(logprobs, entropies, inputs), self.loss)
             return value, (logprobs, sums)
 
@@ -95,18 +97,20 @@ class DeviceStep:
         return total | {"layers": layers}, logprobs, LossSums(*totals)
 
     def _logprobs(
-        self, params: Params, batch: GroupBatch, scan_layers: ScanLayers = scan_stack
+        self, params: Params, micro_batch: MicroBatch, scan_layers: ScanLayers = scan_stack
     ) -> tuple[Array, Array]:
-        """Log-probabilities and entropies of the completions, [N, G, C] each."""
-        tokens = GroupTokens(batch.prompt_NP, batch.prompt_lengths_N, batch.completions_NGC)
+        """Compute log-probabilities and entropies of the completions, [N, G, C] each."""
+        tokens = GroupTokens(
+            micro_batch.prompt_NP, micro_batch.prompt_lengths_N, micro_batch.completions_NGC
+        )
         hidden = forward_shared_prompt(
             self.config, params, tokens, self._loader(), self.forward, scan_layers
         )
-        shape = batch.completions_NGC.shape
+        shape = micro_batch.completions_NGC.shape
         logprobs, entropies = token_logprobs(
             hidden.reshape(-1, self.config.hidden_size),
             head_table(params),
-            batch.completions_NGC.reshape(-1),
+            micro_batch.completions_NGC.reshape(-1),
             self.head,
         )
         return logprobs.reshape(shape), entropies.reshape(shape)
@@ -122,15 +126,15 @@ class DeviceStep:
 
 
 def _loss_inputs(logprobs: Array, entropies: Array, inputs: StepInputs) -> LossInputs:
-    batch = inputs.batch
+    micro_batch = inputs.micro_batch
     on_policy = lax.stop_gradient(logprobs)
     return LossInputs(
         train_logprobs_NGC=logprobs,
         old_logprobs_NGC=jnp.where(inputs.on_policy, on_policy, inputs.old_logprobs_NGC),
         reference_logprobs_NGC=inputs.reference_logprobs_NGC,
-        sampler_logprobs_NGC=batch.sampler_logprobs_NGC,
+        sampler_logprobs_NGC=micro_batch.sampler_logprobs_NGC,
         entropies_NGC=entropies,
-        advantages_NG=batch.advantages_NG,
-        loss_weights_NGC=batch.loss_weights_NGC,
-        action_mask_NGC=batch.action_mask_NGC,
+        advantages_NG=micro_batch.advantages_NG,
+        loss_weights_NGC=micro_batch.loss_weights_NGC,
+        action_mask_NGC=micro_batch.action_mask_NGC,
     )

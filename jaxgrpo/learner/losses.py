@@ -10,7 +10,7 @@ Departures from the textbook:
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -42,10 +42,10 @@ class Head:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def token_logprobs(hidden: Array, table: Array, targets: Array, head: Head) -> tuple[Array, Array]:
-    """log softmax(hidden @ table.T / temperature) at the targets, and the entropy, in float32.
+    """Compute log softmax(hidden @ table.T / temperature) at the targets, and the entropy.
 
     hidden [T, D], table a stored leaf of [V, D], targets [T] -> (logprobs [T], entropies [T]). No
-    gradient flows through the entropies. The table's gradient is accumulated in float32.
+    gradient flows through the entropies. Results and the table's gradient are in float32.
     """
     return _logprobs_forward(hidden, table, targets, head)[0]
 
@@ -63,7 +63,7 @@ def _chunked(x: Array, chunk: int) -> Array:
 
 def _logprobs_forward(
     hidden: Array, table: Array, targets: Array, head: Head
-) -> tuple[tuple[Array, Array], tuple]:
+) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
     chex.assert_rank([hidden, targets], [2, 1])
     weight = head.storage.gather(table, head.shape)
     tokens = hidden.shape[0]
@@ -85,7 +85,7 @@ def _logprobs_forward(
 
 
 def _logprobs_backward(
-    head: Head, residuals: tuple, cotangents: tuple[Array, Array]
+    head: Head, residuals: tuple[Any, ...], cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array | None, None]:
     hidden, table, targets, log_normalizers = residuals
     weight = head.storage.gather(table, head.shape)
@@ -115,7 +115,7 @@ token_logprobs.defvjp(_logprobs_forward, _logprobs_backward)
 
 
 def clipped_objective(ratio: Array, advantages: Array, clip_low: float, clip_high: float) -> Array:
-    """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), to be maximized.
+    """Compute min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), to be maximized.
 
     PPO (arXiv:1707.06347, eq. 7), with two bounds as in DAPO (arXiv:2503.14476, eq. 10). Arrays of
     the same shape.
@@ -127,7 +127,9 @@ def clipped_objective(ratio: Array, advantages: Array, clip_low: float, clip_hig
 
 
 def k3_kl(train_logprobs: Array, reference_logprobs: Array) -> Array:
-    """The k3 estimate of KL(train || reference) per token: exp(d) - d - 1, d = reference - train.
+    """Return the k3 estimate of KL(train || reference) per token: exp(d) - d - 1.
+
+    d is reference - train.
 
     GRPO (arXiv:2402.03300, eq. 4). Arrays of the same shape.
     """
@@ -137,7 +139,7 @@ def k3_kl(train_logprobs: Array, reference_logprobs: Array) -> Array:
 
 
 def truncated_importance_weight(old_logprobs: Array, sampler_logprobs: Array, cap: float) -> Array:
-    """min(pi_old / pi_sampler, cap), without gradients.
+    """Compute min(pi_old / pi_sampler, cap), without gradients.
 
     Truncated importance sampling (Ionides 2008). It corrects for a sampler whose probabilities
     differ from the trainer's. Arrays of the same shape.
@@ -170,7 +172,7 @@ class LossSums(NamedTuple):
         return LossSums._make([*added[:-1], max(self.mismatch_max, other.mismatch_max)])
 
     def summary(self) -> dict[str, float]:
-        """Flat metrics: means over tokens with loss, or (mismatch) over sampled tokens."""
+        """Return flat metrics: means over tokens with loss, or (mismatch) over sampled tokens."""
         loss_tokens = max(float(self.loss_tokens), 1.0)
         sampled = max(float(self.sampled_tokens), 1.0)
         return {
@@ -209,10 +211,10 @@ class LossInputs:
 
 
 def grpo_loss(inputs: LossInputs, settings: LossSettings) -> tuple[Array, LossSums]:
-    """sum of w (beta KL - min(r A, clip(r) A)), r = exp(train - old) (arXiv:2402.03300, eq. 3).
+    """Compute the sum of w (beta KL - min(r A, clip(r) A)), with r = exp(train - old).
 
-    Tokens of zero weight contribute nothing, whatever they hold. Returns the loss of the
-    micro-batch and its sums.
+    Source: arXiv:2402.03300, eq. 3. Tokens of zero weight contribute nothing, whatever they hold.
+    Returns the loss of the micro-batch and its sums.
     """
     _check_shapes(inputs)
     weights = inputs.loss_weights_NGC
@@ -264,7 +266,7 @@ def _check_shapes(inputs: LossInputs) -> None:
 
 
 def _mismatch(delta: Array, sampled: AnyArray) -> dict[str, Array]:
-    """The mismatch sums of LossSums. `delta` is train - sampler, and 0 where not sampled."""
+    """Return the mismatch sums of LossSums. `delta` is train - sampler, and 0 where not sampled."""
     return {
         "mismatch": jnp.sum(jnp.abs(delta)),
         "mismatch_kl": jnp.sum(jnp.exp(delta) - delta - 1),

@@ -31,7 +31,7 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
 
 
 def optimizer_specs(optimizer: optax.GradientTransformation, layout: Layout) -> Any:
-    """The optimizer's state with a PartitionSpec in place of each array.
+    """Return the optimizer's state with a PartitionSpec in place of each array.
 
     Its moments are sharded like the weights. Its counters are replicated.
     """

@@ -68,12 +68,12 @@ Layout = Any  # the parameter tree with a LeafLayout in place of each tensor
 
 
 def make_layout(config: ModelConfig, devices: int) -> Layout:
-    """The layout of a model's parameter tree."""
+    """Return the layout of a model's parameter tree."""
     return layout_of(param_shapes(config), devices)
 
 
 def layout_of(shapes: Params, devices: int) -> Layout:
-    """The layout of a logical tree, or of a part of one, given its shapes."""
+    """Return the layout of a logical tree, or of a part of one, given its shapes."""
 
     def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> LeafLayout:
         if path[0].key == "layers":
@@ -84,7 +84,7 @@ def layout_of(shapes: Params, devices: int) -> Layout:
 
 
 def specs(layout: Layout) -> Any:
-    """The PartitionSpec of each stored leaf."""
+    """Return the PartitionSpec of each stored leaf."""
     return jax.tree.map(lambda leaf: leaf.spec, layout)
 
 
@@ -124,7 +124,10 @@ def store_rows(
 
 def store(params: Params, layout: Layout, mesh: Mesh, dtype: Any = jnp.float32) -> Params:
     """Store a logical tree as shards."""
-    return jax.tree.map(lambda leaf, value: store_leaf(value, leaf, mesh, dtype), layout, params)
+    stored: Params = jax.tree.map(
+        lambda leaf, value: store_leaf(value, leaf, mesh, dtype), layout, params
+    )
+    return stored
 
 
 def logical_leaf(stored: A, leaf: LeafLayout) -> A:
@@ -134,7 +137,10 @@ def logical_leaf(stored: A, leaf: LeafLayout) -> A:
 
 def logical_on_host(stored: Params, layout: Layout) -> Params:
     """Return a stored tree as a logical tree of NumPy arrays."""
-    return jax.tree.map(lambda leaf, value: logical_leaf(np.asarray(value), leaf), layout, stored)
+    logical: Params = jax.tree.map(
+        lambda leaf, value: logical_leaf(np.asarray(value), leaf), layout, stored
+    )
+    return logical
 
 
 def logical_on_devices(stored: Params, layout: Layout, mesh: Mesh, dtype: Any) -> Params:
@@ -142,7 +148,9 @@ def logical_on_devices(stored: Params, layout: Layout, mesh: Mesh, dtype: Any) -
 
     The embedded sampler computes with this tree.
     """
-    return _logical_on_devices(tuple(jax.tree.leaves(layout)), mesh, jnp.dtype(dtype))(stored)
+    convert = _logical_on_devices(tuple(jax.tree.leaves(layout)), mesh, jnp.dtype(dtype))
+    logical: Params = convert(stored)
+    return logical
 
 
 @functools.cache
@@ -152,7 +160,8 @@ def _logical_on_devices(leaves: tuple[LeafLayout, ...], mesh: Mesh, dtype: Any) 
         logical = [
             logical_leaf(x.astype(dtype), leaf) for x, leaf in zip(flat, leaves, strict=True)
         ]
-        return jax.tree.unflatten(tree, logical)
+        whole: Params = jax.tree.unflatten(tree, logical)
+        return whole
 
     return jax.jit(convert, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
@@ -161,13 +170,13 @@ class Storage(Protocol):
     """How to turn leaves of the parameter tree into weights, and gradients of weights back."""
 
     def gather(self, leaf: Any, shape: tuple[int, ...]) -> Array:
-        """The weight of `shape` in the compute dtype, differentiable."""
+        """Return the weight of `shape` in the compute dtype, differentiable."""
 
     def reduce_scatter(self, gradient: Array, shape: tuple[int, ...]) -> Array:
-        """The gradient of the leaf, from this device's float32 gradient of the weight."""
+        """Return the gradient of the leaf, from this device's float32 gradient of the weight."""
 
     def zeros(self, shape: tuple[int, ...]) -> Array:
-        """A float32 accumulator for this device."""
+        """Return a float32 accumulator for this device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,10 +213,12 @@ class Sharded:
     def reduce_scatter(self, gradient: Array, shape: tuple[int, ...]) -> Array:
         flat = gradient.reshape(-1).astype(jnp.float32)
         flat = jnp.pad(flat, (0, -flat.size % self.devices))
-        return lax.psum_scatter(flat, AXIS, scatter_dimension=0, tiled=True)
+        shard: Array = lax.psum_scatter(flat, AXIS, scatter_dimension=0, tiled=True)
+        return shard
 
     def zeros(self, shape: tuple[int, ...]) -> Array:
-        return lax.pcast(jnp.zeros(shape, jnp.float32), AXIS, to="varying")
+        zeros: Array = lax.pcast(jnp.zeros(shape, jnp.float32), AXIS, to="varying")
+        return zeros
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -220,7 +231,8 @@ def _gather(shard: Array, shape: tuple[int, ...], storage: Sharded) -> Array:
         bits = jnp.finfo(storage.rounded_to)
         shard = lax.reduce_precision(shard, bits.nexp, bits.nmant)
     whole = lax.all_gather(shard.astype(storage.dtype), AXIS, tiled=True)
-    return whole[: math.prod(shape)].reshape(shape)
+    weight: Array = whole[: math.prod(shape)].reshape(shape)
+    return weight
 
 
 def _gather_forward(shard: Array, shape: tuple[int, ...], storage: Sharded) -> tuple[Array, None]:

@@ -1,4 +1,4 @@
-"""What an optimizer step takes and returns: the training state, and a report."""
+"""Define what an optimizer step takes and returns: the training state, and a report."""
 
 import dataclasses
 import math

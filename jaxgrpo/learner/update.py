@@ -1,4 +1,4 @@
-"""Update: the compiled, sharded train step.
+"""Compile and run the sharded train step.
 
 A batch is a list of micro-batches, on which `mu` optimizer steps are taken. Each step adds up the
 gradients of all micro-batches and applies them once. The log-probabilities of the first step's
@@ -20,7 +20,15 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
-from jaxgrpo.config.settings import NO_LORA, LoraSettings, LossSettings, OptimizerSettings
+from jaxgrpo.config.settings import (
+    NO_LORA,
+    Config,
+    LoraSettings,
+    LossSettings,
+    OptimizerSettings,
+    RolloutSettings,
+    TrainingSettings,
+)
 from jaxgrpo.learner.adapters import merge_stored
 from jaxgrpo.learner.device_step import DeviceStep, StepInputs
 from jaxgrpo.learner.losses import Head, LossSums
@@ -31,7 +39,7 @@ from jaxgrpo.models.attention import XLA, Kernel
 from jaxgrpo.models.lora import combine
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import ForwardOptions, Params, init_adapters, trained_shapes
-from jaxgrpo.types import GroupBatch
+from jaxgrpo.types import MicroBatch
 
 _DATA, _REPLICATED = PartitionSpec(AXIS), PartitionSpec()
 
@@ -51,10 +59,10 @@ class ComputeOptions:
 
     compute_dtype: Any
     served_dtype: Any = None
-    temperature: float = 1.0
-    head_chunk: int = 1024
+    temperature: float = RolloutSettings.temperature
+    head_chunk: int = TrainingSettings.head_chunk
     kernel: Kernel = XLA
-    remat: str = "full"
+    remat: str = TrainingSettings.remat
 
 
 class LoweredStep(NamedTuple):
@@ -73,8 +81,8 @@ class LoweredStep(NamedTuple):
 class Update:
     """The compiled functions of the train step for one model on one mesh.
 
-    A new shape of micro-batches is compiled on its first use. `compilations` counts the distinct
-    shapes over all functions.
+    A new shape of micro-batches is compiled when it is first used. `compilations` counts the
+    distinct shapes over all functions.
     """
 
     def __init__(
@@ -94,7 +102,7 @@ class Update:
         self.frozen_layout: Layout | None = self.model_layout if lora.rank else None
         self._whole_layout = combine(self.layout, self.frozen_layout)
         self._optimizer_specs = optimizer_specs(self.optimizer, self.layout)
-        self._shapes: set[tuple] = set()
+        self._shapes: set[tuple[Any, ...]] = set()
         self._jit_step(self._device_step(compute))
         self._jit_state()
 
@@ -162,8 +170,8 @@ class Update:
     def compilations(self) -> int:
         return len(self._shapes)
 
-    def init(self, params: Params, seed: int = 0) -> TrainState:
-        """The state of step 0 from the model's whole logical weights (NumPy or jax arrays).
+    def init(self, params: Params, seed: int = Config.seed) -> TrainState:
+        """Return the state of step 0 from the model's whole logical weights (NumPy or jax arrays).
 
         `seed` determines the initial values of adapters.
         """
@@ -182,11 +190,12 @@ class Update:
         return store(params, self.frozen_layout, self.mesh, self.compute_dtype)
 
     def policy(self, state: TrainState) -> Params:
-        """The stored weights of the policy in training, as `logprobs` takes them."""
-        return combine(state.params, state.frozen)
+        """Return the stored weights of the policy in training, as `logprobs` takes them."""
+        policy: Params = combine(state.params, state.frozen)
+        return policy
 
     def merged(self, state: TrainState) -> Params:
-        """The policy as stored weights of a model without adapters (in `model_layout`)."""
+        """Return the policy as stored weights of a model without adapters (in `model_layout`)."""
         if state.frozen is None:
             return state.params
         return merge_stored(
@@ -199,24 +208,27 @@ class Update:
             return state
         return state._replace(reference=self._copy_as_reference(state.params))
 
-    def logprobs(self, params: Params, batch: GroupBatch) -> Array:
-        """Log-probabilities of the completions [N, G, C] under the stored weights of `policy`."""
-        self._count("score", batch, tuple(leaf.dtype for leaf in jax.tree.leaves(params)))
-        return self._score(params, self._put(batch))
+    def logprobs(self, params: Params, micro_batch: MicroBatch) -> Array:
+        """Return log-probabilities of the completions [N, G, C] under the stored weights of
+        `policy`."""
+        self._count("score", micro_batch, tuple(leaf.dtype for leaf in jax.tree.leaves(params)))
+        logprobs_NGC: Array = self._score(params, self._put(micro_batch))
+        return logprobs_NGC
 
     def reference_logprobs(
-        self, state: TrainState, batches: Sequence[GroupBatch]
+        self, state: TrainState, micro_batches: Sequence[MicroBatch]
     ) -> list[Array | None]:
-        """The reference's log-probabilities of each micro-batch, or None without a KL term."""
+        """Return the reference's log-probabilities of each micro-batch, or None without a KL
+        term."""
         if state.reference is None:
-            return [None] * len(batches)
+            return [None] * len(micro_batches)
         reference = combine(state.reference, state.frozen)
-        return [self.logprobs(reference, batch) for batch in batches]
+        return [self.logprobs(reference, micro_batch) for micro_batch in micro_batches]
 
     def optimizer_step(
         self,
         state: TrainState,
-        batches: Sequence[GroupBatch],
+        micro_batches: Sequence[MicroBatch],
         old: Sequence[Array] | None,
         reference: Sequence[Array | None],
     ) -> tuple[TrainState, list[Array], StepReport]:
@@ -228,9 +240,9 @@ class Update:
         """
         gradients = self._zeros(state.params)
         train_logprobs, sums = [], []
-        for i, batch in enumerate(batches):
-            self._count("accumulate", batch)
-            placed = self._put(batch)
+        for i, micro_batch in enumerate(micro_batches):
+            self._count("accumulate", micro_batch)
+            placed = self._put(micro_batch)
             # The first step has no old log-probabilities yet. A dummy of their shape takes their
             # place, unread, so that one compiled program serves all steps.
             given = placed.sampler_logprobs_NGC if old is None else old[i]
@@ -250,8 +262,9 @@ class Update:
             report,
         )
 
-    def usable(self, state: TrainState, probe: GroupBatch) -> bool:
-        """True if the weights, and their log-probabilities of `probe`'s completions, are finite."""
+    def has_finite_logprobs(self, state: TrainState, probe: MicroBatch) -> bool:
+        """Return whether the weights, and their log-probabilities of `probe`'s completions, are
+        finite."""
         logprobs = self.logprobs(self.policy(state), probe)
         return bool(self._finite(state.params, logprobs, self._put(probe).completion_lengths_NG))
 
@@ -261,7 +274,7 @@ class Update:
         The devices of the mesh may be only described (`jax.experimental.topologies`).
         """
         float32, with_reference = jnp.float32, bool(self.loss.kl_beta)
-        batch = self._batch_shapes(groups, group_size, prompt, completion)
+        micro_batch = self._batch_shapes(groups, group_size, prompt, completion)
         params = self._stored_shapes(self.layout, float32)
         frozen = self._stored_shapes(self.frozen_layout, self.compute_dtype)
         whole = self._stored_shapes(self._whole_layout, self.compute_dtype)
@@ -272,9 +285,9 @@ class Update:
         )
         logprobs = self._shape((groups, group_size, completion), float32, _DATA)
         on_policy: Any = jax.ShapeDtypeStruct((), bool)  # without a sharding, as a step passes it
-        inputs = StepInputs(batch, logprobs, logprobs if with_reference else None, on_policy)
+        inputs = StepInputs(micro_batch, logprobs, logprobs if with_reference else None, on_policy)
         return LoweredStep(
-            score=self._score.lower(whole, batch) if with_reference else None,
+            score=self._score.lower(whole, micro_batch) if with_reference else None,
             accumulate=self._accumulate.lower(params, params, inputs, frozen),
             apply=self._apply.lower(params, opt_state, params),
         )
@@ -283,11 +296,14 @@ class Update:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
 
     def _stored_shapes(self, layout: Layout | None, dtype: Any) -> Params:
-        return jax.tree.map(lambda leaf: self._shape(leaf.stored_shape, dtype, leaf.spec), layout)
+        shapes: Params = jax.tree.map(
+            lambda leaf: self._shape(leaf.stored_shape, dtype, leaf.spec), layout
+        )
+        return shapes
 
-    def _batch_shapes(self, n: int, g: int, p: int, c: int) -> GroupBatch:
+    def _batch_shapes(self, n: int, g: int, p: int, c: int) -> MicroBatch:
         data = functools.partial(self._shape, spec=_DATA)
-        return GroupBatch(
+        return MicroBatch(
             prompt_NP=data((n, p), jnp.int32),
             prompt_lengths_N=data((n,), jnp.int32),
             completions_NGC=data((n, g, c), jnp.int32),
@@ -298,9 +314,9 @@ class Update:
             sampler_logprobs_NGC=data((n, g, c), jnp.float32),
         )
 
-    def _put(self, batch: GroupBatch) -> GroupBatch:
+    def _put(self, micro_batch: MicroBatch) -> MicroBatch:
         """Split the groups over the devices."""
-        groups, devices = batch.prompt_NP.shape[0], self.mesh.size
+        groups, devices = micro_batch.prompt_NP.shape[0], self.mesh.size
         if groups % devices:
             raise ValueError(
                 f"{groups} groups in a micro-batch do not divide over {devices} devices"
@@ -313,14 +329,17 @@ class Update:
             array = np.asarray(x)
             return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
-        return jax.tree.map(put, batch)
+        on_devices: MicroBatch = jax.tree.map(put, micro_batch)
+        return on_devices
 
-    def _count(self, function: str, batch: GroupBatch, *more: Any) -> None:
-        self._shapes.add((function, batch.prompt_NP.shape, batch.completions_NGC.shape, *more))
+    def _count(self, function: str, micro_batch: MicroBatch, *more: Any) -> None:
+        self._shapes.add(
+            (function, micro_batch.prompt_NP.shape, micro_batch.completions_NGC.shape, *more)
+        )
 
 
 def _finite(params: Params, logprobs_NGC: Array, lengths_NG: Array) -> Array:
-    """Whether all weights, and the log-probabilities of real tokens, are finite."""
+    """Return whether all weights, and the log-probabilities of real tokens, are finite."""
     real_NGC = jnp.arange(logprobs_NGC.shape[-1]) < lengths_NG[..., None]
     return (
         jnp.isfinite(optax.tree.norm(params))

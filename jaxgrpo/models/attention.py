@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -103,7 +103,7 @@ def _whole_group(x: Array) -> Array:
 
 def _attend_forward(
     kernel: Kernel, q: Array, k: Array, v: Array, context: Context | None
-) -> tuple[Array, tuple]:
+) -> tuple[Array, tuple[Any, ...]]:
     chex.assert_rank([q, k, v], 5)
     output, logsumexp = kernel.forward(_each_row(q), _each_row(k), _each_row(v), None)
     output, logsumexp = output.reshape(q.shape), logsumexp.reshape(q.shape[:-1])
@@ -120,7 +120,9 @@ def _attend_forward(
     return output, (q, k, v, context, output, logsumexp)
 
 
-def _attend_backward(kernel: Kernel, residuals: tuple, d_output: Array) -> tuple:
+def _attend_backward(
+    kernel: Kernel, residuals: tuple[Any, ...], d_output: Array
+) -> tuple[Any, ...]:
     q, k, v, context, output, logsumexp = residuals
     own = (_each_row(q), _each_row(k), _each_row(v))
     whole = Attended(_each_row(output), _each_row(logsumexp))
@@ -205,7 +207,7 @@ def _padded(x: Array, segments: list[_Segment], queries: int, heads: int) -> Arr
 
 
 def _scores(q: Array, k: Array, first: Array, heads: int, lengths: Array | None) -> Array:
-    """Scaled scores [B, K, M, S] of the block that begins at query `first`.
+    """Return scaled scores [B, K, M, S] of the block that begins at query `first`.
 
     They are `MASKED` where a query may not attend.
     """
@@ -239,9 +241,10 @@ def _forward(q: Array, k: Array, v: Array, lengths: Array | None) -> Attended:
         output, logsumexp = lax.map(one, (_blocks(rows, segment, heads), _firsts(segment)))
         outputs.append(_unblocked(output))
         logsumexps.append(_unblocked(logsumexp))
-    join = lambda parts, shape: _join_heads(
-        jnp.concatenate(parts, axis=2)[:, :, : queries * heads], shape
-    )
+
+    def join(parts: list[Array], shape: tuple[int, ...]) -> Array:
+        return _join_heads(jnp.concatenate(parts, axis=2)[:, :, : queries * heads], shape)
+
     return Attended(join(outputs, q.shape), join(logsumexps, q.shape[:-1]))
 
 
@@ -280,7 +283,7 @@ def _backward(
 
         def one(
             sums: tuple[Array, ...],
-            args: tuple,
+            args: tuple[Any, ...],
             seen: tuple[Array, Array] = (seen_keys, seen_values),
         ) -> tuple[tuple[Array, ...], Array]:
             (block, d_block, block_logsumexp, block_centre), first = args

@@ -7,6 +7,8 @@ log-sum-exp, which are arguments of the primitives. Masks are causal or given by
 exist as arrays.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -35,7 +37,8 @@ def unusable(dtype: jnp.dtype, head_dim: int, platform: str) -> str:
 def choose_kernel(
     setting: str, dtype: jnp.dtype, head_dim: int, platform: str
 ) -> tuple[Kernel, str]:
-    """The kernel for `training.attention` ("auto", "xla" or "cudnn"), and a line that says why.
+    """Return the kernel for `training.attention` ("auto", "xla" or "cudnn"), and a line that says
+    why.
 
     Raises ValueError if cuDNN is requested and cannot be used.
     """
@@ -55,8 +58,9 @@ def _minor_version() -> str:
     return ".".join(jax.__version__.split(".")[:2])
 
 
-def _arguments(q: Array, lengths: Array | None) -> tuple[list[Array], list[Array], dict]:
-    """Arguments of both primitives: bias and lengths, unused ones after them, and static ones."""
+def _arguments(q: Array, lengths: Array | None) -> tuple[list[Array], list[Array], dict[str, Any]]:
+    """Return arguments of both primitives: bias and lengths, unused ones after them, and static
+    ones."""
     nothing = jnp.zeros(0, q.dtype)
     static = {
         "scale": q.shape[-1] ** -0.5,
@@ -74,7 +78,8 @@ def _arguments(q: Array, lengths: Array | None) -> tuple[list[Array], list[Array
 
 
 def _at_least_one(lengths: Array | None) -> tuple[Array | None, Array | None]:
-    """Lengths of at least 1, which cuDNN requires, and whether [B, 1, 1] there is any key."""
+    """Return lengths of at least 1, which cuDNN requires, and whether [B, 1, 1] there is any
+    key."""
     if lengths is None:
         return None, None
     lengths = lengths.astype(jnp.int32)

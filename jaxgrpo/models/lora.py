@@ -25,7 +25,7 @@ def combine(params: Any, frozen: Any | None) -> Any:
 
 
 def only_adapters(tree: Any) -> Any:
-    """The adapters of a tree, under their paths."""
+    """Return the adapters of a tree, under their paths."""
     inner = {
         key: value if key == ADAPTER else only_adapters(value)
         for key, value in tree.items()

@@ -103,7 +103,8 @@ class ModelConfig:
 
 
 def eos_token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids in `eos_token_id` of a config.json or generation_config.json: none, one or several.
+    """Return the ids in `eos_token_id` of a config.json or generation_config.json: none, one or
+    several.
 
     Raises ValueError for anything else.
     """
@@ -151,7 +152,7 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 
 
 def _rope_theta(config: Mapping[str, Any]) -> float:
-    """The base of plain RoPE, as transformers 5 reads it.
+    """Return the base of plain RoPE, as transformers 5 reads it.
 
     The older section `rope_scaling` comes before `rope_parameters`, `type` means `rope_type`, and
     settings outside the section fill in what it lacks. Raises ValueError that names any setting

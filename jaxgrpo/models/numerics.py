@@ -14,12 +14,13 @@ def einsum_float32(axes: str, a: Array, b: Array) -> Array:
     """
     if a.dtype == b.dtype == jnp.float32:
         return jnp.einsum(axes, a, b)
-    return jax.lax.platform_dependent(
+    total: Array = jax.lax.platform_dependent(
         a,
         b,
         cpu=lambda x, y: jnp.einsum(axes, x.astype(jnp.float32), y.astype(jnp.float32)),
         default=lambda x, y: jnp.einsum(axes, x, y, preferred_element_type=jnp.float32),
     )
+    return total
 
 
 def matmul(x: Array, kernel: Array) -> Array:
@@ -31,9 +32,10 @@ def matmul(x: Array, kernel: Array) -> Array:
     """
     if x.dtype == kernel.dtype == jnp.float32:
         return x @ kernel
-    return jax.lax.platform_dependent(
+    product: Array = jax.lax.platform_dependent(
         x,
         kernel,
         cpu=lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype),
         default=jnp.matmul,
     )
+    return product

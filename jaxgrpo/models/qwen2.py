@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxgrpo.config.settings import NO_LORA, REMAT, LoraSettings
+from jaxgrpo.config.settings import NO_LORA, REMAT, LoraSettings, TrainingSettings
 from jaxgrpo.models.attention import OUTPUT_NAMES, XLA, Context, Kernel, apply_rope, attend
 from jaxgrpo.models.lora import only_adapters
 from jaxgrpo.models.model_config import ModelConfig
@@ -124,7 +124,10 @@ class Attention(nnx.Module):
         Queries and keys are rotated by their positions.
         """
         c = self.config
-        split = lambda y, heads: y.reshape(*y.shape[:-1], heads, c.head_dim)
+
+        def split(y: Array, heads: int) -> Array:
+            return y.reshape(*y.shape[:-1], heads, c.head_dim)
+
         q = split(self.q(x), c.heads)
         k, v = split(self.k(x), c.kv_heads), split(self.v(x), c.kv_heads)
         return apply_rope(q, positions, c.rope_theta), apply_rope(k, positions, c.rope_theta), v
@@ -161,7 +164,8 @@ class DecoderLayer(nnx.Module):
         return self.attention.project(self.input_norm(x), positions)
 
     def finish(self, x: Array, attended: Array) -> Array:
-        """The residual stream [..., T, D] after the attended values [..., T, H, h] and the MLP."""
+        """Return the residual stream [..., T, D] after the attended values [..., T, H, h] and the
+        MLP."""
         x = x + self.attention.output(attended)
         return x + self.mlp(self.post_attention_norm(x))
 
@@ -175,8 +179,8 @@ class Embedding(nnx.Module):
 
 
 @functools.cache
-def layer_graph(config: ModelConfig, lora: LoraSettings = NO_LORA) -> nnx.GraphDef:
-    """The structure of a DecoderLayer, without weights."""
+def layer_graph(config: ModelConfig, lora: LoraSettings = NO_LORA) -> nnx.GraphDef[DecoderLayer]:
+    """Return the structure of a DecoderLayer, without weights."""
     return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, lora, rngs=nnx.Rngs(0))))[0]
 
 
@@ -186,7 +190,8 @@ def merge_layer(config: ModelConfig, weights: Params, lora: LoraSettings = NO_LO
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
-    """Random float32 weights: normal with standard deviation 0.02, zero biases, unit norms."""
+    """Return random float32 weights: normal with standard deviation 0.02, zero biases, unit
+    norms."""
     embed_key, head_key, *layer_keys = jax.random.split(key, config.layers + 2)
 
     def one_layer(layer_key: Array) -> Params:
@@ -209,30 +214,34 @@ def init_params(config: ModelConfig, key: Array) -> Params:
 
 
 def param_shapes(config: ModelConfig) -> Params:
-    """The logical tree as float32 ShapeDtypeStructs. Nothing is computed."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    """Return the logical tree as float32 ShapeDtypeStructs. Nothing is computed."""
+    shapes: Params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return shapes
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def init_adapters(config: ModelConfig, lora: LoraSettings, key: Array) -> Params:
-    """The adapters before training, in the logical tree, float32: a random, b zero."""
+    """Return the adapters before training, in the logical tree, float32: a random, b zero."""
 
     def one_layer(layer_key: Array) -> Params:
         layer = DecoderLayer(config, lora, rngs=nnx.Rngs(params=layer_key))
-        return only_adapters(nnx.to_pure_dict(nnx.state(layer)))
+        adapters: Params = only_adapters(nnx.to_pure_dict(nnx.state(layer)))
+        return adapters
 
     return {"layers": jax.vmap(one_layer)(jax.random.split(key, config.layers))}
 
 
 def trained_shapes(config: ModelConfig, lora: LoraSettings) -> Params:
-    """The trained part of the logical tree (adapters, or all weights) as ShapeDtypeStructs."""
+    """Return the trained part of the logical tree (adapters, or all weights) as
+    ShapeDtypeStructs."""
     if not lora.rank:
         return param_shapes(config)
-    return jax.eval_shape(lambda: init_adapters(config, lora, jax.random.key(0)))
+    shapes: Params = jax.eval_shape(lambda: init_adapters(config, lora, jax.random.key(0)))
+    return shapes
 
 
 def head_table(params: Params) -> Any:
-    """The leaf of the output head's table [V, D]: that of the embedding if tied."""
+    """Return the leaf of the output head's table [V, D]: that of the embedding if tied."""
     return params["lm_head"]["embedding"] if "lm_head" in params else params["embed"]["embedding"]
 
 
@@ -243,7 +252,8 @@ def cast_to(dtype: Any) -> Load:
 
 def default_embed(params: Params, ids: Array, load: Load) -> Array:
     """Look token ids up: [...] -> [..., D]."""
-    return load(params["embed"]["embedding"][ids])
+    embedded: Array = load(params["embed"]["embedding"][ids])
+    return embedded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +290,7 @@ class ForwardOptions:
     """
 
     kernel: Kernel = XLA
-    remat: str = "full"
+    remat: str = TrainingSettings.remat
     lora: LoraSettings = NO_LORA
 
 
@@ -324,7 +334,9 @@ def forward_shared_prompt(
     options: ForwardOptions = ForwardOptions(),
     scan_layers: ScanLayers = scan_stack,
 ) -> Array:
-    """Final normed hidden states [N, G, C, D]; position c predicts `completions_NGC[..., c]`.
+    """Compute the final normed hidden states [N, G, C, D] of all completions.
+
+    Position c predicts `completions_NGC[..., c]`.
 
     The prompt of a group is computed once. Row g of a group consists of the prompt's last token and
     its completion without the last token. It attends to the prompt before its last token, which the
@@ -357,7 +369,7 @@ def forward_shared_prompt(
 
 
 def _group_inputs(tokens: GroupTokens) -> tuple[Array, Array]:
-    """Token ids and positions [N, P + G * C] of each prompt, followed by its rows."""
+    """Return token ids and positions [N, P + G * C] of each prompt, followed by its rows."""
     prompt_NP, lengths_N, completions_NGC = tokens
     _, p = prompt_NP.shape
     n, g, c = completions_NGC.shape

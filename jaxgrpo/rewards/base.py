@@ -220,7 +220,7 @@ def _call(function: Function, trajectory: Trajectory, score: Score) -> Reward:
     if set(parts) != set(declared):
         raise RewardError(
             f"{name} must give a number for each of its parts ({', '.join(declared)}), "
-            f"it gave {checked.shown(parts)}"
+            f"it gave {checked.shorten_value(parts)}"
         )
     return Reward({part: parts[part] for part in declared}, override, notes)
 

@@ -154,7 +154,8 @@ class _Service:
         return answer
 
     def _asked(self, content: str) -> bool:
-        """The verdict, asked for until it is there, the tries are spent or the time is over."""
+        """Ask for the verdict until it is there. Give up when the tries are spent or the time is
+        over."""
         end = time.monotonic() + self._judge.deadline_seconds
         body = {
             "model": self._judge.model,
@@ -242,7 +243,7 @@ def _verdict(answer: str) -> bool:
         ) from error
     if word not in ("yes", "no"):
         raise JudgeError(f"the judge must answer yes or no, it answered {word[:100]!r}")
-    return word == "yes"
+    return bool(word == "yes")
 
 
 def _seconds(retry_after: str) -> float:

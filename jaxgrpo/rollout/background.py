@@ -14,18 +14,18 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
-STUCK_A_PLACE = 4
-"""The number of calls beyond their deadline that may still run, for each of `threads`."""
+STUCK_CALLS_PER_THREAD = 4
+"""Calls beyond their deadline that may still run, per thread."""
 
 
-def say_aside(line: str) -> None:
+def print_to_stderr(line: str) -> None:
     """Print a line to stderr."""
     with contextlib.suppress(OSError, ValueError):  # an environment may have closed the stream
         print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def streams_kept() -> Iterator[None]:
+def preserve_streams() -> Iterator[None]:
     """Restore `sys.stdout` and `sys.stderr` at the end, in case users' code replaces them."""
     streams = sys.stdout, sys.stderr
     try:
@@ -74,17 +74,17 @@ class BlockingCalls:
 
     Every call has its own daemon thread. A call that exceeds its deadline is abandoned: its thread
     continues, but the next call may start, and the process can end. `say` gets a line about
-    abandoned calls. If more than `STUCK_A_PLACE` times `threads` of them still run, no further call
-    is awaited. A call that never releases the interpreter lock, such as a power of huge integers,
-    cannot be abandoned.
+    abandoned calls. If more than `STUCK_CALLS_PER_THREAD` times `threads` of them still run, no
+    further call is awaited. A call that never releases the interpreter lock, such as a power of
+    huge integers, cannot be abandoned.
     """
 
     def __init__(
-        self, threads: int, deadline_seconds: float, say: Callable[[str], None] = say_aside
+        self, threads: int, deadline_seconds: float, say: Callable[[str], None] = print_to_stderr
     ):
         self._places = asyncio.Semaphore(threads)
         self._deadline_seconds = deadline_seconds
-        self._most_stuck = STUCK_A_PLACE * threads
+        self._most_stuck = STUCK_CALLS_PER_THREAD * threads
         self._say = say
         self._say_at = 1
         self._calls: list[_Call] = []  # whose threads are alive, the oldest first
@@ -95,7 +95,7 @@ class BlockingCalls:
         Raises DeadlineError if it exceeds the deadline, StuckCallsError if too many calls did.
         """
         async with self._places:
-            result = asyncio.get_running_loop().create_future()
+            result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
             thread = threading.Thread(target=_deliver, args=(result, function, args), daemon=True)
             call = _Call(what or _name(function), thread)
             thread.start()
@@ -140,11 +140,13 @@ class BlockingCalls:
         self._say(f"{told}. {advice}; more than {self._most_stuck} such calls end the run")
 
 
-def _name(function: Callable) -> str:
+def _name(function: Callable[..., Any]) -> str:
     return getattr(function, "__qualname__", type(function).__name__)
 
 
-def _deliver(result: asyncio.Future, function: Callable, args: tuple) -> None:
+def _deliver(
+    result: asyncio.Future[T], function: Callable[..., T], args: tuple[object, ...]
+) -> None:
     """Call the function in the thread, and pass the outcome to the loop, which may have stopped
     waiting or be closed."""
     hand_over: Callable[[], None]
@@ -222,7 +224,7 @@ async def _cancel_others() -> None:
     await asyncio.gather(*others, return_exceptions=True)
 
 
-async def all_or_none(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+async def gather_or_cancel(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """Return all results in order. After the first exception, cancel and await the others, then
     raise it."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
@@ -230,6 +232,6 @@ async def all_or_none(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
-            if not task.cancelling():  # a second time would cut its cleaning up short
+            if not task.cancelling():  # cancelling twice would interrupt its clean-up
                 task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

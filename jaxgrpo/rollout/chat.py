@@ -94,9 +94,10 @@ class Chat:
         ids = [int(token) for token in token_ids]
         if ids and ids[-1] in self.eos_ids:
             ids = ids[:-1]
-        return self._tokenizer.decode(
+        text: str = self._tokenizer.decode(
             ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+        return text
 
     def _broken(self, message: Message) -> Message:
         return Message(message.role, self._broken_text(message.content))

@@ -104,9 +104,10 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Message], tools: Tools = (), prompt: bool = True) -> str:
         chat = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            return self._tokenizer.apply_chat_template(
+            text: str = self._tokenizer.apply_chat_template(
                 chat, tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
             )
+            return text
         except Exception as error:  # the edge to the template, a program of its own
             why = " ".join(str(error).split()) or type(error).__name__
             raise TemplateRefusesError(why) from error

@@ -1,5 +1,4 @@
-"""Sample one episode: the sampler and the environment take turns over one growing list of token
-ids.
+"""Run one episode: the sampler and the environment take turns, and one list of token ids grows.
 
 In each turn, the sampler generates from the exact ids so far, the environment answers the text of
 the turn, and the answer is rendered on its own and appended. Sampled text is never tokenized again.
@@ -14,7 +13,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,8 +23,8 @@ from jaxgrpo.environment import Environment, Observation, StepResult, TaskSuite
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.background import BlockingCalls
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.openings import Opening, Openings, opens_differently, rendered
-from jaxgrpo.rollout.user_code import FaultyEnvironmentError, ask, returned
+from jaxgrpo.rollout.openings import Opening, Openings, describe_difference, render_without_blocking
+from jaxgrpo.rollout.user_code import FaultyEnvironmentError, call_user_code, record_check
 from jaxgrpo.samplers.base import FinishReason, Generation, Sampler, SamplerError, SamplingRequest
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall, Trajectory
 
@@ -66,7 +65,8 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. Temperature 0 is greedy."""
+    """How tokens are drawn. The defaults leave the policy's distribution as it is. Temperature 0 is
+    greedy."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -108,8 +108,8 @@ class EpisodeKey:
 
 
 @dataclasses.dataclass(frozen=True)
-class EpisodePlayer:
-    """Samples the episodes of a batch: `open` a task once, then `play` its episodes."""
+class EpisodeRunner:
+    """Runs the episodes of a batch: `open` a task once, then `run` each of its episodes."""
 
     sampler: Sampler
     suite: TaskSuite
@@ -132,20 +132,22 @@ class EpisodePlayer:
         """Return the opening that all episodes of the task share. Raises FaultyEnvironmentError."""
         return await self.openings.open(task)
 
-    async def play(self, task: Task, opening: Opening, key: EpisodeKey) -> Trajectory:
+    async def run(self, task: Task, opening: Opening, key: EpisodeKey) -> Trajectory:
         """Sample one episode to its end."""
         builder = TrajectoryBuilder(opening)
         try:
             environment, observation = await self.openings.begin(task)
-            fault = opens_differently(task, opening.observation, observation)
+            fault = describe_difference(task, opening.observation, observation)
             if fault:
                 raise FaultyEnvironmentError(fault)
             stop_reason = await self._take_turns(environment, observation, builder, key)
             of = f"of task {task.id!r}"
             score = await self._ask(f"score() {of}", Score, environment.score)
             if not self.rewards.environment_alone:
-                played = builder.trajectory(key, stop_reason, score)
-                score = await self._ask(f"the rewards {of}", Score, self.rewards.rewarded, played)
+                unrewarded = builder.trajectory(key, stop_reason, score)
+                score = await self._ask(
+                    f"the rewards {of}", Score, self.rewards.rewarded, unrewarded
+                )
         except FaultyEnvironmentError as error:
             return builder.trajectory(key, StopReason.ENVIRONMENT_ERROR, None, error.recorded)
         finally:
@@ -165,9 +167,8 @@ class EpisodePlayer:
             _check_generation(generation, room, key)
             text = self.chat.text(generation.token_ids_T)
             builder.add_turn(generation, text)
-            if (
-                generation.finish_reason is FinishReason.LENGTH
-            ):  # an unfinished turn is not executed
+            if generation.finish_reason is FinishReason.LENGTH:
+                # an unfinished turn is not executed
                 return limit if len(generation.token_ids_T) == room else StopReason.CONTEXT_LIMIT
             result = await self._ask(
                 f"step() of task {key.task_id!r}", StepResult, environment.step, text
@@ -206,7 +207,9 @@ class EpisodePlayer:
         if self.chat.fewest_tokens(observation.messages) >= room:
             return limit
         try:
-            ids = await rendered(self.chat.continuation, observation.messages, ended_with_eos)
+            ids = await render_without_blocking(
+                self.chat.continuation, observation.messages, ended_with_eos
+            )
         except Exception as error:  # the edge to the model's template, with the users' texts in it
             raise FaultyEnvironmentError(f"what {step} gave: {error}") from error
         if len(ids) >= room:
@@ -233,8 +236,12 @@ class EpisodePlayer:
             stop_strings=observation.stop_strings,
         )
 
-    async def _ask(self, what: str, kind: type[T], function: Callable, *args: object) -> T:
-        return await ask(self.environment_calls, what, returned(kind), function, *args)
+    async def _ask(
+        self, what: str, kind: type[T], function: Callable[..., Any], *args: object
+    ) -> T:
+        return await call_user_code(
+            self.environment_calls, what, record_check(kind), function, *args
+        )
 
 
 class TrajectoryBuilder:

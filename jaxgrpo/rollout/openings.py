@@ -9,7 +9,12 @@ import numpy as np
 from jaxgrpo.environment import Environment, Observation, TaskSuite
 from jaxgrpo.rollout.background import BlockingCalls
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.user_code import FaultyEnvironmentError, ask, playable, returned
+from jaxgrpo.rollout.user_code import (
+    FaultyEnvironmentError,
+    call_user_code,
+    check_environment,
+    record_check,
+)
 from jaxgrpo.types import Message, Task
 
 _SHORT_CHARS = 20_000
@@ -47,9 +52,11 @@ class Openings:
         """Create an environment for an episode, and return it with its first observation. Raises
         FaultyEnvironmentError."""
         of = f"of task {task.id!r}"
-        made = await ask(self.calls, f"create() {of}", playable, self.suite.create, task)
-        observed = returned(Observation)
-        return made, await ask(self.calls, f"observe() {of}", observed, made.observe)
+        made = await call_user_code(
+            self.calls, f"create() {of}", check_environment, self.suite.create, task
+        )
+        observed = record_check(Observation)
+        return made, await call_user_code(self.calls, f"observe() {of}", observed, made.observe)
 
     async def open(self, task: Task) -> Opening:
         """Return the opening that all episodes of the task share. Raises FaultyEnvironmentError,
@@ -60,7 +67,9 @@ class Openings:
             size = f"{characters(messages)} characters in {len(messages)} message(s)"
             raise self._too_long(task, fewest, f"{size}, {fewest} tokens or more")
         try:
-            prompt_ids_P = await rendered(self.chat.opening, messages, observation.tools)
+            prompt_ids_P = await render_without_blocking(
+                self.chat.opening, messages, observation.tools
+            )
         except Exception as error:  # the edge to the model's template, with the users' texts in it
             raise PromptError(f"the prompt of task {task.id!r}: {error}") from error
         prompt_ids_P.flags.writeable = False  # all the task's episodes hold this one
@@ -81,7 +90,7 @@ def characters(messages: Sequence[Message]) -> int:
     return sum(len(message.content) for message in messages)
 
 
-async def rendered(
+async def render_without_blocking(
     render: Callable[..., np.ndarray], messages: Sequence[Message], *args: object
 ) -> np.ndarray:
     """Call `render(messages, *args)` without blocking the event loop for long."""
@@ -90,7 +99,7 @@ async def rendered(
     return await asyncio.to_thread(render, messages, *args)
 
 
-def opens_differently(task: Task, one: Observation, other: Observation) -> str:
+def describe_difference(task: Task, one: Observation, other: Observation) -> str:
     """Describe how two openings of a task differ; return "" if they are the same."""
     if one == other:
         return ""

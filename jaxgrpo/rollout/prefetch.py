@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgrpo.config.settings import ConfigError
+from jaxgrpo.config.settings import ConfigError, RolloutSettings, TaskOrder
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.rollout.rollout import RolloutResult
 from jaxgrpo.samplers.base import SamplerError
@@ -30,36 +30,40 @@ def batches_per_epoch(tasks: int, tasks_per_step: int) -> int:
 
 
 def task_batch(
-    tasks: Sequence[Task], tasks_per_step: int, seed: int, index: int, shuffle: bool = True
+    tasks: Sequence[Task],
+    tasks_per_step: int,
+    seed: int,
+    index: int,
+    order: TaskOrder = RolloutSettings.task_order,
 ) -> list[Task]:
     """Return the tasks of batch `index`. Every epoch is a fresh shuffle, or the tasks as given, cut
     into whole batches. The result depends on the arguments alone, so that a run can resume."""
     per_epoch = batches_per_epoch(len(tasks), tasks_per_step)
     epoch, position = divmod(index, per_epoch)
-    order = np.arange(len(tasks))
-    if shuffle:
-        order = np.random.default_rng([seed, epoch]).permutation(len(tasks))
-    return [tasks[i] for i in order[position * tasks_per_step : (position + 1) * tasks_per_step]]
+    places = np.arange(len(tasks))
+    if order == "shuffled":
+        places = np.random.default_rng([seed, epoch]).permutation(len(tasks))
+    return [tasks[i] for i in places[position * tasks_per_step : (position + 1) * tasks_per_step]]
 
 
-class RolloutsAhead:
-    """Returns the rollouts of batch `first` and of those after it, in order, while those of up to
-    `max_staleness` later batches run. A rollout that was not returned leaves no trace: a resumed
-    run samples its batch again."""
+class RolloutPrefetcher:
+    """Returns the rollouts of the batches in order, beginning with batch `first`. Meanwhile the
+    rollouts of up to `max_staleness` later batches run. Rollouts that were not returned are
+    discarded: a resumed run samples their batches again."""
 
     def __init__(
         self,
         loop: EventLoopThread,
-        play: Callable[[int], Coroutine[Any, Any, RolloutResult]],
+        run_rollout: Callable[[int], Coroutine[Any, Any, RolloutResult]],
         first: int,
         max_staleness: int,
     ) -> None:
-        """`play` samples the batch of a number, on `loop`."""
+        """`run_rollout` samples the batch of a number, on `loop`."""
         self._loop = loop
-        self._play = play
+        self._run_rollout = run_rollout
         self._next = first
         self._max_staleness = max_staleness
-        self._under_way: dict[int, asyncio.Task[RolloutResult]] = {}
+        self._running: dict[int, asyncio.Task[RolloutResult]] = {}
 
     def next(self, left: int) -> RolloutResult:
         """Wait for the next batch. The run still needs `left` batches, this one included. Call this
@@ -73,19 +77,19 @@ class RolloutsAhead:
 
     async def _hand_out(self, left: int) -> RolloutResult:
         for number in range(self._next, self._next + min(self._max_staleness, left - 1) + 1):
-            if number not in self._under_way:
-                self._under_way[number] = asyncio.create_task(self._play(number))
-        result = await self._under_way[self._next]
-        del self._under_way[self._next]
+            if number not in self._running:
+                self._running[number] = asyncio.create_task(self._run_rollout(number))
+        result = await self._running[self._next]
+        del self._running[self._next]
         self._next += 1
         return result
 
     async def _cancel(self) -> None:
-        for task in self._under_way.values():
+        for task in self._running.values():
             # an interrupted `next` has cancelled its batch; a second time would end its clean-up
             if not task.cancelling():
                 task.cancel()
-        await asyncio.gather(*self._under_way.values(), return_exceptions=True)
+        await asyncio.gather(*self._running.values(), return_exceptions=True)
 
 
 class StalenessError(SamplerError):

@@ -16,9 +16,9 @@ import numpy as np
 from jaxgrpo.config.settings import RolloutSettings
 from jaxgrpo.environment import TaskSuite
 from jaxgrpo.rewards.base import RewardSettings
-from jaxgrpo.rollout.background import BlockingCalls, all_or_none
+from jaxgrpo.rollout.background import BlockingCalls, gather_or_cancel
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.episode import EpisodeKey, EpisodePlayer, Limits, SamplingParams
+from jaxgrpo.rollout.episode import EpisodeKey, EpisodeRunner, Limits, SamplingParams
 from jaxgrpo.rollout.openings import Opening
 from jaxgrpo.rollout.user_code import FaultyEnvironmentError
 from jaxgrpo.samplers.base import Sampler
@@ -104,25 +104,15 @@ class Rollout:
         """
         _check_groups(tasks, group_size, batch)
         start = time.perf_counter()
-        player = EpisodePlayer(
-            self.sampler,
-            self.suite,
-            self.chat,
-            Limits(self.settings, self.context_length),
-            self.sampling,
-            self._calls,
-            self.rewards,
-        )
-        counter = _Counter(progress, len(tasks) * group_size)
         runner = _BatchRunner(
-            player,
+            self._episode_runner(),
             self._places,
             self.settings.max_retries,
             EpisodeKey(seed, batch, "", 0),
-            counter,
+            _Counter(progress, len(tasks) * group_size),
         )
-        openings = await all_or_none([runner.open(task) for task in tasks])
-        outcomes = await all_or_none(
+        openings = await gather_or_cancel([runner.open(task) for task in tasks])
+        outcomes = await gather_or_cancel(
             [
                 runner.run_group(task, opening, group_size)
                 for task, opening in zip(tasks, openings, strict=True)
@@ -139,6 +129,17 @@ class Rollout:
                 )
             ),
             seconds=time.perf_counter() - start,
+        )
+
+    def _episode_runner(self) -> EpisodeRunner:
+        return EpisodeRunner(
+            self.sampler,
+            self.suite,
+            self.chat,
+            Limits(self.settings, self.context_length),
+            self.sampling,
+            self._calls,
+            self.rewards,
         )
 
 
@@ -161,13 +162,13 @@ class _BatchRunner:
 
     def __init__(
         self,
-        player: EpisodePlayer,
+        episodes: EpisodeRunner,
         places: asyncio.Semaphore,
         max_retries: int,
         key: EpisodeKey,
         counter: "_Counter",
     ):
-        self._player = player
+        self._episodes = episodes
         self._tries = 1 + max_retries
         self._in_flight = places
         self._key = key
@@ -178,7 +179,7 @@ class _BatchRunner:
         error = ""
         for _ in range(self._tries):
             try:
-                return await self._player.open(task)
+                return await self._episodes.open(task)
             except FaultyEnvironmentError as faulty:
                 error = str(faulty)
         return DroppedGroup(task, error)
@@ -201,7 +202,7 @@ class _BatchRunner:
             return trajectory
 
         try:
-            return Group(task, tuple(await all_or_none([run(i) for i in range(group_size)])))
+            return Group(task, tuple(await gather_or_cancel([run(i) for i in range(group_size)])))
         except _TriesSpentError as failed:
             self._counter.add(group_size - finished)
             return DroppedGroup(task, str(failed))
@@ -212,7 +213,7 @@ class _BatchRunner:
                 self._key, task_id=task.id, sample_index=sample_index, attempt=attempt
             )
             async with self._in_flight:
-                trajectory = await self._player.play(task, opening, key)
+                trajectory = await self._episodes.run(task, opening, key)
             if trajectory.stop_reason is not StopReason.ENVIRONMENT_ERROR:
                 return trajectory
             self.failures.append(trajectory)

@@ -19,13 +19,18 @@ from jaxgrpo.rollout.background import (
     BlockingCalls,
     EventLoopThread,
     StuckCallsError,
-    all_or_none,
-    say_aside,
-    streams_kept,
+    gather_or_cancel,
+    preserve_streams,
+    print_to_stderr,
 )
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.openings import Openings, opens_differently
-from jaxgrpo.rollout.user_code import BrokenContractError, FaultyEnvironmentError, LateError, ask
+from jaxgrpo.rollout.openings import Openings, describe_difference
+from jaxgrpo.rollout.user_code import (
+    BrokenContractError,
+    FaultyEnvironmentError,
+    LateError,
+    call_user_code,
+)
 from jaxgrpo.types import Task
 
 T = TypeVar("T")
@@ -57,14 +62,14 @@ class TaskCheck:
 
     suite: TaskSuite
     settings: RolloutSettings
-    say: Callable[[str], None] = say_aside
+    say: Callable[[str], None] = print_to_stderr
 
-    def listed(self, split: str) -> list[Task]:
+    def list_tasks(self, split: str) -> list[Task]:
         """Return the suite's tasks of a split."""
         calls = BlockingCalls(
             1, LISTING_DEADLINES * self.settings.step_deadline_seconds, _in_silence
         )
-        asked = ask(calls, f"tasks({split!r})", _tasks, self.suite.tasks, split)
+        asked = call_user_code(calls, f"tasks({split!r})", _tasks, self.suite.tasks, split)
         try:
             return self._run(
                 asked, calls, lambda: f"the tasks of the {split} split are being listed"
@@ -77,7 +82,7 @@ class TaskCheck:
                 f"{error}: the environment gives no tasks of the {split} split"
             ) from None
 
-    def opened(self, chat: Chat, tasks: Sequence[Task]) -> Opened:
+    def open_tasks(self, chat: Chat, tasks: Sequence[Task]) -> Opened:
         """Open each task once, and the first that opens twice more, because the episodes of a task
         must share their prompt."""
         calls = BlockingCalls(
@@ -101,7 +106,7 @@ class TaskCheck:
                     raise ConfigError(f"{error}; none of {len(tasks)} tasks has opened") from None
 
         async def open_all() -> None:
-            await all_or_none([open_one(task) for task in tasks])
+            await gather_or_cancel([open_one(task) for task in tasks])
             first = next((task for task in tasks if task.id in _that_open(found)), None)
             if first is not None:
                 await _open_twice(openings, first)
@@ -130,7 +135,7 @@ class TaskCheck:
             finally:
                 task.cancel()
 
-        with streams_kept(), EventLoopThread() as loop:
+        with preserve_streams(), EventLoopThread() as loop:
             try:
                 return loop.call(watched())
             except StuckCallsError as error:
@@ -155,7 +160,7 @@ async def _open_twice(openings: Openings, task: Task) -> None:
     """Raise ConfigError if the task's episodes open differently."""
     with contextlib.suppress(FaultyEnvironmentError):  # it opened before: the rollout will count it
         observations = [(await openings.begin(task))[1] for _ in range(2)]
-        fault = opens_differently(task, *observations)
+        fault = describe_difference(task, *observations)
         if fault:
             raise ConfigError(fault)
 
@@ -164,7 +169,7 @@ def _tasks(value: object) -> list[Task]:
     """Check that a suite lists tasks with different ids."""
     tasks = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
     if tasks is None or not all(isinstance(task, Task) for task in tasks):
-        given = checked.shown(value)
+        given = checked.shorten_value(value)
         raise BrokenContractError(f"must be a list of jaxgrpo.types.Task, got {given}")
     for task in tasks:
         checked.record(task, Task, "a task")

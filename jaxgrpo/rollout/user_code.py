@@ -62,8 +62,12 @@ class BrokenContractError(TypeError):
     continues the description of the call."""
 
 
-async def ask(
-    calls: BlockingCalls, what: str, check: Callable[[object], T], function: Callable, *args: object
+async def call_user_code(
+    calls: BlockingCalls,
+    what: str,
+    check: Callable[[object], T],
+    function: Callable[..., Any],
+    *args: object,
 ) -> T:
     """Return `check(function(*args))`, called in a thread within the deadline. `what` names the
     call in messages.
@@ -81,7 +85,9 @@ async def ask(
         raise FaultyEnvironmentError(f"{_line(error)}: {what} failed") from error
 
 
-def _guarded(what: str, check: Callable[[object], T], function: Callable, args: tuple) -> T:
+def _guarded(
+    what: str, check: Callable[[object], T], function: Callable[..., Any], args: tuple[object, ...]
+) -> T:
     """Call and check, in the thread. Turn any exception into a line and a traceback."""
     try:
         return check(function(*args))
@@ -91,10 +97,10 @@ def _guarded(what: str, check: Callable[[object], T], function: Callable, args: 
         raise FaultyEnvironmentError(line) from None
     except BaseException as error:  # the edge to users' code: SystemExit and KeyboardInterrupt too
         trace = checked.cut(traceback.format_exc(), MAX_TRACE_CHARS)
-        raise FaultyEnvironmentError(f"{described(error)}: {what} failed", trace) from None
+        raise FaultyEnvironmentError(f"{describe_error(error)}: {what} failed", trace) from None
 
 
-def returned(kind: type[T]) -> Callable[[object], T]:
+def record_check(kind: type[T]) -> Callable[[object], T]:
     """Make a check that a result is a record of this kind."""
 
     def check(value: object) -> T:
@@ -105,7 +111,7 @@ def returned(kind: type[T]) -> Callable[[object], T]:
     return check
 
 
-def playable(value: object) -> Any:
+def check_environment(value: object) -> Any:
     """Check that an object has the methods of `jaxgrpo.environment.Environment`."""
     kind = type(value).__qualname__
     for name, arguments in _METHODS.items():
@@ -126,7 +132,7 @@ def playable(value: object) -> Any:
     return value
 
 
-def described(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Describe an error in one line: `KeyError: 'no such seat' (/home/me/seats.py, line 12, in
     step)`."""
     place = next(filter(None, map(_place_raised, _causes(error))), "")
@@ -162,7 +168,7 @@ def _place(stack: Sequence[traceback.FrameSummary]) -> str:
     return f"{own[-1].filename}, line {own[-1].lineno}, in {own[-1].name}" if own else ""
 
 
-def _definition(function: Callable) -> str:
+def _definition(function: Callable[..., Any]) -> str:
     """Return where a function is defined."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return f"{code.co_filename}, line {code.co_firstlineno}" if code else ""

@@ -8,10 +8,10 @@ import numpy as np
 from jaxgrpo.config.settings import Config
 from jaxgrpo.learner.update import Update
 from jaxgrpo.models.qwen2 import Params
-from jaxgrpo.rollout.background import EventLoopThread, all_or_none
+from jaxgrpo.rollout.background import EventLoopThread, gather_or_cancel
 from jaxgrpo.run.processes import Command, Work, no_op
 from jaxgrpo.samplers.base import Generation, Sampler, SamplerError, SamplingRequest
-from jaxgrpo.types import GroupBatch
+from jaxgrpo.types import MicroBatch
 
 _CHECK_SAMPLES = 4
 
@@ -48,7 +48,7 @@ class AgreementCheck:
                 f"{served}"
             )
         batch = self._batch(generations)
-        self.send(Command(Work.SCORE, batches=(batch,)))
+        self.send(Command(Work.SCORE, micro_batches=(batch,)))
         train_GC = np.asarray(self.update.logprobs(params, batch).addressable_data(0))[0]
         pairs = [
             (train_C[: len(g.logprobs_T)], g.logprobs_T)
@@ -81,12 +81,12 @@ class AgreementCheck:
             for i in range(_CHECK_SAMPLES)
         ]
         try:
-            return await all_or_none([sampler.generate(request) for request in requests])
+            return await gather_or_cancel([sampler.generate(request) for request in requests])
         finally:
             for request in requests:
                 await sampler.release(request.episode_id)
 
-    def _batch(self, generations: Sequence[Generation]) -> GroupBatch:
+    def _batch(self, generations: Sequence[Generation]) -> MicroBatch:
         """Make one group of all generations, repeated for every device."""
         n, g, c = self.update.mesh.size, len(generations), self.tokens
         rows_GC = np.stack(
@@ -98,7 +98,7 @@ class AgreementCheck:
         lengths_G = np.array([len(generation.token_ids_T) for generation in generations], np.int32)
         prompt_P = np.pad(self.prompt_ids_P, (0, -len(self.prompt_ids_P) % 128))
         zeros_NGC = np.zeros((n, g, c), np.float32)
-        return GroupBatch(
+        return MicroBatch(
             prompt_NP=np.broadcast_to(prompt_P, (n, len(prompt_P))),
             prompt_lengths_N=np.full(n, len(self.prompt_ids_P), np.int32),
             completions_NGC=np.broadcast_to(rows_GC, (n, g, c)),

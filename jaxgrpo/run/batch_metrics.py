@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxgrpo.learner.train_state import StepReport
 from jaxgrpo.rollout.rollout import RolloutResult
-from jaxgrpo.types import GroupBatch, StopReason
+from jaxgrpo.types import MicroBatch, StopReason
 
 
 def rollout_metrics(
@@ -52,7 +52,7 @@ def rollout_metrics(
 
 
 def update_metrics(
-    batches: Sequence[GroupBatch],
+    micro_batches: Sequence[MicroBatch],
     reports: Sequence[StepReport],
     compilations: int,
     seconds: Mapping[str, float],
@@ -68,11 +68,11 @@ def update_metrics(
     """
     taken = [report for report in reports if report.taken]
     first = taken[0].sums.summary()
-    completions = sum(int(b.completion_lengths_NG.sum()) for b in batches)
+    completions = sum(int(b.completion_lengths_NG.sum()) for b in micro_batches)
     real = completions + sum(
-        int(b.prompt_lengths_N[b.completion_lengths_NG.any(axis=1)].sum()) for b in batches
+        int(b.prompt_lengths_N[b.completion_lengths_NG.any(axis=1)].sum()) for b in micro_batches
     )
-    computed = sum(b.prompt_NP.size + b.completions_NGC.size for b in batches)
+    computed = sum(b.prompt_NP.size + b.completions_NGC.size for b in micro_batches)
     repeated = sum(
         int(
             (
@@ -80,7 +80,7 @@ def update_metrics(
                 + b.prompt_lengths_N[:, None] * (b.completion_lengths_NG > 0)
             ).sum()
         )
-        for b in batches
+        for b in micro_batches
     )
     return {
         **{f"train/{key}": value for key, value in first.items()},

@@ -1,4 +1,4 @@
-"""The arguments that both commands take."""
+"""Define the command-line arguments that both commands take."""
 
 import argparse
 

@@ -11,8 +11,8 @@ from jaxgrpo.rollout.prefetch import batches_per_epoch
 from jaxgrpo.run.setup import (
     check_rewards,
     compute_dtype,
+    count_micro_batches,
     describe_kernel,
-    micro_batches,
     open_model_assets,
     parameter_count,
     training_tasks,
@@ -68,7 +68,9 @@ def _sizes(config: Config, tasks: int, devices: int) -> Iterator[str]:
     yield _line(
         "rollouts per batch", f"{r.tasks_per_step} tasks x {r.group_size} samples = {episodes}"
     )
-    count = micro_batches(r.tasks_per_step, devices=devices, groups_per_device=t.groups_per_device)
+    count = count_micro_batches(
+        r.tasks_per_step, devices=devices, groups_per_device=t.groups_per_device
+    )
     yield _line("micro-batches per step", f"{count} of {devices * t.groups_per_device} groups")
     yield _line("optimizer steps per batch", f"{t.iterations}")
     batches = batches_per_epoch(tasks, r.tasks_per_step)

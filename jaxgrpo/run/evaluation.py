@@ -8,7 +8,7 @@ import numpy as np
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.rollout.rollout import Rollout, RolloutResult
 from jaxgrpo.run.pass_rates import mean_pass_at_k, pass_rate, pass_rates_by_label
-from jaxgrpo.run.skipping import NothingLeftError
+from jaxgrpo.run.skipping import AllGroupsDroppedError
 from jaxgrpo.types import Task
 
 
@@ -41,16 +41,16 @@ class Evaluator:
     progress: Callable[[int, int], None]
 
     def evaluate(self, tasks: Sequence[Task], split: str, step: int) -> Evaluation:
-        """Sample the tasks of a split. `step` is that of the weights; the episodes' seeds depend on
-        it. The rates leave out dropped groups. Raises NothingLeftError if all groups were dropped.
-        """
+        """Sample the tasks of a split. `step` is that of the weights, and the seeds of the episodes
+        depend on it. The rates leave out dropped groups. Raises AllGroupsDroppedError if all were
+        dropped."""
         result = self.loop.call(
             self.rollout.groups(
                 tasks, self.samples, self.seed, f"eval-{step}/{split}", self.progress
             )
         )
         if not result.groups:
-            raise NothingLeftError(f"the {split} split", result)
+            raise AllGroupsDroppedError(f"the {split} split", result)
         return Evaluation(_metrics(result, split, self.samples), result)
 
 

@@ -8,7 +8,7 @@ import jax
 
 from jaxgrpo.learner.train_state import DivergedError
 from jaxgrpo.run.processes import PeerError
-from jaxgrpo.run.skipping import NothingLearntError, NothingLeftError
+from jaxgrpo.run.skipping import AllGroupsDroppedError, TooManySkippedError
 from jaxgrpo.samplers.base import SamplerError
 from jaxgrpo.storage.checkpoint import newest_step
 
@@ -25,7 +25,13 @@ def exit_status(train: Callable[[], object], folder: Path) -> int:
     failure at run time, 130 after an interruption."""
     try:
         train()
-    except (NothingLeftError, NothingLearntError, SamplerError, PeerError, DivergedError) as error:
+    except (
+        AllGroupsDroppedError,
+        TooManySkippedError,
+        SamplerError,
+        PeerError,
+        DivergedError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:

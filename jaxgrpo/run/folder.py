@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxgrpo.config.load import MAY_CHANGE, incompatible_changes
-from jaxgrpo.config.settings import Config, ConfigError, refuse
+from jaxgrpo.config.settings import Config, ConfigError, raise_problems
 from jaxgrpo.paths import absolute
 from jaxgrpo.run import records
 from jaxgrpo.storage.locks import holder, lock, release
@@ -39,7 +39,7 @@ def make_run_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path) -> Iterator[None]:
     """Hold the lock of the folder; in a run of several processes, the first process holds it. A new
     folder that stays empty is removed again.
 
@@ -126,7 +126,7 @@ def check_resumable(config: Config, folder: Path, step: int) -> None:
         ) from error
     if changes:
         back = f"to resume {folder}, restore these settings, or pass --config {file}"
-        refuse([*changes, f"{back} (a resumed run may change {', '.join(MAY_CHANGE)})"])
+        raise_problems([*changes, f"{back} (a resumed run may change {', '.join(MAY_CHANGE)})"])
     if step > config.training.steps:
         raise ConfigError(
             f"{folder} is at step {step}, beyond training.steps ({config.training.steps}): set "

@@ -14,11 +14,11 @@ from jaxgrpo.run.folder import make_run_folder
 from jaxgrpo.run.metrics import Stopwatch
 from jaxgrpo.run.processes import Command, Processes, Work
 from jaxgrpo.run.setup import ModelAssets, build_update, initial_params
-from jaxgrpo.run.skipping import Overshoots
+from jaxgrpo.run.skipping import DivergedBatches
 from jaxgrpo.run.weights import gather_policy, write_policy
 from jaxgrpo.storage.checkpoint import Checkpoints, Progress, newest_step
 from jaxgrpo.storage.checksums import DamageError
-from jaxgrpo.types import GroupBatch
+from jaxgrpo.types import MicroBatch
 
 
 def crossed_interval(every: int | None, step: int, advance: int) -> bool:
@@ -54,7 +54,7 @@ class Learner:
         self.checkpoints = Checkpoints(folder / "checkpoints", config.recording.keep)
         stack.callback(self.checkpoints.close)
         self.state, (self.batch, version) = self._first_state(resume)
-        self.overshoots = Overshoots(folder, config)
+        self.diverged_batches = DivergedBatches(folder, config)
         self.advance = 0
         """The number of optimizer steps taken on the last batch."""
         self.version = self.state.step // config.training.iterations if version is None else version
@@ -72,7 +72,9 @@ class Learner:
         if not resume:
             return state, Progress(0, 0)
         try:
-            return self.checkpoints.restore(self.update, frozen=frozen, share=self.processes.share)
+            return self.checkpoints.restore(
+                self.update, frozen=frozen, all_gather_text=self.processes.all_gather_text
+            )
         except DamageError as error:
             raise ConfigError(
                 f"cannot resume {self.folder}: {error}; use another --run-dir to start a new run"
@@ -89,20 +91,22 @@ class Learner:
         """The number of optimizer steps on the next batch, unless a step is refused."""
         return min(self.config.training.iterations, self.config.training.steps - self.state.step)
 
-    def learn(self, batches: Sequence[GroupBatch]) -> list[StepReport]:
+    def learn(self, micro_batches: Sequence[MicroBatch]) -> list[StepReport]:
         """Take `iterations` optimizer steps on the micro-batches of one batch; the first step is
         on-policy. Stop at a step whose gradient is not finite, without taking it.
 
         Raises DivergedError if the new weights give no finite log-probabilities. They reach no
         sampler and no checkpoint."""
-        self.processes.send(Command(Work.LEARN, number=self.batch, batches=tuple(batches)))
+        self.processes.send(
+            Command(Work.LEARN, number=self.batch, micro_batches=tuple(micro_batches))
+        )
         with self.clock.phase("reference"):
-            reference = self.update.reference_logprobs(self.state, batches)
+            reference = self.update.reference_logprobs(self.state, micro_batches)
         old, reports, before = None, [], self.state.step
         with self.clock.phase("update"):
             for _ in range(self.steps_of_batch):
                 self.state, logprobs, report = self.update.optimizer_step(
-                    self.state, batches, old, reference
+                    self.state, micro_batches, old, reference
                 )
                 old = logprobs if old is None else old
                 reports.append(report)
@@ -112,22 +116,23 @@ class Learner:
                     self.state = self.update.replace_reference(self.state)
         self.advance = self.state.step - before
         if self.advance:
-            self._probe(batches)
+            self._probe(micro_batches)
             self.version += 1
         return reports
 
-    def _probe(self, batches: Sequence[GroupBatch]) -> None:
+    def _probe(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Raise DivergedError if the weights give no finite log-probabilities. The newest
         checkpoint keeps the weights from before."""
         with self.clock.phase("probe"):
-            if self.update.usable(
-                self.state, first_rows(batches[0], self.update.mesh.size, self.config.batching)
+            if self.update.has_finite_logprobs(
+                self.state,
+                first_rows(micro_batches[0], self.update.mesh.size, self.config.batching),
             ):
                 return
         if self.processes.leads:
-            self.overshoots.add(self.batch)
+            self.diverged_batches.add(self.batch)
         # wait: the failure of another process would interrupt the leader while it writes that
-        self.processes.share("")
+        self.processes.all_gather_text("")
         saved, rate = newest_step(self.folder / "checkpoints"), self.config.optimizer.learning_rate
         newest = "there is no checkpoint" if saved is None else f"the newest checkpoint is {saved}"
         raise DivergedError(
@@ -161,9 +166,9 @@ class Learner:
             match command.work:
                 case Work.LEARN:
                     self.batch = command.number
-                    self.learn(command.batches)
+                    self.learn(command.micro_batches)
                 case Work.SCORE:
-                    self.update.logprobs(self.update.policy(self.state), command.batches[0])
+                    self.update.logprobs(self.update.policy(self.state), command.micro_batches[0])
                 case Work.GATHER:
                     self.gather()
                 case Work.PUBLISH:

@@ -92,7 +92,8 @@ def _mend(path: Path, after: int | None) -> None:
 def _step(line: str) -> float:
     """Return the step of a line, or infinity if it cannot be read."""
     try:
-        return json.loads(line)["step"]
+        step: float = json.loads(line)["step"]
+        return step
     except (ValueError, KeyError, TypeError):
         return math.inf
 

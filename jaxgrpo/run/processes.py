@@ -34,7 +34,7 @@ from jax._src import (
 from jax.experimental import multihost_utils
 
 from jaxgrpo.config.settings import ConfigError
-from jaxgrpo.types import GroupBatch
+from jaxgrpo.types import MicroBatch
 
 _SHUTDOWN_SECONDS = 60
 _GRACE_SECONDS, _LEADERS_GRACE_SECONDS = 10, 45
@@ -65,7 +65,7 @@ class Command:
     work: Work
     number: int = 0
     text: str = ""
-    batches: tuple[GroupBatch, ...] = ()
+    micro_batches: tuple[MicroBatch, ...] = ()
 
 
 def no_op(command: Command) -> None:
@@ -240,7 +240,7 @@ class Processes:
                 "processes the same --config, --set and --resume, and a --run-dir that they share"
             )
 
-    def share(self, text: str) -> list[str]:
+    def all_gather_text(self, text: str) -> list[str]:
         """Return the texts of all processes, by index. Every process calls this at the same point.
         Raises PeerError if another process failed."""
         if self.count == 1:
@@ -255,7 +255,7 @@ class Processes:
         if self.count == 1 or not self.leads:
             return
         self._sent += 1
-        arrays = [_arrays(batch) for batch in command.batches]
+        arrays = [_arrays(batch) for batch in command.micro_batches]
         forms = [
             {name: (array.dtype.name, array.shape) for name, array in of_one.items()}
             for of_one in arrays
@@ -271,10 +271,10 @@ class Processes:
         """Wait for the leader's next command. Raises PeerError if another process failed."""
         self._sent += 1
         work, number, text, forms = json.loads(self._wait(_key(self._sent)))
-        batches = [
-            GroupBatch(**multihost_utils.broadcast_one_to_all(_empty(of_one))) for of_one in forms
+        micro_batches = [
+            MicroBatch(**multihost_utils.broadcast_one_to_all(_empty(of_one))) for of_one in forms
         ]
-        return Command(Work(work), number, text, tuple(batches))
+        return Command(Work(work), number, text, tuple(micro_batches))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -352,7 +352,8 @@ class Processes:
     def _get(self, key: str) -> str:
         """Raise _NotYet if the key was not set within a second."""
         try:
-            return self._store.blocking_key_value_get(key, _POLL_MILLISECONDS)
+            value: str = self._store.blocking_key_value_get(key, _POLL_MILLISECONDS)
+            return value
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" in str(error):
                 raise _NotYet from error
@@ -389,7 +390,7 @@ def _key(number: int) -> str:
     return f"jaxgrpo/command/{number}"
 
 
-def _arrays(batch: GroupBatch) -> dict[str, np.ndarray]:
+def _arrays(batch: MicroBatch) -> dict[str, np.ndarray]:
     return {
         field.name: np.asarray(getattr(batch, field.name)) for field in dataclasses.fields(batch)
     }

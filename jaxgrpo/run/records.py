@@ -134,7 +134,8 @@ def read_records(path: Path) -> RecordFile:
 
 
 def to_line(record: TrajectoryRecord) -> str:
-    """One line of JSON, ASCII only: lone surrogates in a tool's result survive as escapes."""
+    """Return one line of JSON, ASCII only: lone surrogates in a tool's result survive as
+    escapes."""
     trajectory = record.trajectory
     score = trajectory.score
     fields = {
@@ -202,7 +203,10 @@ def _shortest(values_T: np.ndarray) -> list[float]:
     -0.10000000149011612."""
     exact_T = values_T.astype(np.float64)
     short_T = values_T.astype(np.float32).astype(str).astype(np.float64)
-    return np.where(short_T.astype(np.float32) == values_T, short_T, exact_T).tolist()
+    values: list[float] = np.where(
+        short_T.astype(np.float32) == values_T, short_T, exact_T
+    ).tolist()
+    return values
 
 
 def _whole_lines(file: Any, size: int) -> int:
@@ -212,7 +216,7 @@ def _whole_lines(file: Any, size: int) -> int:
     while end > 0:
         start = max(0, end - block)
         file.seek(start)
-        newline = file.read(end - start).rfind(b"\n")
+        newline: int = file.read(end - start).rfind(b"\n")
         if newline >= 0:
             return start + newline + 1
         end = start

@@ -1,4 +1,4 @@
-"""What a training run shows and records: metrics, episodes, and lines for the user."""
+"""Show and record a training run: metrics, episodes, and lines for the user."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack

@@ -11,7 +11,7 @@ import jax
 from jaxgrpo.config.settings import Config, ConfigError
 from jaxgrpo.learner.sharding import make_layout
 from jaxgrpo.models.model_config import ModelConfig
-from jaxgrpo.rollout.background import EventLoopThread, say_aside
+from jaxgrpo.rollout.background import EventLoopThread, print_to_stderr
 from jaxgrpo.run.setup import ModelAssets, compute_dtype
 from jaxgrpo.run.weights import WeightExporter, publish
 from jaxgrpo.samplers.base import Sampler, SamplerError
@@ -49,7 +49,7 @@ def open_sampler(
 
 def _native(config: Config, assets: ModelAssets, weights: WeightExporter) -> NativeSampler:
     if jax.devices()[0].platform != "cpu":
-        say_aside(
+        print_to_stderr(
             "embedded sampler: the first batches wait until about ten programs are compiled, a few"
             " seconds each; later runs find them in the cache"
         )

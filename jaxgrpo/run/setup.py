@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxgrpo.config.settings import NO_LORA, Config, ConfigError, LoraSettings, refuse
+from jaxgrpo.config.settings import NO_LORA, Config, ConfigError, LoraSettings, raise_problems
 from jaxgrpo.learner.sharding import make_mesh
 from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.attention import Kernel
@@ -19,7 +19,7 @@ from jaxgrpo.models.cudnn import choose_kernel
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params, trained_shapes
 from jaxgrpo.paths import cache_root, machine
-from jaxgrpo.rollout.background import say_aside
+from jaxgrpo.rollout.background import print_to_stderr
 from jaxgrpo.rollout.chat import Chat
 from jaxgrpo.rollout.episode import SamplingParams
 from jaxgrpo.rollout.openings import PromptError
@@ -71,7 +71,7 @@ def open_model_assets(config: Config, weights: bool = True) -> ModelAssets:
 def open_tasks(config: Config, split: str) -> Sequence[Task]:
     """Return the environment's tasks of a split. Raises ConfigError if the environment fails, takes
     too long or returns something else."""
-    return _task_check(config).listed(split)
+    return _task_check(config).list_tasks(split)
 
 
 def split_tasks(config: Config, split: str) -> Sequence[Task]:
@@ -91,7 +91,7 @@ def _task_check(config: Config) -> TaskCheck:
 def check_rewards(config: Config) -> None:
     """Raise ConfigError if a reward function cannot work in this run. Call it before anything is
     loaded."""
-    refuse(config.rewards.problems(config))
+    raise_problems(config.rewards.problems(config))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ def check_episodes(config: Config, assets: ModelAssets, tasks: Sequence[Task]) -
     Otherwise the run would find out only at the batch that draws the task.
     """
     r, context = config.rollout, assets.config.context_length
-    opened = _task_check(config).opened(assets.chat, tasks)
+    opened = _task_check(config).open_tasks(assets.chat, tasks)
     found = opened.found.values()
     problems = []
     if r.max_prompt_tokens + r.max_completion_tokens > context:
@@ -133,13 +133,13 @@ def check_episodes(config: Config, assets: ModelAssets, tasks: Sequence[Task]) -
     refused = [error for error in found if isinstance(error, PromptError)]
     if refused:
         problems.append(str(max(refused, key=lambda error: error.tokens)))
-    refuse(problems)
+    raise_problems(problems)
     failed = [error for error in found if isinstance(error, FaultyEnvironmentError)]
     if opened.prompt_ids_P is None:
         raise ConfigError(f"{failed[0]}; of {len(tasks)} tasks none opens")
     if failed:
         count = f"{len(failed)} of {len(tasks)} tasks do not open; their groups will be dropped"
-        say_aside(f"warning: {failed[0]}; {count}")
+        print_to_stderr(f"warning: {failed[0]}; {count}")
     return Prompts(max(tokens for tokens in found if isinstance(tokens, int)), opened.prompt_ids_P)
 
 
@@ -167,8 +167,8 @@ def device_count(config: Config) -> int:
             f"{len(available)} devices, all of which take part: leave it None, and limit each "
             "process with training.gpus"
         )
-    refuse(problems)
-    micro_batches(
+    raise_problems(problems)
+    count_micro_batches(
         config.rollout.tasks_per_step,
         devices=wanted,
         groups_per_device=config.training.groups_per_device,
@@ -176,7 +176,7 @@ def device_count(config: Config) -> int:
     return wanted
 
 
-def micro_batches(groups: int, *, devices: int, groups_per_device: int) -> int:
+def count_micro_batches(groups: int, *, devices: int, groups_per_device: int) -> int:
     """Return the number of micro-batches of an optimizer step. Raises ConfigError if the groups do
     not fill whole micro-batches."""
     count, rest = divmod(groups, devices * groups_per_device)

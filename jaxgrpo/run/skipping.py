@@ -19,10 +19,10 @@ from jaxgrpo.config.load import incompatible_changes, to_json
 from jaxgrpo.config.settings import Config
 from jaxgrpo.json_files import read_object
 from jaxgrpo.learner.train_state import StepReport
-from jaxgrpo.paths import write_whole
+from jaxgrpo.paths import write_atomically
 from jaxgrpo.rollout.rollout import RolloutResult
 from jaxgrpo.run import records
-from jaxgrpo.types import GroupBatch
+from jaxgrpo.types import MicroBatch
 
 MOST_SKIPPED = 3
 """The number of skipped batches in a row that ends the run."""
@@ -32,11 +32,11 @@ KEPT_BATCHES, KEPT_BYTES = 8, 2**28
 _LARGE_ADVANTAGE = 1e6
 
 
-class UselessBatchError(Exception):
+class UntrainableBatchError(Exception):
     """The batch cannot be trained on. The message says why."""
 
 
-class NothingLeftError(RuntimeError):
+class AllGroupsDroppedError(RuntimeError):
     """Every group was dropped because of its environment. The message ends with the last error."""
 
     def __init__(self, what: str, result: RolloutResult):
@@ -46,7 +46,7 @@ class NothingLeftError(RuntimeError):
         )
 
 
-class NothingLearntError(RuntimeError):
+class TooManySkippedError(RuntimeError):
     """Too many batches in a row could not be trained on. The message says why for each."""
 
 
@@ -59,7 +59,7 @@ class Prepared:
     metrics: dict[str, float | int | str]
     step: int
     lines: Sequence[str]
-    batches: Sequence[GroupBatch]
+    micro_batches: Sequence[MicroBatch]
 
     def lines_of(self, step: int) -> Sequence[str]:
         """Return the episodes as lines of this step. It differs from `step` if an optimizer step
@@ -73,19 +73,19 @@ def prepare(
     result: RolloutResult,
     step: int,
     metrics: Callable[[], dict[str, float | int | str]],
-    pack: Callable[[], Sequence[GroupBatch]],
+    make_micro_batches: Callable[[], Sequence[MicroBatch]],
 ) -> Prepared:
-    """Prepare a rollout that will be trained up to `step`. Raises UselessBatchError if it has no
-    groups or its environments gave values that cannot be used."""
+    """Prepare a rollout that will be trained up to `step`. Raises UntrainableBatchError if it has
+    no groups or its environments gave values that cannot be used."""
     if not result.groups:
-        raise UselessBatchError("its environments failed in every group")
+        raise UntrainableBatchError("its environments failed in every group")
     try:
         lines, faults = records.to_lines(result, "train", step)
-        prepared = Prepared(result, metrics(), step, lines, pack())
+        prepared = Prepared(result, metrics(), step, lines, make_micro_batches())
     except Exception as error:  # the edge to a user's environment, which gave the values
-        raise UselessBatchError(f"{type(error).__name__}: {error}") from error
+        raise UntrainableBatchError(f"{type(error).__name__}: {error}") from error
     if faults:
-        raise UselessBatchError(faults[0])
+        raise UntrainableBatchError(faults[0])
     return prepared
 
 
@@ -96,11 +96,13 @@ class SkippedBatches:
         """`folder` keeps their episodes; None keeps nothing."""
         self._folder = folder
         self.results: list[RolloutResult] = []
-        self._errors: list[UselessBatchError] = []
+        self._errors: list[UntrainableBatchError] = []
 
-    def add(self, name: str, result: RolloutResult, error: UselessBatchError, step: int) -> None:
-        """Add a batch and keep it under `name`. Raises NothingLeftError or NothingLearntError if it
-        is one too many."""
+    def add(
+        self, name: str, result: RolloutResult, error: UntrainableBatchError, step: int
+    ) -> None:
+        """Add a batch and keep it under `name`. Raises AllGroupsDroppedError or TooManySkippedError
+        if it is one too many."""
         self.results.append(result)
         self._errors.append(error)
         if self._folder is not None:
@@ -112,10 +114,10 @@ class SkippedBatches:
         if len(self.results) < MOST_SKIPPED:
             return
         if not any(skipped.groups for skipped in self.results):
-            raise NothingLeftError(f"the last {MOST_SKIPPED} batches", result)
+            raise AllGroupsDroppedError(f"the last {MOST_SKIPPED} batches", result)
         kept = "" if self._folder is None else f"; {self._folder} holds them as skipped-*"
         reasons = "; ".join(dict.fromkeys(map(str, self._errors)))
-        raise NothingLearntError(
+        raise TooManySkippedError(
             f"nothing can be learnt from the last {MOST_SKIPPED} batches: {reasons}{kept}"
         )
 
@@ -124,9 +126,9 @@ class SkippedBatches:
         self.results, self._errors = [], []
 
 
-class Overshoots:
+class DivergedBatches:
     """The numbers of the batches whose steps gave unusable weights. They are stored in the run
-    folder together with the config: under another config they may be usable."""
+    folder together with the config, because under another config the batches may be usable."""
 
     def __init__(self, folder: Path, config: Config):
         self._file = folder / "overshoots.json"
@@ -134,8 +136,8 @@ class Overshoots:
         self._batches = self._read()
 
     def _read(self) -> list[int]:
-        """Return none if the file is missing, damaged or of another config. Then they are found
-        again."""
+        """Return no numbers if the file is missing, damaged or of another config. The run then
+        finds them again."""
         try:
             saved = read_object(self._file)
             if incompatible_changes(saved["config"], self._config):
@@ -148,32 +150,32 @@ class Overshoots:
         """Store a batch. Raises OSError if the file cannot be written."""
         self._batches.append(batch)
         text = to_json(self._config, places=True)
-        write_whole(self._file, json.dumps({"batches": self._batches, "config": text}))
+        write_atomically(self._file, json.dumps({"batches": self._batches, "config": text}))
 
     def check(self, batch: int) -> None:
-        """Raise UselessBatchError if the batch is one of them."""
+        """Raise UntrainableBatchError if the batch is one of them."""
         if batch in self._batches:
-            raise UselessBatchError(
+            raise UntrainableBatchError(
                 "its step gave no finite log-probabilities before the run was resumed; if this "
                 "happens again, start a new run with an optimizer.learning_rate below "
                 f"{self._config.optimizer.learning_rate:g}"
             )
 
 
-def check_gradient(report: StepReport, batches: Sequence[GroupBatch]) -> None:
-    """Raise UselessBatchError if the first step on a batch was refused. The weights before it were
-    checked, so the batch is at fault."""
+def check_gradient(report: StepReport, micro_batches: Sequence[MicroBatch]) -> None:
+    """Raise UntrainableBatchError if the first step on a batch was refused. The weights before it
+    were checked, so the batch is at fault."""
     if report.taken:
         return
-    advantage = max(float(np.abs(batch.advantages_NG).max()) for batch in batches)
+    advantage = max(float(np.abs(batch.advantages_NG).max()) for batch in micro_batches)
     sums = report.sums
     what = (
         f"its gradient is not finite (norm {report.grad_norm}, loss {sums.loss}, KL {sums.kl}, "
         f"largest advantage {advantage:.3g})"
     )
     if advantage < _LARGE_ADVANTAGE:
-        raise UselessBatchError(what)
-    raise UselessBatchError(
+        raise UntrainableBatchError(what)
+    raise UntrainableBatchError(
         f"{what}: the environment's rewards are too far apart for a gradient; scale them down, or "
         'set batching.advantage_normalization="std"'
     )

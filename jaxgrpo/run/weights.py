@@ -66,7 +66,8 @@ def gather_policy(update: Update, state: TrainState) -> Params:
     )
     # no process may start the next computation while another still gathers
     jax.block_until_ready(whole)
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
+    local: Params = jax.tree.map(lambda leaf: leaf.addressable_data(0), whole)
+    return local
 
 
 def write_policy(update: Update, state: TrainState, version: int, root: Path) -> Path:

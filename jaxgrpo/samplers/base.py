@@ -28,7 +28,7 @@ class SamplingRequest:
     - `context_ids`: the whole episode so far. Its first `prompt_length` tokens are the group's
       prompt, which all requests of `group_id` share.
     - `episode_id`: names the episode across its turns, so that a sampler can keep its cache.
-    - `temperature`: 0 is greedy.
+    - `temperature`: 0 is greedy. By default, tokens are drawn from the policy as it is.
 
     The generation depends only on the weights, `context_ids`, `seed`, `temperature` and `top_p`,
     not on other requests.

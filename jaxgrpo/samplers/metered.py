@@ -45,7 +45,7 @@ class MeteredSampler:
         await self._sampler.close()
 
     async def take_idle_fraction(self) -> float:
-        """The fraction of time without a request in flight since the last call."""
+        """Return the fraction of time without a request in flight since the last call."""
         now = self._clock()
         idle = self._idle + (now - self._since if self._running == 0 else 0.0)
         fraction = idle / (now - self._asked)

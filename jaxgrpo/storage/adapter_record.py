@@ -12,12 +12,12 @@ _FILE = "adapter.json"
 
 
 def adapter_record(lora: LoraSettings, base: str) -> dict[str, Any]:
-    """The record of adapters whose base model has the fingerprint `base`."""
+    """Return the record of adapters whose base model has the fingerprint `base`."""
     return {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets), "base": base}
 
 
 def recorded_lora(record: dict[str, Any] | None) -> LoraSettings:
-    """The settings in a record."""
+    """Return the settings in a record."""
     return (
         LoraSettings(record["rank"], record["alpha"], tuple(record["targets"]))
         if record
@@ -37,7 +37,8 @@ def read_adapter_record(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return record
     except ValueError as error:
         raise DamageError(f"{file} cannot be read: {error}") from error
 

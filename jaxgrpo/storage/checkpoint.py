@@ -1,4 +1,4 @@
-"""Saves and restores the training state, on any number of devices and processes.
+"""Save and restore the training state, on any number of devices and processes.
 
     RUN/checkpoints/600/policy       the weights in float32; with LoRA, only the adapters
     RUN/checkpoints/600/training     optimizer, reference policy, number of batches
@@ -24,7 +24,7 @@ import tensorstore as ts
 from jax.experimental import multihost_utils
 
 from jaxgrpo.config.settings import LoraSettings
-from jaxgrpo.interruptions import call_apart
+from jaxgrpo.interruptions import call_uninterrupted
 from jaxgrpo.learner.adapters import fingerprint, merge_stored
 from jaxgrpo.learner.sharding import (
     layout_of,
@@ -76,8 +76,8 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def alone(text: str) -> list[str]:
-    """What all processes say, in a run of one process."""
+def single_process(text: str) -> list[str]:
+    """Return the texts of all processes in a run of one process: this one."""
     return [text]
 
 
@@ -126,7 +126,7 @@ class Checkpoints:
         )
         try:
             # An interruption would break off orbax's event loop while its threads are working.
-            call_apart(
+            call_uninterrupted(
                 functools.partial(self._write, partial, {POLICY: policy, TRAINING: training}),
                 self._stop.set,
             )
@@ -160,13 +160,13 @@ class Checkpoints:
         update: Update,
         step: int | None = None,
         frozen: Params | None = None,
-        share: Callable[[str], list[str]] = alone,
+        all_gather_text: Callable[[str], list[str]] = single_process,
     ) -> tuple[TrainState, Progress]:
         """Restore the state of `step` (default: the newest undamaged one) and the progress.
 
-        With LoRA, `frozen` is the base model's stored weights. `share` returns what all processes
-        say, so that they agree on the step. Damaged checkpoints are skipped, reported on stderr,
-        and renamed to `STEP.damaged`.
+        With LoRA, `frozen` is the base model's stored weights. `all_gather_text` returns the texts
+        of all processes, so that they agree on the step. Damaged checkpoints are skipped, reported
+        on stderr, and renamed to `STEP.damaged`.
 
         Raise FileNotFoundError if there is none, DamageError if all are damaged, ValueError if it
         is of another model, base model or adapter settings.
@@ -176,8 +176,8 @@ class Checkpoints:
             if frozen is None
             else adapter_record(update.lora, fingerprint(frozen, update.model_layout, update.mesh))
         )
-        (state, progress), found = newest_whole(
-            self._folder, step, lambda folder: _read_state(folder, update, record), share
+        (state, progress), found = newest_undamaged(
+            self._folder, step, lambda folder: _read_state(folder, update, record), all_gather_text
         )
         if step is None and jax.process_index() == 0:
             for damaged in [later for later in _steps(self._folder) if later > found]:
@@ -189,15 +189,15 @@ class Checkpoints:
 
 
 def newest_step(folder: Path) -> int | None:
-    """The newest step in a run's folder of checkpoints, or None."""
+    """Return the newest step in a run's folder of checkpoints, or None."""
     return max(_steps(folder), default=None)
 
 
-def newest_whole(
+def newest_undamaged(
     folder: Path,
     step: int | None,
     read: Callable[[Path], T],
-    share: Callable[[str], list[str]] = alone,
+    all_gather_text: Callable[[str], list[str]] = single_process,
 ) -> tuple[T, int]:
     """Apply `read` to the checkpoint of `step` (default: the newest undamaged one).
 
@@ -219,7 +219,7 @@ def newest_whole(
             value = read(folder / str(candidate))
         except DamageError as error:
             fault = str(error)
-        fault = next(filter(None, share(fault)), "")
+        fault = next(filter(None, all_gather_text(fault)), "")
         if not fault:
             assert value is not None
             return value, candidate
@@ -252,7 +252,7 @@ def read_policy(
         record = read_adapter_record(at)
         return _read_trained(at, model, recorded_lora(record)), record
 
-    (policy, record), step = newest_whole(folder, step, read)
+    (policy, record), step = newest_undamaged(folder, step, read)
     if record is None:
         return policy, step
     if base is None:
@@ -261,7 +261,7 @@ def read_policy(
 
 
 def read_adapters(folder: Path, model: ModelConfig, step: int) -> Params:
-    """The adapters of a run's checkpoint as a logical tree (NumPy, float32).
+    """Return the adapters of a run's checkpoint as a logical tree (NumPy, float32).
 
     Raise DamageError if they are not what was saved.
     """

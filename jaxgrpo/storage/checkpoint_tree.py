@@ -21,7 +21,8 @@ def map_optimizer(update: Update, function: Any, opt_state: Any) -> Any:
 
 
 def optimizer_layout(update: Update) -> Any:
-    """The optimizer's state with layouts in place of arrays, and shapes in place of counters."""
+    """Return the optimizer's state with layouts in place of arrays, and shapes in place of
+    counters."""
     stored = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.stored_shape, np.float32), update.layout
     )
@@ -31,7 +32,7 @@ def optimizer_layout(update: Update) -> Any:
 
 
 def _name(path: tuple[Any, ...]) -> hf_mapping.Path:
-    """The path of a leaf in a tree of tuples, named tuples and dicts, as names.
+    """Return the path of a leaf in a tree of tuples, named tuples and dicts, as names.
 
     For example ("1", "mu", "layers", "q", "kernel").
     """

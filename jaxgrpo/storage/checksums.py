@@ -84,7 +84,7 @@ def _whole(path: Path) -> tuple[int, int]:
 
 
 def _last(path: Path) -> tuple[int, int]:
-    """The checksum at the end of a chunk, and the chunk's size in bytes."""
+    """Return the checksum at the end of a chunk, and the chunk's size in bytes."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - _CODEC_BYTES))

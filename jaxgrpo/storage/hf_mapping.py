@@ -89,7 +89,8 @@ def _layer_tensors(config: ModelConfig) -> list[tuple[str, Path, tuple[int, ...]
 
 
 def hf_tensors(config: ModelConfig) -> tuple[HFTensor, ...]:
-    """Every tensor of a checkpoint, in the order of the forward pass; no head if it is tied."""
+    """Return every tensor of a checkpoint, in the order of the forward pass; no head if it is
+    tied."""
     table = (config.vocab_size, config.hidden_size)
     tensors = [HFTensor(EMBEDDING, table, ("embed", "embedding"), None, False)]
     for layer in range(config.layers):
@@ -116,12 +117,13 @@ def leaf_shapes(config: ModelConfig) -> dict[Path, tuple[int, ...]]:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Number of weights; a tied head counts once."""
+    """Return the number of weights; a tied head counts once."""
     return sum(math.prod(shape) for shape in leaf_shapes(config).values())
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a tensor of old checkpoints is ignored: rotary frequencies follow from the config."""
+    """Return whether a tensor of old checkpoints is ignored: rotary frequencies follow from the
+    config."""
     return _ROTARY_BUFFER.fullmatch(name) is not None
 
 
@@ -179,7 +181,7 @@ def check_paths(
 
 
 def flatten(params: Params, prefix: Path = ()) -> dict[Path, Any]:
-    """The leaves of a nested dict, by path."""
+    """Return the leaves of a nested dict, by path."""
     flat: dict[Path, Any] = {}
     for key, value in params.items():
         flat.update(
@@ -189,7 +191,7 @@ def flatten(params: Params, prefix: Path = ()) -> dict[Path, Any]:
 
 
 def unflatten(flat: Mapping[Path, Any]) -> Params:
-    """The nested dict of leaves by path; the inverse of `flatten`."""
+    """Return the nested dict of leaves by path; the inverse of `flatten`."""
     params: Params = {}
     for path, leaf in flat.items():
         node = params
@@ -232,13 +234,16 @@ def params_to_hf(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
 
 
 def hf_tensor_of(flat: Mapping[Path, Any], tensor: HFTensor) -> np.ndarray:
-    """One Hugging Face tensor of the flattened logical tree (NumPy or JAX leaves)."""
+    """Return one Hugging Face tensor of the flattened logical tree (NumPy or JAX leaves)."""
     leaf = flat[tensor.path]
-    return tensor.turn(np.asarray(leaf if tensor.layer is None else leaf[tensor.layer]))
+    array: np.ndarray = tensor.turn(
+        np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
+    )
+    return array
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether shapes, types and bits are equal. NaNs equal themselves; 0 and -0 differ."""
+    """Return whether shapes, types and bits are equal. NaNs equal themselves; 0 and -0 differ."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     bits = np.dtype(f"u{a.dtype.itemsize}")
@@ -246,7 +251,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def differing_head(where: object) -> str:
-    """The error for a tied checkpoint whose head differs from its embedding."""
+    """Return the error for a tied checkpoint whose head differs from its embedding."""
     return (
         f"{where} has {HEAD} although config.json ties the embeddings, and the two differ: set"
         " tie_word_embeddings to false in its config.json if the head is meant, or delete"

@@ -40,7 +40,7 @@ def release(file: TextIO) -> None:
 
 
 def holder(path: Path) -> str:
-    """Who holds a lock, for a message."""
+    """Return who holds a lock, for a message."""
     with contextlib.suppress(OSError):
         return path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
     return "another process"

@@ -49,7 +49,7 @@ class StreamedLeaf:
         return (*lead, max(d for d in range(1, min(rows, most) + 1) if rows % d == 0), *rest)
 
     def pieces(self) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-        """The leaf's chunks: their places and values."""
+        """Return the leaf's chunks: their places and values."""
         chunk = self.chunk
         rows = chunk[-2] if len(self.shape) == 3 else chunk[0]
         if len(self.shape) == 3:

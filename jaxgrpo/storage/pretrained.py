@@ -119,7 +119,7 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 def generation_ends(folder: str | Path) -> tuple[int, ...]:
-    """The tokens at which transformers and vLLM end a generation, by generation_config.json.
+    """Return the tokens at which transformers and vLLM end a generation, by generation_config.json.
 
     Empty if the folder has no such file. Raise ValueError that names the file.
     """
@@ -148,7 +148,7 @@ class WeightSource(Protocol):
         """The stored type of each leaf."""
 
     def read(self, tensor: HFTensor) -> np.ndarray:
-        """One tensor, or one layer of a stacked leaf, in the layout of the logical tree."""
+        """Return one tensor, or one layer of a stacked leaf, in the layout of the logical tree."""
 
 
 class HFWeights:
@@ -180,7 +180,8 @@ class HFWeights:
                 raise ValueError(hf_mapping.differing_head(folder))
 
     def read(self, tensor: HFTensor) -> np.ndarray:
-        return tensor.turn(self._stored[tensor.name].map())
+        array: np.ndarray = tensor.turn(self._stored[tensor.name].map())
+        return array
 
 
 class OrbaxWeights:
@@ -215,7 +216,7 @@ class OrbaxWeights:
 
 
 def is_orbax(folder: Path) -> bool:
-    """Whether tools/convert_hf_to_orbax.py wrote this folder."""
+    """Return whether tools/convert_hf_to_orbax.py wrote this folder."""
     return (folder / ORBAX_SUBFOLDER / "_METADATA").is_file()
 
 

@@ -31,7 +31,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxgrpo.interruptions import call_apart
+from jaxgrpo.interruptions import call_uninterrupted
 from jaxgrpo.learner.sharding import Layout, LeafLayout
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params
@@ -82,7 +82,7 @@ def publish_weights(
         folder.mkdir(parents=True)
     # orbax runs an event loop, which an interruption would end while threads still write
     write = functools.partial(_write, folder, root / SPARE / PARAMS, leaves)
-    call_apart(write, stop=lambda: None)
+    call_uninterrupted(write, stop=lambda: None)
     if jax.process_index() == 0:
         write_manifest(folder, _manifest(folder, leaves, model_config, version))
     if jax.process_count() > 1:
@@ -91,11 +91,9 @@ def publish_weights(
 
 
 def published_bytes(layout: Layout, dtype: Any = jnp.bfloat16) -> int:
-    """The size of one version in bytes."""
-    return (
-        sum(int(np.prod(leaf.stored_shape)) for leaf in jax.tree.leaves(layout))
-        * np.dtype(dtype).itemsize
-    )
+    """Return the size of one version in bytes."""
+    elements = sum(int(np.prod(leaf.stored_shape)) for leaf in jax.tree.leaves(layout))
+    return elements * int(np.dtype(dtype).itemsize)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,7 +311,7 @@ def _write_at(file: io.FileIO, data: memoryview, place: int) -> None:
 def _manifest(
     folder: Path, leaves: dict[hf_mapping.Path, _Leaf], config: ModelConfig, version: int
 ) -> Manifest:
-    """The manifest, from the checksums of every process."""
+    """Return the manifest, from the checksums of every process."""
     pieces: dict[str, dict[int, list[int]]] = {leaf.name: {} for leaf in leaves.values()}
     for process in range(jax.process_count()):
         noted = json.loads((folder / _pieces_file(process)).read_text(encoding="utf-8"))

@@ -110,7 +110,7 @@ class Manifest:
                 )
 
     def dtype(self, name: str) -> str:
-        """The type of one tensor."""
+        """Return the type of one tensor."""
         return self.arrays[self.tensors[name].array].dtype
 
 

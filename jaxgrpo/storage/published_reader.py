@@ -99,12 +99,12 @@ class _MappedArray:
     files: list[list[np.ndarray]]
 
     def row(self, index: int) -> list[np.ndarray]:
-        """The parts of a row, in order."""
+        """Return the parts of a row, in order."""
         i, within = divmod(index, len(self.files[0][0]))
         return [file_RE[within] for file_RE in self.files[i]]
 
     def tensor(self, tensor: StoredTensor) -> np.ndarray:
-        """A tensor, without a copy if its row is in one file."""
+        """Return a tensor, without a copy if its row is in one file."""
         parts = self.row(tensor.row or 0)
         row = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return row[: tensor.size].reshape(tensor.stored_shape)

@@ -54,7 +54,8 @@ class Stored:
                 f"{self.file} holds tensors of type {self.dtype_name}; allowed are"
                 f" {sorted(_DTYPES)}: cast them first"
             )
-        return _DTYPES[self.dtype_name]
+        dtype: np.dtype = _DTYPES[self.dtype_name]
+        return dtype
 
     def map(self) -> np.ndarray:
         """Map the tensor, read-only. Its pages leave memory with the array."""
@@ -106,7 +107,8 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 
 def _place(file: Path, name: str, entry: Any) -> tuple[int, int]:
-    """The bytes of the data where a tensor begins and ends. Raise ValueError for a bad entry."""
+    """Return the bytes of the data where a tensor begins and ends. Raise ValueError for a bad
+    entry."""
     whole = isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= entry.keys()
     if not whole or not isinstance(entry["dtype"], str):
         raise ValueError(

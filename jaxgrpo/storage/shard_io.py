@@ -76,7 +76,7 @@ def equal_parts(rows: int, elements: int, most: int) -> tuple[int, int]:
 
 
 def _equal_part(number: int, most: int) -> int | None:
-    """The largest divisor of `number` between `most` / 4 and `most`, if there is one."""
+    """Return the largest divisor of `number` between `most` / 4 and `most`, if there is one."""
     least = -(-number // most)
     return next(
         (number // parts for parts in range(least, 4 * least + 1) if number % parts == 0), None
@@ -88,7 +88,7 @@ class StoppedError(RuntimeError):
 
 
 def checkpoint_handler(stop: threading.Event | None = None) -> ocp.PyTreeCheckpointHandler:
-    """A handler that saves trees of ShardedLeafs and, in the first process, NumPy arrays.
+    """Return a handler that saves trees of ShardedLeafs and, in the first process, NumPy arrays.
 
     If `stop` is set, no more chunks are written, and the save raises StoppedError.
     """
@@ -137,7 +137,7 @@ def check_shape(store: ts.TensorStore, logical_shape: tuple[int, ...]) -> None:
 
 
 def saved_shape(store: ts.TensorStore) -> tuple[int, ...]:
-    """The logical shape of a saved array, by default its own."""
+    """Return the logical shape of a saved array, by default its own."""
     attributes = store.spec().to_json()["metadata"].get("attributes", {})
     return tuple(attributes.get("logical_shape", store.shape))
 

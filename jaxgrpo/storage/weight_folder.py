@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 def version_folder(root: Path, version: int) -> Path:
-    """The folder of a version."""
+    """Return the folder of a version."""
     return root / f"{version:06d}"
 
 
@@ -113,7 +113,7 @@ def _claim(root: Path, mode: int) -> TextIO:
 
 
 def _not_ours(root: Path) -> str | None:
-    """Why other users could write to a folder, or None if they could not."""
+    """Return why other users could write to a folder, or None if they could not."""
     found = root.lstat()
     if not stat.S_ISDIR(found.st_mode):
         return "is a link" if stat.S_ISLNK(found.st_mode) else "is not a folder"

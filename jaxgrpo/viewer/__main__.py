@@ -132,7 +132,8 @@ def _serve(runs: Sequence[Run], host: str, port: int) -> int:
         listening.listen(128)  # from here on whoever opens the address waits rather than fails
     except (OSError, OverflowError) as error:
         return _refused(
-            f"cannot listen on {host}:{port}: {error}; choose another with --port (0: any that is free)"
+            f"cannot listen on {host}:{port}: {error}; "
+            "choose another with --port (0: any that is free)"
         )
     port = listening.getsockname()[1]
     token = "" if local else secrets.token_urlsafe(24)

@@ -79,9 +79,11 @@ def svg(chart: Chart, smoothing: float = 0.0, standalone: bool = False) -> Marku
     style = f"<style>{_STYLE}</style>" if standalone else ""
     size = f'width="{WIDTH * 2}" height="{HEIGHT * 2}" ' if standalone else ""
     return Markup(
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" {size}role="img" tabindex="0" '
-        f'aria-label="{escape(summary(chart))}" data-chart="{escape(json.dumps(data))}" data-target="{escape(chart.target)}">'
-        f'{style}{"".join(parts)}<line class="cursor" visibility="hidden" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'{size}role="img" tabindex="0" aria-label="{escape(summary(chart))}" '
+        f'data-chart="{escape(json.dumps(data))}" data-target="{escape(chart.target)}">'
+        f"{style}{''.join(parts)}"
+        f'<line class="cursor" visibility="hidden" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>'
     )
 
 
@@ -93,7 +95,8 @@ def summary(chart: Chart) -> str:
         if known:
             (first, a), (last, b) = known[0], known[-1]
             said.append(
-                f"{curve.name}: {shown(a, chart.unit)} at step {first}, {shown(b, chart.unit)} at step {last}"
+                f"{curve.name}: {shown(a, chart.unit)} at step {first}, "
+                f"{shown(b, chart.unit)} at step {last}"
             )
     return f"{chart.title}. " + "; ".join(said)
 
@@ -160,10 +163,12 @@ class Frame:
         return cls(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, floor, high + room)
 
     def x(self, step: float) -> str:
-        return f"{LEFT + (step - self.low_x) / (self.high_x - self.low_x) * (WIDTH - LEFT - RIGHT):.1f}"
+        along = (step - self.low_x) / (self.high_x - self.low_x)
+        return f"{LEFT + along * (WIDTH - LEFT - RIGHT):.1f}"
 
     def y(self, value: float) -> str:
-        return f"{HEIGHT - BOTTOM - (value - self.low_y) / (self.high_y - self.low_y) * (HEIGHT - TOP - BOTTOM):.1f}"
+        above = (value - self.low_y) / (self.high_y - self.low_y)
+        return f"{HEIGHT - BOTTOM - above * (HEIGHT - TOP - BOTTOM):.1f}"
 
     def axes(self, unit: str) -> str:
         parts = []
@@ -172,12 +177,14 @@ class Frame:
             label = escape(f"{value * 100:.3g}%" if unit == "%" else shown(value))
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
             parts.append(
-                f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{float(y) + 3.5:.1f}">{label}</text>'
+                f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{float(y) + 3.5:.1f}">'
+                f"{label}</text>"
             )
         for step in ticks(self.low_x, self.high_x, 5):
             if step == int(step):
                 parts.append(
-                    f'<text class="tick" text-anchor="middle" x="{self.x(step)}" y="{HEIGHT - 8}">{int(step)}</text>'
+                    f'<text class="tick" text-anchor="middle" x="{self.x(step)}" y="{HEIGHT - 8}">'
+                    f"{int(step)}</text>"
                 )
         return "".join(parts)
 
@@ -191,7 +198,8 @@ class Frame:
             ends = n + 1 == len(points) or points[n + 1][1] is None
             if pen == "M" and ends:
                 alone.append(
-                    f'<circle class="c{place % len(COLORS)} dot" cx="{self.x(step)}" cy="{self.y(value)}" r="3"/>'
+                    f'<circle class="c{place % len(COLORS)} dot" '
+                    f'cx="{self.x(step)}" cy="{self.y(value)}" r="3"/>'
                 )
             pen = "L"
         dash = DASHES[place // len(COLORS) % len(DASHES)]
@@ -204,15 +212,17 @@ class Frame:
     def band(self, band: Sequence[tuple[int, float, float]], place: int) -> str:
         if len(band) == 1:
             step, low, high = band[0]
-            return f'<path class="c{place % len(COLORS)} line" d="M{self.x(step)} {self.y(low)}V{self.y(high)}"/>'
+            path = f"M{self.x(step)} {self.y(low)}V{self.y(high)}"
+            return f'<path class="c{place % len(COLORS)} line" d="{path}"/>'
         there = [f"{self.x(step)} {self.y(high)}" for step, _, high in band]
         back = [f"{self.x(step)} {self.y(low)}" for step, low, _ in reversed(band)]
         return f'<path class="c{place % len(COLORS)} band" d="M{"L".join(there + back)}Z"/>'
 
 
 _STYLE = (
-    "svg{background:#fff;font:11px sans-serif}.grid{stroke:#ddd}.tick{fill:#444}.line{fill:none;stroke-width:2}"
-    ".raw{fill:none;stroke-width:1;opacity:.3}.band{stroke:none;opacity:.18}.cursor{display:none}"
+    "svg{background:#fff;font:11px sans-serif}.grid{stroke:#ddd}.tick{fill:#444}"
+    ".line{fill:none;stroke-width:2}.raw{fill:none;stroke-width:1;opacity:.3}"
+    ".band{stroke:none;opacity:.18}.cursor{display:none}"
     + "".join(
         f".c{n}.line,.c{n}.raw{{stroke:{c}}}.c{n}.band,.c{n}.dot{{fill:{c}}}"
         for n, c in enumerate(COLORS)

@@ -65,7 +65,10 @@ def script() -> str:
 def inlined() -> str:
     """Style and script within the page; by their checksums, nothing else may run or be loaded."""
     style, code = (HERE / "static" / "style.css").read_text(), script()
-    policy = f"default-src 'none'; style-src '{_checksum(style)}'; script-src '{_checksum(code)}'; base-uri 'none'; form-action 'none'"
+    policy = (
+        f"default-src 'none'; style-src '{_checksum(style)}'; script-src '{_checksum(code)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
     return f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<style>{style}</style>'
 
 
@@ -79,7 +82,10 @@ class Folder:
     def __init__(self, runs: Sequence[Run], to: Path):
         self.runs, self.to = runs, to
         assets = '<link rel="stylesheet" href="style.css">\n<script defer src="viewer.js"></script>'
-        policy = "default-src 'none'; style-src 'self' file:; script-src 'self' file:; base-uri 'none'; form-action 'none'"
+        policy = (
+            "default-src 'none'; style-src 'self' file:; script-src 'self' file:; "
+            "base-uri 'none'; form-action 'none'"
+        )
         self.site = Site(
             runs,
             self.link,
@@ -168,7 +174,8 @@ def _file_name(key: Key) -> str:
     words = re.sub(r"[^A-Za-z0-9]+", "-", "-".join([run, *(value for _, value in state)])).strip(
         "-"
     )[:60]
-    return f"{page}-{words}-{hashlib.sha256(repr(key).encode('utf-8', 'surrogatepass')).hexdigest()[:8]}.html"
+    digest = hashlib.sha256(repr(key).encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{page}-{words}-{digest[:8]}.html"
 
 
 def report(runs: Sequence[Run]) -> str:

@@ -113,7 +113,7 @@ def truth_calls(check: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _against_truth(made: Sequence[Call], truth: Sequence[tuple[str, Any]]) -> str:
-    """Compare the calls that were made with those that were due: by name first, then by arguments."""
+    """Compare the calls that were made with the expected ones: by name, then by arguments."""
     left = [(call.name, _value(call.arguments)) for call in made]
     missing = []
     for name, arguments in truth:

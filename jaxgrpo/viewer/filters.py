@@ -20,7 +20,7 @@ _NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d{1,15})?")
 
 @dataclasses.dataclass(frozen=True)
 class Filter:
-    """Texts as they were typed; an empty one asks for nothing, one that cannot be read is left out."""
+    """Texts as they were typed. Empty ones ask for nothing, unreadable ones are left out."""
 
     q: str = ""
     split: str = ""

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import Any
 
 from jaxgrpo.paths import cache_root
 from jaxgrpo.viewer.reader import Lines, integer, number, parsed, text
@@ -102,7 +103,7 @@ class Index:
             progress(count, len(new))
         return bool(new or gone)
 
-    def _start(self, name: str, known: tuple | None) -> int:
+    def _start(self, name: str, known: tuple[Any, ...] | None) -> int:
         """Where to read on: after what is known of a plain file that has only grown, else at its
         beginning."""
         if known is None or name.endswith(".gz"):
@@ -110,7 +111,9 @@ class Index:
         _, _, done, mark, _ = known
         return done if last_mark(self.run / name, done) == mark else 0
 
-    def _read(self, new: list, starts: dict[str, int]) -> Iterator[tuple[str, int, int, FileRows]]:
+    def _read(
+        self, new: list[Any], starts: dict[str, int]
+    ) -> Iterator[tuple[str, int, int, FileRows]]:
         workers = min(4, os.cpu_count() or 1)  # four read as fast as one can store
         if sum(size for _, size, _ in new) < SEVERAL:
             for name, size, mtime in new:
@@ -149,7 +152,8 @@ class Index:
             "INSERT INTO said (rowid, words) VALUES (?, ?)", enumerate(read.words, first)
         )
         db.executemany(
-            "INSERT INTO tasks VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET labels = excluded.labels,"
+            "INSERT INTO tasks VALUES (?, ?, ?, ?)"
+            " ON CONFLICT DO UPDATE SET labels = excluded.labels,"
             " truth = coalesce(excluded.truth, truth), query = excluded.query",
             ((k, *v) for k, v in read.tasks.items()),
         )
@@ -276,7 +280,8 @@ def _sum_up(db: sqlite3.Connection, places: set[tuple[str, int]]) -> None:
         db.execute("DELETE FROM cells WHERE split = ? AND step = ?", place)
         db.execute("DELETE FROM kinds WHERE split = ? AND step = ?", place)
         db.execute(
-            "INSERT INTO cells SELECT split, task, step, count(passed), total(passed), avg(reward) FROM episodes"
+            "INSERT INTO cells"
+            " SELECT split, task, step, count(passed), total(passed), avg(reward) FROM episodes"
             " WHERE split = ? AND step = ? GROUP BY split, task, step",
             place,
         )
@@ -287,7 +292,7 @@ def _sum_up(db: sqlite3.Connection, places: set[tuple[str, int]]) -> None:
         )
 
 
-def config_of(run: Path) -> dict:
+def config_of(run: Path) -> dict[str, Any]:
     """What config.json says, nothing where it cannot be read."""
     try:
         found = json.loads((run / "config.json").read_text(encoding="utf-8", errors="replace"))

@@ -3,6 +3,7 @@ takes the query of its address."""
 
 import sqlite3
 from collections.abc import Mapping
+from typing import Any
 
 from jaxgrpo.viewer import curves, heatmap, queries
 from jaxgrpo.viewer.charts import Chart, Curve
@@ -95,7 +96,7 @@ def tasks(site: Site, run: Run, query: Query) -> str:
     return site.render("tasks.html", "tasks", run, shown)
 
 
-def _wanted(row: heatmap.Row, known: Mapping, wanted: Query) -> bool:
+def _wanted(row: heatmap.Row, known: Mapping[str, Any], wanted: Query) -> bool:
     task = known.get(row.task)
     labels = task["labels"].split(",") if task else []
     text = f"{row.task}\n{task['query'] if task else ''}".casefold()

@@ -62,11 +62,12 @@ def episode(
     db: sqlite3.Connection, split: str, step: int, task: str, sample: int, attempt: int = 0
 ) -> sqlite3.Row | None:
     """An episode by its place. Where one was played again, `attempt` tells them apart."""
-    return db.execute(
+    found: sqlite3.Row | None = db.execute(
         f"SELECT *, {_ATTEMPT} FROM episodes e WHERE split = ? AND step = ? AND task = ?"
         " AND sample = ? ORDER BY attempt LIMIT 1 OFFSET ?",
         (split, step, task, sample, attempt),
     ).fetchone()
+    return found
 
 
 def group(db: sqlite3.Connection, split: str, step: int, task: str) -> list[sqlite3.Row]:
@@ -163,7 +164,7 @@ def choices(db: sqlite3.Connection) -> Mapping[str, list[str]]:
 
 
 def _distinct(db: sqlite3.Connection, column: str) -> list[str]:
-    """The values of an indexed column, each found by a jump in the index: not a scan of all rows."""
+    """The values of an indexed column. Each is found by a jump in the index, without a scan."""
     found, last = list[str](), ""
     while (
         row := db.execute(

@@ -93,7 +93,7 @@ def inflated(path: Path, start: int = 0) -> Iterator[bytes]:
 
 
 class Store:
-    """Lines by place, with the texts of the files used last kept in memory (at most `most` bytes)."""
+    """Lines by place. The texts of the files used last stay in memory (at most `most` bytes)."""
 
     def __init__(self, most: int = 64 << 20):
         self._most, self._lock = most, threading.Lock()

@@ -75,7 +75,8 @@ class Tokens:
         if self._tokenizer is None:
             return " ".join(map(str, ids))
         known = [each for each in ids if each >= 0]
-        return self._tokenizer.decode(known, skip_special_tokens=False)
+        text: str = self._tokenizer.decode(known, skip_special_tokens=False)
+        return text
 
     def _piece(self, token: int) -> str:
         if self._tokenizer is None or token < 0:
@@ -100,7 +101,8 @@ def open_runs(paths: Sequence[Path], cache: Path | None = None) -> list[Run]:
             runs.append(Run(name, path, Index(path, cache)))
         except (OSError, sqlite3.Error) as error:
             raise RunError(
-                f"the index of {path} cannot be kept: {error}; name a folder for it in JAXGRPO_CACHE"
+                f"the index of {path} cannot be kept: {error}; "
+                "name a folder for it in JAXGRPO_CACHE"
             ) from error
     return runs
 

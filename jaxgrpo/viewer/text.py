@@ -1,4 +1,4 @@
-"""The terminal's view: a summary of a run, an episode, or two of one task, readable at 80 columns."""
+"""Print a run, an episode, or two episodes of one task to the terminal, readable at 80 columns."""
 
 import sqlite3
 from collections.abc import Sequence
@@ -20,14 +20,15 @@ _LONGEST = 4000
 
 
 def summary(run: Run, console: Console | None = None) -> None:
-    """What a run is and how it went: its figures, its evaluations, its failures and what changed."""
+    """Print what a run is and how it went: its figures, evaluations, failures and changes."""
     console = console or Console()
     with run.index.connect() as db:
         sums = queries.totals(db)
         _say(console, run.name, "bold")
         _say(
             console,
-            f"{sums['episodes']:,} episodes of {sums['tasks']} tasks, {sums['steps']} steps recorded",
+            f"{sums['episodes']:,} episodes of {sums['tasks']} tasks, "
+            f"{sums['steps']} steps recorded",
         )
         for name, fault in queries.faults(db):
             _say(console, f"! {name}: {fault}", "yellow")
@@ -99,10 +100,8 @@ def _failures(console: Console, db: sqlite3.Connection, split: str) -> None:
     for kind, count in sorted(whole.items(), key=lambda item: -item[1]):
         if count:
             shares = [counts.get(kind, 0) / sum(counts.values()) for counts in by_step.values()]
-            _say(
-                console,
-                f"  {kind.replace('_', ' '):18} {count:7,} {count / total:5.0%}  {sparkline(shares)}",
-            )
+            figures = f"{count:7,} {count / total:5.0%}"
+            _say(console, f"  {kind.replace('_', ' '):18} {figures}  {sparkline(shares)}")
 
 
 def _changes(console: Console, db: sqlite3.Connection) -> None:
@@ -174,11 +173,8 @@ def _header(console: Console, row: sqlite3.Row, shown: Episode) -> None:
     _say(console, f"{shown.task}  {shown.split} step {shown.step} sample {shown.sample}", "bold")
     console.print(_verdict(row, shown))
     for finding in turns.findings(shown):
-        _say(
-            console,
-            f"  {finding.where}: {finding.note or f'{finding.actual}, expected {finding.expected}'}",
-            "yellow",
-        )
+        found = finding.note or f"{finding.actual}, expected {finding.expected}"
+        _say(console, f"  {finding.where}: {found}", "yellow")
     if shown.error:
         _say(console, shown.error[:_LONGEST], "red")
     if shown.query:

@@ -13,8 +13,9 @@ from jaxgrpo.viewer.turns import Part
 MOST_SHOWN = 50_000
 """Characters of one text on a page; the raw text has all of them."""
 _HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
-    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\uffff\ud800-\udfff\U000e0000-\U000e0fff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f"
+    "\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
+    "\ufeff\uffa0\ufff0-\uffff\ud800-\udfff\U000e0000-\U000e0fff]"
 )
 
 
@@ -35,7 +36,7 @@ def plain(text: str) -> str:
 
 
 def visible(text: str, most: int = MOST_SHOWN) -> Markup:
-    """For a page: escaped, cut at `most` characters, hidden characters as marks with their names."""
+    """Return HTML: escaped, cut at `most` characters, hidden characters as marks with names."""
     parts, place = [], 0
     shown = text[:most]
     for found in _HIDDEN.finditer(shown):

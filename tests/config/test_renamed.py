@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from jaxgrpo.config.encoding import decode
 from jaxgrpo.config.load import incompatible_changes, load_config, to_json
 from jaxgrpo.config.renamed import with_current_names
 from jaxgrpo.config.settings import ConfigError
 from jaxgrpo.configs.procedural import get_config
+from jaxgrpo.envs.bfcl.rewards import Format
 
 
 def test_a_section_of_an_earlier_version_is_read(tmp_path: Path) -> None:
@@ -61,11 +63,22 @@ def test_a_setting_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     assert with_current_names(tree)["rollout"]["step_deadline_seconds"] == 8.5
 
 
+@pytest.mark.parametrize("separator", [":", "."])
+def test_a_field_of_a_reward_of_an_earlier_version_is_read(separator: str) -> None:
+    saved = {"class": f"envs.bfcl.rewards{separator}Format", "share": True}
+    tree = with_current_names({"rewards": {"functions": [saved]}})
+    assert decode(tree["rewards"]["functions"]) == (Format(fraction=True),)
+    assert with_current_names({"rewards": [{"class": "mine:Format", "share": 1}]}) == {
+        "rewards": [{"class": "mine:Format", "share": 1}]
+    }
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
         ("rollout.environment_deadline", "rollout.step_deadline_seconds"),
         ("packing.prompt_multiple", "batching.prompt_multiple"),
+        ("rewards.Format.share", "rewards.Format.fraction"),
     ],
 )
 def test_an_override_of_an_old_name_is_told_the_new_one(old: str, new: str) -> None:
@@ -78,9 +91,13 @@ def test_an_old_name_in_a_config_file_is_told_the_new_one(tmp_path: Path) -> Non
     for call, new in (
         ("RolloutSettings(environment_deadline=3.0)", "step_deadline_seconds"),
         ("Config(packing=None)", "batching"),
+        ("Format(share=True)", "fraction"),
     ):
-        path.write_text(f"from jaxgrpo.config.settings import *\n{call}\n")
-        with pytest.raises(ConfigError, match=f"line 2: .* It is now called '{new}'"):
+        path.write_text(
+            "from jaxgrpo.config.settings import *\n"
+            f"from jaxgrpo.envs.bfcl.rewards import *\n{call}\n"
+        )
+        with pytest.raises(ConfigError, match=f"line 3: .* It is now called '{new}'"):
             load_config(path)
 
 

@@ -98,9 +98,9 @@ def test_treatments_reward_the_episodes_differently(name: str) -> None:
 
 
 def test_the_fraction_of_well_formed_turns_is_an_option() -> None:
-    share = article_rewards(Execution(), Format(share=True), Correctness())
-    assert parts(played("base_0", SOLVED, "<TASK_FINISHED>"), share) == (1.0, 0.5, 1.0)
-    assert parts(played("base_0", tool(CD), "<TASK_FINISHED>"), share) == (1.0, 0.0, 0.0)
+    fraction = article_rewards(Execution(), Format(fraction=True), Correctness())
+    assert parts(played("base_0", SOLVED, "<TASK_FINISHED>"), fraction) == (1.0, 0.5, 1.0)
+    assert parts(played("base_0", tool(CD), "<TASK_FINISHED>"), fraction) == (1.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(

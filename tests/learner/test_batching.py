@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxgrpo.config.settings import BatchingSettings
-from jaxgrpo.learner.batching import bucket, loss_masks, loss_weights, pack
-from jaxgrpo.types import Group, GroupBatch, StopReason
+from jaxgrpo.learner.batching import bucket, loss_masks, loss_weights, make_micro_batches
+from jaxgrpo.types import Group, MicroBatch, StopReason
 from tests.episodes import episode, group, random_groups
 
 SMALL = BatchingSettings(prompt_multiple=4, completion_multiple=4)
@@ -29,7 +29,7 @@ def masks(*rows: str) -> list[np.ndarray]:
     return [np.array([c == "1" for c in row]) for row in rows]
 
 
-def by_task(batches: list[GroupBatch], groups: list) -> list[tuple]:
+def by_task(batches: list[MicroBatch], groups: list) -> list[tuple]:
     """What each group got, in the order of `groups`, cut to its real tokens.
 
     A group is found by its prompt and completions.
@@ -84,7 +84,7 @@ def test_overlong_rows_keep_their_mask_when_they_are_not_masked() -> None:
 
 
 def test_the_golden_batch_written_out() -> None:
-    (batch,) = pack([group(GOLDEN_FIRST, GOLDEN_SECOND)], 1, 8, SMALL)
+    (batch,) = make_micro_batches([group(GOLDEN_FIRST, GOLDEN_SECOND)], 1, 8, SMALL)
     assert batch.prompt_NP.tolist() == [[11, 12, 13, 0]]
     assert batch.prompt_lengths_N.tolist() == [3]
     assert batch.completions_NGC.tolist() == [
@@ -105,8 +105,8 @@ def test_the_golden_batch_written_out() -> None:
 
 
 def test_an_overlong_row_keeps_its_tokens_and_its_part_in_the_advantages() -> None:
-    (whole,) = pack([group(GOLDEN_FIRST, GOLDEN_SECOND)], 1, 8, SMALL)
-    (masked,) = pack([group(GOLDEN_FIRST, GOLDEN_OVERLONG)], 1, 8, SMALL)
+    (whole,) = make_micro_batches([group(GOLDEN_FIRST, GOLDEN_SECOND)], 1, 8, SMALL)
+    (masked,) = make_micro_batches([group(GOLDEN_FIRST, GOLDEN_OVERLONG)], 1, 8, SMALL)
     e = 0.2  # the five tokens of the other row
     chex.assert_trees_all_close(
         masked.loss_weights_NGC,
@@ -167,7 +167,7 @@ def test_the_weights_sum_to_what_the_denominator_says(aggregation: str, total: f
 
 
 def test_the_tokens_of_a_whole_batch_weigh_one_over_all_micro_batches() -> None:
-    batches = pack(random_groups(0, 7, 3, 50, 6, 9), 2, 9, SMALL)
+    batches = make_micro_batches(random_groups(0, 7, 3, 50, 6, 9), 2, 9, SMALL)
     assert len(batches) == 4
     assert sum(float(b.loss_weights_NGC.sum()) for b in batches) == pytest.approx(1.0, rel=1e-6)
 
@@ -180,7 +180,7 @@ def test_a_group_masked_whole_carries_no_loss(aggregation: str) -> None:
     weights = [
         w
         for w, _ in by_task(
-            pack([group(overlong, GOLDEN_OVERLONG), other], 1, 8, settings),
+            make_micro_batches([group(overlong, GOLDEN_OVERLONG), other], 1, 8, settings),
             [group(overlong, GOLDEN_OVERLONG)],
         )
     ]
@@ -190,12 +190,12 @@ def test_a_group_masked_whole_carries_no_loss(aggregation: str) -> None:
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
 def test_a_batch_without_any_token_of_loss_has_zero_weights(aggregation: str) -> None:
     settings = dataclasses.replace(SMALL, aggregation=aggregation)
-    (batch,) = pack([group(GOLDEN_OVERLONG, GOLDEN_OVERLONG)], 1, 8, settings)
+    (batch,) = make_micro_batches([group(GOLDEN_OVERLONG, GOLDEN_OVERLONG)], 1, 8, settings)
     chex.assert_trees_all_equal(batch.loss_weights_NGC, np.zeros((1, 2, 8), np.float32))
 
 
 def test_the_last_micro_batch_is_filled_with_empty_groups() -> None:
-    (batch,) = pack([group(GOLDEN_FIRST, GOLDEN_SECOND)], 3, 8, SMALL)
+    (batch,) = make_micro_batches([group(GOLDEN_FIRST, GOLDEN_SECOND)], 3, 8, SMALL)
     assert batch.prompt_NP[1:].tolist() == [[0, 0, 0, 0]] * 2
     assert batch.prompt_lengths_N.tolist() == [
         3,
@@ -215,9 +215,9 @@ def test_a_trajectorys_weights_do_not_depend_on_the_micro_batch_size(
 ) -> None:
     settings = dataclasses.replace(SMALL, aggregation=aggregation)
     groups = random_groups(1, 7, 3, 50, 6, 9)
-    one_batch = by_task(pack(groups, 7, 9, settings), groups)
+    one_batch = by_task(make_micro_batches(groups, 7, 9, settings), groups)
     chex.assert_trees_all_equal(
-        by_task(pack(groups, micro_batch_groups, 9, settings), groups), one_batch
+        by_task(make_micro_batches(groups, micro_batch_groups, 9, settings), groups), one_batch
     )
 
 
@@ -228,13 +228,16 @@ def test_groups_of_like_size_share_a_micro_batch() -> None:
         for c in (long, short)
         for p in (short, long)
     ]
-    assert [(b.prompt_NP.shape, b.completions_NGC.shape[2]) for b in pack(groups, 1, 8, SMALL)] == [
+    assert [
+        (b.prompt_NP.shape, b.completions_NGC.shape[2])
+        for b in make_micro_batches(groups, 1, 8, SMALL)
+    ] == [
         ((1, 4), 4),
         ((1, 4), 8),
         ((1, 8), 4),
         ((1, 8), 8),
     ]
-    assert [b.prompt_NP.shape for b in pack(groups, 2, 8, SMALL)] == [(2, 4), (2, 8)]
+    assert [b.prompt_NP.shape for b in make_micro_batches(groups, 2, 8, SMALL)] == [(2, 4), (2, 8)]
 
 
 def uneven_groups() -> list[Group]:
@@ -283,7 +286,7 @@ def test_a_group_keeps_what_is_its_own_when_packing_reorders(
     aggregation: str, micro_batch_groups: int
 ) -> None:
     groups = uneven_groups()
-    batches = pack(
+    batches = make_micro_batches(
         groups, micro_batch_groups, 20, dataclasses.replace(SMALL, aggregation=aggregation)
     )
     places = [(batch, i) for batch in batches for i in range(micro_batch_groups)][: len(groups)]
@@ -338,7 +341,7 @@ def test_bucketed_shapes_are_few() -> None:
 
 def test_groups_of_different_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"one size and be at least one, got sizes \[2, 3\]"):
-        pack(
+        make_micro_batches(
             [group(GOLDEN_FIRST, GOLDEN_SECOND), group(GOLDEN_FIRST, GOLDEN_SECOND, GOLDEN_SECOND)],
             1,
             8,
@@ -348,11 +351,11 @@ def test_groups_of_different_sizes_are_refused() -> None:
 
 def test_no_group_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
-        pack([], 1, 8, SMALL)
+        make_micro_batches([], 1, 8, SMALL)
 
 
 def test_the_advantage_normalization_reaches_the_batch() -> None:
-    (batch,) = pack(
+    (batch,) = make_micro_batches(
         [group(GOLDEN_FIRST, GOLDEN_SECOND)],
         1,
         8,

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from jaxgrpo.config.settings import BatchingSettings, LossSettings
-from jaxgrpo.learner.batching import pack
+from jaxgrpo.learner.batching import make_micro_batches
 from jaxgrpo.learner.sharding import logical_on_host
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params, cast_to, forward, head_table
-from jaxgrpo.types import Group, GroupBatch, Trajectory
+from jaxgrpo.types import Group, MicroBatch, Trajectory
 from tests import reference
 from tests.updates import (
     ADAM,
@@ -69,7 +69,7 @@ def test_padding_with_empty_groups_does_not_matter() -> None:
 def test_what_padding_holds_does_not_matter() -> None:
     rng = np.random.default_rng(2)
 
-    def spoil(batch: GroupBatch) -> GroupBatch:
+    def spoil(batch: MicroBatch) -> MicroBatch:
         p, c = batch.prompt_NP.shape[1], batch.completions_NGC.shape[2]
         prompt_padding = np.arange(p) >= batch.prompt_lengths_N[:, None]
         padding = np.arange(c) >= batch.completion_lengths_NG[:, :, None]
@@ -232,7 +232,9 @@ def test_the_gradient_is_that_of_the_right_groups_when_packing_reorders() -> Non
         )
         for g in GROUPS
     ]
-    batches = pack(groups, 4, LONGEST, BatchingSettings(prompt_multiple=4, completion_multiple=4))
+    batches = make_micro_batches(
+        groups, 4, LONGEST, BatchingSettings(prompt_multiple=4, completion_multiple=4)
+    )
     assert [b.prompt_NP.shape[1] for b in batches] == [4, 4, 8]
     lengths = np.concatenate([b.prompt_lengths_N for b in batches]).tolist()
     assert sorted(lengths[:8]) == [1, 1, 2, 2, 3, 3, 4, 4] and lengths != [
@@ -313,7 +315,7 @@ def test_logprobs_equal_a_dense_log_softmax_of_repeated_prompts() -> None:
     )
 
 
-def _is_row(batch: GroupBatch, i: int, group: Group) -> bool:
+def _is_row(batch: MicroBatch, i: int, group: Group) -> bool:
     first = group.trajectories[0].completion_ids_C
     same_prompt = np.array_equal(
         batch.prompt_NP[i, : batch.prompt_lengths_N[i]], group.prompt_ids_P

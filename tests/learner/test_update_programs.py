@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jaxgrpo.config.settings import REMAT, BatchingSettings
-from jaxgrpo.learner.batching import pack
+from jaxgrpo.learner.batching import make_micro_batches
 from jaxgrpo.learner.sharding import make_mesh
 from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.qwen2 import rematerialized
@@ -112,7 +112,7 @@ def test_one_shape_is_compiled_once() -> None:
 def test_each_new_shape_is_counted() -> None:
     update, params = update_of(1), params_of(TINY)
     before = update.compilations
-    longer = pack(
+    longer = make_micro_batches(
         GROUPS[:1],
         1,
         LONGEST,

@@ -11,7 +11,7 @@ from jaxgrpo.environment import Observation, StepResult
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.background import BlockingCalls
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.episode import EpisodeKey, EpisodePlayer, Limits, SamplingParams
+from jaxgrpo.rollout.episode import EpisodeKey, EpisodeRunner, Limits, SamplingParams
 from jaxgrpo.rollout.openings import PromptError
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall, Trajectory
@@ -48,7 +48,7 @@ def play(
 
     async def run() -> Trajectory:
         suite = Suite(lambda task, earlier: environment())
-        player = EpisodePlayer(
+        runner = EpisodeRunner(
             sampler,
             suite,
             Chat(byte_tokenizer()),
@@ -57,10 +57,10 @@ def play(
             BlockingCalls(4, deadline),
             **options,
         )
-        opening = await EpisodePlayer(
-            sampler, Suite(), player.chat, limits, SamplingParams(), BlockingCalls(4, 10)
+        opening = await EpisodeRunner(
+            sampler, Suite(), runner.chat, limits, SamplingParams(), BlockingCalls(4, 10)
         ).open(TASK)
-        return await player.play(TASK, opening, KEY)
+        return await runner.run(TASK, opening, KEY)
 
     return asyncio.run(run())
 
@@ -216,7 +216,7 @@ def test_reward_functions_judge_what_was_played() -> None:
 @pytest.mark.parametrize(("allowed", "fits"), [(35, True), (34, False)])
 def test_a_prompt_may_be_as_long_as_the_limit(allowed: int, fits: bool) -> None:
     limits = limits_of(100, 10, allowed, 1000)
-    player = EpisodePlayer(
+    runner = EpisodeRunner(
         ScriptedSampler([]),
         Suite(),
         Chat(byte_tokenizer()),
@@ -225,14 +225,14 @@ def test_a_prompt_may_be_as_long_as_the_limit(allowed: int, fits: bool) -> None:
         BlockingCalls(4, 10),
     )
     if fits:
-        opening = asyncio.run(player.open(TASK))
+        opening = asyncio.run(runner.open(TASK))
         assert opening.prompt_ids_P.tolist() == PROMPT
         assert not opening.prompt_ids_P.flags.writeable  # all episodes of the task hold this array
     else:
         with pytest.raises(
             PromptError, match=r"has 35 tokens, and rollout\.max_prompt_tokens is 34"
         ):
-            asyncio.run(player.open(TASK))
+            asyncio.run(runner.open(TASK))
 
 
 @pytest.mark.parametrize(

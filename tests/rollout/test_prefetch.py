@@ -6,7 +6,7 @@ from collections import defaultdict
 import pytest
 
 from jaxgrpo.rollout.background import EventLoopThread
-from jaxgrpo.rollout.prefetch import RolloutsAhead, StalenessError, check_staleness
+from jaxgrpo.rollout.prefetch import RolloutPrefetcher, StalenessError, check_staleness
 from jaxgrpo.rollout.rollout import RolloutResult
 from jaxgrpo.samplers.metered import MeteredSampler
 from jaxgrpo.types import Group, Task
@@ -60,7 +60,7 @@ def test_batches_begin_as_early_as_the_bound_allows(
 ) -> None:
     rollouts = Rollouts()
     ended(loop, rollouts, *range(5))
-    ahead = RolloutsAhead(loop, rollouts.play, 0, max_staleness)
+    ahead = RolloutPrefetcher(loop, rollouts.play, 0, max_staleness)
     for number in range(5):
         assert ahead.next(5 - number).seconds == number
         rollouts.version += 1
@@ -70,7 +70,7 @@ def test_batches_begin_as_early_as_the_bound_allows(
 def test_the_next_batch_is_under_way_while_one_trains_and_no_other(loop: EventLoopThread) -> None:
     rollouts = Rollouts()
     ended(loop, rollouts, 4)
-    ahead = RolloutsAhead(loop, rollouts.play, 4, 1)
+    ahead = RolloutPrefetcher(loop, rollouts.play, 4, 1)
     ahead.next(10)
     assert rollouts.began == {4: 0, 5: 0}
     rollouts.version = 1
@@ -84,7 +84,7 @@ def test_the_next_batch_is_under_way_while_one_trains_and_no_other(loop: EventLo
 def test_no_batch_is_played_that_the_run_does_not_need(loop: EventLoopThread) -> None:
     rollouts = Rollouts()
     ended(loop, rollouts, 0, 1)
-    ahead = RolloutsAhead(loop, rollouts.play, 0, 5)
+    ahead = RolloutPrefetcher(loop, rollouts.play, 0, 5)
     ahead.next(2)
     ahead.next(1)
     assert list(rollouts.began) == [0, 1]
@@ -93,7 +93,7 @@ def test_no_batch_is_played_that_the_run_does_not_need(loop: EventLoopThread) ->
 def test_an_error_ahead_is_raised_when_its_batch_is_asked_for(loop: EventLoopThread) -> None:
     rollouts = Rollouts()
     ended(loop, rollouts, 12, 13)
-    ahead = RolloutsAhead(loop, rollouts.play, 12, 1)
+    ahead = RolloutPrefetcher(loop, rollouts.play, 12, 1)
     assert ahead.next(5).seconds == 12
     with pytest.raises(LookupError, match="the thirteenth"):
         ahead.next(4)
@@ -105,7 +105,7 @@ def test_an_interrupted_wait_ends_all_that_is_under_way(
     loop: EventLoopThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rollouts = Rollouts()
-    ahead = RolloutsAhead(loop, rollouts.play, 0, 2)
+    ahead = RolloutPrefetcher(loop, rollouts.play, 0, 2)
 
     def interrupted(coroutine):
         future = loop.start(coroutine)

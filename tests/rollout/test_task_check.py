@@ -216,7 +216,7 @@ def settings(threads: int, deadline: float) -> RolloutSettings:
 
 def opened(suite, said, threads=4, deadline=10.0):
     check = TaskCheck(suite, settings(threads, deadline), said.append)
-    return check.opened(Chat(byte_tokenizer()), check.listed("train"))
+    return check.open_tasks(Chat(byte_tokenizer()), check.list_tasks("train"))
 
 
 def test_a_thousand_tasks_are_opened_side_by_side() -> None:
@@ -259,7 +259,7 @@ def test_an_interruption_ends_it_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(task_check, "SAY_EVERY_SECONDS", 0.02)
     check = TaskCheck(Suite(gate.wait), settings(4, 60.0), interrupted)
     with pytest.raises(KeyboardInterrupt):
-        check.opened(Chat(byte_tokenizer()), check.listed("train"))
+        check.open_tasks(Chat(byte_tokenizer()), check.list_tasks("train"))
     gate.set()
 
 
@@ -302,7 +302,7 @@ def test_a_template_that_refuses_a_role_is_told_with_the_task() -> None:
     suite = Suite()
     suite.create = lambda task: Tool()
     check = TaskCheck(suite, settings(2, 10.0))
-    found = check.opened(Chat(byte_tokenizer(refusing)), suite.tasks("train")).found
+    found = check.open_tasks(Chat(byte_tokenizer(refusing)), suite.tasks("train")).found
     assert str(found["0"]) == (
         "the prompt of task '0': the chat template refuses to begin with messages of role ('tool',): no tools here"
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxgrpo.config.settings import BatchingSettings
-from jaxgrpo.learner.batching import pack
+from jaxgrpo.learner.batching import make_micro_batches
 from jaxgrpo.learner.losses import LossSums
 from jaxgrpo.learner.train_state import StepReport
 from jaxgrpo.rollout.rollout import DroppedGroup, RolloutResult
@@ -107,7 +107,9 @@ def test_faults_of_skipped_batches_are_counted_with_the_next() -> None:
 
 
 def test_update_metrics_by_hand() -> None:
-    batches = pack(GROUPS, 2, 8, BatchingSettings(prompt_multiple=4, completion_multiple=8))
+    batches = make_micro_batches(
+        GROUPS, 2, 8, BatchingSettings(prompt_multiple=4, completion_multiple=8)
+    )
     first = LossSums(0.5, 10.0, 14.0, 2.0, 0.0, 20.0, 1.4, 0.7, 7.0, 0.3)
     last = first._replace(loss=0.1, clipped=5.0)
     seconds = {"reference": 0.1, "update": 0.5, "probe": 0.05, "publish": 0.2}
@@ -139,7 +141,9 @@ def test_update_metrics_by_hand() -> None:
 
 
 def test_a_step_that_was_not_taken_is_counted_and_no_part_of_the_rest() -> None:
-    batches = pack(GROUPS, 2, 8, BatchingSettings(prompt_multiple=4, completion_multiple=8))
+    batches = make_micro_batches(
+        GROUPS, 2, 8, BatchingSettings(prompt_multiple=4, completion_multiple=8)
+    )
     seconds = dict.fromkeys(("reference", "update", "probe", "publish"), 1.0)
     taken = StepReport(LossSums(*[1.0] * 10), 1.0)
     lost = StepReport(LossSums(*[float("nan")] * 10), float("inf"))
@@ -173,8 +177,12 @@ def test_what_a_batch_took_and_who_waited_by_hand() -> None:
 
 
 def test_empty_groups_that_fill_a_micro_batch_count_nothing() -> None:
-    one = pack(GROUPS[:1], 1, 8, BatchingSettings(prompt_multiple=4, completion_multiple=8))
-    filled = pack(GROUPS[:1], 3, 8, BatchingSettings(prompt_multiple=4, completion_multiple=8))
+    one = make_micro_batches(
+        GROUPS[:1], 1, 8, BatchingSettings(prompt_multiple=4, completion_multiple=8)
+    )
+    filled = make_micro_batches(
+        GROUPS[:1], 3, 8, BatchingSettings(prompt_multiple=4, completion_multiple=8)
+    )
     report = [StepReport(LossSums(*[1.0] * 10), 1.0)]
     seconds = dict.fromkeys(("reference", "update", "probe", "publish"), 1.0)
     a, b = (update_metrics(batches, report, 1, seconds) for batches in (one, filled))

@@ -14,7 +14,7 @@ import pytest
 
 from jaxgrpo import evaluate
 from jaxgrpo.config.settings import ConfigError
-from jaxgrpo.run.folder import held
+from jaxgrpo.run.folder import locked_folder
 from jaxgrpo.storage import locks
 from jaxgrpo.storage.checkpoint import newest_step
 from jaxgrpo.train import main
@@ -29,8 +29,8 @@ def model(tmp_path_factory: pytest.TempPathFactory):
 
 HOLDING = """
 import os, pathlib, sys, time
-from jaxgrpo.run.folder import held
-with held(pathlib.Path(sys.argv[1])):
+from jaxgrpo.run.folder import locked_folder
+with locked_folder(pathlib.Path(sys.argv[1])):
     if sys.argv[2:]:  # as a pool of processes does
         ready, told = os.pipe()
         if os.fork() == 0:
@@ -96,20 +96,20 @@ class TestOneRunAFolder:
 
     def test_a_process_that_was_forked_does_not_hold_it_on(self, tmp_path: Path, hold: Any) -> None:
         first = hold(tmp_path / "run", "fork")
-        with pytest.raises(ConfigError), held(tmp_path / "run"):
+        with pytest.raises(ConfigError), locked_folder(tmp_path / "run"):
             pass
         first.kill()
         first.wait()
-        with held(tmp_path / "run"):
+        with locked_folder(tmp_path / "run"):
             pass
 
     def test_within_one_process_too_and_the_lock_of_an_ended_run_is_nobodys(
         self, tmp_path: Path
     ) -> None:
         refused = pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on ")
-        with held(tmp_path), refused, held(tmp_path):
+        with locked_folder(tmp_path), refused, locked_folder(tmp_path):
             pass
-        with held(tmp_path):
+        with locked_folder(tmp_path):
             pass
 
     def test_a_file_system_without_locks_is_told_of(
@@ -119,7 +119,7 @@ class TestOneRunAFolder:
             raise OSError(errno.ENOSYS, "Function not implemented")
 
         monkeypatch.setattr(locks.fcntl, "flock", refuse)
-        with held(tmp_path):
+        with locked_folder(tmp_path):
             assert (
                 "cannot be locked (Function not implemented): start no second run in it"
                 in capsys.readouterr().err
@@ -131,18 +131,18 @@ class TestOneRunAFolder:
         (tmp_path / "elsewhere").write_text("mine")
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / ".lock").symlink_to(tmp_path / "elsewhere")
-        with held(tmp_path / "run"):
+        with locked_folder(tmp_path / "run"):
             assert "cannot be locked" in capsys.readouterr().err
         assert (tmp_path / "elsewhere").read_text() == "mine"
 
     def test_a_new_folder_that_stays_empty_is_removed_and_an_old_one_is_not(
         self, tmp_path: Path
     ) -> None:
-        with held(tmp_path / "new"):
+        with locked_folder(tmp_path / "new"):
             pass
         assert not (tmp_path / "new").exists()
         (tmp_path / "old").mkdir()
-        with held(tmp_path / "old"):
+        with locked_folder(tmp_path / "old"):
             pass
         assert (tmp_path / "old").exists()
 
@@ -188,7 +188,7 @@ def test_what_killed_runs_left_half_written_is_removed_and_nothing_else(tmp_path
     ]
     for name in (*left, *kept):
         (run / name).write_text(name)
-    with held(run):
+    with locked_folder(run):
         pass
     there = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert there == {*kept, ".lock"}

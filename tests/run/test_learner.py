@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from jaxgrpo.config.settings import BatchingSettings
-from jaxgrpo.learner.batching import pack
+from jaxgrpo.learner.batching import make_micro_batches
 from jaxgrpo.learner.train_state import StepReport
 from jaxgrpo.run.learner import Learner
 from jaxgrpo.run.processes import Processes
 from jaxgrpo.run.setup import initial_params, open_model_assets
-from jaxgrpo.types import GroupBatch
+from jaxgrpo.types import MicroBatch
 from tests import reference
 from tests.episodes import random_groups
 from tests.training import changed, make_model
 
-BATCHES = pack(
+BATCHES = make_micro_batches(
     random_groups(0, 4, 3, 260, 8, 8),
     2,
     8,
@@ -65,7 +65,7 @@ def logprobs(learner: Learner) -> list[np.ndarray]:
 def expected_loss(
     learner: Learner, train: list[np.ndarray], old: list[np.ndarray], anchors: list[np.ndarray]
 ) -> float:
-    def of(batch: GroupBatch, *arrays: np.ndarray) -> float:
+    def of(batch: MicroBatch, *arrays: np.ndarray) -> float:
         loss = learner.update.loss
         return reference.grpo_loss(
             *arrays,

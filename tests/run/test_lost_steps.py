@@ -42,18 +42,20 @@ def test_weights_that_give_no_finite_log_probabilities_are_of_no_use(devices: in
     update, (batch,) = update_of(devices), packed(GROUPS, 12)
     probe = first_rows(batch, devices, SETTINGS)
     state = update.init(params_of(TINY))
-    assert update.usable(state, probe)
+    assert update.has_finite_logprobs(state, probe)
     for path in (("norm", "scale"), ("layers", "mlp", "down", "kernel"), ("embed", "embedding")):
         for value in (np.nan, np.inf, 3e38):
             spoilt = {
                 key: np.array(leaf) for key, leaf in hf_mapping.flatten(params_of(TINY)).items()
             }
             spoilt[path].flat[-1] = value
-            assert not update.usable(update.init(hf_mapping.unflatten(spoilt)), probe), (
+            assert not update.has_finite_logprobs(
+                update.init(hf_mapping.unflatten(spoilt)), probe
+            ), (
                 path,
                 value,
             )
     every = jax.tree.map(lambda leaf: leaf * np.float32(1e15), params_of(TINY))
-    assert not update.usable(
+    assert not update.has_finite_logprobs(
         update.init(every), probe
     )  # no weight is, and their norm is not, beyond float32

@@ -412,8 +412,8 @@ def test_what_the_first_process_raises_ends_the_others(model: Path, tmp_path: Pa
     assert [status for status, _ in ended] == [1, 1]
     assert "error: every group of the last 3 batches was dropped" in ended[0][1]
     assert (
-        "error: process 0 failed: NothingLeftError: every group of the last 3 batches was dropped"
-        in ended[1][1]
+        "error: process 0 failed: AllGroupsDroppedError: "
+        "every group of the last 3 batches was dropped" in ended[1][1]
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from jaxgrpo.config.settings import BatchingSettings, ConfigError
 from jaxgrpo.environment import Observation
-from jaxgrpo.learner.batching import pack
+from jaxgrpo.learner.batching import make_micro_batches
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.run.setup import build_update, check_episodes, open_model_assets, served_dtype
 from jaxgrpo.storage.pretrained import load_tokenizer
@@ -114,7 +114,7 @@ def test_the_policy_that_a_server_samples_from_is_the_one_that_is_trained(tmp_pa
     sizes = ModelConfig.from_folder(model)
     params = random_params(sizes, scale=0.2)
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(np.float32), params)
-    (batch,) = pack(
+    (batch,) = make_micro_batches(
         random_groups(0, 2, 2, 260, 8, 8),
         2,
         8,

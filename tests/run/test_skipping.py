@@ -14,7 +14,7 @@ from jaxgrpo.rollout.prefetch import task_batch
 from jaxgrpo.rollout.rollout import RolloutResult
 from jaxgrpo.run import records, skipping
 from jaxgrpo.run.records import read_records, to_line
-from jaxgrpo.run.skipping import Overshoots, SkippedBatches, UselessBatchError
+from jaxgrpo.run.skipping import DivergedBatches, SkippedBatches, UntrainableBatchError
 from jaxgrpo.storage.checkpoint import newest_step
 from jaxgrpo.train import main, train
 from jaxgrpo.types import Group, Task
@@ -54,13 +54,14 @@ def tasks_of(model, batch: int) -> list[str]:
 
 def spoil_batches(monkeypatch, model, spoil, *numbers: int) -> None:
     """`spoil` what is packed of these batches."""
-    pack, spoilt = train_module.pack, [set(tasks_of(model, number)) for number in numbers]
+    make_micro_batches = train_module.make_micro_batches
+    spoilt = [set(tasks_of(model, number)) for number in numbers]
 
     def packed(groups, *rest):
-        batches = pack(groups, *rest)
+        batches = make_micro_batches(groups, *rest)
         return [spoil(b) for b in batches] if {g.task.id for g in groups} in spoilt else batches
 
-    monkeypatch.setattr(train_module, "pack", packed)
+    monkeypatch.setattr(train_module, "make_micro_batches", packed)
 
 
 def far_apart(batch):
@@ -341,16 +342,16 @@ class TestWeights:
     ) -> None:
         """A run that saved nothing may begin again under another one."""
         config, other = small_config(model), changed(tmp_path, model, "optimizer.b1=0.5")
-        Overshoots(tmp_path, config).add(3)
-        Overshoots(tmp_path, config).add(5)
-        again = Overshoots(tmp_path, changed(tmp_path, model, "training.steps=100"))
+        DivergedBatches(tmp_path, config).add(3)
+        DivergedBatches(tmp_path, config).add(5)
+        again = DivergedBatches(tmp_path, changed(tmp_path, model, "training.steps=100"))
         again.check(4)
         for batch in (3, 5):
-            with pytest.raises(UselessBatchError, match="gave no finite log-probabilities"):
+            with pytest.raises(UntrainableBatchError, match="gave no finite log-probabilities"):
                 again.check(batch)
-        Overshoots(tmp_path, other).check(3)
+        DivergedBatches(tmp_path, other).check(3)
         (tmp_path / "overshoots.json").write_text('{"batches": [3')
-        Overshoots(tmp_path, config).check(3)
+        DivergedBatches(tmp_path, config).check(3)
 
     def arguments(self, tmp_path, model) -> list[str]:
         config, run = str(write_config(tmp_path, model)), str(tmp_path / "run")
@@ -412,7 +413,7 @@ def test_what_is_kept_of_skipped_batches_is_bounded(
     monkeypatch.setattr(skipping, "KEPT_BATCHES", 3)
     for i in range(8):
         SkippedBatches(tmp_path).add(
-            f"skipped-{i}-000002", skipped_result(i), UselessBatchError("odd"), 2
+            f"skipped-{i}-000002", skipped_result(i), UntrainableBatchError("odd"), 2
         )
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
@@ -421,15 +422,17 @@ def test_what_is_kept_of_skipped_batches_is_bounded(
     monkeypatch.setattr(
         skipping, "KEPT_BYTES", (tmp_path / "skipped-7-000002.jsonl.gz").stat().st_size + 10
     )
-    SkippedBatches(tmp_path).add("skipped-8-000002", skipped_result(7), UselessBatchError("odd"), 2)
+    SkippedBatches(tmp_path).add(
+        "skipped-8-000002", skipped_result(7), UntrainableBatchError("odd"), 2
+    )
     assert {path.name for path in tmp_path.glob("*.gz")} == {"skipped-8-000002.jsonl.gz"}
 
 
 def test_batches_lost_for_different_reasons_are_told_apart(tmp_path: Path) -> None:
     skipped = SkippedBatches(None)
-    skipped.add("a", skipped_result(0), UselessBatchError("the first"), 2)
-    skipped.add("b", skipped_result(0), UselessBatchError("the second"), 2)
+    skipped.add("a", skipped_result(0), UntrainableBatchError("the first"), 2)
+    skipped.add("b", skipped_result(0), UntrainableBatchError("the second"), 2)
     with pytest.raises(
-        skipping.NothingLearntError, match=r"the last 3 batches: the first; the second$"
+        skipping.TooManySkippedError, match=r"the last 3 batches: the first; the second$"
     ):
-        skipped.add("c", skipped_result(0), UselessBatchError("the first"), 2)
+        skipped.add("c", skipped_result(0), UntrainableBatchError("the first"), 2)

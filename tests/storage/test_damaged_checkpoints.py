@@ -151,12 +151,12 @@ def test_all_processes_take_the_step_that_is_whole_for_each_of_them(tmp_path: Pa
     update = saved(tmp_path, 2, 4, 6)
     checkpoints, heard = Checkpoints(tmp_path, 3), []
 
-    def share(fault: str) -> list[str]:
+    def all_gather_text(fault: str) -> list[str]:
         heard.append(fault)
         return [fault, "its part is damaged" if len(heard) == 1 else ""]
 
     DAMAGES["a value"](tmp_path / "4")
-    assert checkpoints.restore(update, share=share)[0].step == 2
+    assert checkpoints.restore(update, all_gather_text=all_gather_text)[0].step == 2
     assert [bool(fault) for fault in heard] == [False, True, False]
     checkpoints.close()
 

@@ -53,7 +53,7 @@ class ActiveSequence:
             self.finish_reason = FinishReason.LENGTH
 
     def generation(self) -> Generation:
-        """The finished turn."""
+        """Return the finished turn."""
         assert self.finish_reason is not None
         ids, versions = np.asarray(self.token_ids, np.int32), np.asarray(self.versions, np.int64)
         return Generation(ids, np.asarray(self.logprobs, np.float32), versions, self.finish_reason)

@@ -86,7 +86,8 @@ class PageAllocator:
 
 
 def page_matrix(sequences: Sequence[CachedSequence], rows: int, pages: int) -> np.ndarray:
-    """The first pages of each sequence as [rows, pages], padded with page 0, which is not read."""
+    """Return the first pages of each sequence as [rows, pages], padded with page 0, which is not
+    read."""
     matrix = np.zeros((rows, pages), np.int32)
     for row, sequence in enumerate(sequences):
         taken = sequence.pages[:pages]
@@ -97,7 +98,7 @@ def page_matrix(sequences: Sequence[CachedSequence], rows: int, pages: int) -> n
 def token_places(
     sequences: Sequence[CachedSequence], rows: int, tokens: int, page_count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Page and offset, both [rows, tokens], of the tokens after each sequence's cached ones.
+    """Return page and offset, both [rows, tokens], of the tokens after each sequence's cached ones.
 
     The page is `page_count` where the sequence has no room.
     """

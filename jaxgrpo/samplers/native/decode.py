@@ -127,7 +127,7 @@ def _embed(params: Params, ids_BT: Array) -> Array:
 
 
 def empty_pool(config: ModelConfig, pages: int, dtype: Any) -> Caches:
-    """A pool of zeroed pages."""
+    """Return a pool of zeroed pages."""
     k, h = config.kv_heads, config.head_dim
     return tuple(
         KeysValues(jnp.zeros((pages, k, h, PAGE), dtype), jnp.zeros((pages, k, PAGE, h), dtype))
@@ -192,7 +192,7 @@ def _attend_part(q_RKMh: Array, cache: KeysValues, mask: Array) -> _Part:
 
 
 def _merge(parts: list[_Part]) -> Array:
-    """One softmax over the keys of all parts (arXiv:2112.05682, section 2): [R, K, M, h]."""
+    """Merge the softmax over the keys of all parts (arXiv:2112.05682, section 2): [R, K, M, h]."""
     maximum = functools.reduce(jnp.maximum, [part.maximum for part in parts])
     scales = [jnp.exp(part.maximum - maximum) for part in parts]
     total = functools.reduce(

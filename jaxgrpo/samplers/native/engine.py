@@ -201,7 +201,8 @@ class Engine:
     def _victims(
         self, protected: Sequence[ActiveSequence], sequences: Sequence[ActiveSequence]
     ) -> Iterator[CachedSequence]:
-        """Caches to drop, in order: unused ones by last use, then those of the latest sequences."""
+        """Return the caches to drop, in order: unused ones by last use, then those of the latest
+        sequences."""
         # The newest sequence loses its cache first and the oldest never does, so the oldest always
         # finishes. Otherwise sequences could evict each other in turn and only recompute caches.
         kept = {id(c) for s in protected for c in (self._cache(s), self._group(s).shared)}
@@ -232,22 +233,22 @@ class Engine:
             pending = [extension for extension in pending if extension.missing > 0]
         return total
 
-    def _extend_once(self, batch: Sequence[_Extension], width: int) -> None:
+    def _extend_once(self, extensions: Sequence[_Extension], width: int) -> None:
         """Compute up to `width` further tokens of each cache."""
-        caches = [cache for cache, _, _ in batch]
+        caches = [cache for cache, _, _ in extensions]
         # On an accelerator, ask for the final size at once: growing would compile more shapes.
-        own = widest(len(ids) if self._sparing else cache.length for cache, ids, _ in batch)
-        groups = [group for _, _, group in batch]
+        own = widest(len(ids) if self._sparing else cache.length for cache, ids, _ in extensions)
+        groups = [group for _, _, group in extensions]
         context, rows = self._context("extend", caches, groups, width, own)
         ids = np.zeros((rows, width), np.int32)
         positions = np.zeros(rows, np.int32)
-        for i, (cache, target, group) in enumerate(batch):
+        for i, (cache, target, group) in enumerate(extensions):
             piece = target[cache.length : cache.length + width]
             ids[i, : len(piece)] = piece
             positions[i] = cache.length + (0 if group is None else len(group.prompt_ids) - 1)
         new = decode.extend(self.config, self._params, context, ids, positions)
         self._write(new, caches, rows, width)
-        for cache, target, _ in batch:
+        for cache, target, _ in extensions:
             cache.ids = target[: cache.length + width]
 
     def _context(
@@ -293,7 +294,9 @@ class Engine:
         return context, shape.rows
 
     def _gather(self, caches: Sequence[CachedSequence], rows: int, tokens: int) -> decode.Caches:
-        return decode.gather_pages(self._pool, page_matrix(caches, rows, pages_for(tokens)))
+        pages = page_matrix(caches, rows, pages_for(tokens))
+        gathered: decode.Caches = decode.gather_pages(self._pool, pages)
+        return gathered
 
     def _write(
         self, new: decode.Caches, caches: Sequence[CachedSequence], rows: int, tokens: int
@@ -375,7 +378,7 @@ class Engine:
             self.metrics.discarded_tokens += int(counts_B[i] - seen_B[i]) - kept
         if sum(sequence.finished for sequence in sequences) > finished:
             on_finished()
-        return counts_B
+        return np.asarray(counts_B)
 
 
 def _layout(rows_of_groups: Sequence[Sequence[int]], shape: Shape) -> decode.Layout:
@@ -389,11 +392,11 @@ def _layout(rows_of_groups: Sequence[Sequence[int]], shape: Shape) -> decode.Lay
 
 
 def _padded(values: Sequence[Any], rows: int, dtype: Any = np.int32) -> np.ndarray:
-    """The values as an array of `rows` entries, padded with zeros."""
+    """Return the values as an array of `rows` entries, padded with zeros."""
     array = np.asarray(values, dtype)
     return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), dtype)])
 
 
 def _spares_programs(platform: str) -> bool:
-    """Whether compiling a program costs more than padding."""
+    """Return whether compiling a program costs more than padding."""
     return platform != "cpu"

@@ -209,7 +209,7 @@ class NativeSampler:
             await asyncio.sleep(self.gather_seconds / 10)
 
     def _futures(self) -> list[asyncio.Future[Any]]:
-        """What all callers await."""
+        """Return the futures that all callers await."""
         return [
             *(pending.result for pending in self._pending),
             *(command.done for command in self._commands),

@@ -15,7 +15,7 @@ def sample(
     """Sample tokens [B] and return their log-probabilities [B] before top-p.
 
     A token is the argmax of log p + Gumbel noise, or of the logits at temperature 0. The noise of a
-    row depends only on its seed (two 32-bit words) and the token's position, not on its batch.
+    row depends only on its seed (two 32-bit words) and the token's position, not on the other rows.
     """
     chex.assert_rank([logits_BV, seeds_B2, positions_B, temperatures_B, top_ps_B], [2, 2, 1, 1, 1])
     v = logits_BV.shape[1]
@@ -42,7 +42,7 @@ def sample(
 
 
 def _argmax(scores_BV: Array) -> Array:
-    """The first index of each row's maximum.
+    """Return the first index of each row's maximum.
 
     Uses two plain reductions, because jnp.argmax takes five times as long on CPUs.
     """

@@ -49,8 +49,8 @@ class Shape:
         return self.groups * self.shared + self.rows * self.own
 
     def cost(self, row_cost: float) -> float:
-        """Work, in units of one query meeting one key. `row_cost` is a token's work outside
-        attention."""
+        """Return the work in units of one query meeting one key. `row_cost` is a token's work
+        outside attention."""
         attended = self.groups * self.group_rows * self.shared + self.rows * (
             self.own + self.tokens
         )
@@ -58,7 +58,7 @@ class Shape:
 
 
 def power_of_two(size: int) -> int:
-    """The smallest power of two that is at least `size`."""
+    """Return the smallest power of two that is at least `size`."""
     return 1 << max(0, size - 1).bit_length()
 
 
@@ -95,7 +95,8 @@ class ShapeBook:
         return sum(len(shapes) for shapes in self._known.values())
 
     def choose(self, kind: str, exact: Shape) -> Shape:
-        """The cheapest known shape that covers `exact`, or a new bucket if all waste too much."""
+        """Return the cheapest known shape that covers `exact`, or a new bucket if all waste too
+        much."""
         bucket = _bucket(kind, exact)
         known = self._known.setdefault(kind, set())
         best = self._cheapest(kind, exact)
@@ -108,7 +109,7 @@ class ShapeBook:
         return bucket
 
     def _cheapest(self, kind: str, exact: Shape) -> Shape | None:
-        """The cheapest known shape that covers `exact`, if any."""
+        """Return the cheapest known shape that covers `exact`, if any."""
         covering = (s for s in self._known.get(kind, ()) if s.covers(exact))
         return min(covering, key=self._cost, default=None)
 
@@ -156,7 +157,7 @@ class SparingShapeBook(ShapeBook):
         self._lost: dict[tuple[str, Shape], float] = collections.defaultdict(float)
 
     def choose(self, kind: str, exact: Shape) -> Shape:
-        """The cheapest known shape that covers `exact`, until a tighter one pays off."""
+        """Return the cheapest known shape that covers `exact`, until a tighter one pays off."""
         most = power_of_two(self._most_rows if kind == "decode" else EXTEND_BUDGET // exact.tokens)
         bucket, best = _coarse(exact, most), self._cheapest(kind, exact)
         if bucket.gathered > self._most_cached:
@@ -205,7 +206,7 @@ def _coarse(exact: Shape, most_rows: int) -> Shape:
 
 
 def shape_book(config: ModelConfig, settings: NativeSamplerSettings, sparing: bool) -> ShapeBook:
-    """The shape book of a model; `sparing` where compiling costs more than padding."""
+    """Return the shape book of a model; `sparing` where compiling costs more than padding."""
     if not sparing:
         return ShapeBook(row_cost(config))
     pair_flops = 4 * config.layers * config.heads * config.head_dim
@@ -216,8 +217,8 @@ def shape_book(config: ModelConfig, settings: NativeSamplerSettings, sparing: bo
 
 
 def row_cost(config: ModelConfig) -> float:
-    """A token's work outside attention, in units of one query meeting one key over all heads and
-    layers."""
+    """Return a token's work outside attention, in units of one query meeting one key over all heads
+    and layers."""
     c = config
     linear = (
         c.hidden_size * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
@@ -229,5 +230,5 @@ def row_cost(config: ModelConfig) -> float:
 
 
 def widest(values: Iterable[int]) -> int:
-    """The largest value, or 0 if there are none."""
+    """Return the largest value, or 0 if there are none."""
     return max(values, default=0)

@@ -57,7 +57,7 @@ class StopFinder:
         )
 
     def _text(self, count: int) -> str:
-        """The text of the first `count` pending tokens."""
+        """Return the text of the first `count` pending tokens."""
         return self._decode(self._before + self._pending[:count])[len(self._before_text) :]
 
     def _found(self, text: str) -> bool:

@@ -241,7 +241,7 @@ class VllmSampler:
 
     @asynccontextmanager
     async def _place(self, episode_id: str, avoided: Sequence[_Server]) -> AsyncIterator[_Server]:
-        """A place on the least loaded server, preferably one that is not in `avoided`."""
+        """Return a place on the least loaded server, preferably one that is not in `avoided`."""
         async with self._room:
             candidates = [
                 server for server in self._servers if server not in avoided
@@ -284,7 +284,7 @@ class VllmSampler:
         return Generation(token_ids_T, logprobs_T, versions_T, self._finish_reason(choice))
 
     def _versions_of(self, spans: Sequence[Mapping[str, Any]], count: int) -> np.ndarray:
-        """The version of each token. Raise SamplerError unless this run published it."""
+        """Return the version of each token. Raise SamplerError unless this run published it."""
         versions_T = np.full(count, -1, np.int32)
         for span in spans:
             if span["version"] not in map(str, self._published):

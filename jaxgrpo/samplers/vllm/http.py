@@ -61,20 +61,21 @@ class Connection:
         choices = answer.get("choices") or []
         if len(choices) != 1:
             raise RefusedError(f"{self.url} gave {len(choices)} choices for one request")
-        return choices[0]
+        choice: dict[str, Any] = choices[0]
+        return choice
 
     async def vllm_version(self) -> str:
         return str((await self._call("GET", "/version"))["version"])
 
     async def tokenize(self, text: str) -> tuple[list[int], int]:
-        """The server's token ids of a text, and its context length in tokens."""
+        """Return the server's token ids of a text, and its context length in tokens."""
         answer = await self._call(
             "POST", "/tokenize", {"prompt": text, "add_special_tokens": False}
         )
         return answer["tokens"], answer["max_model_len"]
 
     async def weight_version(self) -> str:
-        """The label of the served weights."""
+        """Return the label of the served weights."""
         return str((await self._call("GET", "/weight_info"))["weight_version"])
 
     async def is_paused(self) -> bool:
@@ -187,7 +188,7 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _message(text: str) -> str:
-    """The text of an error answer, in any of the forms that vLLM's routes use."""
+    """Return the text of an error answer, in any of the forms that vLLM's routes use."""
     try:
         read = json.loads(text)
     except ValueError:

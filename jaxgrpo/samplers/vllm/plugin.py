@@ -175,7 +175,8 @@ class OrbaxWeightTransfer(WeightTransferEngine[OrbaxInitInfo, OrbaxUpdateInfo]):
             raise WeightError(f"vLLM's loader left out {', '.join(sorted(names - loaded)[:3])}")
 
     def _outgoing(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights on the device, transposed there: an accelerator does that much faster."""
+        """Return the weights on the device, transposed there: an accelerator does that much
+        faster."""
         for name, (tensor, transposed) in weights.items():
             on_device = tensor.to(self.device)
             yield name, on_device.t() if transposed else on_device
@@ -203,7 +204,8 @@ class OrbaxWeightTransfer(WeightTransferEngine[OrbaxInitInfo, OrbaxUpdateInfo]):
 
 
 def _attempt(function: Any) -> tuple[Any, Exception | None]:
-    """The result, or the exception, which the other workers must learn of before it is raised."""
+    """Return the result, or the exception, which the other workers must learn of before it is
+    raised."""
     try:
         return function(), None
     except Exception as error:
@@ -211,7 +213,8 @@ def _attempt(function: Any) -> tuple[Any, Exception | None]:
 
 
 def _failure_of_any(failure: Exception | None) -> str | None:
-    """The failure of this worker or of another one of this server, or None if all succeeded."""
+    """Return the failure of this worker or of another one of this server, or None if all
+    succeeded."""
     text = None if failure is None else _describe(failure)
     group = get_world_group()
     if group.world_size == 1:
@@ -242,7 +245,8 @@ def _refuse(message: str, cause: Exception | None) -> None:
 
 
 def _hf_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the served model's checkpoint, from its config; without a tied head."""
+    """Return names and shapes of the served model's checkpoint, from its config; without a tied
+    head."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

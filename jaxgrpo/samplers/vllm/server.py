@@ -186,7 +186,7 @@ class VllmServer:
             time.sleep(0.25)
 
     def failure(self) -> str | None:
-        """Why the server has ended, or None while it runs."""
+        """Return why the server has ended, or None while it runs."""
         status = self._process.poll()
         if status is None:
             return None
@@ -196,7 +196,7 @@ class VllmServer:
         )
 
     def last_lines(self) -> str:
-        """The last lines of vLLM's log."""
+        """Return the last lines of vLLM's log."""
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         return "\n".join(lines[-_LAST_LINES:]) or "(nothing)"
 
@@ -259,7 +259,7 @@ def _check_gpus(gpus: Sequence[int]) -> None:
 
 
 def _visible_gpus(environment: Mapping[str, str]) -> list[str]:
-    """The GPUs that this process may use, named as in CUDA_VISIBLE_DEVICES."""
+    """Return the GPUs that this process may use, named as in CUDA_VISIBLE_DEVICES."""
     try:
         listed = subprocess.run(
             ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
@@ -278,7 +278,8 @@ def _visible_gpus(environment: Mapping[str, str]) -> list[str]:
 
 
 def _visible_gpu(index: int, environment: Mapping[str, str]) -> str:
-    """The name of one of the GPUs that this process may use, for a child's CUDA_VISIBLE_DEVICES."""
+    """Return the name of one of the GPUs that this process may use, for a child's
+    CUDA_VISIBLE_DEVICES."""
     allowed = environment.get("CUDA_VISIBLE_DEVICES")
     return str(index) if allowed is None else allowed.split(",")[index].strip()
 
@@ -317,6 +318,6 @@ def _answers(url: str) -> bool:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=5) as response:
-            return response.status == 200
+            return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False

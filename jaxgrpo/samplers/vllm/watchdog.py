@@ -128,7 +128,7 @@ def _inode(name: str) -> int | None:
 
 
 def _open_blocks(session: int | None = None) -> dict[str, int]:
-    """Blocks that the processes of a session have open: name -> inode.
+    """Return blocks that the processes of a session have open: name -> inode.
 
     None stands for all processes that this one may inspect.
     """
@@ -166,7 +166,7 @@ def _closed(pipe: int) -> bool:
     return bool(readable) and os.read(pipe, 1) == b""
 
 
-def _end_group(process: subprocess.Popen) -> None:
+def _end_group(process: subprocess.Popen[bytes]) -> None:
     """Terminate the group, then kill it: it may outlive its leader."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
