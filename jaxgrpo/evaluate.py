@@ -57,10 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         checkpoint = args.checkpoint and absolute(args.checkpoint, start)
         samples = config.evaluation.samples if args.samples is None else args.samples
         request = Request(args.split, samples, checkpoint, args.step)
-        _check(request)
+        check_request(request)
         folder = run_folder(args.run_dir, f"{config.name}-eval-{args.split}", start)
         with interruptible(), locked_folder(folder):
-            _evaluate(config, request, folder)
+            outcome = evaluate(config, request, folder)
+        _report(outcome)
+        print(f"recorded in {folder}")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -86,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(request: Request) -> None:
+def check_request(request: Request) -> None:
+    """Raise ConfigError that lists what is wrong with a request."""
     problems = []
     if request.split not in SPLITS:
         problems.append(f"--split must be {' or '.join(SPLITS)}, got {request.split!r}")
@@ -101,7 +104,8 @@ def _check(request: Request) -> None:
         raise ConfigError("; ".join(problems))
 
 
-def _evaluate(config: Config, request: Request, folder: Path) -> None:
+def evaluate(config: Config, request: Request, folder: Path) -> Evaluation:
+    """Evaluate, and record the metrics and episodes in `folder`."""
     setup.check_rewards(config)
     assets = setup.open_model_assets(config)
     tasks = setup.split_tasks(config, request.split)
@@ -123,7 +127,11 @@ def _evaluate(config: Config, request: Request, folder: Path) -> None:
     recorder = Recorder(folder, tensorboard=False, wandb_project=None, name=config.name)
     recorder.record(step, outcome.metrics | check)
     recorder.close()
-    _report(outcome, request.split, step, folder)
+    kind = f"eval-{request.split}"
+    path = folder / "trajectories" / f"{kind}-{step:06d}.jsonl.gz"
+    for fault in records.write(path, outcome.result, kind, step):
+        print(fault, file=sys.stderr)
+    return outcome
 
 
 def _read_weights(
@@ -161,15 +169,11 @@ def _check_sampler(
     return check.run(loop, sampler, stored, weights.version)
 
 
-def _report(outcome: Evaluation, split: str, step: int, folder: Path) -> None:
-    """Write the episodes, and print the metrics."""
-    path = folder / "trajectories" / f"eval-{split}-{step:06d}.jsonl.gz"
-    for fault in records.write(path, outcome.result, f"eval-{split}", step):
-        print(fault, file=sys.stderr)
+def _report(outcome: Evaluation) -> None:
+    """Print the metrics."""
     for key, value in outcome.metrics.items():
         print(f"{key:40} {value:.4f}" if isinstance(value, float) else f"{key:40} {value}")
     print(outcome.headline)
-    print(f"recorded in {folder}")
 
 
 if __name__ == "__main__":

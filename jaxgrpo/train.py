@@ -25,6 +25,7 @@ from jaxgrpo.rollout.rollout import RolloutResult
 from jaxgrpo.run import setup
 from jaxgrpo.run.agreement import agreement_check
 from jaxgrpo.run.batch_metrics import rollout_metrics, schedule_metrics, update_metrics
+from jaxgrpo.run.callbacks import BatchReport, Callback, Callbacks, EvaluationReport
 from jaxgrpo.run.command_line import config_parser
 from jaxgrpo.run.dry_run import describe
 from jaxgrpo.run.evaluation import Evaluator
@@ -54,10 +55,17 @@ class Training:
     """One run, in the process that leads it. `learner` holds all state that a checkpoint saves."""
 
     def __init__(
-        self, config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack
+        self,
+        config: Config,
+        folder: Path,
+        resume: bool,
+        processes: Processes,
+        stack: ExitStack,
+        callbacks: Sequence[Callback] = (),
     ):
         setup.check_rewards(config)
         self.config = config
+        self.callbacks = Callbacks(callbacks)
         self.assets = setup.open_model_assets(config)
         self.tasks, prompts = setup.training_tasks(config, self.assets)
         self.learner = Learner(config, self.assets, folder, resume, processes, stack)
@@ -83,13 +91,13 @@ class Training:
         return open_sampler(self.config, self.assets, learner, self.loop, learner.folder, stack)
 
     def run(self) -> None:
-        """Train up to the config's last step."""
-        learner, steps = self.learner, self.config.training.steps
+        """Train up to the config's last step, or until a callback ends the run."""
+        learner = self.learner
         if self.config.evaluation.before and learner.state.step == 0:
             self.evaluate()
         self.log.view.begin(learner.state.step)
         self.measure()  # discard start-up time
-        while learner.state.step < steps:
+        while not self.ended:
             result = self.sample()
             learner.batch += 1
             try:
@@ -100,10 +108,15 @@ class Training:
                 self.skip(result, error)
                 continue
             self.publish()
-            self.record(prepared, reports)
+            self.record(prepared, reports, result)
             self.evaluate_if_due()
             self.checkpoint_if_due()
         self.finish()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last step was taken, or a callback has ended the run."""
+        return self.learner.state.step >= self.config.training.steps or self.callbacks.stopped
 
     def sample(self) -> RolloutResult:
         """Wait for the episodes of the next batch. With training.max_staleness, the batches after
@@ -171,9 +184,11 @@ class Training:
         params = self.learner.update.policy(self.learner.state)
         return self.agreement.run(self.loop, self.sampler, params, self.learner.version)
 
-    def record(self, prepared: Prepared, reports: Sequence[StepReport]) -> None:
-        """Record a trained batch. The time this takes counts toward the next batch, as does the
-        time of a checkpoint."""
+    def record(
+        self, prepared: Prepared, reports: Sequence[StepReport], result: RolloutResult
+    ) -> None:
+        """Record a trained batch, and tell the callbacks. The time this takes counts toward the
+        next batch, as does the time of a checkpoint."""
         learner = self.learner
         seconds, sampler_idle_fraction = self.measure()
         compilations = learner.update.compilations
@@ -185,6 +200,7 @@ class Training:
         with learner.clock.phase("record"):
             step = learner.state.step
             self.log.batch(step, metrics, prepared.lines_of(step))
+            self.callbacks.on_batch(BatchReport(step, metrics, tuple(result.groups)))
 
     def measure(self) -> tuple[dict[str, float], float]:
         """Return the seconds of each phase since the last call, and the fraction of the time in
@@ -194,9 +210,8 @@ class Training:
     def evaluate_if_due(self) -> None:
         """Evaluate every `evaluation.every` steps, and at the end if `evaluation.after`."""
         evaluation, step = self.config.evaluation, self.learner.state.step
-        last = step >= self.config.training.steps
         due = crossed_interval(evaluation.every, step, self.learner.advance)
-        if evaluation.after if last else due:
+        if evaluation.after if self.ended else due:
             with self.learner.clock.phase("evaluate"):  # not part of the time of a batch
                 self.evaluate()
             self.loop.call(self.sampler.take_idle_fraction())
@@ -218,13 +233,14 @@ class Training:
                 self.log.say(f"step {step}  no evaluation: {error}")
                 continue
             self.log.evaluation(step, split, outcome, time.perf_counter() - start)
+            groups = tuple(outcome.result.groups)
+            self.callbacks.on_evaluation(EvaluationReport(step, split, outcome.metrics, groups))
 
     def checkpoint_if_due(self) -> None:
         """Save a checkpoint. It comes last, so everything before it is recorded when a run resumes
         from it."""
         step, every = self.learner.state.step, self.config.recording.checkpoint_every
-        last = step >= self.config.training.steps
-        if last or crossed_interval(every, step, self.learner.advance):
+        if self.ended or crossed_interval(every, step, self.learner.advance):
             self.learner.save()
 
     def finish(self) -> None:
@@ -234,10 +250,14 @@ class Training:
 
 
 def train(
-    config: Config, folder: Path, resume: bool = False, processes: Processes | None = None
+    config: Config,
+    folder: Path,
+    resume: bool = False,
+    processes: Processes | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainState:
     """Run a config to its end, recorded in `folder`, and return the final state. Every process of
-    the run calls this; `processes` is None if there is one.
+    the run calls this; `processes` is None if there is one. The first process calls the callbacks.
 
     With `resume`, the run continues from the newest checkpoint in the folder, or starts again if
     there is none. Raises ConfigError if the folder holds a run and `resume` is False, or if that
@@ -255,7 +275,7 @@ def train(
             learner.follow()
             return learner.state
         prepare_run_folder(config, folder, resume, saved)
-        training = Training(config, folder, saved is not None, processes, stack)
+        training = Training(config, folder, saved is not None, processes, stack, callbacks)
         write_atomically(folder / "config.json", to_json(config, places=True))
         training.run()
         processes.send(Command(Work.END))

@@ -17,7 +17,8 @@ FLOORS = (
     ("jaxgrpo.tools",),
     ("jaxgrpo.configs",),
     ("jaxgrpo.envs",),
-    ("jaxgrpo.commands", "jaxgrpo.train", "jaxgrpo.evaluate"),
+    ("jaxgrpo.commands", "jaxgrpo.init", "jaxgrpo.library"),
+    ("jaxgrpo.train", "jaxgrpo.evaluate"),
     ("jaxgrpo.viewer",),
     ("jaxgrpo.run",),
     ("jaxgrpo.rollout",),
@@ -29,7 +30,7 @@ FLOORS = (
     ("jaxgrpo.config",),
     ("jaxgrpo.rewards",),
     (
-        "jaxgrpo.checked", "jaxgrpo.environment", "jaxgrpo.interruptions", "jaxgrpo.json_files",
+        "jaxgrpo.checked", "jaxgrpo.environment", "jaxgrpo.extensions", "jaxgrpo.interruptions", "jaxgrpo.json_files",
         "jaxgrpo.paths", "jaxgrpo.startup", "jaxgrpo.types",
     ),
 )  # fmt: skip

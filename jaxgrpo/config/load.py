@@ -58,10 +58,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     add_import_folders([str(start)])  # `python -P` leaves it out
     file = _find(path, start)
     config = _read_json(file) if file.suffix == ".json" else _run_python(file)
+    return complete(config, overrides, start)
+
+
+def complete(config: Config, overrides: Sequence[str] = (), start: Path | None = None) -> Config:
+    """Return a config with the overrides applied, every field of its annotated type, and absolute
+    paths, which are relative to `start` (default: the current folder). Raise ConfigError that lists
+    everything that is wrong."""
     config, problems = apply_overrides(config, overrides)
     config, mistyped = convert_types(config)
     raise_problems(problems + (mistyped or find_problems(config)))
-    return _anchored(config, start)
+    return _anchored(config, start or Path.cwd())
 
 
 def _find(path: str | Path, start: Path) -> Path:
