@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 PARTS = ("jaxgrpo", "envs", "tools", "configs", "benchmarks", "tests")
 
 FLOORS = (
+    ("jaxgrpo.starter",),
     ("jaxgrpo.tools",),
     ("jaxgrpo.configs",),
     ("jaxgrpo.envs",),
@@ -112,6 +113,7 @@ def upward(imports: dict[str, list[str]]) -> list[str]:
         for module, all_imported in imports.items()
         if is_of(module, "jaxgrpo") and module != "jaxgrpo"
         for imported in all_imported
+        if imported != "jaxgrpo"
         if is_of(imported, "jaxgrpo") and is_upward(module, imported)
     ]
 
@@ -139,6 +141,12 @@ def test_each_folder_imports_from_those_below_it() -> None:
     assert len(inside) > 70
     assert all(place(module) for module in inside)
     assert upward(IMPORTS) == []
+
+
+def test_only_the_starter_uses_the_library() -> None:
+    """The library imports everything else, so nothing below may import it."""
+    users = [m for m in IMPORTS if is_of(m, "jaxgrpo") and "jaxgrpo" in IMPORTS[m]]
+    assert users and [m for m in users if not is_of(m, "jaxgrpo.starter")] == []
 
 
 def test_imports_form_no_cycle() -> None:
