@@ -4,6 +4,7 @@ Compilation takes most of the time. It therefore has few optimizations, and its 
 """
 
 import copy
+import gc
 import importlib.util
 import os
 import tempfile
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import axis_checks
 
 for _flag in ("--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=0"):
     if _flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
@@ -22,6 +25,8 @@ os.environ.setdefault(
     os.path.join(tempfile.gettempdir(), f"jaxgrpo-tests-xla-{os.getuid()}"),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+axis_checks.watch_imports()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,6 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             missing = [package for package in needed if importlib.util.find_spec(package) is None]
             if missing:
                 item.add_marker(pytest.mark.skip(reason=f"{', '.join(missing)} not installed"))
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage less often: tracing allocates much, and what is imported stays."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -70,10 +82,39 @@ def axes_are_as_named(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.path.parent.name not in AXES_CHECKED or on_purpose:
         yield
         return
-    from tests.axis_checks import axes_checked  # imports jax, which reads the environment
-
-    with axes_checked():
+    with axis_checks.axes_checked():
         yield
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the model of whole runs. Tests that change it change a copy."""
+    from tests.training import make_model  # jax, which reads the environment
+
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def straight(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """Run six steps with everything recorded. Returns the run folder and the TrainState."""
+    from jaxgrpo.train import train  # jax, which reads the environment
+    from tests.training import changed
+
+    folder = tmp_path_factory.mktemp("straight")
+    options = (
+        "evaluation.before=True",
+        "evaluation.after=True",
+        "evaluation.every=4",
+        "evaluation.samples=2",
+        "evaluation.splits=test,train",
+    )
+    recording = (
+        "recording.export_hf=True",
+        "recording.tensorboard=True",
+        "recording.checkpoint_every=2",
+    )
+    state = train(changed(folder, model, *options, *recording), folder / "run")
+    return folder / "run", state
 
 
 @pytest.fixture

@@ -42,8 +42,11 @@ def group(*trajectories: Trajectory) -> Group:
 def random_groups(
     seed: int, count: int, size: int, vocab: int, longest_prompt: int, longest_completion: int
 ) -> list[Group]:
-    """Multi-turn groups of uneven lengths, from a prompt of one token up. Every third group has an overlong row, the fourth group is
-    overlong throughout and the fifth has equal rewards."""
+    """Multi-turn groups of uneven lengths, from a prompt of one token up.
+
+    Every third group has an overlong row, the fourth group is overlong throughout and the fifth has
+    equal rewards.
+    """
     rng = np.random.default_rng(seed)
     groups = []
     for n in range(count):

@@ -1,4 +1,7 @@
-"""jaxgrpo.train, whose second process runs out of memory in its third optimizer step, when the first is already in it."""
+"""Run jaxgrpo.train so that its second process runs out of memory.
+
+That happens in its third optimizer step, when the first process is already in it.
+"""
 
 import sys
 

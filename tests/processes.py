@@ -1,4 +1,4 @@
-"""Starts a Python module as several trainer processes on this machine, as a cluster would on several hosts."""
+"""Start a Python module as several trainer processes, as a cluster would on several hosts."""
 
 import os
 import socket

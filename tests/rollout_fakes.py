@@ -18,7 +18,10 @@ OPENING = Observation((Message("user", "q"),), stop_strings=("</t>",))
 
 @dataclasses.dataclass(frozen=True)
 class Say:
-    """One scripted turn. `text` is sampled byte by byte, so that "ab" is two tokens where its canonical form is one."""
+    """One scripted turn.
+
+    `text` is sampled byte by byte, so that "ab" is two tokens where its canonical form is one.
+    """
 
     text: str
     finish: FinishReason = FinishReason.EOS
@@ -36,7 +39,10 @@ class Say:
 
 
 class ScriptedSampler:
-    """Gives each episode its scripted turns, and refuses a context that is not what it was given before plus what it sampled."""
+    """Gives each episode its scripted turns.
+
+    Refuses a context that is not what it was given before plus what it sampled.
+    """
 
     def __init__(
         self,
@@ -86,7 +92,10 @@ def one_turn(name: str, seed: int = 0) -> SamplingRequest:
 
 
 class VersionedSampler:
-    """Says a letter, with the version that was published last; one that `forgets` to take up what is published stays at the first."""
+    """Says a letter, with the version that was published last.
+
+    One that `forgets` to take up what is published stays at the first.
+    """
 
     weights_folder = None
 
@@ -116,7 +125,10 @@ class VersionedSampler:
 
 
 class EchoEnvironment:
-    """Answers "ab" in a tool message with one call; "done" finishes, "cannot" gives up, "broken" fails. The reward counts the calls."""
+    """Answers "ab" in a tool message with one call. The reward counts the calls.
+
+    "done" finishes, "cannot" gives up, "broken" fails.
+    """
 
     def __init__(self) -> None:
         self._calls = 0
@@ -145,7 +157,10 @@ class EchoEnvironment:
 
 @dataclasses.dataclass
 class Suite:
-    """Makes environments with `make(task, how many of this task were made before)`; the first of each task only opens it."""
+    """Makes environments with `make(task, how many of this task were made before)`.
+
+    The first of each task only opens it.
+    """
 
     make: Callable[[Task, int], object] = lambda task, earlier: EchoEnvironment()
     created: dict[str, int] = dataclasses.field(default_factory=lambda: defaultdict(int))

@@ -1,4 +1,7 @@
-"""Trainer processes that resume a checkpoint of the model of tests.updates, take one optimizer step and save: FROM TO and the flags."""
+"""Trainer processes that resume a checkpoint, take one optimizer step and save.
+
+The model is that of tests.updates. Arguments: FROM TO and the flags.
+"""
 
 import argparse
 import json

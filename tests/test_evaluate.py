@@ -15,12 +15,7 @@ from jaxgrpo.models.qwen2 import Params, cast_to, forward, head_table
 from jaxgrpo.run import records
 from jaxgrpo.storage.checkpoint import read_policy
 from jaxgrpo.train import train
-from tests.training import changed, make_model, metric_lines, write_config
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory):
-    return make_model(tmp_path_factory.mktemp("model"))
+from tests.training import changed, metric_lines, write_config
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +109,10 @@ def test_an_earlier_checkpoint_and_a_second_evaluation_in_one_folder(
 
 
 def apart(model: Path, weights: Params, file: Path) -> float:
-    """The largest difference of what the sampler said of each first token to the plain forward of these weights."""
+    """The largest difference of the sampler's first log-probabilities to these weights' own.
+
+    The plain forward pass computes the latter.
+    """
     config = ModelConfig.from_folder(model)
     differences = []
     for trajectory in (record.trajectory for record in records.read_records(file).records):
@@ -129,7 +127,7 @@ def apart(model: Path, weights: Params, file: Path) -> float:
 def test_the_steps_own_weights_are_evaluated(
     call: Callable[..., tuple[int, str, str]], run: Path, model: Path, tmp_path: Path
 ) -> None:
-    """Not the newest ones. Which weights are those of step 2, the batch says that they played in training."""
+    """Not the newest ones. The batch of training says which weights are those of step 2."""
     played = run / "trajectories" / "train-000004.jsonl.gz"
     second, newest = (
         read_policy(run / "checkpoints", ModelConfig.from_folder(model), step)[0] for step in (2, 4)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxgrpo.run.records import read_records
-from tests.training import make_model, metric_lines, write_config
+from tests.training import metric_lines, write_config
 
 KILLS = 20
 CLOCK = ("time/", "speed/", "eval/seconds", "train/compilations")
@@ -24,11 +24,6 @@ OPTIONS = (
     "evaluation.every=100",
     "evaluation.samples=2",
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory):
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 def command(config: Path, run: Path, *more: str) -> list[str]:

@@ -3,6 +3,7 @@
 Imports inside functions and under TYPE_CHECKING count too."""
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,8 +32,8 @@ FLOORS = (
     ("jaxgrpo.config",),
     ("jaxgrpo.rewards",),
     (
-        "jaxgrpo.checked", "jaxgrpo.environment", "jaxgrpo.extensions", "jaxgrpo.interruptions", "jaxgrpo.json_files",
-        "jaxgrpo.paths", "jaxgrpo.startup", "jaxgrpo.types",
+        "jaxgrpo.checked", "jaxgrpo.environment", "jaxgrpo.extensions", "jaxgrpo.interruptions",
+        "jaxgrpo.json_files", "jaxgrpo.paths", "jaxgrpo.startup", "jaxgrpo.types",
     ),
 )  # fmt: skip
 """From the top down. A module belongs to the longest of these names that its own name starts with.
@@ -82,7 +83,12 @@ def modules_in(source: str) -> list[str]:
 
 
 PACKAGES = [module for module, path in FILES.items() if path.name == "__init__.py"]
-IMPORTS = {module: modules_in(path.read_text()) for module, path in FILES.items()}
+
+
+@functools.cache
+def all_imports() -> dict[str, list[str]]:
+    """Return the modules of the project that each of its modules imports."""
+    return {module: modules_in(path.read_text()) for module, path in FILES.items()}
 
 
 def is_of(module: str, folder: str) -> bool:
@@ -140,17 +146,17 @@ def test_each_folder_imports_from_those_below_it() -> None:
     inside = [module for module in FILES if is_of(module, "jaxgrpo") and module not in PACKAGES]
     assert len(inside) > 70
     assert all(place(module) for module in inside)
-    assert upward(IMPORTS) == []
+    assert upward(all_imports()) == []
 
 
 def test_only_the_starter_uses_the_library() -> None:
     """The library imports everything else, so nothing below may import it."""
-    users = [m for m in IMPORTS if is_of(m, "jaxgrpo") and "jaxgrpo" in IMPORTS[m]]
+    users = [m for m, names in all_imports().items() if is_of(m, "jaxgrpo") and "jaxgrpo" in names]
     assert users and [m for m in users if not is_of(m, "jaxgrpo.starter")] == []
 
 
 def test_imports_form_no_cycle() -> None:
-    assert cycle(IMPORTS) == []
+    assert cycle(all_imports()) == []
 
 
 @pytest.mark.parametrize(
@@ -174,9 +180,9 @@ def test_a_cycle_is_found() -> None:
 def test_jaxgrpo_imports_no_benchmarks_and_no_tests() -> None:
     beside = [
         f"{m} imports {i}"
-        for m in IMPORTS
+        for m in all_imports()
         if is_of(m, "jaxgrpo")
-        for i in IMPORTS[m]
+        for i in all_imports()[m]
         if not is_of(i, "jaxgrpo")
     ]
     assert beside == []
@@ -187,9 +193,9 @@ def test_environments_and_configs_import_only_what_they_may(part: str) -> None:
     allowed = (*FOR_ENVIRONMENTS, "jaxgrpo.envs", part)
     wrong = [
         f"{m} imports {i}"
-        for m in IMPORTS
+        for m in all_imports()
         if is_of(m, part)
-        for i in IMPORTS[m]
+        for i in all_imports()[m]
         if not any(is_of(i, one) for one in allowed)
     ]
     assert wrong == []
@@ -199,9 +205,9 @@ def test_environments_and_configs_import_only_what_they_may(part: str) -> None:
 def test_only_tests_and_benchmarks_import_tools_and_benchmarks(part: str) -> None:
     assert [
         m
-        for m in IMPORTS
+        for m in all_imports()
         if not any(is_of(m, one) for one in (part, "benchmarks", "tests"))
-        if any(is_of(i, part) for i in IMPORTS[m])
+        if any(is_of(i, part) for i in all_imports()[m])
     ] == []
 
 
@@ -245,7 +251,7 @@ def test_the_plugin_imports_no_jax_even_indirectly() -> None:
     while left:
         module = left.pop()
         reached.add(module)
-        left += [one for one in IMPORTS[module] if one not in reached]
+        left += [one for one in all_imports()[module] if one not in reached]
     assert {"jaxgrpo.storage.published_manifest", "jaxgrpo.storage.published_reader"} < reached
     wanted = {
         m: [name for name in imports_in(FILES[m].read_text()) if name.partition(".")[0] in JAX]

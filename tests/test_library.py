@@ -218,7 +218,7 @@ def with_loss(model: Path, function: Any, devices: int = 1) -> Config:
 
 @pytest.mark.slow
 def test_a_loss_replaces_the_objective(model: Path, tmp_path: Path) -> None:
-    """On-policy, the gradient of GRPO's objective is that of REINFORCE: r = 1 and r' = (log pi)'."""
+    """On-policy, GRPO's objective has the gradient of REINFORCE: r = 1 and r' = (log pi)'."""
     runs = {}
     for name, function in (("grpo", None), ("own", reinforce)):
         config = with_loss(model, function)

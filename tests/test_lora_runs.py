@@ -1,4 +1,4 @@
-"""Whole runs with LoRA: settings, evaluation from a checkpoint, resuming, and the exported folders."""
+"""Whole runs with LoRA: settings, evaluation, resuming, and the exported folders."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import cast_to, forward, head_table, init_params
 from jaxgrpo.storage.pretrained import load_params, save_hf
 from jaxgrpo.train import main, train
-from tests.training import CONFIG_JSON, changed, make_model, metric_lines, write_config
+from tests.training import CONFIG_JSON, changed, metric_lines, write_config
 
 LORA = (
     "lora.rank=4",
@@ -27,11 +27,6 @@ LORA = (
     "recording.checkpoint_every=2",
 )
 EVALUATED = ("evaluation.after=True", "evaluation.samples=4")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory):
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +177,10 @@ def test_peft_computes_the_same_with_the_adapter(run: Any, model: Path) -> None:
 
 @pytest.mark.slow
 def test_it_learns_what_is_rewarded(model: Path, tmp_path: Path) -> None:
-    """Of a base whose frozen head and layers can tell tokens apart: the small weights of a random model cannot."""
+    """The base's frozen head and layers can tell tokens apart.
+
+    The small weights of a random model cannot.
+    """
     base = load_params(model)
     base["embed"]["embedding"] = base["embed"]["embedding"] * 10
     for linear in (*base["layers"]["attention"].values(), *base["layers"]["mlp"].values()):

@@ -14,7 +14,7 @@ from jaxgrpo.config.load import to_json
 from jaxgrpo.config.settings import ConfigError
 from jaxgrpo.run.folder import check_resumable
 from jaxgrpo.train import main
-from tests.training import make_model, metric_lines, small_config
+from tests.training import metric_lines, small_config
 
 WANDERING = """from __future__ import annotations
 
@@ -38,11 +38,6 @@ def get_config():
     training = dataclasses.replace(config.training, steps=2)
     return dataclasses.replace(config, environment=Wandering(), training=training)
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory):
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from jaxgrpo.types import Message, Score, StopReason, Task
 from tests.byte_chat import byte_tokenizer
 from tests.judge_service import KEY, completion, serving, status
 from tests.rollout_fakes import EchoEnvironment, Say, ScriptedSampler, Suite
-from tests.training import make_model, metric_lines
+from tests.training import metric_lines
 
 TASKS = (Task("red"), Task("green"))
 
@@ -162,11 +162,6 @@ def get_config():
         recording=dataclasses.replace(config.recording, checkpoint_every=3),
     )
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory):
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

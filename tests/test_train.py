@@ -1,13 +1,7 @@
-"""Whole runs of a tiny model on a rigged environment: that they record, learn, resume, play ahead, and outlive failing environments."""
+"""Whole runs of a tiny model: what they record, that they learn, and that they resume."""
 
 import dataclasses
 import json
-import signal
-import subprocess
-import sys
-import threading
-import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -20,58 +14,16 @@ from jaxgrpo.envs.procedural import Warehouse
 from jaxgrpo.learner.sharding import logical_leaf, logical_on_host
 from jaxgrpo.learner.train_state import TrainState
 from jaxgrpo.models.model_config import ModelConfig
-from jaxgrpo.rollout.episode import SamplingParams
-from jaxgrpo.rollout.prefetch import StalenessError, task_batch
 from jaxgrpo.run import records, setup
-from jaxgrpo.run.processes import Processes
-from jaxgrpo.samplers.base import SamplerError
-from jaxgrpo.storage.checkpoint import newest_step
 from jaxgrpo.storage.pretrained import load_params
-from jaxgrpo.train import Training, main, train
-from tests.rollout_fakes import VersionedSampler
-from tests.training import changed, make_model, metric_lines, small_config, write_config
-
-TIMES = ("time/", "speed/", "eval/seconds", "train/compilations")
-NOISE = (
-    "train/mismatch",
-)  # which rows the sampler decodes together follows the clock, and with it the last bits of its log-probabilities
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory):
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-def steady(lines: list[dict]) -> list[dict]:
-    """Lines without what differs from run to run."""
-    return [
-        {key: value for key, value in line.items() if not key.startswith((*TIMES, *NOISE))}
-        for line in lines
-    ]
-
-
-def weights(state) -> list[np.ndarray]:
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
-
-
-@pytest.fixture(scope="module")
-def straight(model: Path, tmp_path_factory: pytest.TempPathFactory):
-    """A run of six steps with everything recorded."""
-    folder = tmp_path_factory.mktemp("straight")
-    options = (
-        "evaluation.before=True",
-        "evaluation.after=True",
-        "evaluation.every=4",
-        "evaluation.samples=2",
-        "evaluation.splits=test,train",
-    )
-    recording = (
-        "recording.export_hf=True",
-        "recording.tensorboard=True",
-        "recording.checkpoint_every=2",
-    )
-    state = train(changed(folder, model, *options, *recording), folder / "run")
-    return folder / "run", state
+from jaxgrpo.train import Training, train
+from tests.training import (
+    changed,
+    metric_lines,
+    small_config,
+    steady,
+    weights,
+)
 
 
 class TestRecords:
@@ -201,7 +153,7 @@ def test_the_trained_ids_are_the_sampled_ids(
 
 
 def test_it_learns_what_is_rewarded(model: Path, tmp_path: Path) -> None:
-    """Letters are a fifth of the tokens at first; fifteen batches later they are most of what is said."""
+    """Letters are a fifth of the tokens at first, and most of them fifteen batches later."""
     options = (
         "training.steps=30",
         "training.reference_every=None",
@@ -270,7 +222,10 @@ class TestResume:
     def test_a_run_killed_away_from_its_reference_goes_on_to_the_last_bit(
         self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """At the checkpoint the policy is not the reference, which stays the first policy: taking one for the other changes the KL."""
+        """At the checkpoint the policy is not the reference, which stays the first policy.
+
+        Taking one for the other would change the KL.
+        """
         options = (
             "training.reference_every=None",
             "recording.checkpoint_every=2",
@@ -343,268 +298,3 @@ class TestResume:
         first = next(line for line in metric_lines(straight[0]) if "train/loss" in line)
         assert (line["step"], line["train/loss"]) == (2, first["train/loss"])
         assert [path.name for path in (run / "trajectories").iterdir()] == ["train-000002.jsonl.gz"]
-
-
-def played(folder, step: int) -> list:
-    return [
-        r.trajectory
-        for r in records.read_records(
-            folder / "trajectories" / f"train-{step:06d}.jsonl.gz"
-        ).records
-    ]
-
-
-def task_numbers(folder, step: int) -> list[int]:
-    return list(dict.fromkeys(int(t.task_id.removeprefix("train_")) for t in played(folder, step)))
-
-
-class TestOverlap:
-    AHEAD = ("training.max_staleness=1", "loss.tis_cap=2.0")
-
-    def test_without_staleness_it_is_the_plain_loop_to_the_last_bit(
-        self, straight: tuple[Path, TrainState], model: Path, tmp_path: Path
-    ) -> None:
-        """Play, batch, learn, publish, one after the other, as they are."""
-        config = changed(tmp_path, model)
-        with ExitStack() as stack:
-            training = Training(config, tmp_path / "run", False, Processes(), stack)
-            for batch in range(3):
-                rollout = setup.build_rollout(
-                    config, training.assets, training.sampler, SamplingParams(1.0)
-                )
-                tasks = task_batch(training.tasks, 2, 0, batch)
-                result = training.loop.call(rollout.groups(tasks, 4, 0, f"batch-{batch}"))
-                training.learner.learn(training.make_micro_batches(result))
-                training.publish()
-        for ours, theirs in zip(weights(training.learner.state), weights(straight[1]), strict=True):
-            np.testing.assert_array_equal(ours, theirs)
-        assert all(
-            line["train/staleness_max"] == 0
-            for line in metric_lines(straight[0])
-            if "train/loss" in line
-        )
-
-    def test_batches_are_the_same_tasks_sampled_earlier_and_within_the_bound(
-        self, straight: tuple[Path, TrainState], model: Path, tmp_path: Path
-    ) -> None:
-        evaluated = ("evaluation.every=4", "evaluation.samples=2")
-        state = train(changed(tmp_path, model, *self.AHEAD, *evaluated), tmp_path / "run")
-        for step in (2, 4, 6):
-            assert task_numbers(tmp_path / "run", step) == task_numbers(straight[0], step)
-        lines = [line for line in metric_lines(tmp_path / "run") if "train/loss" in line]
-        assert [line["train/staleness_max"] for line in lines[:2]] == [0, 1] and lines[2][
-            "train/staleness_max"
-        ] <= 1
-        assert {
-            v
-            for t in played(tmp_path / "run", 4)
-            for v in t.weight_versions_C[t.action_mask_C].tolist()
-        } == {0}
-        read = records.read_records(
-            tmp_path / "run" / "trajectories" / "eval-test-000004.jsonl.gz"
-        ).records
-        assert {
-            v
-            for r in read
-            for v in r.trajectory.weight_versions_C[r.trajectory.action_mask_C].tolist()
-        } == {2}
-        for line in lines:
-            assert (
-                0 <= line["time/trainer_idle_fraction"] <= 1
-                and 0 <= line["time/sampler_idle_fraction"] <= 1
-            )
-            assert line["time/wait_seconds"] <= line["time/batch_seconds"]
-        assert any(
-            (ours != theirs).any()
-            for ours, theirs in zip(weights(state), weights(straight[1]), strict=True)
-        )
-
-    def test_two_devices_train_while_one_of_them_samples(self, model: Path, tmp_path: Path) -> None:
-        state = train(changed(tmp_path, model, *self.AHEAD, "training.devices=2"), tmp_path / "run")
-        assert state.step == 6 and all(np.isfinite(leaf).all() for leaf in weights(state))
-
-    def test_a_run_cut_off_plays_what_was_ahead_again(
-        self,
-        straight: tuple[Path, TrainState],
-        model: Path,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        """Whatever was in flight when it ended, each batch is trained once, in its order."""
-
-        def stop(self):
-            if self.learner.state.step == 4:
-                raise KeyboardInterrupt
-
-        options = (*self.AHEAD, "recording.checkpoint_every=2")
-        threads = threading.active_count()
-        monkeypatch.setattr(
-            Training, "evaluate_if_due", stop
-        )  # before the checkpoint: the last batch is lost, and the one ahead
-        with pytest.raises(KeyboardInterrupt):
-            train(changed(tmp_path, model, *options), tmp_path / "run")
-        monkeypatch.undo()
-        assert threading.active_count() <= threads + 2
-        train(changed(tmp_path, model, *options), tmp_path / "run", resume=True)
-        for step in (2, 4, 6):
-            assert task_numbers(tmp_path / "run", step) == task_numbers(straight[0], step)
-        assert [line["step"] for line in metric_lines(tmp_path / "run")] == [2, 4, 6]
-
-    @pytest.mark.faults
-    def test_a_run_killed_in_the_middle_of_rollouts_and_training(
-        self, model: Path, tmp_path: Path
-    ) -> None:
-        options = [
-            part
-            for option in (*self.AHEAD, "recording.checkpoint_every=2", "training.steps=24")
-            for part in ("--set", option)
-        ]
-        command = [
-            "--config",
-            str(write_config(tmp_path, model)),
-            "--run-dir",
-            str(tmp_path / "run"),
-            *options,
-        ]
-        running = subprocess.Popen([sys.executable, "-m", "jaxgrpo.train", *command])
-        while (
-            newest_step(tmp_path / "run" / "checkpoints") in (None, 2, 4) and running.poll() is None
-        ):
-            time.sleep(0.005)
-        running.kill()
-        assert running.wait() == -signal.SIGKILL
-        assert main([*command, "--resume"]) == 0
-        tasks = tasks_of(model)
-        for batch in range(12):
-            assert task_numbers(tmp_path / "run", 2 * batch + 2) == [
-                task.payload[1] for task in task_batch(tasks, 2, 0, batch)
-            ]
-        assert [line["step"] for line in metric_lines(tmp_path / "run")] == list(range(2, 26, 2))
-
-    def test_a_lost_batch_is_skipped_and_those_after_it_are_not_older_than_allowed(
-        self, model: Path, tmp_path: Path
-    ) -> None:
-        order = [
-            [t.payload[1] for t in batch]
-            for batch in (task_batch(tasks_of(model), 2, 0, i) for i in range(3))
-        ]
-        broken = ",".join(map(str, order[1]))
-        train(
-            changed(
-                tmp_path, model, *self.AHEAD, f"environment.broken=({broken})", "training.steps=4"
-            ),
-            tmp_path / "run",
-        )
-        first, second = metric_lines(tmp_path / "run")
-        assert (first["train/skipped_batches"], second["train/skipped_batches"]) == (0, 1)
-        assert task_numbers(tmp_path / "run", 4) == order[2]
-
-    def test_a_sampler_that_does_not_take_up_what_is_published_ends_the_run(
-        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        sampler = VersionedSampler(0, forgets=True)
-        monkeypatch.setattr(train_module, "open_sampler", lambda *args: sampler)
-        for staleness, steps in (("0", 2), ("2", 6)):
-            folder = tmp_path / staleness
-            with pytest.raises(
-                StalenessError, match=rf"older than training.max_staleness \({staleness}\) allows"
-            ):
-                train(
-                    changed(
-                        tmp_path,
-                        model,
-                        "loss.tis_cap=2.0",
-                        f"training.max_staleness={staleness}",
-                        "training.steps=20",
-                    ),
-                    folder,
-                )
-            assert metric_lines(folder)[-1]["step"] == steps
-
-    def test_a_sampler_that_fails_ahead_ends_the_run_with_its_error(
-        self, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        sampler = VersionedSampler(0)
-        generate = sampler.generate
-
-        async def failing(request):
-            if request.group_id.startswith("batch-1/"):
-                raise SamplerError("the server is gone")
-            return await generate(request)
-
-        sampler.generate = failing
-        monkeypatch.setattr(train_module, "open_sampler", lambda *args: sampler)
-        with pytest.raises(SamplerError, match="the server is gone"):
-            train(changed(tmp_path, model, *self.AHEAD), tmp_path / "run")
-        assert [line["step"] for line in metric_lines(tmp_path / "run")] == [
-            2
-        ]  # the batch before it was trained and recorded
-
-
-class TestFailingEnvironments:
-    def test_a_batch_without_groups_is_skipped_and_counted(
-        self, model: Path, tmp_path: Path
-    ) -> None:
-        order = [
-            [t.payload[1] for t in batch]
-            for batch in (task_batch(tasks_of(model), 2, 0, i) for i in range(3))
-        ]
-        broken = ",".join(map(str, order[1]))
-        config = changed(
-            tmp_path,
-            model,
-            f"environment.broken=({broken})",
-            "training.steps=4",
-            "rollout.max_retries=0",
-        )
-        train(config, tmp_path / "run")
-        first, second = metric_lines(tmp_path / "run")
-        assert (first["train/skipped_batches"], second["train/skipped_batches"]) == (0, 1)
-        assert second["train/dropped_groups"] == 2
-        assert second["train/environment_errors"] >= 2
-        skipped = records.read_records(
-            tmp_path / "run" / "trajectories" / "skipped-2-000002.jsonl.gz"
-        ).records
-        assert all("the letters are lost" in record.trajectory.error for record in skipped)
-        played = records.read_records(
-            tmp_path / "run" / "trajectories" / "train-000004.jsonl.gz"
-        ).records
-        assert {record.trajectory.task_id for record in played} == {f"train_{i}" for i in order[2]}
-
-    def test_too_many_in_a_row_end_the_run_with_the_last_error(
-        self, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        config = write_config(tmp_path, model)
-        options = [
-            "--set",
-            "environment.broken=(0,1,2,3,4,5)",
-            "--set",
-            "evaluation.before=True",
-            "--set",
-            "environment.broken_test=True",
-        ]
-        assert main(["--config", str(config), *options, "--run-dir", str(tmp_path / "run")]) == 1
-        captured = capsys.readouterr()
-        assert (
-            "every group of the last 3 batches was dropped" in captured.err
-            and "the letters are lost" in captured.err
-        )
-        assert "no evaluation: every group of the test split was dropped" in captured.out
-
-    def test_retries_are_as_many_as_the_config_says(self, model: Path, tmp_path: Path) -> None:
-        failures = []
-        for retries in (0, 2):
-            folder = tmp_path / str(retries)
-            options = (
-                "environment.broken=(0,1,2)",
-                f"rollout.max_retries={retries}",
-                "rollout.max_in_flight=1",
-                "rollout.tasks_per_step=6",
-            )
-            train(changed(tmp_path, model, *options, "training.steps=2"), folder)
-            failures.append(metric_lines(folder)[0]["train/environment_errors"])
-        assert failures[0] >= 3 and failures[1] >= 3 * failures[0]
-
-
-def tasks_of(model):
-    return small_config(model).environment.tasks("train")

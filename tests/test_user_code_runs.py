@@ -1,4 +1,7 @@
-"""Whole runs in an environment that misbehaves in every way at once: what is wrong drops its group, and the run goes on."""
+"""Whole runs in an environment that misbehaves in every way at once.
+
+What is wrong drops its group, and the run goes on.
+"""
 
 import dataclasses
 import io
@@ -22,7 +25,6 @@ from jaxgrpo.types import Score, StopReason, Task, ToolCall
 from tests.training import (
     Letters,
     LettersEnvironment,
-    make_model,
     metric_lines,
     small_config,
     write_config,
@@ -117,11 +119,6 @@ class Faulty(Letters):
         return environment
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory):
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def _as_it_was():
     with warnings.catch_warnings():
@@ -193,7 +190,9 @@ def test_an_environment_that_hangs_in_too_many_threads_ends_the_program_with_adv
 ) -> None:
     file = tmp_path / "slow.py"
     file.write_text(
-        f"from tests.test_user_code_runs import slow_config\n\n\ndef get_config():\n    return slow_config({str(model)!r})\n"
+        f"from tests.test_user_code_runs import slow_config\n\n\n"
+        f"def get_config():\n"
+        f"    return slow_config({str(model)!r})\n"
     )
     Hanging.gate.clear()
     options = (
@@ -213,6 +212,6 @@ def test_an_environment_that_hangs_in_too_many_threads_ends_the_program_with_adv
     ]
     assert "the oldest is step() of task '" in err[-1]
     assert (
-        "Too many to go on: give what it waits for a time limit of its own, or raise rollout.step_deadline_seconds"
-        in err[-1]
-    )
+        "Too many to go on: give what it waits for a time limit of its own, or raise "
+        "rollout.step_deadline_seconds"
+    ) in err[-1]

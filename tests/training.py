@@ -1,4 +1,7 @@
-"""A tiny random model and a rigged environment, for the tests of whole runs: an episode is one sampled token."""
+"""A tiny random model and a rigged environment, for the tests of whole runs.
+
+An episode is one sampled token.
+"""
 
 import dataclasses
 import json
@@ -21,6 +24,7 @@ from jaxgrpo.config.settings import (
     TrainingSettings,
 )
 from jaxgrpo.environment import Observation, StepResult
+from jaxgrpo.learner.train_state import TrainState
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import init_params
 from jaxgrpo.storage.pretrained import save_hf
@@ -29,10 +33,12 @@ from tests.byte_chat import END, END_OF_TEXT, byte_tokenizer
 
 EVERY_CHARACTER = (*map(chr, range(128)), "\ufffd")
 CONFIG_JSON = {
-    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 1024,
-    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "eos_token_id": END,
-    "bos_token_id": END_OF_TEXT, "pad_token_id": END_OF_TEXT,
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 260,
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16", "eos_token_id": END, "bos_token_id": END_OF_TEXT,
+    "pad_token_id": END_OF_TEXT,
 }  # fmt: skip
 
 
@@ -49,8 +55,11 @@ def make_model(folder: Path) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Letters:
-    """The first character is the whole episode; one of `good` is rewarded. Tasks of the train split whose index is in `broken`, or all of
-    the test split when `broken_test`, fail in every episode."""
+    """The first character is the whole episode; one of `good` is rewarded.
+
+    Tasks of the train split whose index is in `broken`, or all of the test split when
+    `broken_test`, fail in every episode.
+    """
 
     good: str = string.ascii_letters
     train_size: int = 6
@@ -117,7 +126,9 @@ def write_config(folder: Path, model: Path) -> Path:
     """A config file as a user writes one."""
     path = folder / "small.py"
     path.write_text(
-        f"from tests.training import small_config\n\n\ndef get_config():\n    return small_config({str(model)!r})\n"
+        f"from tests.training import small_config\n\n\n"
+        f"def get_config():\n"
+        f"    return small_config({str(model)!r})\n"
     )
     return path
 
@@ -129,3 +140,25 @@ def changed(folder: Path, model: Path, *overrides: str) -> Config:
 
 def metric_lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+TIMES = ("time/", "speed/", "eval/seconds", "train/compilations")
+NOISE = ("train/mismatch",)
+"""Which rows the sampler decodes together depends on the clock, and with it the last bits of its
+log-probabilities."""
+
+
+def steady(lines: list[dict]) -> list[dict]:
+    """Lines without the keys that differ from run to run."""
+    return [
+        {key: value for key, value in line.items() if not key.startswith((*TIMES, *NOISE))}
+        for line in lines
+    ]
+
+
+def weights(state: TrainState) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
+
+
+def tasks_of(model: Path) -> Sequence[Task]:
+    return small_config(model).environment.tasks("train")

@@ -11,7 +11,7 @@ SETTINGS = {
 }
 """Old names of fields, under the section's name of today -> the new name in the same section."""
 RECORDS = {"jaxgrpo.envs.bfcl.rewards.Format": {"share": "fraction"}}
-"""Classes that a config.json may name, as they are named now -> the old and new names of their fields."""
+"""Classes that a config.json may name, by their current names -> old and new names of fields."""
 MODULES = {
     "jaxgrpo.rewards": "jaxgrpo.rewards.base",
     "jaxgrpo.judge": "jaxgrpo.rewards.judge",

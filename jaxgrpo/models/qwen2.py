@@ -215,6 +215,12 @@ def init_params(config: ModelConfig, key: Array) -> Params:
 
 def param_shapes(config: ModelConfig) -> Params:
     """Return the logical tree as float32 ShapeDtypeStructs. Nothing is computed."""
+    own: Params = jax.tree.map(lambda shape: shape, _traced_shapes(config))
+    return own
+
+
+@functools.cache
+def _traced_shapes(config: ModelConfig) -> Params:
     shapes: Params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     return shapes
 

@@ -269,11 +269,11 @@ def _write_file(
                 range(0, leaf.piece, elements), range(0, rows, block_rows)
             ):
                 block_RE = _block(leaf, shard, row + block_row, element)
-                for i, values_E in enumerate(block_RE.view(np.uint8)):
-                    checksums.setdefault(start + element, []).append(zlib.crc32(values_E.data))
+                for i, stored in enumerate(block_RE.view(np.uint8)):
+                    checksums.setdefault(start + element, []).append(zlib.crc32(stored.data))
                     _write_at(
                         file,
-                        values_E.data,
+                        stored.data,
                         ((block_row + i) * columns + start + element - first) * leaf.dtype.itemsize,
                     )
     return leaf, checksums

@@ -51,7 +51,7 @@ def test_a_late_call_gives_its_place_to_the_next() -> None:
 
 
 def test_calls_that_hang_are_told_of_and_are_not_let_pile_up() -> None:
-    """One place, so that four may hang; those whose awaiting was cancelled count too, once they are late."""
+    """One place, so that four may hang. Cancelled calls count too, once they are late."""
     gate, said = threading.Event(), []
 
     async def run() -> None:
@@ -63,8 +63,10 @@ def test_calls_that_hang_are_told_of_and_are_not_let_pile_up() -> None:
             with pytest.raises(DeadlineError if number < 5 else StuckCallsError) as error:
                 await calls.run(gate.wait, what=f"call {number}")
         assert re.fullmatch(
-            r"5 call\(s\) into the environment have not come back within the deadline of 0\.1 seconds, and their threads cannot be ended; "
-            r"the oldest is the first \(\d s\)\. Too many to go on: give what it waits for a time limit of its own, or raise "
+            r"5 call\(s\) into the environment have not come back within the deadline "
+            r"of 0\.1 seconds, and their threads cannot be ended; "
+            r"the oldest is the first \(\d s\)\. Too many to go on: give what it waits "
+            r"for a time limit of its own, or raise "
             r"rollout\.step_deadline_seconds",
             str(error.value),
         )

@@ -61,7 +61,10 @@ def split_turns(
 def assert_built_in_pieces_as_in_one(
     tokenizer, messages: list[Message], tools: tuple[dict, ...] = ()
 ) -> None:
-    """Opening + sampled + continuation... equals the template over the whole conversation, when the policy samples canonical ids."""
+    """Opening + sampled + continuation... equals the template over the whole conversation.
+
+    The policy samples canonical ids.
+    """
     chat = Chat(tokenizer)
     opening, turns = split_turns(messages)
     ids = chat.opening(opening, tools).tolist()
@@ -322,7 +325,10 @@ def test_a_template_whose_continuation_depends_on_tools_is_refused_when_tools_co
 
 
 def test_a_template_that_forgets_the_assistant_is_refused() -> None:
-    template = "{%- for m in messages if m.role != 'assistant' -%}{{- m.content + '<|im_end|>' -}}{%- endfor -%}"
+    template = (
+        "{%- for m in messages if m.role != 'assistant' -%}{{- m.content + '<|im_end|>' "
+        "-}}{%- endfor -%}"
+    )
     with pytest.raises(ValueError, match="leaves out the assistant's earlier turns"):
         Chat(byte_tokenizer(template))
 
@@ -361,9 +367,9 @@ def test_an_opening_that_the_template_refuses_says_so() -> None:
 
 def test_a_role_that_the_template_refuses_says_so() -> None:
     refusing = (
-        "{%- for m in messages if m.role == 'tool' -%}{{- raise_exception('no tools here') -}}{%- endfor -%}"
-        + TEMPLATE
-    )
+        "{%- for m in messages if m.role == 'tool' -%}{{- raise_exception('no tools "
+        "here') -}}{%- endfor -%}"
+    ) + TEMPLATE
     chat = Chat(byte_tokenizer(refusing))
     with pytest.raises(ValueError, match=r"refuses a message of role \('tool',\).*no tools here"):
         chat.continuation([Message("tool", "1")], ended_with_eos=True)

@@ -1,4 +1,4 @@
-"""One episode: the golden trajectory, each stop reason, the limits' borders, and what is refused."""
+"""One episode: the golden trajectory, each stop reason, and the borders of the limits."""
 
 import asyncio
 import dataclasses
@@ -7,62 +7,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxgrpo.environment import Observation, StepResult
+from jaxgrpo.environment import StepResult
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.background import BlockingCalls
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.episode import EpisodeKey, EpisodeRunner, Limits, SamplingParams
+from jaxgrpo.rollout.episode import EpisodeRunner, SamplingParams
 from jaxgrpo.rollout.openings import PromptError
-from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError
-from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall, Trajectory
-from tests.byte_chat import AB, END, START, byte_tokenizer
+from jaxgrpo.samplers.base import FinishReason
+from jaxgrpo.types import Message, Score, StopReason, ToolCall, Trajectory
+from tests.byte_chat import END, byte_tokenizer
 from tests.one_episode import limits as limits_of
 from tests.rollout_fakes import (
-    OPENING,
     EchoEnvironment,
-    FailingEnvironment,
     Say,
     ScriptedSampler,
-    SlowEnvironment,
     Suite,
 )
-
-TASK = Task("echo_1")
-ROOMY, PLAIN = limits_of(2048, 10, 6144, 8192), SamplingParams()
-KEY = EpisodeKey(7, "step-1", "echo_1", 2)
-PROMPT = [START, *b"system\nHelp.", END, 10, START, *b"user\nq", END, 10, START, *b"assistant\n"]
-AFTER_EOS = [10, START, *b"user\n<r>", AB, *b"</r>", END, 10, START, *b"assistant\n"]  # 28 tokens
-AFTER_STOP = [END, *AFTER_EOS]
-
-
-def play(
-    script,
-    environment=EchoEnvironment,
-    limits: Limits = ROOMY,
-    deadline: float = 10.0,
-    sampler=None,
-    sampling=PLAIN,
-    **options,
-) -> Trajectory:
-    sampler = sampler or ScriptedSampler(script)
-
-    async def run() -> Trajectory:
-        suite = Suite(lambda task, earlier: environment())
-        runner = EpisodeRunner(
-            sampler,
-            suite,
-            Chat(byte_tokenizer()),
-            limits,
-            sampling,
-            BlockingCalls(4, deadline),
-            **options,
-        )
-        opening = await EpisodeRunner(
-            sampler, Suite(), runner.chat, limits, SamplingParams(), BlockingCalls(4, 10)
-        ).open(TASK)
-        return await runner.run(TASK, opening, KEY)
-
-    return asyncio.run(run())
+from tests.scripted_episode import AFTER_EOS, KEY, PROMPT, TASK, play
 
 
 def test_golden_trajectory() -> None:
@@ -75,7 +36,7 @@ def test_golden_trajectory() -> None:
     assert trajectory.prompt_ids_P.tolist() == PROMPT
     # fmt: off
     assert trajectory.completion_ids_C.tolist() == [
-        97, 98, 259,  # "ab" as the policy spelled it, in two tokens; the environment's "ab" is one, 256
+        97, 98, 259,  # "ab" as the policy spelled it, in two tokens; the environment's is one, 256
         10, 258, 117, 115, 101, 114, 10, 60, 114, 62, 256, 60, 47, 114, 62, 259,
         10, 258, 97, 115, 115, 105, 115, 116, 97, 110, 116, 10,
         120, 60, 47, 116, 62,  # "x</t>", ended by the stop string: the template closes the turn
@@ -99,9 +60,11 @@ def test_golden_trajectory() -> None:
     ]
     assert trajectory.weight_versions_C.tolist() == [
         3, 3, 3,
-        -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+        -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+        -1, -1, -1, -1, -1, -1, -1, -1,
         3, 3, 3, 3, 3,
-        -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+        -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+        -1, -1, -1, -1, -1, -1, -1, -1, -1,
         4, 4, 4, 4, 4,
     ]
     # fmt: on
@@ -316,145 +279,6 @@ def test_finishing_in_the_last_turn_is_finished() -> None:
         play([Say("a"), Say("done")], limits=limits_of(1000, 2, 50, 2000)).stop_reason
         is StopReason.FINISHED
     )
-
-
-@pytest.mark.parametrize("where", ["observe", "step", "score"])
-def test_an_environment_that_raises_has_no_score(where: str) -> None:
-    sampler = ScriptedSampler([Say("done")])
-    trajectory = play(None, environment=lambda: FailingEnvironment(where), sampler=sampler)
-    assert trajectory.stop_reason is StopReason.ENVIRONMENT_ERROR
-    assert trajectory.score is None
-    assert "KeyError: 'no such seat'" in trajectory.error
-    assert "in _fail" in trajectory.error  # the traceback reaches into the environment
-    assert trajectory.completion_ids_C.tolist() == ([] if where == "observe" else [*b"done", END])
-    assert sampler.released == ["step-1/echo_1/2/0"]
-
-
-def test_an_environment_that_cannot_be_made_has_no_score() -> None:
-    def refuse():
-        raise OSError("no disk")
-
-    trajectory = play([Say("done")], environment=refuse)
-    assert trajectory.stop_reason is StopReason.ENVIRONMENT_ERROR
-    assert "OSError: no disk" in trajectory.error
-
-
-def test_a_step_past_its_deadline_is_an_environment_error() -> None:
-    trajectory = play([Say("done")], environment=SlowEnvironment, deadline=0.05)
-    assert trajectory.stop_reason is StopReason.ENVIRONMENT_ERROR
-    assert "took longer than the deadline of 0.05 seconds" in trajectory.error
-
-
-def environment_with(**methods):
-    """An echo whose methods of these names are given."""
-    environment = EchoEnvironment()
-    for name, method in methods.items():
-        setattr(environment, name, method)
-    return environment
-
-
-FINITE = "must be a finite number"
-
-
-@pytest.mark.parametrize(
-    ("method", "answer", "message"),
-    [
-        ("step", lambda: None, "step() of task 'echo_1' returned NoneType, not StepResult ("),
-        ("score", lambda: 1.0, "score() of task 'echo_1' returned float, not Score ("),
-        (
-            "score",
-            lambda: Score(float("nan"), False),
-            f"ValueError: a score's reward {FINITE} from -1e+12 to 1e+12, got nan (",
-        ),
-        (
-            "score",
-            lambda: Score(1.0, True, {"state": float("inf")}),
-            f"ValueError: a score's parts['state'] {FINITE} from",
-        ),
-        ("score", lambda: Score(None, False), f"TypeError: a score's reward {FINITE}, got None"),
-        (
-            "score",
-            lambda: Score(1.0, 1.0),
-            "TypeError: a score's passed must be True or False, got 1.0",
-        ),
-        (
-            "step",
-            lambda: StepResult(stop_reason=StopReason.ENVIRONMENT_ERROR),
-            "stopped the episode with ENVIRONMENT_ERROR",
-        ),
-        (
-            "step",
-            lambda: StepResult(Observation((Message("tool", None),))),
-            "TypeError: a message's content must be a str, got None",
-        ),
-        (
-            "step",
-            lambda: StepResult(Observation(("ab",))),
-            "TypeError: a message must be of type Message, got 'ab'",
-        ),
-        (
-            "step",
-            lambda: StepResult(Message("tool", "ab")),
-            "TypeError: a step's observation must be of type Observation, got Message(",
-        ),
-        (
-            "step",
-            lambda: StepResult(stop_reason="finished"),
-            "TypeError: a step's stop_reason must be of type StopReason, got 'finished'",
-        ),
-        (
-            "step",
-            lambda: StepResult(dataclasses.replace(OPENING, tools=({"name": "add"},))),
-            "gave tools: only the first observation",
-        ),
-        (
-            "step",
-            lambda: StepResult(Observation((Message("assistant", "I agree"),))),
-            "spoke as assistant: that is the policy's role",
-        ),
-    ],
-)
-def test_an_environment_that_breaks_its_contract(method: str, answer: Any, message: str) -> None:
-    trajectory = play(
-        [Say("done")], environment=lambda: environment_with(**{method: lambda *_: answer()})
-    )
-    assert trajectory.stop_reason is StopReason.ENVIRONMENT_ERROR
-    assert message in trajectory.error.splitlines()[0]
-    if message.endswith("Error") or "Error: " in message:
-        assert f"{__file__}, line " in trajectory.error.splitlines()[0]
-
-
-def test_an_episode_that_opens_otherwise_than_its_task_is_an_environment_error() -> None:
-    other = Observation((Message("user", "q at 12:01"),), stop_strings=("</t>",))
-    trajectory = play([Say("done")], environment=lambda: environment_with(observe=lambda: other))
-    assert trajectory.stop_reason is StopReason.ENVIRONMENT_ERROR
-    assert trajectory.error == (
-        "task 'echo_1' opens differently from one episode to the next, which then share no prompt: "
-        "in message 0 user says 'q' and then user says 'q at 12:01'"
-    )
-
-
-@pytest.mark.parametrize(
-    ("ids", "logprobs", "message"),
-    [
-        ([], [], "gave 0 tokens"),
-        ([1] * 5, [0.0] * 5, "gave 5 tokens .* asked for 1 to 4"),
-        ([1], [np.nan], "not finite"),
-    ],
-)
-def test_generations_that_would_poison_a_batch_are_refused(
-    ids: Any, logprobs: Any, message: str
-) -> None:
-    class Bad(ScriptedSampler):
-        async def generate(self, request):
-            return Generation(
-                np.array(ids, int), np.array(logprobs), np.zeros(len(ids), int), FinishReason.STOP
-            )
-
-    sampler = Bad([])
-    with pytest.raises(SamplerError, match=message):
-        play(None, limits=limits_of(4, 10, 50, 1000), sampler=sampler)
-    assert sampler.released == ["step-1/echo_1/2/0"]
 
 
 def test_seeds_differ_in_everything_that_names_a_turn_and_are_fixed() -> None:

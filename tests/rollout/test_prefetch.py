@@ -15,7 +15,10 @@ from tests.run.test_batch_metrics import trajectory
 
 
 class Rollouts:
-    """Rollouts that end when they are told to, and note the weight version that was served when they began."""
+    """Rollouts that end when they are told to.
+
+    They note the weight version that was served when they began.
+    """
 
     def __init__(self) -> None:
         self.version = 0

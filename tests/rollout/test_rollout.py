@@ -1,4 +1,4 @@
-"""Many episodes at once: groups, retries, dropped groups, cancellation, bounds, and independence of scheduling."""
+"""Many episodes at once: groups, retries, dropped groups, cancellation, bounds, scheduling."""
 
 import asyncio
 import re
@@ -57,7 +57,10 @@ def run(
 
 
 def failing_suite(task_id: str, failing: set[int]) -> Suite:
-    """The environments of one task, counted from zero, raise in their step where `failing` says; the first only opens the task."""
+    """The environments of one task, counted from zero, raise in their step where `failing` says.
+
+    The first only opens the task.
+    """
     return Suite(
         lambda task, earlier: (
             FailingEnvironment("step")
@@ -131,7 +134,10 @@ def test_without_retries_one_failure_drops_the_group() -> None:
 
 
 def test_a_dropped_groups_other_episodes_are_cancelled() -> None:
-    """One episode of the only task fails for good while the other waits for its sampler, which would never answer."""
+    """One episode of the only task fails for good while the other waits for its sampler.
+
+    That sampler would never answer.
+    """
 
     class Hanging(ScriptedSampler):
         async def generate(self, request):
@@ -221,7 +227,8 @@ def test_a_task_whose_prompt_is_too_long_is_dropped() -> None:
     )
     assert [group.task.id for group in result.groups] == ["red", "green"]
     assert [dropped.error for dropped in result.dropped] == [
-        "the prompt of task 'blue' has 234 tokens, and rollout.max_prompt_tokens is 100: raise it, or "
+        "the prompt of task 'blue' has 234 tokens, and rollout.max_prompt_tokens is "
+        "100: raise it, or "
         "make the environment's prompts shorter"
     ]
 

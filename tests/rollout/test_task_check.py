@@ -22,7 +22,6 @@ from jaxgrpo.train import main
 from jaxgrpo.types import Message, Task
 from tests.byte_chat import byte_tokenizer
 from tests.rollout_fakes import EchoEnvironment
-from tests.training import make_model
 
 USERS_FILE = """\
 import dataclasses, io, itertools, sys, time
@@ -45,11 +44,6 @@ class Bare:
 def get_config():
     return dataclasses.replace(small_config({model!r}), environment=Suite())
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory):
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -96,9 +90,9 @@ class TestHanging:
         waits = (
             "took longer than the deadline of 2.0 seconds: it waits at mine.py, line 13, in tasks"
         )
-        assert (
-            err
-            == f"error: tasks('train') {waits}; 10 x rollout.step_deadline_seconds is the limit for listing tasks\n"
+        assert err == (
+            f"error: tasks('train') {waits}; 10 x rollout.step_deadline_seconds is the "
+            f"limit for listing tasks\n"
         )
 
 
@@ -107,54 +101,77 @@ class TestHanging:
     [
         (
             "def observe(self): raise KeyError('no such seat')", "",
-            "KeyError: 'no such seat' (mine.py, line 7, in observe): observe() of task 'train_0' failed; of 6 tasks none opens",
+            (
+                "KeyError: 'no such seat' (mine.py, line 7, in observe): observe() of task "
+                "'train_0' failed; of 6 tasks none opens"
+            ),
         ),
         (
             "def observe(self): sys.exit(3)", "",
-            "SystemExit: 3 (mine.py, line 7, in observe): observe() of task 'train_0' failed; of 6 tasks none opens",
+            (
+                "SystemExit: 3 (mine.py, line 7, in observe): observe() of task 'train_0' "
+                "failed; of 6 tasks none opens"
+            ),
         ),
         (
             "def observe(self): return Observation((Message('usr', 'x'),))", "",
-            "ValueError: a message's role must be one of system, user, assistant, tool, got 'usr'; did you mean 'user'? "
-            "(mine.py, line 7, in observe): observe() of task 'train_0' failed; of 6 tasks none opens",
+            "ValueError: a message's role must be one of system, user, assistant, "
+                "tool, got 'usr'; did you mean 'user'? "
+            "(mine.py, line 7, in observe): observe() of task 'train_0' failed; of 6 "
+                "tasks none opens",
         ),
         (
             "score = None", "",
-            "create() of task 'train_0' returned Mine, which has no method score() (mine.py, line 11); "
+            "create() of task 'train_0' returned Mine, which has no method score() "
+                "(mine.py, line 11); "
             "of 6 tasks none opens",
         ),
         (
             "step = observe = None", "",
-            "create() of task 'train_0' returned Mine, which has no method observe() (mine.py, line 11); "
+            "create() of task 'train_0' returned Mine, which has no method observe() "
+                "(mine.py, line 11); "
             "of 6 tasks none opens",
         ),
         (
             "def step(self): pass", "",
-            "create() of task 'train_0' returned Mine, which cannot be asked to step(action): too many positional "
+            "create() of task 'train_0' returned Mine, which cannot be asked to "
+                "step(action): too many positional "
             "arguments (mine.py, line 11); of 6 tasks none opens",
         ),
         (
-            "clock = itertools.count()\n    def observe(self): return Observation((Message('user', f'It is {next(self.clock)} s'),))", "",
-            "task 'train_0' opens differently from one episode to the next, which then share no prompt: in message 0 user says 'It is 6 s' "
+            (
+                "clock = itertools.count()\n"
+                "    def observe(self): return Observation((Message('user', f'It is "
+                "{next(self.clock)} s'),))"
+            ), "",
+            "task 'train_0' opens differently from one episode to the next, which then "
+                "share no prompt: in message 0 user says 'It is 6 s' "
             "and then user says 'It is 7 s'",
         ),
         (
             "def observe(self): return Observation((Message('user', 'x' * 40_000_000),))", "",
-            "the config cannot run:\n- the prompt of task 'train_0' has 40000000 characters in 1 message(s), 769230 tokens or more, and "
+            "the config cannot run:\n"
+                "- the prompt of task 'train_0' has 40000000 characters in 1 message(s), "
+                "769230 tokens or more, and "
             "rollout.max_prompt_tokens is 96: raise it, or make the environment's prompts shorter",
         ),
         (
             "pass", "def tasks(self, split): sys.exit(3)",
-            "SystemExit: 3 (mine.py, line 13, in tasks): tasks('train') failed: the environment gives no tasks of the train split",
+            (
+                "SystemExit: 3 (mine.py, line 13, in tasks): tasks('train') failed: the "
+                "environment gives no tasks of the train split"
+            ),
         ),
         (
             "pass", "def tasks(self, split): return [Task(7)]",
-            "TypeError: a task's id must be a str, got 7 (mine.py, line 13, in tasks): tasks('train') failed: the environment gives no "
+            "TypeError: a task's id must be a str, got 7 (mine.py, line 13, in tasks): "
+                "tasks('train') failed: the environment gives no "
             "tasks of the train split",
         ),
         (
             "pass", "def tasks(self, split): return 'ab'",
-            "tasks('train') must be a list of jaxgrpo.types.Task, got 'ab' (mine.py, line 13): the environment gives no tasks of the train "
+            "tasks('train') must be a list of jaxgrpo.types.Task, got 'ab' (mine.py, "
+                "line 13): the environment gives no tasks of the train "
             "split",
         ),
     ],
@@ -168,16 +185,27 @@ def test_an_environment_that_cannot_begin_is_refused(
 
 @pytest.mark.parametrize("dry", [("--set", "training.steps=2"), ("--dry-run",)])
 def test_tasks_of_which_some_do_not_open_are_warned_of(run: Any, dry: tuple[str, ...]) -> None:
-    failing = "def observe(self):\n        if self._query in (\"('train', 1)\", \"('train', 4)\"): 1 / 0\n        return super().observe()"
+    failing = (
+        "def observe(self):\n"
+        "        if self._query in (\"('train', 1)\", \"('train', 4)\"): 1 / 0\n"
+        "        return super().observe()"
+    )
     status, err = run(failing, "", *dry)
     assert status == 0
     place = "(mine.py, line 8, in observe)"
-    told = f"warning: ZeroDivisionError: division by zero {place}: observe() of task 'train_1' failed; 2 of 6 tasks do not open"
+    told = (
+        f"warning: ZeroDivisionError: division by zero {place}: observe() of task "
+        f"'train_1' failed; 2 of 6 tasks do not open"
+    )
     assert err == f"{told}; their groups will be dropped\n"
 
 
 def test_a_split_of_evaluation_that_does_not_open_is_refused(run: Any) -> None:
-    failing = "def observe(self):\n        if 'test' in self._query: 1 / 0\n        return super().observe()"
+    failing = (
+        "def observe(self):\n"
+        "        if 'test' in self._query: 1 / 0\n"
+        "        return super().observe()"
+    )
     assert run(failing, "", "--dry-run")[0] == 0
     status, err = run(failing, "", "--dry-run", "--set", "evaluation.before=True")
     assert status == 2 and err.endswith(
@@ -284,7 +312,10 @@ def test_too_many_that_hang_after_one_has_opened_end_it() -> None:
     said = []
     with pytest.raises(
         ConfigError,
-        match=r"^5 call\(s\) into the environment have not come back .* Too many to go on: give what it",
+        match=(
+            r"^5 call\(s\) into the environment have not come back .* Too many to go on: "
+            r"give what it"
+        ),
     ):
         opened(Suite(observe, 20), said, threads=1, deadline=0.1)
     gate.set()
@@ -292,8 +323,15 @@ def test_too_many_that_hang_after_one_has_opened_end_it() -> None:
 
 
 def test_a_template_that_refuses_a_role_is_told_with_the_task() -> None:
-    refusing = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}<|im_start|>{{ m.role }}\n"
-    refusing += "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    refusing = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools "
+        "here') }}{% endif %}<|im_start|>{{ m.role }}\n"
+    )
+    refusing += (
+        "{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% endif %}"
+    )
 
     class Tool(EchoEnvironment):
         def observe(self):
@@ -304,7 +342,8 @@ def test_a_template_that_refuses_a_role_is_told_with_the_task() -> None:
     check = TaskCheck(suite, settings(2, 10.0))
     found = check.open_tasks(Chat(byte_tokenizer(refusing)), suite.tasks("train")).found
     assert str(found["0"]) == (
-        "the prompt of task '0': the chat template refuses to begin with messages of role ('tool',): no tools here"
+        "the prompt of task '0': the chat template refuses to begin with messages of "
+        "role ('tool',): no tools here"
     )
 
 

@@ -1,4 +1,7 @@
-"""Users' code at its worst: whatever an environment raises, returns or does to the process ends one episode, in the user's own words."""
+"""Users' code at its worst ends one episode, in the user's own words.
+
+That holds for whatever an environment raises, returns or does to the process.
+"""
 
 import asyncio
 import os
@@ -95,7 +98,8 @@ def test_an_error_in_a_library_is_shown_at_the_line_that_called_it() -> None:
 
     line = play(stepping(step)).error.splitlines()[0]
     assert line.startswith(
-        f"LinAlgError: Singular matrix ({__file__}, line {step.__code__.co_firstlineno + 1}, in step)"
+        f"LinAlgError: Singular matrix ({__file__}, line "
+        f"{step.__code__.co_firstlineno + 1}, in step)"
     )
 
 
@@ -119,11 +123,10 @@ def test_a_record_that_is_refused_is_shown_at_the_line_that_made_it() -> None:
 def test_an_error_of_a_reward_function_is_shown_at_its_own_line() -> None:
     line = play(EchoEnvironment, rewards=RewardSettings((failing,))).error.splitlines()[0]
     place = f"({__file__}, line {failing.__code__.co_firstlineno + 1}, in failing)"
-    assert (
-        line
-        == f"RewardError: tests.rollout.test_user_code.failing raised ZeroDivisionError: division by zero {place}: "
-        + ("the rewards of task 'echo_1' failed")
-    )
+    assert line == (
+        f"RewardError: tests.rollout.test_user_code.failing raised ZeroDivisionError: "
+        f"division by zero {place}: "
+    ) + ("the rewards of task 'echo_1' failed")
 
 
 def failing(trajectory, score):
@@ -299,9 +302,9 @@ class TestDeadline:
         trajectory = play(stepping(step), deadline=0.1)
         gate.set()
         place = f"{__file__}, line {step.__code__.co_firstlineno + 1}, in step"
-        assert (
-            trajectory.error
-            == f"step() of task 'echo_1' took longer than the deadline of 0.1 seconds: it waits at {place}"
+        assert trajectory.error == (
+            f"step() of task 'echo_1' took longer than the deadline of 0.1 seconds: it "
+            f"waits at {place}"
         )
 
     def test_it_holds_for_what_an_error_does_when_it_is_printed(self) -> None:

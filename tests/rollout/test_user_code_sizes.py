@@ -62,7 +62,7 @@ class TestSizes:
         assert chat.threads == [] and len(trajectory.messages) == 2
 
     def test_nothing_that_fits_is_taken_to_be_too_long(self) -> None:
-        """The longest token, spelled in the characters that the tokenizer composes to those of the token."""
+        """The longest token, in characters that the tokenizer composes to those of the token."""
         tokenizer = byte_tokenizer()
         tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
         tokenizer.add_tokens(AddedToken("\u1f82" * 20, normalized=True))

@@ -19,13 +19,7 @@ from jaxgrpo.storage import locks
 from jaxgrpo.storage.checkpoint import newest_step
 from jaxgrpo.train import main
 from tests.processes import outcomes, start_processes
-from tests.training import make_model, metric_lines, write_config
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory):
-    return make_model(tmp_path_factory.mktemp("model"))
-
+from tests.training import metric_lines, write_config
 
 HOLDING = """
 import os, pathlib, sys, time

@@ -1,4 +1,4 @@
-"""The steps on one batch: how many there are, and whose log-probabilities are the old ones of each."""
+"""The steps on one batch: how many there are, and which log-probabilities are their old ones."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack

@@ -13,7 +13,8 @@ from rich.console import Console
 from jaxgrpo.run.metrics import Recorder, Stopwatch, TerminalView
 
 STEP = {
-    "train/reward_mean": 0.25, "train/pass_rate": 0.5, "train/completion_tokens_mean": 12.4, "time/trainer_idle_fraction": 0.3,
+    "train/reward_mean": 0.25, "train/pass_rate": 0.5, "train/completion_tokens_mean": 12.4,
+    "time/trainer_idle_fraction": 0.3,
     "time/sampler_idle_fraction": 0.45,
 }  # fmt: skip
 

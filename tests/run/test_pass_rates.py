@@ -22,7 +22,8 @@ def outcomes(*rows: str) -> np.ndarray:
 @pytest.mark.parametrize(
     ("rate", "samples", "low", "high"),
     [
-        # z^2 = 3.8414588; 0 of 10: high = z^2 / (10 + z^2); 5 of 10: half = sqrt(z^2 / (4 (10 + z^2)))
+        # z^2 = 3.8414588; 0 of 10: high = z^2 / (10 + z^2);
+        # 5 of 10: half = sqrt(z^2 / (4 (10 + z^2)))
         (0.0, 10, 0.0, 0.2775328),
         (1.0, 10, 0.7224672, 1.0),
         (0.5, 10, 0.2365931, 0.7634069),
@@ -36,22 +37,28 @@ def test_wilson_interval_by_hand(rate: float, samples: int, low: float, high: fl
     ("passed", "samples", "low", "high"), [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605)]
 )
 def test_wilson_interval_as_published(passed: int, samples: int, low: float, high: float) -> None:
-    """Newcombe 1998, "Two-sided confidence intervals for the single proportion", Statistics in Medicine 17:857-872, table I."""
+    """Newcombe 1998, table I.
+
+    "Two-sided confidence intervals for the single proportion", Statistics in Medicine 17:857-872.
+    """
     np.testing.assert_allclose(wilson_interval(passed / samples, samples), (low, high), atol=5e-5)
 
 
 def test_intraclass_correlation_by_hand() -> None:
-    # Rates 1, 1/2, 0; mean 1/2. MSB = 2 (1/4 + 0 + 1/4) / 2 = 1/2; MSW = 2 (1/4) / 3 = 1/6; r = (1/2 - 1/6) / (1/2 + 1/6) = 1/2.
+    # Rates 1, 1/2, 0; mean 1/2. MSB = 2 (1/4 + 0 + 1/4) / 2 = 1/2; MSW = 2 (1/4) / 3 = 1/6;
+    # r = (1/2 - 1/6) / (1/2 + 1/6) = 1/2.
     assert intraclass_correlation(outcomes("11", "10", "00")) == pytest.approx(0.5)
 
 
 def test_intraclass_correlation_of_three_samples_by_hand() -> None:
-    # Rates 2/3, 1/3; mean 1/2. MSB = 3 (2/36) / 1 = 1/6; MSW = 3 (4/9) / 4 = 1/3; r = (-1/6) / (1/6 + 2/3) = -1/5, clipped to 0.
+    # Rates 2/3, 1/3; mean 1/2. MSB = 3 (2/36) / 1 = 1/6; MSW = 3 (4/9) / 4 = 1/3;
+    # r = (-1/6) / (1/6 + 2/3) = -1/5, clipped to 0.
     assert intraclass_correlation(outcomes("110", "010")) == 0.0
 
 
 def test_intraclass_correlation_of_four_samples_by_hand() -> None:
-    # Rates 3/4, 1/4, 0; mean 1/3. MSB = 4 (25 + 1 + 16) / 144 / 2 = 7/12; MSW = 4 (3/16 + 3/16) / 9 = 1/6;
+    # Rates 3/4, 1/4, 0; mean 1/3. MSB = 4 (25 + 1 + 16) / 144 / 2 = 7/12;
+    # MSW = 4 (3/16 + 3/16) / 9 = 1/6;
     # r = (5/12) / (7/12 + 1/2) = 5/13.
     assert intraclass_correlation(outcomes("1110", "0100", "0000")) == pytest.approx(5 / 13)
 
@@ -66,7 +73,8 @@ def test_correlation_is_one_where_samples_agree_or_nothing_can_be_told(
 
 
 def test_pass_rate_by_hand() -> None:
-    # r = 1/2, design effect 3/2, 6 samples are worth 4: half = sqrt(z^2 / (4 (4 + z^2))) = 0.3499519 around 1/2.
+    # r = 1/2, design effect 3/2, 6 samples are worth 4:
+    # half = sqrt(z^2 / (4 (4 + z^2))) = 0.3499519 around 1/2.
     rate = pass_rate(outcomes("11", "10", "00"))
     assert (rate.rate, rate.tasks, rate.samples) == (0.5, 3, 2)
     assert rate.effective_samples == pytest.approx(4.0)
@@ -85,7 +93,10 @@ def test_repeated_samples_that_always_agree_say_no_more_than_one() -> None:
 
 @pytest.mark.parametrize("spread", [0.3, 2.0])
 def test_the_interval_covers_the_true_rate_about_as_often_as_it_says(spread: float) -> None:
-    """Tasks drawn from Beta(a, b) of mean 0.4; `spread` is a + b: small means that a task is either easy or hard."""
+    """Tasks drawn from Beta(a, b) of mean 0.4.
+
+    `spread` is a + b: small means that a task is either easy or hard.
+    """
     rng = np.random.default_rng(0)
     covered, naive_covered = 0, 0
     for _ in range(1000):
@@ -116,7 +127,7 @@ def test_pass_at_k(samples: int, passed: int, k: int, expected: Any) -> None:
 
 
 def test_pass_at_k_has_no_bias() -> None:
-    """Averaged over all draws of 4 samples with chance 1/4 each, pass@2 is 1 - (3/4)^2 exactly: 7/16."""
+    """Averaged over all draws of 4 samples with chance 1/4 each, pass@2 is 1 - (3/4)^2: 7/16."""
     binomial = [81, 108, 54, 12, 1]  # ways of 4 samples with c passes, out of 256
     assert sum(ways * pass_at_k(4, c, 2) for c, ways in enumerate(binomial)) / 256 == pytest.approx(
         7 / 16

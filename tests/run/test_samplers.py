@@ -1,4 +1,7 @@
-"""Weights as samplers take them, the check that a sampler serves them, and what reaches vLLM from a config. No server."""
+"""Weights as samplers take them, the check that they are served, and vLLM's settings.
+
+No server is started.
+"""
 
 import asyncio
 import dataclasses
@@ -27,14 +30,9 @@ from jaxgrpo.storage import publish as publishing
 from jaxgrpo.storage.published_manifest import WeightError, read_manifest
 from jaxgrpo.storage.published_reader import read_tensors
 from jaxgrpo.types import Task
-from tests.training import Letters, LettersEnvironment, changed, make_model, small_config
+from tests.training import Letters, LettersEnvironment, changed, small_config
 
 PROMPT = np.arange(40, 70, dtype=np.int32)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory):
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +72,7 @@ def test_stored_and_whole_weights_are_the_same_to_every_sampler(
 def test_what_is_served_outlives_the_trainers_weights(
     model: Path, policy: setup.ModelAssets, params: Params, devices: int
 ) -> None:
-    """The optimizer step reuses the buffers of the weights before it, while the sampler goes on with them."""
+    """The optimizer step reuses buffers of the earlier weights, which the sampler still uses."""
     on = update(model, devices)
     state = on.init(params)
     served = gather_policy(on, state)
@@ -207,7 +205,10 @@ class TestAgreement:
             assert 0 < figures["check/mismatch_mean"] <= figures["check/mismatch_max"] < 1e-5
             with pytest.raises(
                 MismatchError,
-                match=r"does not serve the trainer's weights of version 2: .* tokens differ by 0\.\d+ on",
+                match=(
+                    r"does not serve the trainer's weights of version 2: .* tokens differ "
+                    r"by 0\.\d+ on"
+                ),
             ):
                 check.run(loop, sampler, other.params, 2)
             with pytest.raises(
@@ -283,8 +284,10 @@ class TestAgreement:
 
 def test_settings_reach_the_server(model: Path, policy: setup.ModelAssets, tmp_path: Path) -> None:
     config = changed(
-        tmp_path, model, "sampler=vllm", "vllm.python=/opt/python", "vllm.cache_bytes=1000", "vllm.arguments=--enforce-eager",
-        "vllm.port=77", "vllm.max_requests=5", "vllm.gpus=(1,)", "training.gpus=(0,)", "vllm.gpu_memory=0.5", "vllm.host=::1",
+        tmp_path, model, "sampler=vllm", "vllm.python=/opt/python", "vllm.cache_bytes=1000",
+        "vllm.arguments=--enforce-eager",
+        "vllm.port=77", "vllm.max_requests=5", "vllm.gpus=(1,)", "training.gpus=(0,)",
+        "vllm.gpu_memory=0.5", "vllm.host=::1",
         "vllm.float32_logits=False",
     )  # fmt: skip
     plan = server_plan(config, policy)

@@ -108,8 +108,10 @@ def test_where_others_end_a_generation_the_policy_ends_it_too(tmp_path: Path) ->
 
 
 def test_the_policy_that_a_server_samples_from_is_the_one_that_is_trained(tmp_path: Path) -> None:
-    """In float32, with bfloat16 weights: its log-probabilities are those of the rounded weights, of which the embedded sampler's run knows
-    nothing; the weights that are kept are not rounded."""
+    """In float32, with bfloat16 weights: its log-probabilities are those of the rounded weights.
+
+    The embedded sampler's run does not round. The weights that are kept are not rounded.
+    """
     model = make_model(tmp_path)
     sizes = ModelConfig.from_folder(model)
     params = random_params(sizes, scale=0.2)

@@ -1,76 +1,23 @@
-"""Batches and steps that a run goes on without, and weights that it ends before."""
+"""Batches and steps that a run skips."""
 
 import dataclasses
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
-from jaxgrpo import train as train_module
 from jaxgrpo.learner.update import Update
-from jaxgrpo.rollout.prefetch import task_batch
 from jaxgrpo.rollout.rollout import RolloutResult
 from jaxgrpo.run import records, skipping
 from jaxgrpo.run.records import read_records, to_line
-from jaxgrpo.run.skipping import DivergedBatches, SkippedBatches, UntrainableBatchError
+from jaxgrpo.run.skipping import SkippedBatches, UntrainableBatchError
 from jaxgrpo.storage.checkpoint import newest_step
 from jaxgrpo.train import main, train
 from jaxgrpo.types import Group, Task
 from tests.episodes import random_groups
-from tests.training import changed, make_model, metric_lines, small_config, write_config
-
-CLOCK = ("time/", "speed/", "train/mismatch", "train/compilations")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory):
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-def weights(state) -> list[np.ndarray]:
-    return [
-        np.asarray(leaf)
-        for leaf in jax.tree.leaves((state.params, state.opt_state, state.reference))
-    ]
-
-
-def assert_same_bits(a, b) -> None:
-    for ours, theirs in zip(weights(a), weights(b), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-
-
-def steady(folder) -> list[dict]:
-    return [
-        {k: v for k, v in line.items() if not k.startswith(CLOCK)} for line in metric_lines(folder)
-    ]
-
-
-def tasks_of(model, batch: int) -> list[str]:
-    tasks = small_config(model).environment.tasks("train")
-    return [task.id for task in task_batch(tasks, 2, 0, batch)]
-
-
-def spoil_batches(monkeypatch, model, spoil, *numbers: int) -> None:
-    """`spoil` what is packed of these batches."""
-    make_micro_batches = train_module.make_micro_batches
-    spoilt = [set(tasks_of(model, number)) for number in numbers]
-
-    def packed(groups, *rest):
-        batches = make_micro_batches(groups, *rest)
-        return [spoil(b) for b in batches] if {g.task.id for g in groups} in spoilt else batches
-
-    monkeypatch.setattr(train_module, "make_micro_batches", packed)
-
-
-def far_apart(batch):
-    """As with rewards of 1e30 that nothing normalises."""
-    return dataclasses.replace(batch, advantages_NG=batch.advantages_NG + np.float32(1e30))
-
-
-def fail(batch):
-    raise ValueError("it does not fit")
+from tests.skipped_batches import assert_same_bits, fail, far_apart, spoil_batches, steady, tasks_of
+from tests.training import changed, metric_lines, write_config
 
 
 class TestBatches:
@@ -257,125 +204,6 @@ class TestSteps:
         assert steady(tmp_path / "run") == lines
         last = read_records(tmp_path / "run" / "trajectories/train-000006.jsonl.gz").records
         assert versions(last) == {3}
-
-
-class TestWeights:
-    def test_those_of_a_step_that_is_too_large_are_neither_served_nor_saved(
-        self, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        """At this rate the first step's weights overflow; the second step on the batch has a
-        gradient of nothing but NaN."""
-        arguments = [
-            "--config",
-            str(write_config(tmp_path, model)),
-            "--run-dir",
-            str(tmp_path / "run"),
-        ]
-        assert main([*arguments, "--set", "optimizer.learning_rate=1e38"]) == 1
-        (said,) = capsys.readouterr().err.splitlines()
-        assert said.startswith(
-            "error: the weights of step 1 give no finite log-probabilities: the step was too large"
-        )
-        assert (
-            "(there is no checkpoint). --resume skips batch 1" in said
-            and "start a new run with an optimizer.learning_rate below 1e+38" in said
-        )
-        assert metric_lines(tmp_path / "run") == []
-        assert newest_step(tmp_path / "run/checkpoints") is None
-
-    OPTIONS = (
-        "recording.checkpoint_every=1",
-        "recording.keep=1",
-        "training.iterations=1",
-        "training.steps=2",
-    )
-
-    def test_the_last_good_checkpoint_stays_and_is_gone_on_from_without_the_batch(
-        self,
-        model: Path,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-    ) -> None:
-        """Finite weights whose products are not, with one checkpoint kept. The resumed run is the
-        one in which that batch's environments failed."""
-        broken = ",".join(name.removeprefix("train_") for name in tasks_of(model, 1))
-        options = (*self.OPTIONS, f"environment.broken={broken}")
-        straight = train(changed(tmp_path, model, *options), tmp_path / "straight")
-        overshoot(monkeypatch, *tasks_of(model, 1))
-        arguments = self.arguments(tmp_path, model)
-        assert main(arguments) == 1
-        said = capsys.readouterr().err
-        assert said.startswith("error: the weights of step 2 give no finite log-probabilities")
-        assert "(the newest checkpoint is 1). --resume skips batch 2" in said
-        assert said.count("\n") == 1
-        assert [line["step"] for line in metric_lines(tmp_path / "run")] == [1]
-        assert newest_step(tmp_path / "run/checkpoints") == 1
-        assert main([*arguments, "--resume"]) == 0
-        assert capsys.readouterr().out.count("batch 2 is skipped: its step gave no finite") == 1
-        skipped = [line["train/skipped_batches"] for line in metric_lines(tmp_path / "run")]
-        assert skipped == [0, 1]
-        config = changed(tmp_path, model, *self.OPTIONS)
-        assert_same_bits(train(config, tmp_path / "run", resume=True), straight)
-
-    def test_a_run_in_which_all_are_too_large_ends_as_one_in_which_nothing_can_be_learnt(
-        self,
-        model: Path,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-    ) -> None:
-        """One more is left out each time, until they are too many in a row."""
-        monkeypatch.setattr(skipping, "MOST_SKIPPED", 2)
-        overshoot(monkeypatch)
-        arguments = [*self.arguments(tmp_path, model), "--resume"]
-        for _ in range(2):
-            assert main(arguments) == 1
-            assert capsys.readouterr().err.startswith("error: the weights of step 1 give no finite")
-        assert main(arguments) == 1
-        said = capsys.readouterr().err
-        assert said.startswith("error: nothing can be learnt from the last 2 batches: its step")
-        assert said.count("an optimizer.learning_rate below") == 1
-
-    def test_they_are_remembered_for_the_config_that_they_are_of(
-        self, model: Path, tmp_path: Path
-    ) -> None:
-        """A run that saved nothing may begin again under another one."""
-        config, other = small_config(model), changed(tmp_path, model, "optimizer.b1=0.5")
-        DivergedBatches(tmp_path, config).add(3)
-        DivergedBatches(tmp_path, config).add(5)
-        again = DivergedBatches(tmp_path, changed(tmp_path, model, "training.steps=100"))
-        again.check(4)
-        for batch in (3, 5):
-            with pytest.raises(UntrainableBatchError, match="gave no finite log-probabilities"):
-                again.check(batch)
-        DivergedBatches(tmp_path, other).check(3)
-        (tmp_path / "overshoots.json").write_text('{"batches": [3')
-        DivergedBatches(tmp_path, config).check(3)
-
-    def arguments(self, tmp_path, model) -> list[str]:
-        config, run = str(write_config(tmp_path, model)), str(tmp_path / "run")
-        sets = [part for option in self.OPTIONS for part in ("--set", option)]
-        return ["--config", config, "--run-dir", run, *sets]
-
-
-def overshoot(monkeypatch, *tasks: str) -> None:
-    """Steps on a batch of these tasks (none: on any) make finite weights whose products are not."""
-    take, play, played = Update.optimizer_step, train_module.Training.sample, []
-
-    def batch(self):
-        result = play(self)
-        played[:] = [group.task.id for group in result.groups]
-        return result
-
-    def step(self, state, *rest):
-        state, logprobs, report = take(self, state, *rest)
-        if not tasks or set(played) == set(tasks):
-            state = state._replace(params=jax.tree.map(lambda leaf: leaf * 1e12, state.params))
-        return state, logprobs, report
-
-    monkeypatch.setattr(train_module.Training, "sample", batch)
-    monkeypatch.setattr(Update, "optimizer_step", step)
 
 
 def test_an_evaluation_that_cannot_be_recorded_whole_is_said_and_the_run_goes_on(

@@ -105,6 +105,7 @@ def test_a_tensor_in_one_file_is_mapped_not_copied(tmp_path: Path) -> None:
         assert isinstance(owner, memoryview) and isinstance(owner.obj, mmap.mmap)
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
     skeleton = tmp_path / "skeleton"
     skeleton.mkdir()

@@ -115,6 +115,7 @@ ADVICE = {
 }
 
 
+@pytest.mark.slow
 def test_a_compiled_step_that_just_fits_is_not_refused_and_one_byte_less_is(tmp_path: Path) -> None:
     planner = tiny_planner(tmp_path)
     plan = planner.main_plan()

@@ -98,7 +98,10 @@ def record(task: str, split: str, step: int, sample: int, passed: bool) -> Traje
     arguments, broken JSON, no call, a loop until the tokens run out."""
     name, arguments = RIGHT[task]
     call = ToolCall(name, json.dumps(arguments), RESULTS[task], ok=True)
-    said = f"<reasoning>I call {name}.</reasoning>\n<tool>{json.dumps([{'name': name, 'args': arguments}])}</tool>"
+    said = (
+        f"<reasoning>I call {name}.</reasoning>\n"
+        f"<tool>{json.dumps([{'name': name, 'args': arguments}])}</tool>"
+    )
     reason, calls, notes = StopReason.FINISHED, (call,), {}
     if not passed:
         notes = {"turn 0": "expected results are missing", "turn 0: missing results": RESULTS[task]}

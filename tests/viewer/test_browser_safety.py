@@ -53,7 +53,8 @@ def test_no_script_of_an_episode_runs(page, hostile, number) -> None:
         assert page.title() != "owned"
         assert (
             page.locator(
-                "main img, main svg:not(.chart):not(.legend svg), main script:not([type='application/json'])"
+                "main img, main svg:not(.chart):not(.legend svg), main "
+                "script:not([type='application/json'])"
             ).count()
             == 0
         )
@@ -105,7 +106,8 @@ PAGES = {
     "episodes": "/r/demo/episodes?q=zeal",
     "task": "/r/demo/task?task=files_1",
     "episode": "/r/demo/episode?task=files_1&split=eval-train&step=0&sample=3",
-    "tokens": "/r/demo/episode?task=files_1&split=eval-train&step=0&sample=0&view=tokens&by=sampler_logprobs",
+    "tokens": "/r/demo/episode?task=files_1&split=eval-train&step=0&sample=0"
+    "&view=tokens&by=sampler_logprobs",
     "group": "/r/demo/group?task=files_1&split=train&step=2",
     "failures": "/r/demo/failures",
     "compare": "/compare?a_run=demo&b_run=demo",

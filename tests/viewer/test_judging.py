@@ -82,10 +82,14 @@ def test_every_kind_has_a_case() -> None:
 
 def test_prose_is_not_repetitive() -> None:
     prose = (
-        "The quick brown fox jumps over the lazy dog near the river, where a dozen geese were asleep. Meanwhile nobody had told the "
-        "baker that flour would be late; she had counted on it, and the ovens were hot already. By noon the queue reached the square, "
-        "and those in front asked for yesterday's bread at half its price. The mayor, who never queued, came out to see what it was "
-        "about and was handed a broom. He swept, to general applause, until the cart arrived at last with thirty sacks and an apology."
+        "The quick brown fox jumps over the lazy dog near the river, where a dozen "
+        "geese were asleep. Meanwhile nobody had told the "
+        "baker that flour would be late; she had counted on it, and the ovens were hot "
+        "already. By noon the queue reached the square, "
+        "and those in front asked for yesterday's bread at half its price. The mayor, "
+        "who never queued, came out to see what it was "
+        "about and was handed a broom. He swept, to general applause, until the cart "
+        "arrived at last with thirty sacks and an apology."
     )
     assert 1 < repetition([prose]) < 3
     assert repetition(["short"]) == 1

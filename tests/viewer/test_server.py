@@ -178,7 +178,9 @@ def hostile(tmp_path_factory):
     )
     (folder / "trajectories" / "train-000005.jsonl.gz").write_bytes(b"no gzip at all")
     (folder / "metrics.jsonl").write_text(
-        '{"step": 1, "train/kl": NaN, "train/reward_mean": "high", "<b>": 1}\n{"step": 2, "train/kl": 1e999}\nx\n'
+        '{"step": 1, "train/kl": NaN, "train/reward_mean": "high", "<b>": 1}\n'
+        '{"step": 2, "train/kl": 1e999}\n'
+        "x\n"
     )
     (folder / "config.json").write_text('{"model": {"source": 5')
     with serving([folder], tmp_path_factory.mktemp("cache")) as server:

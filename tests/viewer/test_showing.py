@@ -15,7 +15,11 @@ from jaxgrpo.viewer.site import Site
 from jaxgrpo.viewer.visible import found, plain, visible
 from tests.viewer.demo import ODD
 
-TWO_CALLS = '<reasoning>Both.</reasoning>\n<tool>[{"name": "ls", "args": {"a": true}}, {"name": "cd", "args": {"folder": "x"}}]</tool>'
+TWO_CALLS = (
+    "<reasoning>Both.</reasoning>\n"
+    '<tool>[{"name": "ls", "args": {"a": true}}, {"name": "cd", "args": {"folder": '
+    '"x"}}]</tool>'
+)
 MESSAGES = (
     Message("system", "tools"),
     Message("user", "go"),

@@ -337,7 +337,7 @@ class Engine:
         for sequence, cache in zip(sequences, caches, strict=True):
             cache.ids = sequence.own_ids[:-1]  # drops what was computed past the end of the turn
         self.metrics.decode_chunks += 1
-        self.metrics.decode_row_steps += rows * int(seen.max())
+        self.metrics.decode_row_steps += rows * int(np.max(seen))
 
     def _inputs(self, sequences: Sequence[ActiveSequence], rows: int) -> decode.DecodeRows:
         requests = [sequence.request for sequence in sequences]

@@ -1,6 +1,7 @@
 """jaxgrpo.samplers.native.decode against the plain forward pass."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +12,18 @@ from jaxgrpo.models.qwen2 import Params, cast_to, forward, head_table, init_para
 from jaxgrpo.samplers.native import decode
 
 CONFIG = ModelConfig(97, 32, 2, 4, 2, 8, 48, 512, 1e4, 1e-6, True)
-PARAMS = jax.tree.map(
-    lambda leaf: leaf * 4 if leaf.ndim > 1 else leaf, init_params(CONFIG, jax.random.key(1))
-)
+
+
+@functools.cache
+def model_params() -> Params:
+    made = init_params(CONFIG, jax.random.key(1))
+    return jax.tree.map(lambda leaf: leaf * 4 if leaf.ndim > 1 else leaf, made)
 
 
 def plain_logits(ids: np.ndarray) -> np.ndarray:
     """Logits [T, V] of one sequence, by the plain forward pass."""
-    hidden = forward(CONFIG, PARAMS, jnp.asarray(ids[None]), load=cast_to(jnp.float32))
-    return np.asarray(hidden[0] @ head_table(PARAMS).T)
+    hidden = forward(CONFIG, model_params(), jnp.asarray(ids[None]), load=cast_to(jnp.float32))
+    return np.asarray(hidden[0] @ head_table(model_params()).T)
 
 
 def empty_context(rows: int) -> decode.Context:
@@ -70,7 +74,7 @@ def test_extend_then_decode_over_a_shared_prompt_equals_the_plain_forward() -> N
         rng.integers(0, 97, n).astype(np.int32) for n in (4, 1, 6)
     ]  # a row's own tokens after the prompt
     group_of_row = [0, 0, 1]
-    params = decode.serving_params(PARAMS, jnp.float32)
+    params = decode.serving_params(model_params(), jnp.float32)
     pool = decode.empty_pool(CONFIG, 8, jnp.float32)
     places = np.arange(69)
     prompt_ids = np.zeros((2, 69), np.int32)
@@ -117,7 +121,7 @@ def test_extend_then_decode_over_a_shared_prompt_equals_the_plain_forward() -> N
 
 
 def test_a_chunk_stops_each_row_at_its_end_token() -> None:
-    params = decode.serving_params(PARAMS, jnp.float32)
+    params = decode.serving_params(model_params(), jnp.float32)
     free = decode_chunk(params, empty_context(2), rows_of([3, 5], [0, 0], [6, 6], 1.0), -1, 6)
     end = int(free.tokens_BC[0, 2])
     ended = decode_chunk(params, empty_context(2), rows_of([3, 5], [0, 0], [6, 6], 1.0), end, 6)
@@ -129,7 +133,7 @@ def test_a_chunk_stops_each_row_at_its_end_token() -> None:
 
 
 def test_a_chunk_in_pieces_is_the_same_chunk() -> None:
-    params = decode.serving_params(PARAMS, jnp.float32)
+    params = decode.serving_params(model_params(), jnp.float32)
     whole, *pieces = (
         decode_chunk(params, empty_context(2), rows_of([3, 5], [0, 0], [7, 4], 1.0), -1, 7, at_once)
         for at_once in (7, 3, 1)
@@ -143,7 +147,7 @@ def test_a_chunk_in_pieces_is_the_same_chunk() -> None:
 
 def test_an_untied_head_has_its_own_table() -> None:
     config = dataclasses.replace(CONFIG, tied_embeddings=False)
-    untied = PARAMS | {"lm_head": init_params(config, jax.random.key(2))["lm_head"]}
+    untied = model_params() | {"lm_head": init_params(config, jax.random.key(2))["lm_head"]}
     tied, own = (
         decode_chunk(
             decode.serving_params(tree, jnp.float32),
@@ -152,10 +156,10 @@ def test_an_untied_head_has_its_own_table() -> None:
             -1,
             1,
         )
-        for tree in (PARAMS, untied)
+        for tree in (model_params(), untied)
     )
     hidden = forward(config, untied, jnp.array([[3]]), load=cast_to(jnp.float32))[0, 0]
-    for chunk, tree in ((tied, PARAMS), (own, untied)):
+    for chunk, tree in ((tied, model_params()), (own, untied)):
         expected = jax.nn.log_softmax(hidden @ head_table(tree).T)
         assert int(chunk.tokens_BC[0, 0]) == int(expected.argmax())
         np.testing.assert_allclose(chunk.logprobs_BC[0, 0], expected.max(), atol=5e-6)
