@@ -1,5 +1,5 @@
 """The installed command `jaxgrpo`: `jaxgrpo train ...` runs `python -m jaxgrpo.train ...`, and so
-on. Also `jaxgrpo-train` and `jaxgrpo-evaluate`, as in version 0.1.0."""
+on."""
 
 import importlib
 import sys
@@ -25,14 +25,6 @@ def main() -> None:
         sys.exit(0 if name else 2)
     print(f"error: no command {name!r}: there are {', '.join(COMMANDS)}", file=sys.stderr)
     sys.exit(2)
-
-
-def train() -> None:
-    _run("jaxgrpo.train", sys.argv[1:])
-
-
-def evaluate() -> None:
-    _run("jaxgrpo.evaluate", sys.argv[1:])
 
 
 def _run(module: str, arguments: list[str]) -> None:

@@ -14,6 +14,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from jaxgrpo.commands import COMMANDS
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -102,9 +104,10 @@ def test_the_wheel_is_jaxgrpo_alone_and_runs_anywhere(tmp_path: Path) -> None:
         (empty / name / "__init__.py").write_text("raise RuntimeError('imported')\n")
     where = ran(empty, programs / "python", "-c", "import jaxgrpo; print(jaxgrpo.__file__)")
     assert where.stdout.startswith(str(tmp_path / "venv"))
-    for script in PROJECT["scripts"]:
-        done = ran(empty, programs / script, "--help")
-        assert (done.returncode, done.stderr) == (0, ""), script
+    assert list(PROJECT["scripts"]) == ["jaxgrpo"]
+    for command in COMMANDS:
+        done = ran(empty, programs / "jaxgrpo", command, "--help")
+        assert (done.returncode, done.stderr) == (0, ""), command
     for tool in ("plan_memory", "convert_hf_to_orbax", "serve_vllm"):
         done = ran(empty, programs / "python", "-m", f"jaxgrpo.tools.{tool}", "--help")
         assert (done.returncode, done.stderr) == (0, ""), tool
