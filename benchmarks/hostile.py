@@ -34,8 +34,8 @@ from jaxgrpo.envs.bfcl import Bfcl
 from jaxgrpo.envs.bfcl.protocols import PROTOCOLS
 from jaxgrpo.envs.bfcl.source import RELEASES, open_package
 from jaxgrpo.envs.bfcl.tasks import CATEGORIES, BfclTask, Library, load_library
-from jaxgrpo.envs.tool_tags import FINISHED, GAVE_UP
 from jaxgrpo.run.records import TrajectoryRecord, from_line, to_line
+from jaxgrpo.toolkit.tags import FINISHED, GAVE_UP
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall, Trajectory
 
 T = TypeVar("T")

@@ -2,11 +2,11 @@
 
 The policy is told the name of an item, but the tools take its code. It must look up the code, for
 some errands also the count in stock, and then order or ship. It uses the `tags` protocol
-(envs/tool_tags.py).
+(jaxgrpo/toolkit/tags.py).
 
-This is the example to copy for your own environment: a suite, and a class with `observe`, `step`
-and `score`. Nothing is registered. Tasks need no download. Prompts have fewer than 200 tokens, so
-that a tiny model can be trained on a CPU and tests run fast.
+The environment is a class with `observe`, `step` and `score`, which words its own errors. With
+`ToolEnvironment`, as in envs/sql.py, an environment is shorter. Tasks need no download. Prompts
+have fewer than 200 tokens, so that a tiny model can be trained on a CPU and tests run fast.
 """
 
 import dataclasses
@@ -16,10 +16,11 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 from jaxgrpo.environment import Observation, StepResult
-from jaxgrpo.envs import tool_tags
-from jaxgrpo.envs.tool_tags import ToolRequest
+from jaxgrpo.toolkit.calls import ToolRequest, run_in_order
+from jaxgrpo.toolkit.protocols import Tags
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall
 
+PROTOCOL = Tags()
 KINDS = ("order", "ship", "refill")
 ITEMS = (
     "lamp",
@@ -140,8 +141,8 @@ class Warehouse:
         """Return policy turns that solve the task: one call each, then the end."""
         solution = _errand(task).solution
         return (
-            *(tool_tags.write_calls([call], f"I call {call[0]}.") for call in solution),
-            tool_tags.write_end(),
+            *(PROTOCOL.write_calls([call], f"I call {call[0]}.") for call in solution),
+            PROTOCOL.write_end(),
         )
 
     def _task(self, split: str, index: int, wish: tuple[str, str, int, str]) -> Task:
@@ -175,49 +176,32 @@ class WarehouseEnvironment:
         self._stop_reason: StopReason | None = None
 
     def observe(self) -> Observation:
-        system = f"{tool_tags.INSTRUCTIONS}\nTools:\n" + "\n".join(TOOLS)
-        return Observation(
-            (Message("system", system), Message("user", self._errand.request)),
-            stop_strings=tool_tags.STOP_STRINGS,
-        )
+        request = Message("user", self._errand.request)
+        return PROTOCOL.described_opening(PROTOCOL.instructions, "\n".join(TOOLS), [request])
 
     def step(self, action: str) -> StepResult:
         if self._stop_reason is not None:
             raise RuntimeError("the episode is over: create a new environment")
         self._steps += 1
-        parsed = tool_tags.parse_action(action)
+        parsed = PROTOCOL.parse(action)
         calls: tuple[ToolCall, ...] = ()
-        lines = [parsed.fault]
+        answer = PROTOCOL.fault(parsed.fault)
         if parsed.finished or parsed.gave_up:
             self._stop_reason = StopReason.FINISHED if parsed.finished else StopReason.GAVE_UP
         elif not parsed.fault:
-            calls = self._run(parsed.requests)
-            left = len(parsed.requests) - len(calls)
-            lines = [tool_tags.outcome(call.name, call.result, call.ok, left) for call in calls]
+            calls = run_in_order(parsed.requests, self._run)
+            answer = PROTOCOL.results(calls, len(parsed.requests) - len(calls))
         if self._stop_reason is None and self._steps >= self._max_steps:
             self._stop_reason = StopReason.STEP_LIMIT
         if self._stop_reason is not None:
             return StepResult(stop_reason=self._stop_reason, calls=calls)
-        return StepResult(
-            observation=Observation(
-                (tool_tags.result_message(lines),), stop_strings=tool_tags.STOP_STRINGS
-            ),
-            calls=calls,
-        )
+        return StepResult(observation=answer, calls=calls)
 
-    def _run(self, requests: Sequence[ToolRequest]) -> tuple[ToolCall, ...]:
-        """Run the calls up to the first that fails. Calls before it keep their effect."""
-        shown: list[ToolCall] = []
-        for request in requests:
-            text, ok = (
-                (request.fault, False)
-                if request.fault
-                else self._call(request.name, request.arguments)
-            )
-            shown.append(ToolCall(request.name[:40], json.dumps(dict(request.arguments)), text, ok))
-            if not ok:
-                break
-        return tuple(shown)
+    def _run(self, request: ToolRequest) -> ToolCall:
+        text, ok = (
+            (request.fault, False) if request.fault else self._call(request.name, request.arguments)
+        )
+        return ToolCall(request.name[:40], json.dumps(dict(request.arguments)), text, ok)
 
     def _call(self, name: str, arguments: Mapping[str, object]) -> tuple[str, bool]:
         tools: dict[str, tuple[Callable[..., tuple[str, bool]], dict[str, type]]] = {

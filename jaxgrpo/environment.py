@@ -7,7 +7,7 @@ environment for each episode.
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxgrpo import checked
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall
@@ -142,6 +142,15 @@ class Environment(Protocol):
         """Score the episode. Called once, also if a limit ended it."""
 
 
+@runtime_checkable
+class ClosableEnvironment(Environment, Protocol):
+    """An environment that holds something open, such as a connection or a process."""
+
+    def close(self) -> None:
+        """Release it. Called once for every environment that was created, after its last other
+        call, however that ended. A call beyond its deadline may still be running."""
+
+
 class TaskSuite(Protocol):
     """A source of tasks: the `environment` of a config. Make it a frozen dataclass, so that `--set`
     can override its fields."""
@@ -152,3 +161,12 @@ class TaskSuite(Protocol):
     def create(self, task: Task) -> Environment:
         """Return a new environment for one episode of the task. Called from worker threads, so
         environments must not share mutable state."""
+
+
+@runtime_checkable
+class LimitedSuite(TaskSuite, Protocol):
+    """A suite that allows only so many environments at once."""
+
+    def most_open(self) -> int:
+        """Return the most environments that may be open at once, at least 1. A rollout creates no
+        further one until another is closed."""

@@ -1,4 +1,5 @@
-"""python -m jaxgrpo.evaluate --config FILE [--checkpoint RUN] [--split test] [--samples K]
+"""python -m jaxgrpo.evaluate --config FILE [--checkpoint RUN] [--split test | --suite NAME]
+    [--samples K]
 
 Measure the pass rate on a split, with its confidence interval.
 """
@@ -14,8 +15,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxgrpo.config.checks import is_file_name
 from jaxgrpo.config.load import load_config
-from jaxgrpo.config.settings import NO_LORA, SPLITS, Config, ConfigError
+from jaxgrpo.config.settings import NO_LORA, Config, ConfigError
 from jaxgrpo.interruptions import interruptible, run_program
 from jaxgrpo.learner.sharding import store
 from jaxgrpo.models.qwen2 import Params
@@ -37,10 +39,10 @@ from jaxgrpo.storage.checkpoint import read_policy
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to evaluate: `samples` episodes per task of a split, with the weights of a run's
-    checkpoint at `step` (None: the newest), or without a checkpoint those of the config's model."""
+    """What to evaluate: `samples` episodes per task, with the weights of a run's checkpoint at
+    `step` (None: the newest), or without a checkpoint those of the config's model."""
 
-    split: str
+    evaluated: setup.Evaluated
     samples: int
     checkpoint: Path | None
     step: int | None
@@ -56,11 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setup.enable_compilation_cache(config)
         checkpoint = args.checkpoint and absolute(args.checkpoint, start)
         samples = config.evaluation.samples if args.samples is None else args.samples
-        request = Request(args.split, samples, checkpoint, args.step)
+        request = Request(choose(config, args.split, args.suite), samples, checkpoint, args.step)
         check_request(request)
-        folder = run_folder(args.run_dir, f"{config.name}-eval-{args.split}", start)
+        name = request.evaluated.name
+        folder = run_folder(args.run_dir, f"{config.name}-eval-{name}", start)
         with interruptible(), locked_folder(folder):
-            outcome = evaluate(config, request, folder)
+            outcome = evaluate(request, folder)
         _report(outcome)
         print(f"recorded in {folder}")
     except ConfigError as error:
@@ -81,18 +84,33 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", metavar="RUN", help=of_checkpoint)
     of_step = "the step of the run's checkpoint (default: the newest)"
     parser.add_argument("--step", type=int, help=of_step)
-    parser.add_argument("--split", default="test", help=f"{' or '.join(SPLITS)} (default: test)")
+    parser.add_argument("--split", help="a split of the environment's tasks (default: test)")
+    parser.add_argument("--suite", help="in place of a split: a suite of evaluation.suites")
     of_samples = "episodes per task (default: the config's evaluation.samples)"
     parser.add_argument("--samples", type=int, help=of_samples)
     parser.add_argument("--run-dir", help="folder to record in (default: runs/NAME-eval-SPLIT)")
     return parser
 
 
+def choose(config: Config, split: str | None, suite: str | None) -> setup.Evaluated:
+    """Return what to evaluate: a split of the config's environment, or another of its suites."""
+    if suite is None:
+        name = "test" if split is None else split
+        if not is_file_name(name):
+            raise ConfigError(f"--split must be the name of a split, got {name!r}")
+        return setup.Evaluated(name, name, config)
+    if split is not None:
+        raise ConfigError("--suite names a suite and its split: leave out --split")
+    known = {one.name: one for one in setup.suites(config)}
+    if suite not in known:
+        listed = ", ".join(known) or "none"
+        raise ConfigError(f"--suite must be one of evaluation.suites ({listed}), got {suite!r}")
+    return known[suite]
+
+
 def check_request(request: Request) -> None:
     """Raise ConfigError that lists what is wrong with a request."""
     problems = []
-    if request.split not in SPLITS:
-        problems.append(f"--split must be {' or '.join(SPLITS)}, got {request.split!r}")
     if not 1 <= request.samples < 2**31:
         problems.append(f"--samples must be from 1 to {2**31 - 1}, got {request.samples}")
     if request.step is not None and request.checkpoint is None:
@@ -104,11 +122,12 @@ def check_request(request: Request) -> None:
         raise ConfigError("; ".join(problems))
 
 
-def evaluate(config: Config, request: Request, folder: Path) -> Evaluation:
+def evaluate(request: Request, folder: Path) -> Evaluation:
     """Evaluate, and record the metrics and episodes in `folder`."""
+    config = request.evaluated.config
     setup.check_rewards(config)
     assets = setup.open_model_assets(config)
-    tasks = setup.split_tasks(config, request.split)
+    tasks = setup.split_tasks(config, request.evaluated.split)
     prompts = setup.check_episodes(config, assets, tasks)
     params, step = _read_weights(config, assets, request)
     make_run_folder(folder)
@@ -123,11 +142,11 @@ def evaluate(config: Config, request: Request, folder: Path) -> Evaluation:
         check = _check_sampler(config, weights, prompts.first_P, loop, sampler)
         rollout = setup.build_rollout(config, assets, sampler, sampling)
         evaluator = Evaluator(rollout, loop, request.samples, config.seed, view.advance)
-        outcome = evaluator.evaluate(tasks, request.split, step)
+        outcome = evaluator.evaluate(tasks, request.evaluated.name, step)
     recorder = Recorder(folder, tensorboard=False, wandb_project=None, name=config.name)
     recorder.record(step, outcome.metrics | check)
     recorder.close()
-    kind = f"eval-{request.split}"
+    kind = f"eval-{request.evaluated.name}"
     path = folder / "trajectories" / f"{kind}-{step:06d}.jsonl.gz"
     for fault in records.write(path, outcome.result, kind, step):
         print(fault, file=sys.stderr)

@@ -71,11 +71,11 @@ def evaluate_policy(
     config = _prepared(config)
     samples = config.evaluation.samples if samples is None else samples
     checkpoint = None if run is None else absolute(run)
-    request = evaluate.Request(split, samples, checkpoint, step)
+    request = evaluate.Request(evaluate.choose(config, split, None), samples, checkpoint, step)
     evaluate.check_request(request)
     folder = run_folder(_text(run_dir), f"{config.name}-eval-{split}", Path.cwd())
     with _interruptible(), locked_folder(folder):
-        return evaluate.evaluate(config, request, folder)
+        return evaluate.evaluate(request, folder)
 
 
 def _prepared(config: Config) -> Config:

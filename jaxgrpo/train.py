@@ -217,24 +217,26 @@ class Training:
             self.loop.call(self.sampler.take_idle_fraction())
 
     def evaluate(self) -> None:
-        """Evaluate all splits of the config. Prefetched rollouts continue meanwhile, under the same
-        weights."""
+        """Evaluate all splits and suites of the config. Prefetched rollouts continue meanwhile,
+        under the same weights."""
         e, step = self.config.evaluation, self.learner.state.step
         sampling = SamplingParams(e.temperature, e.top_p)
-        rollout = setup.build_rollout(self.config, self.assets, self.sampler, sampling)
-        evaluator = Evaluator(
-            rollout, self.loop, e.samples, self.config.seed, self.log.view.episodes
-        )
-        for split in e.splits:
-            tasks, start = setup.split_tasks(self.config, split), time.perf_counter()
+        for one in setup.evaluations(self.config):
+            rollout = setup.build_rollout(
+                one.config, self.assets, self.sampler, sampling, self.rollout
+            )
+            evaluator = Evaluator(
+                rollout, self.loop, e.samples, self.config.seed, self.log.view.episodes
+            )
+            tasks, start = setup.split_tasks(one.config, one.split), time.perf_counter()
             try:
-                outcome = evaluator.evaluate(tasks, split, step)
+                outcome = evaluator.evaluate(tasks, one.name, step)
             except AllGroupsDroppedError as error:
                 self.log.say(f"step {step}  no evaluation: {error}")
                 continue
-            self.log.evaluation(step, split, outcome, time.perf_counter() - start)
+            self.log.evaluation(step, one.name, outcome, time.perf_counter() - start)
             groups = tuple(outcome.result.groups)
-            self.callbacks.on_evaluation(EvaluationReport(step, split, outcome.metrics, groups))
+            self.callbacks.on_evaluation(EvaluationReport(step, one.name, outcome.metrics, groups))
 
     def checkpoint_if_due(self) -> None:
         """Save a checkpoint. It comes last, so everything before it is recorded when a run resumes

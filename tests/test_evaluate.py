@@ -1,7 +1,9 @@
 """The evaluation command: of a model, of a run's checkpoints, and what it refuses."""
 
+import dataclasses
 import json
 import os
+import string
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,13 +11,17 @@ import jax
 import numpy as np
 import pytest
 
+from jaxgrpo.config.load import check
+from jaxgrpo.config.settings import Config, ConfigError, EvaluationSettings, EvaluationSuite
 from jaxgrpo.evaluate import main
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params, cast_to, forward, head_table
+from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.run import records
 from jaxgrpo.storage.checkpoint import read_policy
 from jaxgrpo.train import train
-from tests.training import changed, metric_lines, write_config
+from jaxgrpo.types import Score, Trajectory
+from tests.training import Letters, changed, metric_lines, small_config, write_config
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +177,72 @@ def test_a_small_nucleus_is_as_good_as_greedy(
     assert len({tuple(r.trajectory.completion_ids_C) for r in episodes[:3]}) == 1
 
 
+def with_suites(model: Path, names: tuple[str, ...] = ("vowels", "digits")) -> Config:
+    """The small config with two more suites, and rewards that would spoil them."""
+    config = small_config(model)
+    good = ("aeiou", string.digits)
+    suites = tuple(
+        EvaluationSuite(name, Letters(good=letters, test_size=size), split="dev")
+        for name, letters, size in zip(names, good, (3, 5))
+    )
+    return dataclasses.replace(
+        config,
+        rewards=RewardSettings(functions=(minus_ten,)),
+        training=dataclasses.replace(config.training, steps=2),
+        evaluation=EvaluationSettings(after=False, samples=2, splits=("dev",), suites=suites),
+    )
+
+
+def minus_ten(trajectory: Trajectory, score: Score) -> float:
+    return -10.0
+
+
+def test_several_suites_are_evaluated_under_their_names(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(with_suites(model), tmp_path / "run")
+    lines = [line for line in metric_lines(tmp_path / "run") if "eval/split" in line]
+    assert [(line["eval/split"], line["eval/tasks"]) for line in lines] == [
+        ("dev", 4),
+        ("vowels", 3),
+        ("digits", 5),
+    ]
+    assert lines[0]["eval/reward_mean"] < -9
+    assert all(line["eval/reward_mean"] == line["eval/pass_rate"] for line in lines[1:])
+    assert {path.name for path in (tmp_path / "run" / "trajectories").glob("eval*")} == {
+        "eval-dev-000000.jsonl.gz",
+        "eval-vowels-000000.jsonl.gz",
+        "eval-digits-000000.jsonl.gz",
+    }
+    arguments = ["--config", str(tmp_path / "run" / "config.json"), "--suite", "digits"]
+    assert main([*arguments, "--run-dir", str(tmp_path / "eval")]) == 0
+    (line,) = metric_lines(tmp_path / "eval")
+    assert (line["eval/split"], line["eval/tasks"]) == ("digits", 5)
+    assert line["eval/pass_rate"] == lines[2]["eval/pass_rate"]
+    assert main([*arguments, "--split", "dev"]) == 2
+    assert "leave out --split" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("dev", "digits"), "name 'dev' twice: dev, dev, digits"),
+        (("a", "a"), "name 'a' twice"),
+        (("a/b", "c"), "got 'a/b'"),
+    ],
+)
+def test_names_of_evaluations_that_would_clash_are_refused(
+    names: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check(with_suites(Path("somewhere"), names))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--split", "dev"), "--split must be train or test, got 'dev'"),
+        (("--split", "../dev"), "--split must be the name of a split, got '../dev'"),
+        (("--suite", "vowels"), "--suite must be one of evaluation.suites (none), got 'vowels'"),
         (("--samples", "0"), "--samples must be from 1 to 2147483647, got 0"),
         (("--samples", "2147483648"), "--samples must be from 1 to 2147483647"),
         (("--step", "4"), "give the run's folder with --checkpoint"),

@@ -30,7 +30,7 @@ FLOORS = (
     ("jaxgrpo.learner",),
     ("jaxgrpo.models",),
     ("jaxgrpo.config",),
-    ("jaxgrpo.rewards",),
+    ("jaxgrpo.rewards", "jaxgrpo.toolkit"),
     (
         "jaxgrpo.checked", "jaxgrpo.environment", "jaxgrpo.extensions", "jaxgrpo.interruptions",
         "jaxgrpo.json_files", "jaxgrpo.paths", "jaxgrpo.startup", "jaxgrpo.types",
@@ -42,7 +42,7 @@ lowest floor."""
 
 FOR_ENVIRONMENTS = (
     "jaxgrpo.checked", "jaxgrpo.config", "jaxgrpo.environment", "jaxgrpo.paths", "jaxgrpo.rewards",
-    "jaxgrpo.types",
+    "jaxgrpo.toolkit", "jaxgrpo.types",
 )  # fmt: skip
 """The parts of jaxgrpo that environments and configs may import. None of them imports jax."""
 

@@ -121,7 +121,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def demonstration_ids(
-    suite: Bfcl, task: Task, tokenizer: Any, chat: Chat
+    suite: Any, task: Task, tokenizer: Any, chat: Chat
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return a demonstrated episode as token ids [T], and which of them are the policy's [T]."""
     environment = suite.create(task)
@@ -269,11 +269,13 @@ def write_skeleton(folder: Path, texts: Sequence[str], vocab_size: int) -> Model
 
 
 def warm_start(
-    config: ModelConfig, episodes: Sequence[tuple[np.ndarray, np.ndarray]], args: argparse.Namespace
+    config: ModelConfig,
+    params: Params,
+    episodes: Sequence[tuple[np.ndarray, np.ndarray]],
+    args: argparse.Namespace,
 ) -> Params:
-    """Train random weights on the demonstrations until their mean probability reaches `args.until`.
-    This is about the fraction of tasks that the model solves."""
-    params = init_params(config, jax.random.key(args.seed))
+    """Train weights on the demonstrations until their mean probability reaches `args.until`. This
+    is about the fraction of tasks that the model solves."""
     schedule = optax.linear_schedule(0.0, args.learning_rate, 50)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, 0.9, 0.98, weight_decay=0.05)
@@ -320,7 +322,8 @@ def main() -> None:
         lengths = [len(ids) for ids, _ in episodes]
         tokens = f"{np.median(lengths):.0f} tokens (median; longest {max(lengths)})"
         print(f"{len(episodes)} episodes of {tokens}")
-        params = warm_start(config, episodes, args)
+        params = init_params(config, jax.random.key(args.seed))
+        params = warm_start(config, params, episodes, args)
         save_hf(jax.device_get(params), skeleton, args.destination)
 
 
@@ -336,6 +339,13 @@ def parse() -> argparse.Namespace:
         default=0.1,
         help="mean probability of the demonstrations at which training stops",
     )
+    add_training_flags(parser)
+    parser.add_argument("--vocab", type=positive_integer, default=2048)
+    return parser.parse_args()
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `warm_start`, except `--until`."""
     parser.add_argument("--max-epochs", type=positive_integer, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -348,8 +358,6 @@ def parse() -> argparse.Namespace:
         default=0.1,
         help="weight of tokens that are not the policy's",
     )
-    parser.add_argument("--vocab", type=positive_integer, default=2048)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from jaxgrpo.envs.bfcl.execution import Call, CallResult, Session
 from jaxgrpo.envs.bfcl.protocols import Protocol
 from jaxgrpo.envs.bfcl.scoring import TurnVerdict
 from jaxgrpo.envs.bfcl.tasks import BfclTask, BfclTurn, Library
-from jaxgrpo.envs.tool_tags import Action, ToolRequest
+from jaxgrpo.toolkit.calls import Action, ToolRequest, run_in_order
 from jaxgrpo.types import Score, StopReason, ToolCall
 
 
@@ -64,7 +64,7 @@ class BfclEnvironment:
     def observe(self) -> Observation:
         documents = [self._library.document(self._task, name) for name in self._task.tools]
         query = turn_text(self._library, self._task, self._turns[0], self._options.docs)
-        return self._options.protocol.opening(
+        return self._options.protocol.open(
             documents, self._options.docs, self._options.examples, query
         )
 
@@ -100,14 +100,10 @@ class BfclEnvironment:
 
     def _run(self, requests: Sequence[ToolRequest]) -> tuple[ToolCall, ...]:
         """Run the calls up to the first that fails. Calls before it keep their effect."""
-        shown: list[ToolCall] = []
         made_before = self._calls_made
-        for request in requests:
-            shown.append(self._run_one(request))
-            if not shown[-1].ok:
-                break
+        shown = run_in_order(requests, self._run_one)
         self._call_steps += self._calls_made > made_before
-        return tuple(shown)
+        return shown
 
     def _run_one(self, request: ToolRequest) -> ToolCall:
         arguments = json.dumps(dict(request.arguments), ensure_ascii=False)

@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from jaxgrpo.config.settings import Config
-from jaxgrpo.envs import tool_tags
 from jaxgrpo.envs.bfcl.protocols import PROTOCOLS
 from jaxgrpo.envs.bfcl.suite import Bfcl
 from jaxgrpo.rewards.base import ENVIRONMENT, Function, RewardFunction, RewardSettings, parts_of
+from jaxgrpo.toolkit import tags
 from jaxgrpo.types import Score, Trajectory
 
 ARTICLE_WEIGHTS = {"execution": 0.2, "format": 0.2, "correctness": 1.0}
@@ -72,7 +72,7 @@ class Execution(_OfBfcl):
 def _is_unreadable_call(text: str) -> bool:
     if "<tool_call>" in text:
         return bool(PROTOCOLS["native"].parse(text).fault)
-    return _CALLED.search(text) is not None and bool(tool_tags.parse_action(text).fault)
+    return _CALLED.search(text) is not None and bool(tags.parse_action(text).fault)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Format(_OfBfcl):
 
 
 def _keeps_the_form(text: str) -> bool:
-    ended = tool_tags.FINISHED in text or tool_tags.GAVE_UP in text
+    ended = tags.FINISHED in text or tags.GAVE_UP in text
     return _REASONED.search(text) is not None and (ended or _CALLED.search(text) is not None)
 
 

@@ -141,9 +141,10 @@ class Bfcl:
         for turn in payload.turns[: self.max_turns]:
             if turn.truth:
                 names = ", ".join(dict.fromkeys(call.name for call in turn.truth))
-                texts.append(protocol.write_calls(turn.truth, f"I call {names}."))
+                calls = [(call.name, call.arguments) for call in turn.truth]
+                texts.append(protocol.write_calls(calls, f"I call {names}."))
             impossible = not turn.truth and payload.category in ("miss_func", "miss_param")
-            texts.append(protocol.write_end(impossible, ""))
+            texts.append(protocol.write_end(impossible))
         return tuple(texts)
 
     def _category_split(self, category: str, split: str) -> list[Task]:

@@ -6,6 +6,7 @@ The checks look only at the config and at which packages are installed.
 import difflib
 import importlib.util
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,13 +26,18 @@ def find_problems(config: Config) -> list[str]:
     return _check_numbers(config) or [problem for check in rest for problem in check(config)]
 
 
+def is_file_name(name: str) -> bool:
+    """Return whether a name can be part of the name of a file, and starts no option."""
+    return re.fullmatch(r"\w[\w.-]*", name) is not None
+
+
 def _check_numbers(config: Config) -> list[str]:
     """Check that numbers fit the number formats of the device and of vLLM. The numbers of an
     environment are not checked."""
     return [
         f"{key} {problem}"
         for key, value, annotation in annotated(config)
-        if not key.startswith("environment.")
+        if ".environment." not in f".{key}"
         for number in _items(value)
         if (problem := _oversized(number, 63 if is_marked(annotation, Int64) else 31))
     ]
@@ -93,7 +99,7 @@ def _check_across(config: Config) -> list[str]:
 
 
 def _check_name(config: Config) -> list[str]:
-    if re.fullmatch(r"\w[\w.-]*", config.name):
+    if is_file_name(config.name):
         return []
     return [
         "name must be letters, digits, '.', '_' and '-', because the run's folder has it; "
@@ -152,13 +158,30 @@ def _check_loss(config: Config) -> list[str]:
 
 def _check_evaluation(config: Config) -> list[str]:
     evaluation, splits = config.evaluation, config.evaluation.splits
+    names = [*splits, *(suite.name for suite in evaluation.suites)]
     problems = []
-    if (evaluation.every or evaluation.before or evaluation.after) and not splits:
+    if (evaluation.every or evaluation.before or evaluation.after) and not names:
         problems.append(
-            "evaluation.splits is empty, but evaluation is on: name train, test or both"
+            "evaluation.splits is empty, and so is evaluation.suites, but evaluation is on: name a "
+            "split such as test"
         )
-    if len(set(splits)) < len(splits):
-        problems.append(f"evaluation.splits names a split twice: {', '.join(splits)}")
+    problems += [
+        f"evaluation.splits and evaluation.suites name {name!r} twice: {', '.join(names)}"
+        for name, times in Counter(names).items()
+        if times > 1
+    ]
+    problems += [
+        f"the name of an evaluation must be of letters, digits, '.', '_' and '-', because "
+        f"files have it; got {name!r}"
+        for name in names
+        if not is_file_name(name)
+    ]
+    problems += [
+        f"evaluation.suites: the environment of {suite.name!r} must have tasks() and create(), got "
+        f"{type(suite.environment).__name__}"
+        for suite in evaluation.suites
+        if not all(callable(getattr(suite.environment, m, None)) for m in ("tasks", "create"))
+    ]
     return problems
 
 

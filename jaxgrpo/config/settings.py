@@ -31,7 +31,6 @@ SamplerName = Literal["native", "vllm"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Attention = Literal["auto", "xla", "cudnn"]
 Remat = Literal["full", "attention", "none"]
-Split = Literal["train", "test"]
 TaskOrder = Literal["shuffled", "as_given"]
 MaskedReason = Literal[
     "finished", "gave_up", "failed", "token_limit", "context_limit", "step_limit"
@@ -45,7 +44,6 @@ Seconds = Annotated[float, Above(0), AtMost(10**9)]
 """At most 10^9, because Python's threads cannot wait ten times as long."""
 
 REMAT: tuple[Remat, ...] = typing.get_args(Remat)
-SPLITS: tuple[Split, ...] = typing.get_args(Split)
 NORMALIZATIONS: tuple[Normalization, ...] = typing.get_args(Normalization)
 AGGREGATIONS: tuple[Aggregation, ...] = typing.get_args(Aggregation)
 TARGETS: dict[Target, tuple[str, str]] = {
@@ -276,6 +274,18 @@ class TrainingSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationSuite:
+    """A suite to evaluate besides the config's own environment. Its reward is its environment's."""
+
+    name: str
+    """Name of the evaluation in metrics and records: letters, digits, `.`, `_` and `-`."""
+    environment: TaskSuite
+    """Tasks and their environments."""
+    split: str = "test"
+    """Split of its tasks to evaluate."""
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationSettings:
     """Evaluation during training."""
 
@@ -287,10 +297,12 @@ class EvaluationSettings:
     """Evaluate after the last step."""
     samples: Annotated[int, AtLeast(1)] = 1
     """Episodes per task."""
-    splits: tuple[Split, ...] = ("test",)
-    """Splits to evaluate."""
+    splits: tuple[str, ...] = ("test",)
+    """Splits of the environment to evaluate. Each has its name in metrics and records."""
+    suites: tuple[EvaluationSuite, ...] = ()
+    """Other suites to evaluate, as instances of EvaluationSuite(name, environment, split)."""
     tasks: Annotated[int, AtLeast(1)] | None = None
-    """Evaluate only this many first tasks of each split. None is all."""
+    """Evaluate only this many first tasks of each split and suite. None is all."""
     temperature: Annotated[float, SamplingTemperature(greedy=True)] = 1.0
     """Sampling temperature. 0 is greedy."""
     top_p: Annotated[float, Above(0), AtMost(1)] = 1.0

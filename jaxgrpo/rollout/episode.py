@@ -9,6 +9,7 @@ If the environment or a reward function raises or exceeds its deadline, the epis
 ENVIRONMENT_ERROR and no score. Exceptions of the sampler are not caught here.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -23,7 +24,13 @@ from jaxgrpo.environment import Environment, Observation, StepResult, TaskSuite
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.background import BlockingCalls
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.openings import Opening, Openings, describe_difference, render_without_blocking
+from jaxgrpo.rollout.openings import (
+    Opening,
+    Openings,
+    Places,
+    describe_difference,
+    render_without_blocking,
+)
 from jaxgrpo.rollout.user_code import FaultyEnvironmentError, call_user_code, record_check
 from jaxgrpo.samplers.base import FinishReason, Generation, Sampler, SamplerError, SamplingRequest
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall, Trajectory
@@ -118,6 +125,7 @@ class EpisodeRunner:
     sampling: SamplingParams
     environment_calls: BlockingCalls
     rewards: RewardSettings = RewardSettings()
+    places: Places = contextlib.nullcontext()
 
     @functools.cached_property
     def openings(self) -> Openings:
@@ -126,6 +134,7 @@ class EpisodeRunner:
             self.chat,
             self.limits.settings.max_prompt_tokens,
             self.environment_calls,
+            self.places,
         )
 
     async def open(self, task: Task) -> Opening:
@@ -136,13 +145,13 @@ class EpisodeRunner:
         """Sample one episode to its end."""
         builder = TrajectoryBuilder(opening)
         try:
-            environment, observation = await self.openings.begin(task)
-            fault = describe_difference(task, opening.observation, observation)
-            if fault:
-                raise FaultyEnvironmentError(fault)
-            stop_reason = await self._take_turns(environment, observation, builder, key)
             of = f"of task {task.id!r}"
-            score = await self._ask(f"score() {of}", Score, environment.score)
+            async with self.openings.begin(task) as (environment, observation):
+                fault = describe_difference(task, opening.observation, observation)
+                if fault:
+                    raise FaultyEnvironmentError(fault)
+                stop_reason = await self._take_turns(environment, observation, builder, key)
+                score = await self._ask(f"score() {of}", Score, environment.score)
             if not self.rewards.environment_alone:
                 unrewarded = builder.trajectory(key, stop_reason, score)
                 score = await self._ask(

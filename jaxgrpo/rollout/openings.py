@@ -1,12 +1,19 @@
-"""Open tasks: create the environment, take its first observation, and render the prompt."""
+"""Open tasks: create the environment, take its first observation, render the prompt, and close."""
 
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import numpy as np
 
-from jaxgrpo.environment import Environment, Observation, TaskSuite
+from jaxgrpo.environment import (
+    ClosableEnvironment,
+    Environment,
+    LimitedSuite,
+    Observation,
+    TaskSuite,
+)
 from jaxgrpo.rollout.background import BlockingCalls
 from jaxgrpo.rollout.chat import Chat
 from jaxgrpo.rollout.user_code import (
@@ -39,6 +46,17 @@ class PromptError(FaultyEnvironmentError):
         self.tokens = tokens
 
 
+Places = contextlib.AbstractAsyncContextManager[object]
+"""Entered before an environment is created, and left after it is closed."""
+
+
+def places_of(suite: TaskSuite) -> Places:
+    """Return the places for a suite's open environments. They belong to one event loop."""
+    if isinstance(suite, LimitedSuite):
+        return asyncio.Semaphore(suite.most_open())
+    return contextlib.nullcontext()
+
+
 @dataclasses.dataclass(frozen=True)
 class Openings:
     """Opens tasks of a suite, with prompts of at most `max_prompt_tokens`."""
@@ -47,21 +65,35 @@ class Openings:
     chat: Chat
     max_prompt_tokens: int
     calls: BlockingCalls
+    places: Places = contextlib.nullcontext()
 
-    async def begin(self, task: Task) -> tuple[Environment, Observation]:
-        """Create an environment for an episode, and return it with its first observation. Raises
-        FaultyEnvironmentError."""
+    @contextlib.asynccontextmanager
+    async def begin(self, task: Task) -> AsyncIterator[tuple[Environment, Observation]]:
+        """Create an environment for an episode, and yield it with its first observation. At the
+        end, close it if it can be closed. Raises FaultyEnvironmentError, also if closing fails."""
         of = f"of task {task.id!r}"
-        made = await call_user_code(
-            self.calls, f"create() {of}", check_environment, self.suite.create, task
-        )
-        observed = record_check(Observation)
-        return made, await call_user_code(self.calls, f"observe() {of}", observed, made.observe)
+        async with self.places:
+            made = await call_user_code(
+                self.calls, f"create() {of}", check_environment, self.suite.create, task
+            )
+            try:
+                observed, what = record_check(Observation), f"observe() {of}"
+                yield made, await call_user_code(self.calls, what, observed, made.observe)
+            except BaseException:
+                with contextlib.suppress(FaultyEnvironmentError):  # the first fault is the one told
+                    await self._close(made, of)
+                raise
+            await self._close(made, of)
+
+    async def _close(self, made: Environment, of: str) -> None:
+        if isinstance(made, ClosableEnvironment):
+            await call_user_code(self.calls, f"close() {of}", lambda _: None, made.close)
 
     async def open(self, task: Task) -> Opening:
         """Return the opening that all episodes of the task share. Raises FaultyEnvironmentError,
         and its subclass PromptError if the opening gives no prompt."""
-        _, observation = await self.begin(task)
+        async with self.begin(task) as (_, observation):
+            pass
         messages, fewest = observation.messages, self.chat.fewest_tokens(observation.messages)
         if fewest > self.max_prompt_tokens:
             size = f"{characters(messages)} characters in {len(messages)} message(s)"

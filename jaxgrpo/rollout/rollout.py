@@ -19,7 +19,7 @@ from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.background import BlockingCalls, gather_or_cancel
 from jaxgrpo.rollout.chat import Chat
 from jaxgrpo.rollout.episode import EpisodeKey, EpisodeRunner, Limits, SamplingParams
-from jaxgrpo.rollout.openings import Opening
+from jaxgrpo.rollout.openings import Opening, Places, places_of
 from jaxgrpo.rollout.user_code import FaultyEnvironmentError
 from jaxgrpo.samplers.base import Sampler
 from jaxgrpo.types import Group, StopReason, Task, Trajectory
@@ -76,12 +76,21 @@ class Rollout:
     settings: RolloutSettings = RolloutSettings()
     sampling: SamplingParams = SamplingParams()
     rewards: RewardSettings = RewardSettings()
+    beside: "Rollout | None" = None
+    """Another rollout that may run meanwhile. If its suite is the same, both share the suite's limit
+    of open environments."""
 
     @functools.cached_property
     def _places(self) -> asyncio.Semaphore:
         """First come, first served: episodes of a later batch use the places that an earlier batch
         leaves free."""
         return asyncio.Semaphore(self.settings.max_in_flight)
+
+    @functools.cached_property
+    def _open_places(self) -> Places:
+        if self.beside is not None and self.beside.suite == self.suite:
+            return self.beside._open_places
+        return places_of(self.suite)
 
     @functools.cached_property
     def _calls(self) -> BlockingCalls:
@@ -140,6 +149,7 @@ class Rollout:
             self.sampling,
             self._calls,
             self.rewards,
+            self._open_places,
         )
 
 

@@ -24,7 +24,7 @@ from jaxgrpo.rollout.background import (
     print_to_stderr,
 )
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.rollout.openings import Openings, describe_difference
+from jaxgrpo.rollout.openings import Openings, describe_difference, places_of
 from jaxgrpo.rollout.user_code import (
     BrokenContractError,
     FaultyEnvironmentError,
@@ -88,7 +88,8 @@ class TaskCheck:
         calls = BlockingCalls(
             self.settings.environment_threads, self.settings.step_deadline_seconds, _in_silence
         )
-        openings = Openings(self.suite, chat, self.settings.max_prompt_tokens, calls)
+        limit, places = self.settings.max_prompt_tokens, places_of(self.suite)
+        openings = Openings(self.suite, chat, limit, calls, places)
         found: dict[str, int | FaultyEnvironmentError] = {}
         order = {task.id: i for i, task in enumerate(tasks)}
         prompts: dict[int, np.ndarray] = {}  # that of the earliest task so far
@@ -159,7 +160,10 @@ def _that_open(found: Found) -> list[str]:
 async def _open_twice(openings: Openings, task: Task) -> None:
     """Raise ConfigError if the task's episodes open differently."""
     with contextlib.suppress(FaultyEnvironmentError):  # it opened before: the rollout will count it
-        observations = [(await openings.begin(task))[1] for _ in range(2)]
+        observations = []
+        for _ in range(2):
+            async with openings.begin(task) as (_, observation):
+                observations.append(observation)
         fault = describe_difference(task, *observations)
         if fault:
             raise ConfigError(fault)

@@ -34,6 +34,7 @@ _INSTALLED = tuple(
     f"{sysconfig.get_path(kind)}/" for kind in ("stdlib", "platstdlib", "purelib", "platlib")
 )
 _METHODS: dict[str, tuple[str, ...]] = {"observe": (), "step": ("action",), "score": ()}
+_OPTIONAL = {"close": ()}
 
 
 class FaultyEnvironmentError(Exception):
@@ -114,8 +115,10 @@ def record_check(kind: type[T]) -> Callable[[object], T]:
 def check_environment(value: object) -> Any:
     """Check that an object has the methods of `jaxgrpo.environment.Environment`."""
     kind = type(value).__qualname__
-    for name, arguments in _METHODS.items():
+    for name, arguments in (_METHODS | _OPTIONAL).items():
         method = getattr(value, name, None)
+        if method is None and name in _OPTIONAL:
+            continue
         call = f"{name}({', '.join(arguments)})"
         if not callable(method):
             raise BrokenContractError(f"returned {kind}, which has no method {call}")

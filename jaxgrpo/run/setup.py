@@ -19,6 +19,7 @@ from jaxgrpo.models.cudnn import choose_kernel
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params, trained_shapes
 from jaxgrpo.paths import cache_root, machine
+from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rollout.background import print_to_stderr
 from jaxgrpo.rollout.chat import Chat
 from jaxgrpo.rollout.episode import SamplingParams
@@ -84,6 +85,33 @@ def split_tasks(config: Config, split: str) -> Sequence[Task]:
     return tasks
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """What is evaluated: a split of the environment of `config`, under a name."""
+
+    name: str
+    split: str
+    config: Config
+
+
+def evaluations(config: Config) -> list[Evaluated]:
+    """Return what the config evaluates: splits of its environment, then its other suites."""
+    own = [Evaluated(split, split, config) for split in config.evaluation.splits]
+    return own + suites(config)
+
+
+def suites(config: Config) -> list[Evaluated]:
+    """Return the other suites that the config evaluates. Their reward is their environments'."""
+    return [
+        Evaluated(
+            suite.name,
+            suite.split,
+            dataclasses.replace(config, environment=suite.environment, rewards=RewardSettings()),
+        )
+        for suite in config.evaluation.suites
+    ]
+
+
 def _task_check(config: Config) -> TaskCheck:
     return TaskCheck(config.environment, config.rollout)
 
@@ -108,9 +136,10 @@ def training_tasks(config: Config, assets: ModelAssets) -> tuple[Sequence[Task],
     tasks = open_tasks(config, "train")
     batches_per_epoch(len(tasks), config.rollout.tasks_per_step)
     e = config.evaluation
-    splits = e.splits if e.before or e.after or e.every else ()
-    sampled = [tasks, *(split_tasks(config, split) for split in splits)]
-    prompts = [check_episodes(config, assets, each) for each in sampled]
+    evaluated = evaluations(config) if e.before or e.after or e.every else []
+    others = [(one.config, split_tasks(one.config, one.split)) for one in evaluated]
+    sampled = [(config, tasks), *others]
+    prompts = [check_episodes(of, assets, each) for of, each in sampled]
     return tasks, Prompts(max(of.longest for of in prompts), prompts[0].first_P)
 
 
@@ -270,9 +299,13 @@ def initial_params(assets: ModelAssets, dtype: Any) -> Params:
 
 
 def build_rollout(
-    config: Config, assets: ModelAssets, sampler: Sampler, sampling: SamplingParams
+    config: Config,
+    assets: ModelAssets,
+    sampler: Sampler,
+    sampling: SamplingParams,
+    beside: Rollout | None = None,
 ) -> Rollout:
-    """Build the rollout of the config's environment."""
+    """Build the rollout of the config's environment. It may run at the same time as `beside`."""
     return Rollout(
         sampler,
         config.environment,
@@ -281,6 +314,7 @@ def build_rollout(
         config.rollout,
         sampling,
         config.rewards,
+        beside,
     )
 
 

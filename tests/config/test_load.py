@@ -112,10 +112,10 @@ def test_overrides_of_one_section_are_checked_together(tmp_path: Path) -> None:
         ("batching.aggregation=tokens", "Did you mean 'token'?"),
         ("sampler=nativ", "Did you mean 'native'?"),
         (
-            "evaluation.splits=tests",
-            "evaluation.splits must be one of train, test; got 'tests'. Did you mean 'test'?",
+            "lora.targets=q,upp",
+            "lora.targets must be one of q, k, v, o, gate, up, down; got 'upp'. Did you mean 'up'?",
         ),
-        ("evaluation.splits=test,test", "names a split twice"),
+        ("evaluation.splits=test,test", "name 'test' twice"),
         (
             "training.iterations=4",
             "training.steps (6) must be a multiple of training.iterations (4)",

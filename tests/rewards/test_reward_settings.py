@@ -4,12 +4,15 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jaxgrpo.config.load import incompatible_changes, load_config, to_json
 from jaxgrpo.config.settings import Config, ConfigError
+from jaxgrpo.envs.sql import Sql
 from jaxgrpo.rewards.base import RewardSettings
+from jaxgrpo.toolkit import tags
 from jaxgrpo.types import ToolCall
 from tests.rewards.test_base import Shouting, played
 from tests.training import small_config
@@ -130,11 +133,11 @@ def test_the_default_changes_nothing_in_a_config() -> None:
 def test_the_pages_examples_are_a_config_of_their_own(tmp_path: Path) -> None:
     """Both functions of docs/rewards.md in one file, with annotations that are texts."""
     blocks = re.findall(r"```python\n(.*?)```", Path("docs/rewards.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     path = tmp_path / "examples.py"
     path.write_text(
         "from __future__ import annotations\n"
-        + "".join(blocks)
+        + "".join(blocks[:2])
         + "from tests.training import small_config\n\n\ndef get_config():\n"
         "    functions = (NoShouting(), progress)\n"
         "    rewards = RewardSettings(functions, weights={'progress': 0.2})\n"
@@ -146,3 +149,30 @@ def test_the_pages_examples_are_a_config_of_their_own(tmp_path: Path) -> None:
         score = rewards.rewarded(dataclasses.replace(played(text), calls=calls))
         assert score.reward == pytest.approx(reward, abs=1e-12)
         assert (score.parts["shouting"], score.parts["progress"]) == (-2.0 * (text == "HI"), 0.75)
+
+
+def test_the_pages_shaping_and_penalty_on_the_sql_environment() -> None:
+    """Whole episodes of envs/sql.py, scripted, with the rewards that the page states."""
+    blocks = re.findall(r"```python\n(.*?)```", Path("docs/rewards.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {"__name__": "examples"}
+    exec(compile(blocks[2], "examples.py", "exec"), names)
+    suite = Sql(levels=(1,), protocol="tags", train_size=1)
+    (task,) = suite.tasks("train")
+    right, end = suite.demonstration(task)
+    wrong, failed = (
+        tags.write_calls([("query", {"sql": sql})]) for sql in ("SELECT 1", "SELECT x")
+    )
+    scripts = {
+        (right, end): (1.2, True),
+        (failed, wrong, end): (0.15, False),
+        (end,): (0.0, False),
+        (failed,) * 5: (-0.15, False),
+    }
+    for texts, (reward, passed) in scripts.items():
+        environment = suite.create(task)
+        calls = [call for text in texts for call in environment.step(text).calls]
+        trajectory = dataclasses.replace(
+            played("hi"), calls=tuple(calls), score=environment.score()
+        )
+        score = names["SHAPED"].rewarded(trajectory)
+        assert (round(score.reward, 9), score.passed) == (reward, passed)

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from jaxgrpo.envs import tool_tags
-from jaxgrpo.envs.tool_tags import Action, ToolRequest, parse_action
+from jaxgrpo.toolkit import tags as tool_tags
+from jaxgrpo.toolkit.calls import Action, ToolRequest
+from jaxgrpo.toolkit.tags import parse_action
 from jaxgrpo.types import Message
 
 
