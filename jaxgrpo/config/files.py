@@ -159,7 +159,8 @@ def _module_name(path: Path, root: Path) -> str:
     """Return the name by which an import finds the file, or a new name if there is none."""
     parts = path.relative_to(root).with_suffix("").parts
     if path.suffix == ".py" and not any("." in part for part in parts):
-        with contextlib.suppress(ImportError, ValueError):  # a parent is not a package
+        # a parent is not a package; the file of a module that was imported before is gone
+        with contextlib.suppress(ImportError, ValueError, FileNotFoundError):
             spec = importlib.util.find_spec(".".join(parts))
             if spec is not None and spec.has_location and os.path.samefile(str(spec.origin), path):
                 return spec.name

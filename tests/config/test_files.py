@@ -65,6 +65,14 @@ def test_each_of_two_files_of_one_name_keeps_its_own_names(tmp_path: Path) -> No
     assert [kind["environment.size"] for kind in kinds] == [int, float]
 
 
+def test_a_file_loads_although_another_of_its_name_was_loaded_and_renamed(tmp_path: Path) -> None:
+    first = config_in(tmp_path / "a", name="renamed_to_test.py")
+    load_config(first)
+    first.rename(tmp_path / "a" / "gone_to_test.py")
+    second = config_in(tmp_path / "b", CONFIG.replace("= 3", "= 4"), "renamed_to_test.py")
+    assert load_config(second).environment.size == 4
+
+
 def test_objects_of_a_config_file_can_be_unpickled_in_another_process(tmp_path: Path) -> None:
     config = load_config(config_in(tmp_path, name="spawned-to-test.py"))
     assert pickle.loads(pickle.dumps(config)) == config
