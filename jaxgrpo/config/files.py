@@ -86,8 +86,8 @@ def _refuse_old_names(path: Path) -> None:
     0.2.0, which works in a checkout. Its classes would exist twice."""
     for name in (name for name in sys.modules if name.partition(".")[0] in FOLDERS):
         file = vars(sys.modules[name]).get("__file__")
-        ours = file is not None and _ROOT in Path(os.path.realpath(file)).parents
-        if ours and current_module(name) != name:
+        ours = Path(os.path.realpath(PACKAGE / name.partition(".")[0]))
+        if file is not None and ours in Path(os.path.realpath(file)).parents:
             raise ConfigError(
                 f"{path} imports {name}, which is now called {current_module(name)}: "
                 "change the import"

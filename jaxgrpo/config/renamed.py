@@ -1,5 +1,6 @@
 """Rename the sections, settings and modules of earlier versions to what they are called now."""
 
+import re
 from typing import Any
 
 from jaxgrpo.paths import PACKAGE
@@ -18,6 +19,8 @@ MODULES = {
     "jaxgrpo.penalties": "jaxgrpo.rewards.penalties",
 }
 """Modules with classes and functions that a config.json may name, such as a reward function."""
+ENVIRONMENTS = re.compile(r"envs\.(bfcl[.:].+|procedural[.:]Warehouse)")
+"""What a config.json of 0.1.0 may name of the folder envs. Other names may be a user's own."""
 FOLDERS = ("envs", "tools", "configs")
 """Packages that were not inside jaxgrpo. A user may have others of these names."""
 
@@ -31,9 +34,9 @@ def current_key(key: str) -> str:
 
 
 def current_module(name: str) -> str:
-    """Return what a module is called now. Modules of a user's own keep their names."""
+    """Return the name under which a module of jaxgrpo is imported now."""
     if name.partition(".")[0] not in FOLDERS:
-        return MODULES.get(name, name)
+        return name
     file = PACKAGE.joinpath(*name.split("."))
     ours = file.with_name(f"{file.name}.py").is_file() or file.is_dir()
     return f"jaxgrpo.{name}" if ours else name
@@ -77,7 +80,9 @@ def _label(label: Any) -> Any:
     """Return the current place of `module:name`. Version 0.1.0 wrote `module.name`."""
     if not isinstance(label, str):
         return label
+    if ENVIRONMENTS.fullmatch(label):
+        return f"jaxgrpo.{label}"
     module, separator, name = label.partition(":")
     if not separator:
         module, separator, name = label.rpartition(".")
-    return f"{current_module(module)}{separator}{name}"
+    return f"{MODULES.get(module, module)}{separator}{name}"

@@ -40,7 +40,9 @@ def test_todays_name_wins() -> None:
         ("my_rewards:short", "my_rewards:short"),
         ("envs.bfcl.suite:Bfcl", "jaxgrpo.envs.bfcl.suite:Bfcl"),
         ("envs.bfcl.suite.Bfcl", "jaxgrpo.envs.bfcl.suite.Bfcl"),
-        ("envs.my_own:Maze", "envs.my_own:Maze"),
+        ("envs.procedural:Warehouse", "jaxgrpo.envs.procedural:Warehouse"),
+        ("envs.procedural:Maze", "envs.procedural:Maze"),  # a user's own
+        ("envs.sql:Sql", "envs.sql:Sql"),
         ("tools.my_own:Maze.Size", "tools.my_own:Maze.Size"),
     ],
 )
