@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from jaxgrpo.environment import Observation, StepResult
 from jaxgrpo.toolkit.calls import ToolRequest, run_in_order
 from jaxgrpo.toolkit.protocols import Tags
-from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall
+from jaxgrpo.types import Difference, ExpectedCall, Message, Score, StopReason, Task, ToolCall
 
 PROTOCOL = Tags()
 KINDS = ("order", "ship", "refill")
@@ -145,6 +145,9 @@ class Warehouse:
             PROTOCOL.write_end(),
         )
 
+    def ground_truth(self, task: Task) -> tuple[ExpectedCall, ...]:
+        return tuple(ExpectedCall(*call) for call in _errand(task).solution)
+
     def _task(self, split: str, index: int, wish: tuple[str, str, int, str]) -> Task:
         kind, item, amount, place = wish
         source = random.Random(f"warehouse/{self.seed}/{split}/{index}")
@@ -242,12 +245,12 @@ class WarehouseEnvironment:
         """Return 1 if the ledger holds exactly the entry that was asked for, else 0."""
         wanted = [self._errand.solution[-1]]
         passed = self._ledger == wanted
-        notes = {} if passed else {"ledger": f"{self._ledger[:4]}, expected {wanted}"[:500]}
+        differs = Difference("state", "ledger", str(self._ledger[:4])[:500], str(wanted))
         return Score(
             float(passed),
             passed,
             {"finished": float(self._stop_reason is StopReason.FINISHED)},
-            notes,
+            differences=() if passed else (differs,),
         )
 
 

@@ -110,6 +110,10 @@ class SqlTasks:
         protocol, call = protocol_of(self.protocol), {"sql": task_of(task).solution}
         return protocol.write_calls([("query", call)], "I query."), protocol.write_end()
 
+    def ground_truth(self, task: Task) -> str:
+        """Return a query that answers the question. Others may too."""
+        return task_of(task).solution
+
 
 def task_of(task: Task) -> SqlTask:
     """Return the payload of a task. Raises TypeError if it belongs to another suite."""

@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from jaxgrpo import checked
-from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall
+from jaxgrpo.types import (
+    MAX_CALL_CHARS,
+    ExpectedCall,
+    GroundTruth,
+    Message,
+    Score,
+    StopReason,
+    Task,
+    ToolCall,
+)
 
 MAX_TOOL_CHARS = 100_000
 """Most characters of one tool's schema as JSON."""
@@ -123,6 +132,14 @@ def _stop_strings(given: object) -> tuple[str, ...]:
     return strings
 
 
+def checked_truth(given: object) -> GroundTruth:
+    """Return a ground truth as it was declared. Raises TypeError or ValueError."""
+    if isinstance(given, str):
+        return checked.cut(checked.text(given, "a ground truth"), MAX_CALL_CHARS)
+    calls = checked.items(given, "a ground truth, unless it is a str,", MAX_CALLS)
+    return tuple(checked.record(each, ExpectedCall, "a ground truth's call") for each in calls)
+
+
 class Environment(Protocol):
     """One episode: observe once, step until it is done or a limit ends it, then score once.
 
@@ -164,9 +181,31 @@ class TaskSuite(Protocol):
 
 
 @runtime_checkable
+class KnowsGroundTruth(Protocol):
+    """A suite with the optional method `ground_truth`. Runs record it, and the viewer shows it
+    beside the episodes. Nothing else depends on it."""
+
+    def ground_truth(self, task: Task) -> GroundTruth:
+        """Return what solves the task: the calls in their order, or a text. Called from worker
+        threads, once per task and run."""
+
+
+@runtime_checkable
 class LimitedSuite(TaskSuite, Protocol):
     """A suite that allows only so many environments at once."""
 
     def most_open(self) -> int:
         """Return the most environments that may be open at once, at least 1. A rollout creates no
         further one until another is closed."""
+
+
+@runtime_checkable
+class DemonstratingSuite(Protocol):
+    """A suite that knows how its tasks are solved. This method is optional.
+
+    `python -m jaxgrpo.check` plays the turns, and reports a task that they do not solve.
+    """
+
+    def demonstration(self, task: Task) -> Sequence[str]:
+        """Return the texts of the policy's turns that solve the task, in order, each with its stop
+        string."""

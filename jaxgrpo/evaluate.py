@@ -1,7 +1,8 @@
 """python -m jaxgrpo.evaluate --config FILE [--checkpoint RUN] [--split test | --suite NAME]
     [--samples K]
 
-Measure the pass rate on a split, with its confidence interval.
+Measure the pass rate on a split, with its confidence interval. With --against, compare it with a
+recorded evaluation on the same tasks. With --recorded, compare two recorded evaluations.
 """
 
 import argparse
@@ -27,8 +28,17 @@ from jaxgrpo.rollout.episode import SamplingParams
 from jaxgrpo.run import records, setup
 from jaxgrpo.run.agreement import agreement_check
 from jaxgrpo.run.command_line import config_parser
+from jaxgrpo.run.comparison import (
+    Outcomes,
+    Source,
+    check_shared,
+    outcomes,
+    read_outcomes,
+    report,
+)
 from jaxgrpo.run.evaluation import Evaluation, Evaluator
 from jaxgrpo.run.folder import locked_folder, make_run_folder, run_folder
+from jaxgrpo.run.ground_truth import record_ground_truth
 from jaxgrpo.run.metrics import Recorder, TerminalView
 from jaxgrpo.run.samplers import open_sampler
 from jaxgrpo.run.skipping import AllGroupsDroppedError
@@ -40,31 +50,36 @@ from jaxgrpo.storage.checkpoint import read_policy
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What to evaluate: `samples` episodes per task, with the weights of a run's checkpoint at
-    `step` (None: the newest), or without a checkpoint those of the config's model."""
+    `step` (None: the newest), or without a checkpoint those of the config's model. `against` is the
+    recorded evaluation to compare with."""
 
     evaluated: setup.Evaluated
     samples: int
     checkpoint: Path | None
     step: int | None
+    against: Outcomes | None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     start = Path.cwd()  # a config file or an environment may change it
-    args = _parser().parse_args(arguments)
+    args = _parse(arguments)
     try:
+        against = _read_against(args, start)
+        if args.recorded:
+            return _compare_recorded(args, start, against)
         config = load_config(args.config, args.set)
         setup.restrict_gpus(config)
         setup.enable_compilation_cache(config)
         checkpoint = args.checkpoint and absolute(args.checkpoint, start)
         samples = config.evaluation.samples if args.samples is None else args.samples
-        request = Request(choose(config, args.split, args.suite), samples, checkpoint, args.step)
+        evaluated = choose(config, args.split, args.suite)
+        request = Request(evaluated, samples, checkpoint, args.step, against)
         check_request(request)
-        name = request.evaluated.name
-        folder = run_folder(args.run_dir, f"{config.name}-eval-{name}", start)
+        folder = run_folder(args.run_dir, f"{config.name}-eval-{evaluated.name}", start)
         with interruptible(), locked_folder(folder):
             outcome = evaluate(request, folder)
-        _report(outcome)
+        _report(outcome, against)
         print(f"recorded in {folder}")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -78,8 +93,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.config is None and not args.recorded:
+        parser.error("the following arguments are required: --config")
+    return args
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = config_parser("python -m jaxgrpo.evaluate", "evaluation.temperature=0", __doc__)
+    parser = config_parser(
+        "python -m jaxgrpo.evaluate", "evaluation.temperature=0", __doc__, required=False
+    )
     of_checkpoint = "a run's folder (default: evaluate the config's own model)"
     parser.add_argument("--checkpoint", metavar="RUN", help=of_checkpoint)
     of_step = "the step of the run's checkpoint (default: the newest)"
@@ -89,7 +114,49 @@ def _parser() -> argparse.ArgumentParser:
     of_samples = "episodes per task (default: the config's evaluation.samples)"
     parser.add_argument("--samples", type=int, help=of_samples)
     parser.add_argument("--run-dir", help="folder to record in (default: runs/NAME-eval-SPLIT)")
+    of_against = "compare with the evaluation that is recorded in this run or evaluation"
+    parser.add_argument("--against", metavar="FOLDER", help=of_against)
+    of_against_step = "the step of that evaluation (default: the only one)"
+    parser.add_argument("--against-step", type=int, metavar="STEP", help=of_against_step)
+    of_recorded = "read the checkpoint's evaluation from its run too, and sample nothing"
+    parser.add_argument("--recorded", action="store_true", help=of_recorded)
     return parser
+
+
+def _read_against(args: argparse.Namespace, start: Path) -> Outcomes | None:
+    """Return the recorded evaluation to compare with. Raises ConfigError."""
+    problems = []
+    if args.against is None and args.against_step is not None:
+        problems.append("--against-step names an evaluation of a folder: give it with --against")
+    if args.recorded and (args.against is None or args.checkpoint is None):
+        problems.append("--recorded compares two folders: give --checkpoint and --against")
+    unused = {"--samples": args.samples is not None, "--run-dir": args.run_dir, "--set": args.set}
+    if args.recorded and any(unused.values()):
+        given = ", ".join(option for option, is_given in unused.items() if is_given)
+        problems.append(f"--recorded samples nothing: leave out {given}")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    if args.against is None:
+        return None
+    against = absolute(args.against, start)
+    source = Source(against, args.against_step, "--against", "--against-step")
+    return read_outcomes(source, _name(args))
+
+
+def _compare_recorded(args: argparse.Namespace, start: Path, against: Outcomes | None) -> int:
+    assert against is not None
+    source = Source(absolute(args.checkpoint, start), args.step, "--checkpoint", "--step")
+    ours = read_outcomes(source, _name(args))
+    print(ours.name)
+    print(*report(against, ours), sep="\n")
+    return 0
+
+
+def _name(args: argparse.Namespace) -> str:
+    """Return the name of the evaluation, as in the names of its record files."""
+    if args.split is not None and args.suite is not None:
+        raise ConfigError("--suite names a suite and its split: leave out --split")
+    return args.suite or args.split or "test"
 
 
 def choose(config: Config, split: str | None, suite: str | None) -> setup.Evaluated:
@@ -128,9 +195,12 @@ def evaluate(request: Request, folder: Path) -> Evaluation:
     setup.check_rewards(config)
     assets = setup.open_model_assets(config)
     tasks = setup.split_tasks(config, request.evaluated.split)
+    if request.against is not None:
+        check_shared(request.against, [task.id for task in tasks], request.evaluated.name)
     prompts = setup.check_episodes(config, assets, tasks)
     params, step = _read_weights(config, assets, request)
     make_run_folder(folder)
+    record_ground_truth([(config, tasks)], folder)
     weights = WholeWeights(params, assets.config, step // config.training.iterations)
     sampling = SamplingParams(config.evaluation.temperature, config.evaluation.top_p)
     with (
@@ -188,11 +258,14 @@ def _check_sampler(
     return check.run(loop, sampler, stored, weights.version)
 
 
-def _report(outcome: Evaluation) -> None:
-    """Print the metrics."""
+def _report(outcome: Evaluation, against: Outcomes | None) -> None:
+    """Print the metrics and the comparison."""
     for key, value in outcome.metrics.items():
         print(f"{key:40} {value:.4f}" if isinstance(value, float) else f"{key:40} {value}")
     print(outcome.headline)
+    if against is not None:
+        played = (t for group in outcome.result.groups for t in group.trajectories)
+        print(*report(against, outcomes("this evaluation", played)), sep="\n")
 
 
 if __name__ == "__main__":

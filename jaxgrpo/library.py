@@ -71,7 +71,8 @@ def evaluate_policy(
     config = _prepared(config)
     samples = config.evaluation.samples if samples is None else samples
     checkpoint = None if run is None else absolute(run)
-    request = evaluate.Request(evaluate.choose(config, split, None), samples, checkpoint, step)
+    evaluated = evaluate.choose(config, split, None)
+    request = evaluate.Request(evaluated, samples, checkpoint, step, against=None)
     evaluate.check_request(request)
     folder = run_folder(_text(run_dir), f"{config.name}-eval-{split}", Path.cwd())
     with _interruptible(), locked_folder(folder):

@@ -27,13 +27,15 @@ from jaxgrpo.run.agreement import agreement_check
 from jaxgrpo.run.batch_metrics import rollout_metrics, schedule_metrics, update_metrics
 from jaxgrpo.run.callbacks import BatchReport, Callback, Callbacks, EvaluationReport
 from jaxgrpo.run.command_line import config_parser
-from jaxgrpo.run.dry_run import describe
+from jaxgrpo.run.dry_run import dry_run
 from jaxgrpo.run.evaluation import Evaluator
 from jaxgrpo.run.export import export
 from jaxgrpo.run.failures import exit_status
 from jaxgrpo.run.folder import locked_folder, prepare_run_folder, run_folder
+from jaxgrpo.run.ground_truth import record_ground_truth
 from jaxgrpo.run.learner import Learner, crossed_interval
 from jaxgrpo.run.processes import ClusterFlags, Command, Processes, Work, add_flags, join
+from jaxgrpo.run.records import with_figures
 from jaxgrpo.run.run_log import RunLog
 from jaxgrpo.run.samplers import open_sampler
 from jaxgrpo.run.skipping import (
@@ -44,6 +46,7 @@ from jaxgrpo.run.skipping import (
     check_gradient,
     prepare,
 )
+from jaxgrpo.run.token_figures import of_episodes
 from jaxgrpo.run.weights import publish
 from jaxgrpo.samplers.base import Sampler
 from jaxgrpo.samplers.metered import MeteredSampler
@@ -67,7 +70,8 @@ class Training:
         self.config = config
         self.callbacks = Callbacks(callbacks)
         self.assets = setup.open_model_assets(config)
-        self.tasks, prompts = setup.training_tasks(config, self.assets)
+        sampled, prompts = setup.training_tasks(config, self.assets)
+        self.tasks = sampled[0][1]
         self.learner = Learner(config, self.assets, folder, resume, processes, stack)
         self.loop = stack.enter_context(EventLoopThread())
         self.sampler = MeteredSampler(self.open_sampler(stack))
@@ -82,6 +86,7 @@ class Training:
         )
         self.publish_metrics = self.check_sampler()
         self.log = RunLog(config, folder, self.learner.state.step if resume else None, stack)
+        record_ground_truth(sampled, folder)
         self.skipped = SkippedBatches(self.log.trajectories)
         self.log.say(f"attention: {setup.describe_kernel(config, self.assets.config)}")
 
@@ -108,7 +113,7 @@ class Training:
                 self.skip(result, error)
                 continue
             self.publish()
-            self.record(prepared, reports, result)
+            self.record(prepared, reports)
             self.evaluate_if_due()
             self.checkpoint_if_due()
         self.finish()
@@ -184,9 +189,7 @@ class Training:
         params = self.learner.update.policy(self.learner.state)
         return self.agreement.run(self.loop, self.sampler, params, self.learner.version)
 
-    def record(
-        self, prepared: Prepared, reports: Sequence[StepReport], result: RolloutResult
-    ) -> None:
+    def record(self, prepared: Prepared, reports: Sequence[StepReport]) -> None:
         """Record a trained batch, and tell the callbacks. The time this takes counts toward the
         next batch, as does the time of a checkpoint."""
         learner = self.learner
@@ -199,8 +202,18 @@ class Training:
         self.skipped.clear()
         with learner.clock.phase("record"):
             step = learner.state.step
-            self.log.batch(step, metrics, prepared.lines_of(step))
-            self.callbacks.on_batch(BatchReport(step, metrics, tuple(result.groups)))
+            self.log.batch(step, metrics, self.lines(prepared, step))
+            self.callbacks.on_batch(BatchReport(step, metrics, tuple(prepared.result.groups)))
+
+    def lines(self, prepared: Prepared, step: int) -> list[str]:
+        """Return the episodes of a trained batch as lines of their records. Those that were trained
+        on come first, with the figures of the update."""
+        lines = list(prepared.lines_of(step))
+        if self.learner.figures is None:
+            return lines
+        groups, batching = prepared.result.groups, self.config.batching
+        figures = of_episodes(self.learner.figures, prepared.micro_batches, groups, batching)
+        return [*map(with_figures, lines, figures), *lines[len(figures) :]]
 
     def measure(self) -> tuple[dict[str, float], float]:
         """Return the seconds of each phase since the last call, and the fraction of the time in
@@ -295,9 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setup.enable_compilation_cache(config)
         processes = join(ClusterFlags.of(args), config.training.gpus)
         if args.dry_run:
-            if processes.leads:
-                print("\n".join(describe(config)))
-            return 0
+            return dry_run(config) if processes.leads else 0
         with interruptible():  # after `join`, in which jax installs its own handler of SIGTERM
             return exit_status(lambda: train(config, folder, args.resume, processes), folder)
     except ConfigError as error:
@@ -313,7 +324,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run-dir", help="folder to record the run in (default: runs/NAME)")
     resume = "continue from the newest checkpoint in the run folder, if there is one"
     parser.add_argument("--resume", action="store_true", help=resume)
-    parser.add_argument("--dry-run", action="store_true", help="describe the run and exit")
+    of_dry_run = "describe the run, try its environment on some tasks, and exit"
+    parser.add_argument("--dry-run", action="store_true", help=of_dry_run)
     add_flags(parser)
     return parser
 

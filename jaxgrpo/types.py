@@ -15,7 +15,7 @@ import dataclasses
 import difflib
 import enum
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
@@ -53,6 +53,9 @@ MAX_CALL_CHARS = 100_000
 
 MAX_NOTE_CHARS = 20_000
 """Most characters of one note of a score."""
+
+MAX_DIFFERENCES, MAX_DIFFERENCE_CHARS = 100, 2_000
+"""Most differences of a score, and most characters of one of their values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,18 +127,63 @@ class ToolCall:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpectedCall:
+    """A call of a task's ground truth, e.g. `ExpectedCall("add", {"a": 1, "b": 2})`.
+
+    Raises TypeError or ValueError if the name is not a name, or if the arguments are not JSON of at
+    most `MAX_CALL_CHARS`.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", checked.name(self.name, "an expected call's name"))
+        what = f"the arguments of the expected call {self.name!r}"
+        given = dict(self.arguments) if isinstance(self.arguments, Mapping) else self.arguments
+        object.__setattr__(self, "arguments", checked.json_object(given, what, MAX_CALL_CHARS))
+
+
+GroundTruth = str | tuple[ExpectedCall, ...]
+"""What solves a task: calls in their order, or a text such as the right answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """What a check found to differ, e.g. `Difference("state", "files/a.txt", "(absent)", "empty")`.
+
+    `check` names the check, `where` what it compared, and `actual` and `expected` are the two
+    values as text. All are cut to `MAX_DIFFERENCE_CHARS`. Raises TypeError or ValueError if `check`
+    is not a name, or if another field is not a str.
+    """
+
+    check: str
+    where: str
+    actual: str
+    expected: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "check", checked.name(self.check, "a difference's check"))
+        for field in ("where", "actual", "expected"):
+            given = checked.text(getattr(self, field), f"a difference's {field}")
+            object.__setattr__(self, field, checked.cut(given, MAX_DIFFERENCE_CHARS))
+
+
+@dataclasses.dataclass(frozen=True)
 class Score:
     """The outcome of an episode: reward, whether the task is passed, the reward's parts, and notes.
 
-    Notes are for human readers, and cut to `MAX_NOTE_CHARS`. Raises TypeError or ValueError if the
-    reward or a part is not a finite number of at most `checked.MAX_MAGNITUDE`, if `passed` is not
-    True or False, or if notes are not strings by name.
+    Notes and differences are for human readers. Notes are cut to `MAX_NOTE_CHARS`, and the first
+    `MAX_DIFFERENCES` differences are kept. Raises TypeError or ValueError if the reward or a part
+    is not a finite number of at most `checked.MAX_MAGNITUDE`, if `passed` is not True or False, if
+    notes are not strings by name, or if differences are not a tuple of Difference.
     """
 
     reward: float
     passed: bool
     parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
     notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    differences: tuple[Difference, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reward", checked.number(self.reward, "a score's reward"))
@@ -143,6 +191,9 @@ class Score:
         object.__setattr__(self, "parts", checked.numbers(self.parts, "a score's parts"))
         notes = checked.notes(self.notes, "a score's notes", MAX_NOTE_CHARS)
         object.__setattr__(self, "notes", notes)
+        given = checked.items(self.differences, "a score's differences")[:MAX_DIFFERENCES]
+        kept = tuple(checked.record(each, Difference, "a score's difference") for each in given)
+        object.__setattr__(self, "differences", kept)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Toy environments on OpenEnv's own base classes, and a server for them. Needs the package openenv."""
+"""Toy environments on OpenEnv's own base classes, and a server for them. Needs openenv."""
 
 import asyncio
 import contextlib
@@ -99,7 +99,8 @@ class ListedGuess(Guess):
     def num_tasks(self, split: str) -> int:
         return {"train": 4, "held_out": 2}[split]
 
-    def list_tasks(self, split: str) -> list[Any]:
+    async def list_tasks(self, split: str) -> list[Any]:
+        await asyncio.sleep(0)
         if split == "train":
             return [{"number": 1}]  # a preview
         return [{"id": f"number_{n}", "labels": ["big"]} for n in (17, 18)]
@@ -126,10 +127,10 @@ class UnseededGuess(Guess):
 
 
 class SlowGuess(Guess):
-    """Takes half a second over the guess 1."""
+    """Takes long over the guess 1."""
 
     def step(self, action: GuessNumberAction, timeout_s: float | None = None, **_: Any) -> Any:
-        time.sleep(0.5 if action.guess == 1 else 0)
+        time.sleep(1.5 if action.guess == 1 else 0)
         return super().step(action)
 
 
@@ -233,7 +234,7 @@ def application(kind: type, sessions: int = 8) -> Any:
 
 @contextlib.contextmanager
 def serving(app: Any, port: int = 0) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Serve an application on a port, 0 for any; yield its URL and a function that ends the server at once."""
+    """Serve an application on a port, 0 for any. Yield its URL, and a function that ends it."""
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind(("127.0.0.1", port))

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from jaxgrpo.environment import Observation, StepResult
-from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall
+from jaxgrpo.types import (
+    Difference,
+    ExpectedCall,
+    Message,
+    Score,
+    StopReason,
+    Task,
+    ToolCall,
+)
 
 HELLO = Message("user", "hello")
 CALL = ToolCall("ls", "{}", "a.txt", ok=True)
@@ -127,6 +135,21 @@ def test_only_finite_numbers_of_a_useful_size_are_accepted(given: Any) -> None:
             r"a score's notes\['why'\] must be a str, got np.float32",
         ),
         (lambda: Score(1.0, True, {}, {"why": Unprintable()}), "must be a str, got <.*Unprintable"),
+        (
+            lambda: Score(1.0, True, differences=["x"]),
+            "a score's difference must be of type Difference, got 'x'",
+        ),
+        (lambda: Difference("", "a", "b", "c"), "a difference's check must be 1 to 500 printable"),
+        (lambda: Difference("state", "a", 1, "c"), "a difference's actual must be a str, got 1"),
+        (lambda: ExpectedCall(None, {}), "an expected call's name must be a str, got None"),
+        (
+            lambda: ExpectedCall("add", [1]),
+            r"the arguments of the expected call 'add' must be a dict, got \[1\]",
+        ),
+        (
+            lambda: ExpectedCall("add", {"a": {1}}),
+            "the arguments of the expected call 'add' must be JSON-serializable",
+        ),
         (lambda: Score(1.0, True, {}, {3: "x"}), "a name in a score's notes must be a str, got 3"),
         (
             lambda: Message("usr", "x"),
@@ -318,3 +341,6 @@ def test_long_texts_are_cut_with_a_mark_and_once() -> None:
     )
     assert len(score.notes) == 1001 and score.notes["..."] == "2002 notes"
     assert max(map(len, score.notes)) == 500
+    long = Difference("state", "w" * 3000, "a", "b")
+    assert len(long.where) == 2000 and long.where.endswith("w... (3000 characters)")
+    assert len(Score(0.0, False, differences=(long,) * 101).differences) == 100

@@ -22,6 +22,7 @@ from jaxgrpo.storage.checkpoint import read_policy
 from jaxgrpo.train import train
 from jaxgrpo.types import Score, Trajectory
 from tests.training import Letters, changed, metric_lines, small_config, write_config
+from tests.viewer import demo
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,31 @@ def test_a_checkpoint_gives_what_the_run_itself_measured(
     measured = next(one for one in metric_lines(run) if "eval/split" in one)
     assert line["step"] == 4
     assert line["eval/pass_rate"] == measured["eval/pass_rate"]
+
+
+def test_an_evaluation_is_compared_with_a_recorded_one(
+    call: Callable[..., tuple[int, str, str]], run: Path
+) -> None:
+    """Of the same weights with the same seeds: nothing differs."""
+    status, out, _ = call("--checkpoint", run, "--samples", "4", "--against", run)
+    assert status == 0
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    rate = next(line.split()[1] for line in lines if line.startswith("eval/pass_rate "))
+    shown = f"{float(rate):.1%}"
+    assert f"pass rate, before and after {shown}, {shown}" in lines
+    assert "difference in points +0.0, no interval: the tasks show no spread" in lines
+    assert {"tasks gained 0", "tasks lost 0"} <= set(lines)
+
+
+def test_an_evaluation_of_other_tasks_is_refused_before_any_is_sampled(
+    call: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    other = demo.record("files_1", "eval-test", 0, 0, True)
+    records.write_records(tmp_path / "other" / "trajectories" / "eval-test-000000.jsonl", [other])
+    status, out, err = call("--against", tmp_path / "other")
+    assert (status, out) == (2, "")
+    assert "has no task of this config's test:" in err
+    assert not (tmp_path / "eval").exists()
 
 
 def test_an_earlier_checkpoint_and_a_second_evaluation_in_one_folder(

@@ -20,7 +20,7 @@ FLOORS = (
     ("jaxgrpo.configs",),
     ("jaxgrpo.envs",),
     ("jaxgrpo.commands", "jaxgrpo.init", "jaxgrpo.library"),
-    ("jaxgrpo.train", "jaxgrpo.evaluate"),
+    ("jaxgrpo.train", "jaxgrpo.evaluate", "jaxgrpo.check"),
     ("jaxgrpo.viewer",),
     ("jaxgrpo.run",),
     ("jaxgrpo.rollout",),
@@ -223,6 +223,7 @@ NEEDED = {
         "jaxgrpo.run.records",
         "jaxgrpo.run.metrics",
         "jaxgrpo.run.pass_rates",
+        "jaxgrpo.run.paired",
     ],
 }
 WITHOUT_JAX = f"""

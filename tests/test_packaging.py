@@ -53,7 +53,7 @@ def test_citation_and_project_have_one_version() -> None:
 def built_wheel(folder: Path) -> Path:
     """Build the wheel from a copy of the checkout, because building leaves files behind."""
     source = folder / "source"
-    for name in ("jaxgrpo", "envs", "tools", "configs", "assets"):
+    for name in ("jaxgrpo", "envs", "tools", "configs", "assets", "docs"):
         left_out = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=left_out)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -97,6 +97,8 @@ def test_the_wheel_is_jaxgrpo_alone_and_runs_anywhere(tmp_path: Path) -> None:
         "viewer/schema.sql",
     ):  # fmt: skip
         assert f"jaxgrpo/{needed}" in names
+    explained = zipfile.ZipFile(wheel).read("jaxgrpo/viewer/metrics.md")
+    assert explained == (ROOT / "docs" / "metrics.md").read_bytes()
 
     programs, empty = installed_in(tmp_path / "venv", wheel), tmp_path / "empty"
     for name in ("envs", "tools", "configs"):  # a user's own

@@ -101,9 +101,14 @@ class SuiteEnvironment(Environment[TextAction, ChatObservation, State]):
         task_id: str | None = None,
         split: str = "train",
         index: int | None = None,
+        **unknown: Any,
     ) -> ChatObservation:
         """Begin an episode of a task: the one with this id, or at this index of the split, or one
-        of the split that the seed draws. Raises for a task that does not exist."""
+        of the split that the seed draws. Raises for a task that does not exist, and for arguments
+        with other names."""
+        if unknown:
+            takes = "seed, episode_id, task_id, split and index"
+            raise TypeError(f"reset takes {takes}, not {', '.join(map(str, unknown))}")
         self.close()
         if task_id is not None:
             task = self._catalog.named(task_id)

@@ -74,12 +74,10 @@ def first_step(model: ModelConfig, kernel: Kernel, dtype: Any, work: Batched) ->
     )
     params = random_stored(update.layout, update.mesh)
     state = TrainState(params, update._init_optimizer(params), None, 0)
-    state, logprobs, _ = update.optimizer_step(
-        state, work.batches, None, [None] * len(work.batches)
-    )
+    state, figures, _ = update.optimizer_step(state, work.batches, None, [None] * len(work.batches))
     real = [
-        np.asarray(x)[batch.action_mask_NGC]
-        for x, batch in zip(logprobs, work.batches, strict=True)
+        np.asarray(x.logprobs_NGC)[batch.action_mask_NGC]
+        for x, batch in zip(figures, work.batches, strict=True)
     ]
     # after one step, Adam's first moment is (1 - b1) times the gradient
     moments = optax.tree_utils.tree_get(state.opt_state, "mu")

@@ -16,11 +16,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from jaxgrpo.envs.bfcl.execution import Call, CallResult, Session
-from jaxgrpo.types import Score
+from jaxgrpo.types import Difference, Score
 
 T = TypeVar("T")
 OFFICIAL_STEP_LIMIT = 20
-MAX_NOTES = 8  # differences noted for one attribute
+MAX_NOTES = 8  # differences noted for one attribute, and missing items of one turn
 MAX_NOTE_CHARS = 160
 
 _ABSENT = "(absent)"
@@ -37,7 +37,7 @@ class TurnVerdict:
     state: bool
     response: bool
     reason: str = ""
-    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    differences: tuple[Difference, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -57,11 +57,11 @@ def judge_turn(
     turn: int, policy: Session, truth: Session, truth_results: Sequence[str], played: PlayedTurn
 ) -> TurnVerdict:
     """Check one turn after both sides have run it. Reasons have the official order."""
-    notes, missing = {}, []
+    differing, missing = list[Difference](), list[str]()
     if truth_results:
-        notes = state_differences(policy.instances, truth.instances)
+        differing = state_differences(policy.instances, truth.instances)
         missing = missing_items(truth_results, played.results_so_far)
-    state = not notes
+    state = not differing
     reason = ""
     if played.steps > OFFICIAL_STEP_LIMIT:
         reason = f"more than {OFFICIAL_STEP_LIMIT} steps"
@@ -71,9 +71,8 @@ def judge_turn(
         reason = "the state differs"
     elif missing:
         reason = "expected results are missing"
-    if missing:
-        notes["missing results"] = _shorten("; ".join(missing))
-    return TurnVerdict(turn, state, response=not missing, reason=reason, notes=notes)
+    differences = (*differing, *_absent("response", missing))
+    return TurnVerdict(turn, state, response=not missing, reason=reason, differences=differences)
 
 
 def check_calls(
@@ -144,7 +143,7 @@ def call_match_score(
     verdicts: Sequence[TurnVerdict],
     turns: int,
     finished: bool,
-    differences: Mapping[str, str],
+    differences: Sequence[Difference],
     made: Sequence[CallResult],
     expected: Sequence[Call],
 ) -> Score:
@@ -159,12 +158,15 @@ def call_match_score(
         not differences and not missing, verdicts, turns, finished, {"calls": float(not missing)}
     )
     parts = {**score.parts, "state": float(not differences)}
-    notes = {**score.notes, **{f"end: {where}": what for where, what in differences.items()}}
-    if missing:
-        notes["missing calls"] = _shorten(
-            "; ".join(f"{name} {arguments}" for name, arguments in missing)
-        )
-    return dataclasses.replace(score, parts=parts, notes=notes)
+    reasons = [
+        *(["the state differs"] if differences else []),
+        *(["expected calls are missing"] if missing else []),
+    ]
+    notes = {**score.notes, "end": "; ".join(reasons)} if reasons else score.notes
+    calls = _absent("calls", [f"{name} {arguments}" for name, arguments in missing])
+    at_end = [_located("end", difference) for difference in (*differences, *calls)]
+    every = (*score.differences, *at_end)
+    return dataclasses.replace(score, parts=parts, notes=notes, differences=every)
 
 
 def _score(
@@ -179,14 +181,29 @@ def _score(
         "turns_passed": sum(verdict.passed for verdict in verdicts) / turns,
         "finished": float(finished),
     }
-    notes = {}
-    for verdict in verdicts:
-        if verdict.reason:
-            notes[f"turn {verdict.turn}"] = verdict.reason
-        notes.update(
-            {f"turn {verdict.turn}: {where}": what for where, what in verdict.notes.items()}
-        )
-    return Score(float(passed), passed, {**common, **parts}, notes)
+    notes = {f"turn {verdict.turn}": verdict.reason for verdict in verdicts if verdict.reason}
+    differences = tuple(
+        _located(f"turn {verdict.turn}", difference)
+        for verdict in verdicts
+        for difference in verdict.differences
+    )
+    return Score(float(passed), passed, {**common, **parts}, notes, differences)
+
+
+def _located(place: str, difference: Difference) -> Difference:
+    where = f"{place}: {difference.where}" if difference.where else place
+    return dataclasses.replace(difference, where=where)
+
+
+def _absent(check: str, missing: Sequence[str]) -> list[Difference]:
+    """Describe expected items that are missing, at most `MAX_NOTES` of them."""
+    found = [Difference(check, "", "(missing)", _shorten(text)) for text in missing[:MAX_NOTES]]
+    return found + _more(check, "", len(missing))
+
+
+def _more(check: str, where: str, count: int) -> list[Difference]:
+    more = count - MAX_NOTES
+    return [Difference(check, where, f"and {more} more", "")] if more > 0 else []
 
 
 def _all(values: Iterable[bool]) -> bool:
@@ -194,16 +211,18 @@ def _all(values: Iterable[bool]) -> bool:
     return bool(listed) and all(listed)
 
 
-def state_differences(policy: Mapping[str, object], truth: Mapping[str, object]) -> dict[str, str]:
-    """Describe the differences by `Class.attribute`. Empty if the states are equal.
-
-    Attributes that begin with `_` are not compared.
+def state_differences(
+    policy: Mapping[str, object], truth: Mapping[str, object]
+) -> list[Difference]:
+    """Describe the differences by `Class.attribute` and the place within it. Empty if the states
+    are equal. Attributes that begin with `_` are not compared.
     """
-    return {
-        f"{name}.{attribute}": _describe(given, expected)
+    return [
+        difference
         for name, attribute, given, expected in _public(policy, truth)
         if not _equal(given, expected)
-    }
+        for difference in _describe(f"{name}.{attribute}", given, expected)
+    ]
 
 
 def _public(
@@ -223,20 +242,21 @@ def _equal(policy: object, truth: object) -> bool:
         return False
 
 
-def _describe(policy: object, truth: object) -> str:
-    """Describe the first leaves that differ, as `path: policy's value, expected truth's value`."""
+def _describe(where: str, policy: object, truth: object) -> list[Difference]:
+    """Describe the first leaves that differ."""
     given, expected = dict(_leaves(policy)), dict(_leaves(truth))
     paths = [
         path
         for path in {**expected, **given}
         if given.get(path, _ABSENT) != expected.get(path, _ABSENT)
     ]
-    lines = []
+    found = []
     for path in paths[:MAX_NOTES]:
-        found, wanted = (_shorten(leaves.get(path, _ABSENT)) for leaves in (given, expected))
-        lines.append(f"{path or 'value'}: {found}, expected {wanted}")
-    more = [f"and {len(paths) - MAX_NOTES} more"] if len(paths) > MAX_NOTES else []
-    return "; ".join(lines + more) or "they differ in type or nesting"
+        values = (_shorten(leaves.get(path, _ABSENT)) for leaves in (given, expected))
+        found.append(Difference("state", f"{where}: {path}" if path else where, *values))
+    if not found:
+        return [Difference("state", where, "another type or nesting", "")]
+    return found + _more("state", where, len(paths))
 
 
 def _leaves(value: object, limit: int = 20_000) -> Iterable[tuple[str, str]]:

@@ -19,7 +19,7 @@ from jaxgrpo.envs.bfcl.tasks import (
     load_library,
     split_ids,
 )
-from jaxgrpo.types import Task
+from jaxgrpo.types import ExpectedCall, Task
 
 REWARDS = ("official", "call_match")
 
@@ -146,6 +146,13 @@ class Bfcl:
             impossible = not turn.truth and payload.category in ("miss_func", "miss_param")
             texts.append(protocol.write_end(impossible))
         return tuple(texts)
+
+    def ground_truth(self, task: Task) -> tuple[ExpectedCall, ...]:
+        """Return the ground truth's calls of the user turns that are used."""
+        turns = _payload(task).turns[: self.max_turns]
+        return tuple(
+            ExpectedCall(call.name, call.arguments) for turn in turns for call in turn.truth
+        )
 
     def _category_split(self, category: str, split: str) -> list[Task]:
         tasks = self._library().tasks[category]

@@ -50,7 +50,7 @@ class OpenEnvEnvironment:
             raise OpenEnvError(f"the episode of {self._task.id} is over right after reset")
         self._last = result.observation
         if self._is_chat:
-            tools = (*tools, *self._last.get("tools", ()))
+            tools = (*tools, *(self._last.get("tools") or ()))
         messages = messages_of(self._last, self._reading.fields, "user")
         return self._stopping(self._form.opening(self._reading.instructions, tools, messages))
 

@@ -32,6 +32,9 @@ from jaxgrpo.envs.openenv.sessions import (
 
 T = TypeVar("T")
 
+_UNLIMITED = 1_000_000
+_OPENING = threading.Lock()
+
 
 def check_path(path: str) -> None:
     """Raise ValueError unless a path has the form `package.module:Name`."""
@@ -90,7 +93,7 @@ class InProcess:
 
     def most_sessions(self, wanted: int) -> int:
         if self.environment_class.SUPPORTS_CONCURRENT_SESSIONS:
-            return wanted or 1_000_000
+            return wanted or _UNLIMITED
         if wanted > 1:
             raise OpenEnvError(
                 f"sessions is {wanted}, but {self.path} does not support concurrent sessions "
@@ -113,23 +116,20 @@ class InProcess:
         methods = ("num_tasks", "list_tasks")
         if not all(callable(getattr(provider, name, None)) for name in methods):
             return None
-        worker = _Worker()
+        session = self.open()
         try:
-            made = worker.run(self.make, self.timeout_seconds)
-            try:
-                count = worker.run(lambda: made.num_tasks(split), self.timeout_seconds)
-                listed = worker.run(lambda: made.list_tasks(split), self.timeout_seconds)
-            except NotImplementedError:
-                return None
-            finally:
-                worker.run(made.close, self.timeout_seconds)
+            count, listed = session.listed(split)
+        except NotImplementedError:
+            return None
         finally:
-            worker.end()
+            session.close()
         return specs(split, count, [_plain(item) for item in listed])
 
     def open(self) -> "LocalSession":
-        shared = self.environment_class.REQUIRES_SINGLE_THREAD_EXECUTOR
-        return LocalSession(self, self._shared_worker if shared else None)
+        if not self.environment_class.REQUIRES_SINGLE_THREAD_EXECUTOR:
+            return LocalSession(self, None)
+        with _OPENING:
+            return LocalSession(self, self._shared_worker)
 
     def make(self) -> Any:
         """Return a new environment."""
@@ -231,6 +231,19 @@ class LocalSession:
 
     def step(self, action: Mapping[str, Any]) -> Result:
         return self._run("step", lambda: self._step(action))
+
+    def listed(self, split: str) -> tuple[Any, list[Any]]:
+        """Return what `num_tasks` and `list_tasks` return, which may be asynchronous."""
+
+        def ask() -> tuple[Any, list[Any]]:
+            made = self._open()
+            found = [made.num_tasks(split), made.list_tasks(split)]
+            count, listed = (
+                self._worker.complete(one) if inspect.isawaitable(one) else one for one in found
+            )
+            return count, list(listed)
+
+        return self._run("task discovery", ask)
 
     def close(self) -> None:
         """Close the environment in its thread. If that hangs, do so when it comes back."""

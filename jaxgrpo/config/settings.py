@@ -318,7 +318,9 @@ class RecordingSettings:
     keep: Annotated[int, AtLeast(1)] = 2
     """Checkpoints to keep."""
     trajectories: bool = True
-    """Record every episode."""
+    """Record every episode, and the ground truth of the tasks."""
+    token_figures: bool = True
+    """With the trained episodes, record log-probabilities, entropies, loss weights, advantages."""
     export_hf: bool = True
     """Export a Hugging Face folder at the end (or the adapter, see `lora.export`)."""
     tensorboard: bool = True

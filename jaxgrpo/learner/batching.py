@@ -89,7 +89,7 @@ def make_micro_batches(
         max_completion_tokens,
     )
     rows = [weights[n * g : (n + 1) * g] for n in range(len(groups))]
-    order = sorted(range(len(groups)), key=lambda n: (_padded_shape([groups[n]], settings), n))
+    order = packing_order(groups, settings)
     chunks = [order[i : i + micro_batch_groups] for i in range(0, len(order), micro_batch_groups)]
     return [
         _pad_micro_batch(
@@ -97,6 +97,12 @@ def make_micro_batches(
         )
         for chunk in chunks
     ]
+
+
+def packing_order(groups: Sequence[Group], settings: BatchingSettings) -> list[int]:
+    """Return the places of the groups in the order in which `make_micro_batches` takes them: by
+    their padded shapes."""
+    return sorted(range(len(groups)), key=lambda n: (_padded_shape([groups[n]], settings), n))
 
 
 def first_rows(batch: MicroBatch, groups: int, settings: BatchingSettings) -> MicroBatch:

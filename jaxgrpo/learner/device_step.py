@@ -50,6 +50,13 @@ class StepInputs(NamedTuple):
     on_policy: Array | bool
 
 
+class TokenFigures(NamedTuple):
+    """What a forward pass says of each completion token of a micro-batch, in float32."""
+
+    logprobs_NGC: Array
+    entropies_NGC: Array
+
+
 @dataclasses.dataclass(frozen=True)
 class DeviceStep:
     """The functions that run on each device, on its groups and its shards of the weights.
@@ -65,15 +72,15 @@ class DeviceStep:
 
     def score(self, params: Params, micro_batch: MicroBatch) -> Array:
         """Compute log-probabilities of the completions [N, G, C], in float32."""
-        return self._logprobs(params, micro_batch)[0]
+        return self._figures(params, micro_batch).logprobs_NGC
 
     def accumulate(
         self, params: Params, gradients: Params, inputs: StepInputs, frozen: Params | None
-    ) -> tuple[Params, Array, LossSums]:
+    ) -> tuple[Params, TokenFigures, LossSums]:
         """Add the gradient of a micro-batch to `gradients`.
 
-        Returns the gradients, the log-probabilities in training [N, G, C], and the sums of the loss
-        over all devices.
+        Returns the gradients, the figures of the tokens under the policy in training, and the sums
+        of the loss over all devices.
         """
 
         def scan_layers(p: Params) -> ScanLayers:
@@ -82,24 +89,21 @@ class DeviceStep:
                 layer, carry, p["layers"], gradients["layers"], still
             )
 
-        def loss(p: Params) -> tuple[Array, tuple[Array, LossSums]]:
-            logprobs, entropies = self._logprobs(
-                combine(p, frozen), inputs.micro_batch, scan_layers(p)
-            )
-            value, sums = policy_loss(_loss_inputs(logprobs, entropies, inputs), self.loss)
-            return value, (logprobs, sums)
+        def loss(p: Params) -> tuple[Array, tuple[TokenFigures, LossSums]]:
+            figures = self._figures(combine(p, frozen), inputs.micro_batch, scan_layers(p))
+            value, sums = policy_loss(_loss_inputs(figures, inputs), self.loss)
+            return value, (figures, sums)
 
-        (_, (logprobs, sums)), new = jax.value_and_grad(loss, has_aux=True)(params)
+        (_, (figures, sums)), new = jax.value_and_grad(loss, has_aux=True)(params)
         totals = [lax.psum(x, AXIS) for x in sums[:-1]]
         totals.append(lax.pmax(sums.mismatch_max, AXIS))
         layers = new.pop("layers")  # already added to the accumulator, by accumulating_scan
         total = jax.tree.map(jnp.add, {name: gradients[name] for name in new}, new)
-        return total | {"layers": layers}, logprobs, LossSums(*totals)
+        return total | {"layers": layers}, figures, LossSums(*totals)
 
-    def _logprobs(
+    def _figures(
         self, params: Params, micro_batch: MicroBatch, scan_layers: ScanLayers = scan_stack
-    ) -> tuple[Array, Array]:
-        """Compute log-probabilities and entropies of the completions, [N, G, C] each."""
+    ) -> TokenFigures:
         tokens = GroupTokens(
             micro_batch.prompt_NP, micro_batch.prompt_lengths_N, micro_batch.completions_NGC
         )
@@ -113,7 +117,7 @@ class DeviceStep:
             micro_batch.completions_NGC.reshape(-1),
             self.head,
         )
-        return logprobs.reshape(shape), entropies.reshape(shape)
+        return TokenFigures(logprobs.reshape(shape), entropies.reshape(shape))
 
     def _loader(self) -> ParamLoader:
         storage, table, layers = self.head.storage, self.head.shape, self.layout["layers"]
@@ -125,8 +129,8 @@ class DeviceStep:
         )
 
 
-def _loss_inputs(logprobs: Array, entropies: Array, inputs: StepInputs) -> LossInputs:
-    micro_batch = inputs.micro_batch
+def _loss_inputs(figures: TokenFigures, inputs: StepInputs) -> LossInputs:
+    micro_batch, (logprobs, entropies) = inputs.micro_batch, figures
     on_policy = lax.stop_gradient(logprobs)
     return LossInputs(
         train_logprobs_NGC=logprobs,

@@ -30,7 +30,7 @@ from jaxgrpo.config.settings import (
     TrainingSettings,
 )
 from jaxgrpo.learner.adapters import merge_stored
-from jaxgrpo.learner.device_step import DeviceStep, StepInputs
+from jaxgrpo.learner.device_step import DeviceStep, StepInputs, TokenFigures
 from jaxgrpo.learner.losses import Head, LossSums
 from jaxgrpo.learner.optimizer import apply_gradients, make_optimizer, optimizer_specs
 from jaxgrpo.learner.sharding import AXIS, Layout, Sharded, layout_of, make_layout, specs, store
@@ -130,6 +130,7 @@ class Update:
         """
         trained, frozen, whole = map(specs, (self.layout, self.frozen_layout, self._whole_layout))
         sums = LossSums._make([_REPLICATED] * len(LossSums._fields))
+        figures = TokenFigures._make((_DATA, _DATA))
         shard = functools.partial(jax.shard_map, mesh=self.mesh)
         inputs = StepInputs._make((_DATA, _DATA, _DATA, _REPLICATED))
         self._score = jax.jit(
@@ -140,10 +141,10 @@ class Update:
             shard(
                 step.accumulate,
                 in_specs=(trained, trained, inputs, frozen),
-                out_specs=(trained, _DATA, sums),
+                out_specs=(trained, figures, sums),
             ),
             donate_argnums=1,
-            out_shardings=self._place((trained, _DATA, sums)),
+            out_shardings=self._place((trained, figures, sums)),
         )
         self._apply = jax.jit(
             functools.partial(apply_gradients, self.optimizer),
@@ -229,38 +230,35 @@ class Update:
         self,
         state: TrainState,
         micro_batches: Sequence[MicroBatch],
-        old: Sequence[Array] | None,
+        old: Sequence[TokenFigures] | None,
         reference: Sequence[Array | None],
-    ) -> tuple[TrainState, list[Array], StepReport]:
-        """Take one optimizer step on all micro-batches. `old` is None on the first step on a batch.
+    ) -> tuple[TrainState, list[TokenFigures], StepReport]:
+        """Take one optimizer step on all micro-batches. `old` are the figures of the first step on
+        the batch, and None on that step.
 
-        Returns the new state (the buffers of the old one are donated), the log-probabilities of
-        each micro-batch in training [N, G, C], and the report. If the gradient is not finite, the
-        step is not taken, and the state is the given one to the last bit.
+        Returns the new state (the buffers of the old one are donated), the figures of the tokens of
+        each micro-batch under the weights before the step, and the report. If the gradient is not
+        finite, the step is not taken, and the state is the given one to the last bit.
         """
         gradients = self._zeros(state.params)
-        train_logprobs, sums = [], []
+        figures, sums = [], []
         for i, micro_batch in enumerate(micro_batches):
             self._count("accumulate", micro_batch)
             placed = self._put(micro_batch)
             # The first step has no old log-probabilities yet. A dummy of their shape takes their
             # place, unread, so that one compiled program serves all steps.
-            given = placed.sampler_logprobs_NGC if old is None else old[i]
+            given = placed.sampler_logprobs_NGC if old is None else old[i].logprobs_NGC
             inputs = StepInputs(placed, given, reference[i], old is None)
-            gradients, logprobs, micro_sums = self._accumulate(
+            gradients, micro_figures, micro_sums = self._accumulate(
                 state.params, gradients, inputs, state.frozen
             )
-            train_logprobs.append(logprobs)
+            figures.append(micro_figures)
             sums.append(micro_sums)
         params, opt_state, grad_norm = self._apply(state.params, state.opt_state, gradients)
         on_host = [LossSums._make(map(float, s)) for s in jax.device_get(sums)]
         report = StepReport(functools.reduce(LossSums.add, on_host), float(grad_norm))
         step = state.step + report.taken
-        return (
-            state._replace(params=params, opt_state=opt_state, step=step),
-            train_logprobs,
-            report,
-        )
+        return state._replace(params=params, opt_state=opt_state, step=step), figures, report
 
     def has_finite_logprobs(self, state: TrainState, probe: MicroBatch) -> bool:
         """Return whether the weights, and their log-probabilities of `probe`'s completions, are

@@ -77,8 +77,8 @@ class Rollout:
     sampling: SamplingParams = SamplingParams()
     rewards: RewardSettings = RewardSettings()
     beside: "Rollout | None" = None
-    """Another rollout that may run meanwhile. If its suite is the same, both share the suite's limit
-    of open environments."""
+    """Another rollout that may run meanwhile. If its suite is the same, both share the limit of
+    open environments."""
 
     @functools.cached_property
     def _places(self) -> asyncio.Semaphore:

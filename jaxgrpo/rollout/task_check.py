@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxgrpo import checked
 from jaxgrpo.config.settings import ConfigError, RolloutSettings
-from jaxgrpo.environment import TaskSuite
+from jaxgrpo.environment import KnowsGroundTruth, TaskSuite, checked_truth
 from jaxgrpo.rollout.background import (
     BlockingCalls,
     EventLoopThread,
@@ -29,9 +29,11 @@ from jaxgrpo.rollout.user_code import (
     BrokenContractError,
     FaultyEnvironmentError,
     LateError,
+    async_hint,
     call_user_code,
+    definition,
 )
-from jaxgrpo.types import Task
+from jaxgrpo.types import GroundTruth, Task
 
 T = TypeVar("T")
 
@@ -49,10 +51,12 @@ Found = Mapping[str, int | FaultyEnvironmentError]
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """The result for each task, and the prompt [P] of the first task that opens, if any."""
+    """The result for each task, and the prompt [P] of the first task that opens, if any.
+    `differences` says of each task that was opened twice how its openings differ, if they do."""
 
     found: Found
     prompt_ids_P: np.ndarray | None
+    differences: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,27 +80,36 @@ class TaskCheck:
             )
         except LateError as error:
             limit = f"{LISTING_DEADLINES} x rollout.step_deadline_seconds"
-            raise ConfigError(f"{error}; {limit} is the limit for listing tasks") from None
+            raise ConfigError(f"{error}; {limit} is the limit for listing tasks") from error
         except FaultyEnvironmentError as error:
             raise ConfigError(
                 f"{error}: the environment gives no tasks of the {split} split"
-            ) from None
+            ) from error
 
-    def open_tasks(self, chat: Chat, tasks: Sequence[Task]) -> Opened:
+    def open_tasks(self, chat: Chat, tasks: Sequence[Task], twice: bool = False) -> Opened:
         """Open each task once, and the first that opens twice more, because the episodes of a task
-        must share their prompt."""
+        must share their prompt. With `twice`, open every task twice instead, and report which
+        openings differ."""
         calls = BlockingCalls(
             self.settings.environment_threads, self.settings.step_deadline_seconds, _in_silence
         )
         limit, places = self.settings.max_prompt_tokens, places_of(self.suite)
         openings = Openings(self.suite, chat, limit, calls, places)
         found: dict[str, int | FaultyEnvironmentError] = {}
+        differences: dict[str, str] = {}
         order = {task.id: i for i, task in enumerate(tasks)}
         prompts: dict[int, np.ndarray] = {}  # that of the earliest task so far
 
         async def open_one(task: Task) -> None:
             try:
-                prompt_ids_P = (await openings.open(task)).prompt_ids_P
+                opening = await openings.open(task)
+                if twice:
+                    async with openings.begin(task) as (made, again):
+                        fault = describe_difference(task, opening.observation, again)
+                    if fault:
+                        place = definition(made.observe)
+                        differences[task.id] = f"{fault}{f' ({place})' if place else ''}"
+                prompt_ids_P = opening.prompt_ids_P
                 found[task.id] = len(prompt_ids_P)
                 if order[task.id] < min(prompts, default=len(tasks)):
                     prompts.clear()
@@ -104,12 +117,12 @@ class TaskCheck:
             except FaultyEnvironmentError as error:
                 found[task.id] = error
                 if _hopeless(found):
-                    raise ConfigError(f"{error}; none of {len(tasks)} tasks has opened") from None
+                    raise ConfigError(f"{error}; none of {len(tasks)} tasks has opened") from error
 
         async def open_all() -> None:
             await gather_or_cancel([open_one(task) for task in tasks])
             first = next((task for task in tasks if task.id in _that_open(found)), None)
-            if first is not None:
+            if first is not None and not twice:
                 await _open_twice(openings, first)
 
         def progress() -> str:
@@ -119,7 +132,35 @@ class TaskCheck:
 
         self._run(open_all(), calls, progress)
         in_order = {task.id: found[task.id] for task in tasks}
-        return Opened(in_order, next(iter(prompts.values()), None))
+        return Opened(in_order, next(iter(prompts.values()), None), differences)
+
+    def ground_truths(
+        self, tasks: Sequence[Task]
+    ) -> Mapping[str, GroundTruth | FaultyEnvironmentError]:
+        """Return the ground truth of each task, or the error, by the tasks' ids. None are returned
+        if the suite knows none."""
+        suite = self.suite
+        if not isinstance(suite, KnowsGroundTruth):
+            return {}
+        calls = BlockingCalls(
+            self.settings.environment_threads, self.settings.step_deadline_seconds, _in_silence
+        )
+        found: dict[str, GroundTruth | FaultyEnvironmentError] = {}
+
+        async def ask_one(task: Task) -> None:
+            what = f"ground_truth() of task {task.id!r}"
+            try:
+                found[task.id] = await call_user_code(calls, what, _truth, suite.ground_truth, task)
+            except FaultyEnvironmentError as error:
+                found[task.id] = error
+
+        async def ask_all() -> None:
+            await gather_or_cancel([ask_one(task) for task in tasks])
+
+        self._run(
+            ask_all(), calls, lambda: f"{len(found)} of {len(tasks)} tasks gave their ground truth"
+        )
+        return {task.id: found[task.id] for task in tasks}
 
     def _run(
         self, work: Coroutine[Any, Any, T], calls: BlockingCalls, progress: Callable[[], str]
@@ -169,12 +210,20 @@ async def _open_twice(openings: Openings, task: Task) -> None:
             raise ConfigError(fault)
 
 
+def _truth(value: object) -> GroundTruth:
+    try:
+        return checked_truth(value)
+    except (TypeError, ValueError) as error:
+        raise BrokenContractError(f"returned what is no ground truth: {error}") from None
+
+
 def _tasks(value: object) -> list[Task]:
     """Check that a suite lists tasks with different ids."""
     tasks = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
     if tasks is None or not all(isinstance(task, Task) for task in tasks):
         given = checked.shorten_value(value)
-        raise BrokenContractError(f"must be a list of jaxgrpo.types.Task, got {given}")
+        hint = async_hint(value)
+        raise BrokenContractError(f"must be a list of jaxgrpo.types.Task, got {given}{hint}")
     for task in tasks:
         checked.record(task, Task, "a task")
     repeated = [name for name, times in Counter(task.id for task in tasks).items() if times > 1]

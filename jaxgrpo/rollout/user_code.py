@@ -41,12 +41,12 @@ class FaultyEnvironmentError(Exception):
     """The environment or a reward function raised, exceeded its deadline, or broke its contract.
 
     The message is one line: the exception and its place, then the call. `trace` is the whole
-    traceback, for the records.
+    traceback, for the records, and `what` names the call.
     """
 
-    def __init__(self, line: str, trace: str = ""):
+    def __init__(self, line: str, trace: str = "", what: str = ""):
         super().__init__(line)
-        self.trace = trace
+        self.trace, self.what = trace, what
 
     @property
     def recorded(self) -> str:
@@ -81,9 +81,10 @@ async def call_user_code(
         raise
     except DeadlineError as error:
         place = _place(error.stack)
-        raise LateError(f"{error}{f': it waits at {place}' if place else ''}") from None
+        line = f"{error}{f': it waits at {place}' if place else ''}"
+        raise LateError(line, what=what) from None
     except Exception as error:  # no thread could be started
-        raise FaultyEnvironmentError(f"{_line(error)}: {what} failed") from error
+        raise FaultyEnvironmentError(f"{_line(error)}: {what} failed", what=what) from error
 
 
 def _guarded(
@@ -93,12 +94,13 @@ def _guarded(
     try:
         return check(function(*args))
     except BrokenContractError as error:
-        place = _definition(function)
+        place = definition(function)
         line = f"{what} {error}{f' ({place})' if place else ''}"
-        raise FaultyEnvironmentError(line) from None
+        raise FaultyEnvironmentError(line, what=what) from None
     except BaseException as error:  # the edge to users' code: SystemExit and KeyboardInterrupt too
         trace = checked.cut(traceback.format_exc(), MAX_TRACE_CHARS)
-        raise FaultyEnvironmentError(f"{describe_error(error)}: {what} failed", trace) from None
+        line = f"{describe_error(error)}: {what} failed"
+        raise FaultyEnvironmentError(line, trace, what) from None
 
 
 def record_check(kind: type[T]) -> Callable[[object], T]:
@@ -106,10 +108,20 @@ def record_check(kind: type[T]) -> Callable[[object], T]:
 
     def check(value: object) -> T:
         if not isinstance(value, kind):
-            raise BrokenContractError(f"returned {type(value).__name__}, not {kind.__name__}")
+            given, hint = type(value).__name__, async_hint(value)
+            raise BrokenContractError(f"returned {given}, not {kind.__name__}{hint}")
         return checked.record(value, kind, kind.__name__)
 
     return check
+
+
+def async_hint(value: object) -> str:
+    """Return a hint if a call returned something to await."""
+    if not inspect.isawaitable(value):
+        return ""
+    if inspect.iscoroutine(value):
+        value.close()  # it will never be awaited
+    return ": write it without async"
 
 
 def check_environment(value: object) -> Any:
@@ -121,7 +133,8 @@ def check_environment(value: object) -> Any:
             continue
         call = f"{name}({', '.join(arguments)})"
         if not callable(method):
-            raise BrokenContractError(f"returned {kind}, which has no method {call}")
+            hint = async_hint(value)
+            raise BrokenContractError(f"returned {kind}, which has no method {call}{hint}")
         if inspect.iscoroutinefunction(method):
             raise BrokenContractError(f"returned {kind}, whose {name} is async: write it without")
         try:
@@ -171,7 +184,7 @@ def _place(stack: Sequence[traceback.FrameSummary]) -> str:
     return f"{own[-1].filename}, line {own[-1].lineno}, in {own[-1].name}" if own else ""
 
 
-def _definition(function: Callable[..., Any]) -> str:
+def definition(function: Callable[..., Any]) -> str:
     """Return where a function is defined."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return f"{code.co_filename}, line {code.co_firstlineno}" if code else ""

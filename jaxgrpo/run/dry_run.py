@@ -1,14 +1,19 @@
-"""Describe a run without starting it."""
+"""Describe a run without starting it, and try its environment."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
+from rich.console import Console
 
 from jaxgrpo.config.load import to_json
 from jaxgrpo.config.settings import Config
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.rollout.prefetch import batches_per_epoch
+from jaxgrpo.run.check_report import print_findings
+from jaxgrpo.run.environment_check import scripted_findings
 from jaxgrpo.run.setup import (
+    ModelAssets,
+    Prompts,
     check_rewards,
     compute_dtype,
     count_micro_batches,
@@ -17,17 +22,29 @@ from jaxgrpo.run.setup import (
     parameter_count,
     training_tasks,
 )
+from jaxgrpo.types import Task
 
 
-def describe(config: Config) -> Iterator[str]:
-    """Yield the lines of `--dry-run`: the resolved config, the model, the devices, and the sizes of
-    a batch and of the run. Reads no weights and does not need the run's devices.
+def dry_run(config: Config) -> int:
+    """Print the resolved config, the model, the devices, and the sizes of a batch and of the run.
+    Then play scripted episodes on some tasks, and print what they find to stderr. Reads no weights
+    and does not need the run's devices.
 
-    Raises ConfigError for what would end the run before its first batch.
+    Return the exit status: 1 if the environment has errors or tasks that do not open. Raises
+    ConfigError for what would end the run before its first batch.
     """
     check_rewards(config)
     assets = open_model_assets(config, weights=False)
-    tasks, prompts = training_tasks(config, assets)
+    ((_, tasks), *_), prompts = training_tasks(config, assets)
+    print("\n".join(_describe(config, assets, tasks, prompts)))
+    findings = scripted_findings(config, assets, tasks)
+    print_findings(findings, Console(stderr=True))
+    return 1 if prompts.failed or any(finding.level == "error" for finding in findings) else 0
+
+
+def _describe(
+    config: Config, assets: ModelAssets, tasks: Sequence[Task], prompts: Prompts
+) -> Iterator[str]:
     devices = config.training.devices or len(jax.devices())
     yield to_json(config)
     yield from _model(config, assets.config)

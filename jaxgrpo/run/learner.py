@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxgrpo.config.settings import Config, ConfigError
 from jaxgrpo.learner.batching import first_rows
+from jaxgrpo.learner.device_step import TokenFigures
 from jaxgrpo.learner.train_state import DivergedError, StepReport, TrainState
 from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.run.folder import make_run_folder
@@ -15,6 +16,7 @@ from jaxgrpo.run.metrics import Stopwatch
 from jaxgrpo.run.processes import Command, Processes, Work
 from jaxgrpo.run.setup import ModelAssets, build_update, initial_params
 from jaxgrpo.run.skipping import DivergedBatches
+from jaxgrpo.run.token_figures import BatchFigures, fetched
 from jaxgrpo.run.weights import gather_policy, write_policy
 from jaxgrpo.storage.checkpoint import Checkpoints, Progress, newest_step
 from jaxgrpo.storage.checksums import DamageError
@@ -57,6 +59,8 @@ class Learner:
         self.diverged_batches = DivergedBatches(folder, config)
         self.advance = 0
         """The number of optimizer steps taken on the last batch."""
+        self.figures: BatchFigures | None = None
+        """The figures of the last batch's tokens, if they are recorded."""
         self.version = self.state.step // config.training.iterations if version is None else version
         self.clock = Stopwatch()
 
@@ -102,19 +106,23 @@ class Learner:
         )
         with self.clock.phase("reference"):
             reference = self.update.reference_logprobs(self.state, micro_batches)
-        old, reports, before = None, [], self.state.step
+        steps, reports, before = list[Sequence[TokenFigures]](), [], self.state.step
         with self.clock.phase("update"):
             for _ in range(self.steps_of_batch):
-                self.state, logprobs, report = self.update.optimizer_step(
-                    self.state, micro_batches, old, reference
+                self.state, figures, report = self.update.optimizer_step(
+                    self.state, micro_batches, steps[0] if steps else None, reference
                 )
-                old = logprobs if old is None else old
+                steps.append(figures)
                 reports.append(report)
                 if not report.taken:
                     break
                 if crossed_interval(self.config.training.reference_every, self.state.step, 1):
                     self.state = self.update.replace_reference(self.state)
         self.advance = self.state.step - before
+        recording = self.config.recording
+        if recording.trajectories and recording.token_figures:
+            with self.clock.phase("record"):
+                self.figures = fetched(steps, reference)
         if self.advance:
             self._probe(micro_batches)
             self.version += 1

@@ -10,18 +10,19 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxgrpo.rollout.rollout import RolloutResult
-from jaxgrpo.types import Message, Score, StopReason, ToolCall, Trajectory
+from jaxgrpo.types import Difference, Message, Score, StopReason, ToolCall, Trajectory
 
 FORMAT = 1
 """The version of the line format. It grows when older readers could misread a line."""
 _SHOWN = 2000
+_LISTS, _LAST = ',"prompt_ids":[', ',"weight_versions":['
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,18 @@ class TrajectoryRecord:
     split: str
     step: int
     labels: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeFigures:
+    """What the update computed of one trained episode, as its record holds it.
+
+    `tokens` maps a key of the record to a value for each completion token (0 if not sampled, None
+    if not finite), or to one number that all sampled tokens share.
+    """
+
+    advantage: float
+    tokens: Mapping[str, Sequence[float | None] | float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,12 +169,36 @@ def to_line(record: TrajectoryRecord) -> str:
         "error": trajectory.error,
         "messages": [dataclasses.asdict(message) for message in trajectory.messages],
         "calls": [dataclasses.asdict(call) for call in trajectory.calls],
+        **_check(score),
         "prompt_ids": trajectory.prompt_ids_P.tolist(),
         "completion_ids": trajectory.completion_ids_C.tolist(),
         "sampled": trajectory.action_mask_C.astype(int).tolist(),
         "sampler_logprobs": _shortest(trajectory.sampler_logprobs_C),
         "weight_versions": trajectory.weight_versions_C.tolist(),
     }
+    return _dumps(fields)
+
+
+def _check(score: Score | None) -> dict[str, Any]:
+    """Return the differences that the check found, under the key `check`, if there are any."""
+    if score is None or not score.differences:
+        return {}
+    return {"check": {"differences": [dataclasses.asdict(each) for each in score.differences]}}
+
+
+def with_figures(line: str, figures: EpisodeFigures) -> str:
+    """Return an episode's line with its figures.
+
+    The advantage comes before the token lists, which a reader need not parse, and the figures of
+    tokens among them."""
+    # Quotes within a text are escaped, and parts and notes of that name are no lists.
+    head, lists = line.split(_LISTS, 1)
+    lists, versions = lists.rsplit(_LAST, 1)
+    advantage, tokens = _dumps({"advantage": figures.advantage}), _dumps(dict(figures.tokens))
+    return f"{head},{advantage[1:-1]}{_LISTS}{lists},{tokens[1:-1]}{_LAST}{versions}"
+
+
+def _dumps(fields: Mapping[str, Any]) -> str:
     return json.dumps(fields, separators=(",", ":"), allow_nan=False)
 
 
@@ -195,7 +232,14 @@ def from_line(line: str | bytes) -> TrajectoryRecord:
 def _score(fields: Mapping[str, Any]) -> Score | None:
     if fields["reward"] is None:
         return None
-    return Score(fields["reward"], fields["passed"], fields["score_parts"], fields["score_notes"])
+    found = (fields.get("check") or {}).get("differences", ())
+    return Score(
+        fields["reward"],
+        fields["passed"],
+        fields["score_parts"],
+        fields["score_notes"],
+        tuple(Difference(**each) for each in found),
+    )
 
 
 def _shortest(values_T: np.ndarray) -> list[float]:

@@ -72,7 +72,7 @@ def open_model_assets(config: Config, weights: bool = True) -> ModelAssets:
 def open_tasks(config: Config, split: str) -> Sequence[Task]:
     """Return the environment's tasks of a split. Raises ConfigError if the environment fails, takes
     too long or returns something else."""
-    return _task_check(config).list_tasks(split)
+    return task_check(config).list_tasks(split)
 
 
 def split_tasks(config: Config, split: str) -> Sequence[Task]:
@@ -112,7 +112,8 @@ def suites(config: Config) -> list[Evaluated]:
     ]
 
 
-def _task_check(config: Config) -> TaskCheck:
+def task_check(config: Config) -> TaskCheck:
+    """Return the check of the config's tasks."""
     return TaskCheck(config.environment, config.rollout)
 
 
@@ -124,23 +125,34 @@ def check_rewards(config: Config) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """The tokens of the longest prompt of some tasks, and the first prompt [P]."""
+    """The tokens of the longest prompt of some tasks, the first prompt [P], and the number of tasks
+    that do not open."""
 
     longest: int
     first_P: np.ndarray
+    failed: int = 0
 
 
-def training_tasks(config: Config, assets: ModelAssets) -> tuple[Sequence[Task], Prompts]:
-    """Return the tasks to train on, and the prompts of all tasks that the run will sample, the
-    training tasks first. Raises ConfigError if they do not fit the settings or the model."""
+Sampled = tuple[Config, Sequence[Task]]
+"""Tasks that a run samples, and the config whose environment they belong to."""
+
+
+def training_tasks(config: Config, assets: ModelAssets) -> tuple[list[Sampled], Prompts]:
+    """Return the tasks to train on, followed by those of each evaluation, and the prompts of all of
+    them. Raises ConfigError if they do not fit the settings or the model."""
     tasks = open_tasks(config, "train")
     batches_per_epoch(len(tasks), config.rollout.tasks_per_step)
-    e = config.evaluation
-    evaluated = evaluations(config) if e.before or e.after or e.every else []
-    others = [(one.config, split_tasks(one.config, one.split)) for one in evaluated]
-    sampled = [(config, tasks), *others]
+    sampled = [(config, tasks)]
+    sampled += [(one.config, split_tasks(one.config, one.split)) for one in evaluated(config)]
     prompts = [check_episodes(of, assets, each) for of, each in sampled]
-    return tasks, Prompts(max(of.longest for of in prompts), prompts[0].first_P)
+    longest, failed = max(of.longest for of in prompts), sum(of.failed for of in prompts)
+    return sampled, Prompts(longest, prompts[0].first_P, failed)
+
+
+def evaluated(config: Config) -> list[Evaluated]:
+    """Return what the run evaluates, if it evaluates at all."""
+    e = config.evaluation
+    return evaluations(config) if e.before or e.after or e.every else []
 
 
 def check_episodes(config: Config, assets: ModelAssets, tasks: Sequence[Task]) -> Prompts:
@@ -149,16 +161,9 @@ def check_episodes(config: Config, assets: ModelAssets, tasks: Sequence[Task]) -
     Raises ConfigError if the model or the settings leave an episode no room, or if no task opens.
     Otherwise the run would find out only at the batch that draws the task.
     """
-    r, context = config.rollout, assets.config.context_length
-    opened = _task_check(config).open_tasks(assets.chat, tasks)
+    opened = task_check(config).open_tasks(assets.chat, tasks)
     found = opened.found.values()
-    problems = []
-    if r.max_prompt_tokens + r.max_completion_tokens > context:
-        problems.append(
-            f"rollout.max_prompt_tokens ({r.max_prompt_tokens}) + rollout.max_completion_tokens "
-            f"({r.max_completion_tokens}) exceeds the {context} tokens of context of "
-            f"{config.model.source}: lower one of them"
-        )
+    problems = context_problems(config, assets)
     refused = [error for error in found if isinstance(error, PromptError)]
     if refused:
         problems.append(str(max(refused, key=lambda error: error.tokens)))
@@ -169,7 +174,20 @@ def check_episodes(config: Config, assets: ModelAssets, tasks: Sequence[Task]) -
     if failed:
         count = f"{len(failed)} of {len(tasks)} tasks do not open; their groups will be dropped"
         print_to_stderr(f"warning: {failed[0]}; {count}")
-    return Prompts(max(tokens for tokens in found if isinstance(tokens, int)), opened.prompt_ids_P)
+    longest = max(tokens for tokens in found if isinstance(tokens, int))
+    return Prompts(longest, opened.prompt_ids_P, len(failed))
+
+
+def context_problems(config: Config, assets: ModelAssets) -> list[str]:
+    """Return a line if the longest episode exceeds the model's context."""
+    r, context = config.rollout, assets.config.context_length
+    if r.max_prompt_tokens + r.max_completion_tokens <= context:
+        return []
+    return [
+        f"rollout.max_prompt_tokens ({r.max_prompt_tokens}) + rollout.max_completion_tokens "
+        f"({r.max_completion_tokens}) exceeds the {context} tokens of context of "
+        f"{config.model.source}: lower one of them"
+    ]
 
 
 def restrict_gpus(config: Config) -> None:

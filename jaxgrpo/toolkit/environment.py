@@ -77,6 +77,10 @@ class ToolLimits:
             raise ValueError("result_chars and async_seconds must be positive")
 
 
+CLOSE = "close"
+"""The method of jaxgrpo.environment.ClosableEnvironment, which a derived class may have."""
+
+
 @dataclasses.dataclass
 class _Episode:
     """What the base class remembers of an episode."""
@@ -89,8 +93,9 @@ class _Episode:
 class ToolEnvironment(abc.ABC):
     """One episode of a task, with tools. See the module's example.
 
-    Every public method of a derived class is a tool, except those that are defined here. Begin the
-    name of any other method with an underscore. Each argument of a tool needs a type; its schema,
+    Every public method of a derived class is a tool, except those that are defined here, and
+    `close`, which may release what an episode holds. Begin the name of any other method with an
+    underscore. Each argument of a tool needs a type; its schema,
     checks and conversions are pydantic's. All methods of a derived class may be async.
 
     What a tool returns is shown to the policy: a str as it is, anything else as JSON. A tool that
@@ -119,7 +124,7 @@ class ToolEnvironment(abc.ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name in ("first_message", "next_message", "score"):
+        for name in ("first_message", "next_message", "score", CLOSE):
             method = vars(cls).get(name)
             if inspect.iscoroutinefunction(method):
                 setattr(cls, name, _blocking(method))
@@ -139,9 +144,6 @@ class ToolEnvironment(abc.ABC):
     @abc.abstractmethod
     def score(self) -> Score:
         """Score the episode. Called once, also if a limit ended it."""
-
-    def close(self) -> None:  # noqa: B027 - most have nothing to release
-        """Release what the episode holds, such as a connection. Called once, at its very end."""
 
     def end_episode(self, stop_reason: StopReason = StopReason.FINISHED) -> None:
         """End the episode after the call that is running. FAILED says that it is lost."""
@@ -286,7 +288,7 @@ def tools_of(environment: type[ToolEnvironment]) -> dict[str, Tool]:
 
 
 def _is_public(name: str) -> bool:
-    return not name.startswith("_") and name not in vars(ToolEnvironment)
+    return not name.startswith("_") and name not in vars(ToolEnvironment) and name != CLOSE
 
 
 def _as_text(result: object) -> str:

@@ -10,14 +10,14 @@ pass rates. Keys that the environment does not take are ignored.
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxgrpo import checked
 from jaxgrpo.environment import Environment
 from jaxgrpo.toolkit.environment import ToolEnvironment, tools_of
-from jaxgrpo.toolkit.protocols import protocol_of
+from jaxgrpo.toolkit.protocols import Request, protocol_of
 from jaxgrpo.toolkit.sources import (
     Generated,
     JsonLines,
@@ -134,6 +134,32 @@ class Suite:
     def _takes(self, key: str) -> bool:
         parameters = self._parameters
         return key in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class DemonstratedSuite(Suite):
+    """A suite of a ToolEnvironment whose tasks have a known solution, from which it demonstrates
+    them (see `jaxgrpo.tools.warm_start`).
+
+    solution   function that returns the calls that solve a task, as [("add", {"a": 1, "b": 2})];
+               called with those of the row's keys that it takes
+    """
+
+    solution: Callable[..., Sequence[Request]] = dataclasses.field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self._has_tools or not callable(self.solution):
+            raise TypeError("solution must be a function, for a class derived from ToolEnvironment")
+
+    def demonstration(self, task: Task) -> tuple[str, ...]:
+        """Return policy turns that solve a task, one call each."""
+        made, row, takes = self.create(task), task.payload, inspect.signature(self.solution)
+        assert isinstance(made, ToolEnvironment) and isinstance(row, Mapping)
+        protocol = protocol_of(made.protocol)
+        calls = self.solution(**{k: v for k, v in row.items() if k in takes.parameters})
+        turns = [protocol.write_calls([call], f"I call {call[0]}.") for call in calls]
+        return (*turns, protocol.write_end())
 
 
 def _source(given: Any, split: str) -> Source:

@@ -56,8 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=8777, help="0: any that is free")
     parser.add_argument(
         "--export",
-        metavar="FILE.html|DIR",
-        help="write one self-contained page, or a folder of pages, and end",
+        metavar="FILE|DIR",
+        help="write FILE.html, one self-contained page; FILE.svg or FILE.png, the curves; or DIR, "
+        "every page; and end",
     )
     parser.add_argument(
         "--text", action="store_true", help="show a summary in the terminal and end"

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from jaxgrpo.viewer import charts, curves, one, pages
+from jaxgrpo.viewer import curves, one, pages, pictures
 from jaxgrpo.viewer.guard import Guard
 from jaxgrpo.viewer.site import HERE, NotFoundError, Site
 from jaxgrpo.viewer.watcher import Watcher
@@ -21,7 +21,7 @@ STATIC = {
 }
 """The files that pages load, by name: no path of a request is ever looked up on disk."""
 
-OF_ALL = {"overview": pages.overview, "compare": pages.compare}
+OF_ALL = {"overview": pages.overview, "compare": pages.compare, "metrics": pages.metrics}
 OF_RUN = {
     "tasks": pages.tasks,
     "episodes": pages.episodes,
@@ -41,7 +41,7 @@ def application(site: Site, watcher: Watcher, hosts: Sequence[str], token: str =
     routes += [Route(f"/r/{{run}}/{name}", answers.of_run(page)) for name, page in OF_RUN.items()]
     routes += [
         Route("/r/{run}/raw", answers.raw),
-        Route("/curve.svg", answers.curve),
+        Route("/curve.{kind}", answers.curve),
         Route("/state", answers.state),
         Route("/static/{name}", answers.static),
         Route("/favicon.ico", lambda request: RedirectResponse("/static/icon.svg")),
@@ -78,13 +78,18 @@ class _Answers:
             raise NotFoundError(str(error)) from error
 
     def curve(self, request: Request) -> Response:
-        """A metric's curve as a file."""
+        """A metric's curve as a file: SVG, or PNG where resvg_py is installed."""
         with self.site.opened() as opened:
             named = [(run.name, db) for run, db in zip(self.site.runs, opened, strict=True)]
             chart = curves.one(named, request.query_params.get("key", ""))
         if not chart.curves:
             raise NotFoundError("no run has this metric")
-        return Response(charts.svg(chart, standalone=True), media_type="image/svg+xml")
+        drawing = pictures.picture(chart)
+        if request.path_params["kind"] == "svg":
+            return Response(drawing, media_type="image/svg+xml")
+        if request.path_params["kind"] != "png" or (picture := pictures.png(drawing)) is None:
+            raise NotFoundError("curves are drawn as svg; for png install jaxgrpo[viewer]")
+        return Response(picture, media_type="image/png")
 
     def state(self, request: Request) -> Response:
         """What is being read, and a number that grows whenever something new was."""

@@ -1,5 +1,5 @@
-"""Curves as SVG, drawn on the server: nothing to load, the same on the live page, in the export
-and in a file. Pure."""
+"""Curves as SVG, drawn on the server: the same on the live page, in the export and in a file.
+Pure."""
 
 import dataclasses
 import json
@@ -22,22 +22,35 @@ Points = Sequence[tuple[int, float | None]]
 @dataclasses.dataclass(frozen=True)
 class Curve:
     """One line: a name and its points (step, value); None interrupts it. `band` holds (step,
-    low, high)."""
+    low, high). `pen` numbers its color; `style` 0 is a solid line, others are dashed."""
 
     name: str
     points: Points
+    pen: int
     band: Sequence[tuple[int, float, float]] = ()
+    style: int = 0
+
+    @property
+    def color(self) -> str:
+        """Its class in the style sheet."""
+        return f"c{self.pen % len(COLORS)}"
+
+    @property
+    def dash(self) -> str:
+        """Its dashes; a second round through the colors has others."""
+        return DASHES[(self.style + self.pen // len(COLORS)) % len(DASHES)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
     """Curves over one another. `unit` is "%" for shares. A click on a step opens `target` with
-    the step put in for `STEP`."""
+    the step put in for `STEP`. `few` points are not smoothed: each is a measurement of its own."""
 
     title: str
     curves: Sequence[Curve]
     unit: str = ""
     target: str = ""
+    few: bool = False
 
 
 def smoothed(points: Points, weight: float) -> list[tuple[int, float | None]]:
@@ -53,38 +66,47 @@ def smoothed(points: Points, weight: float) -> list[tuple[int, float | None]]:
     return shown
 
 
-def svg(chart: Chart, smoothing: float = 0.0, standalone: bool = False) -> Markup:
-    """The drawing. `standalone` brings its own colors, for a file of its own."""
-    curves = [dataclasses.replace(curve, points=thinned(curve.points)) for curve in chart.curves]
-    drawn = [smoothed(curve.points, smoothing) for curve in curves]
-    frame = Frame.around(
-        [p for points in drawn for p in points], [b for curve in curves for b in curve.band]
-    )
-    parts = [frame.axes(chart.unit)]
-    for place, (curve, points) in enumerate(zip(curves, drawn, strict=True)):
-        if curve.band:
-            parts.append(frame.band(curve.band, place))
-        if smoothing:
-            parts.append(frame.line(curve.points, place, "raw"))
-        parts.append(frame.line(points, place, "line"))
+def svg(chart: Chart, smoothing: float = 0.0) -> Markup:
+    """The drawing for a page: the style sheet has its colors, the script shows its values."""
+    drawn, frame, inside = _drawn(chart, smoothing)
     data = {
         "unit": chart.unit,
         "x": [frame.low_x, frame.high_x],
         "box": [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM],
-        "curves": [
-            {"name": curve.name, "points": points}
-            for curve, points in zip(curves, drawn, strict=True)
-        ],
+        "curves": [{"name": curve.name, "points": curve.points} for curve in drawn],
     }
-    style = f"<style>{_STYLE}</style>" if standalone else ""
-    size = f'width="{WIDTH * 2}" height="{HEIGHT * 2}" ' if standalone else ""
     return Markup(
         f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        f'{size}role="img" tabindex="0" aria-label="{escape(summary(chart))}" '
-        f'data-chart="{escape(json.dumps(data))}" data-target="{escape(chart.target)}">'
-        f"{style}{''.join(parts)}"
+        f'role="img" tabindex="0" aria-label="{escape(summary(chart))}" '
+        f'data-chart="{escape(json.dumps(data))}" data-target="{escape(chart.target)}">{inside}'
         f'<line class="cursor" visibility="hidden" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>'
     )
+
+
+def lines(chart: Chart) -> str:
+    """Axes and curves as SVG elements, in a box of `WIDTH` by `HEIGHT`."""
+    return _drawn(chart, 0.0)[2]
+
+
+def _drawn(chart: Chart, smoothing: float) -> tuple[list[Curve], "Frame", str]:
+    """The curves as they are drawn, the plane that is shown, and both as SVG elements."""
+    smoothing = 0.0 if chart.few else smoothing
+    curves = [dataclasses.replace(curve, points=thinned(curve.points)) for curve in chart.curves]
+    drawn = [
+        dataclasses.replace(curve, points=smoothed(curve.points, smoothing)) for curve in curves
+    ]
+    frame = Frame.around(
+        [p for curve in (*curves, *drawn) for p in curve.points],
+        [b for curve in curves for b in curve.band],
+    )
+    parts = [frame.axes(chart.unit)]
+    for raw, curve in zip(curves, drawn, strict=True):
+        if curve.band:
+            parts.append(frame.band(curve))
+        if smoothing:
+            parts.append(frame.line(raw, "raw"))
+        parts.append(frame.line(curve, "line"))
+    return drawn, frame, "".join(parts)
 
 
 def summary(chart: Chart) -> str:
@@ -108,7 +130,7 @@ def shown(value: float | None, unit: str = "") -> str:
     if unit == "%":
         return f"{value * 100:.1f} %"
     if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
-        return f"{value:.2e}"
+        return f"{value:.3g}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -188,8 +210,8 @@ class Frame:
                 )
         return "".join(parts)
 
-    def line(self, points: Points, place: int, kind: str) -> str:
-        path, pen, alone = [], "M", []
+    def line(self, curve: Curve, kind: str) -> str:
+        points, path, pen, alone = curve.points, [], "M", []
         for n, (step, value) in enumerate(points):
             if value is None:
                 pen = "M"
@@ -198,33 +220,19 @@ class Frame:
             ends = n + 1 == len(points) or points[n + 1][1] is None
             if pen == "M" and ends:
                 alone.append(
-                    f'<circle class="c{place % len(COLORS)} dot" '
+                    f'<circle class="{curve.color} dot" '
                     f'cx="{self.x(step)}" cy="{self.y(value)}" r="3"/>'
                 )
             pen = "L"
-        dash = DASHES[place // len(COLORS) % len(DASHES)]
-        dashed = f' stroke-dasharray="{dash}"' if dash else ""
-        return (
-            f'<path class="c{place % len(COLORS)} {kind}"{dashed} d="{"".join(path)}"/>'
-            + "".join(alone)
-        )
+        dashed = f' stroke-dasharray="{curve.dash}"' if curve.dash else ""
+        return f'<path class="{curve.color} {kind}"{dashed} d="{"".join(path)}"/>' + "".join(alone)
 
-    def band(self, band: Sequence[tuple[int, float, float]], place: int) -> str:
+    def band(self, curve: Curve) -> str:
+        band = curve.band
         if len(band) == 1:
             step, low, high = band[0]
             path = f"M{self.x(step)} {self.y(low)}V{self.y(high)}"
-            return f'<path class="c{place % len(COLORS)} line" d="{path}"/>'
+            return f'<path class="{curve.color} line" d="{path}"/>'
         there = [f"{self.x(step)} {self.y(high)}" for step, _, high in band]
         back = [f"{self.x(step)} {self.y(low)}" for step, low, _ in reversed(band)]
-        return f'<path class="c{place % len(COLORS)} band" d="M{"L".join(there + back)}Z"/>'
-
-
-_STYLE = (
-    "svg{background:#fff;font:11px sans-serif}.grid{stroke:#ddd}.tick{fill:#444}"
-    ".line{fill:none;stroke-width:2}.raw{fill:none;stroke-width:1;opacity:.3}"
-    ".band{stroke:none;opacity:.18}.cursor{display:none}"
-    + "".join(
-        f".c{n}.line,.c{n}.raw{{stroke:{c}}}.c{n}.band,.c{n}.dot{{fill:{c}}}"
-        for n, c in enumerate(COLORS)
-    )
-)
+        return f'<path class="{curve.color} band" d="M{"L".join(there + back)}Z"/>'

@@ -104,8 +104,8 @@ def headline(runs: Sequence[tuple[str, sqlite3.Connection]]) -> list[tuple[Shown
     found = [(evaluated, chart) for evaluated, chart in [_held_out(runs)] if chart.curves]
     for shown in SHOWN:
         curves = [
-            Curve(name if several else shown.title, points)
-            for name, db in runs
+            Curve(name if several else shown.title, points, pen)
+            for pen, (name, db) in enumerate(runs)
             if (points := shown.series(db))
         ]
         if curves:
@@ -116,7 +116,10 @@ def headline(runs: Sequence[tuple[str, sqlite3.Connection]]) -> list[tuple[Shown
 
 def _held_out(runs: Sequence[tuple[str, sqlite3.Connection]]) -> tuple[Shown, Chart]:
     curves = []
-    for name, db in runs:
+    keys = {key for _, db in runs for key in queries.metric_keys(db)}
+    splits = sorted(split for split, key in keys if key == "eval/pass_rate")
+    splits.sort(key=lambda split: split not in ("test", "train"))
+    for place, (name, db) in enumerate(runs):
         for split, key in queries.metric_keys(db):
             if key == "eval/pass_rate":
                 low, high = (
@@ -129,25 +132,36 @@ def _held_out(runs: Sequence[tuple[str, sqlite3.Connection]]) -> tuple[Shown, Ch
                     for s, _ in points
                     if (a := low.get(s)) is not None and (b := high.get(s)) is not None
                 ]
-                curves.append(Curve(f"{name} {split}" if len(runs) > 1 else split, points, band))
+                number = splits.index(split)
+                pen, style = (place, number) if len(runs) > 1 else (number, 0)
+                title = f"{name} {split}" if len(runs) > 1 else split
+                curves.append(Curve(title, points, pen, band, style))
     says = (
         "pass@1 of each evaluation with its 95 % interval; test: tasks that are never trained on."
     )
-    return Shown("eval/pass_rate", "Evaluations", "%", says), Chart("Evaluations", curves, "%")
+    return Shown("eval/pass_rate", "Evaluations", "%", says), Chart(
+        "Evaluations", curves, "%", few=True
+    )
 
 
 def _phases(runs: Sequence[tuple[str, sqlite3.Connection]]) -> tuple[Shown, Chart]:
     """The seconds of each phase, of the first run only: several runs' would not be readable."""
     name, db = runs[0]
     found = [(phase, queries.series(db, f"time/{phase}_seconds")) for phase in _PHASES]
-    curves = [Curve(phase, points) for phase, points in found if any(value for _, value in points)]
+    shown = [(phase, points) for phase, points in found if any(value for _, value in points)]
+    curves = [Curve(phase, points, pen) for pen, (phase, points) in enumerate(shown)]
     says = f"Seconds a batch spends in each phase{f', of {name}' if len(runs) > 1 else ''}."
-    return Shown("time", "Seconds by phase", "", says), Chart("Seconds by phase", curves)
+    return Shown("time/rollout_seconds", "Seconds by phase", "", says), Chart(
+        "Seconds by phase", curves
+    )
 
 
 def one(runs: Sequence[tuple[str, sqlite3.Connection]], key: str, split: str = "") -> Chart:
-    """Any metric, of all runs that have it."""
+    """Any metric, of all runs that have it; drawn as on the overview where it is there."""
+    headlines = {shown.key: chart for shown, chart in headline(runs)}
+    if not split and key in headlines:
+        return headlines[key]
     known = next((shown for shown in SHOWN if shown.key == key), Shown(key, key, "", ""))
     found = [(name, queries.series(db, key, split) or known.series(db)) for name, db in runs]
-    curves = [Curve(name, points) for name, points in found if points]
+    curves = [Curve(name, points, pen) for pen, (name, points) in enumerate(found) if points]
     return Chart(known.title, curves, known.unit)

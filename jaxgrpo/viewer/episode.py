@@ -2,6 +2,7 @@
 or holds wrongly."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,8 +40,8 @@ class Call:
 @dataclasses.dataclass(frozen=True)
 class Episode:
     """A line of a record file. `figures` holds the per-token lists that are there, by their key;
-    a value that is no number is None. `check` is the environment's verdict in parts, where it is
-    recorded."""
+    a value that is no number is None. `check` is what the environment's check found, and `truth`
+    the task's ground truth, where they are recorded: a list of calls, or a text."""
 
     task: str
     split: str
@@ -63,6 +64,7 @@ class Episode:
     figures: Mapping[str, Sequence[float | None]] = dataclasses.field(default_factory=dict)
     advantage: float | None = None
     check: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    truth: object = None
     format: object = 1
 
     @property
@@ -71,18 +73,18 @@ class Episode:
         said the last `turns` messages of role assistant."""
         return self.messages[: self._first_said]
 
-    @property
+    @functools.cached_property
     def conversation(self) -> tuple[Message, ...]:
         """From the policy's first turn on."""
         return self.messages[self._first_said :]
 
-    @property
+    @functools.cached_property
     def policy_texts(self) -> tuple[str, ...]:
         return tuple(
             message.content for message in self.conversation if message.role == "assistant"
         )
 
-    @property
+    @functools.cached_property
     def _first_said(self) -> int:
         places = [n for n, message in enumerate(self.messages) if message.role == "assistant"]
         said = places[max(0, len(places) - self.turns) :] if self.turns > 0 else places
@@ -95,19 +97,20 @@ class Episode:
         return asked[-1] if asked else ""
 
 
-def from_line(data: bytes) -> Episode:
+def from_line(data: bytes, truths: Mapping[str, object] | None = None) -> Episode:
     """The whole episode of a line. Raises ValueError for what is no JSON object."""
-    return from_fields(parsed(data))
+    return from_fields(parsed(data), truths)
 
 
-def from_fields(fields: Mapping[str, Any]) -> Episode:
-    """An episode of the fields that are there."""
-    figures = {
-        key: [number(v) for v in listed(fields.get(key))] for key in PER_TOKEN if key in fields
-    }
+def from_fields(fields: Mapping[str, Any], truths: Mapping[str, object] | None = None) -> Episode:
+    """An episode of the fields that are there. `truths` are the tasks' ground truths by their ids;
+    one in the line itself comes before them."""
+    sampled = [bool(each) for each in listed(fields.get("sampled"))]
+    check = mapping(fields.get("check"))
+    task = text(fields.get("task"))
     passed = fields.get("passed")
     return Episode(
-        task=text(fields.get("task")) or "(no task)",
+        task=task or "(no task)",
         split=text(fields.get("split")) or "(no split)",
         step=integer(fields.get("step")),
         sample=integer(fields.get("sample")),
@@ -125,13 +128,22 @@ def from_fields(fields: Mapping[str, Any]) -> Episode:
         calls=tuple(_call(each) for each in listed(fields.get("calls"))),
         prompt_ids=[integer(each, -1) for each in listed(fields.get("prompt_ids"))],
         completion_ids=[integer(each, -1) for each in listed(fields.get("completion_ids"))],
-        sampled=[bool(each) for each in listed(fields.get("sampled"))],
+        sampled=sampled,
         weight_versions=[integer(each, -1) for each in listed(fields.get("weight_versions"))],
-        figures=figures,
+        figures={key: _per_token(fields[key], sampled) for key in PER_TOKEN if key in fields},
         advantage=number(fields.get("advantage")),
-        check=mapping(fields.get("check")),
+        check=check,
+        truth=check.get("ground_truth", (truths or {}).get(task)),
         format=fields.get("format"),
     )
+
+
+def _per_token(value: object, sampled: Sequence[bool]) -> list[float | None]:
+    """A figure of each token. One number is that of every sampled token."""
+    shared = number(value)
+    if shared is None:
+        return [number(each) for each in listed(value)]
+    return [shared if each else 0.0 for each in sampled]
 
 
 def _message(value: object) -> Message:

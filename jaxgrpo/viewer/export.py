@@ -12,10 +12,10 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from jaxgrpo.viewer import charts, curves, one, pages, queries
+from jaxgrpo.run.paired import paired
+from jaxgrpo.viewer import charts, curves, one, pages, pictures, queries
 from jaxgrpo.viewer.failures import KINDS
 from jaxgrpo.viewer.filters import Filter
-from jaxgrpo.viewer.paired import paired
 from jaxgrpo.viewer.runs import Run
 from jaxgrpo.viewer.site import HERE, NotFoundError, Site
 
@@ -23,6 +23,7 @@ GAINED, LOST, EXAMPLES = 8, 4, 2
 """In one file: tasks gained and lost that are shown before and after, and examples of each kind
 of failure."""
 
+FILES = (".html", ".svg", ".png")
 _SCRIPTS = ("keys.js", "charts.js", "tokens.js", "app.js")
 Key = tuple[str, str, tuple[tuple[str, str], ...]]
 
@@ -32,12 +33,15 @@ class ExportError(Exception):
 
 
 def export(runs: Sequence[Run], to: Path) -> str:
-    """Write `to`: a name that ends in .html is one page, any other a folder. Returns what was
-    written, in a sentence. Raises ExportError for a folder that holds something else, and
-    for a file where a folder should be."""
-    if to.suffix == ".html":
+    """Write `to`: a name that ends in .html is one page, .svg or .png the curves as one picture,
+    any other a folder. Returns what was written, in a sentence. Raises ExportError for a folder
+    that holds something else, for a file where a folder should be, and for a picture that cannot
+    be drawn."""
+    if to.suffix in FILES:
         if to.is_dir():
-            raise ExportError(f"{to} is a folder; name a file that ends in .html")
+            raise ExportError(f"{to} is a folder; name a file that ends in .html, .svg or .png")
+        if to.suffix != ".html":
+            return _picture(runs, to)
         text = report(runs)
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_text(text, encoding="utf-8", errors="replace")
@@ -46,10 +50,29 @@ def export(runs: Sequence[Run], to: Path) -> str:
         not to.is_dir() or (any(to.iterdir()) and not (to / "overview.html").exists())
     ):
         raise ExportError(
-            f"{to} is there and is no export; name a new folder, or a file that ends in .html"
+            f"{to} is there and is no export; name a new folder, or a file that ends in .html, "
+            ".svg or .png"
         )
     count = Folder(runs, to).write()
     return f"{to / 'overview.html'}: {count:,} pages"
+
+
+def _picture(runs: Sequence[Run], to: Path) -> str:
+    charts = [chart for _, chart in _headline(runs)]
+    if not charts:
+        raise ExportError(f"there are no curves to write to {to}: no run has metrics")
+    drawing = pictures.sheet(charts)
+    data = drawing.encode() if to.suffix == ".svg" else pictures.png(drawing)
+    if data is None:
+        raise ExportError(f"{to} needs resvg_py: pip install 'jaxgrpo[viewer]'; .svg does without")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_bytes(data)
+    return f"{to}: {len(charts)} curves"
+
+
+def _headline(runs: Sequence[Run]) -> list[tuple[curves.Shown, charts.Chart]]:
+    with Site(runs).opened() as opened:
+        return curves.headline([(r.name, db) for r, db in zip(runs, opened, strict=True)])
 
 
 def script() -> str:
@@ -105,14 +128,12 @@ class Folder:
             (self.to / self.names[key]).write_text(
                 self._page(key), encoding="utf-8", errors="replace"
             )
-        with self.site.opened() as opened:
-            named = [(run.name, db) for run, db in zip(self.runs, opened, strict=True)]
-            for shown, chart in curves.headline(named):
-                name = f"curve-{shown.key.replace('/', '-')}"
-                drawing = charts.svg(chart, standalone=True)
-                (self.to / f"{name}.svg").write_text(drawing)
-                if (picture := png(drawing)) is not None:
-                    (self.to / f"{name}.png").write_bytes(picture)
+        for shown, chart in _headline(self.runs):
+            name = f"curve-{shown.key.replace('/', '-')}"
+            drawing = pictures.picture(chart)
+            (self.to / f"{name}.svg").write_text(drawing, encoding="utf-8")
+            if (drawn := pictures.png(drawing)) is not None:
+                (self.to / f"{name}.png").write_bytes(drawn)
         return len(self.names)
 
     def link(self, page: str, run: Run | str | None = None, /, **state: object) -> str:
@@ -141,6 +162,7 @@ def exported(page: str, state: Mapping[str, object]) -> dict[str, str] | None:
     keys = {
         "overview": (),
         "compare": (),
+        "metrics": (),
         "tasks": ("split",),
         "failures": ("split",),
         "task": ("task",),
@@ -154,7 +176,11 @@ def exported(page: str, state: Mapping[str, object]) -> dict[str, str] | None:
 
 def render(site: Site, page: str, name: str, state: Mapping[str, str]) -> str:
     """A page by its name. Raises NotFoundError."""
-    of_all: dict[str, Callable[..., str]] = {"overview": pages.overview, "compare": pages.compare}
+    of_all: dict[str, Callable[..., str]] = {
+        "overview": pages.overview,
+        "compare": pages.compare,
+        "metrics": pages.metrics,
+    }
     if page in of_all:
         return of_all[page](site, state)
     of_run: dict[str, Callable[..., str]] = {
@@ -169,7 +195,7 @@ def render(site: Site, page: str, name: str, state: Mapping[str, str]) -> str:
 
 def _file_name(key: Key) -> str:
     page, run, state = key
-    if page in ("overview", "compare"):
+    if page in ("overview", "compare", "metrics"):
         return f"{page}.html"
     words = re.sub(r"[^A-Za-z0-9]+", "-", "-".join([run, *(value for _, value in state)])).strip(
         "-"
@@ -235,6 +261,7 @@ def _chosen(runs: Sequence[Run]) -> Iterator[tuple[Key, str]]:
                 ("episode", run.name, tuple(sorted(state.items()))),
                 f"Examples{of_run}" if number == 0 else "",
             )
+    yield ("metrics", "", ()), "What the metrics mean"
 
 
 def _evaluations(run: Run) -> bool:
@@ -253,8 +280,8 @@ def _changed(run: Run) -> list[str]:
             several, key=lambda name: (name.startswith("eval-train"), name.startswith("eval"))
         )
         result = paired(
-            queries.evaluation(db, split, splits[split][0]),
-            queries.evaluation(db, split, splits[split][-1]),
+            queries.tallies(queries.evaluation(db, split, splits[split][0])),
+            queries.tallies(queries.evaluation(db, split, splits[split][-1])),
         )
     return [] if result is None else [*result.gained[:GAINED], *result.lost[:LOST]]
 
@@ -264,12 +291,3 @@ def _examples(run: Run) -> Iterator[dict[str, str]]:
         for kind in KINDS:
             for row in queries.episodes(db, Filter(failure=kind), 0, EXAMPLES).rows:
                 yield {key: str(row[key]) for key in ("task", "split", "step", "sample")}
-
-
-def png(drawing: str) -> bytes | None:
-    """A drawing as a picture; None where resvg_py is not installed."""
-    try:
-        import resvg_py
-    except ImportError:
-        return None
-    return bytes(resvg_py.svg_to_bytes(svg_string=str(drawing)))

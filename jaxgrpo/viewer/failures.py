@@ -7,7 +7,7 @@ what its verdict says.
 import json
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jaxgrpo.viewer.episode import Call, Episode
@@ -52,8 +52,7 @@ def repetition(texts: Sequence[str]) -> float:
     data = max(texts, key=len, default="")[:20_000].encode("utf-8", "surrogatepass")
     if len(data) < _LEAST_CHARS:
         return 1.0
-    packer = zlib.compressobj(1, wbits=-12, memLevel=2)  # small: setting it up is most of the time
-    return round(len(data) / (len(packer.compress(data)) + len(packer.flush())), 2)
+    return round(len(data) / len(zlib.compress(data, 1, wbits=-15)), 2)
 
 
 def failure(episode: Episode, repeated: float) -> str:
@@ -89,23 +88,24 @@ def _verdict(episode: Episode) -> str:
         return "gave_up"
     if not episode.calls or any("no call was made" in note for note in episode.notes.values()):
         return "no_call"
-    truth = truth_calls(episode.check)
+    truth = truth_calls(episode.truth)
     if truth:
         return _against_truth(episode.calls, truth)
     if any(not call.ok and _BAD_ARGUMENT.search(call.result) for call in episode.calls):
         return "wrong_arguments"
     notes = " ".join(episode.notes.values())
-    if "the state differs" in notes:
+    checks = {mapping(each).get("check") for each in listed(episode.check.get("differences"))}
+    if "state" in checks or "the state differs" in notes:
         return "wrong_state"
-    if "missing" in notes or "missing calls" in episode.notes:
+    if checks & {"response", "calls"} or "missing" in notes or "missing calls" in episode.notes:
         return "missing_result"
     return "other"
 
 
-def truth_calls(check: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The calls of the ground truth, as names and arguments, where the record holds them."""
+def truth_calls(truth: object) -> list[tuple[str, Any]]:
+    """The calls of a ground truth, as names and arguments; none of one that is a text."""
     calls = []
-    for each in listed(check.get("ground_truth")):
+    for each in listed(truth):
         fields = mapping(each)
         if fields:
             calls.append((text(fields.get("name")), fields.get("arguments")))

@@ -112,13 +112,22 @@ def match(typed: str) -> str:
     >>> match('get_watchlist "user name" err')
     '"get_watchlist" "user name" "err"*'
     """
-    pieces = re.findall(r'"([^"]*)"|(\S+)', typed)
-    words = [quoted or bare.replace('"', "") for quoted, bare in pieces]
-    kept = [word for word in words if any(char.isalnum() for char in word)]
+    kept = words(typed)
     if not kept:
         return ""
     ends = "" if typed.rstrip().endswith('"') else "*"
     return " ".join(f'"{word}"' for word in kept) + ends
+
+
+def words(typed: str) -> list[str]:
+    """The words that were typed; what stands in quotes is one.
+
+    >>> words('get_watchlist "user name" err')
+    ['get_watchlist', 'user name', 'err']
+    """
+    pieces = re.findall(r'"([^"]*)"|(\S+)', typed)
+    found = [quoted or bare.replace('"', "") for quoted, bare in pieces]
+    return [word for word in found if any(char.isalnum() for char in word)]
 
 
 def _number(value: str) -> float | None:

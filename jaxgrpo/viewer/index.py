@@ -22,11 +22,16 @@ from typing import Any
 from jaxgrpo.paths import cache_root
 from jaxgrpo.viewer.reader import Lines, integer, number, parsed, text
 from jaxgrpo.viewer.rows import FileRows, read_rows
+from jaxgrpo.viewer.truth import stamp_of
 
-VERSION = 2
+VERSION = 6
 """Of the tables and of what is put into them; an index of another version is built again."""
 SEVERAL = 16 << 20
 """Bytes of new files from which on other processes help to read."""
+AT_ONCE = 16 << 20
+"""Characters that are put into the full-text index at once. FTS5 writes what it has gathered to
+disk whenever another table is written to, and merges these pieces later: one piece per file took
+half of the time of storing."""
 _SCHEMA = (Path(__file__).parent / "schema.sql").read_text()
 _INSERT = f"INSERT INTO episodes VALUES (NULL, ?, {', '.join('?' * 19)})"
 Progress = Callable[[int, int], None]
@@ -83,6 +88,7 @@ class Index:
         return changed
 
     def _records(self, db: sqlite3.Connection, progress: Progress) -> bool:
+        self._truths(db)
         known = {
             row[0]: row[1:]
             for row in db.execute("SELECT name, size, mtime, done, mark, id FROM files")
@@ -96,12 +102,26 @@ class Index:
             (name, *stat) for name, stat in sorted(found.items()) if known.get(name, ())[:2] != stat
         ]
         starts = {name: self._start(name, known.get(name)) for name, *_ in new}
+        said, characters = list[tuple[int, str]](), 0
         for count, (name, size, mtime, read) in enumerate(self._read(new, starts), 1):
-            self._store(db, name, (size, mtime), read, starts[name])
-            if count % 50 == 0:
+            first = self._store(db, name, (size, mtime), read, starts[name])
+            said += enumerate(read.words, first)
+            characters += sum(map(len, read.words))
+            if characters > AT_ONCE or count == len(new):
+                db.executemany("INSERT INTO said (rowid, words) VALUES (?, ?)", said)
                 db.commit()
+                said, characters = [], 0
             progress(count, len(new))
         return bool(new or gone)
+
+    def _truths(self, db: sqlite3.Connection) -> None:
+        """Have all files read again if the tasks' ground truths have changed: kinds of failure
+        depend on them."""
+        stamp = stamp_of(self.run)
+        known = db.execute("SELECT value FROM state WHERE key = 'truths'").fetchone()
+        if known != (stamp,):
+            db.execute("UPDATE files SET size = -2, done = 0, mark = -1")
+            db.execute("INSERT OR REPLACE INTO state VALUES ('truths', ?)", (stamp,))
 
     def _start(self, name: str, known: tuple[Any, ...] | None) -> int:
         """Where to read on: after what is known of a plain file that has only grown, else at its
@@ -131,7 +151,8 @@ class Index:
 
     def _store(
         self, db: sqlite3.Connection, name: str, stat: tuple[int, int], read: FileRows, start: int
-    ) -> None:
+    ) -> int:
+        """Store all of a file but its words. Return the number of its first row."""
         if not db.in_transaction:  # another viewer may be writing: from here on it waits
             db.execute("BEGIN IMMEDIATE")
         row = db.execute("SELECT id FROM files WHERE name = ?", (name,)).fetchone()
@@ -149,9 +170,6 @@ class Index:
         first = first[0] + 1 if first else 1
         db.executemany(_INSERT, ((file, *r) for r in read.rows))
         db.executemany(
-            "INSERT INTO said (rowid, words) VALUES (?, ?)", enumerate(read.words, first)
-        )
-        db.executemany(
             "INSERT INTO tasks VALUES (?, ?, ?, ?)"
             " ON CONFLICT DO UPDATE SET labels = excluded.labels,"
             " truth = coalesce(excluded.truth, truth), query = excluded.query",
@@ -166,6 +184,7 @@ class Index:
             " episodes = (SELECT count(*) FROM episodes WHERE file = ?) WHERE id = ?",
             (*stat, read.done, mark, read.fault, file, file),
         )
+        return first
 
     def _forget(self, db: sqlite3.Connection, file: int) -> None:
         """Leave out the episodes of a file that was replaced or is gone. Their words stay:

@@ -7,6 +7,7 @@ from typing import Any
 from jaxgrpo.viewer import queries, tokens, turns
 from jaxgrpo.viewer.episode import PER_TOKEN, Episode
 from jaxgrpo.viewer.failures import truth_calls
+from jaxgrpo.viewer.filters import words
 from jaxgrpo.viewer.pages import Query, number_of
 from jaxgrpo.viewer.queries import Cell
 from jaxgrpo.viewer.runs import Run
@@ -61,15 +62,15 @@ def episode(site: Site, run: Run, query: Query) -> str:
     here = {"task": task, "split": place[0], "step": place[1], "sample": place[2]}
     if row["attempt"]:
         here["attempt"] = row["attempt"]
-    words = [word.strip('"*') for word in query.get("q", "").split()]
     context: dict[str, Any] = {
         "row": row,
         "e": shown,
         "turns": turns.turns(shown),
         "findings": turns.findings(shown),
-        "truth": truth_calls(shown.check),
+        "truth": truth_calls(shown.truth),
+        "answer": shown.truth if isinstance(shown.truth, str) else "",
         "here": here,
-        "words": words,
+        "words": words(query.get("q", "")),
         "before": _beside(samples, place[2], -1),
         "after": _beside(samples, place[2], 1),
         "earlier": _beside(steps, place[1], -1),
@@ -199,7 +200,8 @@ def _side(run: Run, row: sqlite3.Row) -> dict[str, Any]:
         "e": shown,
         "turns": turns.turns(shown),
         "findings": turns.findings(shown),
-        "truth": truth_calls(shown.check),
+        "truth": truth_calls(shown.truth),
+        "answer": shown.truth if isinstance(shown.truth, str) else "",
     }
 
 

@@ -1,15 +1,19 @@
 """What each page of many episodes shows: overview, tasks, search, failures, comparison. Each
 takes the query of its address."""
 
+import contextlib
 import sqlite3
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxgrpo.viewer import curves, heatmap, queries
+from markupsafe import Markup
+
+from jaxgrpo.run.paired import paired
+from jaxgrpo.viewer import curves, explanations, heatmap, pictures, queries, visible
 from jaxgrpo.viewer.charts import Chart, Curve
 from jaxgrpo.viewer.failures import KINDS
-from jaxgrpo.viewer.filters import SORTS, Filter
-from jaxgrpo.viewer.paired import paired
+from jaxgrpo.viewer.filters import SORTS, Filter, words
 from jaxgrpo.viewer.reader import number
 from jaxgrpo.viewer.runs import Run
 from jaxgrpo.viewer.site import NotFoundError, Site
@@ -17,6 +21,8 @@ from jaxgrpo.viewer.site import NotFoundError, Site
 Query = Mapping[str, str]
 PAGE, TASKS = 50, 100
 """Episodes and tasks on one page."""
+PATIENCE = 0.25
+"""Seconds for the snippets of a page."""
 SMOOTHING = ("0", "0.6", "0.9")
 
 
@@ -27,7 +33,7 @@ def overview(site: Site, query: Query) -> str:
         named = [(run.name, db) for run, db in zip(site.runs, opened, strict=True)]
         shown = curves.headline(named)
         sums = [
-            (run, queries.totals(db), _latest(db))
+            (run, queries.totals(db), _latest(db), _evaluated(db))
             for run, db in zip(site.runs, opened, strict=True)
         ]
         others = sorted(
@@ -41,11 +47,14 @@ def overview(site: Site, query: Query) -> str:
         None,
         {
             "charts": shown,
-            "sums": sums,
+            "all_sums": sums,
+            "splits": sorted({split for *_, evaluated in sums for split in evaluated}),
             "smooth": smooth,
             "smoothing": SMOOTHING,
             "others": others,
             "extra": extra,
+            "more": more,
+            "png_too": pictures.can_png(),
         },
     )
 
@@ -56,6 +65,27 @@ def _latest(db: sqlite3.Connection) -> dict[str, float | None]:
         for key in ("reward_mean", "pass_rate", "completion_tokens_mean")
     }
     return {key: points[-1][1] for key, points in found.items() if points}
+
+
+def _evaluated(db: sqlite3.Connection) -> dict[str, tuple[float | None, float | None]]:
+    """The pass rates of each split's first and last evaluation; None for a last one that is the
+    first."""
+    found = {}
+    for split, key in queries.metric_keys(db):
+        if key == "eval/pass_rate":
+            points = queries.series(db, key, split)
+            found[split] = (points[0][1], points[-1][1] if len(points) > 1 else None)
+    return found
+
+
+def metrics(site: Site, query: Query) -> str:
+    """What each metric means."""
+    return site.render(
+        "metrics.html",
+        "metrics",
+        None,
+        {"text": explanations.page(), "contents": explanations.contents()},
+    )
 
 
 def tasks(site: Site, run: Run, query: Query) -> str:
@@ -116,10 +146,12 @@ def episodes(site: Site, run: Run, query: Query) -> str:
         hits = queries.episodes(db, wanted, (page - 1) * PAGE, PAGE)
         choices = queries.choices(db)
     more = hits.total > queries.COUNTED
+    found = _snippets(run, hits.rows, words(wanted.q))
     shown = {
         "wanted": wanted,
         "state": wanted.state,
         "rows": hits.rows,
+        "snippets": found,
         "total": f"more than {queries.COUNTED:,}" if more else f"{hits.total:,}",
         "number": page,
         "pages": None if more else max(1, -(-hits.total // PAGE)),
@@ -127,6 +159,20 @@ def episodes(site: Site, run: Run, query: Query) -> str:
         "SORTS": list(SORTS),
     }
     return site.render("episodes.html", "episodes", run, shown)
+
+
+def _snippets(run: Run, rows: Sequence[sqlite3.Row], typed: Sequence[str]) -> dict[int, Markup]:
+    """The surroundings of what was found, by the row's id. Rows that would take longer than
+    `PATIENCE` together, and words that are found in another spelling, have none."""
+    found: dict[int, Markup] = {}
+    until = time.monotonic() + PATIENCE
+    for row in rows if typed else ():
+        if time.monotonic() > until:
+            break
+        with contextlib.suppress(LookupError):  # the file went; the row is named by its beginning
+            if (text := visible.snippet(run.words(row), typed)) is not None:
+                found[row["id"]] = text
+    return found
 
 
 def failures(site: Site, run: Run, query: Query) -> str:
@@ -151,8 +197,9 @@ def failures(site: Site, run: Run, query: Query) -> str:
                 (step, counts.get(kind, 0) / sum(counts.values()))
                 for step, counts in by_step.items()
             ],
+            pen,
         )
-        for kind in present
+        for pen, kind in enumerate(present)
     ]
     target = site.link(
         "episodes", run, split=split, failure="any", step_from="STEP", step_to="STEP"
@@ -186,7 +233,7 @@ def compare(site: Site, query: Query) -> str:
         for name, split, step in sides.values():
             db = opened[[run.name for run in site.runs].index(name)]
             found.append(queries.evaluation(db, split, step))
-    result = paired(*found)
+    result = paired(*map(queries.tallies, found))
     shown = {
         "a": sides["a"],
         "b": sides["b"],

@@ -4,6 +4,7 @@ import dataclasses
 import sqlite3
 from collections.abc import Mapping, Sequence
 
+from jaxgrpo.run.paired import Tally
 from jaxgrpo.viewer.filters import Filter
 
 COUNTED = 10_000
@@ -137,6 +138,11 @@ def evaluation(db: sqlite3.Connection, split: str, step: int) -> dict[str, Cell]
         "SELECT task, n, passed, reward FROM cells WHERE split = ? AND step = ?", (split, step)
     )
     return {row["task"]: Cell(row["n"], row["passed"], row["reward"]) for row in found}
+
+
+def tallies(cells: Mapping[str, Cell]) -> dict[str, Tally]:
+    """How many episodes of each task passed."""
+    return {task: Tally(cell.passed, cell.n) for task, cell in cells.items()}
 
 
 def tasks(db: sqlite3.Connection) -> dict[str, sqlite3.Row]:

@@ -17,17 +17,21 @@ from pathlib import Path
 from typing import Any
 
 
-def _fastest() -> Any:
-    """isal's zlib, which inflates three times as fast, where the extra `viewer` has brought it."""
+def _faster(name: str, otherwise: Any) -> Any:
+    """Return a module of the extra `viewer` that does the same in less time, if it is installed."""
     try:
-        return importlib.import_module("isal.isal_zlib")
+        return importlib.import_module(name)
     except ImportError:
-        return zlib
+        return otherwise
 
 
-fast_zlib = _fastest()
+fast_zlib = _faster("isal.isal_zlib", zlib)
+"""It inflates about twice as fast as zlib."""
+fast_json = _faster("orjson", json)
+"""It parses about twice as fast as json, and refuses some lines that json reads."""
 KNOWN_FORMAT = 1
-CHUNK = 1 << 20
+CHUNK = 1 << 17
+"""Bytes that are read at once. Larger blocks leave the processor's cache."""
 UNREADABLE: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, fast_zlib.error)
 """What reading a damaged file raises."""
 _LISTS = b',"prompt_ids":['
@@ -99,13 +103,14 @@ class Store:
         self._most, self._lock = most, threading.Lock()
         self._texts: OrderedDict[tuple[Path, int, int], bytes] = OrderedDict()
 
-    def line(self, path: Path, offset: int, length: int) -> bytes:
-        """The bytes of a line. Raises LookupError where the file no longer holds them."""
+    def line(self, path: Path, offset: int, length: int, ahead: bool = True) -> bytes:
+        """The bytes of a line; a gzipped file is read further, `ahead`, for the lines after it.
+        Raises LookupError where the file no longer holds them."""
         try:
             data = (
                 self._plain(path, offset, length)
                 if path.suffix != ".gz"
-                else self._gzipped(path, offset, length)
+                else self._gzipped(path, offset, length, ahead)
             )
         except UNREADABLE as error:
             raise LookupError(f"{path.name} cannot be read: {error}") from error
@@ -118,7 +123,7 @@ class Store:
             file.seek(offset)
             return file.read(length)
 
-    def _gzipped(self, path: Path, offset: int, length: int) -> bytes:
+    def _gzipped(self, path: Path, offset: int, length: int, ahead: bool) -> bytes:
         found = path.stat()
         key = (path, found.st_size, found.st_mtime_ns)
         with self._lock:
@@ -130,7 +135,7 @@ class Store:
         try:
             for block in inflated(path):
                 kept += block
-                if len(kept) >= max(self._most, offset + length):
+                if len(kept) >= max(self._most if ahead else 0, offset + length):
                     break
         except UNREADABLE:
             if len(kept) < offset + length:
@@ -167,12 +172,19 @@ def head(data: bytes) -> tuple[dict[str, Any], int]:
 def parsed(data: bytes) -> dict[str, Any]:
     """A line as an object. Raises ValueError for anything else."""
     try:
-        fields = json.loads(data.decode("utf-8", "replace"))
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        fields = fast_json.loads(data)
+    except (ValueError, RecursionError):  # orjson refuses NaN, half a surrogate pair, wrong UTF-8
+        fields = _leniently(data)
     if not isinstance(fields, dict):
         raise ValueError(f"it is a {type(fields).__name__}, not an object")
     return fields
+
+
+def _leniently(data: bytes) -> Any:
+    try:
+        return json.loads(data.decode("utf-8", "replace"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def number(value: object) -> float | None:

@@ -3,12 +3,14 @@ in a process of its own."""
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxgrpo.viewer.episode import Episode, from_fields
 from jaxgrpo.viewer.failures import failure, repetition, truth_calls
 from jaxgrpo.viewer.reader import KNOWN_FORMAT, Line, Lines, head
+from jaxgrpo.viewer.truth import ground_truths
 
 MOST_WORDS = 200_000
 """Characters of an episode that can be searched; what is beyond is shown, not found."""
@@ -27,9 +29,10 @@ class FileRows:
 
 
 def read_rows(path: Path, start: int = 0) -> FileRows:
-    """The rows of a file's lines from `start` on. Lines that are no episodes are counted and
-    left out."""
+    """The rows of the lines of a file, RUN/trajectories/NAME, from `start` on. Lines that are no
+    episodes are counted and left out."""
     rows, words, tasks, faults = [], [], {}, []
+    truths = ground_truths(path.parent.parent)
     lines = Lines(path, start)
     for number, line in enumerate(lines, 1):
         try:
@@ -40,14 +43,14 @@ def read_rows(path: Path, start: int = 0) -> FileRows:
         if "task" not in fields:
             faults.append(f"line {number} names no task")
             continue
-        episode = from_fields(fields)
+        episode = from_fields(fields, truths)
         if episode.format != KNOWN_FORMAT:
             faults.append(
                 f"line {number} has format {episode.format!r}; this viewer knows {KNOWN_FORMAT}"
             )
         rows.append(_row(line, episode, tokens))
         words.append(searched(episode))
-        truth = len(truth_calls(episode.check)) if "ground_truth" in episode.check else None
+        truth = len(truth_calls(episode.truth)) if isinstance(episode.truth, list) else None
         tasks[episode.task] = (",".join(episode.labels), truth, _short(episode.query, 2000))
     if lines.fault:
         faults.append(lines.fault)
@@ -56,14 +59,20 @@ def read_rows(path: Path, start: int = 0) -> FileRows:
 
 
 def searched(episode: Episode) -> str:
-    """The text by which an episode is found: what was said from the policy's first turn on, the
-    request, the task's id, errors and notes. The tools' documents are left out: they would find
-    every episode."""
-    parts = [episode.task, episode.query, *(message.content for message in episode.conversation)]
+    """The text by which an episode is found: what was said from the policy's first turn on, errors
+    and notes, the request, the task's id. The tools' documents are left out: they would find every
+    episode. The request comes late, because a snippet shows the first hit: it is the same for all
+    samples."""
+    said = [message.content for message in episode.conversation]
     if not episode.conversation:  # an older or bare record: the calls are all there is
-        parts += [f"{call.name} {call.arguments} {call.result}" for call in episode.calls]
-    parts += [episode.error, *episode.notes.values()]
-    return "\n".join(parts)[:MOST_WORDS].encode("utf-8", "replace").decode()
+        said += [f"{call.name} {call.arguments} {call.result}" for call in episode.calls]
+    about = [episode.error, *episode.notes.values(), episode.query, episode.task]
+    words = f"{_cut(said, MOST_WORDS)}\n{_cut(about, MOST_WORDS // 10)}"
+    return words.encode("utf-8", "replace").decode()
+
+
+def _cut(texts: Sequence[str], most: int) -> str:
+    return "\n".join(texts)[:most]
 
 
 def _row(line: Line, episode: Episode, tokens: int) -> tuple[Any, ...]:
@@ -89,7 +98,7 @@ def _row(line: Line, episode: Episode, tokens: int) -> tuple[Any, ...]:
         episode.advantage,
         repeated,
         json.dumps(episode.parts),
-        _short(" ".join(said[0].split()) if said else episode.error, 160),
+        _short(" ".join(said[0][:1000].split()) if said else episode.error, 160),
     )
 
 

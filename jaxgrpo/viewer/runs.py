@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxgrpo.viewer.episode import Episode, from_line
+from jaxgrpo.viewer.episode import Episode, from_fields, from_line
 from jaxgrpo.viewer.index import Index, config_of
-from jaxgrpo.viewer.reader import Store, mapping, text
+from jaxgrpo.viewer.reader import Store, head, mapping, text
+from jaxgrpo.viewer.rows import searched
+from jaxgrpo.viewer.truth import ground_truths
+from jaxgrpo.viewer.visible import plain
 
 
 class RunError(Exception):
@@ -34,18 +37,26 @@ class Run:
     def tokenizer(self) -> "Tokens":
         return Tokens(_tokenizer_file(self.path, self.config))
 
-    def line(self, row: sqlite3.Row) -> bytes:
+    def line(self, row: sqlite3.Row, ahead: bool = True) -> bytes:
         """The line of an episode that the index names. Raises LookupError where it is gone."""
         with self.index.connect() as db:
             found = db.execute("SELECT name FROM files WHERE id = ?", (row["file"],)).fetchone()
         if found is None:
             raise LookupError("its file is gone; reload the page")
-        return self.store.line(self.path / found["name"], row["offset"], row["length"])
+        return self.store.line(self.path / found["name"], row["offset"], row["length"], ahead)
+
+    def words(self, row: sqlite3.Row) -> str:
+        """The text by which the index finds a row's episode. Raises LookupError where it can no
+        longer be read."""
+        try:
+            return searched(from_fields(head(self.line(row, ahead=False))[0]))
+        except ValueError as error:
+            raise LookupError(f"its line has changed: {error}") from error
 
     def episode(self, row: sqlite3.Row) -> Episode:
         """The whole episode of a row. Raises LookupError where it can no longer be read."""
         try:
-            return from_line(self.line(row))
+            return from_line(self.line(row), ground_truths(self.path))
         except ValueError as error:
             raise LookupError(f"its line has changed: {error}") from error
 
@@ -91,7 +102,7 @@ def open_runs(paths: Sequence[Path], cache: Path | None = None) -> list[Run]:
     runs: list[Run] = []
     for path in paths:
         check(path)
-        name = base = text(path.resolve().name) or "run"
+        name = base = plain(path.resolve().name) or "run"
         count = 2
         while any(run.name == name for run in runs):
             name, count = f"{base}-{count}", count + 1

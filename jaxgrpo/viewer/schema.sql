@@ -29,3 +29,4 @@ CREATE TABLE metrics (
 ) WITHOUT ROWID;
 CREATE TABLE state (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE VIRTUAL TABLE said USING fts5(words, content='', detail=full, tokenize="unicode61 tokenchars '_'");
+INSERT INTO said (said, rank) VALUES ('automerge', 16);

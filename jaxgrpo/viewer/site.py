@@ -11,7 +11,7 @@ from urllib.parse import quote, urlencode
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from jaxgrpo.viewer import charts, queries, visible
+from jaxgrpo.viewer import charts, explanations, queries, visible
 from jaxgrpo.viewer.failures import KINDS
 from jaxgrpo.viewer.runs import Run
 
@@ -54,7 +54,9 @@ class Site:
             percent=percent,
             count=lambda n: f"{n:,}",
         )
-        self.templates.globals.update(KINDS=KINDS, svg=charts.svg, found=visible.found)
+        self.templates.globals.update(
+            KINDS=KINDS, svg=charts.svg, found=visible.found, explained=self.explained
+        )
 
     @property
     def live(self) -> bool:
@@ -69,6 +71,11 @@ class Site:
         raise NotFoundError(
             f"there is no run {name!r}; there are: {', '.join(run.name for run in self.runs)}"
         )
+
+    def explained(self, key: str) -> str:
+        """The address of a metric's explanation, "" where there is none."""
+        anchor, to = explanations.anchor(key), self.link("metrics")
+        return f"{to.partition('#')[0]}#{anchor}" if anchor and to else ""
 
     @contextmanager
     def opened(self, *runs: Run) -> Iterator[list[sqlite3.Connection]]:

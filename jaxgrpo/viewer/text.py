@@ -8,10 +8,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from jaxgrpo.viewer import charts, heatmap, queries, turns
+from jaxgrpo.viewer import charts, heatmap, queries, reader, turns
 from jaxgrpo.viewer.curves import SHOWN
 from jaxgrpo.viewer.episode import Episode
-from jaxgrpo.viewer.failures import KINDS
+from jaxgrpo.viewer.failures import KINDS, truth_calls
 from jaxgrpo.viewer.runs import Run
 from jaxgrpo.viewer.visible import plain, pretty
 
@@ -175,6 +175,10 @@ def _header(console: Console, row: sqlite3.Row, shown: Episode) -> None:
     for finding in turns.findings(shown):
         found = finding.note or f"{finding.actual}, expected {finding.expected}"
         _say(console, f"  {finding.where}: {found}", "yellow")
+    for name, arguments in truth_calls(shown.truth):
+        _say(console, f"  ground truth: {name}({reader.text(arguments)[:_LONGEST]})", "green")
+    if isinstance(shown.truth, str):
+        _say(console, f"  ground truth: {shown.truth[:_LONGEST]}", "green")
     if shown.error:
         _say(console, shown.error[:_LONGEST], "red")
     if shown.query:

@@ -10,12 +10,15 @@ from jaxgrpo.viewer.episode import PER_TOKEN, Episode
 STEPS = 9
 """Shades of a color: 0 is none, 8 the strongest."""
 
+LARGE_ADVANTAGE = 2.0
+"""From here on an advantage has the strongest color: two standard deviations of a group."""
+
 COLORS = {
     "mask": "loss mask: which tokens the policy sampled",
     "sampler_logprobs": "sampler log-probability",
     "train_logprobs": "trainer log-probability",
-    "ratio": "ratio of the trainer's probability to the old policy's",
-    "kl": "KL to the reference, one token's estimate",
+    "ratio": "ratio of trainer to old policy",
+    "kl": "KL to the reference, estimated",
     "gap": "gap between trainer and sampler",
     "entropies": "entropy",
     "advantage": "advantage",
@@ -47,7 +50,7 @@ def available(episode: Episode) -> list[str]:
         "advantage": episode.advantage is not None,
     }
     known |= {key: key in has for key in PER_TOKEN}
-    known["gap"] = "train_logprobs" in has and "sampler_logprobs" in has
+    known["gap"] = "sampler_logprobs" in has and ("train_logprobs" in has or "old_logprobs" in has)
     known["ratio"] = "train_logprobs" in has and "old_logprobs" in has
     known["kl"] = "train_logprobs" in has and "reference_logprobs" in has
     return [key for key in COLORS if known[key]]
@@ -78,7 +81,8 @@ def figures(episode: Episode, place: int) -> dict[str, float | int | None]:
         known["advantage"] = episode.advantage
     train, sampler = known.get("train_logprobs"), known.get("sampler_logprobs")
     old, reference = known.get("old_logprobs"), known.get("reference_logprobs")
-    known["gap"] = None if train is None or sampler is None else train - sampler
+    first = train if old is None else old  # with one step on a batch, they are the same
+    known["gap"] = None if first is None or sampler is None else round(first - sampler, 4)
     known["ratio"] = None if train is None or old is None else _exp(train - old)
     known["kl"] = (
         None
@@ -117,6 +121,8 @@ def _scale(values: Sequence[float | int | None], by: str) -> Callable[[float | i
         return lambda value: 0 if value is None else round((1 - math.exp(min(0.0, value))) * most)
     if by == "ratio":
         return lambda value: 0 if not value else _signed(math.log(value), 0.5)
+    if by == "advantage":  # the same for all tokens: compared with that of other episodes
+        return lambda value: 0 if value is None else _signed(value, LARGE_ADVANTAGE)
     largest = max((abs(value) for value in known), default=0.0)
     return lambda value: 0 if value is None else _signed(value, largest)
 

@@ -217,9 +217,10 @@ def findings(episode: Episode) -> list[Finding]:
     rows = []
     for each in episode.check.get("differences") or ():
         if isinstance(each, dict):
+            where = [str(each[key]) for key in ("check", "where") if each.get(key)]
             rows.append(
                 Finding(
-                    str(each.get("where", "")),
+                    ": ".join(where),
                     str(each.get("actual", "")),
                     str(each.get("expected", "")),
                 )

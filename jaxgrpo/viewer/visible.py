@@ -4,7 +4,7 @@ visible. Pure."""
 import json
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from markupsafe import Markup, escape
 
@@ -12,6 +12,8 @@ from jaxgrpo.viewer.turns import Part
 
 MOST_SHOWN = 50_000
 """Characters of one text on a page; the raw text has all of them."""
+BEFORE_HIT, AFTER_HIT = 60, 110
+"""Characters of a snippet around the word that was found."""
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f"
     "\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
@@ -69,15 +71,38 @@ def marked(parts: Iterable[Part]) -> Markup:
 
 def found(text: str, words: Iterable[str]) -> Markup:
     """A text with the words that were searched for marked."""
-    kept = sorted({word for word in words if word}, key=len, reverse=True)
-    if not kept:
+    pattern = _any_of(words)
+    if pattern is None:
         return visible(text)
-    pattern = re.compile("|".join(map(re.escape, kept)), re.IGNORECASE)
     parts, place = [], 0
     for hit in pattern.finditer(text[:MOST_SHOWN]):
         parts += [Part(text[place : hit.start()], False), Part(hit[0], True)]
         place = hit.end()
     return marked([*parts, Part(text[place:], False)])
+
+
+def snippet(text: str, words: Sequence[str]) -> Markup | None:
+    """The surroundings of the first word that was searched for, on one line, with the words marked;
+    None if the text has none of them as they were typed."""
+    whole, anywhere = _any_of(words, r"(?<!\w)"), _any_of(words)
+    if whole is None or anywhere is None:
+        return None
+    if (hit := whole.search(text) or anywhere.search(text)) is None:
+        return None
+    start, end = max(0, hit.start() - BEFORE_HIT), hit.end() + AFTER_HIT
+    shown = " ".join(text[start:end].split())
+    if start:  # begin and end with whole words
+        shown = shown[shown.find(" ", 0, 15) + 1 :]
+    if end < len(text) and (cut := shown.rfind(" ", len(shown) - 15)) > 0:
+        shown = shown[:cut]
+    before, after = "… " if start else "", " …" if end < len(text) else ""
+    return Markup("{}{}{}").format(before, found(shown, words), after)
+
+
+def _any_of(words: Iterable[str], before: str = "") -> re.Pattern[str] | None:
+    kept = sorted({word for word in words if word}, key=len, reverse=True)
+    spaced = (r"\s+".join(map(re.escape, word.split())) for word in kept)
+    return re.compile(f"{before}(?:{'|'.join(spaced)})", re.IGNORECASE) if kept else None
 
 
 def pretty(text: str) -> str:

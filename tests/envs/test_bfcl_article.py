@@ -6,7 +6,7 @@ It is booked in business class at $2,400.
 import pytest
 
 from jaxgrpo.envs.bfcl import Bfcl
-from jaxgrpo.types import StopReason
+from jaxgrpo.types import Difference, StopReason
 from tests.bfcl_fixtures import environment, shown, task, tool
 
 TASK = "base_199"
@@ -57,7 +57,10 @@ def test_before_training_the_cost_is_invented() -> None:
         0.0,
         0.0,
     )
-    assert "travel_cost: 1000.0, expected 2400.0" in score.notes["turn 0: TravelAPI.booking_record"]
+    cost = [each for each in score.differences if each.where.endswith("/travel_cost")]
+    assert [(each.check, each.actual, each.expected) for each in cost] == [
+        ("state", "1000.0", "2400.0")
+    ]
 
 
 def test_a_right_guess_is_not_enough() -> None:
@@ -66,7 +69,9 @@ def test_a_right_guess_is_not_enough() -> None:
     env.step("<TASK_FINISHED>")
     score = env.score()
     assert (score.reward, score.parts["state"], score.parts["response"]) == (0.0, 1.0, 0.0)
-    assert score.notes["turn 0: missing results"] == '{"travel_cost_list": [2400.0]}'
+    assert score.differences == (
+        Difference("response", "turn 0", "(missing)", '{"travel_cost_list": [2400.0]}'),
+    )
 
 
 def test_in_v4_the_flight_is_booked_without_a_cost() -> None:

@@ -1,4 +1,4 @@
-"""OpenEnv without its package: settings, observations as messages, and actions from the policy's text."""
+"""OpenEnv without its package: settings, observations as messages, actions from text."""
 
 import dataclasses
 import os
@@ -100,21 +100,40 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     ("observation", "fields", "shown"),
     [
         ({"board": "X.O"}, (), "X.O"),
-        ({"board": "X.O\n.X.", "moves": [1, 2], "left": 0}, (), "board:\nX.O\n.X.\nmoves: [1, 2]\nleft: 0"),
+        (
+            {"board": "X.O\n.X.", "moves": [1, 2], "left": 0},
+            (),
+            "board:\nX.O\n.X.\nmoves: [1, 2]\nleft: 0",
+        ),
         ({"board": "é", "empty": "", "none": None, "list": []}, (), "é"),
         ({"facts": {"a": "é"}, "metadata": {"answer": 7}}, (), '{"a": "é"}'),
         ({"metadata": {"status": "ready"}}, (), "ready"),
         ({"metadata": {}}, (), ""),
         ({"a": 1, "b": 2, "c": 3}, ("c", "a"), "c: 3\na: 1"),
         ({"a": 1, "metadata": {"id": 5}}, ("metadata",), '{"id": 5}'),
-        ({"tool_name": "t", "result": {"content": [{"type": "text", "text": "3"}], "data": 3}}, (), "3"),
-        ({"tool_name": "t", "result": {"content": [{"type": "image", "data": "="}]}}, (),
-         "(image content, which cannot be shown as text)"),
+        (
+            {"tool_name": "t", "result": {"content": [{"type": "text", "text": "3"}], "data": 3}},
+            (),
+            "3",
+        ),
+        (
+            {"tool_name": "t", "result": {"content": [{"type": "image", "data": "="}]}},
+            (),
+            "(image content, which cannot be shown as text)",
+        ),
         ({"tool_name": "t", "result": {"content": [], "data": [1]}}, (), "[1]"),
         ({"tool_name": "t", "result": 5, "error": None, "left": 2}, (), "5\n2"),
-        ({"tool_name": "t", "result": None, "error": {"error_type": "timeout", "message": "late"}}, (), "Error: late"),
+        (
+            {
+                "tool_name": "t",
+                "result": None,
+                "error": {"error_type": "timeout", "message": "late"},
+            },
+            (),
+            "Error: late",
+        ),
     ],
-)  # fmt: skip
+)
 def test_an_observation_as_text(observation: Any, fields: tuple[str, ...], shown: str) -> None:
     assert text_of(observation, fields) == shown
     assert messages_of(observation, fields, "user") == (Message("user", shown),)

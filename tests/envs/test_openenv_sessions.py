@@ -98,8 +98,15 @@ def shown(seen: list[Any]) -> list[str]:
 def test_an_action_is_played_as_one_tool(suite_of: Any, way: str) -> None:
     seen, score = play(
         suite_of("Guess", way, train_size=2),  # the number of seed 0 is 13, but 13 is refused
-        "Hm.", guess(0), guess(2, colour="red"), call("guess"), "<tool_call>", guess(2), guess(4), guess(19),
-    )  # fmt: skip
+        "Hm.",
+        guess(0),
+        guess(2, colour="red"),
+        call("guess"),
+        "<tool_call>",
+        guess(2),
+        guess(4),
+        guess(19),
+    )
     opening = seen[0]
     assert opening.messages[1] == Message("user", "hint: From 1 to 20.\nleft: 3")
     assert [tool["function"]["name"] for tool in opening.tools] == ["guess_number"]
@@ -280,6 +287,7 @@ def test_no_more_sessions_are_open_than_are_supported(
     lone = kind == "LoneGuess"
     sessions = 1 if lone else 4
     suite = suite_of(kind, way, sessions, train_size=2, sessions=0 if lone else 4)
+    assert not lone or suite.most_open() == 1  # also by URL, where it is not known
     getattr(toys, kind).most_open = 0
     result = rollout(suite, 2, 2, 2)
     assert [group.rewards_G.tolist() for group in result.groups] == [[-0.75] * 3] * 2
@@ -295,7 +303,7 @@ def test_sessions_that_the_environment_does_not_support_are_refused() -> None:
 
 
 def test_a_full_server_is_waited_for_and_then_named(suite_of: Any) -> None:
-    suite = suite_of("Guess", "by URL", 1, train_size=1, timeout_seconds=0.5)
+    suite = suite_of("Guess", "by URL", 1, train_size=1, timeout_seconds=2)
     (task,) = suite.tasks("train")
     first, second, third = (suite.create(task) for _ in range(3))
     first.observe()
@@ -333,6 +341,18 @@ def test_a_step_that_raises_is_an_error_of_the_environment(suite_of: Any, way: s
     assert all(t.stop_reason is StopReason.ENVIRONMENT_ERROR for t in result.failures)
 
 
+def test_what_a_validator_of_the_environment_refuses(suite_of: Any) -> None:
+    """OpenEnv's server cannot report a ValueError of a validator: docs/openenv.md says so."""
+    seen, _ = play(suite_of("Guess", "in process", train_size=1), guess(13))
+    assert shown(seen) == ["Error: guess: Value error, 13 is unlucky"]
+    suite = suite_of("Guess", "by URL", train_size=1)
+    environment: Any = suite.create(suite.tasks("train")[0])
+    environment.observe()
+    with pytest.raises(OpenEnvError, match=r"Unable to serialize .* \(SESSION_ERROR\)"):
+        environment.step(guess(13))
+    environment.close()
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_step_has_a_time_limit(toys: Any, suite_of: Any, way: str) -> None:
     suite = suite_of("SlowGuess", way, train_size=1, timeout_seconds=0.2)
@@ -341,7 +361,7 @@ def test_a_step_has_a_time_limit(toys: Any, suite_of: Any, way: str) -> None:
     began = time.monotonic()
     with pytest.raises(OpenEnvError, match=r"step .*took longer than 0.2 seconds"):
         environment.step(guess(1))
-    assert time.monotonic() - began < 0.4
+    assert time.monotonic() - began < 1.2
     environment.close()
     until(lambda: not toys.Guess.open_now)  # once the step has come back
 
@@ -366,17 +386,35 @@ def test_options_make_the_environment() -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"environment": "no_such_module:X"}, "no_such_module:X cannot be imported: No module named"),
-        ({"environment": "tests.openenv_toys:Missing"}, "cannot be imported: module 'tests.openenv_toys' has no"),
+        (
+            {"environment": "no_such_module:X"},
+            "no_such_module:X cannot be imported: No module named",
+        ),
+        (
+            {"environment": "tests.openenv_toys:Missing"},
+            "cannot be imported: module 'tests.openenv_toys' has no",
+        ),
         ({"environment": "tests.openenv_toys:MODELS"}, "is a dict, not an environment class"),
-        ({"environment": "tests.openenv_toys:LetterAction"}, "is not an OpenEnv environment: LetterAction"),
-        ({"environment": "tests.openenv_toys:Bare"}, "it is not known; set `action` to its import path"),
-        ({"action": "tests.openenv_toys:Guess"}, "'tests.openenv_toys:Guess' is no class of actions"),
+        (
+            {"environment": "tests.openenv_toys:LetterAction"},
+            "is not an OpenEnv environment: LetterAction",
+        ),
+        (
+            {"environment": "tests.openenv_toys:Bare"},
+            "it is not known; set `action` to its import path",
+        ),
+        (
+            {"action": "tests.openenv_toys:Guess"},
+            "'tests.openenv_toys:Guess' is no class of actions",
+        ),
         ({"train": ({"level": 3},)}, "takes no 'level'; it takes seed, episode_id, low"),
-        ({"text_field": "text"}, "text_field is 'text', but the fields of the actions are guess, comment"),
+        (
+            {"text_field": "text"},
+            "text_field is 'text', but the fields of the actions are guess, comment",
+        ),
         ({"text_field": "guess"}, "text_field is 'guess', which is no text"),
     ],
-)  # fmt: skip
+)
 def test_what_the_environment_contradicts_is_told_before_a_run(
     settings: dict[str, Any], told: str
 ) -> None:
@@ -388,9 +426,11 @@ def test_what_the_environment_contradicts_is_told_before_a_run(
 
 def test_the_class_of_actions_can_be_named() -> None:
     suite = OpenEnv(
-        "tests.openenv_toys:Bare", action="tests.openenv_toys:LetterAction", text_field="text",
+        "tests.openenv_toys:Bare",
+        action="tests.openenv_toys:LetterAction",
+        text_field="text",
         train_size=1,
-    )  # fmt: skip
+    )
     assert shown(play(suite, "abc")[0]) == ["finished"]
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from jaxgrpo.envs import tool_tags
 from jaxgrpo.envs.procedural import Errand, Warehouse, WarehouseEnvironment
-from jaxgrpo.types import Message, StopReason, Task
+from jaxgrpo.types import Difference, ExpectedCall, Message, StopReason, Task
 
 ERRAND = Errand(
     "refill", "lamp", 30, "", (("lamp", "K4", 12), ("rope", "B7", 3), ("drum", "S1", 8))
@@ -28,6 +28,28 @@ def test_the_demonstration_of_every_task_is_rewarded() -> None:
             assert not any(result.done for result in before)
             assert last.stop_reason is StopReason.FINISHED
             assert env.score().reward == 1.0
+
+
+def test_the_ground_truth_is_what_solves_the_errand() -> None:
+    assert Warehouse().ground_truth(Task("errand", payload=ERRAND)) == (
+        ExpectedCall("code_of", {"item": "lamp"}),
+        ExpectedCall("stock_of", {"code": "K4"}),
+        ExpectedCall("order", {"code": "K4", "count": 18}),
+    )
+
+
+def test_a_failed_check_shows_the_ledger_and_what_it_should_hold() -> None:
+    env = environment()
+    env.observe()
+    env.step(call("order", code="B7", count=1))
+    assert env.score().differences == (
+        Difference(
+            "state",
+            "ledger",
+            "[('order', {'code': 'B7', 'count': 1})]",
+            "[('order', {'code': 'K4', 'count': 18})]",
+        ),
+    )
 
 
 def test_a_whole_episode() -> None:

@@ -57,6 +57,11 @@ def test_the_demonstration_of_every_task_is_rewarded(protocol: str) -> None:
             assert episode.score().passed, task.payload
 
 
+def test_the_ground_truth_is_a_query_that_answers() -> None:
+    query = Sql().ground_truth(Task("lamps", payload=RED))
+    assert query == "SELECT name, price FROM lamps WHERE color = 'red'"
+
+
 def test_the_levels_and_the_held_out_split() -> None:
     suite = Sql(train_size=10_000, test_size=10_000)
     train, test = suite.tasks("train"), suite.tasks("test")

@@ -1,5 +1,8 @@
 """The programs of the train step: rematerialization, placement of arrays, and compilations."""
 
+import re
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 
 from jaxgrpo.config.settings import REMAT, BatchingSettings
 from jaxgrpo.learner.batching import make_micro_batches
+from jaxgrpo.learner.device_step import StepInputs
 from jaxgrpo.learner.sharding import make_mesh
 from jaxgrpo.learner.update import ComputeOptions, Update
 from jaxgrpo.models.qwen2 import rematerialized
@@ -53,6 +57,30 @@ def test_less_is_computed_again_by_each_way_of_rematerialising_and_the_gradients
 def test_an_unknown_way_of_rematerialising_is_refused() -> None:
     with pytest.raises(ValueError, match="remat must be one of"):
         rematerialized(lambda x, _: (x, None), "some")
+
+
+# What recording the tokens' figures adds.
+
+
+def test_the_entropies_are_one_more_result_and_nothing_else_of_the_program() -> None:
+    """Compared with the program that returns the log-probabilities alone."""
+    update = update_of(1)
+    state, placed = update.init(params_of(TINY)), update._put(packed(GROUPS, 4)[0])
+    given = placed.sampler_logprobs_NGC
+    arguments = (state.params, state.params, StepInputs(placed, given, given, True), None)
+
+    def accumulate(*arguments: Any) -> Any:
+        gradients, figures, sums = update._accumulate.__wrapped__(*arguments)
+        return gradients, figures.logprobs_NGC, sums
+
+    fewer = jax.jit(accumulate, donate_argnums=1).lower(*arguments).as_text().splitlines()
+    lines = update._accumulate.lower(*arguments).as_text().splitlines()
+    differ = [(a, b) for a, b in zip(fewer, lines, strict=True) if a != b]
+    head, results = differ
+    assert "func public @main" in head[0] and "func public @main" in head[1]
+    assert all(line.lstrip().startswith("return ") for line in results)
+    fewer_names, names = (set(re.findall(r"%[\d#]+", line)) for line in results)
+    assert fewer_names < names and len(names - fewer_names) == 1
 
 
 # Where things lie, and what is compiled.

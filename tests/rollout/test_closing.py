@@ -1,4 +1,4 @@
-"""Environments are closed once however they end, and no more of them are open than their suite allows."""
+"""Environments are closed once however they end, and their number is limited by their suite."""
 
 import asyncio
 import dataclasses
@@ -13,7 +13,6 @@ from jaxgrpo.environment import Observation, StepResult
 from jaxgrpo.rollout.chat import Chat
 from jaxgrpo.rollout.rollout import Rollout
 from jaxgrpo.rollout.task_check import TaskCheck
-from jaxgrpo.toolkit.environment import ToolEnvironment
 from jaxgrpo.types import Score, StopReason, Task
 from tests.byte_chat import byte_tokenizer
 from tests.rollout_fakes import EchoEnvironment, Say, ScriptedSampler
@@ -189,25 +188,3 @@ def test_an_asynchronous_close_is_refused() -> None:
         "returned test_an_asynchronous_close_is_refused.<locals>.Wrong, whose close is async"
         in (dropped.error)
     )
-
-
-def test_close_is_no_tool() -> None:
-    @dataclasses.dataclass
-    class Office(ToolEnvironment):
-        closed: bool = False
-
-        def first_message(self) -> str:
-            return "q"
-
-        def write(self, text: str) -> str:
-            """Write."""
-            return text
-
-        def score(self) -> Score:
-            return Score(0.0, False)
-
-        def close(self) -> None:
-            self.closed = True
-
-    office = Office()
-    assert [tool["function"]["name"] for tool in office.observe().tools] == ["write"]

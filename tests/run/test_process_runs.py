@@ -1,5 +1,6 @@
 """Several trainer processes on this machine compute what one computes, and end together."""
 
+import gzip
 import json
 import os
 import signal
@@ -96,6 +97,19 @@ def command(
     return ("jaxgrpo.train", "--config", str(config), "--run-dir", str(run), *sets, *flags)
 
 
+def assert_same_figures(one: Path, two: Path, name: str) -> None:
+    """Of two processes, the second holds half of the groups."""
+    ours, theirs = (
+        [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
+        for file in (run / "trajectories" / f"{name}.jsonl.gz" for run in (one, two))
+    )
+    assert len(ours) == 8
+    for line, other in zip(ours, theirs, strict=True):
+        for key in ("train_logprobs", "old_logprobs", "reference_logprobs", "entropies"):
+            assert line[key] == pytest.approx(other[key], abs=2e-3)
+        assert line["old_logprobs"] == pytest.approx(line["sampler_logprobs"], abs=2e-4)
+
+
 @pytest.mark.slow
 def test_a_run_of_two_processes_is_that_of_one_and_either_goes_on_with_the_others(
     model: Path, tmp_path: Path
@@ -120,6 +134,7 @@ def test_a_run_of_two_processes_is_that_of_one_and_either_goes_on_with_the_other
         assert {key: ours[key] for key in SAME} == pytest.approx(
             {key: theirs[key] for key in SAME}, rel=1e-4, abs=1e-6
         )
+    assert_same_figures(tmp_path / "one", tmp_path / "two", "train-000004")
     middle = policy_of(tmp_path / "one", model, 2)
     moved = difference(middle, policy_of(tmp_path / "one", model))
     assert (

@@ -19,7 +19,7 @@ from jaxgrpo.run.records import (
     write,
     write_records,
 )
-from jaxgrpo.types import Group, Message, Score, StopReason, Task, ToolCall, Trajectory
+from jaxgrpo.types import Difference, Group, Message, Score, StopReason, Task, ToolCall, Trajectory
 
 
 def record(sample: int = 0, **changes) -> TrajectoryRecord:
@@ -77,6 +77,24 @@ def test_a_line_written_out() -> None:
         "sampler_logprobs": [-0.1, 0.0, -2.5],
         "weight_versions": [3, -1, 4],
     }
+
+
+def test_differences_are_written_before_the_lists_and_come_back() -> None:
+    differs = Difference("state", "turn 0: Bot.list", "[]", "['\ud800']")
+    original = record(score=Score(0.0, False, differences=(differs,)))
+    line = json.loads(to_line(original))
+    assert line["check"] == {
+        "differences": [
+            {
+                "check": "state",
+                "where": "turn 0: Bot.list",
+                "actual": "[]",
+                "expected": "['\ud800']",
+            }
+        ]
+    }
+    assert list(line).index("check") < list(line).index("prompt_ids")
+    assert_same(from_line(to_line(original)), original)
 
 
 @pytest.mark.parametrize("reason", list(StopReason))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jaxgrpo.environment import StepResult
+from jaxgrpo.environment import ClosableEnvironment, StepResult
 from jaxgrpo.rollout.user_code import check_environment
 from jaxgrpo.toolkit import tags
 from jaxgrpo.toolkit.environment import ToolEnvironment, ToolError, ToolLimits, tools_of
@@ -78,6 +78,9 @@ class Shop(ToolEnvironment):
 
     def _secret(self) -> str:
         return "not a tool"
+
+    async def close(self) -> None:
+        self.basket.clear()
 
     async def score(self) -> Score:
         await asyncio.sleep(0)
@@ -151,6 +154,8 @@ def test_a_whole_episode(protocol: str) -> None:
     ]  # fmt: skip
     with pytest.raises(RuntimeError, match="is over"):
         shop.step("more")
+    assert isinstance(shop, ClosableEnvironment)
+    assert shop.close() is None and shop.basket == {}
 
 
 def test_results_are_rendered_as_the_protocol_does() -> None:
@@ -180,6 +185,7 @@ def test_mistakes_of_the_policy_are_results() -> None:
         ("_secret", {}, "there is no tool '_secret'"),
         ("score", {}, "there is no tool 'score'"),
         ("total", {}, "there is no tool 'total'"),
+        ("close", {}, "there is no tool 'close'"),
         ("put", {}, "the argument 'item' is missing. Expected put(item: str, count: int = 1)"),
         ("put", {"item": ["rope"]}, "the argument 'item' is [\"rope\"], but should be"),
         ("share", {"people": 0}, "division by zero"),

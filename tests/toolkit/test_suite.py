@@ -12,7 +12,7 @@ import pytest
 from jaxgrpo.config.encoding import decode, encode
 from jaxgrpo.toolkit.environment import ToolEnvironment
 from jaxgrpo.toolkit.sources import Generated, HuggingFace, JsonLines, Rows, TaskRowError
-from jaxgrpo.toolkit.suite import Suite
+from jaxgrpo.toolkit.suite import DemonstratedSuite, Suite
 from jaxgrpo.types import Score, Task
 
 
@@ -154,12 +154,36 @@ def test_a_suite_refuses_what_it_cannot_use() -> None:
         ((Sums, {"train": 3}), "the source of split 'train' must be"),
         ((Sums, {"train": ROWS}, {"bonsu": 1}), "takes no option 'bonsu'; it takes: question"),
         ((Sums, {"train": ROWS}, {}, "tag"), "protocol must be one of native, tags"),
-        ((dict, {"train": ROWS}, {}, "tags"), "protocol is for environments that derive from"),
+        (
+            (dict, {"train": ROWS}, {}, "tags"),
+            "protocol is for environments that derive from",
+        ),
     ):
         with pytest.raises((TypeError, ValueError), match=said):
             Suite(*arguments)
     with pytest.raises(TypeError, match="does not belong to this suite"):
         Suite(Sums, {"train": ROWS}).create(Task("x", payload=3))
+
+
+def add_answer(answer: list[int]) -> list[tuple[str, dict[str, Any]]]:
+    return [("add", {"number": number}) for number in answer]
+
+
+def test_a_solution_is_demonstrated_in_the_suites_protocol() -> None:
+    suite = DemonstratedSuite(Sums, {"train": ROWS}, protocol="tags", solution=add_answer)
+    task = suite.tasks("train")[1]
+    assert suite.demonstration(task) == (
+        '<reasoning>I call add.</reasoning>\n<tool>[{"name": "add", "args": {"number": 2}}]</tool>',
+        "<TASK_FINISHED>",
+    )
+    native = DemonstratedSuite(Sums, {"train": ROWS}, solution=add_answer).demonstration(task)
+    assert native[0].startswith("I call add.\n<tool_call>")
+    made = suite.create(task)
+    assert [made.step(text).done for text in suite.demonstration(task)] == [False, True]
+    assert made.score().reward == 2.0
+    assert decode(encode(suite)).demonstration(task) == suite.demonstration(task)
+    with pytest.raises(TypeError, match="solution must be a function, for a class derived from"):
+        DemonstratedSuite(dict, {"train": ROWS}, solution=add_answer)  # type: ignore[arg-type]
 
 
 def test_a_config_records_a_suite_and_reads_it_back() -> None:

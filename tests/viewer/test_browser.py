@@ -7,6 +7,7 @@ configs/cpu_demo.py, that one is opened too. JAXGRPO_CHROMIUM names the browser 
 on the path, else Playwright's own).
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxgrpo.run.records import to_line, write_records
+from jaxgrpo.run.records import EpisodeFigures, to_line, with_figures, write_records
+from jaxgrpo.types import Difference
 from tests.viewer.conftest import serving
 from tests.viewer.demo import ODD, record, write_demo
 
@@ -33,6 +35,7 @@ def test_the_overview_shows_values_on_hover_and_opens_a_steps_episodes(page, tmp
             "Reward",
             "Pass rate in training",
         ]
+        assert texts(page, ".facts > div")[0] == "pass@1 on train 43.8 % → 50.0 %"
         reward = page.locator("#train-reward_mean svg.chart")
         box = reward.bounding_box()
         page.mouse.move(box["x"] + box["width"] - 16, box["y"] + 40)
@@ -44,6 +47,10 @@ def test_the_overview_shows_values_on_hover_and_opens_a_steps_episodes(page, tmp
 
 def test_runs_lie_over_one_another_and_are_smoothed(page, two_runs) -> None:
     page.goto(two_runs.url + "/overview")
+    assert texts(page, ".cards tbody tr") == [
+        "demo 43.8 % → 50.0 % 0.5 50 % 64 4 3",
+        "other 43.8 % → 50.0 % 0.5 50 % 32 4 2",
+    ]
     figure = page.locator("#train-reward_mean")
     assert texts(page, "#train-reward_mean .legend li") == ["demo", "other"]
     assert figure.locator("path.raw").count() == 0
@@ -53,6 +60,34 @@ def test_runs_lie_over_one_another_and_are_smoothed(page, two_runs) -> None:
     page.select_option("select[name=metric]", "train/kl")
     page.wait_for_url("**metric=train**")
     assert page.locator("figure h2").first.inner_text() == "KL to the reference"
+
+
+def test_every_curve_links_its_explanation(page, two_runs) -> None:
+    page.emulate_media(reduced_motion="reduce")  # no smooth scrolling
+    page.goto(two_runs.url + "/overview")
+    figures = page.locator(".charts figure")
+    assert figures.count() == 6
+    for number in range(6):
+        assert figures.nth(number).locator("a.why").count() == 1
+    page.click("#train-kl a.why")
+    page.wait_for_url("**/metrics#metric-train-kl")
+    row = page.locator("#metric-train-kl")
+    assert "k3 estimate of KL(policy, reference)" in row.inner_text()
+    assert row.evaluate("row => row.matches(':target')")
+    box, top = row.bounding_box(), page.locator("header.top").bounding_box()
+    assert top["height"] <= box["y"] < 900  # in the window, below the header
+    row.locator("a:text-is('KL')").click()
+    page.wait_for_url("**/metrics#about-kl-grows")
+    assert page.locator("h3:target").inner_text() == "KL grows"
+
+
+def test_a_curve_is_downloaded(page, two_runs) -> None:
+    page.goto(two_runs.url + "/overview")
+    for kind, begins in (("SVG", b"<svg "), ("PNG", b"\x89PNG")):
+        with page.expect_download() as expected:
+            page.click(f"#time-rollout_seconds .files a:text-is('{kind}')")
+        assert expected.value.suggested_filename.endswith(kind.lower())
+        assert Path(expected.value.path()).read_bytes().startswith(begins)
 
 
 def test_a_run_that_goes_on_appends_by_itself(page, tmp_path) -> None:
@@ -199,7 +234,10 @@ def test_failures_open_their_examples(page, two_runs) -> None:
 
 def test_two_evaluations_are_compared(page, two_runs) -> None:
     page.goto(two_runs.url + "/compare?a_run=demo&b_run=demo")
-    assert texts(page, ".big dd")[:2] == ["43.8 %", "50.0 %"]
+    # differences 1, -3/4, 0 and 0 of four tasks: 6.25 +- 3.1824 * 71.807 / 2, within 100; of the
+    # signs of 1 and 3/4 all four patterns reach 1/4
+    assert texts(page, ".big dd") == ["43.8 %", "50.0 %", "+6.2 [-100.0, +100.0]", "1.0000"]
+    assert texts(page, ".big dt")[3] == "p, exact sign-flip test"
     assert [texts(page, f".beside section >> nth={n} >> td a") for n in (0, 1)] == [
         ["files_1"],
         [ODD.replace("\u202e", "U+202E")],
@@ -219,6 +257,9 @@ def test_search_filters_and_the_address_hold_the_whole_state(page, two_runs) -> 
     page.keyboard.press("Enter")
     page.wait_for_url("**q=zeal**")
     assert texts(page, "[role=status]") == ["6 episodes"]
+    assert page.locator(".snippet").count() == 6
+    assert set(texts(page, ".snippet mark")) == {"zeal"}
+    assert 'args": {"zeal": 1}' in texts(page, ".snippet")[0]
     page.select_option("select[name=split]", "train")
     page.wait_for_url("**split=train**")
     page.fill("input[name=step_from]", "4")
@@ -239,6 +280,45 @@ def test_search_filters_and_the_address_hold_the_whole_state(page, two_runs) -> 
     assert texts(page, "[role=status]") == ["1 episode"]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "count"),
+    [
+        ("passed", "no", 34),
+        ("failure", "gibberish", 11),
+        ("stop", "token_limit", 11),
+        ("label", "Maths", 16),
+        ("tool", "add", 16),
+        ("task", "trading_2", 16),
+        ("reward_from", "0.5", 30),
+    ],
+)
+def test_each_filter_narrows(page, two_runs, name, value, count) -> None:
+    page.goto(two_runs.url + "/r/demo/episodes")
+    assert texts(page, "[role=status]") == ["64 episodes"]
+    field = page.locator(f".filters [name={name}]")
+    if field.evaluate("field => field.tagName") == "SELECT":
+        field.select_option(value)
+    else:
+        field.fill(value)
+        field.press("Enter")
+    page.wait_for_url(f"**{name}={value}**")
+    assert texts(page, "[role=status]") == [f"{count} episodes"]
+
+
+def test_episodes_and_tasks_are_sorted(page, two_runs) -> None:
+    page.goto(two_runs.url + "/r/demo/episodes?task=files_1&split=train")
+    page.select_option("select[name=sort]", "longest")
+    page.wait_for_url("**sort=longest**")
+    tokens = [int(text) for text in texts(page, "tbody td:nth-child(7)")]
+    assert tokens == sorted(tokens, reverse=True)
+    assert tokens[0] > tokens[-1]
+    page.goto(two_runs.url + "/r/demo/tasks?split=eval-train")
+    assert texts(page, ".heat tbody .change") == ["+100", "0", "0", "-75"]
+    page.select_option("select[name=sort]", "worst")
+    page.wait_for_url("**sort=worst**")
+    assert texts(page, ".heat tbody .change") == ["-75", "0", "0", "+100"]
+
+
 def test_keys_walk_rows_and_show_help(page, two_runs) -> None:
     page.goto(two_runs.url + "/r/demo/episodes?task=easy_4")
     focused = lambda: page.evaluate("document.activeElement.closest('tr')?.rowIndex")
@@ -251,22 +331,33 @@ def test_keys_walk_rows_and_show_help(page, two_runs) -> None:
     assert not page.locator("dialog").is_visible()
 
 
-def test_what_is_recorded_later_is_shown(page, tmp_path) -> None:
-    fields = json.loads(to_line(record("files_1", "train", 8, 0, False)))
-    n = len(fields["completion_ids"])
+def recorded(folder):
+    """A trained episode that failed, as the recorder writes it, and its task's ground truth."""
+    made = record("files_1", "train", 8, 0, False)
+    differs = Difference("state", "turn 0: Bot.list", "[]", "['ZETA']")
+    score = dataclasses.replace(made.trajectory.score, notes={}, differences=(differs,))
+    trajectory = dataclasses.replace(made.trajectory, score=score)
+    n = len(trajectory.completion_ids_C)
+    per_token = {
+        "train_logprobs": [-0.5] * n,
+        "old_logprobs": [-0.75] * n,
+        "reference_logprobs": [-0.5] * n,
+        "entropies": [0.7] * n,
+        "loss_weights": 0.125,
+    }
+    line = to_line(dataclasses.replace(made, trajectory=trajectory))
+    line = with_figures(line, EpisodeFigures(-1.25, per_token))
+    (folder / "trajectories" / "train-000008.jsonl").write_text(line + "\n")
     due = {"name": "ls", "arguments": {"a": True}}
-    differs = {"where": "Bot.list", "actual": "[]", "expected": "['ZETA']"}
-    fields |= {"advantage": -1.25, "check": {"ground_truth": [due], "differences": [differs]}}
-    fields |= {key: [-0.5] * n for key in ("train_logprobs", "old_logprobs", "reference_logprobs")}
-    fields |= {"entropies": [0.7] * n, "loss_weights": [0.125] * n}
+    truth = {"task": "files_1", "ground_truth": [due]}
+    (folder / "ground_truth.jsonl").write_text(json.dumps(truth) + "\n")
+
+
+def test_the_figures_of_a_trained_episode_are_shown_on_its_tokens(page, tmp_path) -> None:
     folder = write_demo(tmp_path / "demo")
-    (folder / "trajectories" / "train-000008.jsonl").write_text(json.dumps(fields) + "\n")
+    recorded(folder)
     with serving([folder], tmp_path / "cache") as server:
-        page.goto(server.url + "/r/demo/tasks?truth=1")
-        assert texts(page, "tbody th a") == ["files_1"]
         page.goto(server.url + "/r/demo/episode?task=files_1&split=train&step=8&sample=0")
-        assert texts(page, ".truth li") == ['ls({"a": true})']
-        assert texts(page, ".findings tbody tr:first-child > *") == ["Bot.list", "[]", "['ZETA']"]
         assert "advantage -1.25" in texts(page, ".facts")[0]
         page.click(".tabs a:text-is('Tokens')")
         shown = page.locator("select[name=by] option")
@@ -284,8 +375,49 @@ def test_what_is_recorded_later_is_shown(page, tmp_path) -> None:
         ]
         page.locator(".tokens .t").first.hover()
         readout = page.locator("[data-readout]").inner_text()
-        for figure in ("trainer log-probability -0.5", "ratio", "KL", "gap", "entropy 0.7"):
-            assert figure in readout
+        figures = [
+            "loss mask sampled", "sampler log-probability -0.01", "trainer log-probability -0.5",
+            "ratio of trainer to old policy 1.284", "KL to the reference",
+            "gap between trainer and sampler -0.74", "entropy 0.7", "advantage -1.25",
+            "loss weight 0.125", "old policy's log-probability -0.75",
+            "reference log-probability -0.5",
+        ]  # fmt: skip
+        places = [readout.find(figure) for figure in figures]
+        assert -1 not in places, readout
+        assert places == sorted(places)
+        for width in (1440, 390):
+            page.set_viewport_size({"width": width, "height": 900})
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            fits = "box => box.scrollWidth <= box.clientWidth"
+            assert page.locator("[data-readout]").evaluate(fits)
+        for by, first in (
+            ("ratio", "s4"),
+            ("gap", "n8"),
+            ("advantage", "n5"),
+            ("loss_weights", "s8"),
+        ):
+            page.select_option("select[name=by]", by)
+            page.wait_for_url(f"**by={by}")
+            assert first in page.locator(".tokens .t").first.get_attribute("class").split()
+
+
+def test_the_ground_truth_stands_beside_what_the_check_found(page, tmp_path) -> None:
+    folder = write_demo(tmp_path / "demo")
+    recorded(folder)
+    with serving([folder], tmp_path / "cache") as server:
+        page.goto(server.url + "/r/demo/tasks?truth=1")
+        assert texts(page, "tbody th a") == ["files_1"]
+        page.goto(server.url + "/r/demo/episode?task=files_1&split=train&step=8&sample=0")
+        assert texts(page, ".truth li") == ['ls({"a": true})']
+        found = ["state: turn 0: Bot.list", "[]", "['ZETA']"]
+        assert texts(page, ".findings tbody tr:first-child > *") == found
+        page.click("a:text-is('before and after')")
+        assert texts(page, ".truth li") == ['ls({"a": true})']  # once, for both sides
+        assert found[0] in texts(page, ".findings tbody th")
+        page.goto(server.url + "/r/demo/group?task=files_1&split=train&step=8")
+        assert "-1.25" in texts(page, "tbody td")
+        page.goto(server.url + "/r/demo/episode?task=easy_4&split=train&step=4&sample=0")
+        assert texts(page, ".truth") == []
 
 
 @pytest.mark.skipif(

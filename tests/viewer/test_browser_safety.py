@@ -87,12 +87,16 @@ def test_the_exported_page_opens_from_disk(page, tmp_path, monkeypatch) -> None:
     page.locator("svg.chart").nth(1).hover()
     assert page.locator(".tip").inner_text().startswith("step ")
     assert page.locator("text=differs: ").count() >= 2
+    page.click("#train-kl a.why")
+    assert page.locator("#metric-train-kl").evaluate("row => row.matches(':target')")
 
 
 def test_the_exported_folder_opens_from_disk(page, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "cache"))
     assert main([str(write_demo(tmp_path / "demo")), "--export", str(tmp_path / "out")]) == 0
     page.goto((tmp_path / "out" / "overview.html").as_uri())
+    page.click("#train-kl a.why")
+    assert page.locator("#metric-train-kl").evaluate("row => row.matches(':target')")
     page.click("nav a:text-is('Tasks')")
     page.click("tbody th a:text-is('files_1')")
     assert page.locator(".call.changed").count() == 2
@@ -111,6 +115,7 @@ PAGES = {
     "group": "/r/demo/group?task=files_1&split=train&step=2",
     "failures": "/r/demo/failures",
     "compare": "/compare?a_run=demo&b_run=demo",
+    "metrics": "/metrics",
 }
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+import xml.etree.ElementTree as ET
 
 import pytest
 
@@ -31,6 +32,7 @@ COMMANDS = [
     (["{demo}", "--text", "--task", "x"], "there is no task 'x'"),
     (["{demo}", "--port", "99999"], "cannot listen"),
     (["{demo}", "--export", "{demo}"], "is no export"),
+    (["{empty}", "--export", "{empty}/x.svg"], "there are no curves"),
 ]
 
 
@@ -39,9 +41,11 @@ def test_wrong_commands_end_with_a_line(
     demo_folder, tmp_path, monkeypatch, capsys, arguments, why
 ) -> None:
     monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path))
+    (tmp_path / "empty" / "trajectories").mkdir(parents=True)
     if "--port" in arguments and not SERVES:
         why = "the server needs"
-    assert main([each.format(demo=demo_folder) for each in arguments]) == 2
+    places = {"demo": demo_folder, "empty": tmp_path / "empty"}
+    assert main([each.format(**places) for each in arguments]) == 2
     said = capsys.readouterr().err
     assert why in said
     assert said.count("\n") == 1
@@ -76,6 +80,18 @@ def test_the_export_holds_no_link_to_a_server(demo_folder, tmp_path, monkeypatch
         assert f'id="{anchor}"' in text
 
 
+def test_the_curves_are_exported_as_one_picture(demo_folder, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "cache"))
+    assert main([str(demo_folder), "--export", str(tmp_path / "new" / "curves.svg")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'new' / 'curves.svg'}: 6 curves\n"
+    root = ET.parse(tmp_path / "new" / "curves.svg").getroot()
+    titles = [each.text for each in root.iter() if each.get("class") == "title"]
+    assert titles[:2] == ["Evaluations", "Reward"]
+    pytest.importorskip("resvg_py")
+    assert main([str(demo_folder), "--export", str(tmp_path / "curves.png")]) == 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_an_export_holds_all_tasks(demo_folder, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("JAXGRPO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("jaxgrpo.viewer.pages.TASKS", 2)
@@ -102,7 +118,7 @@ def test_a_folder_of_pages_links_only_what_is_there(demo_folder, tmp_path, monke
     for path in out.glob("*.html"):
         links = set(re.findall(r'(?:href|src)="([^"#]+)"', path.read_text()))
         assert links <= names
-    assert {"curve-train-kl.svg", "overview.html", "compare.html"} <= names
+    assert {"curve-train-kl.svg", "overview.html", "compare.html", "metrics.html"} <= names
 
 
 @pytest.mark.skipif(not SERVES, reason="the server's packages are not installed")

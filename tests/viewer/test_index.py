@@ -229,6 +229,21 @@ def test_several_processes_read_the_same(demo, folder, cache, monkeypatch) -> No
     assert rows == [tuple(row)[1:] for row in found(demo).rows]
 
 
+@pytest.mark.parametrize("at_once", [0, 5000, 1 << 30])
+def test_words_are_found_however_they_were_gathered(folder, cache, monkeypatch, at_once) -> None:
+    monkeypatch.setattr("jaxgrpo.viewer.index.AT_ONCE", at_once)
+    hits = found(opened(folder, cache), q="zeal").rows
+    places = [(row["split"], row["step"], row["task"], row["sample"]) for row in hits]
+    assert sorted(places, key=str) == [
+        ("eval-train", 0, "files_1", 0),
+        ("eval-train", 0, "trading_2", 0),
+        ("eval-train", 4, ODD, 0),
+        ("eval-train", 4, "trading_2", 0),
+        ("train", 2, "trading_2", 0),
+        ("train", 4, "trading_2", 0),
+    ]
+
+
 def test_two_viewers_of_one_run_agree(folder, cache) -> None:
     both = [open_runs([folder], cache)[0] for _ in range(2)]
     threads = [threading.Thread(target=run.index.refresh) for run in both]
@@ -247,6 +262,43 @@ def test_links_out_of_the_run_are_not_followed(folder, cache, tmp_path) -> None:
     assert found(run, step_from="99").total == 0
     with run.index.connect() as db:
         assert "leads out of the run's folder" in queries.faults(db)[0][1]
+
+
+def failures(run):
+    return {row["failure"] for row in found(run, task="trading_2").rows if row["sample"] == 0}
+
+
+def test_the_ground_truth_of_the_tasks_is_read_when_it_comes_and_when_it_changes(
+    folder, cache
+) -> None:
+    run, file = opened(folder, cache), folder / "ground_truth.jsonl"
+    assert failures(run) == {"wrong_arguments"}  # as the tool's answer says
+    due = {"name": "remove_from_watchlist", "arguments": {}}
+    for truth, kind, count in (
+        ([due], "missing_call", 1),
+        ([due] * 2, "missing_call", 2),
+        ([], "wrong_arguments", 0),
+    ):
+        file.write_text(
+            "no JSON\n" + json.dumps({"task": "trading_2", "ground_truth": truth}) + "\n"
+        )
+        assert run.index.refresh()
+        assert not run.index.refresh()
+        assert failures(run) == {kind}
+        with run.index.connect() as db:
+            assert queries.tasks(db)["trading_2"]["truth"] == count
+            assert queries.totals(db)["episodes"] == 64
+            row = queries.episode(db, "train", 4, "trading_2", 0)
+        assert run.episode(row).truth == truth
+
+
+def test_a_ground_truth_outside_the_run_is_not_read(folder, cache, tmp_path) -> None:
+    elsewhere = tmp_path / "elsewhere.jsonl"
+    elsewhere.write_text('{"task": "trading_2", "ground_truth": "secret"}\n')
+    (folder / "ground_truth.jsonl").symlink_to(elsewhere)
+    run = opened(folder, cache)
+    with run.index.connect() as db:
+        assert run.episode(queries.episode(db, "train", 4, "trading_2", 0)).truth is None
 
 
 def test_a_long_message_is_indexed_and_read(folder, cache) -> None:
@@ -278,6 +330,11 @@ def test_an_empty_run_opens(tmp_path, cache) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "metrics.jsonl").touch()
     assert found(opened(tmp_path / "new", cache)).total == 0
+
+
+def test_a_folders_odd_name_is_made_visible(folder, cache, tmp_path) -> None:
+    odd = folder.rename(tmp_path / "a\udcff\x07\u202e<b>")
+    assert opened(odd, cache).name == "a<U+DCFF>\u2407<U+202E><b>"
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path, cache) -> None:

@@ -1,16 +1,13 @@
-"""Failures by kind, the paired test, the tree of a group, the heat map: pure functions with
+"""Failures by kind, the tree of a group, the heat map: pure functions with
 worked answers."""
 
 import dataclasses
-import itertools
-from fractions import Fraction
 
 import pytest
 
 from jaxgrpo.viewer import heatmap
 from jaxgrpo.viewer.episode import Call, Episode, Message
 from jaxgrpo.viewer.failures import KINDS, failure, repetition
-from jaxgrpo.viewer.paired import interval, paired, sign_flip, t_quantile
 from jaxgrpo.viewer.queries import Cell
 from jaxgrpo.viewer.tree import tree
 
@@ -29,7 +26,11 @@ BASE = Episode(
 
 
 def truth(*calls):
-    return {"ground_truth": [{"name": name, "arguments": arguments} for name, arguments in calls]}
+    return [{"name": name, "arguments": arguments} for name, arguments in calls]
+
+
+def found_in(*checks):
+    return {"differences": [{"check": check, "where": "turn 0"} for check in checks]}
 
 
 CASES = [
@@ -53,19 +54,22 @@ CASES = [
     ("gave_up", {"stop_reason": "gave_up"}),
     ("no_call", {"calls": ()}),
     ("no_call", {"notes": {"turn 0": "no call was made"}}),
-    ("missing_call", {"check": truth(("ls", {"a": True}), ("cd", {}))}),
-    ("wrong_arguments", {"check": truth(("ls", {"a": False}))}),
+    ("missing_call", {"truth": truth(("ls", {"a": True}), ("cd", {}))}),
+    ("wrong_arguments", {"truth": truth(("ls", {"a": False}))}),
     (
         "extra_call",
-        {"calls": (LS, Call("rm", "{}", "", True)), "check": truth(("ls", '{"a": true}'))},
+        {"calls": (LS, Call("rm", "{}", "", True)), "truth": truth(("ls", '{"a": true}'))},
     ),
-    ("other", {"check": truth(("ls", {"a": True}))}),
+    ("other", {"truth": truth(("ls", {"a": True}))}),
     (
         "wrong_arguments",
         {"calls": (Call("ls", "{}", "missing 1 required positional argument", False),)},
     ),
     ("wrong_state", {"notes": {"turn 0": "the state differs"}}),
     ("missing_result", {"notes": {"turn 0": "expected results are missing"}}),
+    ("wrong_state", {"check": found_in("response", "state")}),
+    ("missing_result", {"check": found_in("response")}),
+    ("missing_result", {"check": found_in("calls")}),
     ("other", {}),
 ]
 
@@ -93,59 +97,6 @@ def test_prose_is_not_repetitive() -> None:
     )
     assert 1 < repetition([prose]) < 3
     assert repetition(["short"]) == 1
-
-
-def test_the_sign_flip_test_counts_all_patterns() -> None:
-    for differences in (
-        [1, 1, -1, 2],
-        [0, 3, 1],
-        [Fraction(1, 8), Fraction(-3, 8), Fraction(1, 2), Fraction(5, 8), Fraction(1, 8)],
-    ):
-        observed = abs(sum(differences))
-        patterns = [
-            abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
-            for signs in itertools.product((1, -1), repeat=len(differences))
-        ]
-        expected = sum(total >= observed for total in patterns) / len(patterns)
-        assert sign_flip([Fraction(d) for d in differences]) == pytest.approx(expected, abs=1e-12)
-    assert sign_flip([Fraction(0)] * 5) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("freedom", "expected"),
-    [
-        (1, 12.706205),
-        (2, 4.302653),
-        (3, 3.182446),
-        (4, 2.776445),
-        (10, 2.228139),
-        (37, 2.026192),
-        (99, 1.984217),
-        (1000, 1.962339),
-    ],
-)
-def test_students_quantiles(freedom, expected) -> None:
-    """Values of printed tables, to six places."""
-    assert t_quantile(freedom) == pytest.approx(expected, abs=4e-6)
-
-
-def test_a_mean_and_its_interval() -> None:
-    low, high = interval([0.1, 0.3, 0.2, 0.4])
-    assert (low, high) == (
-        pytest.approx(0.25 - 3.182446 * 0.0645497, abs=1e-5),
-        pytest.approx(0.25 + 3.182446 * 0.0645497, abs=1e-5),
-    )
-    assert interval([0.5]) == interval([0.5, 0.5]) == (None, None)
-
-
-def test_evaluations_are_compared_on_the_tasks_they_share() -> None:
-    a = {"up": Cell(4, 0, 0), "down": Cell(4, 4, 1), "same": Cell(4, 2, 0), "only_a": Cell(4, 4, 1)}
-    b = {"up": Cell(8, 8, 0), "down": Cell(8, 7, 1), "same": Cell(8, 4, 0), "only_b": Cell(8, 0, 0)}
-    result = paired(a, b)
-    assert (result.tasks, result.gained, result.lost) == (3, ("up",), ("down",))
-    assert result.difference == pytest.approx((1 - 1 / 8) / 3)
-    assert result.p == pytest.approx(1.0)  # of (1, -1/8) all four patterns reach at least 7/8
-    assert paired(a, {}) is None
 
 
 def test_a_group_parts_where_its_tokens_differ() -> None:

@@ -8,7 +8,7 @@ import pytest
 from jaxgrpo.run.records import to_line
 from jaxgrpo.viewer.episode import from_line
 from jaxgrpo.viewer.index import read_metrics
-from jaxgrpo.viewer.reader import Lines, Store, head
+from jaxgrpo.viewer.reader import Lines, Store, head, parsed
 from tests.viewer.demo import record, with_content
 
 
@@ -105,6 +105,21 @@ def test_optional_fields_after_the_lists_are_found() -> None:
 def test_what_is_no_object_is_refused(data) -> None:
     with pytest.raises(ValueError):
         head(data)
+
+
+@pytest.mark.parametrize("parser", [json, pytest.param("orjson", id="orjson")])
+def test_every_parser_reads_the_same(monkeypatch, parser) -> None:
+    fast = pytest.importorskip(parser) if isinstance(parser, str) else parser
+    monkeypatch.setattr("jaxgrpo.viewer.reader.fast_json", fast)
+    assert parsed(b'{"a": 1, "b": "\\ud800", "c": NaN, "d": "\xff"}') == {
+        "a": 1,
+        "b": "\ud800",
+        "c": pytest.approx(float("nan"), nan_ok=True),
+        "d": "\ufffd",
+    }
+    assert parsed(b'{"task": "files_1", "n": [1, 2.5, null, true]}')["n"] == [1, 2.5, None, True]
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parsed(b"[" * 100_000)
 
 
 def test_wrong_types_become_values_that_can_be_shown() -> None:

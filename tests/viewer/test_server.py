@@ -18,6 +18,7 @@ PAGES = [
     "/overview",
     "/overview?smooth=0.9&metric=train/kl",
     "/compare",
+    "/metrics",
     "/r/demo/tasks",
     "/r/demo/tasks?split=eval-train&solved=gained&sort=worst&label=Files&q=temp",
     "/r/demo/episodes",
@@ -51,11 +52,49 @@ def test_every_page_answers(server, path) -> None:
 
 
 def test_a_page_has_no_inline_script_or_style(server) -> None:
-    for path in PAGES[:13]:
+    for path in PAGES[:14]:
         text = server.get(path).text
         assert not re.search(r"<script(?![^>]*(src=|application/json))", text)
         assert not re.search(r"<[^>]*\s(style|on[a-z]+)=", text)
         assert "<style" not in text
+
+
+def test_every_curve_is_explained_and_can_be_had_as_a_file(server) -> None:
+    pytest.importorskip("resvg_py")
+    overview, metrics = server.get("/overview").text, server.get("/metrics").text
+    figures = re.findall(r'<figure id="([^"]*)"', overview)
+    explained = re.findall(r'href="/metrics#([^"]*)"', overview)
+    assert figures == [
+        "eval-pass_rate",
+        "train-reward_mean",
+        "train-pass_rate",
+        "train-kl",
+        "train-entropy",
+        "time-rollout_seconds",
+    ]
+    assert explained == [f"metric-{figure}" for figure in figures]
+    assert all(f'<tr id="{anchor}">' in metrics for anchor in explained)
+    files = re.findall(r'href="(/curve\.[^"]*)" download', overview)
+    assert len(files) == 2 * len(figures)
+    for path in files:
+        answer = server.get(path)
+        kind = "image/svg+xml" if ".svg" in path else "image/png"
+        assert (answer.status, answer.headers["content-type"]) == (200, kind)
+
+
+def test_hits_are_shown_with_their_surroundings(server) -> None:
+    shown = re.findall(
+        r'<td class="snippet">(.*?)</td>', server.get("/r/demo/episodes?q=zeal").text
+    )
+    assert len(shown) == 6
+    assert all("&#34;args&#34;: {&#34;<mark>zeal</mark>&#34;: 1}" in one for one in shown)
+    assert '<td class="snippet">' not in server.get("/r/demo/episodes").text
+
+
+def test_hits_are_named_by_their_beginning_when_time_is_up(server, monkeypatch) -> None:
+    monkeypatch.setattr("jaxgrpo.viewer.pages.PATIENCE", -1)
+    text = server.get("/r/demo/episodes?q=zeal").text
+    assert (text.count('<td class="snippet">'), text.count('<td class="preview">')) == (0, 6)
 
 
 def test_a_sample_that_a_step_lacks_gives_way_to_one_that_it_has(server) -> None:
@@ -207,6 +246,16 @@ def test_what_models_say_is_text(hostile, number, view) -> None:
         assert live not in answer.text
 
 
+@pytest.mark.parametrize("word", ["alert", "src", "onload", "javascript"])
+def test_what_is_found_is_text(hostile, word) -> None:
+    text = hostile.get(f"/r/demo/episodes?q={word}").text
+    shown = re.findall(r'<td class="snippet">(.*?)</td>', text)
+    assert shown
+    for one in shown:
+        assert "<mark>" in one
+        assert set(re.findall(r"<(\w+)", one)) <= {"mark", "span"}
+
+
 def test_a_message_of_five_megabytes_opens(hostile) -> None:
     answer = hostile.get("/r/demo/episode?task=long&split=train&step=2&sample=0")
     assert answer.status == 200
@@ -240,3 +289,15 @@ def test_a_run_that_goes_on_is_followed(tmp_path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert "1 episode<" in server.get("/r/demo/episodes?step_from=6").text
+
+
+def test_a_run_of_an_odd_name_is_shown(tmp_path) -> None:
+    pytest.importorskip("uvicorn")
+    folders = [write_demo(tmp_path / name) for name in ("plain", "a\udcff\x07\u202e<b>")]
+    with serving(folders, tmp_path / "cache") as server:
+        overview = server.get("/overview")
+        assert overview.status == 200
+        (link,) = set(re.findall(r'href="(/r/a[^"]*/tasks)"', overview.text))
+        assert server.get(link).status == 200
+        drawing = server.get("/curve.svg?key=train/kl").text
+        assert "a&lt;U+DCFF&gt;\u2407&lt;U+202E&gt;" in drawing

@@ -23,7 +23,9 @@ export function tokens() {
     };
     add("token", number);
     add("id", id);
-    for (const [key, value] of Object.entries(figures)) {
+    for (const key of data.order) {
+      if (!(key in figures)) continue;
+      const value = figures[key];
       if (key === "mask") add("loss mask", value ? "sampled" : "not sampled");
       else add((data.names[key] ?? key).split(":")[0], Number.isInteger(value) ? value : Number(value.toPrecision(5)));
       if (key === "sampler_logprobs" || key === "train_logprobs") add("p", Math.exp(value).toPrecision(3));
