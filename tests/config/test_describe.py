@@ -48,7 +48,7 @@ def test_help_config_lists_types_defaults_and_bounds(capsys: pytest.CaptureFixtu
         "optimizer.learning_rate float; default 1e-06; at least 0 Learning rate",
     ):
         assert line in words
-    assert len(re.findall(r"^  [\w.]+$", printed, re.MULTILINE)) == 87
+    assert len(re.findall(r"^  [\w.]+$", printed, re.MULTILINE)) == 88
 
 
 def test_field_docs_are_the_literals_below_fields() -> None:
