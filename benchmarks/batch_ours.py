@@ -172,7 +172,6 @@ def main() -> None:
     enable_compilation_cache(config)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         training = Batches(config, Path(folder), False, Processes(), stack)
-        training.log.view.begin(0)
         sections = ("native", "batching", "training")
         line.send(
             {

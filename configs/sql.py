@@ -7,9 +7,9 @@ Tasks      the 53 training and 17 held-out questions of the first level of envs/
 Result     held-out questions: 11.8 % [4.8, 26.0] after the warm start, 91.9 % [86.0, 95.5] after
            48 steps (pass@1, 8 samples per question, one seed; docs/log.md)
 
-The bundled model has never seen SQL and answers none of the questions, so that reinforcement
-learning alone would find no signal. The first command therefore trains it on demonstrations of the
-training questions, and stops early. configs/sql_gpu.py needs no such start.
+The bundled model has never seen SQL and answers none of the training questions (0 of 424 episodes),
+so that reinforcement learning alone would find no signal. The first command therefore trains it on
+demonstrations of these questions, and stops early.
 """
 
 from jaxgrpo.config.settings import (

@@ -39,9 +39,11 @@ from jaxgrpo.run.comparison import (
 from jaxgrpo.run.evaluation import Evaluation, Evaluator
 from jaxgrpo.run.folder import locked_folder, make_run_folder, run_folder
 from jaxgrpo.run.ground_truth import record_ground_truth
-from jaxgrpo.run.metrics import Recorder, TerminalView
+from jaxgrpo.run.metrics import Recorder
+from jaxgrpo.run.progress import EvaluationProgress
 from jaxgrpo.run.samplers import open_sampler
 from jaxgrpo.run.skipping import AllGroupsDroppedError
+from jaxgrpo.run.terminal import Terminal
 from jaxgrpo.run.weights import WholeWeights
 from jaxgrpo.samplers.base import Sampler, SamplerError
 from jaxgrpo.storage.checkpoint import read_policy
@@ -205,13 +207,17 @@ def evaluate(request: Request, folder: Path) -> Evaluation:
     sampling = SamplingParams(config.evaluation.temperature, config.evaluation.top_p)
     with (
         EventLoopThread() as loop,
-        TerminalView(len(tasks) * request.samples, unit="episode") as view,
+        Terminal() as terminal,
         ExitStack() as stack,
     ):
         sampler = open_sampler(config, assets, weights, loop, folder, stack)
         check = _check_sampler(config, weights, prompts.first_P, loop, sampler)
         rollout = setup.build_rollout(config, assets, sampler, sampling)
-        evaluator = Evaluator(rollout, loop, request.samples, config.seed, view.advance)
+        progress = EvaluationProgress(terminal, len(tasks) * request.samples)
+        work = f"{len(tasks)} {request.evaluated.name} tasks x {request.samples} samples"
+        terminal.say(f"evaluating the policy of step {step} on {work}")
+        terminal.start(progress.status)
+        evaluator = Evaluator(rollout, loop, request.samples, config.seed, progress.episodes)
         outcome = evaluator.evaluate(tasks, request.evaluated.name, step)
     recorder = Recorder(folder, tensorboard=False, wandb_project=None, name=config.name)
     recorder.record(step, outcome.metrics | check)

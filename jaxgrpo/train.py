@@ -24,7 +24,12 @@ from jaxgrpo.rollout.prefetch import RolloutPrefetcher, check_staleness, task_ba
 from jaxgrpo.rollout.rollout import RolloutResult
 from jaxgrpo.run import setup
 from jaxgrpo.run.agreement import agreement_check
-from jaxgrpo.run.batch_metrics import rollout_metrics, schedule_metrics, update_metrics
+from jaxgrpo.run.batch_metrics import (
+    progress_metrics,
+    rollout_metrics,
+    schedule_metrics,
+    update_metrics,
+)
 from jaxgrpo.run.callbacks import BatchReport, Callback, Callbacks, EvaluationReport
 from jaxgrpo.run.command_line import config_parser
 from jaxgrpo.run.dry_run import dry_run
@@ -69,9 +74,11 @@ class Training:
         setup.check_rewards(config)
         self.config = config
         self.callbacks = Callbacks(callbacks)
+        self.log = RunLog(config, folder, stack)
         self.assets = setup.open_model_assets(config)
         sampled, prompts = setup.training_tasks(config, self.assets)
         self.tasks = sampled[0][1]
+        self.log.describe(self.assets.config, [len(tasks) for _, tasks in sampled])
         self.learner = Learner(config, self.assets, folder, resume, processes, stack)
         self.loop = stack.enter_context(EventLoopThread())
         self.sampler = MeteredSampler(self.open_sampler(stack))
@@ -85,10 +92,9 @@ class Training:
             config, self.learner.update, prompts.first_P, processes.send
         )
         self.publish_metrics = self.check_sampler()
-        self.log = RunLog(config, folder, self.learner.state.step if resume else None, stack)
+        self.log.begin(self.learner.state.step, resume)
         record_ground_truth(sampled, folder)
         self.skipped = SkippedBatches(self.log.trajectories)
-        self.log.say(f"attention: {setup.describe_kernel(config, self.assets.config)}")
 
     def open_sampler(self, stack: ExitStack) -> Sampler:
         """Open the config's sampler, serving the learner's weights."""
@@ -100,7 +106,6 @@ class Training:
         learner = self.learner
         if self.config.evaluation.before and learner.state.step == 0:
             self.evaluate()
-        self.log.view.begin(learner.state.step)
         self.measure()  # discard start-up time
         while not self.ended:
             result = self.sample()
@@ -131,6 +136,7 @@ class Training:
             left = math.ceil((training.steps - self.learner.state.step) / training.iterations)
             result = self.prefetch.next(left)
         check_staleness(result, self.learner.version, training.max_staleness)
+        self.log.sampled(result)
         return result
 
     async def rollout_of(self, batch: int) -> RolloutResult:
@@ -140,7 +146,7 @@ class Training:
 
         def progress(done: int, total: int) -> None:
             if batch == self.learner.batch:  # the loop does not wait for later batches
-                self.log.view.episodes(done, total)
+                self.log.episodes(done, total)
 
         return await self.rollout.groups(tasks, r.group_size, seed, f"batch-{batch}", progress)
 
@@ -198,6 +204,7 @@ class Training:
         trained = update_metrics(prepared.micro_batches, reports, compilations, seconds)
         scheduled = schedule_metrics(seconds, sampler_idle_fraction)
         metrics = prepared.metrics | trained | scheduled | self.publish_metrics
+        metrics |= progress_metrics(self.config, len(self.tasks), learner.batch, learner.state.step)
         metrics["time/check_seconds"] = seconds["check"]
         self.skipped.clear()
         with learner.clock.phase("record"):
@@ -239,13 +246,13 @@ class Training:
                 one.config, self.assets, self.sampler, sampling, self.rollout
             )
             evaluator = Evaluator(
-                rollout, self.loop, e.samples, self.config.seed, self.log.view.episodes
+                rollout, self.loop, e.samples, self.config.seed, self.log.episodes
             )
             tasks, start = setup.split_tasks(one.config, one.split), time.perf_counter()
             try:
                 outcome = evaluator.evaluate(tasks, one.name, step)
             except AllGroupsDroppedError as error:
-                self.log.say(f"step {step}  no evaluation: {error}")
+                self.log.no_evaluation(step, one.name, error)
                 continue
             self.log.evaluation(step, one.name, outcome, time.perf_counter() - start)
             groups = tuple(outcome.result.groups)
@@ -260,8 +267,7 @@ class Training:
 
     def finish(self) -> None:
         """Export the trained policy in a format that other programs load."""
-        if self.config.recording.export_hf:
-            self.log.say(f"the policy is in {export(self.learner)}")
+        self.log.end(export(self.learner) if self.config.recording.export_hf else None)
 
 
 def train(

@@ -22,7 +22,8 @@ OF_VLLM = {
 
 def documented(page: str) -> list[str]:
     """Return the keys in the first column of the page's tables."""
-    return re.findall(r"^\| `(\w+/[\w/<>]+)` \|", page, re.MULTILINE)
+    cells = re.findall(r"^\| ((?:`\w+/[\w/<>]+`(?:, )?)+) \|", page, re.MULTILINE)
+    return [key for cell in cells for key in re.findall(r"`([^`]+)`", cell)]
 
 
 def matches(pattern: str, key: str) -> bool:

@@ -65,7 +65,7 @@ def test_paths_from_the_current_folder_outlive_an_environment_that_goes_elsewher
     status, out, err = call("--config", "wanders.py", *options, "../r/x")
     assert (status, err) == (0, "") and Path.cwd() == Path("/")
     run = tmp_path / "r" / "x"
-    assert f"the policy is in {run}/hf" in out and (run / "hf" / "model.safetensors").is_file()
+    assert f"\n  policy        {run}/hf\n" in out and (run / "hf" / "model.safetensors").is_file()
     assert json.loads((run / "config.json").read_text())["model"]["source"] == str(model)
 
     longer = (*options, run, "--resume", "--set")

@@ -148,7 +148,7 @@ def test_a_run_outlives_them_all_and_can_be_resumed(
         (len(sound), count - len(sound))
     ] * 2
     assert 0 < lines[0]["train/reward_mean"] <= 1
-    assert capsys.readouterr().out.count("step ") == 2
+    assert capsys.readouterr().out.count("\nstep ") == 2
     read = records.read_records(tmp_path / "run" / "trajectories" / "train-000002.jsonl.gz").records
     errors = {
         r.trajectory.task_id.replace("_", " "): r.trajectory.error

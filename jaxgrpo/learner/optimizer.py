@@ -13,19 +13,27 @@ from jaxgrpo.learner.sharding import Layout, specs
 from jaxgrpo.models.qwen2 import Params
 
 
-def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
-    """Clip by the global norm, then AdamW (arXiv:1711.05101, algorithm 2).
+def learning_rates(settings: OptimizerSettings) -> optax.Schedule:
+    """Return the learning rate as a function of the number of steps taken before.
 
     Step i of the `warmup_steps` first steps has i / warmup_steps of the learning rate, i from 1.
     """
     warmup = max(settings.warmup_steps, 1)
-    schedule = optax.linear_schedule(
-        settings.learning_rate / warmup, settings.learning_rate, warmup - 1 if warmup > 1 else 1
-    )
     if warmup == 1:
-        schedule = optax.constant_schedule(settings.learning_rate)
+        return optax.constant_schedule(settings.learning_rate)
+    return optax.linear_schedule(
+        settings.learning_rate / warmup, settings.learning_rate, warmup - 1
+    )
+
+
+def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
+    """Clip by the global norm, then AdamW (arXiv:1711.05101, algorithm 2)."""
     adamw = optax.adamw(
-        schedule, settings.b1, settings.b2, settings.epsilon, weight_decay=settings.weight_decay
+        learning_rates(settings),
+        settings.b1,
+        settings.b2,
+        settings.epsilon,
+        weight_decay=settings.weight_decay,
     )
     return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), adamw)
 

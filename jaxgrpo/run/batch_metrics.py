@@ -4,7 +4,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxgrpo.config.settings import Config
+from jaxgrpo.learner.optimizer import learning_rates
 from jaxgrpo.learner.train_state import StepReport
+from jaxgrpo.rollout.prefetch import batches_per_epoch
 from jaxgrpo.rollout.rollout import RolloutResult
 from jaxgrpo.types import MicroBatch, StopReason
 
@@ -21,6 +24,7 @@ def rollout_metrics(
     tokens = np.array([len(t.completion_ids_C) for t in trajectories])
     metrics: dict[str, float | int | str] = {
         "train/reward_mean": float(np.mean([g.rewards_G.mean() for g in result.groups])),
+        **_reward_spread([g.rewards_G for g in result.groups]),
         "train/pass_rate": float(
             np.mean([t.score is not None and t.score.passed for t in trajectories])
         ),
@@ -49,6 +53,33 @@ def rollout_metrics(
             np.mean([t.score.parts.get(part, 0.0) for t in trajectories if t.score])
         )
     return metrics
+
+
+def _reward_spread(rewards_NG: Sequence[np.ndarray]) -> dict[str, float]:
+    """Return the mean over groups of the standard deviation of a group, with G - 1 in its
+    denominator as in the advantages, and quantiles over all episodes."""
+    low, quarter, median, three_quarters, high = np.quantile(
+        np.concatenate(rewards_NG), [0, 0.25, 0.5, 0.75, 1]
+    )
+    return {
+        "train/reward_std": float(np.mean([rewards_G.std(ddof=1) for rewards_G in rewards_NG])),
+        "train/reward_min": float(low),
+        "train/reward_q25": float(quarter),
+        "train/reward_median": float(median),
+        "train/reward_q75": float(three_quarters),
+        "train/reward_max": float(high),
+    }
+
+
+def progress_metrics(
+    config: Config, tasks: int, batch: int, step: int
+) -> dict[str, float | int | str]:
+    """Return how far the run is after batch number `batch`, counted from 1, was trained up to
+    `step`: the epoch, and the learning rate of that step."""
+    return {
+        "train/epoch": batch / batches_per_epoch(tasks, config.rollout.tasks_per_step),
+        "train/learning_rate": float(learning_rates(config.optimizer)(step - 1)),
+    }
 
 
 def update_metrics(

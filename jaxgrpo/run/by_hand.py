@@ -157,6 +157,8 @@ def _print_score(score: Score, console: Console) -> None:
         say(console, f"  {name} {part:g}")
     for name, note in score.notes.items():
         say(console, f"  {name}: {note}")
+    for each in score.differences:
+        say(console, f"  {each.check}: {each.where}: {each.actual}, expected {each.expected}")
 
 
 def _task(config: Config, wanted: str) -> Task:

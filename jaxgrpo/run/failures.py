@@ -9,6 +9,7 @@ import jax
 from jaxgrpo.learner.train_state import DivergedError
 from jaxgrpo.run.processes import PeerError
 from jaxgrpo.run.skipping import AllGroupsDroppedError, TooManySkippedError
+from jaxgrpo.run.summary import resume_command
 from jaxgrpo.samplers.base import SamplerError
 from jaxgrpo.storage.checkpoint import newest_step
 
@@ -52,5 +53,6 @@ def exit_status(train: Callable[[], object], folder: Path) -> int:
 
 def _how_to_resume(folder: Path) -> str:
     step = newest_step(folder / "checkpoints")
-    how = "no checkpoint was saved" if step is None else f"--resume continues from step {step}"
-    return f"{how} (run folder {folder})"
+    if step is None:
+        return f"no checkpoint was saved (run folder {folder})"
+    return f"--resume continues from step {step}: {resume_command(folder)}"

@@ -1,18 +1,24 @@
-"""Record metrics in metrics.jsonl, TensorBoard and W&B, and show progress in the terminal."""
+"""Record metrics in metrics.jsonl, TensorBoard and W&B."""
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from jaxgrpo.run.weights_and_biases import open_run
 
 Metrics = Mapping[str, float | int | str]
+
+
+def evaluated_episodes(metrics: Metrics) -> int:
+    """Return the number of episodes of an evaluation, those of dropped groups included."""
+    tasks, dropped, samples = (
+        int(metrics[f"eval/{key}"]) for key in ("tasks", "dropped_groups", "samples")
+    )
+    return (tasks + dropped) * samples
 
 
 class Recorder:
@@ -21,7 +27,7 @@ class Recorder:
 
     A value that is not finite becomes null, so that the file stays JSON. A resumed run passes the
     step of its checkpoint as `after`: lines of later steps are removed, because it writes them
-    again.
+    again. `config` is the config as JSON, for W&B.
     """
 
     def __init__(
@@ -32,12 +38,13 @@ class Recorder:
         wandb_project: str | None,
         name: str,
         after: int | None = None,
+        config: str = "{}",
     ):
         folder.mkdir(parents=True, exist_ok=True)
         _mend(folder / "metrics.jsonl", after)
         self._lines = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self._tensorboard = None
-        self._wandb = None
+        self._wandb: Any = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -45,9 +52,7 @@ class Recorder:
                 str(folder / "tensorboard"), purge_step=None if after is None else after + 1
             )
         if wandb_project is not None:
-            import wandb  # optional; the config refuses a project where it is not installed
-
-            self._wandb = wandb.init(project=wandb_project, name=name, dir=str(folder))
+            self._wandb = open_run(folder, wandb_project, name, config)
 
     def record(self, step: int, metrics: Metrics) -> None:
         """Write one line of numbers, and of strings that label it."""
@@ -57,13 +62,17 @@ class Recorder:
         }
         self._lines.write(json.dumps({"step": step, **finite}) + "\n")
         self._lines.flush()
-        numbers = {k: v for k, v in finite.items() if isinstance(v, (int, float))}
-        prefix = f"{metrics['eval/split']}/" if "eval/split" in metrics else ""
+        split = f"eval/{metrics['eval/split']}" if "eval/split" in metrics else "eval"
+        numbers = {
+            f"{split}{key.removeprefix('eval')}" if key.startswith("eval/") else key: value
+            for key, value in finite.items()
+            if isinstance(value, (int, float))
+        }
         if self._tensorboard is not None:
             for key, value in numbers.items():
-                self._tensorboard.add_scalar(prefix + key, value, step)
+                self._tensorboard.add_scalar(key, value, step)
         if self._wandb is not None:
-            self._wandb.log({prefix + key: value for key, value in numbers.items()}, step=step)
+            self._wandb.log({"step": step, **numbers})
 
     def close(self) -> None:
         self._lines.close()
@@ -71,6 +80,14 @@ class Recorder:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def read_metrics(folder: Path) -> list[Metrics]:
+    """Return the lines of `folder/metrics.jsonl`, none if it does not exist."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _mend(path: Path, after: int | None) -> None:
@@ -120,94 +137,3 @@ class Stopwatch:
         taken = self._seconds | {"all": now - self._began}
         self._seconds, self._began = {}, now
         return taken
-
-
-class TerminalView:
-    """Shows progress, time left and the latest reward: as a bar in a terminal, elsewhere as one
-    line per batch.
-
-    `unit` names what `total` counts: optimizer steps of a run, or episodes of an evaluation. The
-    view prints to the program's first stdout and restores the program's streams, even if an
-    environment replaces them.
-    """
-
-    def __init__(self, total: int, unit: str = "step", console: Console | None = None):
-        self._streams = sys.stdout, sys.stderr
-        self.console = console or Console(file=sys.stdout)
-        self._total = total
-        columns = [
-            TextColumn(f"[bold]{unit}"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[status]}"),
-        ]
-        self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        self._task = self._bar.add_task(unit, total=total, status="")
-        self._first, self._started = 0, time.perf_counter()
-        self._status = ""
-
-    def __enter__(self) -> "TerminalView":
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
-        sys.stdout, sys.stderr = self._streams
-
-    def begin(self, step: int) -> None:
-        """Start at this step. The time left is estimated from here."""
-        self._first, self._started = step, time.perf_counter()
-        self._bar.update(self._task, completed=step)
-
-    def episodes(self, done: int, total: int) -> None:
-        """Show how many episodes of the batch are finished."""
-        self._bar.update(self._task, status=f"{self._status}  [{done}/{total} episodes]")
-
-    def advance(self, done: int, total: int) -> None:
-        """Show how many units are done."""
-        self._bar.update(self._task, completed=done, total=total, status=self._left(done))
-
-    def step(self, step: int, metrics: Metrics) -> None:
-        """Show the metrics of a batch that was trained up to `step`."""
-        reward, passed, tokens = (
-            metrics[f"train/{key}"]
-            for key in ("reward_mean", "pass_rate", "completion_tokens_mean")
-        )
-        idle = "  ".join(
-            f"{side} idle {metrics[f'time/{side}_idle_fraction']:.0%}"
-            for side in ("trainer", "sampler")
-        )
-        numbers = f"reward {reward:.3f}  passed {passed:.0%}  tokens {tokens:.0f}"
-        self._status = f"{numbers}  {idle}  {self._left(step)}"
-        self._bar.update(self._task, completed=step, status=self._status)
-        if not self.console.is_terminal:
-            self.say(f"step {step}/{self._total}  {self._status}")
-
-    def say(self, text: str) -> None:
-        """Print a line that stays, unless an environment has closed the stream."""
-        if self.console.file.closed:
-            return
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def _left(self, done: int) -> str:
-        """Estimate the time left from all steps since the start. rich's own column looks at the
-        last thirty seconds only, which may be less than a step."""
-        seconds = (
-            (time.perf_counter() - self._started)
-            / max(done - self._first, 1)
-            * max(self._total - done, 0)
-        )
-        hours, minutes = divmod(round(seconds / 60), 60)
-        return (
-            f"{hours} h {minutes:02} min left"
-            if hours
-            else f"{minutes} min left"
-            if seconds >= 90
-            else f"{seconds:.0f} s left"
-        )

@@ -123,6 +123,14 @@ def clear_unfinished(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove_later(folder: Path, step: int) -> None:
+    """Remove the episodes of batches and evaluations after `step`."""
+    for path in (*folder.glob("train-*.jsonl.gz"), *folder.glob("eval-*.jsonl.gz")):
+        digits = path.name.removesuffix(".jsonl.gz").rpartition("-")[2]
+        if digits.isdecimal() and int(digits) > step:
+            path.unlink()
+
+
 def append_records(path: Path, records: Iterable[TrajectoryRecord]) -> None:
     """Append to a plain file, after removing an incomplete last line."""
     if path.suffix == ".gz":

@@ -10,8 +10,14 @@ from jaxgrpo.learner.batching import make_micro_batches
 from jaxgrpo.learner.losses import LossSums
 from jaxgrpo.learner.train_state import StepReport
 from jaxgrpo.rollout.rollout import DroppedGroup, RolloutResult
-from jaxgrpo.run.batch_metrics import rollout_metrics, schedule_metrics, update_metrics
+from jaxgrpo.run.batch_metrics import (
+    progress_metrics,
+    rollout_metrics,
+    schedule_metrics,
+    update_metrics,
+)
 from jaxgrpo.types import Group, Score, StopReason, Task, ToolCall, Trajectory
+from tests.training import small_config
 
 CALL = ToolCall("ls", "{}", "", ok=True)
 
@@ -201,3 +207,22 @@ def test_score_parts_that_only_some_episodes_have_count_as_zero() -> None:
     )
     metrics = rollout_metrics(result, [], 4)
     assert (metrics["reward/rare"], metrics["reward/tidy"]) == (0.5, 0.0)
+
+
+def test_the_spread_of_rewards_within_groups_and_over_episodes() -> None:
+    """Groups of (1, 0) and (0.5, 0.5)."""
+    metrics = rollout_metrics(RolloutResult(GROUPS, (), (), 2.0), (), 5)
+    assert metrics["train/reward_std"] == pytest.approx(0.5**0.5 / 2)
+    quantiles = [metrics[f"train/reward_{name}"] for name in ("min", "q25", "median", "q75", "max")]
+    assert quantiles == [0.0, 0.375, 0.5, 0.625, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("warmup", "step", "rate"), [(4, 1, 0.25), (4, 2, 0.5), (4, 4, 1.0), (4, 9, 1.0), (0, 1, 1.0)]
+)
+def test_the_learning_rate_of_a_step_and_the_epoch(warmup: int, step: int, rate: float) -> None:
+    config = small_config("m")  # two tasks per batch: an epoch of seven tasks is three batches
+    optimizer = dataclasses.replace(config.optimizer, warmup_steps=warmup)
+    metrics = progress_metrics(dataclasses.replace(config, optimizer=optimizer), 7, 4, step)
+    assert metrics["train/learning_rate"] == pytest.approx(1e-3 * rate)
+    assert metrics["train/epoch"] == pytest.approx(4 / 3)

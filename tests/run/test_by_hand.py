@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,8 @@ def in_a_terminal(file: Path, typed: bytes, *options: str) -> tuple[int, str]:
         start_new_session=True,
     )
     os.close(follower)
+    stop = threading.Timer(60, process.kill)  # the test then fails by its status
+    stop.start()
     shown = b""
     with contextlib.suppress(OSError):  # the terminal is closed when the process has ended
         while part := os.read(leader, 65536):
@@ -133,6 +136,7 @@ def in_a_terminal(file: Path, typed: bytes, *options: str) -> tuple[int, str]:
                 os.write(leader, typed)
                 typed = b""
     os.close(leader)
+    stop.cancel()
     return process.wait(timeout=60), shown.decode().replace("\r\n", "\n")
 
 

@@ -1,26 +1,17 @@
-"""What is written, where, and what the terminal shows."""
+"""What is written of metrics, and where."""
 
-import io
 import json
 import math
-import sys
-import types
 from pathlib import Path
 
 import pytest
-from rich.console import Console
+from tensorboardX.proto import event_pb2
 
-from jaxgrpo.run.metrics import Recorder, Stopwatch, TerminalView
-
-STEP = {
-    "train/reward_mean": 0.25, "train/pass_rate": 0.5, "train/completion_tokens_mean": 12.4,
-    "time/trainer_idle_fraction": 0.3,
-    "time/sampler_idle_fraction": 0.45,
-}  # fmt: skip
+from jaxgrpo.run.metrics import Recorder, Stopwatch
 
 
-def recorder(folder, after=None, tensorboard=False, project=None):
-    return Recorder(folder, tensorboard=tensorboard, wandb_project=project, name="n", after=after)
+def recorder(folder, after=None, tensorboard=False):
+    return Recorder(folder, tensorboard=tensorboard, wandb_project=None, name="n", after=after)
 
 
 def lines(folder):
@@ -65,40 +56,30 @@ def test_without_a_step_to_resume_from_all_whole_lines_stay(tmp_path: Path) -> N
     assert [line["step"] for line in lines(tmp_path)] == [100, 4]
 
 
-def test_tensorboard_gets_the_numbers_and_evaluations_by_split(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-    import tensorboardX
-
-    monkeypatch.setattr(
-        tensorboardX.SummaryWriter,
-        "add_scalar",
-        lambda self, key, value, step: seen.append((key, value, step)),
-    )
+def test_tensorboard_gets_the_numbers_and_evaluations_by_split(tmp_path: Path) -> None:
+    """Tags that TensorBoard groups by their first part: all evaluations stand together."""
     r = recorder(tmp_path, tensorboard=True)
     r.record(2, {"train/loss": 0.5, "train/bad": math.nan, "label": "x"})
-    r.record(2, {"eval/split": "test", "eval/pass_rate": 0.75})
+    r.record(2, {"eval/split": "test", "eval/pass_rate": 0.75, "eval/pass_rate/easy": 0.5})
     r.close()
-    assert seen == [("train/loss", 0.5, 2), ("test/eval/pass_rate", 0.75, 2)]
-    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+    (file,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+    assert scalars(file) == [
+        ("train/loss", 0.5, 2),
+        ("eval/test/pass_rate", 0.75, 2),
+        ("eval/test/pass_rate/easy", 0.5, 2),
+    ]
 
 
-def test_wandb_gets_the_numbers_of_its_project(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    logged = []
-    run = types.SimpleNamespace(
-        log=lambda values, step: logged.append((step, values)),
-        finish=lambda: logged.append("finished"),
-    )
-    fake = types.ModuleType("wandb")
-    fake.init = lambda **options: logged.append(options["project"]) or run
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    r = recorder(tmp_path, project="p")
-    r.record(2, {"train/loss": 0.5, "label": "x"})
-    r.close()
-    assert logged == ["p", (2, {"train/loss": 0.5}), "finished"]
+def scalars(file: Path) -> list[tuple[str, float, int]]:
+    """Return tag, value and step of all scalars in an event file: records with a length of eight
+    bytes, a checksum of four, the event, and another checksum."""
+    data, found = file.read_bytes(), []
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        event = event_pb2.Event.FromString(data[12 : 12 + size])
+        found += [(v.tag, v.simple_value, event.step) for v in event.summary.value]
+        data = data[16 + size :]
+    return found
 
 
 def test_stopwatch_adds_up_phases_and_starts_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,55 +94,3 @@ def test_stopwatch_adds_up_phases_and_starts_afresh(monkeypatch: pytest.MonkeyPa
         raise KeyError
     assert clock.take() == {"a": 3.5, "b": 1.0, "all": 30.0}
     assert clock.take() == {"all": 4.0}
-
-
-def shown(terminal: bool, use) -> str:
-    text = io.StringIO()
-    with TerminalView(10, console=Console(file=text, force_terminal=terminal, width=150)) as view:
-        use(view)
-    return text.getvalue()
-
-
-def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("jaxgrpo.run.metrics.time.perf_counter", lambda: now[0])
-
-    def use(view):
-        view.begin(2)
-        view.episodes(3, 8)
-        now[0] = 120.0
-        view.step(4, STEP)  # two steps in two minutes, six to go
-        view.say("[b] stays as it is")
-
-    status = "reward 0.250  passed 50%  tokens 12  trainer idle 30%  sampler idle 45%  6 min left"
-    assert shown(False, use) == f"step 4/10  {status}\n[b] stays as it is\n"
-
-
-def test_a_bar_with_the_reward_and_the_time_left_in_a_terminal() -> None:
-    def use(view):
-        view.begin(0)
-        view.step(5, STEP)
-        view.episodes(3, 8)
-
-    text = shown(True, use)
-    for part in ("step", "5/10", "reward 0.250", "passed 50%", "s left", "[3/8 episodes]"):
-        assert part in text
-
-
-def test_an_evaluation_counts_its_episodes() -> None:
-    assert "7/20" in shown(True, lambda view: view.advance(7, 20))
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(30, "30 s left"), (600, "10 min left"), (7260, "2 h 01 min left")]
-)
-def test_time_left_in_its_unit(monkeypatch: pytest.MonkeyPatch, seconds: int, text: str) -> None:
-    now = [0.0]
-    monkeypatch.setattr("jaxgrpo.run.metrics.time.perf_counter", lambda: now[0])
-
-    def use(view):
-        view.begin(0)
-        now[0] = float(seconds)
-        view.step(5, STEP)
-
-    assert text in shown(False, use)
