@@ -93,11 +93,12 @@ def test_the_wheel_is_jaxgrpo_alone_and_runs_anywhere(tmp_path: Path) -> None:
     assert at_top == {"jaxgrpo", f"jaxgrpo-{PROJECT['version']}.dist-info"}
     for needed in (
         "py.typed", "__init__.pyi", "configs/article/final.py", "envs/bfcl/suite.py",
-        "assets/tiny-qwen2.5/model.safetensors", "tools/install_vllm_cpu.sh", "starter/guess.py",
+        "assets/tiny-qwen2.5/model.safetensors", "starter/guess.py",
         "viewer/schema.sql",
     ):  # fmt: skip
         assert f"jaxgrpo/{needed}" in names
     explained = zipfile.ZipFile(wheel).read("jaxgrpo/viewer/metrics.md")
+    assert not any(name.endswith(".sh") for name in names)  # it installs from a checkout
     assert explained == (ROOT / "docs" / "metrics.md").read_bytes()
 
     programs, empty = installed_in(tmp_path / "venv", wheel), tmp_path / "empty"
