@@ -4,8 +4,8 @@
 
 Lists of calls are derived from each task's ground truth: as it is, none, reversed, doubled, without
 the last call, with one wrong argument, and after another task's calls. Each list is judged on fresh
-instances by `envs.bfcl.scoring.check_calls` and, in a separate process, by the package's own
-`multi_turn_checker`, for the first turn and for all turns. Takes about 90 s on one core.
+instances by `jaxgrpo.envs.bfcl.scoring.check_calls` and, in a separate process, by the package's
+own `multi_turn_checker`, for the first turn and for all turns. Takes about 90 s on one core.
 """
 
 import argparse
@@ -16,10 +16,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from envs.bfcl.execution import Call
-from envs.bfcl.scoring import check_calls
-from envs.bfcl.source import RELEASES, Package, open_package
-from envs.bfcl.tasks import CATEGORIES, BfclTask, Library, load_library
+from jaxgrpo.envs.bfcl.execution import Call
+from jaxgrpo.envs.bfcl.scoring import check_calls
+from jaxgrpo.envs.bfcl.source import RELEASES, Package, open_package
+from jaxgrpo.envs.bfcl.tasks import CATEGORIES, BfclTask, Library, load_library
 
 VARIANTS = (
     "perfect",

@@ -50,10 +50,10 @@ from typing import Any, Self
 
 from benchmarks.batch_work import REFUSED, Conversation, Work
 from benchmarks.processor import busy_seconds, described, processor
-from configs.cpu_demo import CLASSES
-from envs.bfcl import Bfcl
-from envs.procedural import Warehouse
+from jaxgrpo.configs.cpu_demo import CLASSES
 from jaxgrpo.environment import TaskSuite
+from jaxgrpo.envs.bfcl import Bfcl
+from jaxgrpo.envs.procedural import Warehouse
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "assets" / "tiny-qwen2.5"

@@ -27,11 +27,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from envs.bfcl import Bfcl
-from envs.bfcl.scoring import PlayedTurn, judge_turn
-from envs.bfcl.source import open_package
-from envs.bfcl.tasks import BfclTask, Library, load_library
 from jaxgrpo.environment import Environment
+from jaxgrpo.envs.bfcl import Bfcl
+from jaxgrpo.envs.bfcl.scoring import PlayedTurn, judge_turn
+from jaxgrpo.envs.bfcl.source import open_package
+from jaxgrpo.envs.bfcl.tasks import BfclTask, Library, load_library
 from jaxgrpo.rollout.background import BlockingCalls
 from jaxgrpo.rollout.chat import Chat
 from jaxgrpo.storage.pretrained import load_tokenizer

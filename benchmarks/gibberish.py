@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from envs.bfcl import Bfcl
-from envs.bfcl.tasks import CATEGORIES, BfclTask
+from jaxgrpo.envs.bfcl import Bfcl
+from jaxgrpo.envs.bfcl.tasks import CATEGORIES, BfclTask
 from jaxgrpo.rewards.penalties import LocalGibberish
 from jaxgrpo.storage.pretrained import load_tokenizer
 from jaxgrpo.types import Task

@@ -29,11 +29,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from envs.bfcl import Bfcl
-from envs.bfcl.protocols import PROTOCOLS
-from envs.bfcl.source import RELEASES, open_package
-from envs.bfcl.tasks import CATEGORIES, BfclTask, Library, load_library
 from jaxgrpo.environment import StepResult
+from jaxgrpo.envs.bfcl import Bfcl
+from jaxgrpo.envs.bfcl.protocols import PROTOCOLS
+from jaxgrpo.envs.bfcl.source import RELEASES, open_package
+from jaxgrpo.envs.bfcl.tasks import CATEGORIES, BfclTask, Library, load_library
 from jaxgrpo.run.records import TrajectoryRecord, from_line, to_line
 from jaxgrpo.toolkit.tags import FINISHED, GAVE_UP
 from jaxgrpo.types import Message, Score, StopReason, Task, ToolCall, Trajectory

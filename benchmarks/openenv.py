@@ -29,8 +29,8 @@ import uvicorn
 from openenv.core import GenericEnvClient
 from openenv.core.env_server import Action, Environment, Observation, State, create_fastapi_app
 
-from envs.bfcl import Bfcl
-from envs.openenv import OpenEnv
+from jaxgrpo.envs.bfcl import Bfcl
+from jaxgrpo.envs.openenv import OpenEnv
 from jaxgrpo.types import Task
 
 TEXT = "The policy says about as much as this in one turn. " * 4
@@ -173,7 +173,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         found["toy, by URL"] = toys(lambda: played(remote, task, turns))
         found["toy, OpenEnv's client"] = toys(lambda: played_by_client(url, turns))
     found["BFCL, direct"] = all_of_bfcl(bfcl)
-    with server("-m", "tools.serve_openenv", "--suite", "envs.bfcl:Bfcl", "--port", "0") as url:
+    with server(
+        "-m", "jaxgrpo.tools.serve_openenv", "--suite", "jaxgrpo.envs.bfcl:Bfcl", "--port", "0"
+    ) as url:
         found["BFCL, by URL"] = all_of_bfcl(OpenEnv(url, text_field="text"))
     return {"benchmark": "openenv", "cpu_cores": os.cpu_count(), "steps": args.steps, **found}
 

@@ -34,8 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.turns import Turn, play, release
-from envs.bfcl import Bfcl
 from jaxgrpo.config.settings import NativeSamplerSettings, VllmSettings
+from jaxgrpo.envs.bfcl import Bfcl
 from jaxgrpo.learner.sharding import make_layout
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params

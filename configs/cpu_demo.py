@@ -15,7 +15,6 @@ Departures from the article's recipe, because the model is so small:
   (docs/log.md).
 """
 
-from envs.bfcl import Bfcl
 from jaxgrpo.config.settings import (
     BatchingSettings,
     Config,
@@ -27,6 +26,8 @@ from jaxgrpo.config.settings import (
     RolloutSettings,
     TrainingSettings,
 )
+from jaxgrpo.envs.bfcl import Bfcl
+from jaxgrpo.paths import TINY_MODEL
 
 CLASSES = (
     "GorillaFileSystem",
@@ -42,7 +43,7 @@ CLASSES = (
 def get_config() -> Config:
     return Config(
         name="cpu_demo",
-        model=ModelSettings(source="assets/tiny-qwen2.5"),
+        model=ModelSettings(source=TINY_MODEL),
         environment=Bfcl(docs="signatures", max_calls=1, classes=CLASSES),
         rollout=RolloutSettings(
             group_size=8,

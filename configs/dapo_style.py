@@ -10,8 +10,8 @@ Result     not measured
 
 import dataclasses
 
-from configs.h200x4 import get_config as article
 from jaxgrpo.config.settings import BatchingSettings, Config, LossSettings
+from jaxgrpo.configs.h200x4 import get_config as article
 
 
 def get_config() -> Config:

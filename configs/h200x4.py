@@ -8,7 +8,7 @@ Batches    96 episodes (12 tasks x 8) in 4 micro-batches of 3 groups. Two optimi
            1,600 steps = 800 batches = 100.0 epochs of 96 tasks each
 Memory     60.0 GiB per training GPU at the limits (6,144 prompt and 2,048 completion tokens), and
            54.0 GiB at 4,096 and 1,024, plus cuDNN's workspace. Compiled for three H200, not run
-           (python -m tools.plan_memory --config configs/h200x4.py)
+           (python -m jaxgrpo.tools.plan_memory --config configs/h200x4.py)
 Time       not measured. Computed at an MFU of 0.4, without rollouts: 11.1 s per step at the limits,
            5.8 hours in all; 5.7 s and 3.0 hours at 4,096 and 1,024 tokens
 Result     not measured here; the article reports 55 % -> 78 % on the held-out tasks
@@ -23,7 +23,6 @@ Recipe:
 docs/fidelity.md compares every ingredient with the article's text and code.
 """
 
-from envs.bfcl import Bfcl
 from jaxgrpo.config.settings import (
     Config,
     EvaluationSettings,
@@ -32,6 +31,9 @@ from jaxgrpo.config.settings import (
     TrainingSettings,
     VllmSettings,
 )
+from jaxgrpo.envs.bfcl import Bfcl
+
+TASKS = Bfcl(release="v3", docs="article", run_last_step=False)
 
 
 def get_config() -> Config:
@@ -40,7 +42,7 @@ def get_config() -> Config:
         model=ModelSettings(
             source="Qwen/Qwen2.5-7B-Instruct", revision="a09a35458c702b33eeacc393d103063234e8bc28"
         ),
-        environment=Bfcl(release="v3", docs="article", run_last_step=False),
+        environment=TASKS,
         sampler="vllm",
         rollout=RolloutSettings(
             group_size=8,

@@ -17,8 +17,8 @@ Departures from the article:
 
 import dataclasses
 
-from configs.h200x4 import get_config as article
 from jaxgrpo.config.settings import Config, LossSettings
+from jaxgrpo.configs.h200x4 import get_config as article
 
 
 def get_config() -> Config:

@@ -12,8 +12,8 @@ needs the memory of both GPUs, set vllm.servers=1: one tensor-parallel server th
 
 import dataclasses
 
-from configs.h200x4 import get_config as article
 from jaxgrpo.config.settings import Config
+from jaxgrpo.configs.h200x4 import get_config as article
 
 
 def get_config() -> Config:

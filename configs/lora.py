@@ -13,8 +13,8 @@ need, and the result is exported as a PEFT adapter.
 
 import dataclasses
 
-from configs.h200x4 import get_config as article
 from jaxgrpo.config.settings import Config, LoraSettings
+from jaxgrpo.configs.h200x4 import get_config as article
 
 
 def get_config() -> Config:

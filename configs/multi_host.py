@@ -16,8 +16,8 @@ their key.
 import dataclasses
 import os
 
-from configs.h200x4 import get_config as article
 from jaxgrpo.config.settings import Config
+from jaxgrpo.configs.h200x4 import get_config as article
 
 URLS = os.environ.get("JAXGRPO_VLLM_URLS", "http://rollout:8000")
 

@@ -7,13 +7,13 @@ Result     not measured
 
 import dataclasses
 
-from configs.h200x4 import get_config as article
 from jaxgrpo.config.settings import Config
+from jaxgrpo.configs.h200x4 import TASKS
+from jaxgrpo.configs.h200x4 import get_config as article
 
 
 def get_config() -> Config:
-    config = article()
     environment = dataclasses.replace(
-        config.environment, protocol="native", docs="without_response", result_limit=4000
+        TASKS, protocol="native", docs="without_response", result_limit=4000
     )
-    return dataclasses.replace(config, name="native_tools", environment=environment)
+    return dataclasses.replace(article(), name="native_tools", environment=environment)

@@ -1,6 +1,6 @@
 """The demo, with its tasks behind an OpenEnv server: BFCL is played by URL.
 
-Command    python -m tools.serve_openenv --config configs/cpu_demo.py      in one terminal
+Command    python -m jaxgrpo.tools.serve_openenv --config configs/cpu_demo.py      in one terminal
            python -m jaxgrpo.train --config configs/openenv_demo.py             in another
            for another environment: --set environment.environment=http://host:8000
 Hardware   two CPU cores
@@ -14,9 +14,9 @@ environments in process and with tools.
 
 import dataclasses
 
-from configs import cpu_demo
-from envs.openenv import OpenEnv
 from jaxgrpo.config.settings import Config
+from jaxgrpo.configs import cpu_demo
+from jaxgrpo.envs.openenv import OpenEnv
 
 
 def get_config() -> Config:
@@ -27,6 +27,6 @@ def get_config() -> Config:
             "http://127.0.0.1:8000",
             text_field="text",
             final_action={"end": True},  # episodes that a limit ended are scored too
-            sessions=64,  # as tools.serve_openenv allows
+            sessions=64,  # as jaxgrpo.tools.serve_openenv allows
         ),
     )

@@ -6,7 +6,6 @@ Command    python -m jaxgrpo.train --config configs/procedural.py
 Hardware   two CPU cores
 """
 
-from envs.procedural import Warehouse
 from jaxgrpo.config.settings import (
     BatchingSettings,
     Config,
@@ -17,12 +16,14 @@ from jaxgrpo.config.settings import (
     RolloutSettings,
     TrainingSettings,
 )
+from jaxgrpo.envs.procedural import Warehouse
+from jaxgrpo.paths import TINY_MODEL
 
 
 def get_config() -> Config:
     return Config(
         name="procedural",
-        model=ModelSettings(source="assets/tiny-qwen2.5"),
+        model=ModelSettings(source=TINY_MODEL),
         environment=Warehouse(),
         rollout=RolloutSettings(
             group_size=4,

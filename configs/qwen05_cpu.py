@@ -11,7 +11,6 @@ another interpreter with vLLM.
 
 import os
 
-from envs.bfcl import Bfcl
 from jaxgrpo.config.settings import (
     BatchingSettings,
     Config,
@@ -24,6 +23,7 @@ from jaxgrpo.config.settings import (
     TrainingSettings,
     VllmSettings,
 )
+from jaxgrpo.envs.bfcl import Bfcl
 
 
 def get_config() -> Config:

@@ -16,7 +16,6 @@ Departures from the article's recipe:
 - Prompts have one line per tool, and one worked example.
 """
 
-from envs.bfcl import Bfcl
 from jaxgrpo.config.settings import (
     BatchingSettings,
     Config,
@@ -29,6 +28,7 @@ from jaxgrpo.config.settings import (
     RolloutSettings,
     TrainingSettings,
 )
+from jaxgrpo.envs.bfcl import Bfcl
 
 
 def get_config() -> Config:

@@ -1,6 +1,6 @@
 """Questions about small databases, answered with SQL, with the tiny model.
 
-Command    python -m tools.warm_start runs/tiny-sql --config configs/sql.py --until 0.2
+Command    python -m jaxgrpo.tools.warm_start runs/tiny-sql --config configs/sql.py --until 0.2
            python -m jaxgrpo.train --config configs/sql.py --set model.source=runs/tiny-sql
 Hardware   two CPU cores
 Tasks      the 53 training and 17 held-out questions of the first level of envs/sql.py
@@ -12,7 +12,6 @@ so that reinforcement learning alone would find no signal. The first command the
 demonstrations of these questions, and stops early.
 """
 
-from envs.sql import Sql
 from jaxgrpo.config.settings import (
     BatchingSettings,
     Config,
@@ -24,12 +23,14 @@ from jaxgrpo.config.settings import (
     RolloutSettings,
     TrainingSettings,
 )
+from jaxgrpo.envs.sql import Sql
+from jaxgrpo.paths import TINY_MODEL
 
 
 def get_config() -> Config:
     return Config(
         name="sql",
-        model=ModelSettings(source="assets/tiny-qwen2.5"),
+        model=ModelSettings(source=TINY_MODEL),
         environment=Sql(levels=(1,), protocol="tags"),
         rollout=RolloutSettings(
             group_size=8,

@@ -9,9 +9,9 @@ Result     not measured
 
 import dataclasses
 
-from configs.qwen05_gpu import get_config as bfcl
-from envs.sql import Sql
 from jaxgrpo.config.settings import BatchingSettings, Config, EvaluationSettings
+from jaxgrpo.configs.qwen05_gpu import get_config as bfcl
+from jaxgrpo.envs.sql import Sql
 
 
 def get_config() -> Config:

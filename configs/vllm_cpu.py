@@ -11,8 +11,8 @@ another interpreter with vLLM.
 import dataclasses
 import os
 
-from configs.cpu_demo import get_config as demo
 from jaxgrpo.config.settings import Config, EvaluationSettings, VllmSettings
+from jaxgrpo.configs.cpu_demo import get_config as demo
 
 
 def get_config() -> Config:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import sqlite3
 
-from envs.sql_tasks import REFUSALS, Rows, SqlTask, SqlTasks, task_of
+from jaxgrpo.envs.sql_tasks import REFUSALS, Rows, SqlTask, SqlTasks, task_of
 from jaxgrpo.toolkit.environment import ToolEnvironment
 from jaxgrpo.types import Score, Task
 

@@ -1,26 +1,32 @@
-import importlib.machinery
-import importlib.util
-import sys
-from pathlib import Path
+"""Reinforcement learning of language models that use tools over many turns, in JAX.
+
+`from jaxgrpo import train_policy, load_config, ...` gives the library, of which docs/library.md has
+examples. `__init__.pyi` lists its names. Each is imported when it is first used, so that `import
+jaxgrpo` does not import jax.
+"""
+
+import functools
+import importlib
+from typing import Any
 
 from jaxgrpo import startup  # noqa: F401 - takes Ctrl-C while the rest is imported
 
 
-def _import_beside(name: str) -> None:
-    """Import the package that lies beside this one. `python -m` looks in the current folder first,
-    where a user may have a folder of that name; its modules are found too, after this project's
-    (see the package's `__path__`)."""
-    beside = [str(Path(__file__).parents[1])]
-    spec = importlib.machinery.PathFinder.find_spec(name, beside)
-    if spec is None or spec.loader is None or spec.submodule_search_locations is None:
-        return
-    if name in sys.modules:  # this project's modules come first in it all the same
-        ours, known = list(spec.submodule_search_locations), vars(sys.modules[name])
-        known["__path__"] = [*ours, *(one for one in known.get("__path__", ()) if one not in ours)]
-        return
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
+@functools.cache
+def _modules() -> dict[str, str]:
+    """Return the module of each name of the library."""
+    from pathlib import Path
+
+    lines = Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8").splitlines()
+    words = [line.split() for line in lines if line.startswith("from ")]
+    return {name: module for _, module, _, _, _, name in words}
 
 
-_import_beside("envs")
+def __getattr__(name: str) -> Any:
+    if name.startswith("_") or name not in _modules():
+        raise AttributeError(f"module 'jaxgrpo' has no attribute {name!r}")
+    return vars(importlib.import_module(_modules()[name]))[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_modules()})

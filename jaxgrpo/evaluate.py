@@ -75,12 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setup.enable_compilation_cache(config)
         checkpoint = args.checkpoint and absolute(args.checkpoint, start)
         samples = config.evaluation.samples if args.samples is None else args.samples
-        evaluated = _evaluated(config, args.split, args.suite)
+        evaluated = choose(config, args.split, args.suite)
         request = Request(evaluated, samples, checkpoint, args.step, against)
-        _check(request)
+        check_request(request)
         folder = run_folder(args.run_dir, f"{config.name}-eval-{evaluated.name}", start)
         with interruptible(), locked_folder(folder):
-            _evaluate(evaluated.config, request, folder)
+            outcome = evaluate(request, folder)
+        _report(outcome, against)
+        print(f"recorded in {folder}")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -159,7 +161,7 @@ def _name(args: argparse.Namespace) -> str:
     return args.suite or args.split or "test"
 
 
-def _evaluated(config: Config, split: str | None, suite: str | None) -> setup.Evaluated:
+def choose(config: Config, split: str | None, suite: str | None) -> setup.Evaluated:
     """Return what to evaluate: a split of the config's environment, or another of its suites."""
     if suite is None:
         name = "test" if split is None else split
@@ -175,7 +177,8 @@ def _evaluated(config: Config, split: str | None, suite: str | None) -> setup.Ev
     return known[suite]
 
 
-def _check(request: Request) -> None:
+def check_request(request: Request) -> None:
+    """Raise ConfigError that lists what is wrong with a request."""
     problems = []
     if not 1 <= request.samples < 2**31:
         problems.append(f"--samples must be from 1 to {2**31 - 1}, got {request.samples}")
@@ -188,7 +191,9 @@ def _check(request: Request) -> None:
         raise ConfigError("; ".join(problems))
 
 
-def _evaluate(config: Config, request: Request, folder: Path) -> None:
+def evaluate(request: Request, folder: Path) -> Evaluation:
+    """Evaluate, and record the metrics and episodes in `folder`."""
+    config = request.evaluated.config
     setup.check_rewards(config)
     assets = setup.open_model_assets(config)
     tasks = setup.split_tasks(config, request.evaluated.split)
@@ -217,7 +222,11 @@ def _evaluate(config: Config, request: Request, folder: Path) -> None:
     recorder = Recorder(folder, tensorboard=False, wandb_project=None, name=config.name)
     recorder.record(step, outcome.metrics | check)
     recorder.close()
-    _report(outcome, request, step, folder)
+    kind = f"eval-{request.evaluated.name}"
+    path = folder / "trajectories" / f"{kind}-{step:06d}.jsonl.gz"
+    for fault in records.write(path, outcome.result, kind, step):
+        print(fault, file=sys.stderr)
+    return outcome
 
 
 def _read_weights(
@@ -255,19 +264,14 @@ def _check_sampler(
     return check.run(loop, sampler, stored, weights.version)
 
 
-def _report(outcome: Evaluation, request: Request, step: int, folder: Path) -> None:
-    """Write the episodes, and print the metrics and the comparison."""
-    name = request.evaluated.name
-    path = folder / "trajectories" / f"eval-{name}-{step:06d}.jsonl.gz"
-    for fault in records.write(path, outcome.result, f"eval-{name}", step):
-        print(fault, file=sys.stderr)
+def _report(outcome: Evaluation, against: Outcomes | None) -> None:
+    """Print the metrics and the comparison."""
     for key, value in outcome.metrics.items():
         print(f"{key:40} {value:.4f}" if isinstance(value, float) else f"{key:40} {value}")
     print(outcome.headline)
-    if request.against is not None:
+    if against is not None:
         played = (t for group in outcome.result.groups for t in group.trajectories)
-        print(*report(request.against, outcomes("this evaluation", played)), sep="\n")
-    print(f"recorded in {folder}")
+        print(*report(against, outcomes("this evaluation", played)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,10 @@ import os
 import platform
 from pathlib import Path
 
+PACKAGE = Path(__file__).parent
+TINY_MODEL = str(PACKAGE / "assets" / "tiny-qwen2.5")
+"""Folder of the model that comes with jaxgrpo: 2.6 million parameters, for tests and examples."""
+
 
 def absolute(path: str | Path, start: Path | None = None) -> Path:
     """Return a user's path as absolute, relative to `start` (default: the current folder).

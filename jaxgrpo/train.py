@@ -30,6 +30,7 @@ from jaxgrpo.run.batch_metrics import (
     schedule_metrics,
     update_metrics,
 )
+from jaxgrpo.run.callbacks import BatchReport, Callback, Callbacks, EvaluationReport
 from jaxgrpo.run.command_line import config_parser
 from jaxgrpo.run.dry_run import dry_run
 from jaxgrpo.run.evaluation import Evaluator
@@ -62,10 +63,17 @@ class Training:
     """One run, in the process that leads it. `learner` holds all state that a checkpoint saves."""
 
     def __init__(
-        self, config: Config, folder: Path, resume: bool, processes: Processes, stack: ExitStack
+        self,
+        config: Config,
+        folder: Path,
+        resume: bool,
+        processes: Processes,
+        stack: ExitStack,
+        callbacks: Sequence[Callback] = (),
     ):
         setup.check_rewards(config)
         self.config = config
+        self.callbacks = Callbacks(callbacks)
         self.log = RunLog(config, folder, stack)
         self.assets = setup.open_model_assets(config)
         sampled, prompts = setup.training_tasks(config, self.assets)
@@ -94,12 +102,12 @@ class Training:
         return open_sampler(self.config, self.assets, learner, self.loop, learner.folder, stack)
 
     def run(self) -> None:
-        """Train up to the config's last step."""
-        learner, steps = self.learner, self.config.training.steps
+        """Train up to the config's last step, or until a callback ends the run."""
+        learner = self.learner
         if self.config.evaluation.before and learner.state.step == 0:
             self.evaluate()
         self.measure()  # discard start-up time
-        while learner.state.step < steps:
+        while not self.ended:
             result = self.sample()
             learner.batch += 1
             try:
@@ -114,6 +122,11 @@ class Training:
             self.evaluate_if_due()
             self.checkpoint_if_due()
         self.finish()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last step was taken, or a callback has ended the run."""
+        return self.learner.state.step >= self.config.training.steps or self.callbacks.stopped
 
     def sample(self) -> RolloutResult:
         """Wait for the episodes of the next batch. With training.max_staleness, the batches after
@@ -183,8 +196,8 @@ class Training:
         return self.agreement.run(self.loop, self.sampler, params, self.learner.version)
 
     def record(self, prepared: Prepared, reports: Sequence[StepReport]) -> None:
-        """Record a trained batch. The time this takes counts toward the next batch, as does the
-        time of a checkpoint."""
+        """Record a trained batch, and tell the callbacks. The time this takes counts toward the
+        next batch, as does the time of a checkpoint."""
         learner = self.learner
         seconds, sampler_idle_fraction = self.measure()
         compilations = learner.update.compilations
@@ -197,6 +210,7 @@ class Training:
         with learner.clock.phase("record"):
             step = learner.state.step
             self.log.batch(step, metrics, self.lines(prepared, step))
+            self.callbacks.on_batch(BatchReport(step, metrics, tuple(prepared.result.groups)))
 
     def lines(self, prepared: Prepared, step: int) -> list[str]:
         """Return the episodes of a trained batch as lines of their records. Those that were trained
@@ -216,9 +230,8 @@ class Training:
     def evaluate_if_due(self) -> None:
         """Evaluate every `evaluation.every` steps, and at the end if `evaluation.after`."""
         evaluation, step = self.config.evaluation, self.learner.state.step
-        last = step >= self.config.training.steps
         due = crossed_interval(evaluation.every, step, self.learner.advance)
-        if evaluation.after if last else due:
+        if evaluation.after if self.ended else due:
             with self.learner.clock.phase("evaluate"):  # not part of the time of a batch
                 self.evaluate()
             self.loop.call(self.sampler.take_idle_fraction())
@@ -242,13 +255,14 @@ class Training:
                 self.log.no_evaluation(step, one.name, error)
                 continue
             self.log.evaluation(step, one.name, outcome, time.perf_counter() - start)
+            groups = tuple(outcome.result.groups)
+            self.callbacks.on_evaluation(EvaluationReport(step, one.name, outcome.metrics, groups))
 
     def checkpoint_if_due(self) -> None:
         """Save a checkpoint. It comes last, so everything before it is recorded when a run resumes
         from it."""
         step, every = self.learner.state.step, self.config.recording.checkpoint_every
-        last = step >= self.config.training.steps
-        if last or crossed_interval(every, step, self.learner.advance):
+        if self.ended or crossed_interval(every, step, self.learner.advance):
             self.learner.save()
 
     def finish(self) -> None:
@@ -257,10 +271,14 @@ class Training:
 
 
 def train(
-    config: Config, folder: Path, resume: bool = False, processes: Processes | None = None
+    config: Config,
+    folder: Path,
+    resume: bool = False,
+    processes: Processes | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainState:
     """Run a config to its end, recorded in `folder`, and return the final state. Every process of
-    the run calls this; `processes` is None if there is one.
+    the run calls this; `processes` is None if there is one. The first process calls the callbacks.
 
     With `resume`, the run continues from the newest checkpoint in the folder, or starts again if
     there is none. Raises ConfigError if the folder holds a run and `resume` is False, or if that
@@ -278,7 +296,7 @@ def train(
             learner.follow()
             return learner.state
         prepare_run_folder(config, folder, resume, saved)
-        training = Training(config, folder, saved is not None, processes, stack)
+        training = Training(config, folder, saved is not None, processes, stack, callbacks)
         write_atomically(folder / "config.json", to_json(config, places=True))
         training.run()
         processes.send(Command(Work.END))

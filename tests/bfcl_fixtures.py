@@ -4,13 +4,13 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from envs.bfcl import Bfcl
-from envs.bfcl.env import BfclEnvironment
-from envs.bfcl.execution import Call, Session
-from envs.bfcl.simulators import create_instances
-from envs.bfcl.source import open_package
-from envs.bfcl.tasks import Library, load_library
 from jaxgrpo.environment import StepResult
+from jaxgrpo.envs.bfcl import Bfcl
+from jaxgrpo.envs.bfcl.env import BfclEnvironment
+from jaxgrpo.envs.bfcl.execution import Call, Session
+from jaxgrpo.envs.bfcl.simulators import create_instances
+from jaxgrpo.envs.bfcl.source import open_package
+from jaxgrpo.envs.bfcl.tasks import Library, load_library
 from jaxgrpo.types import StopReason, Task
 
 

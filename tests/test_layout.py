@@ -15,7 +15,12 @@ ROOT = Path(__file__).parents[1]
 PARTS = ("jaxgrpo", "envs", "tools", "configs", "benchmarks", "tests")
 
 FLOORS = (
-    ("jaxgrpo.commands", "jaxgrpo.train", "jaxgrpo.evaluate", "jaxgrpo.check"),
+    ("jaxgrpo.starter",),
+    ("jaxgrpo.tools",),
+    ("jaxgrpo.configs",),
+    ("jaxgrpo.envs",),
+    ("jaxgrpo.commands", "jaxgrpo.init", "jaxgrpo.library"),
+    ("jaxgrpo.train", "jaxgrpo.evaluate", "jaxgrpo.check"),
     ("jaxgrpo.viewer",),
     ("jaxgrpo.run",),
     ("jaxgrpo.rollout",),
@@ -27,8 +32,8 @@ FLOORS = (
     ("jaxgrpo.config",),
     ("jaxgrpo.rewards", "jaxgrpo.toolkit"),
     (
-        "jaxgrpo.checked", "jaxgrpo.environment", "jaxgrpo.interruptions", "jaxgrpo.json_files",
-        "jaxgrpo.paths", "jaxgrpo.startup", "jaxgrpo.types",
+        "jaxgrpo.checked", "jaxgrpo.environment", "jaxgrpo.extensions", "jaxgrpo.interruptions",
+        "jaxgrpo.json_files", "jaxgrpo.paths", "jaxgrpo.startup", "jaxgrpo.types",
     ),
 )  # fmt: skip
 """From the top down. A module belongs to the longest of these names that its own name starts with.
@@ -42,8 +47,14 @@ FOR_ENVIRONMENTS = (
 """The parts of jaxgrpo that environments and configs may import. None of them imports jax."""
 
 
+LINKED = ("envs", "tools", "configs")
+"""Folders at the top that are packages of jaxgrpo, by links in `jaxgrpo/`."""
+
+
 def module_of(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] in LINKED:
+        parts = ("jaxgrpo", *parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -108,6 +119,7 @@ def upward(imports: dict[str, list[str]]) -> list[str]:
         for module, all_imported in imports.items()
         if is_of(module, "jaxgrpo") and module != "jaxgrpo"
         for imported in all_imported
+        if imported != "jaxgrpo"
         if is_of(imported, "jaxgrpo") and is_upward(module, imported)
     ]
 
@@ -137,6 +149,12 @@ def test_each_folder_imports_from_those_below_it() -> None:
     assert upward(all_imports()) == []
 
 
+def test_only_the_starter_uses_the_library() -> None:
+    """The library imports everything else, so nothing below may import it."""
+    users = [m for m, names in all_imports().items() if is_of(m, "jaxgrpo") and "jaxgrpo" in names]
+    assert users and [m for m in users if not is_of(m, "jaxgrpo.starter")] == []
+
+
 def test_imports_form_no_cycle() -> None:
     assert cycle(all_imports()) == []
 
@@ -159,7 +177,7 @@ def test_a_cycle_is_found() -> None:
     assert cycle({"a": ["b"], "b": ["c", "d"], "c": [], "d": ["b"]}) == ["b", "d", "b"]
 
 
-def test_jaxgrpo_imports_nothing_that_builds_on_it() -> None:
+def test_jaxgrpo_imports_no_benchmarks_and_no_tests() -> None:
     beside = [
         f"{m} imports {i}"
         for m in all_imports()
@@ -170,9 +188,9 @@ def test_jaxgrpo_imports_nothing_that_builds_on_it() -> None:
     assert beside == []
 
 
-@pytest.mark.parametrize("part", ["envs", "configs"])
+@pytest.mark.parametrize("part", ["jaxgrpo.envs", "jaxgrpo.configs"])
 def test_environments_and_configs_import_only_what_they_may(part: str) -> None:
-    allowed = (*FOR_ENVIRONMENTS, "envs", part)
+    allowed = (*FOR_ENVIRONMENTS, "jaxgrpo.envs", part)
     wrong = [
         f"{m} imports {i}"
         for m in all_imports()
@@ -183,12 +201,12 @@ def test_environments_and_configs_import_only_what_they_may(part: str) -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("part", ["tools", "benchmarks"])
+@pytest.mark.parametrize("part", ["jaxgrpo.tools", "benchmarks"])
 def test_only_tests_and_benchmarks_import_tools_and_benchmarks(part: str) -> None:
     assert [
         m
         for m in all_imports()
-        if m.partition(".")[0] not in (part, "benchmarks", "tests")
+        if not any(is_of(m, one) for one in (part, "benchmarks", "tests"))
         if any(is_of(i, part) for i in all_imports()[m])
     ] == []
 
@@ -196,7 +214,9 @@ def test_only_tests_and_benchmarks_import_tools_and_benchmarks(part: str) -> Non
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "chex")
 NEEDED = {
     "configs and environments": [
-        m for m in FILES if any(is_of(m, part) for part in ("configs", "envs", *FOR_ENVIRONMENTS))
+        m
+        for m in FILES
+        if any(is_of(m, part) for part in ("jaxgrpo.configs", "jaxgrpo.envs", *FOR_ENVIRONMENTS))
     ],
     "vLLM's side": [m for m in FILES if is_of(m, "jaxgrpo.samplers.vllm")],
     "readers of run folders": [
@@ -244,4 +264,12 @@ def test_the_plugin_imports_no_jax_even_indirectly() -> None:
 def test_packages_are_empty() -> None:
     """Importing one module of a folder must not import the others."""
     filled = [m for m in PACKAGES if is_of(m, "jaxgrpo") and FILES[m].read_text().strip()]
-    assert filled == ["jaxgrpo"]  # which has `envs` mean this project's
+    library = [m for m in filled if not is_of(m, "jaxgrpo.envs")]  # which name classes for configs
+    assert library == ["jaxgrpo"]
+
+
+def test_the_folders_at_the_top_are_packages_of_jaxgrpo_and_no_others() -> None:
+    """With an `__init__.py`, a checkout on PYTHONPATH would hide a user's folder of the name."""
+    for name in (*LINKED, "assets"):
+        assert (ROOT / "jaxgrpo" / name).readlink() == Path("..", name)
+        assert not (ROOT / name / "__init__.py").exists()

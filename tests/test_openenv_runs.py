@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from envs.openenv import OpenEnv
 from jaxgrpo import evaluate
 from jaxgrpo import train as train_module
 from jaxgrpo.config.load import load_config
+from jaxgrpo.envs.openenv import OpenEnv
 from jaxgrpo.run import records
 from jaxgrpo.run.skipping import AllGroupsDroppedError
 from jaxgrpo.types import StopReason
@@ -125,8 +125,8 @@ def end_after_steps(folder: Path, steps: int, end: Any) -> None:
 def test_the_config_plays_the_episodes_of_the_demo(tmp_path: Path) -> None:
     """The demo's model on the demo's tasks, direct and through OpenEnv: the same tokens and
     rewards."""
+    from jaxgrpo.tools.openenv_server import application
     from tests.openenv_toys import serving
-    from tools.openenv_server import application
 
     demo = load_config(ROOT / "configs" / "cpu_demo.py")
     with serving(application(demo.environment, 64, demo.rollout.max_turns)) as (url, _):

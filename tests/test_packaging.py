@@ -14,6 +14,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from jaxgrpo.commands import COMMANDS
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -48,33 +50,92 @@ def test_citation_and_project_have_one_version() -> None:
     assert citation["license"] == PROJECT["license"]
 
 
-@pytest.mark.slow
-def test_the_wheel_is_installed_and_its_commands_run_anywhere(tmp_path: Path) -> None:
-    source = tmp_path / "source"  # building leaves files behind
-    for folder in ("jaxgrpo", "envs", "tools"):
-        shutil.copytree(ROOT / folder, source / folder)
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, source)
-    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path)]
+def built_wheel(folder: Path) -> Path:
+    """Build the wheel from a copy of the checkout, because building leaves files behind."""
+    source = folder / "source"
+    for name in ("jaxgrpo", "envs", "tools", "configs", "assets", "docs"):
+        left_out = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=left_out)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder)]
     subprocess.run([*pip, str(source)], check=True)
-    (wheel,) = tmp_path.glob("jaxgrpo-*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert "jaxgrpo/py.typed" in names
-    explained = zipfile.ZipFile(wheel).read("jaxgrpo/viewer/metrics.md")
-    assert explained == (ROOT / "docs" / "metrics.md").read_bytes()
-    at_top = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
-    assert at_top == {"jaxgrpo", "envs", "tools"}
+    (wheel,) = folder.glob("jaxgrpo-*.whl")
+    return wheel
 
-    environment, empty = tmp_path / "venv", tmp_path / "empty"
-    empty.mkdir()
-    venv.create(environment, with_pip=False)
-    (site,) = environment.glob("lib/python*/site-packages")
-    (site / "rest.pth").write_text(sysconfig.get_path("purelib"))  # the dependencies
-    python = environment / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "-I", "--no-deps"]
+
+def installed_in(folder: Path, wheel: Path) -> Path:
+    """Install the wheel into a new environment, which has the dependencies of this one, and return
+    its folder of programs."""
+    venv.create(folder, with_pip=False)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "rest.pth").write_text(sysconfig.get_path("purelib"))
+    python = str(folder / "bin" / "python")
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "-I", "--no-deps"]
     subprocess.run([*pip, str(wheel)], check=True)
-    for script in PROJECT["scripts"]:
-        command = [environment / "bin" / script, "--help"]
-        done = subprocess.run(command, cwd=empty, capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, ""), script
-        assert "--config CONFIG" in done.stdout
+    return folder / "bin"
+
+
+def ran(folder: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder, without this checkout."""
+    bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run(command, cwd=folder, env=bare, capture_output=True, text=True)
+
+
+TWO_STEPS = ("training.steps=2", "evaluation.before=false", "evaluation.after=false")
+
+
+@pytest.mark.slow
+def test_the_wheel_is_jaxgrpo_alone_and_runs_anywhere(tmp_path: Path) -> None:
+    wheel = built_wheel(tmp_path)
+    names = zipfile.ZipFile(wheel).namelist()
+    at_top = {name.partition("/")[0] for name in names}
+    assert at_top == {"jaxgrpo", f"jaxgrpo-{PROJECT['version']}.dist-info"}
+    for needed in (
+        "py.typed", "__init__.pyi", "configs/article/final.py", "envs/bfcl/suite.py",
+        "assets/tiny-qwen2.5/model.safetensors", "starter/guess.py",
+        "viewer/schema.sql",
+    ):  # fmt: skip
+        assert f"jaxgrpo/{needed}" in names
+    explained = zipfile.ZipFile(wheel).read("jaxgrpo/viewer/metrics.md")
+    assert not any(name.endswith(".sh") for name in names)  # it installs from a checkout
+    assert explained == (ROOT / "docs" / "metrics.md").read_bytes()
+
+    programs, empty = installed_in(tmp_path / "venv", wheel), tmp_path / "empty"
+    for name in ("envs", "tools", "configs"):  # a user's own
+        (empty / name).mkdir(parents=True)
+        (empty / name / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    where = ran(empty, programs / "python", "-c", "import jaxgrpo; print(jaxgrpo.__file__)")
+    assert where.stdout.startswith(str(tmp_path / "venv"))
+    assert list(PROJECT["scripts"]) == ["jaxgrpo"]
+    for command in COMMANDS:
+        done = ran(empty, programs / "jaxgrpo", command, "--help")
+        assert (done.returncode, done.stderr) == (0, ""), command
+    for tool in ("plan_memory", "convert_hf_to_orbax", "serve_vllm"):
+        done = ran(empty, programs / "python", "-m", f"jaxgrpo.tools.{tool}", "--help")
+        assert (done.returncode, done.stderr) == (0, ""), tool
+
+    overrides = [word for setting in TWO_STEPS for word in ("--set", setting)]
+    done = ran(empty, programs / "jaxgrpo", "train", "--config", "procedural", *overrides)
+    assert done.returncode == 0, done.stderr
+    assert (empty / "runs" / "procedural" / "hf" / "model.safetensors").is_file()
+    done = ran(empty, programs / "jaxgrpo", "init", "mine")
+    assert done.returncode == 0, done.stderr
+    done = ran(empty / "mine", programs / "jaxgrpo", "train", "--config", "config.py", *overrides)
+    assert done.returncode == 0, done.stderr
+    done = ran(empty / "mine", programs / "jaxgrpo", "view", "--text", "runs/guess")
+    assert done.returncode == 0, done.stderr
+    config = ran(empty, programs / "python", "-c", LOADS_ALL)
+    assert config.returncode == 0, config.stderr
+
+
+LOADS_ALL = """
+from jaxgrpo.config.files import packaged_configs
+from jaxgrpo import load_config
+from jaxgrpo.envs.bfcl import Bfcl
+names = list(packaged_configs())
+assert len(names) > 20, names
+assert isinstance(load_config("cpu_demo").environment, Bfcl)
+for name in names:
+    load_config(name)
+"""

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from envs.procedural import Warehouse
 from jaxgrpo import train as train_module
 from jaxgrpo.config.settings import BatchingSettings, Config
+from jaxgrpo.envs.procedural import Warehouse
 from jaxgrpo.train import train
 from tests.training import changed, make_model, metric_lines
 

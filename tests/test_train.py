@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from envs.procedural import Warehouse
 from jaxgrpo import train as train_module
 from jaxgrpo.config.settings import BatchingSettings, ConfigError
+from jaxgrpo.envs.procedural import Warehouse
 from jaxgrpo.learner.sharding import logical_leaf, logical_on_host
 from jaxgrpo.learner.train_state import TrainState
 from jaxgrpo.models.model_config import ModelConfig

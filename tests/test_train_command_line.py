@@ -356,7 +356,7 @@ class TestCommandLine:
             )
             in err
         )
-        assert "tools.plan_memory" in err and "BufferAssignment" not in err
+        assert "jaxgrpo.tools.plan_memory" in err and "BufferAssignment" not in err
 
     def test_sigterm_ends_the_run_and_says_how_to_go_on(
         self,

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.cpu_demo import get_config as demo
 from jaxgrpo.config.load import load_config
 from jaxgrpo.config.settings import Config
+from jaxgrpo.configs.cpu_demo import get_config as demo
 from jaxgrpo.run import records
 from jaxgrpo.train import train
 from jaxgrpo.types import Trajectory

@@ -12,10 +12,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from envs.bfcl.rewards import Correctness, Execution, Format
 from jaxgrpo.config.encoding import encode
 from jaxgrpo.config.load import load_config
 from jaxgrpo.config.overrides import leaves
+from jaxgrpo.envs.bfcl.rewards import Correctness, Execution, Format
 from jaxgrpo.rewards.judge import GibberishJudge
 from jaxgrpo.train import main
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from configs.vllm_cpu import get_config as vllm_cpu
-from envs.procedural import Warehouse
 from jaxgrpo.config.settings import BatchingSettings, Config, EvaluationSettings
+from jaxgrpo.configs.vllm_cpu import get_config as vllm_cpu
+from jaxgrpo.envs.procedural import Warehouse
 from jaxgrpo.run import setup
 from jaxgrpo.run.samplers import server_plan
 from jaxgrpo.samplers.vllm.server import VllmServer

@@ -1,10 +1,11 @@
 """Convert a Hugging Face Qwen2 or Qwen2.5 folder to an orbax folder, bit for bit.
 
-    python -m tools.convert_hf_to_orbax /models/Qwen2.5-7B-Instruct /models/qwen-7b-orbax
-    python -m tools.convert_hf_to_orbax Qwen/Qwen2.5-0.5B-Instruct OUT --revision COMMIT
+    python -m jaxgrpo.tools.convert_hf_to_orbax /models/Qwen2.5-7B-Instruct /models/qwen-7b-orbax
+    python -m jaxgrpo.tools.convert_hf_to_orbax Qwen/Qwen2.5-0.5B-Instruct OUT --revision COMMIT
 
 The destination holds the weights (params/, an orbax checkpoint), config.json and the tokenizer. A
-run can use it as its model, and tools.convert_orbax_to_hf converts it back without the source.
+run can use it as its model, and jaxgrpo.tools.convert_orbax_to_hf converts it back without the
+source.
 Tensors are streamed, so that memory holds about the largest tensor of one layer.
 """
 
@@ -16,7 +17,7 @@ import absl.logging
 
 from jaxgrpo.paths import absolute
 from jaxgrpo.storage import hf_mapping, pretrained
-from tools.arguments import failed
+from jaxgrpo.tools.arguments import failed
 
 
 def main() -> None:
@@ -36,7 +37,8 @@ def main() -> None:
         folder = pretrained.locate(args.source, args.revision)
         if pretrained.is_orbax(folder):
             raise ValueError(
-                f"{folder} is already an orbax folder: tools.convert_orbax_to_hf converts it back"
+                f"{folder} is already an orbax folder: jaxgrpo.tools.convert_orbax_to_hf converts "
+                "it back"
             )
         source = pretrained.open_weights(folder)
         pretrained.write_orbax(source, args.destination)

@@ -1,6 +1,6 @@
 """Convert an orbax folder to a Hugging Face folder for transformers and vLLM, bit for bit.
 
-    python -m tools.convert_orbax_to_hf /models/qwen-7b-orbax /models/qwen-7b-hf
+    python -m jaxgrpo.tools.convert_orbax_to_hf /models/qwen-7b-orbax /models/qwen-7b-hf
 
 Weights above the shard size are sharded, with an index. Tensors are streamed, so that memory holds
 about two of the largest.
@@ -12,7 +12,7 @@ import time
 
 from jaxgrpo.paths import absolute
 from jaxgrpo.storage import hf_mapping, pretrained
-from tools.arguments import failed, positive_number
+from jaxgrpo.tools.arguments import failed, positive_number
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Make the tiny model of configs/cpu_demo.py.
 
-    python -m tools.make_tiny_model DESTINATION [--until P] [--seed S]
+    python -m jaxgrpo.tools.make_tiny_model DESTINATION [--until P] [--seed S]
 
 The model has the architecture of Qwen2.5 and its own byte-level BPE tokenizer, in Hugging Face
 layout. It has a warm start: supervised training on demonstrations of the first queries of BFCL's
@@ -27,7 +27,7 @@ from jax import Array
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from envs.bfcl import Bfcl
+from jaxgrpo.envs.bfcl import Bfcl
 from jaxgrpo.learner.batching import bucket
 from jaxgrpo.learner.losses import Head, token_logprobs
 from jaxgrpo.learner.sharding import Replicated, embed
@@ -43,8 +43,8 @@ from jaxgrpo.models.qwen2 import (
 from jaxgrpo.paths import absolute
 from jaxgrpo.rollout.chat import Chat
 from jaxgrpo.storage.pretrained import load_tokenizer, save_hf
+from jaxgrpo.tools.arguments import failed, positive_integer, positive_number
 from jaxgrpo.types import Task
-from tools.arguments import failed, positive_integer, positive_number
 
 WORDS = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+")
 CONTEXT = 4096
@@ -330,7 +330,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.make_tiny_model", description=__doc__.splitlines()[0]
+        prog="python -m jaxgrpo.tools.make_tiny_model", description=__doc__.splitlines()[0]
     )
     parser.add_argument("destination", type=absolute)
     parser.add_argument(

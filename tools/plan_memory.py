@@ -1,8 +1,8 @@
 """Plan what a run needs: memory, operations, traffic, time and cost.
 
-    python -m tools.plan_memory --config configs/h200x4.py
-    python -m tools.plan_memory --config configs/h200x4.py --prompt 4096 --completion 1024 --table
-    python -m tools.plan_memory --config configs/h200x4.py --rollout-tokens-per-second 9000
+    python -m jaxgrpo.tools.plan_memory --config configs/h200x4.py
+    python -m jaxgrpo.tools.plan_memory --config h200x4 --prompt 4096 --completion 1024 --table
+    python -m jaxgrpo.tools.plan_memory --config configs/h200x4.py --rollout-tokens-per-second 9000
 
 The train step is compiled from shapes alone, without weights. If jax's CUDA wheels are installed,
 it is compiled for the GPU, which need not be there, and the memory is the compiler's. Otherwise it
@@ -19,10 +19,10 @@ import sys
 from collections.abc import Sequence
 
 from jaxgrpo.config.settings import ConfigError
-from tools.arguments import positive_integer, positive_number
-from tools.plan_report import as_json, describe, notes, refusal, table
-from tools.plans import Planner
-from tools.targets import TARGETS, simulate
+from jaxgrpo.tools.arguments import positive_integer, positive_number
+from jaxgrpo.tools.plan_report import as_json, describe, notes, refusal, table
+from jaxgrpo.tools.plans import Planner
+from jaxgrpo.tools.targets import TARGETS, simulate
 
 TABLE_GPUS = (4, 8, 64, 512)
 

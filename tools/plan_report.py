@@ -6,10 +6,10 @@ from typing import Any
 
 from jaxgrpo.config.settings import Config, ConfigError
 from jaxgrpo.run.setup import open_tasks, parameter_count
-from tools.planning import Forecast, Work, hardware_flops
-from tools.plans import Plan, Planner
-from tools.step_memory import describe_collectives
-from tools.targets import GIB
+from jaxgrpo.tools.planning import Forecast, Work, hardware_flops
+from jaxgrpo.tools.plans import Plan, Planner
+from jaxgrpo.tools.step_memory import describe_collectives
+from jaxgrpo.tools.targets import GIB
 
 _JAX_FRACTION = 0.75
 """Fraction of a GPU's memory that jax takes by default. XLA_CLIENT_MEM_FRACTION changes it."""

@@ -14,10 +14,16 @@ from jaxgrpo.learner.sharding import make_mesh
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.run.setup import count_micro_batches, update_on
 from jaxgrpo.storage.pretrained import locate
-from tools.model_sizes import known_size
-from tools.planning import Cluster, Forecast, GroupShape, Work, forecast, state_bytes
-from tools.step_memory import StepMemory, measure
-from tools.targets import TARGETS, Target, can_compile_for_gpus, described_gpus, simulated_devices
+from jaxgrpo.tools.model_sizes import known_size
+from jaxgrpo.tools.planning import Cluster, Forecast, GroupShape, Work, forecast, state_bytes
+from jaxgrpo.tools.step_memory import StepMemory, measure
+from jaxgrpo.tools.targets import (
+    TARGETS,
+    Target,
+    can_compile_for_gpus,
+    described_gpus,
+    simulated_devices,
+)
 
 
 @dataclasses.dataclass(frozen=True)

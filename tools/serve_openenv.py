@@ -1,7 +1,7 @@
 """Serve a suite as an environment of OpenEnv, for clients of any trainer.
 
-    python -m tools.serve_openenv --suite envs.bfcl:Bfcl
-    python -m tools.serve_openenv --config configs/cpu_demo.py --set environment.max_turns=2
+    python -m jaxgrpo.tools.serve_openenv --suite jaxgrpo.envs.bfcl:Bfcl
+    python -m jaxgrpo.tools.serve_openenv --config configs/cpu_demo.py --set environment.max_turns=2
 
 Prints its URL and serves until it is interrupted. Needs the package openenv
 (pip install 'jaxgrpo[openenv]'). See docs/openenv.md.
@@ -14,12 +14,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from envs.openenv.in_process import package_fault
 from jaxgrpo.config.files import add_import_folders, find
 from jaxgrpo.config.load import apply_override, load_config
 from jaxgrpo.config.settings import Config, ConfigError, ModelSettings
+from jaxgrpo.envs.openenv.in_process import package_fault
 from jaxgrpo.interruptions import interruptible, run_program
-from tools.arguments import positive_integer
+from jaxgrpo.tools.arguments import positive_integer
 
 KEY_VARIABLE = "JAXGRPO_OPENENV_KEY"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -28,7 +28,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.serve_openenv",
+        prog="python -m jaxgrpo.tools.serve_openenv",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -68,7 +68,7 @@ def suite_config(args: argparse.Namespace) -> Config:
         return load_config(args.config, args.set)
     add_import_folders([str(Path.cwd())])
     if ":" not in args.suite:
-        raise ConfigError(f"--suite must be like envs.bfcl:Bfcl, got {args.suite!r}")
+        raise ConfigError(f"--suite must be like jaxgrpo.envs.bfcl:Bfcl, got {args.suite!r}")
     try:
         suite = find(args.suite, None)()
     except (TypeError, ValueError) as error:
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     import uvicorn
 
-    from tools.openenv_server import Guard, application
+    from jaxgrpo.tools.openenv_server import Guard, application
 
     turns = args.max_turns or config.rollout.max_turns
     hosts = LOOPBACK if args.host in LOOPBACK else ()

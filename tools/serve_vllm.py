@@ -1,6 +1,6 @@
 """Start the vLLM server of a config by hand, on any host. It runs until it is interrupted.
 
-python -m tools.serve_vllm --config FILE [--set key=value ...] [--log FILE]
+python -m jaxgrpo.tools.serve_vllm --config FILE [--set key=value ...] [--log FILE]
 """
 
 import argparse
@@ -23,7 +23,7 @@ from jaxgrpo.samplers.vllm.server import ServerError, VllmServer
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the config's server until it is interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m tools.serve_vllm", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m jaxgrpo.tools.serve_vllm", description=__doc__)
     parser.add_argument("--config", required=True, help="a Python file with get_config()")
     parser.add_argument(
         "--set",

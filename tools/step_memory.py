@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from jax.stages import Compiled
 
 from jaxgrpo.learner.update import LoweredStep
-from tools.hlo import Collective, collectives
-from tools.planning import StateBytes
+from jaxgrpo.tools.hlo import Collective, collectives
+from jaxgrpo.tools.planning import StateBytes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Compare two model folders, of either layout, tensor by tensor and bit for bit.
 
-    python -m tools.verify_conversion /models/Qwen2.5-7B-Instruct /models/qwen-7b-orbax
-    python -m tools.verify_conversion /models/Qwen2.5-0.5B-Instruct /models/qwen-0.5b-orbax --logits
+    python -m jaxgrpo.tools.verify_conversion /models/Qwen2.5-7B-Instruct /models/qwen-7b-orbax
+    python -m jaxgrpo.tools.verify_conversion /models/Qwen2.5-0.5B /models/qwen-0.5b-orbax --logits
 
 If tensors differ, the exit status is 1, and they are named. If the folders cannot be compared, it
 is 2. `--logits` also compares this project's forward pass with the second folder to transformers
@@ -17,7 +17,7 @@ import numpy as np
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.paths import absolute
 from jaxgrpo.storage import hf_mapping, pretrained
-from tools.arguments import failed
+from jaxgrpo.tools.arguments import failed
 
 _PROMPTS = ("def quicksort(items):", "The capital of France is", "1 2 3 5 8 13 21")
 _SHOWN = 20

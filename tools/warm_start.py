@@ -1,6 +1,6 @@
 """Train a model on the demonstrations of a suite, so that reinforcement learning finds a signal.
 
-    python -m tools.warm_start DESTINATION --config FILE [--until P] [--tasks N]
+    python -m jaxgrpo.tools.warm_start DESTINATION --config FILE [--until P] [--tasks N]
 
 The config's environment must have `demonstration(task)`, which returns policy turns that solve a
 task. Only tasks of its train split are demonstrated. Training starts from the config's model and
@@ -18,8 +18,8 @@ from jaxgrpo.config.settings import Config, ConfigError
 from jaxgrpo.paths import absolute
 from jaxgrpo.run import setup
 from jaxgrpo.storage.pretrained import save_hf
-from tools.arguments import failed, positive_integer, positive_number
-from tools.make_tiny_model import add_training_flags, demonstration_ids, warm_start
+from jaxgrpo.tools.arguments import failed, positive_integer, positive_number
+from jaxgrpo.tools.make_tiny_model import add_training_flags, demonstration_ids, warm_start
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def _demonstrated(config: Config) -> Any:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.warm_start", description=__doc__.splitlines()[0]
+        prog="python -m jaxgrpo.tools.warm_start", description=__doc__.splitlines()[0]
     )
     parser.add_argument("destination", type=absolute)
     parser.add_argument("--config", required=True, help="config whose model is trained")

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.gpu.rows import Context, Row, last_line
-from envs.bfcl.source import SourceError, open_package
+from jaxgrpo.envs.bfcl.source import SourceError, open_package
 
 _ROOT = Path(__file__).parents[2]
 _TINY = (

@@ -3,16 +3,17 @@
 A row is an optimizer step (forward, backward, clipping, AdamW; no KL) on four groups of eight
 uneven completions, batched as in training, in bfloat16.
 
-- `mfu` counts the FLOPs of the model on real tokens (tools.planning): only pairs that causal
-  attention and the lengths allow, and no recomputation. It is relative to the median time and the
-  measured peak rate.
+- `mfu` counts the FLOPs of the model on real tokens (jaxgrpo.tools.planning): only pairs that
+  causal attention and the lengths allow, and no recomputation. It is relative to the median time
+  and the measured peak rate.
 - `mfu_padded` counts padding as if it were real.
 - `hardware` also counts what the backward pass computes again.
 
-A unit is "MODEL KERNEL REMAT". The unit "plan" predicts the largest steps, like tools.plan_memory,
-without running them. Units with the faster kernel and attention's output saved time both prompts
-and the forward pass without gradients. The others time the longer prompt. The allocator's peak is
-that of the process so far; prompts grow, so each peak belongs to its prompt.
+A unit is "MODEL KERNEL REMAT". The unit "plan" predicts the largest steps, like
+jaxgrpo.tools.plan_memory, without running them. Units with the faster kernel and attention's output
+saved time both prompts and the forward pass without gradients. The others time the longer prompt.
+The allocator's peak is that of the process so far; prompts grow, so each peak belongs to its
+prompt.
 """
 
 import dataclasses
@@ -35,9 +36,15 @@ from jaxgrpo.models.attention import XLA, Kernel
 from jaxgrpo.models.cudnn import CUDNN, unusable
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params
-from tools.planning import GroupShape, forward_flops, hardware_flops, model_flops, state_bytes
-from tools.step_memory import measure
-from tools.targets import TARGETS, Target, can_compile_for_gpus, described_gpus
+from jaxgrpo.tools.planning import (
+    GroupShape,
+    forward_flops,
+    hardware_flops,
+    model_flops,
+    state_bytes,
+)
+from jaxgrpo.tools.step_memory import measure
+from jaxgrpo.tools.targets import TARGETS, Target, can_compile_for_gpus, described_gpus
 
 KERNELS: dict[str, Kernel] = {"cudnn": CUDNN, "xla": XLA}
 _PROMPTS, _TINY_PROMPTS = (1024, 4096), (64, 300)
@@ -180,7 +187,7 @@ def target_here() -> Target | None:
 
 
 def predicted_bytes(plan: Plan, update: Update, shape: GroupShape) -> int:
-    """Predict the peak of a step with micro-batches of this shape, as tools.plan_memory does."""
+    """Predict the peak of a step with micro-batches of this shape, as plan_memory does."""
     lowered = update.lower(1, len(shape.completions), shape.prompt, max(shape.completions))
     gpu = update.mesh.devices.flat[0].platform != "cpu"
     return measure(lowered, state_bytes(plan.model, 1, reference=False), gpu=gpu).peak

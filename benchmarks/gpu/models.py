@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from jaxgrpo.learner.sharding import Layout
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params, param_shapes
-from tools.model_sizes import QWEN2_5
-from tools.planning import MASTER_BYTES, layer_matrix_parameters
+from jaxgrpo.tools.model_sizes import QWEN2_5
+from jaxgrpo.tools.planning import MASTER_BYTES, layer_matrix_parameters
 
 TINY = ModelConfig(512, 64, 2, 4, 2, 16, 128, 4096, 1e6, 1e-6, True)
 _STATE_BYTES = 4 * MASTER_BYTES  # per parameter: weight, two moments and gradient

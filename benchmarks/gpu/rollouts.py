@@ -6,8 +6,8 @@ import numpy as np
 
 from jaxgrpo.config.settings import BatchingSettings
 from jaxgrpo.learner.batching import make_micro_batches
+from jaxgrpo.tools.planning import GroupShape
 from jaxgrpo.types import Group, Message, MicroBatch, Score, StopReason, Task, Trajectory
-from tools.planning import GroupShape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from benchmarks.gpu.rows import Context, Row, in_time
 from benchmarks.torch_model import new_causal_lm
 from jaxgrpo.config.settings import LossSettings, OptimizerSettings
 from jaxgrpo.models.model_config import ModelConfig
-from tools.model_sizes import QWEN2_5
+from jaxgrpo.tools.model_sizes import QWEN2_5
 
 _PROMPTS, _TINY_PROMPTS = (1024, 4096), (64,)
 _TINY_MODEL = ModelConfig(512, 64, 2, 4, 2, 16, 128, 4096, 1e6, 1e-6, True)

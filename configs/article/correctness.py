@@ -10,9 +10,9 @@ turns, it matches calls turn by turn.
 
 import dataclasses
 
-from configs.h200x4 import get_config as article
-from envs.bfcl.rewards import Correctness, article_rewards
 from jaxgrpo.config.settings import Config
+from jaxgrpo.configs.h200x4 import get_config as article
+from jaxgrpo.envs.bfcl.rewards import Correctness, article_rewards
 
 
 def get_config() -> Config:

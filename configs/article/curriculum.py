@@ -15,8 +15,9 @@ The article's code sorts its tasks like this, but the sampler of its trainer the
 
 import dataclasses
 
-from configs.h200x4 import get_config as article
 from jaxgrpo.config.settings import Config
+from jaxgrpo.configs.h200x4 import TASKS
+from jaxgrpo.configs.h200x4 import get_config as article
 
 
 def get_config() -> Config:
@@ -25,7 +26,7 @@ def get_config() -> Config:
         config,
         name="article_curriculum",
         environment=dataclasses.replace(
-            config.environment, curriculum=True, max_turns=4, stop_at_lost_turn=False
+            TASKS, curriculum=True, max_turns=4, stop_at_lost_turn=False
         ),
         rollout=dataclasses.replace(config.rollout, task_order="as_given", max_turns=40),
     )

@@ -11,9 +11,9 @@ is 1 if every turn reasons and then calls tools or ends, and counts only with fu
 
 import dataclasses
 
-from configs.h200x4 import get_config as article
-from envs.bfcl.rewards import Correctness, Execution, Format, article_rewards
 from jaxgrpo.config.settings import Config
+from jaxgrpo.configs.h200x4 import get_config as article
+from jaxgrpo.envs.bfcl.rewards import Correctness, Execution, Format, article_rewards
 
 
 def get_config() -> Config:

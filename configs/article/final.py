@@ -7,8 +7,8 @@ Result     not measured here; the article reports 55 % -> 78 % on the held-out t
 
 import dataclasses
 
-from configs.h200x4 import get_config as article
 from jaxgrpo.config.settings import Config
+from jaxgrpo.configs.h200x4 import get_config as article
 
 
 def get_config() -> Config:

@@ -7,9 +7,9 @@ Result     not measured here
 
 import dataclasses
 
-from configs.h200x4 import get_config as article
-from envs.bfcl.rewards import Correctness, Format, article_rewards
 from jaxgrpo.config.settings import Config
+from jaxgrpo.configs.h200x4 import get_config as article
+from jaxgrpo.envs.bfcl.rewards import Correctness, Format, article_rewards
 
 
 def get_config() -> Config:

@@ -14,8 +14,8 @@ statistics and needs no service (docs/rewards.md).
 
 import dataclasses
 
-from configs.h200x4 import get_config as article
 from jaxgrpo.config.settings import Config
+from jaxgrpo.configs.h200x4 import get_config as article
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rewards.judge import GibberishJudge
 

@@ -10,8 +10,8 @@ The trainer in the article's code has beta 0.04 and a fixed reference by default
 
 import dataclasses
 
-from configs.h200x4 import get_config as article
 from jaxgrpo.config.settings import Config, LossSettings
+from jaxgrpo.configs.h200x4 import get_config as article
 
 
 def get_config() -> Config:

@@ -7,8 +7,8 @@ Result     not measured here
 
 import dataclasses
 
-from configs.h200x4 import get_config as article
 from jaxgrpo.config.settings import Config, LossSettings
+from jaxgrpo.configs.h200x4 import get_config as article
 
 
 def get_config() -> Config:

@@ -9,11 +9,11 @@ Result     not measured here
 
 import dataclasses
 
-from configs.h200x4 import get_config as article
 from jaxgrpo.config.settings import Config
+from jaxgrpo.configs.h200x4 import TASKS
+from jaxgrpo.configs.h200x4 import get_config as article
 
 
 def get_config() -> Config:
-    config = article()
-    environment = dataclasses.replace(config.environment, reward="call_match")
-    return dataclasses.replace(config, name="article_own_rubric", environment=environment)
+    environment = dataclasses.replace(TASKS, reward="call_match")
+    return dataclasses.replace(article(), name="article_own_rubric", environment=environment)

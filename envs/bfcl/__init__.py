@@ -1,5 +1,5 @@
 """BFCL's multi-turn tasks as an environment. A config names `Bfcl(...)`."""
 
-from envs.bfcl.suite import Bfcl
+from jaxgrpo.envs.bfcl.suite import Bfcl
 
 __all__ = ["Bfcl"]

@@ -8,12 +8,12 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from envs.bfcl import docs, protocols, scoring
-from envs.bfcl.execution import Call, CallResult, Session
-from envs.bfcl.protocols import Protocol
-from envs.bfcl.scoring import TurnVerdict
-from envs.bfcl.tasks import BfclTask, BfclTurn, Library
 from jaxgrpo.environment import Observation, StepResult
+from jaxgrpo.envs.bfcl import docs, protocols, scoring
+from jaxgrpo.envs.bfcl.execution import Call, CallResult, Session
+from jaxgrpo.envs.bfcl.protocols import Protocol
+from jaxgrpo.envs.bfcl.scoring import TurnVerdict
+from jaxgrpo.envs.bfcl.tasks import BfclTask, BfclTurn, Library
 from jaxgrpo.toolkit.calls import Action, ToolRequest, run_in_order
 from jaxgrpo.types import Score, StopReason, ToolCall
 

@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from envs.bfcl import guards
+from jaxgrpo.envs.bfcl import guards
 
 # The first writes mpmath's constants and Python's limit on digits, the second a shared table.
 _SHARED_STATE = frozenset({"logarithm", "get_outside_temperature_from_google"})

@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import Protocol as TypingProtocol
 
-from envs.bfcl import docs
 from jaxgrpo.environment import Observation
+from jaxgrpo.envs.bfcl import docs
 from jaxgrpo.toolkit import protocols
 from jaxgrpo.toolkit.protocols import ToolProtocol
 from jaxgrpo.types import Message, ToolCall

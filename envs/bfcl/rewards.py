@@ -20,9 +20,9 @@ import re
 from collections.abc import Sequence
 from typing import ClassVar
 
-from envs.bfcl.protocols import PROTOCOLS
-from envs.bfcl.suite import Bfcl
 from jaxgrpo.config.settings import Config
+from jaxgrpo.envs.bfcl.protocols import PROTOCOLS
+from jaxgrpo.envs.bfcl.suite import Bfcl
 from jaxgrpo.rewards.base import ENVIRONMENT, Function, RewardFunction, RewardSettings, parts_of
 from jaxgrpo.toolkit import tags
 from jaxgrpo.types import Score, Trajectory
@@ -50,7 +50,7 @@ class _OfBfcl(RewardFunction):
         if isinstance(config.environment, Bfcl):
             return ()
         kind = type(config.environment).__name__
-        return (f"it judges episodes of envs.bfcl.Bfcl, but the environment is {kind}",)
+        return (f"it judges episodes of jaxgrpo.envs.bfcl.Bfcl, but the environment is {kind}",)
 
 
 @dataclasses.dataclass(frozen=True)

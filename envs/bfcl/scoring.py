@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from envs.bfcl.execution import Call, CallResult, Session
+from jaxgrpo.envs.bfcl.execution import Call, CallResult, Session
 from jaxgrpo.types import Difference, Score
 
 T = TypeVar("T")

@@ -26,8 +26,8 @@ from typing import Any
 
 import mpmath
 
-from envs.bfcl import stable_sets
-from envs.bfcl.source import RELEASES, Package, SourceError
+from jaxgrpo.envs.bfcl import stable_sets
+from jaxgrpo.envs.bfcl.source import RELEASES, Package, SourceError
 
 MODULES = {
     "GorillaFileSystem": "gorilla_file_system",

@@ -4,12 +4,13 @@ import dataclasses
 import difflib
 from collections.abc import Collection, Sequence
 
-from envs.bfcl.docs import DETAILS
-from envs.bfcl.env import BfclEnvironment, EpisodeOptions
-from envs.bfcl.protocols import EXAMPLES, PROTOCOLS
-from envs.bfcl.simulators import MODULES
-from envs.bfcl.source import RELEASES, open_package
-from envs.bfcl.tasks import (
+from jaxgrpo.environment import Environment
+from jaxgrpo.envs.bfcl.docs import DETAILS
+from jaxgrpo.envs.bfcl.env import BfclEnvironment, EpisodeOptions
+from jaxgrpo.envs.bfcl.protocols import EXAMPLES, PROTOCOLS
+from jaxgrpo.envs.bfcl.simulators import MODULES
+from jaxgrpo.envs.bfcl.source import RELEASES, open_package
+from jaxgrpo.envs.bfcl.tasks import (
     CATEGORIES,
     BfclTask,
     Library,
@@ -18,7 +19,6 @@ from envs.bfcl.tasks import (
     load_library,
     split_ids,
 )
-from jaxgrpo.environment import Environment
 from jaxgrpo.types import ExpectedCall, Task
 
 REWARDS = ("official", "call_match")

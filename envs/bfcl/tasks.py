@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from envs.bfcl import simulators
-from envs.bfcl.docs import Document
-from envs.bfcl.execution import Call, Session, parse_call
-from envs.bfcl.source import RELEASES, Package, SourceError
+from jaxgrpo.envs.bfcl import simulators
+from jaxgrpo.envs.bfcl.docs import Document
+from jaxgrpo.envs.bfcl.execution import Call, Session, parse_call
+from jaxgrpo.envs.bfcl.source import RELEASES, Package, SourceError
 from jaxgrpo.types import Task
 
 CATEGORIES = ("base", "miss_func", "miss_param", "long_context")

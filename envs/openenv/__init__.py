@@ -1,5 +1,5 @@
 """Environments of OpenEnv as suites: `environment=OpenEnv("http://host:8000")`."""
 
-from envs.openenv.suite import OpenEnv
+from jaxgrpo.envs.openenv.suite import OpenEnv
 
 __all__ = ["OpenEnv"]

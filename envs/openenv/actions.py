@@ -14,8 +14,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
-from envs.openenv.sessions import OpenEnvError, RefusedActionError, Session
 from jaxgrpo.environment import Observation
+from jaxgrpo.envs.openenv.sessions import OpenEnvError, RefusedActionError, Session
 from jaxgrpo.toolkit.calls import Action, ToolRequest
 from jaxgrpo.toolkit.protocols import ToolProtocol
 from jaxgrpo.types import Message, ToolCall

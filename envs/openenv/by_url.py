@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from envs.openenv.sessions import (
+from jaxgrpo.envs.openenv.sessions import (
     OpenEnvError,
     RefusedActionError,
     Result,

@@ -5,10 +5,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from envs.openenv.actions import Form
-from envs.openenv.messages import call_failed, messages_of, text_of
-from envs.openenv.sessions import OpenEnvError, RefusedActionError, Result, Session
 from jaxgrpo.environment import Observation, StepResult
+from jaxgrpo.envs.openenv.actions import Form
+from jaxgrpo.envs.openenv.messages import call_failed, messages_of, text_of
+from jaxgrpo.envs.openenv.sessions import OpenEnvError, RefusedActionError, Result, Session
 from jaxgrpo.toolkit.calls import ToolRequest
 from jaxgrpo.types import Score, StopReason, Task, ToolCall
 

@@ -20,7 +20,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from envs.openenv.sessions import (
+from jaxgrpo.envs.openenv.sessions import (
     OpenEnvError,
     RefusedActionError,
     Result,

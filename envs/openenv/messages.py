@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from envs.openenv.sessions import OpenEnvError
+from jaxgrpo.envs.openenv.sessions import OpenEnvError
 from jaxgrpo.types import Message
 
 

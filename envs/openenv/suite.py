@@ -6,12 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from envs.openenv.actions import Form, form_of
-from envs.openenv.by_url import ByUrl, check_url, is_url
-from envs.openenv.environment import OpenEnvEnvironment, Reading
-from envs.openenv.in_process import InProcess, check_path
-from envs.openenv.sessions import OpenEnvError, Source, TaskSpec
 from jaxgrpo.environment import Environment
+from jaxgrpo.envs.openenv.actions import Form, form_of
+from jaxgrpo.envs.openenv.by_url import ByUrl, check_url, is_url
+from jaxgrpo.envs.openenv.environment import OpenEnvEnvironment, Reading
+from jaxgrpo.envs.openenv.in_process import InProcess, check_path
+from jaxgrpo.envs.openenv.sessions import OpenEnvError, Source, TaskSpec
 from jaxgrpo.toolkit.protocols import protocol_of
 from jaxgrpo.types import Task
 

@@ -161,6 +161,10 @@ def _record_differences(
     prefix: str, saved: dict[str, Any], record: Any
 ) -> Iterator[tuple[str, str]]:
     label = label_of(type(record).__module__, type(record).__qualname__)
+    if IMPORT in saved:  # a function, for example
+        key = prefix.rstrip(".")
+        yield key, f"{key} was {saved[IMPORT]!r} and is now {label!r}"
+        return
     if CLASS in saved and not same_label(str(saved[CLASS]), label):
         yield f"{prefix}class", f"{prefix}class was {saved[CLASS]!r} and is now {label!r}"
         return

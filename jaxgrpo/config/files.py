@@ -11,7 +11,6 @@ import importlib.machinery
 import importlib.util
 import operator
 import os
-import pkgutil
 import sys
 import sysconfig
 import traceback
@@ -21,13 +20,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxgrpo.config.renamed import FOLDERS, current_module
 from jaxgrpo.config.settings import ConfigError
+from jaxgrpo.paths import PACKAGE
 
 CONFIG_FILE = "<config>"
 """Replaces the module name of a config file, so that the file can be renamed."""
 _OLD_PREFIX = "jaxgrpo_config_"  # version 0.1.0 wrote such names
-_ROOT = Path(__file__).parents[2]
-_OWN_PACKAGES = ("envs", "tools")
+_ROOT = PACKAGE.parent
+_CONFIGS = Path(os.path.realpath(PACKAGE / "configs"))
 _INSTALLED = ("site-packages", "dist-packages")
 
 _files: dict[str, Path] = {}  # the config files that were run, by module name
@@ -45,8 +46,8 @@ def run_file(path: Path, hint: Hint = _no_hint) -> types.ModuleType:
     The source is compiled each time, because cached bytecode is checked by whole seconds only.
     Raise ConfigError with the line in which the file failed, and the hint.
     """
-    with located_errors(path, hint):
-        name = _module_name(path, search_beside(path.parent))
+    with located_errors(path, lambda error: hint(error) or _moved_import(error)):
+        name = _own_name(path) or _module_name(path, search_beside(path.parent))
         loader = importlib.machinery.SourceFileLoader(name, str(path))
         spec = importlib.util.spec_from_file_location(name, path, loader=loader)
         assert spec is not None
@@ -54,8 +55,43 @@ def run_file(path: Path, hint: Hint = _no_hint) -> types.ModuleType:
         code = loader.source_to_code(path.read_bytes(), str(path))
         with _registered(name, module):
             exec(code, vars(module))
+    _refuse_old_names(path)
     _files[name] = path
     return module
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Return the config files that come with jaxgrpo by name, such as `article/final`."""
+    files = sorted(_CONFIGS.rglob("*.py"))
+    return {path.relative_to(_CONFIGS).with_suffix("").as_posix(): path for path in files}
+
+
+def _own_name(path: Path) -> str:
+    """Return the module name of a config that comes with jaxgrpo, or "" for any other file."""
+    real = Path(os.path.realpath(path))
+    if path.suffix != ".py" or _CONFIGS not in real.parents:
+        return ""
+    return ".".join(("jaxgrpo", "configs", *real.relative_to(_CONFIGS).with_suffix("").parts))
+
+
+def _moved_import(error: BaseException) -> str:
+    """Return a hint for an import of a module by the name that it had before 0.2.0."""
+    old = error.name if isinstance(error, ModuleNotFoundError) else None
+    new = current_module(old or "")
+    return f". It is now called {new}" if old and new != old else ""
+
+
+def _refuse_old_names(path: Path) -> None:
+    """Raise ConfigError if a file imported a module of jaxgrpo by the name that it had before
+    0.2.0, which works in a checkout. Its classes would exist twice."""
+    for name in (name for name in sys.modules if name.partition(".")[0] in FOLDERS):
+        file = vars(sys.modules[name]).get("__file__")
+        ours = Path(os.path.realpath(PACKAGE / name.partition(".")[0]))
+        if file is not None and ours in Path(os.path.realpath(file)).parents:
+            raise ConfigError(
+                f"{path} imports {name}, which is now called {current_module(name)}: "
+                "change the import"
+            )
 
 
 @contextlib.contextmanager
@@ -100,14 +136,14 @@ def search_beside(folder: Path) -> Path:
         root = root.parent
     first = list(dict.fromkeys((str(folder), str(root))))
     sys.path[:] = [*first, *(entry for entry in sys.path if entry not in first)]
-    _refresh_imports()
+    importlib.invalidate_caches()
     return root
 
 
 def add_import_folders(folders: Iterable[str]) -> None:
     """Let imports search these folders too, after all others."""
     sys.path.extend(one for one in folders if one not in sys.path and Path(one).is_dir())
-    _refresh_imports()
+    importlib.invalidate_caches()
 
 
 def import_folders() -> list[str]:
@@ -117,12 +153,6 @@ def import_folders() -> list[str]:
     given = [folder for folder in map(Path, sys.path) if folder.is_absolute() and folder.is_dir()]
     own = {folder for folder in given if folder == _ROOT or standard in (folder, *folder.parents)}
     return [str(one) for one in given if one not in own and one.name not in _INSTALLED]
-
-
-def _refresh_imports() -> None:
-    importlib.invalidate_caches()
-    for package in filter(None, map(sys.modules.get, _OWN_PACKAGES)):
-        package.__path__ = pkgutil.extend_path(package.__path__, package.__name__)
 
 
 def _module_name(path: Path, root: Path) -> str:
@@ -138,7 +168,7 @@ def _module_name(path: Path, root: Path) -> str:
 
 
 def label_of(module: str, qualname: str) -> str:
-    """Return a name for config.json, such as `envs.bfcl.suite:Bfcl` or `<config>:Mine`."""
+    """Return a name for config.json, such as `jaxgrpo.envs.bfcl.suite:Bfcl` or `<config>:Mine`."""
     return f"{CONFIG_FILE if module in _files else module}:{qualname}"
 
 

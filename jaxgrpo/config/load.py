@@ -12,7 +12,13 @@ from typing import Any
 from jaxgrpo.config.annotations import is_record
 from jaxgrpo.config.checks import find_problems
 from jaxgrpo.config.encoding import PLACE, decode, differences, encode, encode_fields
-from jaxgrpo.config.files import add_import_folders, import_folders, located_errors, run_file
+from jaxgrpo.config.files import (
+    add_import_folders,
+    import_folders,
+    located_errors,
+    packaged_configs,
+    run_file,
+)
 from jaxgrpo.config.overrides import apply_overrides, convert_types, describe_value, suggestion
 from jaxgrpo.config.renamed import current_key, with_current_names
 from jaxgrpo.config.settings import Config, ConfigError, raise_problems, section_classes
@@ -41,7 +47,8 @@ MAY_CHANGE = (
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Return the config of a Python file (its `get_config()`) or of a run's config.json.
+    """Return the config of a Python file (its `get_config()`), of a run's config.json, or one that
+    comes with jaxgrpo, by its name (`cpu_demo`).
 
     `overrides` are of the form `a.b=value`. Every field of the result has its annotated type.
     Relative paths start at the current folder and become absolute. Raise ConfigError that lists
@@ -49,19 +56,37 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     start = Path.cwd()  # before a config file changes it
     add_import_folders([str(start)])  # `python -P` leaves it out
-    file = absolute(path, start)
-    if not os.path.isfile(file):
-        of_run = os.path.isfile(file / "config.json")
-        raise ConfigError(
-            f"no config file {path}: a config is a Python file with a get_config() that returns "
-            "jaxgrpo.config.settings.Config, or the config.json of a run"
-            f"{'; this is the folder of a run: pass the config.json in it' if of_run else ''}"
-        )
+    file = _find(path, start)
     config = _read_json(file) if file.suffix == ".json" else _run_python(file)
+    return complete(config, overrides, start)
+
+
+def complete(config: Config, overrides: Sequence[str] = (), start: Path | None = None) -> Config:
+    """Return a config with the overrides applied, every field of its annotated type, and absolute
+    paths, which are relative to `start` (default: the current folder). Raise ConfigError that lists
+    everything that is wrong."""
     config, problems = apply_overrides(config, overrides)
     config, mistyped = convert_types(config)
     raise_problems(problems + (mistyped or find_problems(config)))
-    return _anchored(config, start)
+    return _anchored(config, start or Path.cwd())
+
+
+def _find(path: str | Path, start: Path) -> Path:
+    """Return a config's file. A file comes before a config of jaxgrpo's own of the same name."""
+    file, own = absolute(path, start), packaged_configs()
+    if os.path.isfile(file):
+        return file
+    if str(path) in own:
+        return own[str(path)]
+    if os.path.isfile(file / "config.json"):
+        raise ConfigError(f"{path} is the folder of a run: pass the config.json in it")
+    close = difflib.get_close_matches(Path(path).stem, own, 1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ConfigError(
+        f"no config file {path}: a config is a Python file with a get_config() that returns "
+        "jaxgrpo.config.settings.Config, the config.json of a run, or one of those that come with "
+        f"jaxgrpo: {', '.join(own)}.{hint}"
+    )
 
 
 def _anchored(config: Config, start: Path) -> Config:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from jaxgrpo.config.annotations import fields_of, hints, is_record, is_union, plain, type_name
 from jaxgrpo.config.renamed import current_key
+from jaxgrpo.extensions import SamplerFactory, import_object, is_import_path
 
 S = TypeVar("S")
 
@@ -141,18 +142,25 @@ def _read(text: str, kind: Any) -> Any:
     if str in kinds and not isinstance(value, str) and not (value is None and type(None) in kinds):
         return text
     if isinstance(value, str) and any(
-        typing.get_origin(k) is tuple and str in typing.get_args(k) for k in kinds
+        typing.get_origin(k) is tuple
+        and any(item is str or _is_extension(item) for item in typing.get_args(k))
+        for k in kinds
     ):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
 
 
 def _fit(value: Any, kind: Any) -> Any:
-    """Convert a value to a type: an int to a float, a list to a tuple. Raise TypeError for any
-    other type, with a message that continues after the key.
+    """Convert a value to a type: an int to a float, a list to a tuple, an import path to the object
+    that it names. Raise TypeError for any other type, with a message that continues after the key.
 
     For all other types, which a user's environment may have, only the class is compared.
     """
+    if is_import_path(value) and any(map(_is_extension, _alternatives(kind))):
+        try:
+            value = import_object(value)
+        except ValueError as error:
+            raise TypeError(str(error)) from error
     for one in _alternatives(kind):
         origin, arguments = typing.get_origin(one), typing.get_args(one)
         if one is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -164,6 +172,11 @@ def _fit(value: Any, kind: Any) -> Any:
         if _matches(value, one):
             return value
     raise TypeError(f"must be of type {type_name(kind)}, got {describe_value(value)}")
+
+
+def _is_extension(kind: Any) -> bool:
+    """Return whether values of a type may be given by import path."""
+    return kind is SamplerFactory or typing.get_origin(kind) is Callable
 
 
 def _finite(value: float) -> float:

@@ -1,6 +1,9 @@
 """Rename the sections, settings and modules of earlier versions to what they are called now."""
 
+import re
 from typing import Any
+
+from jaxgrpo.paths import PACKAGE
 
 SECTIONS = {"packing": "batching"}
 SETTINGS = {
@@ -8,14 +11,18 @@ SETTINGS = {
     "rewards.Format.share": "Format.fraction",
 }
 """Old names of fields, under the section's name of today -> the new name in the same section."""
-RECORDS = {"envs.bfcl.rewards.Format": {"share": "fraction"}}
-"""Classes that a config.json may name -> the old and new names of their fields."""
+RECORDS = {"jaxgrpo.envs.bfcl.rewards.Format": {"share": "fraction"}}
+"""Classes that a config.json may name, by their current names -> old and new names of fields."""
 MODULES = {
     "jaxgrpo.rewards": "jaxgrpo.rewards.base",
     "jaxgrpo.judge": "jaxgrpo.rewards.judge",
     "jaxgrpo.penalties": "jaxgrpo.rewards.penalties",
 }
 """Modules with classes and functions that a config.json may name, such as a reward function."""
+ENVIRONMENTS = re.compile(r"envs\.(bfcl[.:].+|procedural[.:]Warehouse)")
+"""What a config.json of 0.1.0 may name of the folder envs. Other names may be a user's own."""
+FOLDERS = ("envs", "tools", "configs")
+"""Packages that were not inside jaxgrpo. A user may have others of these names."""
 
 
 def current_key(key: str) -> str:
@@ -24,6 +31,15 @@ def current_key(key: str) -> str:
     section = SECTIONS.get(section, section)
     field = SETTINGS.get(f"{section}.{field}", field)
     return f"{section}.{field}" if field else section
+
+
+def current_module(name: str) -> str:
+    """Return the name under which a module of jaxgrpo is imported now."""
+    if name.partition(".")[0] not in FOLDERS:
+        return name
+    file = PACKAGE.joinpath(*name.split("."))
+    ours = file.with_name(f"{file.name}.py").is_file() or file.is_dir()
+    return f"jaxgrpo.{name}" if ours else name
 
 
 def with_current_names(tree: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +69,7 @@ def _moved(value: Any) -> Any:
         return [_moved(item) for item in value]
     if not isinstance(value, dict):
         return value
-    fields = RECORDS.get(str(value.get("class")).replace(":", "."), {})
+    fields = RECORDS.get(str(_label(value.get("class"))).replace(":", "."), {})
     return {
         fields.get(key, key): _label(item) if key in ("class", "import") else _moved(item)
         for key, item in value.items()
@@ -64,9 +80,9 @@ def _label(label: Any) -> Any:
     """Return the current place of `module:name`. Version 0.1.0 wrote `module.name`."""
     if not isinstance(label, str):
         return label
-    for old, new in MODULES.items():
-        for separator in (":", "."):
-            rest = label.removeprefix(old + separator)
-            if rest != label and not {".", ":"} & set(rest):
-                return f"{new}{separator}{rest}"
-    return label
+    if ENVIRONMENTS.fullmatch(label):
+        return f"jaxgrpo.{label}"
+    module, separator, name = label.partition(":")
+    if not separator:
+        module, separator, name = label.rpartition(".")
+    return f"{MODULES.get(module, module)}{separator}{name}"

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from jaxgrpo.config.bounds import Above, AtLeast, AtMost, Int64, SamplingTemperature, ZeroToBelow
 from jaxgrpo.environment import TaskSuite
+from jaxgrpo.extensions import LossFunction, SamplerFactory
 from jaxgrpo.rewards.base import RewardSettings
 
 
@@ -191,6 +192,8 @@ class LossSettings:
     """Weight of the KL term. 0 saves the reference policy altogether."""
     tis_cap: Annotated[float, AtLeast(1)] | None = None
     """Cap of truncated importance sampling between sampler and trainer. None turns it off."""
+    function: LossFunction | None = None
+    """A loss of your own, or its import path, `module:name` (docs/library.md). None is GRPO's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,8 +338,8 @@ class Config:
     model: ModelSettings
     environment: TaskSuite
     """Tasks and their environments: a frozen dataclass, whose fields `--set` reaches too."""
-    sampler: SamplerName = "native"
-    """Sampler of the rollouts: the embedded one, or vLLM."""
+    sampler: SamplerName | SamplerFactory = "native"
+    """Sampler of the rollouts: the embedded one, vLLM, or your own (docs/library.md)."""
     seed: Annotated[int, AtLeast(0), Int64] = 0
     """Seed of everything that is random in the run."""
     rollout: RolloutSettings = RolloutSettings()

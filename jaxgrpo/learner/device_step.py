@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from jaxgrpo.config.settings import LossSettings
 from jaxgrpo.learner.accumulation import accumulating_scan
-from jaxgrpo.learner.losses import Head, LossInputs, LossSums, grpo_loss, token_logprobs
+from jaxgrpo.learner.losses import Head, LossInputs, LossSums, policy_loss, token_logprobs
 from jaxgrpo.learner.sharding import AXIS, Layout, embed
 from jaxgrpo.models.lora import combine
 from jaxgrpo.models.model_config import ModelConfig
@@ -91,7 +91,7 @@ class DeviceStep:
 
         def loss(p: Params) -> tuple[Array, tuple[TokenFigures, LossSums]]:
             figures = self._figures(combine(p, frozen), inputs.micro_batch, scan_layers(p))
-            value, sums = grpo_loss(_loss_inputs(figures, inputs), self.loss)
+            value, sums = policy_loss(_loss_inputs(figures, inputs), self.loss)
             return value, (figures, sums)
 
         (_, (figures, sums)), new = jax.value_and_grad(loss, has_aux=True)(params)

@@ -249,6 +249,41 @@ def grpo_loss(inputs: LossInputs, settings: LossSettings) -> tuple[Array, LossSu
     return loss, jax.tree.map(lambda x: jax.lax.stop_gradient(x.astype(jnp.float32)), sums)
 
 
+def policy_loss(inputs: LossInputs, settings: LossSettings) -> tuple[Array, LossSums]:
+    """Return the loss of a micro-batch and its sums: `grpo_loss`, or that of `settings.function`.
+
+    A user's function gets 0 in place of the log-probabilities of tokens without loss. Raises
+    TypeError if it returns no float scalar.
+    """
+    loss, sums = grpo_loss(inputs, settings)
+    if settings.function is None:
+        return loss, sums
+    own = settings.function(_without_padding(inputs), settings)
+    if jnp.shape(own) != () or not jnp.issubdtype(jnp.result_type(own), jnp.floating):
+        raise TypeError(
+            f"loss.function must return a float scalar, got {jnp.result_type(own)} of shape "
+            f"{jnp.shape(own)}"
+        )
+    own = jnp.asarray(own, jnp.float32)
+    return own, sums._replace(loss=jax.lax.stop_gradient(own))
+
+
+def _without_padding(inputs: LossInputs) -> LossInputs:
+    """Return the inputs with 0 for the log-probabilities of tokens without loss."""
+    has_loss = inputs.loss_weights_NGC > 0
+    kept = {
+        name: jnp.where(has_loss, values, 0.0)
+        for name, values in (
+            ("train_logprobs_NGC", inputs.train_logprobs_NGC),
+            ("old_logprobs_NGC", inputs.old_logprobs_NGC),
+            ("reference_logprobs_NGC", inputs.reference_logprobs_NGC),
+            ("sampler_logprobs_NGC", inputs.sampler_logprobs_NGC),
+        )
+        if values is not None
+    }
+    return dataclasses.replace(inputs, **kept)
+
+
 def _check_shapes(inputs: LossInputs) -> None:
     per_token = [
         inputs.train_logprobs_NGC,

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from jaxgrpo import checked
+from jaxgrpo.extensions import import_object, is_import_path
 from jaxgrpo.types import MAX_NOTE_CHARS, Score, Trajectory
 
 RunConfig = Any
@@ -98,17 +99,18 @@ class RewardSettings:
     """
 
     functions: tuple[Function, ...] = ()
-    """Reward functions: functions at the top level of a module, or instances of RewardFunction."""
+    """Reward functions: functions at the top level of a module, or instances of RewardFunction; or
+    their import paths, `module:name`."""
     weights: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
     """Weights by part, at least 0; others are 1. With weight 0, a part is only recorded."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "functions", _imported(self.functions))
         given: Any = self.weights
         pairs = tuple(given.items()) if isinstance(given, Mapping) else given
         problems = _faulty_functions(self.functions) or _faulty_weights(pairs, _all_parts(self))
         if problems:
             raise ValueError("; ".join(problems))
-        object.__setattr__(self, "functions", tuple(self.functions))
         weights = {name: float(weight) for name, weight in pairs}
         named = [name for name in _all_parts(self) if weights.get(name, 1.0) != 1.0]
         object.__setattr__(self, "weights", tuple((name, weights[name]) for name in named))
@@ -223,6 +225,14 @@ def _call(function: Function, trajectory: Trajectory, score: Score) -> Reward:
             f"it gave {checked.shorten_value(parts)}"
         )
     return Reward({part: parts[part] for part in declared}, override, notes)
+
+
+def _imported(functions: Any) -> Any:
+    """Return the functions, with the object of each that is given by import path. Raise ValueError
+    if one cannot be imported."""
+    if not isinstance(functions, tuple | list):
+        return functions
+    return tuple(import_object(one) if is_import_path(one) else one for one in functions)
 
 
 def _faulty_functions(functions: Any) -> list[str]:

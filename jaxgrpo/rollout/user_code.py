@@ -22,7 +22,14 @@ MAX_TRACE_CHARS = 20_000
 _MAX_CAUSES = 10
 
 _HERE = Path(__file__).resolve().parents[1]
-_OURS = (f"{_HERE}/", "<")
+_OURS = (
+    "<",  # generated code, such as a dataclass's __init__
+    *(  # not the environments that come with jaxgrpo
+        f"{path}/" if path.is_dir() else str(path)
+        for path in _HERE.iterdir()
+        if path.name not in ("envs", "configs")
+    ),
+)
 _INSTALLED = tuple(
     f"{sysconfig.get_path(kind)}/" for kind in ("stdlib", "platstdlib", "purelib", "platlib")
 )

@@ -14,7 +14,7 @@ from jaxgrpo.samplers.base import SamplerError
 from jaxgrpo.storage.checkpoint import newest_step
 
 _LESS_MEMORY = (
-    "python -m tools.plan_memory computes the memory of a step. To use less, set "
+    "python -m jaxgrpo.tools.plan_memory computes the memory of a step. To use less, set "
     "training.groups_per_device=1, a smaller training.head_chunk or training.remat=full, use more "
     "devices, or train adapters (lora.rank); with the embedded sampler, lower native.max_rows and "
     "native.max_cache_tokens"

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from jaxgrpo.config.settings import Config, ConfigError
+from jaxgrpo.extensions import SamplerContext, SamplerFactory
 from jaxgrpo.learner.sharding import make_layout
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.rollout.background import EventLoopThread, print_to_stderr
@@ -40,6 +41,14 @@ def open_sampler(
     if config.sampler == "native":
         sampler: Sampler = _native(config, assets, weights)
         stack.callback(lambda: loop.call(sampler.close()))
+        return sampler
+    if isinstance(config.sampler, SamplerFactory):
+        context = SamplerContext(
+            config, folder, assets.folder, assets.tokenizer, assets.chat.eos_ids
+        )
+        sampler = config.sampler.open(context)
+        stack.callback(lambda: loop.call(sampler.close()))
+        publish(loop, sampler, weights)
         return sampler
     try:
         return _vllm(config, assets, weights, loop, folder, stack)

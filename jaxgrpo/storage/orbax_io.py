@@ -135,7 +135,7 @@ def open_leaves(folder: Path) -> dict[hf_mapping.Path, ts.TensorStore]:
     if (folder / "manifest.ocdbt").exists():
         raise ValueError(
             f"{folder} is in orbax's OCDBT format, which is not supported: use"
-            " tools.convert_hf_to_orbax"
+            " jaxgrpo.tools.convert_hf_to_orbax"
         )
     leaves: dict[hf_mapping.Path, ts.TensorStore] = {}
     for meta in sorted(folder.glob("*/zarr.json")):

@@ -139,7 +139,7 @@ class Suite:
 @dataclasses.dataclass(frozen=True)
 class DemonstratedSuite(Suite):
     """A suite of a ToolEnvironment whose tasks have a known solution, from which it demonstrates
-    them (see `tools.warm_start`).
+    them (see `jaxgrpo.tools.warm_start`).
 
     solution   function that returns the calls that solve a task, as [("add", {"a": 1, "b": 2})];
                called with those of the row's keys that it takes

@@ -6,11 +6,11 @@ import json
 import pytest
 
 from benchmarks.bfcl_parity import SCOPES, VARIANTS, Case, cases, compare, official
-from envs.bfcl import Bfcl
-from envs.bfcl.execution import Call
-from envs.bfcl.scoring import missing_items
-from envs.bfcl.source import open_package
-from envs.bfcl.tasks import as_task
+from jaxgrpo.envs.bfcl import Bfcl
+from jaxgrpo.envs.bfcl.execution import Call
+from jaxgrpo.envs.bfcl.scoring import missing_items
+from jaxgrpo.envs.bfcl.source import open_package
+from jaxgrpo.envs.bfcl.tasks import as_task
 from tests.bfcl_fixtures import library, tool
 
 

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 
 from benchmarks import hostile
-from envs.bfcl import Bfcl
-from envs.bfcl.protocols import PROTOCOLS
-from envs.bfcl.source import RELEASES
-from envs.bfcl.tasks import CATEGORIES
 from jaxgrpo.environment import Environment, StepResult
+from jaxgrpo.envs.bfcl import Bfcl
+from jaxgrpo.envs.bfcl.protocols import PROTOCOLS
+from jaxgrpo.envs.bfcl.source import RELEASES
+from jaxgrpo.envs.bfcl.tasks import CATEGORIES
 from jaxgrpo.types import Task
 
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def test_a_file_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     assert load_config(path).environment.size == 3
 
 
-@pytest.mark.parametrize("name", ["json", "envs", "random"])
+@pytest.mark.parametrize("name", ["json", "pytest", "random"])
 def test_a_file_with_the_name_of_another_module_does_not_replace_it(
     tmp_path: Path, name: str
 ) -> None:
@@ -123,24 +124,14 @@ def test_a_file_with_the_name_of_another_module_does_not_replace_it(
 def test_names_of_classes_do_not_hold_the_name_of_the_config_file() -> None:
     assert same_label("<config>:Mine", "<config>:Mine")
     assert same_label("jaxgrpo_config_small.Mine", "<config>:Mine")  # of version 0.1.0
-    assert same_label("envs.bfcl.suite.Bfcl", "envs.bfcl.suite:Bfcl")
+    assert same_label("jaxgrpo.envs.bfcl.suite.Bfcl", "jaxgrpo.envs.bfcl.suite:Bfcl")
     assert same_label("guess:Game", "<config>:Game") and same_label("<config>:Game", "guess:Game")
     assert not same_label("guess:Game", "<config>:ame")
     assert not same_label("guess:Game", "other:Game")
     assert not same_label("<config>:Game", "<config>:Other")
 
 
-# Users' folders, in the folder in which the program is started.
-
-# As installed from a wheel. In an editable install, setuptools' finder would search this project's
-# packages even if the user's have the same names.
-AS_INSTALLED = """
-import runpy, sys
-sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder)]
-module, sys.argv = sys.argv[1], sys.argv[1:]
-runpy.run_module(module, run_name="__main__", alter_sys=True)
-"""
-OF_BOTH = """from envs.of_user import Mine
+OF_USER = """from envs.of_user import Mine
 from tools.of_user import Size
 from tests.training import small_config
 
@@ -154,7 +145,7 @@ def get_config():
 
 @pytest.mark.parametrize("regular", [True, False])
 @pytest.mark.parametrize("command", ["jaxgrpo.train", "jaxgrpo.evaluate"])
-def test_a_users_own_envs_and_tools_are_found_beside_this_projects(
+def test_a_users_own_envs_and_tools_are_found_in_a_checkout_too(
     tmp_path: Path, command: str, regular: bool
 ) -> None:
     """The config loads, so that the error is about the missing model."""
@@ -162,9 +153,9 @@ def test_a_users_own_envs_and_tools_are_found_beside_this_projects(
         config_in(tmp_path / name, CONFIG, "of_user.py")
         if regular:
             (tmp_path / name / "__init__.py").touch()
-    path = config_in(tmp_path / "elsewhere", OF_BOTH)
+    path = config_in(tmp_path / "elsewhere", OF_USER)
     done = subprocess.run(
-        [sys.executable, "-c", AS_INSTALLED, command, "--config", str(path)],
+        [sys.executable, "-m", command, "--config", str(path)],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -172,3 +163,63 @@ def test_a_users_own_envs_and_tools_are_found_beside_this_projects(
     )
     assert "error: model.source 'm': no folder m" in done.stderr
     assert done.returncode == 2
+
+
+# Configs that come with jaxgrpo, and imports by the names of earlier versions.
+
+
+def test_a_config_of_jaxgrpo_is_found_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config("procedural")
+    assert config.name == "procedural"
+    assert Path(config.model.source, "model.safetensors").is_file()
+    assert load_config("article/no_kl").loss.kl_beta == 0
+    config_in(tmp_path, CONFIG, "procedural")
+    assert load_config("procedural").name == "here"  # a file of the user's comes first
+
+
+def test_an_unknown_config_is_told_which_there_are(tmp_path: Path) -> None:
+    wanted = r"no config file cpu_dmo: .* article/final, .* cpu_demo, .* Did you mean 'cpu_demo'\?"
+    with pytest.raises(ConfigError, match=wanted):
+        load_config("cpu_dmo")
+
+
+def test_a_config_of_jaxgrpo_has_one_module_whatever_it_is_called() -> None:
+    by_name, by_file = load_config("procedural"), load_config(ROOT / "configs" / "procedural.py")
+    assert by_name == by_file
+    assert "jaxgrpo.configs.procedural" in sys.modules and "configs.procedural" not in sys.modules
+
+
+OLD = "from configs.procedural import get_config\n"
+ADVICE = "configs.procedural, which is now called jaxgrpo.configs.procedural: change the import"
+
+
+@pytest.fixture
+def configs_forgotten() -> Iterator[None]:
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("configs_forgotten")
+def test_an_import_by_an_old_name_in_a_checkout_is_told_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = config_in(tmp_path, OLD)
+    monkeypatch.syspath_prepend(ROOT)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=ADVICE):
+            load_config(path)
+
+
+@pytest.mark.usefixtures("configs_forgotten")
+def test_an_import_by_an_old_name_beside_a_users_package_is_told_the_new_one(
+    tmp_path: Path,
+) -> None:
+    path = config_in(tmp_path, OLD)
+    config_in(tmp_path / "configs", "", "__init__.py")
+    wanted = "line 1: .* It is now called jaxgrpo.configs.procedural"
+    with pytest.raises(ConfigError, match=wanted):
+        load_config(path)

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from envs.bfcl import Bfcl
-from envs.procedural import Warehouse
 from jaxgrpo.config.load import apply_override, check, incompatible_changes, load_config, to_json
 from jaxgrpo.config.settings import Config, ConfigError
+from jaxgrpo.envs.bfcl import Bfcl
+from jaxgrpo.envs.procedural import Warehouse
 from jaxgrpo.learner.optimizer import make_optimizer
 from tests.training import Letters, small_config, write_config
 
@@ -72,7 +72,7 @@ def test_an_int_in_the_file_is_stored_as_the_float_that_the_field_is(tmp_path: P
 def test_overrides_of_one_section_are_checked_together(tmp_path: Path) -> None:
     path = tmp_path / "c.py"
     path.write_text(
-        "import dataclasses\nfrom envs.procedural import Warehouse\n"
+        "import dataclasses\nfrom jaxgrpo.envs.procedural import Warehouse\n"
         "from tests.training import small_config\n"
         "def get_config():\n"
         "    warehouse = Warehouse(train_size=500, test_size=70)\n"
@@ -279,7 +279,7 @@ def test_all_contradictions_are_listed_at_once(tmp_path: Path) -> None:
         ("x = 1\n", "has no get_config()"),
         ("def get_config():\n    return 3\n", "returned int, not a jaxgrpo.config.settings.Config"),
         (
-            "from envs.procedural import Warehouse\nWarehouse(\n    kinds=('walk',))\n",
+            "from jaxgrpo.envs.procedural import Warehouse\nWarehouse(\n    kinds=('walk',))\n",
             "line 2: ValueError: kinds must be",
         ),
         (
@@ -305,7 +305,7 @@ def test_a_missing_file_and_an_environment_of_the_wrong_type(tmp_path: Path) -> 
     path = tmp_path / "c.py"
     path.write_text(
         "import dataclasses\nfrom tests.training import small_config\n"
-        "from envs.procedural import Warehouse\n"
+        "from jaxgrpo.envs.procedural import Warehouse\n"
         "def get_config():\n"
         "    return dataclasses.replace(small_config('m'), environment=Warehouse)\n"
     )

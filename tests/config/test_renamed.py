@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from configs.procedural import get_config
-from envs.bfcl.rewards import Format
 from jaxgrpo.config.encoding import decode
 from jaxgrpo.config.load import incompatible_changes, load_config, to_json
 from jaxgrpo.config.renamed import with_current_names
 from jaxgrpo.config.settings import ConfigError
+from jaxgrpo.configs.procedural import get_config
+from jaxgrpo.envs.bfcl.rewards import Format
 
 
 def test_a_section_of_an_earlier_version_is_read(tmp_path: Path) -> None:
@@ -38,6 +38,12 @@ def test_todays_name_wins() -> None:
         ("jaxgrpo.penalties.Repetition", "jaxgrpo.rewards.penalties.Repetition"),
         ("jaxgrpo.rewards.judge:GibberishJudge", "jaxgrpo.rewards.judge:GibberishJudge"),
         ("my_rewards:short", "my_rewards:short"),
+        ("envs.bfcl.suite:Bfcl", "jaxgrpo.envs.bfcl.suite:Bfcl"),
+        ("envs.bfcl.suite.Bfcl", "jaxgrpo.envs.bfcl.suite.Bfcl"),
+        ("envs.procedural:Warehouse", "jaxgrpo.envs.procedural:Warehouse"),
+        ("envs.procedural:Maze", "envs.procedural:Maze"),  # a user's own
+        ("envs.sql:Sql", "envs.sql:Sql"),
+        ("tools.my_own:Maze.Size", "tools.my_own:Maze.Size"),
     ],
 )
 def test_classes_and_functions_are_found_where_they_are_now(old: str, new: str) -> None:
@@ -90,7 +96,18 @@ def test_an_old_name_in_a_config_file_is_told_the_new_one(tmp_path: Path) -> Non
         ("Format(share=True)", "fraction"),
     ):
         path.write_text(
-            f"from jaxgrpo.config.settings import *\nfrom envs.bfcl.rewards import *\n{call}\n"
+            "from jaxgrpo.config.settings import *\n"
+            f"from jaxgrpo.envs.bfcl.rewards import *\n{call}\n"
         )
         with pytest.raises(ConfigError, match=f"line 3: .* It is now called '{new}'"):
             load_config(path)
+
+
+def test_a_run_of_an_environment_by_its_old_name_is_resumed(tmp_path: Path) -> None:
+    config = get_config()
+    old = to_json(config, places=True).replace('"jaxgrpo.envs.', '"envs.')
+    assert '"class": "envs.procedural:Warehouse"' in old
+    path = tmp_path / "config.json"
+    path.write_text(old)
+    assert load_config(path).environment == config.environment
+    assert incompatible_changes(old, config) == []

@@ -5,7 +5,7 @@ It is booked in business class at $2,400.
 
 import pytest
 
-from envs.bfcl import Bfcl
+from jaxgrpo.envs.bfcl import Bfcl
 from jaxgrpo.types import Difference, StopReason
 from tests.bfcl_fixtures import environment, shown, task, tool
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from envs.bfcl import Bfcl
-from envs.bfcl.scoring import TurnVerdict, official_score
+from jaxgrpo.envs.bfcl import Bfcl
+from jaxgrpo.envs.bfcl.scoring import TurnVerdict, official_score
 from jaxgrpo.types import Message, StopReason
 from tests.bfcl_fixtures import SOLVED, all_tasks, environment, play, shown, task, tool
 

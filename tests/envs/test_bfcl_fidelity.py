@@ -7,15 +7,15 @@ import sys
 
 import pytest
 
-from envs.bfcl import Bfcl
-from envs.bfcl.execution import Call
-from envs.bfcl.source import open_package
-from envs.bfcl.stable_sets import StableSet
+from jaxgrpo.envs.bfcl import Bfcl
+from jaxgrpo.envs.bfcl.execution import Call
+from jaxgrpo.envs.bfcl.source import open_package
+from jaxgrpo.envs.bfcl.stable_sets import StableSet
 from tests.bfcl_fixtures import run, session, task, tool
 
 HASH_SEEDS = ("0", "1")  # with these, plain sets differ in both texts
 SETS = """
-from envs.bfcl import Bfcl
+from jaxgrpo.envs.bfcl import Bfcl
 from tests.bfcl_fixtures import run, session, task, tool
 suite = Bfcl(release="v4")
 booking = {"access_token": "abc123xyz", "card_id": "card_7629", "travel_date": "2024-04-15"}

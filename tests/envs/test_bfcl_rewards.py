@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from envs.bfcl import Bfcl
-from envs.bfcl.execution import Call, CallResult
-from envs.bfcl.rewards import Correctness, Execution, Format, article_rewards
-from envs.bfcl.scoring import missing_calls, state_match
 from jaxgrpo.config.settings import ConfigError
+from jaxgrpo.envs.bfcl import Bfcl
+from jaxgrpo.envs.bfcl.execution import Call, CallResult
+from jaxgrpo.envs.bfcl.rewards import Correctness, Execution, Format, article_rewards
+from jaxgrpo.envs.bfcl.scoring import missing_calls, state_match
 from jaxgrpo.rewards.base import Function, RewardSettings
 from jaxgrpo.run.setup import check_rewards
 from jaxgrpo.types import Message, Score, StopReason, ToolCall, Trajectory
@@ -210,7 +210,7 @@ def test_calls_are_missing_as_a_multiset_of_successes() -> None:
         (
             None,
             (Correctness(),),
-            "rewards.Correctness: it judges episodes of envs.bfcl.Bfcl, "
+            "rewards.Correctness: it judges episodes of jaxgrpo.envs.bfcl.Bfcl, "
             "but the environment is Letters",
         ),
         (

@@ -1,7 +1,7 @@
 """Check the scores of a BFCL episode: what differs, and the rewards "official" and "call_match"."""
 
-from envs.bfcl import Bfcl
-from envs.bfcl.tasks import CATEGORIES
+from jaxgrpo.envs.bfcl import Bfcl
+from jaxgrpo.envs.bfcl.tasks import CATEGORIES
 from jaxgrpo.types import Difference, ExpectedCall
 from tests.bfcl_fixtures import SOLVED, all_tasks, environment, play, task, tool
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from envs.bfcl import Bfcl, source
-from envs.bfcl.simulators import load_classes
+from jaxgrpo.envs.bfcl import Bfcl, source
+from jaxgrpo.envs.bfcl.simulators import load_classes
 from tests import bfcl_fixtures
 
 V3, V4 = source.RELEASES["v3"], source.RELEASES["v4"]

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from envs.bfcl import Bfcl, docs
-from envs.bfcl.execution import Call
+from jaxgrpo.envs.bfcl import Bfcl, docs
+from jaxgrpo.envs.bfcl.execution import Call
 from tests.bfcl_fixtures import all_tasks, environment, library, task
 
 

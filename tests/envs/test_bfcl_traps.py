@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import mpmath
 import pytest
 
-from envs.bfcl import Bfcl, guards, scoring
-from envs.bfcl.execution import Call, Session, result_text
+from jaxgrpo.envs.bfcl import Bfcl, guards, scoring
+from jaxgrpo.envs.bfcl.execution import Call, Session, result_text
 from tests.bfcl_fixtures import all_tasks, environment, library, play, run, session, task, tool
 
 

@@ -10,10 +10,16 @@ from typing import Any
 
 import pytest
 
-from envs.openenv import OpenEnv
-from envs.openenv.actions import ActionForm, McpForm, TextForm, form_of
-from envs.openenv.messages import call_failed, messages_of, text_of
-from envs.openenv.sessions import OpenEnvError, RefusedActionError, refusal, result_of, specs
+from jaxgrpo.envs.openenv import OpenEnv
+from jaxgrpo.envs.openenv.actions import ActionForm, McpForm, TextForm, form_of
+from jaxgrpo.envs.openenv.messages import call_failed, messages_of, text_of
+from jaxgrpo.envs.openenv.sessions import (
+    OpenEnvError,
+    RefusedActionError,
+    refusal,
+    result_of,
+    specs,
+)
 from jaxgrpo.toolkit.protocols import PROTOCOLS
 from jaxgrpo.types import Message
 
@@ -73,7 +79,7 @@ def test_urls_of_servers(url: str) -> None:
 def test_a_file_that_hides_the_package_is_named(tmp_path: Path) -> None:
     """As a config does that is called openenv.py: its folder is searched first."""
     (tmp_path / "openenv.py").write_text("")
-    code = "from envs.openenv.in_process import package_fault\nprint(package_fault())"
+    code = "from jaxgrpo.envs.openenv.in_process import package_fault\nprint(package_fault())"
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     run = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True

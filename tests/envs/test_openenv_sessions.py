@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from envs.openenv import OpenEnv
-from envs.openenv.sessions import OpenEnvError
 from jaxgrpo.config.settings import ConfigError, RolloutSettings
 from jaxgrpo.environment import Observation
+from jaxgrpo.envs.openenv import OpenEnv
+from jaxgrpo.envs.openenv.sessions import OpenEnvError
 from jaxgrpo.rollout.chat import Chat
 from jaxgrpo.rollout.rollout import Rollout
 from jaxgrpo.rollout.task_check import TaskCheck

@@ -2,8 +2,8 @@
 
 import pytest
 
-from envs import tool_tags
-from envs.procedural import Errand, Warehouse, WarehouseEnvironment
+from jaxgrpo.envs import tool_tags
+from jaxgrpo.envs.procedural import Errand, Warehouse, WarehouseEnvironment
 from jaxgrpo.types import Difference, ExpectedCall, Message, StopReason, Task
 
 ERRAND = Errand(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from envs.sql import Sql, SqlEpisode
-from envs.sql_tasks import LEVELS, SqlTask, task_of
+from jaxgrpo.envs.sql import Sql, SqlEpisode
+from jaxgrpo.envs.sql_tasks import LEVELS, SqlTask, task_of
 from jaxgrpo.toolkit.protocols import PROTOCOLS
 from jaxgrpo.types import StopReason, Task
 

@@ -52,7 +52,7 @@ def numpy_loss(inputs: LossInputs, settings: LossSettings) -> tuple[float, np.nd
         inputs.sampler_logprobs_NGC,
         inputs.advantages_NG,
         inputs.loss_weights_NGC,
-        **dataclasses.asdict(settings),
+        **{key: x for key, x in dataclasses.asdict(settings).items() if key != "function"},
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.gibberish import SENTENCES
-from envs.bfcl import Bfcl
+from jaxgrpo.envs.bfcl import Bfcl
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.rewards.penalties import ForgedToolResult, LocalGibberish, repeated_piece
 from jaxgrpo.storage.pretrained import load_tokenizer

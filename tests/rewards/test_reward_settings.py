@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from envs.sql import Sql
 from jaxgrpo.config.load import incompatible_changes, load_config, to_json
 from jaxgrpo.config.settings import Config, ConfigError
+from jaxgrpo.envs.sql import Sql
 from jaxgrpo.rewards.base import RewardSettings
 from jaxgrpo.toolkit import tags
 from jaxgrpo.types import ToolCall

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from envs.procedural import Warehouse
 from jaxgrpo.config.settings import ConfigError, RolloutSettings
 from jaxgrpo.environment import Observation
+from jaxgrpo.envs.procedural import Warehouse
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.rollout.chat import Chat
 from jaxgrpo.rollout.rollout import Rollout, RolloutResult

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from jaxgrpo.environment import Observation, StepResult
+from jaxgrpo.envs.procedural import Warehouse
 from jaxgrpo.rewards.base import RewardSettings
-from jaxgrpo.types import Message, Score, StopReason
+from jaxgrpo.types import Message, Score, StopReason, Task
 from tests.one_episode import play, stepping
 from tests.rollout_fakes import EchoEnvironment
 
@@ -100,6 +101,14 @@ def test_an_error_in_a_library_is_shown_at_the_line_that_called_it() -> None:
         f"LinAlgError: Singular matrix ({__file__}, line "
         f"{step.__code__.co_firstlineno + 1}, in step)"
     )
+
+
+def test_an_error_of_an_environment_of_jaxgrpo_is_shown_at_its_own_line() -> None:
+    def step(answer, action):
+        return Warehouse().create(Task("lost", payload=None)).observe()
+
+    line = play(stepping(step)).error.splitlines()[0]
+    assert "/envs/procedural.py, line " in line and __file__ not in line
 
 
 def test_a_record_that_is_refused_is_shown_at_the_line_that_made_it() -> None:

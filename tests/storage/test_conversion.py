@@ -13,6 +13,7 @@ import pytest
 import safetensors
 
 from jaxgrpo.storage import pretrained
+from jaxgrpo.tools import convert_hf_to_orbax, convert_orbax_to_hf, verify_conversion
 from tests.model_folders import (
     command,
     config_of,
@@ -22,7 +23,6 @@ from tests.model_folders import (
     write_safetensors,
 )
 from tests.reference_model import float32_error, qwen2_logits
-from tools import convert_hf_to_orbax, convert_orbax_to_hf, verify_conversion
 
 Refused = Callable[..., str]
 
@@ -227,7 +227,7 @@ class TestRefusals:
     ) -> None:
         said = refused(convert_hf_to_orbax, orbax_folder, tmp_path / "out")
         assert said.endswith(
-            "is already an orbax folder: tools.convert_orbax_to_hf converts it back\n"
+            "is already an orbax folder: jaxgrpo.tools.convert_orbax_to_hf converts it back\n"
         )
 
     def test_a_hf_folder_is_not_exported(

@@ -5,8 +5,8 @@ import functools
 import jax.numpy as jnp
 import pytest
 
+from jaxgrpo.tools.hlo import Collective, collectives
 from tests.updates import GROUPS, TINY, UNTIED, packed, update_of
-from tools.hlo import Collective, collectives
 
 ASYNCHRONOUS = """\
 HloModule jit_step, entry_computation_layout={(f32[4]{0})->f32[12]{0}}

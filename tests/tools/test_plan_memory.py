@@ -1,4 +1,4 @@
-"""The command `python -m tools.plan_memory`."""
+"""The command `python -m jaxgrpo.tools.plan_memory`."""
 
 import json
 import os
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from jaxgrpo.tools.plan_memory import main
+from jaxgrpo.tools.targets import GIB, can_compile_for_gpus
 from tests.training import CONFIG_JSON, write_config
-from tools.plan_memory import main
-from tools.targets import GIB, can_compile_for_gpus
 
 ROOT = Path(__file__).parents[2]
 ARTICLE = str(ROOT / "configs" / "h200x4.py")
@@ -31,7 +31,7 @@ def run(folder: Path, *arguments: str) -> tuple[int, list[str], str]:
     command = [
         sys.executable,
         "-m",
-        "tools.plan_memory",
+        "jaxgrpo.tools.plan_memory",
         "--config",
         str(write_config(folder, model)),
         *arguments,
@@ -92,7 +92,7 @@ def test_the_articles_run_fits_three_h200_and_not_one() -> None:
     base = [
         sys.executable,
         "-m",
-        "tools.plan_memory",
+        "jaxgrpo.tools.plan_memory",
         "--config",
         ARTICLE,
         "--prompt",

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from jaxgrpo.config.settings import ConfigError
+from jaxgrpo.tools.model_sizes import QWEN2_5
+from jaxgrpo.tools.plan_memory import parse
+from jaxgrpo.tools.plan_report import describe, notes, refusal, table
+from jaxgrpo.tools.planning import StateBytes, state_bytes
+from jaxgrpo.tools.plans import Plan, Planner, model_sizes
+from jaxgrpo.tools.step_memory import ProgramMemory, StepMemory
+from jaxgrpo.tools.targets import GIB, TARGETS
 from tests.training import CONFIG_JSON, Letters, write_config
-from tools.model_sizes import QWEN2_5
-from tools.plan_memory import parse
-from tools.plan_report import describe, notes, refusal, table
-from tools.planning import StateBytes, state_bytes
-from tools.plans import Plan, Planner, model_sizes
-from tools.step_memory import ProgramMemory, StepMemory
-from tools.targets import GIB, TARGETS
 
 ROOT = Path(__file__).parents[2]
 ARTICLE = str(ROOT / "configs" / "h200x4.py")

@@ -22,8 +22,8 @@ from jaxgrpo.models.qwen2 import (
     param_shapes,
 )
 from jaxgrpo.run.setup import parameter_count
-from tools.model_sizes import QWEN2_5, known_size
-from tools.planning import (
+from jaxgrpo.tools.model_sizes import QWEN2_5, known_size
+from jaxgrpo.tools.planning import (
     Cluster,
     Flops,
     Forecast,

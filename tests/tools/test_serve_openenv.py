@@ -19,14 +19,14 @@ from typing import Any
 import httpx2
 import pytest
 
-from envs.bfcl import Bfcl
-from envs.openenv import OpenEnv
-from envs.openenv.sessions import OpenEnvError
-from envs.procedural import Warehouse
+from jaxgrpo.envs.bfcl import Bfcl
+from jaxgrpo.envs.openenv import OpenEnv
+from jaxgrpo.envs.openenv.sessions import OpenEnvError
+from jaxgrpo.envs.procedural import Warehouse
+from jaxgrpo.tools import serve_openenv
 from jaxgrpo.types import StopReason
 from tests.rollout_fakes import EchoEnvironment
 from tests.training import Letters
-from tools import serve_openenv
 
 pytestmark = pytest.mark.openenv
 ROOT = Path(__file__).parents[2]
@@ -55,8 +55,8 @@ class Broken(EchoEnvironment):
 @pytest.fixture
 def serve() -> Iterator[Any]:
     """Serves a suite; returns the URL."""
+    from jaxgrpo.tools.openenv_server import application
     from tests.openenv_toys import serving
-    from tools.openenv_server import application
 
     running = []
 
@@ -283,8 +283,8 @@ def test_sessions_play_side_by_side_up_to_the_limit(serve: Any, client: Any) -> 
 
 
 def test_a_browser_on_another_site_and_a_client_without_the_key_are_refused() -> None:
+    from jaxgrpo.tools.openenv_server import Guard, application
     from tests.openenv_toys import serving
-    from tools.openenv_server import Guard, application
 
     app = application(Echo(), 4, 9)
     with serving(Guard(app, serve_openenv.LOOPBACK)) as (url, _):
@@ -316,9 +316,9 @@ def test_the_command_serves_until_it_is_interrupted() -> None:
     command = [
         sys.executable,
         "-m",
-        "tools.serve_openenv",
+        "jaxgrpo.tools.serve_openenv",
         "--suite",
-        "envs.procedural:Warehouse",
+        "jaxgrpo.envs.procedural:Warehouse",
         "--set",
         "environment.train_size=3",
         "--port",
@@ -353,21 +353,24 @@ def test_the_command_serves_until_it_is_interrupted() -> None:
     ("arguments", "told"),
     [
         (
-            ["--suite", "envs.procedural"],
-            "--suite must be like envs.bfcl:Bfcl, got 'envs.procedural'",
+            ["--suite", "jaxgrpo.envs.procedural"],
+            "--suite must be like jaxgrpo.envs.bfcl:Bfcl, got 'jaxgrpo.envs.procedural'",
         ),
         (["--suite", "envs.nothing:X"], "envs.nothing:X cannot be imported"),
-        (["--suite", "envs.openenv:OpenEnv"], "cannot be made without settings"),
+        (["--suite", "jaxgrpo.envs.openenv:OpenEnv"], "cannot be made without settings"),
         (
-            ["--suite", "envs.procedural:Warehouse", "--set", "environment.size=3"],
+            ["--suite", "jaxgrpo.envs.procedural:Warehouse", "--set", "environment.size=3"],
             "unknown setting",
         ),
         (
-            ["--suite", "envs.procedural:Warehouse", "--host", "0.0.0.0"],
+            ["--suite", "jaxgrpo.envs.procedural:Warehouse", "--host", "0.0.0.0"],
             "set JAXGRPO_OPENENV_KEY to a key",
         ),
-        (["--suite", "envs.procedural:Warehouse", "--port", "70000"], "choose another --port"),
-        (["--suite", "envs.procedural:Warehouse", "--splits", "dev"], "no split 'dev'"),
+        (
+            ["--suite", "jaxgrpo.envs.procedural:Warehouse", "--port", "70000"],
+            "choose another --port",
+        ),
+        (["--suite", "jaxgrpo.envs.procedural:Warehouse", "--splits", "dev"], "no split 'dev'"),
         (["--config", "no/such.py"], "no config file no/such.py"),
     ],
 )
@@ -381,6 +384,6 @@ def test_bad_arguments_are_refused(
 def test_a_port_in_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        arguments = ["--suite", "envs.procedural:Warehouse", "--port", str(port)]
+        arguments = ["--suite", "jaxgrpo.envs.procedural:Warehouse", "--port", str(port)]
         assert serve_openenv.main(arguments) == 2
     assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err

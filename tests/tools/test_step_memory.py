@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jaxgrpo.config.settings import LoraSettings, LossSettings
 from jaxgrpo.learner.sharding import make_mesh
 from jaxgrpo.learner.update import ComputeOptions, Update
+from jaxgrpo.tools.hlo import Collective, collectives
+from jaxgrpo.tools.planning import gradient_traffic, state_bytes
+from jaxgrpo.tools.step_memory import StepMemory, describe_collectives, measure
 from tests.updates import ADAM, GROUPS, NO_KL, UNTIED, packed, params_of, update_of
-from tools.hlo import Collective, collectives
-from tools.planning import gradient_traffic, state_bytes
-from tools.step_memory import StepMemory, describe_collectives, measure
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tools.targets import GIB, TARGETS, simulated_devices
+from jaxgrpo.tools.targets import GIB, TARGETS, simulated_devices
 
 
 def test_more_devices_than_jax_was_started_with_are_refused() -> None:

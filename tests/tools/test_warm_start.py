@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxgrpo.tools import warm_start
 from tests.training import make_model
-from tools import warm_start
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -17,7 +17,7 @@ def write(folder: Path, environment: str) -> Path:
     file = folder / "config.py"
     file.write_text(
         "import dataclasses\n"
-        "from envs.sql import Sql\n"
+        "from jaxgrpo.envs.sql import Sql\n"
         "from tests.training import Letters, small_config\n\n\n"
         "def get_config():\n"
         f"    config = small_config({str(folder / 'model')!r})\n"

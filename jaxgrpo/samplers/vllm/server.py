@@ -1,6 +1,6 @@
 """Starts vLLM in a process of its own, and ends it with the process that started it.
 
-tools.serve_vllm starts the same server by hand.
+jaxgrpo.tools.serve_vllm starts the same server by hand.
 """
 
 import dataclasses

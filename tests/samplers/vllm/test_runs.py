@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.vllm_cpu import get_config as vllm_cpu
 from jaxgrpo.config.settings import ConfigError
+from jaxgrpo.configs.vllm_cpu import get_config as vllm_cpu
 from jaxgrpo.evaluate import main as evaluate
 from jaxgrpo.run import records
 from jaxgrpo.run.samplers import server_plan
@@ -198,7 +198,7 @@ def test_a_server_started_by_hand_serves_and_dies_with_whoever_started_it(
     command = [
         sys.executable,
         "-m",
-        "tools.serve_vllm",
+        "jaxgrpo.tools.serve_vllm",
         "--config",
         "configs/vllm_cpu.py",
         "--log",

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.vllm_cpu import get_config as vllm_cpu
-from envs.procedural import Warehouse
 from jaxgrpo.config.settings import Config, VllmSettings
+from jaxgrpo.configs.vllm_cpu import get_config as vllm_cpu
+from jaxgrpo.envs.procedural import Warehouse
 from jaxgrpo.models.qwen2 import Params, cast_to, forward, head_table
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.rollout.episode import SamplingParams
