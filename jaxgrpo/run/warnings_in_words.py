@@ -196,7 +196,7 @@ class Watch:
         reason = error.strip().splitlines()[-1] if error.strip() else "no reason is known"
         return [
             f"{groups}, because the environment or a reward function failed on every try: {reason}."
-            f" Their tasks are not trained on. See {PAGE}#groups-are-dropped"
+            f" Dropped groups are not trained on. See {PAGE}#groups-are-dropped"
         ]
 
     def _is_news(self, anchor: str) -> bool:
