@@ -35,6 +35,14 @@ from jaxgrpo.samplers.base import FinishReason as FinishReason
 from jaxgrpo.samplers.base import Generation as Generation
 from jaxgrpo.samplers.base import Sampler as Sampler
 from jaxgrpo.samplers.base import SamplingRequest as SamplingRequest
+from jaxgrpo.toolkit.environment import ToolEnvironment as ToolEnvironment
+from jaxgrpo.toolkit.environment import ToolError as ToolError
+from jaxgrpo.toolkit.sources import Generated as Generated
+from jaxgrpo.toolkit.sources import HuggingFace as HuggingFace
+from jaxgrpo.toolkit.sources import JsonLines as JsonLines
+from jaxgrpo.toolkit.sources import Rows as Rows
+from jaxgrpo.toolkit.suite import DemonstratedSuite as DemonstratedSuite
+from jaxgrpo.toolkit.suite import Suite as Suite
 from jaxgrpo.types import Group as Group
 from jaxgrpo.types import Message as Message
 from jaxgrpo.types import Score as Score
