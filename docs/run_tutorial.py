@@ -1,4 +1,4 @@
-"""Runs docs/tutorial.md and writes what it printed into the page and into docs/tutorial.ipynb.
+"""Run docs/tutorial.md, and write what it printed into the page and into docs/tutorial.ipynb.
 
     python docs/run_tutorial.py        about ten minutes on two CPU cores
 
@@ -72,7 +72,7 @@ def run(block: Block, folder: Path, names: dict[str, Any]) -> str:
 
 
 def run_all(page: Sequence[Block], folder: Path, say: Callable[[str], None] = print) -> list[Block]:
-    """Run a page from a folder that has the repository's assets; the page with what it printed."""
+    """Run a page from a folder, and return the page with what it printed."""
     names: dict[str, Any] = {"__name__": "__main__"}
     done, printed = [], ""
     for block in page:
@@ -84,9 +84,7 @@ def run_all(page: Sequence[Block], folder: Path, say: Callable[[str], None] = pr
 
 
 def work_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="jaxgrpo-tutorial-"))
-    (folder / "assets").symlink_to(DOCS.parent / "assets")
-    return folder
+    return Path(tempfile.mkdtemp(prefix="jaxgrpo-tutorial-"))
 
 
 def notebook(page: Sequence[Block]) -> dict[str, Any]:

@@ -165,12 +165,23 @@ def written(folder: Path) -> Path:
 def test_the_readmes_example_passes(tmp_path: Path) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    code += (
-        "\n\nfrom tests.check_environments import config\n\n"
-        "def get_config():\n    return config(GuessTheNumber())\n"
-    )
-    status, out, err = run(tmp_path, code)
-    assert (status, err) == (0, "") and "train    15 of 15 tasks open" in out and "0 errors" in out
+    code += """
+
+from jaxgrpo import DemonstratedSuite, Generated
+from tests.check_environments import config
+
+
+def get_config():
+    splits = {
+        "train": Generated(wishes, {"held_out": False}),
+        "test": Generated(wishes, {"held_out": True}),
+    }
+    return config(DemonstratedSuite(Workshop, splits, protocol="tags", solution=solution))
+"""
+    settings = ("rollout.max_prompt_tokens=800", "rollout.max_completion_tokens=224")
+    status, out, err = run(tmp_path, code, "--set", settings[0], "--set", settings[1])
+    assert (status, err) == (0, "") and "train    52 of 52 tasks open" in out
+    assert out.endswith("\n0 errors, 0 warnings\n")
 
 
 @pytest.mark.parametrize("name", ["procedural", "cpu_demo", "sql"])

@@ -132,9 +132,14 @@ LIMITS = [
     ("time/trainer_idle_fraction", "Above 0.5*", 0.49, 0.51),
     ("train/no_signal_fraction", "Above 0.8 for ten batches*", 0.79, 0.81),
     ("train/no_signal_fraction", "1 for three*", 0.79, 1.0),
-    ("train/mismatch_mean", "and 0.001*", 0.0009, 0.0011),
-    ("train/entropy", "below a tenth of at first*", 0.026, 0.024),
-    ("train/tool_calls_mean", "Below a tenth of at first, if that was 0.5 or more*", 0.091, 0.089),
+    ("train/mismatch_mean", "and more than 0.001*", 0.0009, 0.0011),
+    ("train/entropy", "below a tenth of the value at first*", 0.026, 0.024),
+    (
+        "train/tool_calls_mean",
+        "Below a tenth of the value at first, if that was 0.5 or more*",
+        0.091,
+        0.089,
+    ),
     ("train/grad_norm", "ten times the median, in two of ten batches*", 2.9, 3.1),
 ]
 
