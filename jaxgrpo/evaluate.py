@@ -44,7 +44,7 @@ from jaxgrpo.run.progress import EvaluationProgress
 from jaxgrpo.run.samplers import open_sampler
 from jaxgrpo.run.skipping import AllGroupsDroppedError
 from jaxgrpo.run.terminal import Terminal
-from jaxgrpo.run.weights import WholeWeights
+from jaxgrpo.run.weights import LogicalWeights
 from jaxgrpo.samplers.base import Sampler, SamplerError
 from jaxgrpo.storage.checkpoint import read_policy
 
@@ -203,7 +203,7 @@ def evaluate(request: Request, folder: Path) -> Evaluation:
     params, step = _read_weights(config, assets, request)
     make_run_folder(folder)
     record_ground_truth([(config, tasks)], folder)
-    weights = WholeWeights(params, assets.config, step // config.training.iterations)
+    weights = LogicalWeights(params, assets.config, step // config.training.iterations)
     sampling = SamplingParams(config.evaluation.temperature, config.evaluation.top_p)
     with (
         EventLoopThread() as loop,
@@ -247,7 +247,7 @@ def _read_weights(
 
 def _check_sampler(
     config: Config,
-    weights: WholeWeights,
+    weights: LogicalWeights,
     prompt_ids_P: np.ndarray,
     loop: EventLoopThread,
     sampler: Sampler,

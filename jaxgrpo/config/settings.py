@@ -217,7 +217,7 @@ class LoraSettings:
         """Return alpha / rank."""
         return self.alpha / self.rank
 
-    def of(self, target: str) -> "LoraSettings | None":
+    def for_target(self, target: str) -> "LoraSettings | None":
         """Return the settings of one linear layer's adapter, or None if it has none."""
         return self if self.rank and target in self.targets else None
 

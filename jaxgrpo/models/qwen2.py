@@ -113,10 +113,14 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, lora: LoraSettings = NO_LORA, *, rngs: nnx.Rngs):
         self.config = config
         width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q = Linear(config.hidden_size, width, bias=True, lora=lora.of("q"), rngs=rngs)
-        self.k = Linear(config.hidden_size, kv_width, bias=True, lora=lora.of("k"), rngs=rngs)
-        self.v = Linear(config.hidden_size, kv_width, bias=True, lora=lora.of("v"), rngs=rngs)
-        self.o = Linear(width, config.hidden_size, bias=False, lora=lora.of("o"), rngs=rngs)
+        self.q = Linear(config.hidden_size, width, bias=True, lora=lora.for_target("q"), rngs=rngs)
+        self.k = Linear(
+            config.hidden_size, kv_width, bias=True, lora=lora.for_target("k"), rngs=rngs
+        )
+        self.v = Linear(
+            config.hidden_size, kv_width, bias=True, lora=lora.for_target("v"), rngs=rngs
+        )
+        self.o = Linear(width, config.hidden_size, bias=False, lora=lora.for_target("o"), rngs=rngs)
 
     def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """x [..., T, D], positions [..., T] -> q [..., T, H, h], k and v [..., T, K, h].
@@ -142,9 +146,9 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, lora: LoraSettings = NO_LORA, *, rngs: nnx.Rngs):
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate = Linear(hidden, inner, bias=False, lora=lora.of("gate"), rngs=rngs)
-        self.up = Linear(hidden, inner, bias=False, lora=lora.of("up"), rngs=rngs)
-        self.down = Linear(inner, hidden, bias=False, lora=lora.of("down"), rngs=rngs)
+        self.gate = Linear(hidden, inner, bias=False, lora=lora.for_target("gate"), rngs=rngs)
+        self.up = Linear(hidden, inner, bias=False, lora=lora.for_target("up"), rngs=rngs)
+        self.down = Linear(inner, hidden, bias=False, lora=lora.for_target("down"), rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

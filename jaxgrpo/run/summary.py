@@ -50,7 +50,7 @@ def of_work(config: Config, tasks: int, evaluated: Mapping[str, int]) -> Rows:
             f"{r.group_size} samples",
         ),
     ]
-    if not config.rewards.environment_alone:
+    if not config.rewards.is_environment_reward:
         rows.append(("reward", config.rewards.formula))
     when = [text for on, text in ((e.before, "before"), (e.after, "after")) if on]
     when += [f"every {e.every} steps"] if e.every else []
