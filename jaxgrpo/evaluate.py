@@ -25,7 +25,7 @@ from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.paths import absolute
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.rollout.episode import SamplingParams
-from jaxgrpo.run import records, setup
+from jaxgrpo.run import records, setup, summary
 from jaxgrpo.run.agreement import agreement_check
 from jaxgrpo.run.command_line import config_parser
 from jaxgrpo.run.comparison import (
@@ -82,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with interruptible(), locked_folder(folder):
             outcome = evaluate(request, folder)
         _report(outcome, against)
-        print(f"recorded in {folder}")
+        (rate,) = summary.pass_rates({}, {evaluated.name: float(outcome.metrics["eval/pass_rate"])})
+        Terminal().table(f"done: {rate}", summary.after_evaluation(folder))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

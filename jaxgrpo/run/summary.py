@@ -66,6 +66,13 @@ def of_folder(folder: Path) -> Rows:
     return [("run folder", shown), ("watch", f"python -m jaxgrpo.viewer {shown}")]
 
 
+def after_evaluation(folder: Path) -> Rows:
+    """Return where an evaluation is recorded, and what to run next."""
+    compare = f"python -m jaxgrpo.evaluate ... --checkpoint RUN --against {shown_path(folder)}"
+    where, (_, view) = of_folder(folder)
+    return [where, ("view", view), ("compare", folded(compare))]
+
+
 def at_end(folder: Path, exported: Path | None) -> Rows:
     """Return where everything is, and what to run next."""
     shown = shown_path(folder)
