@@ -30,7 +30,7 @@ from jax import Array
 
 from jaxgrpo.config.settings import NO_LORA, REMAT, LoraSettings, TrainingSettings
 from jaxgrpo.models.attention import OUTPUT_NAMES, XLA, Context, Kernel, apply_rope, attend
-from jaxgrpo.models.lora import only_adapters
+from jaxgrpo.models.lora import Adapter, only_adapters
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.numerics import matmul
 from jaxgrpo.types import AnyArray
@@ -41,25 +41,6 @@ Layer = Callable[[Any, Params], Any]
 ScanLayers = Callable[[Layer, Any, Params], Any]
 
 _STDDEV = 0.02  # of new weights
-
-
-class Adapter(nnx.Module):
-    """x [..., in] -> scale * (x @ a.T) @ b, with a [r, in] and b [r, out].
-
-    LoRA (arXiv:2106.09685, eq. 3). Initially, b is zero and a is uniform within 1 / sqrt(in), as in
-    PEFT.
-    """
-
-    def __init__(self, in_size: int, out_size: int, lora: LoraSettings, *, rngs: nnx.Rngs):
-        bound = in_size**-0.5
-        self.a = nnx.Param(
-            jax.random.uniform(rngs.params(), (lora.rank, in_size), minval=-bound, maxval=bound)
-        )
-        self.b = nnx.Param(jnp.zeros((lora.rank, out_size)))
-        self.scale = lora.scale
-
-    def __call__(self, x: Array) -> Array:
-        return self.scale * (x @ self.a[...].T) @ self.b[...]
 
 
 class Linear(nnx.Module):
