@@ -41,7 +41,7 @@ from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.rollout.chat import Chat
-from jaxgrpo.run.weights import WholeWeights, publish
+from jaxgrpo.run.weights import LogicalWeights, publish
 from jaxgrpo.samplers.base import Sampler
 from jaxgrpo.samplers.native.sampler import NativeSampler
 from jaxgrpo.samplers.vllm.client import VllmSampler
@@ -168,7 +168,7 @@ def open_sides(
             serve_vllm(args.python, args.model, config, params, max(context, 2048), rows)
         )
         stack.callback(lambda: loop.call(vllm.close()))
-        publish(loop, vllm, WholeWeights(params, config, 0))
+        publish(loop, vllm, LogicalWeights(params, config, 0))
         sides["vllm bfloat16"] = vllm
     return sides
 

@@ -25,7 +25,7 @@ from jaxgrpo.models.qwen2 import Params
 from jaxgrpo.paths import absolute
 from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.rollout.episode import SamplingParams
-from jaxgrpo.run import records, setup
+from jaxgrpo.run import records, setup, summary
 from jaxgrpo.run.agreement import agreement_check
 from jaxgrpo.run.command_line import config_parser
 from jaxgrpo.run.comparison import (
@@ -44,7 +44,7 @@ from jaxgrpo.run.progress import EvaluationProgress
 from jaxgrpo.run.samplers import open_sampler
 from jaxgrpo.run.skipping import AllGroupsDroppedError
 from jaxgrpo.run.terminal import Terminal
-from jaxgrpo.run.weights import WholeWeights
+from jaxgrpo.run.weights import LogicalWeights
 from jaxgrpo.samplers.base import Sampler, SamplerError
 from jaxgrpo.storage.checkpoint import read_policy
 
@@ -82,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with interruptible(), locked_folder(folder):
             outcome = evaluate(request, folder)
         _report(outcome, against)
-        print(f"recorded in {folder}")
+        (rate,) = summary.pass_rates({}, {evaluated.name: float(outcome.metrics["eval/pass_rate"])})
+        Terminal().table(f"done: {rate}", summary.after_evaluation(folder))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -203,7 +204,7 @@ def evaluate(request: Request, folder: Path) -> Evaluation:
     params, step = _read_weights(config, assets, request)
     make_run_folder(folder)
     record_ground_truth([(config, tasks)], folder)
-    weights = WholeWeights(params, assets.config, step // config.training.iterations)
+    weights = LogicalWeights(params, assets.config, step // config.training.iterations)
     sampling = SamplingParams(config.evaluation.temperature, config.evaluation.top_p)
     with (
         EventLoopThread() as loop,
@@ -247,7 +248,7 @@ def _read_weights(
 
 def _check_sampler(
     config: Config,
-    weights: WholeWeights,
+    weights: LogicalWeights,
     prompt_ids_P: np.ndarray,
     loop: EventLoopThread,
     sampler: Sampler,

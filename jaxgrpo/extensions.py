@@ -8,7 +8,6 @@ import abc
 import dataclasses
 import importlib
 import operator
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,19 +47,31 @@ class SamplerFactory(abc.ABC):
 
 
 def is_import_path(value: object) -> bool:
-    """Return whether a value is a string of the form `module:name`."""
-    return (
-        isinstance(value, str) and re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", value) is not None
-    )
+    """Return whether a value is a string of the form `module:name`. Both may have dots."""
+    if not isinstance(value, str):
+        return False
+    module, _, name = value.partition(":")
+    return all(part.isidentifier() for part in (*module.split("."), *name.split(".")))
+
+
+def find_object(path: str) -> Any:
+    """Return what an import path names. Raise ValueError that says why it cannot be had."""
+    module, _, name = path.partition(":")
+    try:
+        return operator.attrgetter(name)(importlib.import_module(module))
+    except Exception as error:  # the edge to a user's module
+        raise _refusal(path, error) from error
 
 
 def import_object(path: str) -> Any:
     """Return what an import path names, and of a class an instance. Raise ValueError that says why
     it cannot be had."""
-    module, _, name = path.partition(":")
+    found = find_object(path)
     try:
-        found = operator.attrgetter(name)(importlib.import_module(module))
         return found() if isinstance(found, type) else found
-    except Exception as error:  # the edge to a user's module and class
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path!r} cannot be imported ({why})") from error
+    except Exception as error:  # the edge to a user's class
+        raise _refusal(path, error) from error
+
+
+def _refusal(path: str, error: Exception) -> ValueError:
+    return ValueError(f"{path!r} cannot be imported ({type(error).__name__}: {error})")

@@ -31,6 +31,7 @@ from jaxgrpo.run.batch_metrics import (
     update_metrics,
 )
 from jaxgrpo.run.callbacks import BatchReport, Callback, Callbacks, EvaluationReport
+from jaxgrpo.run.cluster import ClusterFlags, add_flags, join
 from jaxgrpo.run.command_line import config_parser
 from jaxgrpo.run.dry_run import dry_run
 from jaxgrpo.run.evaluation import Evaluator
@@ -39,7 +40,7 @@ from jaxgrpo.run.failures import exit_status
 from jaxgrpo.run.folder import locked_folder, prepare_run_folder, run_folder
 from jaxgrpo.run.ground_truth import record_ground_truth
 from jaxgrpo.run.learner import Learner, crossed_interval
-from jaxgrpo.run.processes import ClusterFlags, Command, Processes, Work, add_flags, join
+from jaxgrpo.run.processes import Command, Processes, Work
 from jaxgrpo.run.records import with_figures
 from jaxgrpo.run.run_log import RunLog
 from jaxgrpo.run.samplers import open_sampler

@@ -289,7 +289,7 @@ BROKEN = {
         "error",
         "FileNotFoundError: [Errno 2] No such file or directory: '/no/such/list' (mine.py, line "
         "{/no/such/list}, in tasks)",
-        "return a list of jaxgrpo.types.Task",
+        "provide what tasks() needs, such as a file or a running server, or mend tasks()",
     ),
     "forgets the stop strings": (
         with_environment(

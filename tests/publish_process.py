@@ -10,7 +10,7 @@ import jax
 
 from jaxgrpo.learner.sharding import make_layout, make_mesh, store
 from jaxgrpo.models.model_config import ModelConfig
-from jaxgrpo.run.processes import ClusterFlags, add_flags, join
+from jaxgrpo.run.cluster import ClusterFlags, add_flags, join
 from jaxgrpo.storage.pretrained import load_params
 from jaxgrpo.storage.publish import publish_weights
 from tests.processes import run_processes

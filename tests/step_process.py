@@ -11,7 +11,7 @@ import jax
 
 from jaxgrpo.learner.train_state import StepReport, TrainState
 from jaxgrpo.learner.update import Update
-from jaxgrpo.run.processes import ClusterFlags, add_flags, join
+from jaxgrpo.run.cluster import ClusterFlags, add_flags, join
 from jaxgrpo.storage.checkpoint import Checkpoints, Progress
 from tests.updates import GROUPS, packed, update_of
 

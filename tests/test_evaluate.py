@@ -83,12 +83,12 @@ def test_the_configs_own_model(call: Callable[..., tuple[int, str, str]], tmp_pa
         "[",
     ):
         assert part in out
-    episodes = records.read_records(
-        tmp_path / "eval" / "trajectories" / "eval-train-000000.jsonl.gz"
-    ).records
-    assert len(episodes) == 24
-    assert sum(r.trajectory.score.passed for r in episodes) / 24 == pytest.approx(
-        line["eval/pass_rate"]
+    folder, (shown, end) = tmp_path / "eval", out.split("\ndone: ")
+    assert f"\ntrain: pass@1 {line['eval/pass_rate']:.1%} [" in shown
+    assert " ".join(end.replace("\\\n", "").split()) == (  # long paths are wrapped
+        f"train {line['eval/pass_rate']:.1%} run folder {folder} "
+        f"view python -m jaxgrpo.viewer {folder} "
+        f"compare python -m jaxgrpo.evaluate ... --checkpoint RUN --against {folder}"
     )
 
 
@@ -322,7 +322,7 @@ def test_paths_from_the_current_folder_outlive_an_environment_that_goes_elsewher
     )
     arguments = ["--config", "wanders.py", "--checkpoint", os.path.relpath(run), "--samples", "1"]
     assert main([*arguments, "--run-dir", "../e/x"]) == 0
-    assert f"recorded in {tmp_path.parent}/e/x" in capsys.readouterr().out
+    assert f"\n  run folder    {tmp_path.parent}/e/x\n" in capsys.readouterr().out
     assert metric_lines(tmp_path.parent / "e" / "x")[0]["step"] == 4
 
 

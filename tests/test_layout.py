@@ -41,8 +41,8 @@ Two folders on one floor do not import each other. The commands may, and so may 
 lowest floor."""
 
 FOR_ENVIRONMENTS = (
-    "jaxgrpo.checked", "jaxgrpo.config", "jaxgrpo.environment", "jaxgrpo.paths", "jaxgrpo.rewards",
-    "jaxgrpo.toolkit", "jaxgrpo.types",
+    "jaxgrpo.checked", "jaxgrpo.config", "jaxgrpo.environment", "jaxgrpo.extensions",
+    "jaxgrpo.paths", "jaxgrpo.rewards", "jaxgrpo.toolkit", "jaxgrpo.types",
 )  # fmt: skip
 """The parts of jaxgrpo that environments and configs may import. None of them imports jax."""
 

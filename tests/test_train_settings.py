@@ -16,7 +16,7 @@ from jaxgrpo.rollout.episode import SamplingParams
 from jaxgrpo.rollout.prefetch import task_batch
 from jaxgrpo.run import records, samplers, setup
 from jaxgrpo.run.learner import crossed_interval
-from jaxgrpo.run.weights import WholeWeights
+from jaxgrpo.run.weights import LogicalWeights
 from jaxgrpo.train import main, train
 from jaxgrpo.types import Task
 from tests.training import changed, metric_lines, small_config, write_config
@@ -128,7 +128,7 @@ class TestOptions:
         policy = setup.open_model_assets(config)
         with EventLoopThread() as loop:
             samplers.open_sampler(
-                config, policy, WholeWeights({}, policy.config, 3), loop, tmp_path, ExitStack()
+                config, policy, LogicalWeights({}, policy.config, 3), loop, tmp_path, ExitStack()
             )
         setup.build_update(config, policy.config)
         sampler = {

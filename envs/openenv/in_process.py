@@ -29,6 +29,7 @@ from jaxgrpo.envs.openenv.sessions import (
     result_of,
     specs,
 )
+from jaxgrpo.extensions import find_object, is_import_path
 
 T = TypeVar("T")
 
@@ -38,8 +39,7 @@ _OPENING = threading.Lock()
 
 def check_path(path: str) -> None:
     """Raise ValueError unless a path has the form `package.module:Name`."""
-    module, _, name = path.partition(":")
-    if not all(part.isidentifier() for part in [*module.split("."), *name.split(".")]):
+    if not is_import_path(path):
         raise ValueError(
             f"environment {path!r} is neither a URL nor an import path such as "
             "'my_package.server:MyEnvironment'"
@@ -48,14 +48,10 @@ def check_path(path: str) -> None:
 
 def load(path: str) -> Any:
     """Import `package.module:Name`. Raises OpenEnvError."""
-    module, _, name = path.partition(":")
     try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise OpenEnvError(f"{path} cannot be imported: {error}") from error
-    return found
+        return find_object(path)
+    except ValueError as error:
+        raise OpenEnvError(str(error)) from error
 
 
 def package_fault() -> str:

@@ -155,7 +155,8 @@ class VllmSettings:
     retries: Annotated[int, AtLeast(0)] = 3
     """Retries of a turn if a server does not answer."""
     max_mismatch: Annotated[float, Above(0)] = 0.05
-    """The run stops if log-probabilities of vLLM and trainer differ by more on average."""
+    """The run stops if log-probabilities of the sampler and the trainer differ by more on average,
+    in nats. Applies to vLLM and to a sampler of your own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +218,7 @@ class LoraSettings:
         """Return alpha / rank."""
         return self.alpha / self.rank
 
-    def of(self, target: str) -> "LoraSettings | None":
+    def for_target(self, target: str) -> "LoraSettings | None":
         """Return the settings of one linear layer's adapter, or None if it has none."""
         return self if self.rank and target in self.targets else None
 

@@ -1,4 +1,4 @@
-"""Low-rank adaptation (LoRA, arXiv:2106.09685): the trees of adapters and of frozen weights. Pure.
+"""LoRA (arXiv:2106.09685): the adapter of a linear layer, and the trees of adapters.
 
 An adapted linear layer computes x W + (alpha / r) (x A) B (eq. 3), with W frozen, and A [in, r] and
 B [r, out] trained. In the logical tree, the adapter of a linear layer is beside its kernel. A is
@@ -11,7 +11,32 @@ stored transposed, as [r, in], because its gradient is then several times cheape
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxgrpo.config.settings import LoraSettings
+
 ADAPTER = "adapter"
+
+
+class Adapter(nnx.Module):
+    """x [..., in] -> scale * (x @ a.T) @ b, with a [r, in] and b [r, out].
+
+    Initially, b is zero and a is uniform within 1 / sqrt(in), as in PEFT.
+    """
+
+    def __init__(self, in_size: int, out_size: int, lora: LoraSettings, *, rngs: nnx.Rngs):
+        bound = in_size**-0.5
+        self.a = nnx.Param(
+            jax.random.uniform(rngs.params(), (lora.rank, in_size), minval=-bound, maxval=bound)
+        )
+        self.b = nnx.Param(jnp.zeros((lora.rank, out_size)))
+        self.scale = lora.scale
+
+    def __call__(self, x: Array) -> Array:
+        return self.scale * (x @ self.a[...].T) @ self.b[...]
 
 
 def combine(params: Any, frozen: Any | None) -> Any:

@@ -30,7 +30,7 @@ from jax import Array
 
 from jaxgrpo.config.settings import NO_LORA, REMAT, LoraSettings, TrainingSettings
 from jaxgrpo.models.attention import OUTPUT_NAMES, XLA, Context, Kernel, apply_rope, attend
-from jaxgrpo.models.lora import only_adapters
+from jaxgrpo.models.lora import Adapter, only_adapters
 from jaxgrpo.models.model_config import ModelConfig
 from jaxgrpo.models.numerics import matmul
 from jaxgrpo.types import AnyArray
@@ -41,25 +41,6 @@ Layer = Callable[[Any, Params], Any]
 ScanLayers = Callable[[Layer, Any, Params], Any]
 
 _STDDEV = 0.02  # of new weights
-
-
-class Adapter(nnx.Module):
-    """x [..., in] -> scale * (x @ a.T) @ b, with a [r, in] and b [r, out].
-
-    LoRA (arXiv:2106.09685, eq. 3). Initially, b is zero and a is uniform within 1 / sqrt(in), as in
-    PEFT.
-    """
-
-    def __init__(self, in_size: int, out_size: int, lora: LoraSettings, *, rngs: nnx.Rngs):
-        bound = in_size**-0.5
-        self.a = nnx.Param(
-            jax.random.uniform(rngs.params(), (lora.rank, in_size), minval=-bound, maxval=bound)
-        )
-        self.b = nnx.Param(jnp.zeros((lora.rank, out_size)))
-        self.scale = lora.scale
-
-    def __call__(self, x: Array) -> Array:
-        return self.scale * (x @ self.a[...].T) @ self.b[...]
 
 
 class Linear(nnx.Module):
@@ -113,10 +94,14 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, lora: LoraSettings = NO_LORA, *, rngs: nnx.Rngs):
         self.config = config
         width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q = Linear(config.hidden_size, width, bias=True, lora=lora.of("q"), rngs=rngs)
-        self.k = Linear(config.hidden_size, kv_width, bias=True, lora=lora.of("k"), rngs=rngs)
-        self.v = Linear(config.hidden_size, kv_width, bias=True, lora=lora.of("v"), rngs=rngs)
-        self.o = Linear(width, config.hidden_size, bias=False, lora=lora.of("o"), rngs=rngs)
+        self.q = Linear(config.hidden_size, width, bias=True, lora=lora.for_target("q"), rngs=rngs)
+        self.k = Linear(
+            config.hidden_size, kv_width, bias=True, lora=lora.for_target("k"), rngs=rngs
+        )
+        self.v = Linear(
+            config.hidden_size, kv_width, bias=True, lora=lora.for_target("v"), rngs=rngs
+        )
+        self.o = Linear(width, config.hidden_size, bias=False, lora=lora.for_target("o"), rngs=rngs)
 
     def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """x [..., T, D], positions [..., T] -> q [..., T, H, h], k and v [..., T, K, h].
@@ -142,9 +127,9 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, lora: LoraSettings = NO_LORA, *, rngs: nnx.Rngs):
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate = Linear(hidden, inner, bias=False, lora=lora.of("gate"), rngs=rngs)
-        self.up = Linear(hidden, inner, bias=False, lora=lora.of("up"), rngs=rngs)
-        self.down = Linear(inner, hidden, bias=False, lora=lora.of("down"), rngs=rngs)
+        self.gate = Linear(hidden, inner, bias=False, lora=lora.for_target("gate"), rngs=rngs)
+        self.up = Linear(hidden, inner, bias=False, lora=lora.for_target("up"), rngs=rngs)
+        self.down = Linear(inner, hidden, bias=False, lora=lora.for_target("down"), rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

@@ -121,11 +121,11 @@ class RewardSettings:
         return dict.fromkeys(_all_parts(self), 1.0) | dict(self.weights)
 
     @property
-    def environment_alone(self) -> bool:
+    def is_environment_reward(self) -> bool:
         """Whether the reward is exactly that of the environment."""
         return self.parts == {ENVIRONMENT: 1.0}
 
-    def rewarded(self, trajectory: Trajectory) -> Score:
+    def score(self, trajectory: Trajectory) -> Score:
         """Return the score of an episode with the whole reward and all parts. `trajectory` has the
         environment's score. Raises RewardError."""
         score = trajectory.score

@@ -152,11 +152,9 @@ class EpisodeRunner:
                     raise FaultyEnvironmentError(fault)
                 stop_reason = await self._take_turns(environment, observation, builder, key)
                 score = await self._ask(f"score() {of}", Score, environment.score)
-            if not self.rewards.environment_alone:
+            if not self.rewards.is_environment_reward:
                 unrewarded = builder.trajectory(key, stop_reason, score)
-                score = await self._ask(
-                    f"the rewards {of}", Score, self.rewards.rewarded, unrewarded
-                )
+                score = await self._ask(f"the rewards {of}", Score, self.rewards.score, unrewarded)
         except FaultyEnvironmentError as error:
             return builder.trajectory(key, StopReason.ENVIRONMENT_ERROR, None, error.recorded)
         finally:

@@ -77,6 +77,8 @@ def fault(error: str, what: str, during: str, task: str = "") -> Finding:
         advice = (
             "give what it waits for a time limit of its own, or raise rollout.step_deadline_seconds"
         )
+    elif method == "tasks" and trace:  # it raised
+        advice = "provide what tasks() needs, such as a file or a running server, or mend tasks()"
     elif "opens differently" in line:
         advice = (
             "let observe() depend on the task alone: draw random values from its payload or from "

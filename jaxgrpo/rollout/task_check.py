@@ -41,7 +41,7 @@ LISTING_DEADLINES = 10
 """A suite may take this many times the deadline to list its tasks, because it may fetch them."""
 
 ENOUGH_LATE = 4
-"""After this many tasks exceed the deadline while none opens, the check stops."""
+"""After this many tasks exceed the deadline while none succeeds, no further one is tried."""
 
 SAY_EVERY_SECONDS = 5.0
 
@@ -138,7 +138,8 @@ class TaskCheck:
         self, tasks: Sequence[Task]
     ) -> Mapping[str, GroundTruth | FaultyEnvironmentError]:
         """Return the ground truth of each task, or the error, by the tasks' ids. None are returned
-        if the suite knows none."""
+        if the suite knows none. If calls hang, the other tasks are not asked and get an error
+        too."""
         suite = self.suite
         if not isinstance(suite, KnowsGroundTruth):
             return {}
@@ -153,9 +154,15 @@ class TaskCheck:
                 found[task.id] = await call_user_code(calls, what, _truth, suite.ground_truth, task)
             except FaultyEnvironmentError as error:
                 found[task.id] = error
+                if _hopeless(found):
+                    raise
 
         async def ask_all() -> None:
-            await gather_or_cancel([ask_one(task) for task in tasks])
+            try:
+                await gather_or_cancel([ask_one(task) for task in tasks])
+            except (FaultyEnvironmentError, StuckCallsError) as error:
+                not_asked = FaultyEnvironmentError(str(error))
+                found.update({task.id: not_asked for task in tasks if task.id not in found})
 
         self._run(
             ask_all(), calls, lambda: f"{len(found)} of {len(tasks)} tasks gave their ground truth"
@@ -188,10 +195,11 @@ def _in_silence(line: str) -> None:
     """Print nothing: calls that hang are reported at the end."""
 
 
-def _hopeless(found: Found) -> bool:
-    """Return whether several tasks exceeded the deadline and none opened."""
+def _hopeless(found: Mapping[str, object]) -> bool:
+    """Return whether several tasks exceeded the deadline and all others failed too."""
     late = [error for error in found.values() if isinstance(error, LateError)]
-    return len(late) >= ENOUGH_LATE and not _that_open(found)
+    failed = all(isinstance(one, FaultyEnvironmentError) for one in found.values())
+    return len(late) >= ENOUGH_LATE and failed
 
 
 def _that_open(found: Found) -> list[str]:

@@ -108,11 +108,7 @@ def print_part(text: str, console: Console, sampled: bool = False) -> None:
 
 def _print_scripts(scripts: Sequence[ScriptReport], tried: int, console: Console) -> None:
     title(console, f"Scripted episodes on {tried} tasks")
-    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
-    table.add_column("script")
-    for name in ("episodes", "turns", "reward"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("ends")
+    table = _table("script", ("episodes", "turns", "reward"), "ends")
     for row in scripts:
         ends = ", ".join(f"{name} {count}" for name, count in row.ends.items())
         reward = "-" if row.rewards is None else _range(*(f"{each:g}" for each in row.rewards))
@@ -121,17 +117,23 @@ def _print_scripts(scripts: Sequence[ScriptReport], tried: int, console: Console
     console.print(table, highlight=False)
 
 
+def _table(first: str, numbers: Sequence[str], last: str) -> Table:
+    """Return an empty table with these columns. Those of numbers are aligned to the right."""
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
+    table.add_column(first)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(last)
+    return table
+
+
 def _range(low: str, high: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
 def _print_calls(calls: Sequence[CallReport], deadline: float, console: Console) -> None:
     title(console, f"Calls, each with a deadline of {deadline:g} s")
-    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
-    table.add_column("call")
-    for name in ("calls", "median", "slowest"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("slowest task")
+    table = _table("call", ("calls", "median", "slowest"), "slowest task")
     for row in calls:
         times = (f"{1000 * seconds:.1f} ms" for seconds in (row.median, row.slowest))
         table.add_row(row.method, str(row.count), *times, Text(row.task))

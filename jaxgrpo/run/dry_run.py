@@ -49,7 +49,7 @@ def _describe(
     yield to_json(config)
     yield from _model(config, assets.config)
     yield from _devices(config, assets.config, devices)
-    if not config.rewards.environment_alone:
+    if not config.rewards.is_environment_reward:
         yield _line("reward", config.rewards.formula)
     most = config.rollout.max_prompt_tokens
     yield _line("longest prompt", f"{prompts.longest} tokens of at most {most}")

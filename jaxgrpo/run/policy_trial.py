@@ -18,7 +18,7 @@ from jaxgrpo.run.check_report import print_part, print_parts, say, title
 from jaxgrpo.run.environment_check import episode_parts, spread
 from jaxgrpo.run.pass_rates import pass_rate
 from jaxgrpo.run.samplers import open_sampler
-from jaxgrpo.run.weights import WholeWeights
+from jaxgrpo.run.weights import LogicalWeights
 from jaxgrpo.types import Group, Task, Trajectory
 
 GROUPS = 4
@@ -53,7 +53,7 @@ def try_policy(config: Config, episodes: int, console: Console) -> int:
 
 def _sampled(config: Config, assets: setup.ModelAssets, tasks: Sequence[Task]) -> RolloutResult:
     params = setup.initial_params(assets, setup.compute_dtype(config))
-    weights = WholeWeights(params, assets.config, 0)
+    weights = LogicalWeights(params, assets.config, 0)
     sampling = SamplingParams(config.rollout.temperature)
     with EventLoopThread() as loop, ExitStack() as stack:
         sampler = open_sampler(config, assets, weights, loop, Path.cwd(), stack)

@@ -50,7 +50,7 @@ def of_work(config: Config, tasks: int, evaluated: Mapping[str, int]) -> Rows:
             f"{r.group_size} samples",
         ),
     ]
-    if not config.rewards.environment_alone:
+    if not config.rewards.is_environment_reward:
         rows.append(("reward", config.rewards.formula))
     when = [text for on, text in ((e.before, "before"), (e.after, "after")) if on]
     when += [f"every {e.every} steps"] if e.every else []
@@ -64,6 +64,13 @@ def of_folder(folder: Path) -> Rows:
     """Return the lines about where the run is recorded, and how to watch it."""
     shown = shown_path(folder)
     return [("run folder", shown), ("watch", f"python -m jaxgrpo.viewer {shown}")]
+
+
+def after_evaluation(folder: Path) -> Rows:
+    """Return where an evaluation is recorded, and what to run next."""
+    compare = f"python -m jaxgrpo.evaluate ... --checkpoint RUN --against {shown_path(folder)}"
+    where, (_, view) = of_folder(folder)
+    return [where, ("view", view), ("compare", folded(compare))]
 
 
 def at_end(folder: Path, exported: Path | None) -> Rows:

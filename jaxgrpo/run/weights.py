@@ -78,7 +78,7 @@ def write_policy(update: Update, state: TrainState, version: int, root: Path) ->
 
 
 @dataclasses.dataclass(frozen=True)
-class WholeWeights:
+class LogicalWeights:
     """The weights of a logical tree in this process, such as evaluation reads from disk."""
 
     params: Params

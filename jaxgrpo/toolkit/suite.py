@@ -27,7 +27,7 @@ from jaxgrpo.toolkit.sources import (
     TaskRowError,
     require_keys,
 )
-from jaxgrpo.types import Task
+from jaxgrpo.types import ExpectedCall, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +92,7 @@ class Suite:
 
     def create(self, task: Task) -> Environment:
         """Create the environment of one episode, with copies of the row's values."""
-        if not isinstance(task.payload, Mapping):
-            raise TypeError(f"task {task.id!r} does not belong to this suite")
-        made = self.environment(**copy.deepcopy({**task.payload, **self.options}))
+        made = self.environment(**{**self._row(task), **copy.deepcopy(dict(self.options))})
         if self.protocol:
             object.__setattr__(made, "protocol", self.protocol)  # it may be a frozen dataclass
         return made
@@ -112,6 +110,12 @@ class Suite:
         except (TypeError, ValueError) as error:
             keys = f"id_key is {self.id_key!r}, labels_key is {self.labels_key!r}"
             raise TaskRowError(f"{place}: {error} ({keys})") from None
+
+    def _row(self, task: Task) -> dict[str, Any]:
+        """Return a copy of a task's row."""
+        if not isinstance(task.payload, Mapping):
+            raise TypeError(f"task {task.id!r} does not belong to this suite")
+        return copy.deepcopy(dict(task.payload))
 
     @property
     def _has_tools(self) -> bool:
@@ -138,8 +142,8 @@ class Suite:
 
 @dataclasses.dataclass(frozen=True)
 class DemonstratedSuite(Suite):
-    """A suite of a ToolEnvironment whose tasks have a known solution, from which it demonstrates
-    them (see `jaxgrpo.tools.warm_start`).
+    """A suite of a ToolEnvironment whose tasks have a known solution. It is demonstrated (see
+    `jaxgrpo.tools.warm_start`), and recorded as the ground truth, which the viewer shows.
 
     solution   function that returns the calls that solve a task, as [("add", {"a": 1, "b": 2})];
                called with those of the row's keys that it takes
@@ -154,12 +158,19 @@ class DemonstratedSuite(Suite):
 
     def demonstration(self, task: Task) -> tuple[str, ...]:
         """Return policy turns that solve a task, one call each."""
-        made, row, takes = self.create(task), task.payload, inspect.signature(self.solution)
-        assert isinstance(made, ToolEnvironment) and isinstance(row, Mapping)
+        made = self.create(task)
+        assert isinstance(made, ToolEnvironment)
         protocol = protocol_of(made.protocol)
-        calls = self.solution(**{k: v for k, v in row.items() if k in takes.parameters})
-        turns = [protocol.write_calls([call], f"I call {call[0]}.") for call in calls]
+        turns = [protocol.write_calls([call], f"I call {call[0]}.") for call in self._calls(task)]
         return (*turns, protocol.write_end())
+
+    def ground_truth(self, task: Task) -> tuple[ExpectedCall, ...]:
+        """Return the calls that solve a task."""
+        return tuple(ExpectedCall(name, arguments) for name, arguments in self._calls(task))
+
+    def _calls(self, task: Task) -> Sequence[Request]:
+        row, takes = self._row(task), inspect.signature(self.solution).parameters
+        return self.solution(**{key: value for key, value in row.items() if key in takes})
 
 
 def _source(given: Any, split: str) -> Source:

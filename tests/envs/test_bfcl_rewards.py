@@ -45,7 +45,7 @@ def played(name: str, *texts: str, **options: Any) -> Trajectory:
 
 
 def parts(trajectory: Trajectory, rewards: RewardSettings = ALL) -> tuple[float, ...]:
-    score = rewards.rewarded(trajectory)
+    score = rewards.score(trajectory)
     return tuple(score.parts[name] for name in ("execution", "format", "correctness"))
 
 
@@ -93,7 +93,7 @@ def test_treatments_reward_the_episodes_differently(name: str) -> None:
     texts, expected, rewards = EPISODES[name]
     trajectory = played("base_0", *texts)
     assert parts(trajectory) == expected
-    given = [treatment.rewarded(trajectory).reward for treatment in TREATMENTS]
+    given = [treatment.score(trajectory).reward for treatment in TREATMENTS]
     assert given == pytest.approx(rewards, abs=1e-12)
 
 

@@ -388,11 +388,11 @@ def test_options_make_the_environment() -> None:
     [
         (
             {"environment": "no_such_module:X"},
-            "no_such_module:X cannot be imported: No module named",
+            "'no_such_module:X' cannot be imported (ModuleNotFoundError: No module named",
         ),
         (
             {"environment": "tests.openenv_toys:Missing"},
-            "cannot be imported: module 'tests.openenv_toys' has no",
+            "cannot be imported (AttributeError: module 'tests.openenv_toys' has no",
         ),
         ({"environment": "tests.openenv_toys:MODELS"}, "is a dict, not an environment class"),
         (

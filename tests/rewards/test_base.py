@@ -62,7 +62,7 @@ def test_the_policys_texts_are_not_those_of_the_opening() -> None:
 
 def test_the_reward_is_the_weighted_sum_of_all_parts() -> None:
     rewards = RewardSettings((brevity, doubled), {"environment": 3, "brevity": 0.5})
-    score = rewards.rewarded(played("hi"))
+    score = rewards.score(played("hi"))
     # 3 x 1 + 0.5 x (-0.25 x 3) + 1 x 2
     assert score.reward == 4.625
     assert dict(score.parts) == {"state": 1.0, "environment": 1.0, "brevity": -0.75, "doubled": 2.0}
@@ -83,16 +83,16 @@ def test_weights_that_mean_the_same_are_the_same() -> None:
 
 
 def test_without_functions_the_environments_reward_is_all() -> None:
-    assert RewardSettings().environment_alone
-    assert RewardSettings((), {"environment": 1}).environment_alone
-    assert not RewardSettings((), {"environment": 0.5}).environment_alone
-    assert RewardSettings((), {"environment": 0.5}).rewarded(played("hi")).reward == 0.5
+    assert RewardSettings().is_environment_reward
+    assert RewardSettings((), {"environment": 1}).is_environment_reward
+    assert not RewardSettings((), {"environment": 0.5}).is_environment_reward
+    assert RewardSettings((), {"environment": 0.5}).score(played("hi")).reward == 0.5
 
 
 def test_an_override_replaces_the_whole_reward_and_the_verdict_stays() -> None:
     rewards = RewardSettings((doubled, Shouting()))
-    assert rewards.rewarded(played("please")).reward == 1 + 2 + 0.5
-    score = rewards.rewarded(played("hi", "HELLO"))
+    assert rewards.score(played("please")).reward == 1 + 2 + 0.5
+    score = rewards.score(played("hi", "HELLO"))
     assert (score.reward, score.passed) == (-1.0, True)
     assert score.parts["shouting"] == -1.0 and score.parts["doubled"] == 2.0
     assert score.notes == {
@@ -112,15 +112,15 @@ class Harsh(RewardFunction):
 
 def test_of_several_overrides_the_lowest_counts_in_any_order() -> None:
     for functions in ((Shouting(), Harsh()), (Harsh(), Shouting())):
-        assert RewardSettings(functions).rewarded(played("NO")).reward == -3.0
+        assert RewardSettings(functions).score(played("NO")).reward == -3.0
 
 
 def test_a_function_of_weight_0_is_only_watched() -> None:
     watched = RewardSettings((Shouting(),), {"shouting": 0, "polite": 0})
-    score = watched.rewarded(played("HELLO"))
+    score = watched.score(played("HELLO"))
     assert (score.reward, score.parts["shouting"], score.notes["shouting"]) == (1.0, -1.0, "HELLO")
     half = RewardSettings((Shouting(),), {"shouting": 0})
-    assert half.rewarded(played("HELLO")).reward == -1.0
+    assert half.score(played("HELLO")).reward == -1.0
 
 
 def raises(trajectory, score):
@@ -184,18 +184,18 @@ FAULTY = {
 @pytest.mark.parametrize("function", FAULTY, ids=lambda f: f.__name__)
 def test_a_faulty_answer_is_an_error_that_names_the_function(function: Any) -> None:
     with pytest.raises(RewardError) as error:
-        RewardSettings((function,)).rewarded(played("hi"))
+        RewardSettings((function,)).score(played("hi"))
     assert FAULTY[function] in str(error.value)
 
 
 def test_a_sum_that_overflows_is_an_error() -> None:
     with pytest.raises(RewardError, match="is too large"):
-        RewardSettings((doubled,), {"doubled": 1e308}).rewarded(played("hi", reward=100.0))
+        RewardSettings((doubled,), {"doubled": 1e308}).score(played("hi", reward=100.0))
 
 
 @pytest.mark.parametrize("answer", [True, np.float32(0.5), np.int64(2), np.bool_(True)])
 def test_numbers_of_all_kinds_become_floats(answer: Any) -> None:
-    score = RewardSettings((gives := _giving(answer),), {"environment": 0}).rewarded(played("hi"))
+    score = RewardSettings((gives := _giving(answer),), {"environment": 0}).score(played("hi"))
     assert gives and type(score.reward) is float and score.reward == float(answer)
     assert type(score.parts["gives"]) is float
 
@@ -321,7 +321,7 @@ def test_what_cannot_be_is_refused_by_name(functions: Any, weights: Any, said: s
 
 def test_stop_reasons_and_tokens_are_there_to_be_looked_at() -> None:
     trajectory = dataclasses.replace(played("hi"), stop_reason=StopReason.TOKEN_LIMIT)
-    assert RewardSettings((overlong,)).rewarded(trajectory).parts["overlong"] == -1.0
+    assert RewardSettings((overlong,)).score(trajectory).parts["overlong"] == -1.0
 
 
 def overlong(trajectory: Trajectory, score: Score) -> float:

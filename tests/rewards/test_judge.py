@@ -59,7 +59,7 @@ def verdict(of: GibberishJudge, *texts: str) -> tuple[float, float | None]:
 @pytest.mark.parametrize("word", ["yes", "Yes", " YES.\n"])
 def test_gibberish_replaces_the_reward(word: str) -> None:
     with serving(says(word)) as service:
-        score = RewardSettings((judge(service),)).rewarded(played("xq zzv"))
+        score = RewardSettings((judge(service),)).score(played("xq zzv"))
     assert (score.reward, score.parts["gibberish_judge"], score.passed) == (-1.0, -1.0, True)
     assert score.notes["gibberish_judge"] == "a-judge found gibberish"
 
@@ -67,7 +67,7 @@ def test_gibberish_replaces_the_reward(word: str) -> None:
 @pytest.mark.parametrize("word", ["no", "No."])
 def test_what_is_no_gibberish_keeps_its_reward(word: str) -> None:
     with serving(says(word)) as service:
-        score = RewardSettings((judge(service),)).rewarded(played("I list the files."))
+        score = RewardSettings((judge(service),)).score(played("I list the files."))
     assert (score.reward, score.parts["gibberish_judge"]) == (0.75, 0.0)
 
 
@@ -148,7 +148,7 @@ def test_after_the_retries_there_is_no_verdict(trouble: Any, said: str) -> None:
 def test_a_refusal_is_not_asked_for_again_and_the_key_is_not_shown(code: int) -> None:
     refuses = status(code, f"Incorrect API key provided: {KEY}")
     with serving(refuses) as service, pytest.raises(RewardError) as error:
-        RewardSettings((judge(service),)).rewarded(played("a"))
+        RewardSettings((judge(service),)).score(played("a"))
     assert f"the service answered {code}: Incorrect API key provided: ***" in str(error.value)
     assert KEY not in "".join(traceback.format_exception(error.value))
     assert len(service.requests) == 1

@@ -93,7 +93,7 @@ def test_gibberish_and_repetition_are_found(name: Any) -> None:
     found = GIBBERISH.findings(texts)
     assert found[0].startswith(said)
     assert len(found) == (2 if name == "a paragraph in a row" else 1)  # it compresses well, too
-    score = RewardSettings((GIBBERISH,)).rewarded(played(*texts))
+    score = RewardSettings((GIBBERISH,)).score(played(*texts))
     assert (score.reward, score.parts["gibberish"], score.passed) == (-1.0, -1.0, True)
     assert score.notes["gibberish"] == "; ".join(found)
 
@@ -120,7 +120,7 @@ IN_ORDER = {
 @pytest.mark.parametrize("name", IN_ORDER)
 def test_what_is_in_order(name: Any) -> None:
     assert GIBBERISH.findings(IN_ORDER[name]) == []
-    assert RewardSettings((GIBBERISH,)).rewarded(played(*IN_ORDER[name])).reward == 0.75
+    assert RewardSettings((GIBBERISH,)).score(played(*IN_ORDER[name])).reward == 0.75
 
 
 REASONING = (
@@ -177,7 +177,7 @@ def test_the_settings_decide() -> None:
     assert LocalGibberish(glued_fraction=0.9).findings(FOUND["glued words"][0]) == []
     assert LocalGibberish(mixed_words=3).findings(FOUND["scripts within words"][0]) == []
     assert LocalGibberish(most_scripts=4).findings(FOUND["many scripts"][0]) == []
-    score = RewardSettings((LocalGibberish(penalty=-2.0),)).rewarded(
+    score = RewardSettings((LocalGibberish(penalty=-2.0),)).score(
         played(*FOUND["a turn in a row"][0])
     )
     assert score.reward == -2.0
@@ -202,12 +202,12 @@ def test_thresholds_that_would_find_everything_are_refused(settings: dict) -> No
 def test_a_tool_result_of_the_policys_own_is_found(
     texts: Any, reward: float, note: str | None
 ) -> None:
-    score = RewardSettings((ForgedToolResult(),)).rewarded(played(*texts))
+    score = RewardSettings((ForgedToolResult(),)).score(played(*texts))
     assert (score.reward, score.notes.get("forged_result")) == (reward, note)
     assert score.parts["forged_result"] == (0.0 if note is None else -1.0)
 
 
 def test_the_marks_are_a_setting() -> None:
     marks = ForgedToolResult(penalty=-0.5, marks=("Observation:",))
-    assert RewardSettings((marks,)).rewarded(played("observation: 3")).reward == -0.5
-    assert RewardSettings((marks,)).rewarded(played("<tool_result>")).reward == 0.75
+    assert RewardSettings((marks,)).score(played("observation: 3")).reward == -0.5
+    assert RewardSettings((marks,)).score(played("<tool_result>")).reward == 0.75

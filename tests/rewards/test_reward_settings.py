@@ -89,7 +89,7 @@ def test_the_json_of_a_run_is_a_config_again(config_file: Path, tmp_path: Path) 
     saved.write_text(to_json(config, places=True))
     again = load_config(saved, ["rewards.weights={'brevity': 3}"]).rewards
     assert again.functions[1] == Shouting(penalty=-2.0)
-    assert again.rewarded(played("hi")).parts["brevity"] == -0.25
+    assert again.score(played("hi")).parts["brevity"] == -0.25
     assert again.weights == (("brevity", 3.0),)
 
 
@@ -146,7 +146,7 @@ def test_the_pages_examples_are_a_config_of_their_own(tmp_path: Path) -> None:
     rewards = load_config(path, ["rewards.NoShouting.penalty=-2"]).rewards
     calls = tuple(ToolCall("ls", "{}", "", ok) for ok in (True, False, True, True))
     for text, reward in (("hi", 1 + 0.2 * 0.75), ("HI", -2.0)):
-        score = rewards.rewarded(dataclasses.replace(played(text), calls=calls))
+        score = rewards.score(dataclasses.replace(played(text), calls=calls))
         assert score.reward == pytest.approx(reward, abs=1e-12)
         assert (score.parts["shouting"], score.parts["progress"]) == (-2.0 * (text == "HI"), 0.75)
 
@@ -174,5 +174,5 @@ def test_the_pages_shaping_and_penalty_on_the_sql_environment() -> None:
         trajectory = dataclasses.replace(
             played("hi"), calls=tuple(calls), score=environment.score()
         )
-        score = names["SHAPED"].rewarded(trajectory)
+        score = names["SHAPED"].score(trajectory)
         assert (round(score.reward, 9), score.passed) == (reward, passed)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,3 +80,40 @@ def test_nothing_is_written_without_episodes_or_by_a_suite_that_knows_none(tmp_p
     plain = dataclasses.replace(config(), environment=Letters())
     record_ground_truth([(plain, Letters().tasks("train"))], tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@dataclasses.dataclass(frozen=True)
+class Hanging(Letters):
+    """The first `given` tasks have a ground truth. Those of all others hang."""
+
+    given: int = 0
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        return [Task(str(i)) for i in range(400)]
+
+    def ground_truth(self, task: Task) -> str:
+        if int(task.id) < self.given:
+            return "b"
+        time.sleep(600)
+        return ""
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_ground_truths_that_hang_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: int
+) -> None:
+    """With one task after another until its deadline, this would take 50 seconds."""
+    base, suite = config(), Hanging(given=given)
+    rollout = dataclasses.replace(base.rollout, environment_threads=4, step_deadline_seconds=0.5)
+    hanging = dataclasses.replace(base, environment=suite, rollout=rollout)
+    started = time.monotonic()
+    record_ground_truth([(hanging, suite.tasks("train"))], tmp_path)
+    assert time.monotonic() - started < 20
+    said, file = capsys.readouterr().err, tmp_path / "ground_truth.jsonl"
+    assert said.startswith(
+        f"warning: ground_truth() of task '{given}' took longer than the deadline of 0.5 seconds"
+    )
+    assert f"; {400 - given} of 400 tasks are recorded without their ground truth" in said
+    written = file.read_text().splitlines() if given else []
+    assert file.exists() == bool(given)
+    assert written == ['{"task": "0", "ground_truth": "b"}'] * given

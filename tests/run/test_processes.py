@@ -17,8 +17,9 @@ import pytest
 
 from jaxgrpo.config.settings import ConfigError
 from jaxgrpo.interruptions import interruptible
-from jaxgrpo.run import processes
-from jaxgrpo.run.processes import ClusterFlags, Command, Processes, Work, join
+from jaxgrpo.run import cluster
+from jaxgrpo.run.cluster import ClusterFlags, join
+from jaxgrpo.run.processes import Command, Processes, Work
 from tests.processes import coordinator
 
 # Meeting.
@@ -52,7 +53,7 @@ def test_flags_that_cannot_be_are_refused(flags: Any, said: str) -> None:
 def test_a_name_that_nobody_knows_is_refused_when_it_does_not_become_known(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(processes, "_NAME_SECONDS", 1.5)
+    monkeypatch.setattr(cluster, "_NAME_SECONDS", 1.5)
     started = time.monotonic()
     with pytest.raises(
         ConfigError, match=r"--coordinator host\.invalid:5000: host\.invalid is not"
@@ -64,7 +65,7 @@ def test_a_name_that_nobody_knows_is_refused_when_it_does_not_become_known(
 JOIN = """
 import sys
 from jaxgrpo.config.settings import ConfigError
-from jaxgrpo.run.processes import ClusterFlags, join
+from jaxgrpo.run.cluster import ClusterFlags, join
 try:
     join(ClusterFlags(sys.argv[1], 1, 0), None)
 except ConfigError as error:

@@ -22,7 +22,7 @@ from jaxgrpo.rollout.background import EventLoopThread
 from jaxgrpo.run import setup
 from jaxgrpo.run.agreement import AgreementCheck, MismatchError
 from jaxgrpo.run.samplers import server_plan, server_plans
-from jaxgrpo.run.weights import WholeWeights, gather_policy, publish, write_policy
+from jaxgrpo.run.weights import LogicalWeights, gather_policy, publish, write_policy
 from jaxgrpo.samplers.base import Generation, SamplerError, SamplingRequest
 from jaxgrpo.samplers.native.sampler import NativeSampler
 from jaxgrpo.samplers.vllm.server import ServerPlan
@@ -56,7 +56,7 @@ def update(model, devices: int) -> setup.Update:
 def test_stored_and_whole_weights_are_the_same_to_every_sampler(
     model: Path, policy: setup.ModelAssets, params: Params, tmp_path: Path
 ) -> None:
-    on_two, whole = update(model, 2), WholeWeights(params, policy.config, 3)
+    on_two, whole = update(model, 2), LogicalWeights(params, policy.config, 3)
     state = on_two.init(params)
     for tree in (gather_policy(on_two, state), whole.gather()):
         for ours, theirs in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True):
@@ -174,7 +174,7 @@ class TestPublish:
                 ended.append(path)
 
         monkeypatch.setattr(publishing, "_write_file", slow)
-        weights, sampler = WholeWeights(params, policy.config, 2), Receiver(tmp_path)
+        weights, sampler = LogicalWeights(params, policy.config, 2), Receiver(tmp_path)
         with EventLoopThread() as loop, interruptible(), pytest.raises(KeyboardInterrupt):
             publish(loop, sampler, weights)
         assert begun and sorted(begun) == sorted(ended) and sampler.published == []

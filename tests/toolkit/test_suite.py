@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from jaxgrpo.config.encoding import decode, encode
+from jaxgrpo.environment import KnowsGroundTruth
 from jaxgrpo.toolkit.environment import ToolEnvironment
 from jaxgrpo.toolkit.sources import Generated, HuggingFace, JsonLines, Rows, TaskRowError
 from jaxgrpo.toolkit.suite import DemonstratedSuite, Suite
-from jaxgrpo.types import Score, Task
+from jaxgrpo.types import ExpectedCall, Score, Task
 
 
 @dataclasses.dataclass
@@ -184,6 +185,22 @@ def test_a_solution_is_demonstrated_in_the_suites_protocol() -> None:
     assert decode(encode(suite)).demonstration(task) == suite.demonstration(task)
     with pytest.raises(TypeError, match="solution must be a function, for a class derived from"):
         DemonstratedSuite(dict, {"train": ROWS}, solution=add_answer)  # type: ignore[arg-type]
+
+
+def test_a_solution_is_the_ground_truth() -> None:
+    def solution(question: str, answer: list[int]) -> list[tuple[str, dict[str, Any]]]:
+        return [("add", {"number": answer.pop()}), ("add", {"number": len(question)})]
+
+    suite = DemonstratedSuite(Sums, {"train": ROWS}, solution=solution)
+    task = suite.tasks("train")[1]
+    assert isinstance(suite, KnowsGroundTruth)
+    for _ in range(2):  # what the function does to a row is not seen by the next call
+        assert suite.ground_truth(task) == (
+            ExpectedCall("add", {"number": 2}),
+            ExpectedCall("add", {"number": 2}),
+        )
+    with pytest.raises(TypeError, match="task 'x' does not belong to this suite"):
+        suite.ground_truth(Task("x", payload=3))
 
 
 def test_a_config_records_a_suite_and_reads_it_back() -> None:

@@ -28,9 +28,7 @@ from jaxgrpo.samplers.native.cache import (
 from jaxgrpo.samplers.native.shapes import EXTEND_BUDGET, Shape, shape_book, widest
 
 _EXTEND_TOKENS = (64, 128, 512)  # widths of one extension; longer contexts take several
-_SPARING_EXTEND_TOKENS = (
-    256,
-)  # on an accelerator, where each width is one more program to compile
+_SPARING_EXTEND_TOKENS = (256,)  # on an accelerator, where each width is a program to compile
 _STEPS_PER_CALL = 4  # decode steps per call; the host reads their tokens during the next call
 
 

@@ -46,7 +46,7 @@ def main(command: list[str]) -> int:
         signal.signal(number, lambda signum, _: received.append(signum))
     _libc.prctl(_SET_CHILD_SUBREAPER, 1)
     starter = os.getppid()
-    remove_left()
+    remove_leftover_blocks()
     notes = _Notes()
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent
@@ -95,7 +95,7 @@ class _Notes:
             os.close(self._file)
 
 
-def remove_left() -> None:
+def remove_leftover_blocks() -> None:
     """Remove blocks that earlier, killed watchdogs have noted."""
     for path in SHARED_MEMORY.glob(f"{_NOTES}*"):
         with contextlib.suppress(OSError, ValueError):

@@ -25,7 +25,7 @@ from jaxgrpo.rollout.episode import SamplingParams
 from jaxgrpo.rollout.rollout import RolloutResult
 from jaxgrpo.run import setup
 from jaxgrpo.run.agreement import AgreementCheck, MismatchError
-from jaxgrpo.run.weights import WholeWeights, publish
+from jaxgrpo.run.weights import LogicalWeights, publish
 from jaxgrpo.samplers.base import FinishReason, Generation, SamplerError, SamplingRequest
 from jaxgrpo.samplers.native.stops import StopFinder
 from jaxgrpo.samplers.vllm.client import TokenizerProbe, VllmSampler
@@ -64,7 +64,7 @@ def settings_for(server: VllmServer) -> VllmSettings:
     )
 
 
-async def write_and_publish(sampler: VllmSampler, weights: WholeWeights) -> None:
+async def write_and_publish(sampler: VllmSampler, weights: LogicalWeights) -> None:
     folder = await asyncio.to_thread(weights.write, sampler.weights_folder)
     await sampler.publish(weights.version, folder)
 
@@ -90,7 +90,7 @@ class Client:
                 failure=self.server.failure,
             )
             try:
-                await write_and_publish(sampler, WholeWeights(self.params, POLICY.config, 1))
+                await write_and_publish(sampler, LogicalWeights(self.params, POLICY.config, 1))
                 return await body(sampler)
             finally:
                 await sampler.close()
@@ -262,7 +262,7 @@ class TestPublishing:
         async def body(sampler: VllmSampler) -> list[Generation]:
             generations = [await sampler.generate(r)]
             for version, tree in ((2, other), (3, params)):
-                await write_and_publish(sampler, WholeWeights(tree, POLICY.config, version))
+                await write_and_publish(sampler, LogicalWeights(tree, POLICY.config, version))
                 generations.append(
                     await sampler.generate(r)
                 )  # the same prompt: a stale cache would answer
@@ -301,7 +301,7 @@ class TestPublishing:
             running = [asyncio.create_task(turns(r)) for r in requests]
             while generated_tokens(client.server) < before + 100:
                 await asyncio.sleep(0.02)
-            await write_and_publish(sampler, WholeWeights(other, POLICY.config, 2))
+            await write_and_publish(sampler, LogicalWeights(other, POLICY.config, 2))
             published.set()
             return [turn for task in running for turn in await task]
 
@@ -332,7 +332,7 @@ class TestPublishing:
         async def body(sampler: VllmSampler) -> tuple[str, Generation, Generation]:
             before = await sampler.generate(r)
             with pytest.raises(SamplerError) as error:
-                await write_and_publish(sampler, WholeWeights(cut, short, 2))
+                await write_and_publish(sampler, LogicalWeights(cut, short, 2))
             return str(error.value), before, await sampler.generate(r)
 
         said, before, after = client(body)
@@ -366,7 +366,7 @@ class TestAgreement:
                 versions=versions,
                 api_key=KEY,
             )
-            publish(loop, sampler, WholeWeights(params, POLICY.config, 1))
+            publish(loop, sampler, LogicalWeights(params, POLICY.config, 1))
             figures = agreement.run(loop, sampler, mine, 1)
             assert 0 < figures["check/mismatch_mean"] < BOUND
             with pytest.raises(
