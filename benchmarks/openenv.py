@@ -8,9 +8,9 @@ A toy environment, whose own step takes a few microseconds, is played
 - in process and by URL, as jaxgrpo's rollouts play it (envs/openenv),
 - by OpenEnv's own client, to compare with.
 
-BFCL's training tasks are played by their ground truth, directly and as tools/serve_openenv.py
-serves them. Servers run in processes of their own on this machine. Each figure is the median over
-episodes, of the best round. A session is everything around the steps: open, reset, score, close.
+BFCL's training tasks are played with their ground truth, directly and as tools/serve_openenv.py
+serves them. Each server runs in its own process on this machine. Each figure is the median over the
+episodes of the best round. A session is everything around the steps: open, reset, score, close.
 """
 
 import argparse

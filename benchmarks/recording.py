@@ -1,14 +1,14 @@
-"""What the figures of trained tokens add to the records of a batch: bytes per episode and seconds.
+"""Measure what figures of trained tokens add to a batch's records: bytes per episode, and seconds.
 
     python -m benchmarks.recording [--tokens 2000]
 
-The episodes are made up: 12 groups of 8. Their log-probabilities are spread as -Exponential(0.4),
-so that few are rounded to 0. Those of the policies differ from the sampler's by normal noise: 0.02
-for the old policy, and from that 0.01 for the trainer and 0.05 for the reference. All work is that
-of the recorder. Seconds are the minimum of five.
+The episodes are made up: 12 groups of 8. Their log-probabilities are distributed as
+-Exponential(0.4), so that few are rounded to 0. Those of the old policy differ from the sampler's
+by normal noise of 0.02. Those of the trainer and the reference policy differ from the old policy's
+by 0.01 and 0.05. The recorder does all the work. Seconds are the minimum of five.
 
-What a run of configs/cpu_demo.py takes with and without is in its metrics.jsonl
-(`time/record_seconds`): `--set recording.token_figures=False`.
+For a real run, compare `time/record_seconds` in the metrics.jsonl of two runs of
+configs/cpu_demo.py, one of them with `--set recording.token_figures=False`.
 """
 
 import argparse

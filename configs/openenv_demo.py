@@ -1,7 +1,7 @@
 """The demo, with its tasks behind an OpenEnv server: BFCL is played by URL.
 
-Command    python -m jaxgrpo.tools.serve_openenv --config configs/cpu_demo.py      in one terminal
-           python -m jaxgrpo.train --config configs/openenv_demo.py             in another
+Command    python -m jaxgrpo.tools.serve_openenv --config configs/cpu_demo.py    in one terminal
+           python -m jaxgrpo.train --config configs/openenv_demo.py              in another
            for another environment: --set environment.environment=http://host:8000
 Hardware   two CPU cores
 Needs      pip install 'jaxgrpo[openenv]'

@@ -1,9 +1,9 @@
-"""Answer questions with SQL, over small databases: an environment made of one typed function.
+"""Answer questions about small databases with SQL: an environment made from one typed function.
 
 The last query that ran is the answer. Its rows must be those that the question asks for, in the
-database that the policy sees and in a second one with other rows. Queries may only read. They end
-after `MAX_OPERATIONS` operations of SQLite rather than at a time, so that a reward does not depend
-on how busy the machine is. Tasks are in envs/sql_tasks.py.
+database that the policy sees and in a second one with other rows. Queries may only read. SQLite
+ends them after `MAX_OPERATIONS` operations. A time limit would make the reward depend on how busy
+the machine is. Tasks are in envs/sql_tasks.py.
 """
 
 import contextlib

@@ -9,8 +9,9 @@
 | 5 | one row per group | `SELECT color, count(*) FROM lamps GROUP BY color` |
 | 6 | a property in another table | `SELECT lamps.name FROM lamps JOIN makers ON ... WHERE ...` |
 
-The splits have no question in common. Each task has two databases with the same tables and other
-rows: the policy sees the first, and an answer must be right in both, so that a constant is not one.
+The splits have no question in common. Each task has two databases with the same tables and
+different rows. The policy sees only the first, and an answer must be right in both, so that a
+constant is never right.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """python -m jaxgrpo.check --config FILE [--set KEY=VALUE] [--play [TASK]] [--policy [N]]
 
-Try an environment before it is trained: open every task twice, play scripted episodes, and say what
-is wrong and what to try. With --play, you are the policy. With --policy, the config's model is.
+Try an environment before training: open every task twice, play scripted episodes, and say what is
+wrong and what to try. With --play, you are the policy. With --policy, the config's model is.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""What users add to a run by object or by import path: their own sampler, loss or reward.
+"""Load what users add to a run by object or by import path: their own sampler, loss or reward.
 
-An import path is `module:name`, such as `my_losses:reinforce`. Of a class, it stands for an
-instance with the defaults.
+An import path is `module:name`, such as `my_losses:reinforce`. If it names a class, it stands for
+an instance with default settings.
 """
 
 import abc

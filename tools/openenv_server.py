@@ -1,7 +1,7 @@
 """Serve a suite of jaxgrpo as an environment of OpenEnv. Needs the package openenv.
 
-One session plays one episode: `reset` chooses the task, each `step` takes the text of one policy
-turn, and the last observation has the reward. See docs/openenv.md for the fields.
+One session plays one episode. `reset` chooses the task, each `step` takes the text of one policy
+turn, and the last observation has the reward. docs/openenv.md lists the fields.
 """
 
 import difflib

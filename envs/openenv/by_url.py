@@ -1,8 +1,8 @@
 """Play an OpenEnv environment by URL, over the protocol of its server: a WebSocket per session.
 
-OpenEnv's own client is not used. It connects again by itself when a session is lost (openenv
-0.10.0, `EnvClient._connect_async`), and would then go on in an environment that was never reset. It
-also starts a thread with an event loop for each session, and its import loads gradio and pandas.
+OpenEnv's own client is not used. It reconnects by itself when a session is lost (openenv 0.10.0,
+`EnvClient._connect_async`), and would then go on in an environment that was never reset. It also
+starts a thread with an event loop for each session, and its import loads gradio and pandas.
 The protocol is JSON text: `{"type": "reset" | "step" | "close", "data": {...}}` is answered with
 `{"type": "observation" | "error", "data": {...}}`.
 """

@@ -1,8 +1,9 @@
 """Play an OpenEnv environment in process. It runs as OpenEnv's own server would run it.
 
-All calls of a session come from one thread, or those of all sessions if the environment requires
-it. Asynchronous methods are preferred where the environment has its own. Actions are validated, and
-observations written as JSON, by OpenEnv's functions. Needs the package openenv.
+All calls of a session come from one thread. If the environment requires it, the calls of all
+sessions come from one thread. If the environment has asynchronous methods of its own, they are
+preferred. OpenEnv's functions validate actions and write observations as JSON. Needs the package
+openenv.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """Turn observations of OpenEnv into messages for the policy.
 
-What the policy sees of an observation, in this order of preference:
+The policy sees the first of these that an observation has:
 
 1. its `messages`, a list of {"role", "content"}, if it has that field,
 2. the result or the error of a tool call,

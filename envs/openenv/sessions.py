@@ -1,7 +1,7 @@
-"""Define what playing an OpenEnv environment needs, in process and by URL alike.
+"""Define what both kinds of OpenEnv session have in common, in process and by URL.
 
-The terms are OpenEnv's: a session is one environment for one episode, which `reset` begins. What a
-session returns is the JSON that OpenEnv's server sends, so both kinds of session return the same.
+The terms are OpenEnv's: a session is one environment for one episode, which `reset` begins. Both
+kinds of session return the JSON that OpenEnv's server sends.
 """
 
 import dataclasses

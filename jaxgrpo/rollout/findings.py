@@ -1,4 +1,4 @@
-"""What a check of an environment finds: faults and advice, drawn from scripted episodes.
+"""Draw findings from scripted episodes: what is wrong with an environment, and what to try.
 
 The user's own exception with its file and line comes first, then the call, then a short traceback.
 """

@@ -1,7 +1,7 @@
-"""Turns of a policy that are known beforehand, played through the real rollout.
+"""Script the turns of a policy in advance. The real rollout plays them.
 
-They find out what an environment answers to a solution, to mistakes and to an early end, before any
-model is loaded.
+They show how an environment answers a solution, mistakes and an early end, before any model is
+loaded.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
-"""Check the JSON schemas of tools, so far as chat templates and tool calls need them.
+"""Check the JSON schemas of tools, as far as chat templates and tool calls need them.
 
-Source: JSON Schema, draft 2020-12. Unknown keywords are allowed, as they are there.
+Source: JSON Schema, draft 2020-12. Like the standard, this allows unknown keywords.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Print a check for people: in colour in a terminal, plain elsewhere, within 80 columns."""
+"""Print a check for people: in color in a terminal, plain elsewhere, within 80 columns."""
 
 import dataclasses
 import json

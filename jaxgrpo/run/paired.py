@@ -1,7 +1,7 @@
-"""Compare two evaluations on the same tasks: is their difference more than chance? Pure.
+"""Test whether two evaluations on the same tasks differ by more than chance. Pure functions.
 
-The samples of one task are correlated, and a task is equally hard for both sides. Tasks are
-therefore compared in pairs, each by the difference of its two pass rates.
+The samples of one task are correlated, and a task is equally hard for both sides. The test
+therefore compares pairs: for each task, the difference of its two pass rates.
 """
 
 import dataclasses

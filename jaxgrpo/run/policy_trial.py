@@ -1,4 +1,4 @@
-"""Let the config's model play some groups before training, and say whether they have signal."""
+"""Let the config's model play some groups before training, and say whether they give a signal."""
 
 import dataclasses
 import sys

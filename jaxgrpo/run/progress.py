@@ -1,4 +1,4 @@
-"""What the terminal says about the progress of a run, or of one evaluation."""
+"""Show the progress of a run, or of one evaluation, in the terminal."""
 
 import time
 

@@ -1,9 +1,9 @@
 """Estimate the time that is left of a run, from the stages that it still has.
 
-A run is a list of stages: evaluations of a split, and batches. What a stage costs is taken from the
-stages of its kind that have ended, without the time in which programs were compiled: most programs
-are compiled once, in the first stages. Until a batch has been trained, nothing is known about the
-cost of one, so the estimate is only a lower bound, and says so.
+A run is a list of stages: evaluations of a split, and batches. The cost of a stage is estimated
+from the stages of its kind that have ended. Compilation is left out, because most programs are
+compiled once, in the first stages. Until a batch has been trained, nothing is known about the cost
+of one. The estimate is then only a lower bound, and says so.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""What the update computes of each token of a trained episode, for the episode's record.
+"""Prepare what the update computes for each token of a trained episode, for its record.
 
-Nothing is computed for it: the log-probabilities and entropies are those of the passes that the
-update runs anyway. They are rounded to what a reader of the record can use:
+This needs no extra pass: the log-probabilities and entropies are those of the passes that the
+update runs anyway. They are rounded to the precision that a reader of the record can use:
 
 - Log-probabilities to 4 decimals. A ratio of two probabilities is then right to 0.01 %, a
   two-thousandth of the range that is not clipped.

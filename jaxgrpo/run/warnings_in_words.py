@@ -1,8 +1,7 @@
-"""Watch the metrics of a run, and say in words when they look bad, with what to try.
+"""Watch the metrics of a run. If they look bad, say so in words, and say what to try.
 
-The thresholds are those of docs/metrics.md, section "worry when". A warning looks at several
-batches in a row, because single batches are noisy. It is given once, and again only if it has been
-quiet for a long time.
+The thresholds are those in the "worry when" columns of docs/metrics.md. A warning looks at several
+batches in a row, because single batches are noisy. It is repeated only after many batches.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""A game for a language model: find a number from 1 to 9. Replace it by your own environment.
+"""A game for a language model: find a number from 1 to 9. Replace it with your own environment.
 
 The suite lists the tasks and creates one environment per episode. The environment observes, steps
 and scores.

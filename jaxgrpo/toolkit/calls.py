@@ -1,6 +1,7 @@
-"""Read the tool calls of a policy turn: what both protocols share.
+"""Read the tool calls of a policy turn, for both protocols.
 
-No text of the policy raises an exception: what cannot be read becomes a fault, which says why.
+No text of the policy raises an exception. A text that cannot be read becomes a fault, which says
+why.
 """
 
 import dataclasses

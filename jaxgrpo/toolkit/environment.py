@@ -1,4 +1,4 @@
-"""An environment made of typed Python functions.
+"""An environment made from typed Python functions.
 
 Derive from `ToolEnvironment`. The public methods of the class are the tools. Its fields are the
 state of one episode:

@@ -1,6 +1,6 @@
-"""Make tools of typed Python functions: a JSON schema for the model, and checked arguments.
+"""Make tools from typed Python functions: a JSON schema for the model, and checked arguments.
 
-pydantic derives both from the same annotations, so what the model is told is what is accepted. The
+pydantic derives both from the same annotations, so the model is told exactly what is accepted. The
 descriptions come from the docstring, written in Google style:
 
     def stock_of(item: str, warehouse: Literal["north", "south"] = "north") -> int:

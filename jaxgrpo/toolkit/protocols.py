@@ -3,7 +3,7 @@
 - `native`: the model's own format. Its chat template gets the tools as JSON schemas. A turn holds
   any number of `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, and a turn without one
   ends the episode. Results are messages of role `tool`. Qwen2.5 is trained on this format.
-- `tags`: plain text that any model can be told about (jaxgrpo/toolkit/tags.py). The tools are in
+- `tags`: plain text that can be explained to any model (jaxgrpo/toolkit/tags.py). The tools are in
   the system message, one line each. The policy says explicitly that it has finished or gives up.
 
 Both read JSON strictly and with limits (jaxgrpo/toolkit/calls.py).

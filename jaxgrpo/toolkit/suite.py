@@ -2,9 +2,9 @@
 
     Suite(Sums, {"train": JsonLines("train.jsonl"), "test": [{"question": "1 + 1?", "answer": 2}]})
 
-lists a task for each row, and creates `Sums(question="1 + 1?", answer=2)` for each episode of the
-second. A row may also hold `id`, the name of its task, and `labels`, by which evaluation reports
-pass rates. Keys that the environment does not take are ignored.
+lists a task for each row. For each episode of the task in `test`, it creates
+`Sums(question="1 + 1?", answer=2)`. A row may also hold `id`, the name of its task, and `labels`,
+by which an evaluation reports pass rates. Keys that the environment does not take are ignored.
 """
 
 import copy

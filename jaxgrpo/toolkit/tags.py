@@ -1,6 +1,7 @@
 """Read and write the `tags` protocol: reasoning, tool calls and results as plain text.
 
-A policy turn is optional reasoning, followed by one of: a list of calls, the end, giving up.
+A policy turn is optional reasoning, followed by a list of calls, `<TASK_FINISHED>` or
+`<TASK_ERROR>`.
 
     <reasoning>I need the file's name first.</reasoning>
     <tool>[{"name": "ls", "args": {}}]</tool>

@@ -1,4 +1,4 @@
-"""Toy environments on OpenEnv's base classes, played in process and by URL of OpenEnv's own server.
+"""Toy environments on OpenEnv's base classes, played in process and by URL on OpenEnv's server.
 
 python -m pytest -m openenv tests/envs/test_openenv_sessions.py
 """

@@ -1,4 +1,4 @@
-"""Weights that a run ends before, because a step was too large."""
+"""Runs that end because a step was too large: its weights are not kept."""
 
 from pathlib import Path
 

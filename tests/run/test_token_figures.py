@@ -1,4 +1,4 @@
-"""The figures of trained tokens: against a model in NumPy, against definitions, and in records."""
+"""Compare the figures of trained tokens with a NumPy model and with their definitions."""
 
 import dataclasses
 import json
