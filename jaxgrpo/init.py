@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(f"{folder} has {', '.join(_FILES)}. Next:")
     print(f"  cd {folder}")
-    print("  jaxgrpo train --config config.py    # a minute or two on two CPU cores")
+    print("  jaxgrpo train --config config.py    # about a minute on two CPU cores")
     print("  jaxgrpo view --text runs/guess")
     print("  pytest")
     return 0
