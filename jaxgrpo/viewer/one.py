@@ -57,18 +57,12 @@ def episode(site: Site, run: Run, query: Query) -> str:
         row = row_at(db, task, place, attempt_of(query))
         members = queries.group(db, place[0], place[1], task)
         steps = sorted(queries.history(db, task).get(place[0], {}))
-    shown = read(run, row)
     samples = list(dict.fromkeys(member["sample"] for member in members))
     here = {"task": task, "split": place[0], "step": place[1], "sample": place[2]}
     if row["attempt"]:
         here["attempt"] = row["attempt"]
     context: dict[str, Any] = {
-        "row": row,
-        "e": shown,
-        "turns": turns.turns(shown),
-        "findings": turns.findings(shown),
-        "truth": truth_calls(shown.truth),
-        "answer": shown.truth if isinstance(shown.truth, str) else "",
+        **_parts(run, row),
         "here": here,
         "words": words(query.get("q", "")),
         "before": _beside(samples, place[2], -1),
@@ -78,7 +72,7 @@ def episode(site: Site, run: Run, query: Query) -> str:
         "view": "tokens" if query.get("view") == "tokens" else "turns",
     }
     if context["view"] == "tokens":
-        context |= _tokens(run, shown, query)
+        context |= _tokens(run, context["e"], query)
     return site.render("episode.html", "episode", run, context)
 
 
@@ -142,7 +136,9 @@ def task(site: Site, run: Run, query: Query) -> str:
         left, right = _there(left, groups[0]), _there(right, groups[1])
         rows = row_at(other_db, name, left), row_at(db, name, right)
         known = db.execute("SELECT * FROM tasks WHERE task = ?", (name,)).fetchone()
-    sides = [_side(each, row) for each, row in zip((other, run), rows, strict=True)]
+    sides = [
+        {"run": each, **_parts(each, row)} for each, row in zip((other, run), rows, strict=True)
+    ]
     pairs = turns.aligned(sides[0]["turns"], sides[1]["turns"])
     context = {
         "task": name,
@@ -192,10 +188,10 @@ def _there(place: Place, group: Sequence[sqlite3.Row]) -> Place:
     return place if place[2] in samples or not samples else (*place[:2], samples[0])
 
 
-def _side(run: Run, row: sqlite3.Row) -> dict[str, Any]:
+def _parts(run: Run, row: sqlite3.Row) -> dict[str, Any]:
+    """What the pages of one episode and of two show of each."""
     shown = read(run, row)
     return {
-        "run": run,
         "row": row,
         "e": shown,
         "turns": turns.turns(shown),
