@@ -124,73 +124,90 @@ def task_of(task: Task) -> SqlTask:
 
 
 def _questions(level: int, split: str, seed: int) -> list[Question]:
-    every = [question for table in TABLES for question in _about(level, table)]
+    every = [question for table in TABLES for question in _LEVEL[level](table)]
     random.Random(f"sql/{seed}/{level}").shuffle(every)
     held_out = len(every) // 4
     return every[:held_out] if split == "test" else every[held_out:]
 
 
-def _about(level: int, table: str) -> Iterator[Question]:
-    """Yield all questions of a level about a table."""
+def _columns(table: str) -> Iterator[Question]:
+    """Ask for one column."""
+    for column in ("name", *NUMBERS, *WORDS):
+        yield Question(
+            1, table, f"List the {column} of all {table}.", f"SELECT {column} FROM {table}"
+        )
+
+
+def _comparisons(table: str) -> Iterator[Question]:
+    """Ask for the rows on one side of a bound."""
+    for column, (sign, said) in itertools.product(NUMBERS, ((">", "above"), ("<", "below"))):
+        for bound in (20, 40, 60, 80):
+            yield Question(
+                2,
+                table,
+                f"List the name of all {table} with {column} {said} {bound}.",
+                f"SELECT name FROM {table} WHERE {column} {sign} {bound}",
+            )
+
+
+def _aggregates(table: str) -> Iterator[Question]:
+    """Ask for one number about the rows with a property."""
     words = [(column, word) for column, values in WORDS.items() for word in values]
-    if level == 1:
-        for column in ("name", *NUMBERS, *WORDS):
+    adjectives = {"max": "highest", "min": "lowest", "sum": "total"}
+    for (function, word), column, (key, value) in itertools.product(
+        adjectives.items(), NUMBERS, words
+    ):
+        yield Question(
+            3,
+            table,
+            f"What is the {word} {column} of the {table} with {key} {value}?",
+            f"SELECT {function}({column}) FROM {table} WHERE {key} = '{value}'",
+        )
+
+
+def _orders(table: str) -> Iterator[Question]:
+    """Ask for the first rows of an order."""
+    for column, count, (order, said) in itertools.product(
+        NUMBERS, (2, 3, 4), (("DESC", "highest"), ("ASC", "lowest"))
+    ):
+        yield Question(
+            4,
+            table,
+            f"List the name of the {count} {table} with the {said} {column}, the {said} first.",
+            f"SELECT name FROM {table} ORDER BY {column} {order} LIMIT {count}",
+            True,
+        )
+
+
+def _groups(table: str) -> Iterator[Question]:
+    """Ask for one row per group."""
+    for key, (function, said), column in itertools.product(
+        WORDS, (("count", "number"), ("max", "highest")), NUMBERS
+    ):
+        what = f"{said} of {table}" if function == "count" else f"{said} {column}"
+        if function == "max" or column == NUMBERS[0]:
+            inner = "*" if function == "count" else column
             yield Question(
-                1, table, f"List the {column} of all {table}.", f"SELECT {column} FROM {table}"
-            )
-    elif level == 2:
-        for column, (sign, said) in itertools.product(NUMBERS, ((">", "above"), ("<", "below"))):
-            for bound in (20, 40, 60, 80):
-                yield Question(
-                    2,
-                    table,
-                    f"List the name of all {table} with {column} {said} {bound}.",
-                    f"SELECT name FROM {table} WHERE {column} {sign} {bound}",
-                )
-    elif level == 3:
-        adjectives = {"max": "highest", "min": "lowest", "sum": "total"}
-        for (function, word), column, (key, value) in itertools.product(
-            adjectives.items(), NUMBERS, words
-        ):
-            yield Question(
-                3,
+                5,
                 table,
-                f"What is the {word} {column} of the {table} with {key} {value}?",
-                f"SELECT {function}({column}) FROM {table} WHERE {key} = '{value}'",
+                f"For each {key} of {table}, list the {key} and the {what}.",
+                f"SELECT {key}, {function}({inner}) FROM {table} GROUP BY {key}",
             )
-    elif level == 4:
-        for column, count, (order, said) in itertools.product(
-            NUMBERS, (2, 3, 4), (("DESC", "highest"), ("ASC", "lowest"))
-        ):
-            yield Question(
-                4,
-                table,
-                f"List the name of the {count} {table} with the {said} {column}, the {said} first.",
-                f"SELECT name FROM {table} ORDER BY {column} {order} LIMIT {count}",
-                True,
-            )
-    elif level == 5:
-        for key, (function, said), column in itertools.product(
-            WORDS, (("count", "number"), ("max", "highest")), NUMBERS
-        ):
-            what = f"{said} of {table}" if function == "count" else f"{said} {column}"
-            if function == "max" or column == NUMBERS[0]:
-                inner = "*" if function == "count" else column
-                yield Question(
-                    5,
-                    table,
-                    f"For each {key} of {table}, list the {key} and the {what}.",
-                    f"SELECT {key}, {function}({inner}) FROM {table} GROUP BY {key}",
-                )
-    else:
-        for city, column in itertools.product(CITIES, ("name", *NUMBERS)):
-            yield Question(
-                6,
-                table,
-                f"List the {column} of all {table} whose maker is in {city}.",
-                f"SELECT {table}.{column} FROM {table} JOIN makers "
-                f"ON {table}.maker = makers.id WHERE makers.city = '{city}'",
-            )
+
+
+def _joins(table: str) -> Iterator[Question]:
+    """Ask for rows with a property in another table."""
+    for city, column in itertools.product(CITIES, ("name", *NUMBERS)):
+        yield Question(
+            6,
+            table,
+            f"List the {column} of all {table} whose maker is in {city}.",
+            f"SELECT {table}.{column} FROM {table} JOIN makers "
+            f"ON {table}.maker = makers.id WHERE makers.city = '{city}'",
+        )
+
+
+_LEVEL = dict(zip(LEVELS, (_columns, _comparisons, _aggregates, _orders, _groups, _joins)))
 
 
 def _task(name: str, question: Question, seed: int) -> Task:
