@@ -157,20 +157,23 @@ def _compare_recorded(args: argparse.Namespace, start: Path, against: Outcomes |
 
 def _name(args: argparse.Namespace) -> str:
     """Return the name of the evaluation, as in the names of its record files."""
-    if args.split is not None and args.suite is not None:
-        raise ConfigError("--suite names a suite and its split: leave out --split")
+    _check_not_both(args.split, args.suite)
     return args.suite or args.split or "test"
+
+
+def _check_not_both(split: str | None, suite: str | None) -> None:
+    if split is not None and suite is not None:
+        raise ConfigError("--suite names a suite and its split: leave out --split")
 
 
 def choose(config: Config, split: str | None, suite: str | None) -> setup.Evaluated:
     """Return what to evaluate: a split of the config's environment, or another of its suites."""
+    _check_not_both(split, suite)
     if suite is None:
         name = "test" if split is None else split
         if not is_file_name(name):
             raise ConfigError(f"--split must be the name of a split, got {name!r}")
         return setup.Evaluated(name, name, config)
-    if split is not None:
-        raise ConfigError("--suite names a suite and its split: leave out --split")
     known = {one.name: one for one in setup.suites(config)}
     if suite not in known:
         listed = ", ".join(known) or "none"
@@ -220,13 +223,12 @@ def evaluate(request: Request, folder: Path) -> Evaluation:
         terminal.start(progress.status)
         evaluator = Evaluator(rollout, loop, request.samples, config.seed, progress.episodes)
         outcome = evaluator.evaluate(tasks, request.evaluated.name, step)
+    trajectories, name = folder / "trajectories", request.evaluated.name
+    for fault in records.write_evaluation(trajectories, outcome.result, name, step):
+        print(fault, file=sys.stderr)
     recorder = Recorder(folder, tensorboard=False, wandb_project=None, name=config.name)
     recorder.record(step, outcome.metrics | check)
     recorder.close()
-    kind = f"eval-{request.evaluated.name}"
-    path = folder / "trajectories" / f"{kind}-{step:06d}.jsonl.gz"
-    for fault in records.write(path, outcome.result, kind, step):
-        print(fault, file=sys.stderr)
     return outcome
 
 

@@ -92,6 +92,16 @@ def test_the_configs_own_model(call: Callable[..., tuple[int, str, str]], tmp_pa
     )
 
 
+def test_metrics_whose_episodes_cannot_be_written_are_not_recorded(
+    call: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    in_the_way = tmp_path / "eval" / "trajectories" / "eval-train-000000.jsonl.gz"
+    in_the_way.mkdir(parents=True)
+    status, _, err = call("--split", "train", "--samples", "1")
+    assert status == 1 and in_the_way.name in err
+    assert not (tmp_path / "eval" / "metrics.jsonl").exists()
+
+
 def test_a_checkpoint_gives_what_the_run_itself_measured(
     call: Callable[..., tuple[int, str, str]], run: Path, tmp_path: Path
 ) -> None:

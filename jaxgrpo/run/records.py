@@ -63,6 +63,13 @@ def write(path: Path, result: RolloutResult, split: str, step: int) -> list[str]
     return faults
 
 
+def write_evaluation(folder: Path, result: RolloutResult, name: str, step: int) -> list[str]:
+    """Write the episodes of an evaluation into a folder of records, as `write` does. Do this before
+    its metrics are recorded, so that a line of metrics always has its episodes."""
+    kind = f"eval-{name}"
+    return write(folder / f"{kind}-{step:06d}.jsonl.gz", result, kind, step)
+
+
 def to_lines(result: RolloutResult, split: str, step: int) -> tuple[list[str], list[str]]:
     """Return a rollout's episodes as lines, and one line for each episode of which a part cannot be
     written because of a value that its environment gave."""

@@ -107,13 +107,11 @@ class RunLog:
             self._terminal.warn(text)
 
     def evaluation(self, step: int, split: str, outcome: Evaluation, seconds: float) -> None:
-        """Record an evaluation of the policy of `step`, and show its pass rate. Its episodes are
-        written first, so that a line of metrics always has its episodes."""
+        """Record an evaluation of the policy of `step`, and show its pass rate."""
         self._progress.end_evaluation(split)
         if self.trajectories is not None:
-            kind = f"eval-{split}"
-            path = self.trajectories / f"{kind}-{step:06d}.jsonl.gz"
-            for fault in records.write(path, outcome.result, kind, step):
+            faults = records.write_evaluation(self.trajectories, outcome.result, split, step)
+            for fault in faults:
                 self.say(f"step {step}  {fault}")
         self._recorder.record(step, outcome.metrics | {"eval/seconds": seconds})
         self._note(outcome.metrics)
